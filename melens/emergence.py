@@ -1,0 +1,228 @@
+"""Where a model's massive activation is born: the criterion, and `find_me_layer(trace) -> Emergence`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from melens.errors import MelensError
+from melens.metrics import bootstrap_mean
+from melens.trace import Trace
+
+__all__ = ["Criterion", "Emergence", "find_me_layer", "massive_activations"]
+
+Kind = Literal["one block", "a few blocks", "slow climb"]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """What counts as massive, and how an emergence is described: the same numbers for every model.
+
+    Attributes:
+        min_abs, min_ratio: an entry of a hidden state is massive if |h| > `min_abs` and |h| > `min_ratio` × the median
+            |h| of that hidden state (Sun et al. 2024).
+        min_prompts: the share of prompts that must hold a massive activation for the model to have an ME layer.
+        trailing_blocks: the last blocks, left out of the peak norm since they make a second massive activation of
+            their own (appendix A).
+        one_block: the ME layer alone brings at least this share of the peak norm.
+        few_blocks: the norm climbs from 10% to 90% of its peak within at most this many blocks.
+    """
+
+    min_abs: float = 100.0
+    min_ratio: float = 1_000.0
+    min_prompts: float = 0.5
+    trailing_blocks: int = 2
+    one_block: float = 0.8
+    few_blocks: int = 3
+
+
+@dataclass(frozen=True)
+class Emergence:
+    """Where and how the massive activation emerges. Layers are 0-based blocks.
+
+    Attributes:
+        layer: the first block whose output holds a massive activation, by majority over prompts; None without one.
+        reason: why `layer` is None, or how it was settled.
+        kind: whether one block brings the massive activation, a few do, or the norm climbs slowly; None without one.
+        magnification: ‖h_out‖ / ‖h_in‖ of the massive token at that block, mean over prompts (table 8).
+        magnification_interval: its 95% bootstrap interval over prompts.
+        relative_magnification: the same divided by the mean magnification of the prompt's other tokens in that block
+            (block 0 lifts every token).
+        share_of_peak: how much of the token's peak norm that one block brings, (‖h_out‖ - ‖h_in‖) / peak.
+        climb: first and last block of the climb from 10% to 90% of the peak norm (median over prompts).
+        agreement: share of prompts whose first massive block is `layer`.
+        prompts_with: share of prompts with a massive activation at any block.
+        positions, dims: where in the output of `layer` they are, most frequent first.
+        n_prompts, distinct_first_tokens: what all this rests on.
+        criterion: the numbers used.
+        per_prompt: a row a prompt: `layer` (-1 for none), `pos`, `dim`, `value`, `norm_in`, `norm_out`,
+            `magnification`, `relative_magnification`, `peak`, `share_of_peak`, `climb_from`, `climb_to`.
+    """
+
+    layer: int | None
+    reason: str
+    kind: Kind | None
+    magnification: float | None
+    magnification_interval: tuple[float, float] | None
+    relative_magnification: float | None
+    share_of_peak: float | None
+    climb: tuple[int, int] | None
+    agreement: float
+    prompts_with: float
+    positions: tuple[int, ...]
+    dims: tuple[int, ...]
+    n_prompts: int
+    distinct_first_tokens: int
+    criterion: Criterion
+    per_prompt: pd.DataFrame
+
+    def metrics(self) -> dict[str, Any]:
+        """Everything but the table, ready for JSON; the layer under the name `me_layer`."""
+        values = {name: value for name, value in asdict(self).items() if name != "per_prompt"}
+        return {"me_layer": values.pop("layer"), **values}
+
+
+def massive_activations(trace: Trace, criterion: Criterion | None = None) -> pd.DataFrame:
+    """List the massive entries of each block's output: `prompt`, `layer`, `pos`, `dim`, `value`, `abs_median`."""
+    criterion = criterion or Criterion()
+    largest = trace["largest"].query("site == 'hook_resid_post'")
+    medians = trace["abs_median"].query("site == 'hook_resid_post'")[["prompt", "layer", "abs_median"]]
+    entries = largest.merge(medians, on=["prompt", "layer"])
+    size = entries["value"].abs()
+    massive = (size > criterion.min_abs) & (size > criterion.min_ratio * entries["abs_median"])
+    return entries.loc[massive, ["prompt", "layer", "pos", "dim", "value", "abs_median"]].reset_index(drop=True)
+
+
+def find_me_layer(trace: Trace, criterion: Criterion | None = None) -> Emergence:
+    """Find the massive emergence layer: the first block whose output holds a massive activation (section 3, table 8).
+
+    Args:
+        trace: with the tables of `default_probes()`: `norm`, `largest` and `abs_median`.
+        criterion: see `Criterion`; held constant over models by default.
+
+    Returns:
+        An `Emergence`; without massive activations its `layer` is None and its `reason` says so.
+    """
+    criterion = criterion or Criterion()
+    massive = massive_activations(trace, criterion)
+    per_prompt = _per_prompt(trace, massive, criterion)
+    n_prompts = len(per_prompt)
+    born = per_prompt[per_prompt["layer"] >= 0]
+    prompts_with = len(born) / n_prompts
+    layer, reason = _settle(trace, born, n_prompts, criterion)
+    shared: dict[str, Any] = {
+        "reason": reason,
+        "prompts_with": prompts_with,
+        "n_prompts": n_prompts,
+        "distinct_first_tokens": int(trace.prompts["first_token_id"].nunique()),
+        "criterion": criterion,
+        "per_prompt": per_prompt,
+    }
+    if layer is None:
+        return Emergence(
+            layer=None, kind=None, magnification=None, magnification_interval=None, relative_magnification=None,
+            share_of_peak=None, climb=None, agreement=0.0, positions=(), dims=(), **shared,
+        )  # fmt: skip
+    agreeing = born[born["layer"] == layer]
+    entries = massive[(massive["layer"] == layer) & massive["prompt"].isin(agreeing["prompt"])]
+    share, climb = float(agreeing["share_of_peak"].mean()), _median_climb(agreeing)
+    return Emergence(
+        layer=layer,
+        kind=_kind(share, climb, criterion),
+        magnification=float(agreeing["magnification"].mean()),
+        magnification_interval=bootstrap_mean(agreeing["magnification"].to_numpy()),
+        relative_magnification=float(agreeing["relative_magnification"].mean()),
+        share_of_peak=share,
+        climb=climb,
+        agreement=len(agreeing) / n_prompts,
+        positions=tuple(entries["pos"].value_counts().index),
+        dims=tuple(entries["dim"].value_counts().index),
+        **shared,
+    )
+
+
+def _settle(trace: Trace, born: pd.DataFrame, n_prompts: int, criterion: Criterion) -> tuple[int | None, str]:
+    if born.empty:
+        largest = trace["largest"].query("site == 'hook_resid_post'")["value"].abs().max()
+        return None, (
+            f"No block's output holds an entry with |h| > {criterion.min_abs:g} and > {criterion.min_ratio:,g} × the "
+            f"median |h| (the largest |h| is {largest:.4g})."
+        )
+    if len(born) < criterion.min_prompts * n_prompts:
+        return None, f"Only {len(born)} of {n_prompts} prompts hold a massive activation at any block."
+    counts = born["layer"].value_counts().sort_index().sort_values(ascending=False, kind="stable")
+    others = ", ".join(f"block {layer} in {count}" for layer, count in counts.iloc[1:].items())
+    layer = int(counts.index[0])
+    return layer, f"First massive at block {layer} in {counts.iloc[0]} of {n_prompts} prompts" + (
+        f" ({others})." if others else "."
+    )
+
+
+def _kind(share_of_peak: float, climb: tuple[int, int], criterion: Criterion) -> Kind:
+    if share_of_peak >= criterion.one_block:
+        return "one block"
+    return "a few blocks" if climb[1] - climb[0] < criterion.few_blocks else "slow climb"
+
+
+def _median_climb(agreeing: pd.DataFrame) -> tuple[int, int]:
+    return int(agreeing["climb_from"].median()), int(agreeing["climb_to"].median())
+
+
+def _per_prompt(trace: Trace, massive: pd.DataFrame, criterion: Criterion) -> pd.DataFrame:
+    norms = _norms_by_layer(trace)
+    rows = []
+    for prompt, (first, last) in enumerate(zip(norms.starts, norms.ends, strict=True)):
+        row: dict[str, Any] = {"prompt": prompt, "layer": -1}
+        of_prompt = massive[massive["prompt"] == prompt]
+        if not of_prompt.empty:
+            at_birth = of_prompt[of_prompt["layer"] == of_prompt["layer"].min()]
+            largest = at_birth.loc[at_birth["value"].abs().idxmax()]
+            row |= {"layer": int(largest["layer"]), "pos": int(largest["pos"]), "dim": int(largest["dim"])}
+            row["value"] = float(largest["value"])
+            row |= _rise(norms.values[:, first:last], row["layer"], row["pos"], set(at_birth["pos"]), criterion)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _rise(
+    norms: np.ndarray, layer: int, position: int, massive_positions: set[int], criterion: Criterion
+) -> dict[str, float]:
+    """Describe how a prompt's massive token rises; `norms` is `[embeddings and blocks, pos]`."""
+    norm_in, norm_out = norms[layer], norms[layer + 1]
+    others = [position for position in range(norms.shape[1]) if position not in massive_positions]
+    magnification = norm_out[position] / norm_in[position]
+    token = norms[1:, position]
+    peak = token[: max(layer + 1, len(token) - criterion.trailing_blocks)].max()
+    return {
+        "norm_in": norm_in[position],
+        "norm_out": norm_out[position],
+        "magnification": magnification,
+        "relative_magnification": magnification / (norm_out[others] / norm_in[others]).mean() if others else np.nan,
+        "peak": peak,
+        "share_of_peak": (norm_out[position] - norm_in[position]) / peak,
+        "climb_from": int(np.argmax(token >= 0.1 * peak)),
+        "climb_to": int(np.argmax(token >= 0.9 * peak)),
+    }
+
+
+@dataclass(frozen=True)
+class _LayerNorms:
+    """‖h‖ as `[embeddings and blocks, position]`, all prompts one after the other."""
+
+    values: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+
+
+def _norms_by_layer(trace: Trace) -> _LayerNorms:
+    table = trace["norm"]
+    table = table[table["site"].isin(["hook_resid_pre", "hook_resid_post"])]
+    layers = table["layer"].where(table["site"] == "hook_resid_post", -1)
+    wide = table.assign(layer=layers).pivot(index="layer", columns=["prompt", "pos"], values="norm").sort_index(axis=1)
+    if list(wide.index) != list(range(-1, trace.model["n_layers"])):
+        raise MelensError("find_me_layer needs the norms of the embeddings and of every block's output.")
+    lengths = trace.prompts["n_tokens"].to_numpy()
+    return _LayerNorms(wide.to_numpy(), np.cumsum(lengths) - lengths, np.cumsum(lengths))

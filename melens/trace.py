@@ -1,0 +1,321 @@
+"""One forward pass a batch, every probe fed from it: `trace(model, prompts, probes) -> Trace`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
+
+from melens.attention import fused_attention
+from melens.errors import MelensError
+from melens.probes import ATTENTION_ON_KEYS, Batch, Probe, default_probes
+from melens.prompts import Bos, Prompt, tokenize
+
+__all__ = ["Trace", "trace"]
+
+Progress = Callable[[int, int], None]
+"""Called as `progress(tokens_done, tokens_in_all)` after each batch."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What the probes saw: plain tidy data.
+
+    Attributes:
+        model: name, architecture, n_layers, d_model, n_heads, dtype and device.
+        prompts: a row a prompt: `prompt`, `id`, `task`, `n_tokens`, `first_token`, `first_token_id`.
+        tables: by probe, a row for each prompt, layer, site and whatever the probe's index runs over. `layer` is the
+            0-based block, -1 outside the blocks.
+        tensors: by probe, `[prompt, layer, *index]`.
+    """
+
+    model: dict[str, Any]
+    prompts: pd.DataFrame
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def __getitem__(self, probe: str) -> pd.DataFrame:
+        """Return the table of a probe; a `MelensError` names the probes of this trace if it is not among them."""
+        if probe not in self.tables:
+            raise MelensError(f"The trace has no table {probe!r}; it has {', '.join(sorted(self.tables)) or 'none'}.")
+        return self.tables[probe]
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the trace as a folder of parquet tables, safetensors and JSON; an existing one is replaced whole."""
+        folder = Path(folder)
+        partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+        partial.mkdir(parents=True)
+        try:
+            self.prompts.to_parquet(partial / "prompts.parquet")
+            for name, table in self.tables.items():
+                table.to_parquet(partial / f"{name}.table.parquet")
+            save_file({name: tensor.contiguous() for name, tensor in self.tensors.items()}, partial / "tensors.safetensors")
+            (partial / "model.json").write_text(json.dumps(self.model, indent=2))
+            if folder.exists():
+                shutil.rmtree(folder)
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Trace:
+        """Read what `save` wrote."""
+        folder = Path(folder)
+        if not (folder / "model.json").is_file():
+            raise MelensError(f"{folder} holds no saved trace (it has no model.json).")
+        tables = {path.name.removesuffix(".table.parquet"): path for path in sorted(folder.glob("*.table.parquet"))}
+        return cls(
+            model=json.loads((folder / "model.json").read_text()),
+            prompts=pd.read_parquet(folder / "prompts.parquet"),
+            tables={name: pd.read_parquet(path) for name, path in tables.items()},
+            tensors=load_file(folder / "tensors.safetensors"),
+        )
+
+
+def trace(
+    model: TransformerBridge,
+    prompts: Sequence[str | Prompt] | Sequence[Tensor],
+    probes: Sequence[Probe] | None = None,
+    *,
+    bos: Bos = "auto",
+    max_batch_tokens: int = 4096,
+    progress: Progress | None = None,
+) -> Trace:
+    """Run the prompts through the model once and let every probe reduce the activations as they pass.
+
+    Hooks that are already on the model stay and take effect. Whatever happens, the model is left as it was.
+
+    Args:
+        model: a bridge of a causal language model.
+        prompts: texts, or token ids, one `[pos]` tensor each.
+        probes: what to measure; by default all that `find_me_layer` needs.
+        bos: whether to prepend BOS to texts: `"auto"` does as the model's own tokenizer.
+        max_batch_tokens: prompts of similar length share a forward pass up to this many tokens, padding included.
+        progress: called after each batch.
+
+    Raises:
+        MelensError: an empty, too short or too long prompt, two probes of one name, or a site the model does not have.
+    """
+    probes = default_probes() if probes is None else list(probes)
+    names = [probe.name for probe in probes]
+    if len(set(names)) < len(names):
+        raise MelensError(f"Two probes have the same name: {', '.join(names)}.")
+    tokens, described = _as_tokens(model, prompts, bos)
+    listeners = [listener for probe in probes for listener in _listeners(model, probe)]
+    recorder = _Recorder()
+    done, total = 0, sum(map(len, tokens))
+    with torch.no_grad():
+        for batch in _batches(tokens, max_batch_tokens, device=model.cfg.device):
+            _forward(model, batch, listeners, recorder)
+            recorder.end_batch(batch)
+            done += sum(batch.lengths)
+            if progress is not None:
+                progress(done, total)
+    return Trace(
+        model=_describe(model),
+        prompts=described,
+        tables={probe.name: recorder.table(probe) for probe in probes if probe.kind == "table"},
+        tensors={probe.name: recorder.tensor(probe, len(tokens)) for probe in probes if probe.kind == "tensor"},
+    )
+
+
+def _as_tokens(model: TransformerBridge, prompts: Sequence[Any], bos: Bos) -> tuple[list[list[int]], pd.DataFrame]:
+    if isinstance(prompts, str) or len(prompts) == 0:
+        raise MelensError("A trace needs a list of at least one prompt.")
+    given_tokens = [prompt for prompt in prompts if isinstance(prompt, Tensor)]
+    if given_tokens:
+        tokens = [[int(token) for token in prompt] for prompt in given_tokens]
+        texts = [Prompt(text="") for _ in tokens]
+        first = [str(ids[0]) for ids in tokens]
+    else:
+        texts = [Prompt(text=prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        tokens = tokenize(model, texts, bos=bos)
+        first = [model.tokenizer.decode(ids[:1]) for ids in tokens]
+    described = pd.DataFrame(
+        {
+            "prompt": np.arange(len(tokens), dtype=np.int32),
+            "id": [prompt.id or str(row) for row, prompt in enumerate(texts)],
+            "task": [prompt.task for prompt in texts],
+            "n_tokens": [len(ids) for ids in tokens],
+            "first_token": first,
+            "first_token_id": [ids[0] for ids in tokens],
+        }
+    )
+    return tokens, described
+
+
+def _batches(tokens: list[list[int]], max_batch_tokens: int, device: Any) -> Iterator[Batch]:
+    """Group prompts of similar length, so that little of a batch is padding."""
+    rows: list[int] = []
+    for row in sorted(range(len(tokens)), key=lambda row: len(tokens[row])) + [None]:
+        if row is not None and (not rows or (len(rows) + 1) * len(tokens[row]) <= max_batch_tokens):
+            rows.append(row)
+            continue
+        lengths = tuple(len(tokens[r]) for r in rows)
+        padded = torch.zeros((len(rows), max(lengths)), dtype=torch.long)
+        for i, r in enumerate(rows):
+            padded[i, : lengths[i]] = torch.tensor(tokens[r])
+        yield Batch(tokens=padded.to(device), lengths=lengths, prompts=tuple(rows))
+        rows = [row] if row is not None else []
+
+
+# --- Listening --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Listener:
+    """One probe at one site of one block."""
+
+    probe: Probe
+    site: str
+    layer: int
+    hook_name: str | None  # None: the attention on the probe's keys
+
+    def hear(self, activation: Tensor, batch: Batch, recorder: _Recorder) -> None:
+        recorder.add(self, self.probe.reduce(activation, batch))
+
+
+def _listeners(model: TransformerBridge, probe: Probe) -> list[_Listener]:
+    layers = range(len(model.blocks)) if probe.layers is None else probe.layers
+    hook_names = model.hook_dict.keys()
+    found: list[_Listener] = []
+    for site in probe.sites:
+        before = len(found)
+        if site == ATTENTION_ON_KEYS:
+            found += [_Listener(probe, site, layer, None) for layer in layers if "attn" in model.blocks[layer]._modules]
+        elif site in hook_names:
+            block = re.fullmatch(r"blocks\.(\d+)\.(.*)", site)
+            found.append(_Listener(probe, block[2] if block else site, int(block[1]) if block else -1, site))
+        else:
+            in_blocks = ((layer, f"blocks.{layer}.{site}") for layer in layers)
+            found += [_Listener(probe, site, layer, name) for layer, name in in_blocks if name in hook_names]
+        if len(found) == before:
+            raise MelensError(f"The probe {probe.name!r} listens at {site!r}, which no block of this model has.")
+    return found
+
+
+def _forward(model: TransformerBridge, batch: Batch, listeners: list[_Listener], recorder: _Recorder) -> None:
+    at_hooks = [(listener.hook_name, _as_hook(listener, batch, recorder)) for listener in listeners if listener.hook_name]
+    on_keys = defaultdict(list)
+    for listener in listeners:
+        if listener.hook_name is None:
+            on_keys[listener.layer].append(listener)
+    keys = sorted({key for heard in on_keys.values() for listener in heard for key in listener.probe.keys})
+
+    def hear_keys(layer: int, attention: Tensor) -> None:
+        for listener in on_keys[layer]:
+            columns = [keys.index(key) for key in listener.probe.keys]
+            listener.hear(attention[..., columns], batch, recorder)
+
+    with model.hooks(fwd_hooks=at_hooks), fused_attention(model, keys, hear_keys if on_keys else None):
+        wants_logits = any(isinstance(m, HookPoint) and m.has_hooks() for m in model.unembed.modules())
+        network = model.original_model if wants_logits else model.original_model.base_model
+        network(input_ids=batch.tokens, use_cache=False)
+
+
+def _as_hook(listener: _Listener, batch: Batch, recorder: _Recorder) -> Callable[..., None]:
+    def hook_fn(activation: Tensor, hook: HookPoint) -> None:
+        listener.hear(activation, batch, recorder)
+
+    return hook_fn
+
+
+# --- Recording --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Chunk:
+    """One probe's results of one batch: `[listener, batch, *index]` a quantity."""
+
+    batch: Batch
+    places: list[tuple[str, int]]
+    quantities: dict[str, np.ndarray]
+
+
+class _Recorder:
+    """Collects what probes return and lays it out as tables."""
+
+    def __init__(self) -> None:
+        self._pending: dict[str, list[tuple[_Listener, dict[str, Tensor]]]] = defaultdict(list)
+        self._chunks: dict[str, list[_Chunk]] = defaultdict(list)
+
+    def add(self, listener: _Listener, quantities: dict[str, Tensor]) -> None:
+        self._pending[listener.probe.name].append((listener, quantities))
+
+    def end_batch(self, batch: Batch) -> None:
+        """Bring the batch's results to the CPU, one transfer a quantity."""
+        for name, heard in self._pending.items():
+            device = next(iter(heard[0][1].values())).device
+            quantities = {
+                quantity: torch.stack([results[quantity].to(device) for _, results in heard]).cpu().numpy()
+                for quantity in heard[0][1]
+            }
+            places = [(listener.site, listener.layer) for listener, _ in heard]
+            self._chunks[name].append(_Chunk(batch, places, quantities))
+        self._pending.clear()
+
+    def table(self, probe: Probe) -> pd.DataFrame:
+        sites = list(dict.fromkeys(site for chunk in self._chunks[probe.name] for site, _ in chunk.places))
+        chunks = [_tidy(chunk, probe.index, sites) for chunk in self._chunks[probe.name]]
+        columns = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
+        columns["site"] = pd.Categorical.from_codes(columns["site"], categories=sites)
+        return pd.DataFrame(columns, copy=False)
+
+    def tensor(self, probe: Probe, n_prompts: int) -> Tensor:
+        chunks = self._chunks[probe.name]
+        (quantity,) = chunks[0].quantities
+        shape = chunks[0].quantities[quantity].shape
+        whole = torch.full((n_prompts, shape[0], *shape[2:]), float("nan"))
+        for chunk in chunks:
+            whole[list(chunk.batch.prompts)] = torch.from_numpy(chunk.quantities[quantity]).float().transpose(0, 1)
+        return whole
+
+
+def _tidy(chunk: _Chunk, index: tuple[str, ...], sites: list[str]) -> dict[str, np.ndarray]:
+    """Lay `[place, batch, *index]` arrays out as columns, without the rows of padded positions."""
+    shape = next(iter(chunk.quantities.values())).shape
+    axes = {
+        "prompt": (1, np.asarray(chunk.batch.prompts, dtype=np.int32)),
+        "layer": (0, np.asarray([layer for _, layer in chunk.places], dtype=np.int32)),
+        "site": (0, np.asarray([sites.index(site) for site, _ in chunk.places], dtype=np.int8)),
+        **{name: (2 + i, np.arange(shape[2 + i], dtype=np.int32)) for i, name in enumerate(index)},
+    }
+    lengths = np.asarray(chunk.batch.lengths)
+    real = np.ones(shape, dtype=bool)
+    if "pos" in index:
+        positions = _along(np.arange(shape[2 + index.index("pos")]), 2 + index.index("pos"), len(shape))
+        real &= positions < _along(lengths, 1, len(shape))
+    columns = {name: np.broadcast_to(_along(values, axis, len(shape)), shape)[real] for name, (axis, values) in axes.items()}
+    return columns | {name: values[real] for name, values in chunk.quantities.items()}
+
+
+def _along(values: np.ndarray, axis: int, n_axes: int) -> np.ndarray:
+    return values.reshape([-1 if i == axis else 1 for i in range(n_axes)])
+
+
+def _describe(model: TransformerBridge) -> dict[str, Any]:
+    cfg = model.cfg
+    return {
+        "name": cfg.model_name,
+        "architecture": cfg.architecture,
+        "n_layers": int(cfg.n_layers),
+        "d_model": int(cfg.d_model),
+        "n_heads": int(cfg.n_heads),
+        "dtype": str(next(model.original_model.parameters()).dtype).removeprefix("torch."),
+        "device": str(cfg.device),
+    }
