@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["abs_max", "abs_median", "bootstrap_mean", "l2_norm", "sink_mass"]
+__all__ = ["abs_max", "abs_median", "bootstrap_mean", "l2_norm", "median_of_counts", "sink_mass"]
 
 
 def l2_norm(activation: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
@@ -20,6 +20,8 @@ def l2_norm(activation: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
 
 def abs_max(activation: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
     """Compute max |h| over the last dimension, without a copy of |h|."""
+    if activation.is_cuda:  # one pass over the memory, where that is what costs
+        return torch.linalg.vector_norm(activation, ord=float("inf"), dim=-1)
     return torch.maximum(activation.amax(dim=-1), -activation.amin(dim=-1))
 
 
@@ -28,23 +30,42 @@ def abs_median(activation: Float[Tensor, "pos d"]) -> Float[Tensor, ""]:
 
     With an even number of entries it is the lower of the two in the middle, as in `torch.median`.
     """
-    if not activation.is_cuda:
+    if activation.is_cuda or activation.dtype != torch.float32:
         return activation.abs().median().float()
+    # The magnitudes of floats are ordered like their bits: count by the upper half of them, then select among those
+    # that share the median's upper half. On a CPU a third of the time of a selection among all.
+    magnitudes = activation.flatten().view(torch.int32) & torch.iinfo(torch.int32).max
+    upper = magnitudes >> 16
+    up_to = torch.bincount(upper, minlength=2**15).cumsum(0)
     middle = (activation.numel() - 1) // 2
-    if activation.element_size() != 2:
-        return activation.abs().flatten().sort().values[middle].float()
-    # The magnitudes of a 2-byte float are ordered like their bit patterns: count each of the 2^15, no sort.
-    magnitude_bits = (activation.view(torch.int16) & 0x7FFF).flatten()
-    counts = torch.bincount(magnitude_bits, minlength=2**15)
-    return (counts.cumsum(0) <= middle).sum().to(torch.int16).view(activation.dtype).float()
+    holder = (up_to <= middle).sum()
+    held = magnitudes[upper == holder]
+    return held.kthvalue(middle - int(up_to[holder]) + len(held) + 1).values.view(torch.float32)
 
 
-def sink_mass(attention: Float[Tensor, "head query"], key: int) -> Float[Tensor, " head"]:
-    """Average the attention that the queries after `key` pay to it (section 6; Gu et al. 2024).
+def median_of_counts(counts: Int[Tensor, "*batch 2 256"], dtype: torch.dtype) -> Float[Tensor, "*batch"]:
+    """Read the median of |h| off what `kernels.count_magnitudes` counted; `dtype` is that of h."""
+    up_to = counts[..., 0, :].cumsum(-1)
+    middle = (up_to[..., -1] - 1) // 2
+    upper = (up_to <= middle[..., None]).sum(-1)
+    below = (counts[..., 0, :] * (up_to <= middle[..., None])).sum(-1)
+    lower = (counts[..., 1, :128].cumsum(-1) <= (middle - below)[..., None]).sum(-1)
+    return ((upper << 7) | lower).to(torch.int16).view(dtype).float()
 
-    The key's own query is left out: the first token has no other key to look at. NaN where no query follows.
+
+def sink_mass(
+    attention: Float[Tensor, "batch head query"], later: Float[Tensor, "batch query"]
+) -> Float[Tensor, "batch head"]:
+    """Average the attention that later queries pay to a key (section 6; Gu et al. 2024). NaN where none follows.
+
+    The key's own query is left out: the first token has no other key to look at.
+
+    Args:
+        attention: each query's attention on the key.
+        later: 1 for the queries after the key, 0 for the others and for padding.
     """
-    return attention[:, key + 1 :].mean(dim=-1)
+    weights = later / later.sum(dim=-1, keepdim=True)
+    return (attention * weights[:, None]).sum(dim=-1)
 
 
 def bootstrap_mean(

@@ -16,16 +16,18 @@ A new probe is a class with a name, its sites and a `reduce`:
 
 from __future__ import annotations
 
+import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from melens.metrics import abs_max, abs_median, l2_norm, sink_mass
+from melens.metrics import abs_max, abs_median, l2_norm, median_of_counts, sink_mass
 
 __all__ = [
     "ATTENTION_ON_KEYS",
@@ -60,6 +62,21 @@ class Batch:
     tokens: Int[Tensor, "batch pos"]
     lengths: tuple[int, ...]
     prompts: tuple[int, ...]
+    _is_later: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @cached_property
+    def is_token(self) -> Bool[Tensor, "batch pos"]:
+        """False at padding."""
+        positions = torch.arange(self.tokens.shape[1])
+        return (positions < torch.tensor(self.lengths)[:, None]).to(self.tokens.device)
+
+    def is_later(self, key: int) -> Float[Tensor, "batch pos"]:
+        """1 at the tokens after a position, 0 before, at it, and at padding."""
+        if key not in self._is_later:
+            later = self.is_token.float()
+            later[:, : key + 1] = 0
+            self._is_later[key] = later
+        return self._is_later[key]
 
 
 class Probe(ABC):
@@ -85,10 +102,17 @@ class Probe(ABC):
 
     @abstractmethod
     def reduce(self, activation: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Reduce one activation to small tensors `[batch, *index]`, one a quantity.
+        """Reduce one activation to small tensors `[batch, ...]`, one a quantity.
 
         The activation is the model's own, shape as at that hook point: it must not be changed, nor kept.
         """
+
+    def finish(self, reduced: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """Turn what `reduce` returned, stacked to `[place, batch, ...]`, into the quantities `[place, batch, *index]`.
+
+        Called once a batch: what can wait until here costs a GPU one call in place of one a block.
+        """
+        return reduced
 
 
 class Norms(Probe):
@@ -125,16 +149,18 @@ class LargestActivations(Probe):
 
     def reduce(self, activation: Float[Tensor, "batch pos d"], batch: Batch) -> dict[str, Tensor]:
         by_token = abs_max(activation)
-        for row, length in enumerate(batch.lengths):
-            by_token[row, length:] = -1
-        n_tokens, n_dims = min(self.n_tokens, activation.shape[1]), min(self.n_dims, activation.shape[2])
-        positions = by_token.topk(n_tokens, dim=-1).indices
+        if min(batch.lengths) < activation.shape[1]:
+            by_token = by_token.masked_fill(~batch.is_token.to(activation.device), -1)
+        largest, positions = by_token.topk(min(self.n_tokens, activation.shape[1]), dim=-1)
         tokens = activation.gather(1, positions[..., None].expand(-1, -1, activation.shape[-1]))
-        dims = tokens.abs().topk(n_dims, dim=-1).indices
-        padding = by_token.gather(1, positions)[..., None] < 0
-        values = tokens.gather(2, dims).float().masked_fill(padding, float("nan"))
-        positions = positions[..., None].expand_as(dims)
-        return {"pos": positions.flatten(1), "dim": dims.flatten(1), "value": values.flatten(1)}
+        return {"largest": largest, "positions": positions, "tokens": tokens}
+
+    def finish(self, reduced: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        tokens = reduced["tokens"].float().masked_fill(reduced["largest"][..., None] < 0, float("nan"))  # padding
+        dims = tokens.abs().nan_to_num(-1).topk(min(self.n_dims, tokens.shape[-1]), dim=-1).indices
+        positions = reduced["positions"][..., None].expand_as(dims)
+        entries = {"pos": positions, "dim": dims, "value": tokens.gather(-1, dims)}
+        return {name: values.flatten(2) for name, values in entries.items()}
 
 
 class AbsMedian(Probe):
@@ -144,10 +170,26 @@ class AbsMedian(Probe):
 
     def __init__(self, sites: Sequence[str] = ("hook_resid_post",)):
         self.sites = tuple(sites)
+        self._dtype = torch.float32
 
     def reduce(self, activation: Float[Tensor, "batch pos d"], batch: Batch) -> dict[str, Tensor]:
-        medians = [abs_median(hidden[:length]) for hidden, length in zip(activation, batch.lengths, strict=True)]
-        return {"abs_median": torch.stack(medians)}
+        hiddens = [hidden[:length] for hidden, length in zip(activation, batch.lengths, strict=True)]
+        if activation.is_cuda and activation.element_size() == 2 and _has_triton():
+            from melens.kernels import count_magnitudes
+
+            self._dtype = activation.dtype
+            return {"counts": torch.stack([count_magnitudes(hidden.flatten()) for hidden in hiddens])}
+        return {"abs_median": torch.stack([abs_median(hidden) for hidden in hiddens])}
+
+    def finish(self, reduced: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        if "counts" in reduced:
+            return {"abs_median": median_of_counts(reduced["counts"], self._dtype)}
+        return reduced
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 class TokenVectors(Probe):
@@ -165,13 +207,15 @@ class TokenVectors(Probe):
         self.sites = (site,)
 
     def reduce(self, activation: Float[Tensor, "batch pos d"], batch: Batch) -> dict[str, Tensor]:
-        vectors = activation.new_full(
-            (activation.shape[0], len(self.positions), activation.shape[-1]), float("nan"), dtype=torch.float32
-        )
+        last = activation.shape[1] - 1
+        return {"vector": torch.stack([activation[:, min(position, last)] for position in self.positions], dim=1)}
+
+    def finish(self, reduced: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        vectors = reduced["vector"].float()
         for row, length in enumerate(batch.lengths):
             for column, position in enumerate(self.positions):
-                if position < length:
-                    vectors[row, column] = activation[row, position]
+                if position >= length:
+                    vectors[:, row, column] = float("nan")
         return {"vector": vectors}
 
 
@@ -186,8 +230,7 @@ class SinkMass(Probe):
         self.keys = (key,)
 
     def reduce(self, activation: Float[Tensor, "batch head query 1"], batch: Batch) -> dict[str, Tensor]:
-        rows = zip(activation[..., 0], batch.lengths, strict=True)
-        return {"sink_mass": torch.stack([sink_mass(row[:, :length], self.keys[0]) for row, length in rows])}
+        return {"sink_mass": sink_mass(activation[..., 0], batch.is_later(self.keys[0]).to(activation.device))}
 
 
 class SinkByQuery(Probe):

@@ -7,8 +7,10 @@ import os
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,8 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-from melens.attention import fused_attention
 from melens.errors import MelensError
+from melens.lean import attach_hook, lean_forward
 from melens.probes import ATTENTION_ON_KEYS, Batch, Probe, default_probes
 from melens.prompts import Bos, Prompt, tokenize
 
@@ -45,7 +47,7 @@ class Trace:
 
     model: dict[str, Any]
     prompts: pd.DataFrame
-    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
+    tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def __getitem__(self, probe: str) -> pd.DataFrame:
@@ -116,22 +118,37 @@ def trace(
     if len(set(names)) < len(names):
         raise MelensError(f"Two probes have the same name: {', '.join(names)}.")
     tokens, described = _as_tokens(model, prompts, bos)
-    listeners = [listener for probe in probes for listener in _listeners(model, probe)]
-    recorder = _Recorder()
-    done, total = 0, sum(map(len, tokens))
-    with torch.no_grad():
+    recorder = _Recorder(probes)
+    total = sum(map(len, tokens))
+    with torch.no_grad(), _listening(model, probes, recorder):
         for batch in _batches(tokens, max_batch_tokens, device=model.cfg.device):
-            _forward(model, batch, listeners, recorder)
-            recorder.end_batch(batch)
-            done += sum(batch.lengths)
+            recorder.begin(batch)
+            _forward(model, batch)
+            recorder.end()
             if progress is not None:
-                progress(done, total)
-    return Trace(
-        model=_describe(model),
-        prompts=described,
-        tables={probe.name: recorder.table(probe) for probe in probes if probe.kind == "table"},
-        tensors={probe.name: recorder.tensor(probe, len(tokens)) for probe in probes if probe.kind == "tensor"},
-    )
+                progress(recorder.n_tokens, total)
+    tables = {probe.name: partial(recorder.table, probe) for probe in probes if probe.kind == "table"}
+    tensors = {probe.name: recorder.tensor(probe, len(tokens)) for probe in probes if probe.kind == "tensor"}
+    return Trace(_describe(model), described, _Tables(tables), tensors)
+
+
+class _Tables(Mapping[str, pd.DataFrame]):
+    """Tables by probe, each laid out when it is first asked for."""
+
+    def __init__(self, make: dict[str, Callable[[], pd.DataFrame]]):
+        self._make = make
+        self._made: dict[str, pd.DataFrame] = {}
+
+    def __getitem__(self, probe: str) -> pd.DataFrame:
+        if probe not in self._made:
+            self._made[probe] = self._make[probe]()
+        return self._made[probe]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._make)
+
+    def __len__(self) -> int:
+        return len(self._make)
 
 
 def _as_tokens(model: TransformerBridge, prompts: Sequence[Any], bos: Bos) -> tuple[list[list[int]], pd.DataFrame]:
@@ -139,7 +156,7 @@ def _as_tokens(model: TransformerBridge, prompts: Sequence[Any], bos: Bos) -> tu
         raise MelensError("A trace needs a list of at least one prompt.")
     given_tokens = [prompt for prompt in prompts if isinstance(prompt, Tensor)]
     if given_tokens:
-        tokens = [[int(token) for token in prompt] for prompt in given_tokens]
+        tokens = [prompt.tolist() for prompt in given_tokens]
         texts = [Prompt(text="") for _ in tokens]
         first = [str(ids[0]) for ids in tokens]
     else:
@@ -159,19 +176,26 @@ def _as_tokens(model: TransformerBridge, prompts: Sequence[Any], bos: Bos) -> tu
     return tokens, described
 
 
+_MAX_PADDING = 0.25  # of a batch
+
+
 def _batches(tokens: list[list[int]], max_batch_tokens: int, device: Any) -> Iterator[Batch]:
-    """Group prompts of similar length, so that little of a batch is padding."""
+    """Group prompts of similar length, shortest first, so that little of a batch is padding."""
     rows: list[int] = []
-    for row in sorted(range(len(tokens)), key=lambda row: len(tokens[row])) + [None]:
-        if row is not None and (not rows or (len(rows) + 1) * len(tokens[row]) <= max_batch_tokens):
-            rows.append(row)
-            continue
-        lengths = tuple(len(tokens[r]) for r in rows)
-        padded = torch.zeros((len(rows), max(lengths)), dtype=torch.long)
-        for i, r in enumerate(rows):
-            padded[i, : lengths[i]] = torch.tensor(tokens[r])
-        yield Batch(tokens=padded.to(device), lengths=lengths, prompts=tuple(rows))
-        rows = [row] if row is not None else []
+    for row in sorted(range(len(tokens)), key=lambda row: len(tokens[row])):
+        padded = (len(rows) + 1) * len(tokens[row])
+        real = sum(len(tokens[r]) for r in (*rows, row))
+        if rows and (padded > max_batch_tokens or real < (1 - _MAX_PADDING) * padded):
+            yield _pad(tokens, rows, device)
+            rows = []
+        rows.append(row)
+    yield _pad(tokens, rows, device)
+
+
+def _pad(tokens: list[list[int]], rows: list[int], device: Any) -> Batch:
+    of_batch = [torch.tensor(tokens[row]) for row in rows]
+    padded = torch.nn.utils.rnn.pad_sequence(of_batch, batch_first=True)
+    return Batch(padded.to(device), tuple(len(ids) for ids in of_batch), tuple(rows))
 
 
 # --- Listening --------------------------------------------------------------------------------------------------------
@@ -184,55 +208,67 @@ class _Listener:
     probe: Probe
     site: str
     layer: int
-    hook_name: str | None  # None: the attention on the probe's keys
-
-    def hear(self, activation: Tensor, batch: Batch, recorder: _Recorder) -> None:
-        recorder.add(self, self.probe.reduce(activation, batch))
+    hook_point: HookPoint | None  # None: the attention on the probe's keys
 
 
-def _listeners(model: TransformerBridge, probe: Probe) -> list[_Listener]:
+def _listeners(model: TransformerBridge, hook_dict: dict[str, HookPoint], probe: Probe) -> list[_Listener]:
     layers = range(len(model.blocks)) if probe.layers is None else probe.layers
-    hook_names = model.hook_dict.keys()
     found: list[_Listener] = []
     for site in probe.sites:
         before = len(found)
         if site == ATTENTION_ON_KEYS:
             found += [_Listener(probe, site, layer, None) for layer in layers if "attn" in model.blocks[layer]._modules]
-        elif site in hook_names:
+        elif site in hook_dict:
             block = re.fullmatch(r"blocks\.(\d+)\.(.*)", site)
-            found.append(_Listener(probe, block[2] if block else site, int(block[1]) if block else -1, site))
+            found.append(_Listener(probe, block[2] if block else site, int(block[1]) if block else -1, hook_dict[site]))
         else:
             in_blocks = ((layer, f"blocks.{layer}.{site}") for layer in layers)
-            found += [_Listener(probe, site, layer, name) for layer, name in in_blocks if name in hook_names]
+            found += [_Listener(probe, site, layer, hook_dict[name]) for layer, name in in_blocks if name in hook_dict]
         if len(found) == before:
             raise MelensError(f"The probe {probe.name!r} listens at {site!r}, which no block of this model has.")
     return found
 
 
-def _forward(model: TransformerBridge, batch: Batch, listeners: list[_Listener], recorder: _Recorder) -> None:
-    at_hooks = [(listener.hook_name, _as_hook(listener, batch, recorder)) for listener in listeners if listener.hook_name]
-    on_keys = defaultdict(list)
-    for listener in listeners:
-        if listener.hook_name is None:
-            on_keys[listener.layer].append(listener)
-    keys = sorted({key for heard in on_keys.values() for listener in heard for key in listener.probe.keys})
+@contextmanager
+def _listening(model: TransformerBridge, probes: Sequence[Probe], recorder: _Recorder) -> Iterator[None]:
+    """Attach every probe and leave out of the forward pass what none of them, nor any other hook, listens to."""
+    hook_dict = model.hook_dict
+    at_hook: dict[int, list[_Listener]] = defaultdict(list)
+    at_keys: dict[int, list[_Listener]] = defaultdict(list)
+    for listener in (listener for probe in probes for listener in _listeners(model, hook_dict, probe)):
+        if listener.hook_point is None:
+            at_keys[listener.layer].append(listener)
+        else:
+            at_hook[id(listener.hook_point)].append(listener)
+    keys = sorted({key for listeners in at_keys.values() for listener in listeners for key in listener.probe.keys})
 
     def hear_keys(layer: int, attention: Tensor) -> None:
-        for listener in on_keys[layer]:
+        for listener in at_keys[layer]:
             columns = [keys.index(key) for key in listener.probe.keys]
-            listener.hear(attention[..., columns], batch, recorder)
+            all_of_them = len(columns) == len(keys)
+            wanted = attention if all_of_them else torch.stack([attention[..., column] for column in columns], dim=-1)
+            recorder.add(listener, wanted)
 
-    with model.hooks(fwd_hooks=at_hooks), fused_attention(model, keys, hear_keys if on_keys else None):
-        wants_logits = any(isinstance(m, HookPoint) and m.has_hooks() for m in model.unembed.modules())
-        network = model.original_model if wants_logits else model.original_model.base_model
-        network(input_ids=batch.tokens, use_cache=False)
+    with ExitStack() as stack:
+        for listeners in at_hook.values():
+            attach_hook(listeners[0].hook_point, _hook_fn(listeners, recorder), stack)
+        stack.enter_context(lean_forward(model, keys, hear_keys if at_keys else None))
+        yield
 
 
-def _as_hook(listener: _Listener, batch: Batch, recorder: _Recorder) -> Callable[..., None]:
-    def hook_fn(activation: Tensor, hook: HookPoint) -> None:
-        listener.hear(activation, batch, recorder)
+def _hook_fn(listeners: list[_Listener], recorder: _Recorder) -> Callable[..., None]:
+    def hear(activation: Tensor, hook: HookPoint) -> None:
+        for listener in listeners:
+            recorder.add(listener, activation)
 
-    return hook_fn
+    return hear
+
+
+def _forward(model: TransformerBridge, batch: Batch) -> None:
+    """Run the network, without the logits unless a hook wants them."""
+    wants_logits = any(isinstance(module, HookPoint) and module.has_hooks() for module in model.unembed.modules())
+    network = model.original_model if wants_logits else model.original_model.base_model
+    network(input_ids=batch.tokens, use_cache=False)
 
 
 # --- Recording --------------------------------------------------------------------------------------------------------
@@ -240,7 +276,7 @@ def _as_hook(listener: _Listener, batch: Batch, recorder: _Recorder) -> Callable
 
 @dataclass
 class _Chunk:
-    """One probe's results of one batch: `[listener, batch, *index]` a quantity."""
+    """One probe's quantities of one batch, each `[place, batch, *index]`."""
 
     batch: Batch
     places: list[tuple[str, int]]
@@ -248,26 +284,33 @@ class _Chunk:
 
 
 class _Recorder:
-    """Collects what probes return and lays it out as tables."""
+    """Lets probes reduce what passes, and lays their results out as tables."""
 
-    def __init__(self) -> None:
-        self._pending: dict[str, list[tuple[_Listener, dict[str, Tensor]]]] = defaultdict(list)
-        self._chunks: dict[str, list[_Chunk]] = defaultdict(list)
+    def __init__(self, probes: Sequence[Probe]) -> None:
+        self.n_tokens = 0
+        self._batch: Batch
+        self._reduced: dict[str, list[tuple[_Listener, dict[str, Tensor]]]] = {probe.name: [] for probe in probes}
+        self._chunks: dict[str, list[_Chunk]] = {probe.name: [] for probe in probes}
 
-    def add(self, listener: _Listener, quantities: dict[str, Tensor]) -> None:
-        self._pending[listener.probe.name].append((listener, quantities))
+    def begin(self, batch: Batch) -> None:
+        self._batch = batch
 
-    def end_batch(self, batch: Batch) -> None:
+    def add(self, listener: _Listener, activation: Tensor) -> None:
+        self._reduced[listener.probe.name].append((listener, listener.probe.reduce(activation, self._batch)))
+
+    def end(self) -> None:
         """Bring the batch's results to the CPU, one transfer a quantity."""
-        for name, heard in self._pending.items():
-            device = next(iter(heard[0][1].values())).device
-            quantities = {
-                quantity: torch.stack([results[quantity].to(device) for _, results in heard]).cpu().numpy()
-                for quantity in heard[0][1]
-            }
+        for name, heard in self._reduced.items():
+            if not heard:
+                raise MelensError(f"The probe {name!r} heard nothing: no hook it listens at fires in this model.")
+            probe, first = heard[0][0].probe, heard[0][1]
+            device = next(iter(first.values())).device
+            stacked = {key: torch.stack([reduced[key].to(device) for _, reduced in heard]) for key in first}
+            quantities = {key: values.cpu().numpy() for key, values in probe.finish(stacked, self._batch).items()}
             places = [(listener.site, listener.layer) for listener, _ in heard]
-            self._chunks[name].append(_Chunk(batch, places, quantities))
-        self._pending.clear()
+            self._chunks[name].append(_Chunk(self._batch, places, quantities))
+            heard.clear()
+        self.n_tokens += sum(self._batch.lengths)
 
     def table(self, probe: Probe) -> pd.DataFrame:
         sites = list(dict.fromkeys(site for chunk in self._chunks[probe.name] for site, _ in chunk.places))
@@ -295,13 +338,12 @@ def _tidy(chunk: _Chunk, index: tuple[str, ...], sites: list[str]) -> dict[str, 
         "site": (0, np.asarray([sites.index(site) for site, _ in chunk.places], dtype=np.int8)),
         **{name: (2 + i, np.arange(shape[2 + i], dtype=np.int32)) for i, name in enumerate(index)},
     }
-    lengths = np.asarray(chunk.batch.lengths)
-    real = np.ones(shape, dtype=bool)
-    if "pos" in index:
-        positions = _along(np.arange(shape[2 + index.index("pos")]), 2 + index.index("pos"), len(shape))
-        real &= positions < _along(lengths, 1, len(shape))
-    columns = {name: np.broadcast_to(_along(values, axis, len(shape)), shape)[real] for name, (axis, values) in axes.items()}
-    return columns | {name: values[real] for name, values in chunk.quantities.items()}
+    columns = {name: np.broadcast_to(_along(values, axis, len(shape)), shape) for name, (axis, values) in axes.items()}
+    columns |= chunk.quantities
+    if "pos" in index and min(chunk.batch.lengths) < shape[axes["pos"][0]]:
+        real = columns["pos"] < _along(np.asarray(chunk.batch.lengths), 1, len(shape))
+        return {name: values[real] for name, values in columns.items()}
+    return {name: values.reshape(-1) for name, values in columns.items()}
 
 
 def _along(values: np.ndarray, axis: int, n_axes: int) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""Experiments: `run.py` and one short module each, measure -> judge -> draw."""

@@ -1,0 +1,215 @@
+"""Leave out of a bridge's forward pass what nobody listens to.
+
+A `TransformerBridge` puts a component of its own around every module of a transformers model, so that hooks can fire
+everywhere: it re-implements attention eagerly, which costs memory quadratic in the sequence, makes float32 copies for
+the hooks inside norms, and spends more time in Python than a GPU takes for the block. `lean_forward` puts the model's
+own modules back for as long as the context lasts. Hooks on what goes into or comes out of a module fire as before; a
+component with a hook further inside stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.generalized_components import (
+    BlockBridge,
+    GatedMLPBridge,
+    JointGateUpMLPBridge,
+    JointQKVPositionEmbeddingsAttentionBridge,
+    LinearBridge,
+    NormalizationBridge,
+    PositionEmbeddingsAttentionBridge,
+    RMSNormalizationBridge,
+)
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+
+from melens.attention import FUSED, FUSED_BESIDE_EAGER
+
+__all__ = ["KeyListener", "attach_hook", "lean_forward"]
+
+KeyListener = Callable[[int, Tensor], None]
+"""Called as `listener(layer, attention)` with a float32 `[batch, head, query, key]`, a column for each wanted key."""
+
+_ATTENTION = (PositionEmbeddingsAttentionBridge, JointQKVPositionEmbeddingsAttentionBridge)
+_TRANSPARENT = (
+    BlockBridge, GatedMLPBridge, JointGateUpMLPBridge, LinearBridge, NormalizationBridge, RMSNormalizationBridge,
+)  # fmt: skip
+"""Components that compute just what the module computes that they wrap (subclasses may not)."""
+
+_INPUT_FORKS = ("use_split_qkv_input", "use_attn_in", "use_attn_result", "use_hook_mlp_in")
+"""The bridge's options that route activations around the wrapped modules."""
+
+
+@contextmanager
+def lean_forward(
+    model: TransformerBridge, keys: Sequence[int] = (), listener: KeyListener | None = None
+) -> Iterator[None]:
+    """Run the model's own modules wherever that fires the same hooks, and its attention through fused kernels.
+
+    Blocks with a hook on their scores or pattern, and those whose attention no fused kernel computes, stay eager.
+    Whatever happens inside, the model leaves the context as it entered it.
+
+    Args:
+        model: the bridge, with its hooks already attached.
+        keys: key positions whose attention the listener wants.
+        listener: called once a block and forward pass, whichever way the block computes its attention.
+    """
+    can_be_lean = not any(getattr(model.cfg, option, False) for option in _INPUT_FORKS)
+    left_out: list[_Wrapper] = []
+    n_eager = 0
+    with ExitStack() as stack:
+        stack.callback(_put_back, left_out)
+        for wrapper in _wrappers(model):
+            if can_be_lean and wrapper.can_be_left_out and not _any_hooks(wrapper.inside):
+                left_out.append(wrapper)
+                wrapper.parent._modules[wrapper.name] = wrapper.module
+                _keep_rim_hooks(wrapper, stack)
+                if wrapper.layer is not None and listener is not None:
+                    _listen_to_fused(wrapper, keys, listener, stack)
+            elif wrapper.layer is not None:
+                n_eager += 1
+                if listener is not None:
+                    _listen_to_pattern(wrapper, keys, listener, stack)
+        _select_attention(model, FUSED_BESIDE_EAGER if n_eager else FUSED, stack)
+        yield
+
+
+@dataclass(frozen=True)
+class _Wrapper:
+    """A bridge component in its place in the transformers model.
+
+    Attributes:
+        component, module: the bridge component and the transformers module that it wraps.
+        parent, name: where in the transformers model it stands.
+        hook_in, hook_out: its hooks at the rim, on what goes into and comes out of the wrapped module.
+        inside: its other hooks, which the wrapped module alone would not fire.
+        can_be_left_out: whether the wrapped module computes the same.
+        layer: of an attention component, its block.
+    """
+
+    component: Any
+    module: Any
+    parent: nn.Module
+    name: str
+    hook_in: HookPoint
+    hook_out: HookPoint
+    inside: tuple[HookPoint, ...]
+    can_be_left_out: bool
+    layer: int | None
+
+
+def _put_back(left_out: list[_Wrapper]) -> None:
+    for wrapper in left_out:
+        wrapper.parent._modules[wrapper.name] = wrapper.component
+
+
+def _keep_rim_hooks(wrapper: _Wrapper, stack: ExitStack) -> None:
+    if _any_hooks((wrapper.hook_in,)):
+        fire_in = _fire_hook_in(wrapper.hook_in)
+        stack.callback(wrapper.module.register_forward_pre_hook(fire_in, with_kwargs=True).remove)
+    if _any_hooks((wrapper.hook_out,)):
+        stack.callback(wrapper.module.register_forward_hook(_fire_hook_out(wrapper.hook_out)).remove)
+
+
+_WRAPPERS: WeakKeyDictionary[nn.Module, tuple[_Wrapper, ...]] = WeakKeyDictionary()
+
+
+def _wrappers(model: TransformerBridge) -> tuple[_Wrapper, ...]:
+    """List the components that can be left out and all attention components; found once a model."""
+    if model not in _WRAPPERS:
+        attention = {id(block._modules.get("attn")): layer for layer, block in enumerate(model.blocks)}
+        _WRAPPERS[model] = tuple(
+            _wrapper(component, parent, name, attention.get(id(component)))
+            for parent in model.original_model.modules()
+            if not isinstance(parent, GeneralizedComponent)
+            for name, component in parent._modules.items()
+            if type(component) in _TRANSPARENT or id(component) in attention
+        )
+    return _WRAPPERS[model]
+
+
+def _wrapper(component: Any, parent: nn.Module, name: str, layer: int | None) -> _Wrapper:
+    module, hook_in, hook_out = component.original_component, component.hook_in, component.hook_out
+    elsewhere = {id(hook_in), id(hook_out), *map(id, module.modules())}
+    hooks = (hook for hook in component.modules() if isinstance(hook, HookPoint))
+    inside = tuple(hook for hook in hooks if id(hook) not in elsewhere)
+    if layer is not None:
+        can_be_left_out = isinstance(component, _ATTENTION)
+    elif isinstance(component, NormalizationBridge):
+        can_be_left_out = component.use_native_layernorm_autograd
+    else:
+        can_be_left_out = not getattr(component, "_use_processed_weights", False)
+    return _Wrapper(component, module, parent, name, hook_in, hook_out, inside, can_be_left_out, layer)
+
+
+def _any_hooks(hooks: tuple[HookPoint, ...]) -> bool:
+    for hook in hooks:  # a plain loop, run for hundreds of components before every forward pass
+        if hook.fwd_hooks or hook.bwd_hooks:
+            return True
+    return False
+
+
+def _fire_hook_in(hook_in: HookPoint) -> Callable[..., tuple[Any, Any]]:
+    def fire(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if args:
+            return (hook_in(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": hook_in(kwargs["hidden_states"])}
+
+    return fire
+
+
+def _fire_hook_out(hook_out: HookPoint) -> Callable[..., Any]:
+    def fire(module: nn.Module, args: Any, output: Any) -> Any:
+        return (hook_out(output[0]), *output[1:]) if isinstance(output, tuple) else hook_out(output)
+
+    return fire
+
+
+# --- Attention --------------------------------------------------------------------------------------------------------
+
+
+def _listen_to_fused(wrapper: _Wrapper, keys: Sequence[int], listener: KeyListener, stack: ExitStack) -> None:
+    def hear(attention: Float[Tensor, "batch head query key"]) -> None:
+        listener(wrapper.layer, attention)
+
+    wanted = {"melens_keys": tuple(keys), "melens_listener": hear}
+
+    def ask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        return args, kwargs | wanted  # transformers passes it on to the attention function
+
+    stack.callback(wrapper.module.register_forward_pre_hook(ask, with_kwargs=True).remove)
+
+
+def _listen_to_pattern(wrapper: _Wrapper, keys: Sequence[int], listener: KeyListener, stack: ExitStack) -> None:
+    hook_pattern: HookPoint | None = getattr(wrapper.component, "hook_pattern", None)
+    if hook_pattern is None:
+        return
+
+    def report(pattern: Float[Tensor, "batch head query key"], hook: HookPoint) -> None:
+        listener(wrapper.layer, pattern[..., list(keys)].float())
+
+    attach_hook(hook_pattern, report, stack)
+
+
+def attach_hook(hook_point: HookPoint, hook_fn: Callable[..., Any], stack: ExitStack) -> None:
+    """Attach a forward hook until the stack unwinds."""
+    handle = hook_point.add_hook(hook_fn)
+    stack.callback(hook_point.fwd_hooks.remove, handle)
+    stack.callback(handle.hook.remove)
+
+
+def _select_attention(model: TransformerBridge, name: str, stack: ExitStack) -> None:
+    modules = [model.original_model]
+    modules += [wrapper.module for wrapper in _wrappers(model) if wrapper.layer is not None]
+    configs = {id(module.config): module.config for module in modules if hasattr(module, "config")}
+    for config in configs.values():
+        stack.callback(setattr, config, "_attn_implementation", config._attn_implementation)
+        config._attn_implementation = name

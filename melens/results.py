@@ -1,0 +1,158 @@
+"""What a run leaves: `result.json`, tidy tables as parquet, figures as HTML; each file whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+from melens.claims import Claim
+from melens.errors import MelensError
+
+__all__ = ["Result", "read_results", "write_failure", "write_result", "write_tables_and_figures"]
+
+_PACKAGES = ("melens", "torch", "transformers", "transformer_lens", "numpy", "pandas", "plotly")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an experiment found.
+
+    Attributes:
+        experiment: its name.
+        model: as in `Trace.model`.
+        metrics: numbers, lists and None by name, for `result.json`.
+        claims: judged claims of the paper.
+        tables: tidy data by name, each what a figure shows.
+        figures: by name.
+        findings: what to tell the user, as (what, value) rows.
+    """
+
+    experiment: str
+    model: dict[str, Any]
+    metrics: dict[str, Any]
+    claims: list[Claim] = field(default_factory=list)
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
+    figures: dict[str, go.Figure] = field(default_factory=dict)
+    findings: list[tuple[str, str]] = field(default_factory=list)
+
+
+def write_result(result: Result, folder: str | Path, *, config: dict[str, Any], duration: float) -> list[Path]:
+    """Write a result into a folder; `result.json` comes last, so that a folder that has one is complete.
+
+    Returns:
+        The files that a user wants to open.
+
+    Raises:
+        MelensError: the folder cannot be written to.
+    """
+    content = {
+        "experiment": result.experiment,
+        "status": "ok",
+        "model": result.model,
+        "metrics": result.metrics,
+        "claims": [claim.as_dict() for claim in result.claims],
+        "environment": _environment(result.model, config, duration),
+        "config": config,
+    }
+    paths = write_tables_and_figures(result.tables, result.figures, folder)
+    with _told_in_a_sentence(folder):
+        return [*paths, _write(Path(folder) / "result.json", _json_writer(content))]
+
+
+def write_tables_and_figures(
+    tables: dict[str, pd.DataFrame], figures: dict[str, go.Figure], folder: str | Path
+) -> list[Path]:
+    """Write tables as parquet and figures as HTML, with one plotly.min.js beside them; return the files."""
+    folder = Path(folder)
+    with _told_in_a_sentence(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if figures:
+            _write(folder / "plotly.min.js", lambda path: path.write_text(get_plotlyjs(), "utf-8"))
+        paths = [_write(folder / f"{name}.parquet", table.to_parquet) for name, table in tables.items()]
+        return paths + [_write(folder / f"{name}.html", _html_writer(figure)) for name, figure in figures.items()]
+
+
+@contextmanager
+def _told_in_a_sentence(folder: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise MelensError(f"The results cannot be written to {folder} ({error.strerror or error}).") from error
+
+
+def write_failure(message: str, folder: str | Path, *, config: dict[str, Any]) -> None:
+    """Record in `result.json` why a job of a sweep gave no result."""
+    content = {"experiment": config["exp"]["name"], "status": "failed", "error": message, "config": config}
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    _write(Path(folder) / "result.json", _json_writer(content))
+
+
+def read_results(folder: str | Path) -> dict[Path, dict[str, Any]]:
+    """Read the `result.json` of every job folder in a sweep's folder, in the order of the jobs."""
+    paths = sorted(Path(folder).glob("*/result.json"), key=lambda path: (len(path.parent.name), path.parent.name))
+    return {path.parent: json.loads(path.read_text("utf-8")) for path in paths}
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> Path:
+    """Write under another name and rename: a killed run leaves no half file."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def _html_writer(figure: go.Figure) -> Callable[[Path], object]:
+    return lambda path: figure.write_html(path, include_plotlyjs="plotly.min.js", config={"displaylogo": False})
+
+
+def _json_writer(content: dict[str, Any]) -> Callable[[Path], object]:
+    return lambda path: path.write_text(json.dumps(_plain(content), indent=2, allow_nan=False) + "\n", "utf-8")
+
+
+def _plain(value: Any) -> Any:
+    """Turn numpy scalars into Python's and what JSON lacks (NaN, infinity) into null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _environment(model: dict[str, Any], config: dict[str, Any], duration: float) -> dict[str, Any]:
+    return {
+        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in _PACKAGES},
+        "device": model.get("device"),
+        "dtype": model.get("dtype"),
+        "seed": config.get("seed"),
+        "git_commit": _git_commit(),
+        "duration_s": round(duration, 2),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _git_commit() -> str | None:
+    """Return the commit of the source that ran, marked where it was changed since; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,65 @@
+"""Attention sinks: where they start (section 6, figure 7)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+
+from melens.trace import Trace
+
+__all__ = ["SINK_THRESHOLD", "SinkOnset", "find_sink_onset", "sink_mass_by_layer"]
+
+SINK_THRESHOLD = 0.3
+"""A head, or a block on average, has a sink where later tokens pay more than this to the key (Gu et al. 2024)."""
+
+
+@dataclass(frozen=True)
+class SinkOnset:
+    """Where sinks start. Layers are 0-based blocks, None where there is no such block.
+
+    Attributes:
+        layer: the first block from which the mean sink mass stays over the threshold, the trailing blocks left out.
+        first_layer: the first block over the threshold at all: earlier than `layer` where sinks come, go and return.
+        threshold: see `SINK_THRESHOLD`.
+    """
+
+    layer: int | None
+    first_layer: int | None
+    threshold: float
+
+
+def sink_mass_by_layer(trace: Trace) -> pd.DataFrame:
+    """Summarise the sink mass by block: `mean`, `low` and `high` (10% and 90% of heads), `share_of_heads` with a sink."""
+    by_head = trace["sink_mass"].groupby(["layer", "head"])["sink_mass"].mean()
+    by_layer = by_head.groupby("layer")
+    return pd.DataFrame(
+        {
+            "mean": by_layer.mean(),
+            "low": by_layer.quantile(0.1),
+            "high": by_layer.quantile(0.9),
+            "share_of_heads": by_layer.agg(lambda mass: (mass > SINK_THRESHOLD).mean()),
+        }
+    ).reset_index()
+
+
+def find_sink_onset(trace: Trace, *, threshold: float = SINK_THRESHOLD, trailing_blocks: int = 2) -> SinkOnset:
+    """Find the block from which the first token is an attention sink.
+
+    Args:
+        trace: with the table of the probe `SinkMass`.
+        threshold: on the sink mass, averaged over prompts and heads.
+        trailing_blocks: last blocks that need not have a sink.
+    """
+    by_layer = sink_mass_by_layer(trace).set_index("layer")["mean"]
+    over = (by_layer > threshold).to_numpy()
+    layers = by_layer.index.to_numpy()
+    lasting = len(over) - trailing_blocks
+    start = lasting
+    while start > 0 and over[start - 1]:
+        start -= 1
+    return SinkOnset(
+        layer=int(layers[start]) if start < lasting else None,
+        first_layer=int(layers[over.argmax()]) if over.any() else None,
+        threshold=threshold,
+    )
