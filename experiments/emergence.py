@@ -12,20 +12,26 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 import melens
-from melens import Criterion, Emergence, Prompt, Trace, figures, sinks
+from melens import Criterion, Emergence, MelensError, Prompt, Trace, figures, sinks
 from melens.claims import judge_emergence
 from melens.results import Result
 from melens.trace import Progress
+
+TABLE8 = (
+    "model", "family", "n_layers", "me_layer", "magnification", "magnification_low", "magnification_high",
+    "relative_magnification", "share_of_peak", "kind", "agreement", "sink_onset_layer", "paper_me_layer", "error",
+)  # fmt: skip
 
 
 def run(
     model: TransformerBridge, prompts: Sequence[Prompt] | Sequence[Tensor], cfg: DictConfig, progress: Progress
 ) -> Result:
     """Measure norms, largest activations and sink mass in one pass, find the ME layer, draw."""
-    trace = melens.trace(
-        model, prompts, bos=cfg.prompts.bos, max_batch_tokens=cfg.max_batch_tokens, progress=progress
-    )
-    me = melens.find_me_layer(trace, Criterion(**cfg.exp.criterion))
+    criterion = Criterion(**cfg.exp.criterion)
+    if not isinstance(cfg.exp.top_dims, int) or cfg.exp.top_dims < 1:
+        raise MelensError(f"exp.top_dims is {cfg.exp.top_dims!r}; it must be a whole number >= 1.")
+    trace = melens.trace(model, prompts, bos=cfg.prompts.bos, max_batch_tokens=cfg.max_batch_tokens, progress=progress)
+    me = melens.find_me_layer(trace, criterion)
     onset = sinks.find_sink_onset(trace)
     metrics = me.metrics() | {"sink_onset_layer": onset.layer, "first_sink_layer": onset.first_layer}
     norms = figures.norm_by_block(trace["norm"])
@@ -60,14 +66,11 @@ def run(
     )
 
 
-def merge(jobs: dict[Path, dict[str, Any]]) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
+def merge(jobs: dict[Path, dict[str, Any]]) -> Result:
     """Merge the jobs of a sweep over models: table 8, grouped by family, and the norm curves side by side.
 
     Args:
         jobs: each job's `result.json` by its folder, the failed ones among them.
-
-    Returns:
-        Tables and figures by name.
     """
     rows, curves, me_layers = [], {}, {}
     for folder, result in jobs.items():
@@ -79,10 +82,29 @@ def merge(jobs: dict[Path, dict[str, Any]]) -> tuple[dict[str, pd.DataFrame], di
         label = model["name"] if model["name"] not in curves else f"{model['name']} (job {folder.name})"
         curves[label] = pd.read_parquet(folder / "norm_by_block.parquet")
         me_layers[label] = result["metrics"]["me_layer"]
-    table8 = pd.DataFrame(rows).sort_values("family", kind="stable").reset_index(drop=True)
-    table8["me_layer"] = table8["me_layer"].astype("Int64") if "me_layer" in table8 else pd.NA
-    drawn = {"norms_side_by_side": figures.compare_norms(curves, me_layers, log_scale=True)} if curves else {}
-    return {"table8": table8}, drawn
+    table8 = pd.DataFrame(rows, columns=TABLE8).sort_values("family", kind="stable").reset_index(drop=True)
+    table8 = table8.astype({name: "Int64" for name in TABLE8 if name.endswith("_layer") or name == "n_layers"})
+    return Result(
+        experiment="table 8",
+        model={},
+        metrics={},
+        tables={"table8": table8},
+        figures={"norms_side_by_side": figures.compare_norms(curves, me_layers, log_scale=True)} if curves else {},
+        findings=[(row["model"], _in_a_line(row)) for row in table8.to_dict("records")],
+    )
+
+
+def _in_a_line(row: dict[str, Any]) -> str:
+    if not pd.isna(row["error"]):
+        return f"failed: {row['error']}"
+    if pd.isna(row["me_layer"]):
+        return f"no ME layer among {row['n_layers']} blocks"
+    onset = "no sinks" if pd.isna(row["sink_onset_layer"]) else f"sinks from block {row['sink_onset_layer']}"
+    return (
+        f"block {row['me_layer']} of {row['n_layers']}, ×{row['magnification']:,.1f} "
+        f"({row['magnification_low']:,.1f} to {row['magnification_high']:,.1f}), {row['kind']}, "
+        f"{row['agreement']:.0%} agree, {onset}"
+    )
 
 
 def _top_dims(trace: Trace, n_dims: int) -> pd.DataFrame:

@@ -10,7 +10,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us, who tell them in a sentence
+os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, we tell
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -20,29 +20,29 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from torch import Tensor
 
 from melens.errors import MelensError
+from melens.models import load_model
+from melens.prompts import Prompt, load_prompts, random_tokens, tokenize
+from melens.results import show_result, write_failure, write_result
 
 FAILED, WRONG_OPTION = 1, 2
-_failures: list[str] = []
+_failures: list[Exception] = []
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def main(cfg: DictConfig) -> None:
-    """Run one job; in a sweep a job that fails is recorded and does not end the others."""
+    """Run one job; what goes wrong is told here, and in a sweep recorded, so that it does not end the others."""
     hydra_cfg = HydraConfig.get()
     folder = Path(hydra_cfg.runtime.output_dir)
-    if hydra_cfg.mode == RunMode.RUN:
-        run_job(cfg, folder)
-        return
     try:
         run_job(cfg, folder)
     except Exception as error:
-        from melens.results import write_failure
-
-        _failures.append(tell(error, verbose=bool(hydra_cfg.verbose)))
-        write_failure(_failures[-1], folder, config=OmegaConf.to_container(cfg, resolve=True))
+        _failures.append(error)
+        message = tell(error, verbose=bool(hydra_cfg.verbose))
+        if hydra_cfg.mode == RunMode.MULTIRUN:
+            write_failure(message, folder, config=OmegaConf.to_container(cfg))
 
 
 def run_job(cfg: DictConfig, folder: Path) -> None:
@@ -50,10 +50,6 @@ def run_job(cfg: DictConfig, folder: Path) -> None:
     start = time.perf_counter()
     if not os.access(folder, os.W_OK):
         raise MelensError(f"The output folder {folder} cannot be written to.")
-    from melens.models import load_model
-    from melens.prompts import load_prompts
-    from melens.results import write_result
-
     experiment = importlib.import_module(f"experiments.{cfg.exp.name}")
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)
     prompts = load_prompts(cfg.prompts.file, cfg.prompts.tasks)
@@ -70,13 +66,11 @@ def run_job(cfg: DictConfig, folder: Path) -> None:
             lambda done, total: bars.update(bar, completed=done, total=total),
         )
     paths = write_result(result, folder, config=config, duration=time.perf_counter() - start)
-    show(result, paths, console)
+    show_result(result, paths, console)
 
 
-def choose_prompts(model: Any, prompts: list[Any], cfg: DictConfig) -> list[Any]:
+def choose_prompts(model: Any, prompts: list[Prompt], cfg: DictConfig) -> list[Prompt] | list[Tensor]:
     """Keep the prompts of the wanted length; a model without a tokenizer gets random tokens in their place."""
-    from melens.prompts import random_tokens, tokenize
-
     if model.tokenizer is None:
         return random_tokens(len(prompts), 128, model.cfg.d_vocab, seed=cfg.seed)
     lengths = [len(tokens) for tokens in tokenize(model, prompts, bos=cfg.prompts.bos)]
@@ -87,40 +81,30 @@ def choose_prompts(model: Any, prompts: list[Any], cfg: DictConfig) -> list[Any]
     return kept
 
 
-def show(result: Any, paths: list[Path], console: Console) -> None:
-    """Print a short table of the findings, the verdicts and the paths."""
-    table = Table(show_header=False, title=f"{result.experiment}")
-    for row in result.findings:
-        table.add_row(*row)
-    console.print(table)
-    colors = {"holds": "green", "does not hold": "red", "not testable": "yellow"}
-    for claim in result.claims:
-        console.print(f"[{colors[claim.verdict]}]{claim.verdict:>13}[/]  {claim.claim} ({claim.source})")
-    console.print("Written:", *(str(path) for path in paths), sep="\n  ")
-
-
 def tell(error: BaseException, *, verbose: bool) -> str:
     """Print an error in a sentence, with its traceback for those who want it or where it is no user's mistake."""
-    if verbose or not isinstance(error, MelensError | HydraException | OmegaConfBaseException | OSError):
+    expected = (MelensError, HydraException, OmegaConfBaseException, OSError)
+    if verbose or not isinstance(error, expected):
         traceback.print_exception(error)
-    message = str(error) if isinstance(error, MelensError) else f"{type(error).__name__}: {error}"
+    message = str(error) if isinstance(error, expected) else f"{type(error).__name__}: {error}"
+    if isinstance(error, OSError) and error.filename is not None:
+        message = f"{error.filename}: {error.strerror}."
     print(f"Error: {message}", file=sys.stderr)
     return message
 
 
+def exit_code(error: BaseException) -> int:
+    """Return 2 for a wrong option, 1 for anything else."""
+    return WRONG_OPTION if isinstance(error, HydraException | OmegaConfBaseException) else FAILED
+
+
 if __name__ == "__main__":
-    verbose = any(argument.lower() in ("hydra.verbose=true", "hydra.verbose=1") for argument in sys.argv)
     try:
         main()
     except KeyboardInterrupt:
-        print("Interrupted: nothing was written.", file=sys.stderr)
+        print("Interrupted: no result was written.", file=sys.stderr)
         sys.exit(130)
-    except (HydraException, OmegaConfBaseException) as error:
-        if verbose:
-            traceback.print_exception(error)
-        print(error, file=sys.stderr)
-        sys.exit(WRONG_OPTION)
-    except Exception as error:
-        tell(error, verbose=verbose)
-        sys.exit(FAILED)
-    sys.exit(FAILED if _failures else 0)
+    except Exception as error:  # before any job: a wrong option, or no place for the output
+        tell(error, verbose="hydra.verbose=true" in sys.argv)
+        sys.exit(exit_code(error))
+    sys.exit(exit_code(_failures[0]) if _failures else 0)

@@ -38,6 +38,11 @@ class Criterion:
     one_block: float = 0.8
     few_blocks: int = 3
 
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+                raise MelensError(f"The criterion's {name} is {value!r}; it must be a number >= 0.")
+
 
 @dataclass(frozen=True)
 class Emergence:

@@ -72,8 +72,8 @@ def emergence_figure(
         figure.layout[axis].update(_norm_axis(log_scale))
     figure.update_layout(
         **_LAYOUT,
-        title={"text": title, "x": 0.02, "y": 0.97},
-        height=760,
+        title=_title(f"{title}<br><sub>Lines: means. Bands: 10% to 90% of prompts (token 0), tokens or heads.</sub>"),
+        height=780,
         legend={"orientation": "h", "x": 0, "y": -0.1},
         updatemenus=[_scale_buttons(norm_axes, log_scale)],
     )
@@ -100,7 +100,7 @@ def compare_norms(curves: dict[str, pd.DataFrame], me_layers: dict[str, int | No
     figure.update_xaxes(title_text="block (0-based)", rangemode="tozero")
     figure.update_yaxes(**_norm_axis(log_scale))
     figure.update_yaxes(title_text="L2 norm of the block output", col=1)
-    figure.update_layout(**_LAYOUT, height=160 + 300 * rows, legend={"orientation": "h", "x": 0, "y": -0.35 / rows})
+    figure.update_layout(**_LAYOUT, height=160 + 300 * rows, legend={"orientation": "h", "x": 0, "y": -0.3 / rows})
     return figure
 
 
@@ -127,7 +127,7 @@ def dims_heatmap(activations: pd.DataFrame, *, me_layer: int | None, title: str)
     figure.update_xaxes(title_text="block (0-based)")
     figure.update_yaxes(title_text="dim of the residual stream, largest first", type="category", autorange="reversed")
     _mark_me_layer(figure, me_layer)
-    figure.update_layout(**_LAYOUT, title={"text": title, "x": 0.02}, height=620)
+    figure.update_layout(**_LAYOUT, title=_title(title), height=620)
     return figure
 
 
@@ -146,7 +146,7 @@ def dims_surface(activations: pd.DataFrame, *, title: str) -> go.Figure:
     )
     figure.update_layout(
         **_LAYOUT,
-        title={"text": title, "x": 0.02},
+        title=_title(title),
         height=700,
         scene={
             "xaxis": {"title": {"text": "block (0-based)"}},
@@ -196,10 +196,15 @@ def _transparent(color: str) -> str:
     return f"rgba({red},{green},{blue},0.15)"
 
 
+def _title(text: str) -> dict[str, Any]:
+    return {"text": text, "x": 0.02, "y": 0.97, "yanchor": "top"}
+
+
 def _mark_me_layer(figure: go.Figure, me_layer: int | None, **at: Any) -> None:
     if me_layer is not None:
         line = {"color": "#444", "width": 1.5, "dash": "dot"}
-        note = {"annotation_text": f"ME layer {me_layer}", "annotation_position": "top right"}
+        side = "left" if me_layer > 4 else "right"  # where the curves leave room
+        note = {"annotation_text": f"ME layer {me_layer}", "annotation_position": f"top {side}"}
         figure.add_vline(x=me_layer, line=line, annotation_font_size=12, **note, **at)
 
 
@@ -219,7 +224,7 @@ def _scale_buttons(axes: Sequence[str], log_scale: bool) -> dict[str, Any]:
         "buttons": [button("log", True), button("linear", False)],
         "x": 1,
         "xanchor": "right",
-        "y": 1.14,
+        "y": -0.08,
         "yanchor": "top",
     }
 

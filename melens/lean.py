@@ -151,10 +151,7 @@ def _wrapper(component: Any, parent: nn.Module, name: str, layer: int | None) ->
 
 
 def _any_hooks(hooks: tuple[HookPoint, ...]) -> bool:
-    for hook in hooks:  # a plain loop, run for hundreds of components before every forward pass
-        if hook.fwd_hooks or hook.bwd_hooks:
-            return True
-    return False
+    return any(hook.fwd_hooks or hook.bwd_hooks for hook in hooks)
 
 
 def _fire_hook_in(hook_in: HookPoint) -> Callable[..., tuple[Any, Any]]:

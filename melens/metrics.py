@@ -14,7 +14,7 @@ __all__ = ["abs_max", "abs_median", "bootstrap_mean", "l2_norm", "median_of_coun
 
 
 def l2_norm(activation: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
-    """Compute the L2 norm over the last dimension, in float32 (figures 1, 2 and 5a; WeightNorm where taken at `ln2`)."""
+    """Compute the L2 norm over the last dimension, in float32 (figures 1 and 5a; at `ln2` figure 2's WeightNorm)."""
     return torch.linalg.vector_norm(activation, dim=-1, dtype=torch.float32)
 
 

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import huggingface_hub
 import psutil
 import torch
+import transformers
 import yaml
 from filelock import FileLock
 from platformdirs import user_cache_path
@@ -92,6 +93,8 @@ def load_model(name: str, **overrides: Any) -> TransformerBridge:
     """
     spec = _resolve(name, overrides)
     device = _device(spec)
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
     if spec.source == "random":
         return _random_model(spec, device)
     path = str(embedded_model_folder()) if spec.source == "embedded" else (spec.hub_id or spec.name)
@@ -175,7 +178,7 @@ _HUB_NOT_REACHABLE = (
 
 
 def _must_fetch(path: str, revision: str | None) -> bool:
-    """Find out in seconds whether a model is neither cached nor to be had: the hub's client retries for half a minute."""
+    """Find out whether a model is neither cached nor to be had, without the hub client's half minute of retries."""
     if isinstance(huggingface_hub.try_to_load_from_cache(path, "config.json", revision=revision), str):
         return False
     try:

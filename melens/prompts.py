@@ -54,7 +54,9 @@ def load_prompts(file: str | Path | None = None, tasks: Sequence[str] | None = N
         known = sorted({prompt.task for prompt in prompts if prompt.task is not None})
         unknown = [task for task in tasks if task not in known]
         if unknown:
-            raise MelensError(f"No prompt has the task {unknown[0]!r}; the tasks are {', '.join(known) or 'not given'}.")
+            raise MelensError(
+                f"No prompt has the task {unknown[0]!r}; the tasks are {', '.join(known) or 'not given'}."
+            )
         prompts = [prompt for prompt in prompts if prompt.task in tasks]
     return prompts
 
@@ -120,16 +122,16 @@ def tokenize(model: Any, prompts: Sequence[Prompt], *, bos: Bos = "auto") -> lis
             ids = [bos_id, *ids]
         name = prompt.id or f"number {number}"
         if len(ids) < 2:
-            raise MelensError(f"Prompt {name} has {len(ids)} token(s); at least 2 are needed to compare the first with.")
+            raise MelensError(
+                f"Prompt {name} has {len(ids)} token(s); at least 2 are needed to compare the first with."
+            )
         if len(ids) > (n_ctx := model.cfg.n_ctx):
             raise MelensError(f"Prompt {name} has {len(ids):,} tokens, more than the model's context of {n_ctx:,}.")
         tokens.append(ids)
     return tokens
 
 
-def random_tokens(
-    n_prompts: int, n_tokens: int, vocabulary: int, *, seed: int = 0
-) -> list[Int[Tensor, " pos"]]:
+def random_tokens(n_prompts: int, n_tokens: int, vocabulary: int, *, seed: int = 0) -> list[Int[Tensor, " pos"]]:
     """Draw prompts of random token ids with distinct first tokens, for models that have no tokenizer."""
     generator = torch.Generator().manual_seed(seed)
     firsts = torch.randperm(vocabulary, generator=generator)[:n_prompts]

@@ -18,11 +18,13 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
+from rich.console import Console
+from rich.table import Table
 
 from melens.claims import Claim
 from melens.errors import MelensError
 
-__all__ = ["Result", "read_results", "write_failure", "write_result", "write_tables_and_figures"]
+__all__ = ["Result", "read_results", "show_result", "write_failure", "write_result", "write_tables_and_figures"]
 
 _PACKAGES = ("melens", "torch", "transformers", "transformer_lens", "numpy", "pandas", "plotly")
 
@@ -99,6 +101,18 @@ def write_failure(message: str, folder: str | Path, *, config: dict[str, Any]) -
     content = {"experiment": config["exp"]["name"], "status": "failed", "error": message, "config": config}
     Path(folder).mkdir(parents=True, exist_ok=True)
     _write(Path(folder) / "result.json", _json_writer(content))
+
+
+def show_result(result: Result, paths: list[Path], console: Console) -> None:
+    """Print a short table of the findings, the verdicts and the paths."""
+    table = Table(show_header=False, title=result.experiment)
+    for row in result.findings:
+        table.add_row(*row)
+    console.print(table)
+    colors = {"holds": "green", "does not hold": "red", "not testable": "yellow"}
+    for claim in result.claims:
+        console.print(f"[{colors[claim.verdict]}]{claim.verdict:>13}[/]  {claim.claim} ({claim.source})")
+    console.print("Written:", *(os.path.relpath(path) for path in paths), sep="\n  ")
 
 
 def read_results(folder: str | Path) -> dict[Path, dict[str, Any]]:

@@ -30,7 +30,7 @@ class SinkOnset:
 
 
 def sink_mass_by_layer(trace: Trace) -> pd.DataFrame:
-    """Summarise the sink mass by block: `mean`, `low` and `high` (10% and 90% of heads), `share_of_heads` with a sink."""
+    """Summarise the sink mass by block: its `mean`, `low` and `high` (10% and 90% of heads), and `share_of_heads`."""
     by_head = trace["sink_mass"].groupby(["layer", "head"])["sink_mass"].mean()
     by_layer = by_head.groupby("layer")
     return pd.DataFrame(

@@ -65,7 +65,9 @@ class Trace:
             self.prompts.to_parquet(partial / "prompts.parquet")
             for name, table in self.tables.items():
                 table.to_parquet(partial / f"{name}.table.parquet")
-            save_file({name: tensor.contiguous() for name, tensor in self.tensors.items()}, partial / "tensors.safetensors")
+            save_file(
+                {name: tensor.contiguous() for name, tensor in self.tensors.items()}, partial / "tensors.safetensors"
+            )
             (partial / "model.json").write_text(json.dumps(self.model, indent=2))
             if folder.exists():
                 shutil.rmtree(folder)
@@ -114,6 +116,8 @@ def trace(
         MelensError: an empty, too short or too long prompt, two probes of one name, or a site the model does not have.
     """
     probes = default_probes() if probes is None else list(probes)
+    if max_batch_tokens < 1:
+        raise MelensError(f"max_batch_tokens is {max_batch_tokens}; it must be at least 1.")
     names = [probe.name for probe in probes]
     if len(set(names)) < len(names):
         raise MelensError(f"Two probes have the same name: {', '.join(names)}.")
