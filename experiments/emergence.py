@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import melens
 from melens import Criterion, Emergence, MelensError, Prompt, Trace, figures, sinks
 from melens.claims import judge_emergence
 from melens.results import Result
-from melens.trace import Progress
+from melens.tracing import Progress
 
 TABLE8 = (
     "model", "family", "n_layers", "me_layer", "magnification", "magnification_low", "magnification_high",
@@ -72,7 +72,8 @@ def merge(jobs: dict[Path, dict[str, Any]]) -> Result:
     Args:
         jobs: each job's `result.json` by its folder, the failed ones among them.
     """
-    rows, curves, me_layers = [], {}, {}
+    rows: list[dict[Any, Any]] = []
+    curves, me_layers = {}, {}
     for folder, result in jobs.items():
         model = result["config"]["model"]
         if result["status"] == "failed":
@@ -94,7 +95,7 @@ def merge(jobs: dict[Path, dict[str, Any]]) -> Result:
     )
 
 
-def _in_a_line(row: dict[str, Any]) -> str:
+def _in_a_line(row: Mapping[Any, Any]) -> str:
     if not pd.isna(row["error"]):
         return f"failed: {row['error']}"
     if pd.isna(row["me_layer"]):

@@ -1,21 +1,25 @@
 """Massive activations, attention sinks and WeMask, measured on any language model that TransformerLens can bridge."""
 
-from melens.emergence import Criterion, Emergence, find_me_layer, massive_activations
-from melens.errors import MelensError
-from melens.models import known_models, load_model
-from melens.probes import (
-    AbsMedian,
-    Batch,
-    LargestActivations,
-    Norms,
-    Probe,
-    SinkByQuery,
-    SinkMass,
-    TokenVectors,
-    default_probes,
-)
-from melens.prompts import Prompt, load_prompts
-from melens.trace import Trace, trace
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from melens.emergence import Criterion, Emergence, find_me_layer, massive_activations
+    from melens.errors import MelensError
+    from melens.models import known_models, load_model
+    from melens.probes import (
+        AbsMedian,
+        Batch,
+        LargestActivations,
+        Norms,
+        Probe,
+        SinkByQuery,
+        SinkMass,
+        TokenVectors,
+        default_probes,
+    )
+    from melens.prompts import Prompt, load_prompts
+    from melens.tracing import Trace, trace
 
 __all__ = [
     "AbsMedian",
@@ -39,3 +43,19 @@ __all__ = [
     "massive_activations",
     "trace",
 ]
+
+_MODULES = ("errors", "prompts", "probes", "tracing", "emergence", "models")
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is: the bridge takes a second that `import melens` need not."""
+    if name in __all__:
+        for module in (import_module(f"melens.{module}") for module in _MODULES):
+            if name in module.__all__:
+                globals()[name] = getattr(module, name)
+                return globals()[name]
+    raise AttributeError(f"module 'melens' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

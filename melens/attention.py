@@ -121,9 +121,11 @@ def _fused_kernel(
     if query.device.type != "cuda":
         return None
     n_pos = query.shape[2]
-    choice = torch._fused_sdp_choice(query, key, value, None, 0.0, True, scale=scale, enable_gqa=True)
-    if window is not None:
-        choice = SDPBackend.FLASH_ATTENTION.value if query.element_size() == 2 and query.shape[-1] <= 256 else None
+    if window is None:
+        choice = torch._fused_sdp_choice(query, key, value, None, 0.0, True, scale=scale, enable_gqa=True)
+    else:  # only this one knows windows, and only these inputs
+        fits = query.element_size() == 2 and query.shape[-1] <= 256
+        choice = (SDPBackend.FLASH_ATTENTION if fits else SDPBackend.MATH).value
     if choice == SDPBackend.CUDNN_ATTENTION.value:
         output, logsumexp, *_ = aten._scaled_dot_product_cudnn_attention(
             query, key, value, None, True, 0.0, True, scale=scale

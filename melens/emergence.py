@@ -10,7 +10,7 @@ import pandas as pd
 
 from melens.errors import MelensError
 from melens.metrics import bootstrap_mean
-from melens.trace import Trace
+from melens.tracing import Trace
 
 __all__ = ["Criterion", "Emergence", "find_me_layer", "massive_activations"]
 
@@ -31,11 +31,11 @@ class Criterion:
         few_blocks: the norm climbs from 10% to 90% of its peak within at most this many blocks.
     """
 
-    min_abs: float = 100.0
-    min_ratio: float = 1_000.0
-    min_prompts: float = 0.5
+    min_abs: float | int = 100
+    min_ratio: float | int = 1_000
+    min_prompts: float | int = 0.5
     trailing_blocks: int = 2
-    one_block: float = 0.8
+    one_block: float | int = 0.8
     few_blocks: int = 3
 
     def __post_init__(self) -> None:
@@ -194,20 +194,20 @@ def _per_prompt(trace: Trace, massive: pd.DataFrame, criterion: Criterion) -> pd
 
 def _rise(
     norms: np.ndarray, layer: int, position: int, massive_positions: set[int], criterion: Criterion
-) -> dict[str, float]:
+) -> dict[str, float | int]:
     """Describe how a prompt's massive token rises; `norms` is `[embeddings and blocks, pos]`."""
     norm_in, norm_out = norms[layer], norms[layer + 1]
-    others = [position for position in range(norms.shape[1]) if position not in massive_positions]
-    magnification = norm_out[position] / norm_in[position]
+    others = [other for other in range(norms.shape[1]) if other not in massive_positions]
+    magnification = float(norm_out[position] / norm_in[position])
     token = norms[1:, position]
-    peak = token[: max(layer + 1, len(token) - criterion.trailing_blocks)].max()
+    peak = float(token[: max(layer + 1, len(token) - criterion.trailing_blocks)].max())
     return {
-        "norm_in": norm_in[position],
-        "norm_out": norm_out[position],
+        "norm_in": float(norm_in[position]),
+        "norm_out": float(norm_out[position]),
         "magnification": magnification,
-        "relative_magnification": magnification / (norm_out[others] / norm_in[others]).mean() if others else np.nan,
+        "relative_magnification": magnification / float((norm_out[others] / norm_in[others]).mean()),
         "peak": peak,
-        "share_of_peak": (norm_out[position] - norm_in[position]) / peak,
+        "share_of_peak": float(norm_out[position] - norm_in[position]) / peak,
         "climb_from": int(np.argmax(token >= 0.1 * peak)),
         "climb_to": int(np.argmax(token >= 0.9 * peak)),
     }
@@ -230,4 +230,4 @@ def _norms_by_layer(trace: Trace) -> _LayerNorms:
     if list(wide.index) != list(range(-1, trace.model["n_layers"])):
         raise MelensError("find_me_layer needs the norms of the embeddings and of every block's output.")
     lengths = trace.prompts["n_tokens"].to_numpy()
-    return _LayerNorms(wide.to_numpy(), np.cumsum(lengths) - lengths, np.cumsum(lengths))
+    return _LayerNorms(wide.to_numpy(dtype=float), np.cumsum(lengths) - lengths, np.cumsum(lengths))

@@ -170,6 +170,7 @@ def _add_curve(
     band = go.Scatter(
         x=[*layers, *layers[::-1]],
         y=[*summary["high"], *summary["low"][::-1]],
+        mode="lines",
         fill="toself",
         fillcolor=_transparent(color),
         line={"width": 0},

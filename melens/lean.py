@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -73,11 +74,11 @@ def lean_forward(
                 wrapper.parent._modules[wrapper.name] = wrapper.module
                 _keep_rim_hooks(wrapper, stack)
                 if wrapper.layer is not None and listener is not None:
-                    _listen_to_fused(wrapper, keys, listener, stack)
+                    _listen_to_fused(wrapper, keys, partial(listener, wrapper.layer), stack)
             elif wrapper.layer is not None:
                 n_eager += 1
                 if listener is not None:
-                    _listen_to_pattern(wrapper, keys, listener, stack)
+                    _listen_to_pattern(wrapper, keys, partial(listener, wrapper.layer), stack)
         _select_attention(model, FUSED_BESIDE_EAGER if n_eager else FUSED, stack)
         yield
 
@@ -173,11 +174,11 @@ def _fire_hook_out(hook_out: HookPoint) -> Callable[..., Any]:
 # --- Attention --------------------------------------------------------------------------------------------------------
 
 
-def _listen_to_fused(wrapper: _Wrapper, keys: Sequence[int], listener: KeyListener, stack: ExitStack) -> None:
-    def hear(attention: Float[Tensor, "batch head query key"]) -> None:
-        listener(wrapper.layer, attention)
+_Report = Callable[[Tensor], None]
 
-    wanted = {"melens_keys": tuple(keys), "melens_listener": hear}
+
+def _listen_to_fused(wrapper: _Wrapper, keys: Sequence[int], report: _Report, stack: ExitStack) -> None:
+    wanted = {"melens_keys": tuple(keys), "melens_listener": report}
 
     def ask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         return args, kwargs | wanted  # transformers passes it on to the attention function
@@ -185,15 +186,15 @@ def _listen_to_fused(wrapper: _Wrapper, keys: Sequence[int], listener: KeyListen
     stack.callback(wrapper.module.register_forward_pre_hook(ask, with_kwargs=True).remove)
 
 
-def _listen_to_pattern(wrapper: _Wrapper, keys: Sequence[int], listener: KeyListener, stack: ExitStack) -> None:
+def _listen_to_pattern(wrapper: _Wrapper, keys: Sequence[int], report: _Report, stack: ExitStack) -> None:
     hook_pattern: HookPoint | None = getattr(wrapper.component, "hook_pattern", None)
     if hook_pattern is None:
         return
 
-    def report(pattern: Float[Tensor, "batch head query key"], hook: HookPoint) -> None:
-        listener(wrapper.layer, pattern[..., list(keys)].float())
+    def hear(pattern: Float[Tensor, "batch head query key"], hook: HookPoint) -> None:
+        report(pattern[..., list(keys)].float())
 
-    attach_hook(hook_pattern, report, stack)
+    attach_hook(hook_pattern, hear, stack)
 
 
 def attach_hook(hook_point: HookPoint, hook_fn: Callable[..., Any], stack: ExitStack) -> None:

@@ -163,7 +163,10 @@ def _read_config(path: str, spec: ModelSpec) -> PreTrainedConfig:
     folder = Path(path).expanduser()
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise MelensError(f"The folder {folder} holds no transformers model (it has no config.json).")
-    if not folder.is_dir() and _must_fetch(path, spec.revision):
+    is_path = path.startswith(("/", ".", "~")) or path.count("/") > 1
+    if is_path and not folder.is_dir():
+        raise MelensError(f"There is no folder {folder}.")
+    if not is_path and not folder.is_dir() and _must_fetch(path, spec.revision):
         raise MelensError(_HUB_NOT_REACHABLE.format(path=path))
     try:
         return AutoConfig.from_pretrained(path, revision=spec.revision, trust_remote_code=spec.trust_remote_code)

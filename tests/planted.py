@@ -1,0 +1,75 @@
+"""Tiny random models of each family, and the same with a massive activation built into a known block."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.sources import build_bridge_from_module
+from transformers import AutoConfig, AutoModelForCausalLM
+
+N_LAYERS, D_MODEL, VOCABULARY = 4, 64, 200
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": D_MODEL, "intermediate_size": 96, "num_hidden_layers": N_LAYERS,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128,
+    "pad_token_id": 0, "initializer_range": 0.2,
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama"},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3"},
+    "mistral": {"model_type": "mistral", "sliding_window": 10},
+    "phi3": {"model_type": "phi3"},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "sliding_window": 10,
+        "layer_types": ["sliding_attention", "full_attention"] * (N_LAYERS // 2),
+        "query_pre_attn_scalar": 16,
+    },
+}
+
+
+def plain_model(family: str, seed: int = 0) -> Any:
+    """A transformers model of the family with random weights, in eager attention."""
+    options = _COMMON | FAMILIES[family]
+    config = AutoConfig.for_model(options.pop("model_type"), **options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+
+
+def bridge(network: Any) -> TransformerBridge:
+    """Bridge a copy of a transformers model."""
+    network = copy.deepcopy(network)
+    architecture = type(network).__name__
+    return build_bridge_from_module(network, architecture, hf_config=network.config, model_name="tiny").eval()
+
+
+@torch.no_grad()
+def plant(network: Any, *, block: int, token: int, dim: int, source_dim: int = 3) -> None:
+    """Let the FFN of `block` write a massive value to `dim` wherever the input is `token`, and nowhere else.
+
+    Only that token's embedding has a component along `source_dim`, and nothing else writes there. One neuron of the
+    block's FFN reads it and alone writes `dim`.
+    """
+    embedding = network.get_input_embeddings().weight
+    embedding[:, source_dim] = 0
+    embedding[token, source_dim] = 10
+    for layer in network.base_model.layers:
+        layer.self_attn.o_proj.weight[source_dim] = 0
+        layer.mlp.down_proj.weight[source_dim] = 0
+    mlp = network.base_model.layers[block].mlp
+    if hasattr(mlp, "gate_up_proj"):
+        gate, up = mlp.gate_up_proj.weight.chunk(2)
+    else:
+        gate, up = mlp.gate_proj.weight, mlp.up_proj.weight
+    for projection in (gate, up):
+        projection[0] = 0
+        projection[0, source_dim] = 4
+    mlp.down_proj.weight[dim] = 0
+    mlp.down_proj.weight[dim, 0] = 5_000
+    norm_after = getattr(network.base_model.layers[block], "post_feedforward_layernorm", None)
+    if norm_after is not None:  # Gemma normalises what the FFN writes: there the gain makes it massive
+        norm_after.weight[dim] = 5_000

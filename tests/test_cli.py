@@ -1,0 +1,115 @@
+"""The command line as a user runs it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def command(*overrides):
+    return [sys.executable, "experiments/run.py", *overrides]
+
+
+def run(*overrides):
+    return subprocess.run(command(*overrides), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def short_prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("Where is the key?\nMy dog likes rain.\nSeven times six is\n")
+    return f"prompts.file={path}"
+
+
+def test_the_default_model_from_the_command_line(tmp_path, short_prompts):
+    done = run(short_prompts, f"hydra.run.dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert "block 11 (layer 12 counting from 1)" in done.stdout
+    metrics = json.loads((tmp_path / "result.json").read_text())["metrics"]
+    assert metrics["me_layer"] == 11
+    assert metrics["magnification"] == pytest.approx(153, rel=0.1)
+    assert metrics["relative_magnification"] > 100
+    assert (metrics["agreement"], metrics["positions"], metrics["dims"][0]) == (1, [0], 507)
+    assert (metrics["n_prompts"], metrics["distinct_first_tokens"]) == (3, 3)
+    assert metrics["sink_onset_layer"] == 12
+    for name in ("emergence.html", "top_dims.html", "top_dims_surface.html", "plotly.min.js"):
+        assert (tmp_path / name).stat().st_size > 1000
+    assert pd.read_parquet(tmp_path / "table8.parquet").me_layer.tolist() == [11]
+    assert (tmp_path / ".hydra" / "config.yaml").is_file()
+
+
+def test_a_sweep_merges_table_8_and_survives_a_model_that_fails(tmp_path):
+    done = run("-m", "model=random,qwen3-4b", "model.hub_id=/nonexistent", f"hydra.sweep.dir={tmp_path}")
+    assert done.returncode == 1
+    table8 = pd.read_parquet(tmp_path / "table8.parquet").set_index("model")
+    assert (table8.n_layers["random"], table8.family["qwen3-4b"]) == (6, "qwen3")
+    assert "/nonexistent" in table8.error["qwen3-4b"]
+    assert pd.read_parquet(tmp_path / "sweep.parquet").status.tolist() == ["ok", "failed"]
+    assert (tmp_path / "norms_side_by_side.html").is_file()
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "code", "message"),
+    [
+        (("exp=nope",), 2, "Could not find 'exp/nope'"),
+        (("model=nope",), 2, "Could not find 'model/nope'"),
+        (("exp.loq_scale=true",), 2, "loq_scale"),
+        (("model=hub",), 2, "model.name"),
+        (("model=hub", "model.name=qwen3-4bb"), 1, "nearest known are"),
+        (("prompts.file=/nonexistent.txt",), 1, "There is no prompt file /nonexistent.txt."),
+        (("model=random", "exp.criterion.min_abs=lots"), 1, "min_abs is 'lots'"),
+        (("model=random", "exp.top_dims=0"), 1, "top_dims is 0"),
+        (("model=random", "hydra.run.dir=README.md/run"), 1, "README.md"),
+    ],
+)
+def test_a_mistake_gets_a_sentence_and_no_traceback(overrides, code, message, tmp_path):
+    where = () if any("run.dir" in override for override in overrides) else (f"hydra.run.dir={tmp_path}",)
+    done = run(*overrides, *where)
+    assert done.returncode == code
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_the_traceback_is_there_for_those_who_want_it(tmp_path):
+    done = run("prompts.file=/nonexistent.txt", "hydra.verbose=true", f"hydra.run.dir={tmp_path}")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+def test_an_interrupt_ends_without_a_result(tmp_path):
+    process = subprocess.Popen(
+        command(f"hydra.run.dir={tmp_path}"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not (tmp_path / ".hydra" / "overrides.yaml").exists():  # from here on the job runs
+        assert process.poll() is None
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "Interrupted" in stderr
+    assert "Traceback" not in stderr
+    assert not (tmp_path / "result.json").exists()
+    assert not list(tmp_path.glob(".*.partial"))
+
+
+def test_importing_melens_costs_little_more_than_importing_transformer_lens():
+    def seconds(module):
+        start = time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-c", f"import {module}"], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        )
+        return time.perf_counter() - start
+
+    seconds("melens")  # the first import of all reads from the disk
+    assert min(seconds("melens") for _ in range(3)) < 1.5 * min(seconds("transformer_lens") for _ in range(3))

@@ -1,0 +1,145 @@
+import pandas as pd
+import pytest
+import torch
+from planted import FAMILIES, N_LAYERS, VOCABULARY, bridge, plain_model, plant
+
+import melens
+from melens import Criterion, MelensError
+
+TOKEN, DIM = 7, 21
+
+
+def prompts_with(token, position, n=5):
+    """Prompts with the token at one position, and nowhere else."""
+    generator = torch.Generator().manual_seed(position)
+    prompts = [torch.randint(10, VOCABULARY, (length,), generator=generator) for length in range(8, 8 + n)]
+    for prompt in prompts:
+        prompt[position] = token
+    return prompts
+
+
+@pytest.mark.parametrize("block", range(N_LAYERS))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_planted_massive_activation_is_found(family, block):
+    network = plain_model(family)
+    plant(network, block=block, token=TOKEN, dim=DIM)
+    position = block  # another one each time
+    me = melens.find_me_layer(melens.trace(bridge(network), prompts_with(TOKEN, position)))
+    assert me.layer == block
+    assert me.positions == (position,)
+    assert me.dims == (DIM,)
+    assert (me.agreement, me.prompts_with) == (1, 1)
+    assert me.kind == "one block"
+    assert me.magnification > 100
+    assert me.relative_magnification > 10
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_unplanted_twin_has_none(family):
+    me = melens.find_me_layer(melens.trace(bridge(plain_model(family)), prompts_with(TOKEN, 0)))
+    assert me.layer is None
+    assert me.kind is None
+    assert "No block's output" in me.reason
+    assert me.metrics()["me_layer"] is None
+
+
+def test_a_token_that_is_not_planted_stays_ordinary():
+    network = plain_model("llama")
+    plant(network, block=1, token=TOKEN, dim=DIM)
+    assert melens.find_me_layer(melens.trace(bridge(network), prompts_with(TOKEN + 1, 0))).layer is None
+
+
+def test_a_massive_activation_in_few_prompts_is_no_me_layer():
+    network = plain_model("llama")
+    plant(network, block=1, token=TOKEN, dim=DIM)
+    prompts = prompts_with(TOKEN, 0, n=1) + prompts_with(TOKEN + 1, 0, n=3)
+    me = melens.find_me_layer(melens.trace(bridge(network), prompts))
+    assert me.layer is None
+    assert me.reason == "Only 1 of 4 prompts hold a massive activation at any block."
+
+
+def trace_by_hand(*token_norms):
+    """A trace of one prompt of three tokens: token 0 has these norms (embedding, then blocks), the others norm 1."""
+    n_layers = len(token_norms) - 1
+    at = [(-1, "hook_resid_pre"), *((layer, "hook_resid_post") for layer in range(n_layers))]
+    norms = [
+        {"prompt": 0, "layer": max(layer, 0), "site": site, "pos": pos, "norm": norm if pos == 0 else 1.0}
+        for (layer, site), norm in zip(at, token_norms, strict=True)
+        for pos in range(3)
+    ]
+    by_layer = [{"prompt": 0, "layer": layer, "site": "hook_resid_post"} for layer in range(n_layers)]
+    largest = [
+        row | {"rank": 0, "pos": 0, "dim": 5, "value": norm}
+        for row, norm in zip(by_layer, token_norms[1:], strict=True)
+    ]
+    return melens.Trace(
+        model={"n_layers": n_layers},
+        prompts=pd.DataFrame({"prompt": [0], "n_tokens": [3], "first_token_id": [1]}),
+        tables={
+            "norm": pd.DataFrame(norms),
+            "largest": pd.DataFrame(largest),
+            "abs_median": pd.DataFrame([row | {"abs_median": 0.1} for row in by_layer]),
+        },
+    )
+
+
+@pytest.mark.parametrize(
+    ("token_norms", "layer", "kind", "magnification", "share"),
+    [
+        ((1, 2, 2, 1000, 1000, 1000, 9000, 9000), 2, "one block", 500, 0.998),
+        ((1, 2, 2, 400, 1000, 1000, 1000, 9, 9), 2, "a few blocks", 200, 0.398),
+        ((1, 50, 101, 200, 300, 500, 700, 1000, 9, 9), 1, "slow climb", 2.02, 0.051),
+        ((1, 1, 1, 1, 1, 1, 500), 5, "one block", 500, 0.998),  # in a trailing block: its own peak
+    ],
+)
+def test_how_it_emerges_by_hand(token_norms, layer, kind, magnification, share):
+    me = melens.find_me_layer(trace_by_hand(*token_norms))
+    assert (me.layer, me.kind) == (layer, kind)
+    assert me.magnification == pytest.approx(magnification)
+    assert me.relative_magnification == pytest.approx(magnification)  # the others stay at 1
+    assert me.share_of_peak == pytest.approx(share)
+
+
+@pytest.mark.parametrize(("value", "layer"), [(100.0, None), (100.1, 0), (99.0, None)])
+def test_the_criterion_is_strict(value, layer):
+    assert melens.find_me_layer(trace_by_hand(1, value, value, value)).layer == layer
+
+
+def test_magnification_is_the_ratio_of_norms():
+    network = plain_model("qwen2")
+    plant(network, block=2, token=TOKEN, dim=DIM)
+    model = bridge(network)
+    (prompt,) = prompts_with(TOKEN, 0, n=1)
+    with torch.no_grad():
+        _, cache = model.run_with_cache(prompt[None])
+    lift = (cache["blocks.2.hook_resid_post"].norm(dim=-1) / cache["blocks.2.hook_resid_pre"].norm(dim=-1))[0]
+    me = melens.find_me_layer(melens.trace(model, [prompt]))
+    assert me.magnification == pytest.approx(lift[0].item(), rel=1e-4)
+    assert me.relative_magnification == pytest.approx((lift[0] / lift[1:].mean()).item(), rel=1e-4)
+
+
+def test_the_embedded_model(embedded_trace):
+    me = melens.find_me_layer(embedded_trace)
+    assert me.layer == 11
+    assert me.magnification == pytest.approx(153, rel=0.05)
+    assert me.positions == (0,)
+    assert me.dims[0] == 507
+    assert me.kind == "one block"
+    assert me.distinct_first_tokens == 8
+
+
+def test_the_embedded_model_stays_the_same_after_a_round_trip(embedded_trace, tmp_path):
+    loaded = melens.Trace.load(embedded_trace.save(tmp_path / "trace"))
+    assert melens.find_me_layer(loaded).metrics() == melens.find_me_layer(embedded_trace).metrics()
+
+
+@pytest.mark.parametrize("wrong", [{"min_ratio": -1}, {"one_block": float("nan")}])
+def test_a_wrong_criterion_is_told(wrong):
+    with pytest.raises(MelensError, match=next(iter(wrong))):
+        Criterion(**wrong)
+
+
+def test_a_trace_without_the_norms_of_every_block_is_told():
+    probes = [melens.Norms(layers=(1, 2)), melens.LargestActivations(), melens.AbsMedian()]
+    with pytest.raises(MelensError, match="every block's output"):
+        melens.find_me_layer(melens.trace(bridge(plain_model("llama")), prompts_with(TOKEN, 0), probes))

@@ -1,0 +1,53 @@
+import numpy as np
+import pytest
+import torch
+
+from melens import metrics
+
+
+def test_l2_norm_of_bf16_accumulates_in_float32():
+    activation = torch.full((1, 4096), 3.0, dtype=torch.bfloat16)
+    assert metrics.l2_norm(activation).item() == pytest.approx(3 * 64)
+    assert metrics.l2_norm(torch.tensor([[3.0, -4.0]])).tolist() == [5.0]
+
+
+def test_abs_max_sees_negative_values():
+    assert metrics.abs_max(torch.tensor([[1.0, -7.0, 3.0], [0.5, 0.25, -0.125]])).tolist() == [7.0, 0.5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (3, 5), (40, 33)])
+def test_abs_median_is_exact(dtype, shape):
+    activation = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    assert metrics.abs_median(activation).item() == activation.abs().median().item()
+
+
+def test_abs_median_by_hand():
+    assert metrics.abs_median(torch.tensor([[-5.0, 1.0], [2.0, -3.0]])).item() == 2  # the lower of 2 and 3
+    assert metrics.abs_median(torch.tensor([[0.0, -0.0, 0.0, 9.0]])).item() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [1, 2, 7, 5001])
+def test_median_of_counts_reads_what_the_kernel_counts(dtype, n):
+    values = torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype)
+    magnitudes = (values.view(torch.int16) & 0x7FFF).long()
+    upper = torch.bincount(magnitudes >> 7, minlength=256)
+    of_median = (upper.cumsum(0) <= (n - 1) // 2).sum()
+    lower = torch.bincount(torch.where((magnitudes >> 7) == of_median, magnitudes & 0x7F, 255), minlength=256)
+    counts = torch.stack([upper, lower]).int()
+    assert metrics.median_of_counts(counts, dtype).item() == values.abs().median().item()
+
+
+def test_sink_mass_averages_the_later_queries_and_leaves_out_padding():
+    attention = torch.tensor([[[1.0, 0.6, 0.2, 0.9]]])
+    later = torch.tensor([[0.0, 1.0, 1.0, 0.0]])
+    assert metrics.sink_mass(attention, later).tolist() == [[pytest.approx(0.4)]]
+
+
+def test_bootstrap_interval_holds_the_mean_and_is_repeatable():
+    values = np.array([1.0, 2.0, 3.0, 4.0])
+    low, high = metrics.bootstrap_mean(values)
+    assert 1 < low < 2.5 < high < 4
+    assert metrics.bootstrap_mean(values) == (low, high)
+    assert all(np.isnan(metrics.bootstrap_mean(values[:1])))

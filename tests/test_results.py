@@ -1,0 +1,65 @@
+import json
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+
+from melens import MelensError
+from melens.claims import Claim
+from melens.results import Result, read_results, write_failure, write_result
+
+CONFIG = {"exp": {"name": "emergence"}, "model": {"name": "tiny"}, "seed": 3}
+
+
+def some_result(**changes):
+    content = {
+        "experiment": "emergence",
+        "model": {"name": "tiny", "device": "cpu", "dtype": "float32"},
+        "metrics": {"me_layer": np.int64(2), "nothing": None, "interval": (np.float32(1.5), float("nan"))},
+        "claims": [Claim("It is so", "section 1", 0.5, ">= 0.3", "holds")],
+        "tables": {"norms": pd.DataFrame({"layer": [0, 1], "norm": [1.0, 2.0]})},
+        "figures": {"norms": go.Figure(go.Scatter(x=[0, 1], y=[1, 2]))},
+    }
+    return Result(**(content | changes))
+
+
+def test_what_a_run_leaves(tmp_path):
+    paths = write_result(some_result(), tmp_path / "run", config=CONFIG, duration=1.234)
+    assert {path.name for path in paths} == {"norms.parquet", "norms.html", "result.json"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {path.name for path in paths} | {"plotly.min.js"}
+    content = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert content["metrics"] == {"me_layer": 2, "nothing": None, "interval": [1.5, None]}
+    assert content["claims"][0]["verdict"] == "holds"
+    environment = content["environment"]
+    assert (environment["device"], environment["dtype"], environment["seed"]) == ("cpu", "float32", 3)
+    assert {"melens", "torch", "transformer_lens"} <= set(environment["versions"])
+    assert pd.read_parquet(tmp_path / "run" / "norms.parquet").norm.tolist() == [1.0, 2.0]
+    assert '"plotly.min.js"' in (tmp_path / "run" / "norms.html").read_text()
+
+
+def test_a_run_that_breaks_off_leaves_no_half_file(tmp_path):
+    class Breaks(go.Figure):
+        def write_html(self, path, **options):
+            path.write_text("<half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_result(some_result(figures={"a": Breaks()}), tmp_path, config=CONFIG, duration=1.0)
+    assert {path.name for path in tmp_path.iterdir()} == {"norms.parquet", "plotly.min.js"}
+
+
+def test_a_folder_that_cannot_be_written_to_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MelensError, match="cannot be written to"):
+        write_result(some_result(), tmp_path / "file" / "run", config=CONFIG, duration=1.0)
+
+
+def test_the_jobs_of_a_sweep_are_read_in_order(tmp_path):
+    for job in ("10", "2"):
+        write_result(some_result(), tmp_path / job, config=CONFIG, duration=1.0)
+    write_failure("It broke.", tmp_path / "3", config=CONFIG)
+    jobs = read_results(tmp_path)
+    assert [path.name for path in jobs] == ["2", "3", "10"]
+    assert [result["status"] for result in jobs.values()] == ["ok", "failed", "ok"]
+    assert jobs[tmp_path / "3"]["error"] == "It broke."

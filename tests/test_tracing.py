@@ -1,0 +1,243 @@
+"""Every probe against the same quantity from `run_with_cache` on the eager bridge and from transformers itself."""
+
+import numpy as np
+import pytest
+import torch
+from planted import FAMILIES, N_LAYERS, VOCABULARY, bridge, plain_model
+
+import melens
+from melens import MelensError, Probe
+from melens.probes import ATTENTION_ON_KEYS
+
+LENGTHS = (23, 9, 16)
+
+
+def some_prompts(lengths=LENGTHS, vocabulary=VOCABULARY):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(1, vocabulary, (length,), generator=generator) for length in lengths]
+
+
+def all_probes(positions=(0, 4)):
+    return [
+        melens.Norms(("blocks.0.hook_resid_pre", "ln1.hook_out", "ln2.hook_out", "hook_mlp_out", "hook_resid_post")),
+        melens.LargestActivations(),
+        melens.AbsMedian(),
+        melens.TokenVectors(positions),
+        melens.SinkMass(),
+        melens.SinkByQuery(key=2),
+    ]
+
+
+def close(actual, expected):
+    """Equal to 1e-4 of the largest entry: a small entry of a large vector carries the large ones' rounding."""
+    actual, expected = (
+        values.double() if isinstance(values, torch.Tensor) else torch.tensor(np.array(values)).double()
+        for values in (actual, expected)
+    )
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4 * max(1e-3, expected.abs().max().item()))
+
+
+def rows(table, **where):
+    for column, value in where.items():
+        table = table[table[column] == value]
+    return table
+
+
+def check_against_cache(trace, prompts, caches, n_layers):
+    for prompt, cache in enumerate(caches):
+        close(rows(trace["norm"], prompt=prompt, site="hook_resid_pre").norm.to_numpy(),
+              cache["blocks.0.hook_resid_pre"][0].norm(dim=-1))  # fmt: skip
+        for layer in range(n_layers):
+            at = {"prompt": prompt, "layer": layer}
+            for site in ("ln1.hook_out", "ln2.hook_out", "hook_mlp_out", "hook_resid_post"):
+                expected = cache[f"blocks.{layer}.{site}"][0].norm(dim=-1)
+                close(rows(trace["norm"], site=site, **at).norm.to_numpy(), expected)
+            hidden = cache[f"blocks.{layer}.hook_resid_post"][0]
+            largest = rows(trace["largest"], rank=0, **at).iloc[0]
+            position, dim = np.unravel_index(int(hidden.abs().argmax()), hidden.shape)
+            assert (largest.pos, largest.dim) == (position, dim)
+            close(largest.value, hidden[position, dim].item())
+            close(rows(trace["abs_median"], **at).abs_median.item(), hidden.abs().median().item())
+            close(trace.tensors["token_vectors"][prompt, layer], hidden[[0, 4]])
+            pattern = cache[f"blocks.{layer}.attn.hook_pattern"][0]
+            close(rows(trace["sink_mass"], **at).sink_mass.to_numpy(), pattern[:, 1:, 0].mean(-1))
+            close(rows(trace["sink_by_query"], **at).attention.to_numpy(), pattern[:, :, 2].mean(0))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_probe_equals_run_with_cache(family):
+    model = bridge(plain_model(family))
+    prompts = some_prompts()
+    trace = melens.trace(model, prompts, all_probes())
+    with torch.no_grad():
+        caches = [model.run_with_cache(prompt[None])[1] for prompt in prompts]
+    check_against_cache(trace, prompts, caches, N_LAYERS)
+
+
+def test_every_probe_equals_run_with_cache_on_the_embedded_model(embedded):
+    prompts = some_prompts((40, 12), vocabulary=40_000)
+    trace = melens.trace(embedded, prompts, all_probes())
+    with torch.no_grad():
+        caches = [embedded.run_with_cache(prompt[None])[1] for prompt in prompts]
+    check_against_cache(trace, prompts, caches, embedded.cfg.n_layers)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_norms_and_sinks_equal_those_of_transformers(family):
+    network = plain_model(family)
+    prompts = some_prompts()
+    trace = melens.trace(bridge(network), prompts)
+    for row, prompt in enumerate(prompts):
+        with torch.no_grad():
+            output = network(prompt[None], output_hidden_states=True, output_attentions=True)
+        for layer in range(N_LAYERS - 1):  # transformers' last hidden state is behind the final norm
+            expected = output.hidden_states[layer + 1][0].norm(dim=-1)
+            close(rows(trace["norm"], prompt=row, layer=layer, site="hook_resid_post").norm.to_numpy(), expected)
+        for layer in range(N_LAYERS):
+            expected = output.attentions[layer][0, :, 1:, 0].mean(-1)
+            close(rows(trace["sink_mass"], prompt=row, layer=layer).sink_mass.to_numpy(), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_padded_batch_equals_one_by_one(family):
+    model = bridge(plain_model(family))
+    prompts = some_prompts((20, 17, 16))
+    together = melens.trace(model, prompts, all_probes())
+    apart = melens.trace(model, prompts, all_probes(), max_batch_tokens=1)
+    for name in together.tables:
+        index = [column for column in together[name] if together[name][column].dtype.kind not in "f"]
+        a, b = (trace[name].sort_values([c for c in index if c not in ("pos", "dim") or name != "largest"])
+                for trace in (together, apart))  # fmt: skip
+        assert len(a) == len(b)
+        for column in a.select_dtypes("float"):
+            np.testing.assert_allclose(a[column], b[column], rtol=1e-4, atol=1e-6)
+    close(together.tensors["token_vectors"], apart.tensors["token_vectors"])
+
+
+def test_other_hooks_fire_and_take_effect_while_tracing():
+    model = bridge(plain_model("llama"))
+    prompts = some_prompts((12,))
+    seen = []
+
+    def listen(activation, hook):
+        seen.append(hook.name)
+
+    def silence(activation, hook):
+        seen.append(hook.name)
+        return torch.zeros_like(activation)
+
+    listened = ("blocks.2.attn.hook_q", "blocks.3.attn.hook_pattern", "blocks.0.ln1.hook_scale")
+    with model.hooks(fwd_hooks=[("blocks.1.mlp.hook_out", silence), *((name, listen) for name in listened)]):
+        trace = melens.trace(model, prompts, [melens.Norms(), melens.SinkMass()])
+    assert len(seen) == 4
+    assert rows(trace["norm"], layer=1, site="hook_mlp_out").norm.max() == 0
+    assert rows(trace["norm"], layer=2, site="hook_mlp_out").norm.min() > 0
+    assert sorted(trace["sink_mass"].layer.unique()) == list(range(N_LAYERS))
+
+
+def state_of(model):
+    """Everything that a trace touches: modules in place, their hooks, the attention implementation."""
+    return (
+        [(name, type(module), len(module._forward_hooks), len(module._forward_pre_hooks), "forward" in module.__dict__)
+         for name, module in model.original_model.named_modules()],
+        [name for name, hook in model.hook_dict.items() if hook.has_hooks()],
+        model.original_model.config._attn_implementation,
+    )  # fmt: skip
+
+
+class Raises(Probe):
+    name = "raises"
+    index = ("pos",)
+
+    def __init__(self, site):
+        self.sites = (site,)
+        self.keys = (0,)
+
+    def reduce(self, activation, batch):
+        raise RuntimeError("on purpose")
+
+
+@pytest.mark.parametrize("site", ["hook_resid_post", "attn.hook_pattern", "ln2.hook_scale", ATTENTION_ON_KEYS])
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_a_probe_that_raises_leaves_the_model_as_it_was(family, site):
+    model = bridge(plain_model(family))
+    prompts = some_prompts((8,))
+    before, norms = state_of(model), melens.trace(model, prompts, [melens.Norms()])["norm"]
+    with pytest.raises(RuntimeError, match="on purpose"):
+        melens.trace(model, prompts, [melens.Norms(), Raises(site)])
+    assert state_of(model) == before
+    assert norms.equals(melens.trace(model, prompts, [melens.Norms()])["norm"])
+
+
+def test_a_hook_that_raises_leaves_the_model_as_it_was():
+    model = bridge(plain_model("qwen3"))
+    before = state_of(model)
+
+    def raises(activation, hook):
+        raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"), model.hooks(fwd_hooks=[("blocks.2.attn.hook_z", raises)]):
+        melens.trace(model, some_prompts((8,)))
+    assert state_of(model) == before
+
+
+def test_a_probe_of_ten_lines():
+    class MeanAbs(Probe):
+        name = "mean_abs"
+        sites = ("hook_resid_post",)
+        index = ("pos",)
+        layers = (1, 3)
+
+        def reduce(self, activation, batch):
+            return {"mean_abs": activation.abs().mean(-1)}
+
+    table = melens.trace(bridge(plain_model("llama")), some_prompts(), [MeanAbs()])["mean_abs"]
+    assert list(table) == ["prompt", "layer", "site", "pos", "mean_abs"]
+    assert sorted(table.layer.unique()) == [1, 3]
+    assert len(table) == 2 * sum(LENGTHS)
+
+
+def test_logits_are_computed_when_a_probe_listens_to_them():
+    class Top(Probe):
+        name = "top"
+        sites = ("unembed.hook_out",)
+        index = ("pos",)
+
+        def reduce(self, activation, batch):
+            return {"token": activation.argmax(-1)}
+
+    network = plain_model("qwen2")
+    (prompt,) = some_prompts((15,))
+    with torch.no_grad():
+        expected = network(prompt[None]).logits[0].argmax(-1)
+    assert melens.trace(bridge(network), [prompt], [Top()])["top"].token.tolist() == expected.tolist()
+
+
+def test_a_trace_survives_saving(tmp_path):
+    trace = melens.trace(bridge(plain_model("llama")), some_prompts())
+    trace.save(tmp_path / "trace")
+    trace.save(tmp_path / "trace")  # over an existing one
+    loaded = melens.Trace.load(tmp_path / "trace")
+    assert loaded.model == trace.model
+    assert loaded.prompts.equals(trace.prompts)
+    assert set(loaded.tables) == set(trace.tables)
+    assert all(loaded[name].equals(trace[name]) for name in trace.tables)
+    assert torch.equal(loaded.tensors["token_vectors"], trace.tensors["token_vectors"])
+    assert [path.name for path in tmp_path.iterdir()] == ["trace"]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda model: melens.trace(model, []), "at least one prompt"),
+        (lambda model: melens.trace(model, ["a text"]), "no tokenizer"),
+        (lambda model: melens.trace(model, some_prompts(), [melens.Norms(), melens.Norms()]), "same name"),
+        (lambda model: melens.trace(model, some_prompts(), [melens.Norms(("hook_nope",))]), "'hook_nope'"),
+        (lambda model: melens.trace(model, some_prompts(), max_batch_tokens=0), "at least 1"),
+        (lambda model: melens.trace(model, some_prompts())["nope"], "no table 'nope'"),
+        (lambda model: melens.Trace.load("/nonexistent"), "no saved trace"),
+    ],
+)
+def test_mistakes_are_told_in_a_sentence(call, message):
+    with pytest.raises(MelensError, match=message):
+        call(bridge(plain_model("llama")))
