@@ -14,35 +14,41 @@ from torch import Tensor
 
 __all__ = ["count_magnitudes"]
 
-_BLOCK = 8192
+_BLOCK = 4096
+_PROGRAMS = 528  # four for each of an H200's processors; more of them only queue up to add to the same counts
 
 
-def count_magnitudes(values: Float[Tensor, " n"]) -> Int[Tensor, "2 256"]:
+def count_magnitudes(values: Float[Tensor, " n"]) -> Int[Tensor, "3 64"]:
     """Count the magnitudes of a bf16 or fp16 tensor as far as their median needs, without waiting for the GPU.
 
-    The magnitudes of floats are ordered like their 15 bits. The first row counts by the upper 8 of them; the second
-    counts by the lower 7, among the values that share the median's upper bits. `metrics.median_of_counts` reads them.
+    The magnitudes of floats are ordered like their 15 bits, taken as three digits of 5 bits. The first row counts the
+    values by their first digit; the second by the second digit, among those that share the median's first; the third
+    by the last, among those that share the median's first two. `metrics.median_of_counts` reads the median off.
     """
-    counts = torch.zeros((2, 256), dtype=torch.int32, device=values.device)
+    counts = torch.zeros((3, 64), dtype=torch.int32, device=values.device)
     bits, n = values.view(torch.int16), values.numel()
-    grid = (triton.cdiv(n, _BLOCK),)
-    _count_bits[grid](bits, n, (n - 1) // 2, counts, LOWER=False, BLOCK=_BLOCK, num_warps=8)
-    _count_bits[grid](bits, n, (n - 1) // 2, counts, LOWER=True, BLOCK=_BLOCK, num_warps=8)
+    grid = (min(_PROGRAMS, triton.cdiv(n, _BLOCK)),)
+    for digit in range(3):
+        _count_digit[grid](bits, n, (n - 1) // 2, counts, DIGIT=digit, BLOCK=_BLOCK, num_warps=8)
     return counts
 
 
 @triton.jit
-def _count_bits(bits, n, middle, counts, LOWER: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    magnitude = tl.load(bits + offsets, mask=offsets < n, other=0x7FFF).to(tl.int32) & 0x7FFF
-    if LOWER:
-        up_to = tl.cumsum(tl.load(counts + tl.arange(0, 256)), 0)
-        upper = tl.sum((up_to <= middle).to(tl.int32), 0)
-        bucket = tl.where((magnitude >> 7) == upper, magnitude & 0x7F, 255)
-        row = counts + 256
-    else:
-        bucket = magnitude >> 7
-        row = counts
-    n_beyond = tl.maximum((tl.program_id(0) + 1) * BLOCK - n, 0)  # they fell into the last bucket
-    counted = tl.histogram(bucket, 256) - tl.where(tl.arange(0, 256) == 255, n_beyond, 0)
-    tl.atomic_add(row + tl.arange(0, 256), counted, mask=counted != 0)
+def _count_digit(bits, n, middle, counts, DIGIT: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    prefix = 0
+    rank = middle
+    for earlier in tl.static_range(DIGIT):
+        # The median's digit is the first whose running count exceeds the rank; ranks go on from there.
+        of_digit = tl.load(counts + earlier * 64 + tl.arange(0, 64))
+        is_below = (tl.cumsum(of_digit, 0) <= rank) & (tl.arange(0, 64) < 32)
+        prefix = prefix * 32 + tl.sum(is_below.to(tl.int32), 0)
+        rank = rank - tl.sum(tl.where(is_below, of_digit, 0), 0)
+    shift: tl.constexpr = 10 - 5 * DIGIT
+    counted = tl.zeros((64,), dtype=tl.int32)
+    for start in range(tl.program_id(0) * BLOCK, n, tl.num_programs(0) * BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        magnitude = tl.load(bits + offsets, mask=offsets < n, other=0).to(tl.int32) & 0x7FFF
+        shares_prefix = (offsets < n) & ((magnitude >> (shift + 5)) == prefix)
+        counted += tl.histogram(tl.where(shares_prefix, (magnitude >> shift) & 31, 63), 64)
+    is_digit = tl.arange(0, 64) < 32
+    tl.atomic_add(counts + DIGIT * 64 + tl.arange(0, 64), counted, mask=is_digit & (counted > 0))

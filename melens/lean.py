@@ -34,7 +34,7 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 
 from melens.attention import FUSED, FUSED_BESIDE_EAGER
 
-__all__ = ["KeyListener", "attach_hook", "lean_forward"]
+__all__ = ["KeyListener", "any_hooks", "attach_hook", "lean_forward"]
 
 KeyListener = Callable[[int, Tensor], None]
 """Called as `listener(layer, attention)` with a float32 `[batch, head, query, key]`, a column for each wanted key."""
@@ -64,15 +64,17 @@ def lean_forward(
         listener: called once a block and forward pass, whichever way the block computes its attention.
     """
     can_be_lean = not any(getattr(model.cfg, option, False) for option in _INPUT_FORKS)
+    wrappers = _wrappers(model)
+    heard = {id(hook) for wrapper in wrappers for hook in wrapper.hooks if any_hooks(hook)}
     left_out: list[_Wrapper] = []
     n_eager = 0
     with ExitStack() as stack:
         stack.callback(_put_back, left_out)
-        for wrapper in _wrappers(model):
-            if can_be_lean and wrapper.can_be_left_out and not _any_hooks(wrapper.inside):
+        for wrapper in wrappers:
+            if can_be_lean and wrapper.can_be_left_out and heard.isdisjoint(wrapper.inside):
                 left_out.append(wrapper)
                 wrapper.parent._modules[wrapper.name] = wrapper.module
-                _keep_rim_hooks(wrapper, stack)
+                _keep_rim_hooks(wrapper, heard, stack)
                 if wrapper.layer is not None and listener is not None:
                     _listen_to_fused(wrapper, keys, partial(listener, wrapper.layer), stack)
             elif wrapper.layer is not None:
@@ -91,7 +93,8 @@ class _Wrapper:
         component, module: the bridge component and the transformers module that it wraps.
         parent, name: where in the transformers model it stands.
         hook_in, hook_out: its hooks at the rim, on what goes into and comes out of the wrapped module.
-        inside: its other hooks, which the wrapped module alone would not fire.
+        hooks: all its hooks but those of components further inside the wrapped module.
+        inside: the ids of its hooks that are not at the rim, which the wrapped module alone would not fire.
         can_be_left_out: whether the wrapped module computes the same.
         layer: of an attention component, its block.
     """
@@ -102,7 +105,8 @@ class _Wrapper:
     name: str
     hook_in: HookPoint
     hook_out: HookPoint
-    inside: tuple[HookPoint, ...]
+    hooks: tuple[HookPoint, ...]
+    inside: frozenset[int]
     can_be_left_out: bool
     layer: int | None
 
@@ -112,11 +116,11 @@ def _put_back(left_out: list[_Wrapper]) -> None:
         wrapper.parent._modules[wrapper.name] = wrapper.component
 
 
-def _keep_rim_hooks(wrapper: _Wrapper, stack: ExitStack) -> None:
-    if _any_hooks((wrapper.hook_in,)):
+def _keep_rim_hooks(wrapper: _Wrapper, heard: set[int], stack: ExitStack) -> None:
+    if id(wrapper.hook_in) in heard:
         fire_in = _fire_hook_in(wrapper.hook_in)
         stack.callback(wrapper.module.register_forward_pre_hook(fire_in, with_kwargs=True).remove)
-    if _any_hooks((wrapper.hook_out,)):
+    if id(wrapper.hook_out) in heard:
         stack.callback(wrapper.module.register_forward_hook(_fire_hook_out(wrapper.hook_out)).remove)
 
 
@@ -139,20 +143,21 @@ def _wrappers(model: TransformerBridge) -> tuple[_Wrapper, ...]:
 
 def _wrapper(component: Any, parent: nn.Module, name: str, layer: int | None) -> _Wrapper:
     module, hook_in, hook_out = component.original_component, component.hook_in, component.hook_out
-    elsewhere = {id(hook_in), id(hook_out), *map(id, module.modules())}
-    hooks = (hook for hook in component.modules() if isinstance(hook, HookPoint))
-    inside = tuple(hook for hook in hooks if id(hook) not in elsewhere)
+    elsewhere = set(map(id, module.modules()))
+    hooks = tuple(hook for hook in component.modules() if isinstance(hook, HookPoint) and id(hook) not in elsewhere)
+    inside = frozenset(map(id, hooks)) - {id(hook_in), id(hook_out)}
     if layer is not None:
         can_be_left_out = isinstance(component, _ATTENTION)
     elif isinstance(component, NormalizationBridge):
         can_be_left_out = component.use_native_layernorm_autograd
     else:
         can_be_left_out = not getattr(component, "_use_processed_weights", False)
-    return _Wrapper(component, module, parent, name, hook_in, hook_out, inside, can_be_left_out, layer)
+    return _Wrapper(component, module, parent, name, hook_in, hook_out, hooks, inside, can_be_left_out, layer)
 
 
-def _any_hooks(hooks: tuple[HookPoint, ...]) -> bool:
-    return any(hook.fwd_hooks or hook.bwd_hooks for hook in hooks)
+def any_hooks(hook_point: HookPoint) -> bool:
+    """Whether a hook of any kind is attached to a hook point."""
+    return bool(hook_point._forward_hooks or hook_point._backward_hooks)
 
 
 def _fire_hook_in(hook_in: HookPoint) -> Callable[..., tuple[Any, Any]]:
@@ -191,17 +196,20 @@ def _listen_to_pattern(wrapper: _Wrapper, keys: Sequence[int], report: _Report, 
     if hook_pattern is None:
         return
 
-    def hear(pattern: Float[Tensor, "batch head query key"], hook: HookPoint) -> None:
+    def hear(pattern: Float[Tensor, "batch head query key"]) -> None:
         report(pattern[..., list(keys)].float())
 
     attach_hook(hook_pattern, hear, stack)
 
 
-def attach_hook(hook_point: HookPoint, hook_fn: Callable[..., Any], stack: ExitStack) -> None:
-    """Attach a forward hook until the stack unwinds."""
-    handle = hook_point.add_hook(hook_fn)
-    stack.callback(hook_point.fwd_hooks.remove, handle)
-    stack.callback(handle.hook.remove)
+def attach_hook(hook_point: HookPoint, listen: Callable[[Tensor], None], stack: ExitStack) -> None:
+    """Let a listener hear what passes a hook point, in the layout of its documentation, until the stack unwinds."""
+
+    def hear(module: nn.Module, args: Any, activation: Tensor) -> None:
+        conversion = hook_point.hook_conversion
+        listen(activation if conversion is None else conversion.convert(activation))
+
+    stack.callback(hook_point.register_forward_hook(hear).remove)
 
 
 def _select_attention(model: TransformerBridge, name: str, stack: ExitStack) -> None:

@@ -43,18 +43,20 @@ def abs_median(activation: Float[Tensor, "pos d"]) -> Float[Tensor, ""]:
     return held.kthvalue(middle - int(up_to[holder]) + len(held) + 1).values.view(torch.float32)
 
 
-def median_of_counts(counts: Int[Tensor, "*batch 2 256"], dtype: torch.dtype) -> Float[Tensor, "*batch"]:
+def median_of_counts(counts: Int[Tensor, "*batch 3 64"], dtype: torch.dtype) -> Float[Tensor, "*batch"]:
     """Read the median of |h| off what `kernels.count_magnitudes` counted; `dtype` is that of h."""
-    up_to = counts[..., 0, :].cumsum(-1)
-    middle = (up_to[..., -1] - 1) // 2
-    upper = (up_to <= middle[..., None]).sum(-1)
-    below = (counts[..., 0, :] * (up_to <= middle[..., None])).sum(-1)
-    lower = (counts[..., 1, :128].cumsum(-1) <= (middle - below)[..., None]).sum(-1)
-    return ((upper << 7) | lower).to(torch.int16).view(dtype).float()
+    rank = (counts[..., 0, :].sum(-1) - 1) // 2
+    magnitude = torch.zeros_like(rank)
+    for digit in range(3):
+        of_digit = counts[..., digit, :32]
+        is_below = of_digit.cumsum(-1) <= rank[..., None]
+        magnitude = (magnitude << 5) | is_below.sum(-1)
+        rank = rank - (of_digit * is_below).sum(-1)
+    return magnitude.to(torch.int16).view(dtype).float()
 
 
 def sink_mass(
-    attention: Float[Tensor, "batch head query"], later: Float[Tensor, "batch query"]
+    attention: Float[Tensor, "batch head query"], weights: Float[Tensor, "batch query"]
 ) -> Float[Tensor, "batch head"]:
     """Average the attention that later queries pay to a key (section 6; Gu et al. 2024). NaN where none follows.
 
@@ -62,9 +64,8 @@ def sink_mass(
 
     Args:
         attention: each query's attention on the key.
-        later: 1 for the queries after the key, 0 for the others and for padding.
+        weights: of the queries: equal and of sum 1 after the key, 0 up to it and at padding.
     """
-    weights = later / later.sum(dim=-1, keepdim=True)
     return (attention * weights[:, None]).sum(dim=-1)
 
 

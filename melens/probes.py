@@ -62,7 +62,7 @@ class Batch:
     tokens: Int[Tensor, "batch pos"]
     lengths: tuple[int, ...]
     prompts: tuple[int, ...]
-    _is_later: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _weights_after: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
     def is_token(self) -> Bool[Tensor, "batch pos"]:
@@ -70,13 +70,13 @@ class Batch:
         positions = torch.arange(self.tokens.shape[1])
         return (positions < torch.tensor(self.lengths)[:, None]).to(self.tokens.device)
 
-    def is_later(self, key: int) -> Float[Tensor, "batch pos"]:
-        """1 at the tokens after a position, 0 before, at it, and at padding."""
-        if key not in self._is_later:
+    def weights_after(self, key: int) -> Float[Tensor, "batch pos"]:
+        """Equal weights of sum 1 for the tokens after a position, 0 for the others; NaN where there are none."""
+        if key not in self._weights_after:
             later = self.is_token.float()
             later[:, : key + 1] = 0
-            self._is_later[key] = later
-        return self._is_later[key]
+            self._weights_after[key] = later / later.sum(dim=-1, keepdim=True)
+        return self._weights_after[key]
 
 
 class Probe(ABC):
@@ -230,7 +230,7 @@ class SinkMass(Probe):
         self.keys = (key,)
 
     def reduce(self, activation: Float[Tensor, "batch head query 1"], batch: Batch) -> dict[str, Tensor]:
-        return {"sink_mass": sink_mass(activation[..., 0], batch.is_later(self.keys[0]).to(activation.device))}
+        return {"sink_mass": sink_mass(activation[..., 0], batch.weights_after(self.keys[0]).to(activation.device))}
 
 
 class SinkByQuery(Probe):

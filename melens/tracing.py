@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pandas as pd
@@ -23,7 +24,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from melens.errors import MelensError
-from melens.lean import attach_hook, lean_forward
+from melens.lean import any_hooks, attach_hook, lean_forward
 from melens.probes import ATTENTION_ON_KEYS, Batch, Probe, default_probes
 from melens.prompts import Bos, Prompt, tokenize
 
@@ -121,16 +122,20 @@ def trace(
     names = [probe.name for probe in probes]
     if len(set(names)) < len(names):
         raise MelensError(f"Two probes have the same name: {', '.join(names)}.")
-    tokens, described = _as_tokens(model, prompts, bos)
+    texts, tokens = _as_tokens(model, prompts, bos)
     recorder = _Recorder(probes)
     total = sum(map(len, tokens))
-    with torch.no_grad(), _listening(model, probes, recorder):
-        for batch in _batches(tokens, max_batch_tokens, device=model.cfg.device):
-            recorder.begin(batch)
-            _forward(model, batch)
-            recorder.end()
-            if progress is not None:
-                progress(recorder.n_tokens, total)
+    with torch.no_grad():
+        with _listening(model, probes, recorder):
+            for batch in _batches(tokens, max_batch_tokens, device=model.cfg.device):
+                recorder.begin(batch)
+                if progress is not None:
+                    progress(recorder.n_tokens, total)
+                _forward(model, batch)
+            described = _describe_prompts(model, texts, tokens)  # while a GPU still computes
+        recorder.end()
+    if progress is not None:
+        progress(recorder.n_tokens, total)
     tables = {probe.name: partial(recorder.table, probe) for probe in probes if probe.kind == "table"}
     tensors = {probe.name: recorder.tensor(probe, len(tokens)) for probe in probes if probe.kind == "tensor"}
     return Trace(_describe(model), described, _Tables(tables), tensors)
@@ -155,29 +160,27 @@ class _Tables(Mapping[str, pd.DataFrame]):
         return len(self._make)
 
 
-def _as_tokens(model: TransformerBridge, prompts: Sequence[Any], bos: Bos) -> tuple[list[list[int]], pd.DataFrame]:
+def _as_tokens(model: TransformerBridge, prompts: Sequence[Any], bos: Bos) -> tuple[list[Prompt], list[list[int]]]:
     if isinstance(prompts, str) or len(prompts) == 0:
         raise MelensError("A trace needs a list of at least one prompt.")
-    given_tokens = [prompt for prompt in prompts if isinstance(prompt, Tensor)]
-    if given_tokens:
-        tokens = [prompt.tolist() for prompt in given_tokens]
-        texts = [Prompt(text="") for _ in tokens]
-        first = [str(ids[0]) for ids in tokens]
-    else:
-        texts = [Prompt(text=prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-        tokens = tokenize(model, texts, bos=bos)
-        first = [model.tokenizer.decode(ids[:1]) for ids in tokens]
-    described = pd.DataFrame(
+    if isinstance(prompts[0], Tensor):
+        return [Prompt(text="") for _ in prompts], [prompt.tolist() for prompt in prompts]
+    texts = [Prompt(text=prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    return texts, tokenize(model, texts, bos=bos)
+
+
+def _describe_prompts(model: TransformerBridge, texts: list[Prompt], tokens: list[list[int]]) -> pd.DataFrame:
+    tokenizer = model.tokenizer
+    return pd.DataFrame(
         {
             "prompt": np.arange(len(tokens), dtype=np.int32),
             "id": [prompt.id or str(row) for row, prompt in enumerate(texts)],
             "task": [prompt.task for prompt in texts],
             "n_tokens": [len(ids) for ids in tokens],
-            "first_token": first,
+            "first_token": [str(ids[0]) if tokenizer is None else tokenizer.decode(ids[:1]) for ids in tokens],
             "first_token_id": [ids[0] for ids in tokens],
         }
     )
-    return tokens, described
 
 
 _MAX_PADDING = 0.25  # of a batch
@@ -236,13 +239,15 @@ def _listeners(model: TransformerBridge, hook_dict: dict[str, HookPoint], probe:
 @contextmanager
 def _listening(model: TransformerBridge, probes: Sequence[Probe], recorder: _Recorder) -> Iterator[None]:
     """Attach every probe and leave out of the forward pass what none of them, nor any other hook, listens to."""
-    hook_dict = model.hook_dict
+    hook_dict = _hook_dict(model)
+    hook_points: dict[int, HookPoint] = {}
     at_hook: dict[int, list[_Listener]] = defaultdict(list)
     at_keys: dict[int, list[_Listener]] = defaultdict(list)
     for listener in (listener for probe in probes for listener in _listeners(model, hook_dict, probe)):
         if listener.hook_point is None:
             at_keys[listener.layer].append(listener)
         else:
+            hook_points[id(listener.hook_point)] = listener.hook_point
             at_hook[id(listener.hook_point)].append(listener)
     keys = sorted({key for listeners in at_keys.values() for listener in listeners for key in listener.probe.keys})
 
@@ -254,23 +259,31 @@ def _listening(model: TransformerBridge, probes: Sequence[Probe], recorder: _Rec
             recorder.add(listener, wanted)
 
     with ExitStack() as stack:
-        for listeners in at_hook.values():
-            attach_hook(listeners[0].hook_point, _hook_fn(listeners, recorder), stack)
+        for hook, listeners in at_hook.items():
+            attach_hook(hook_points[hook], partial(_listen, recorder, listeners), stack)
         stack.enter_context(lean_forward(model, keys, hear_keys if at_keys else None))
         yield
 
 
-def _hook_fn(listeners: list[_Listener], recorder: _Recorder) -> Callable[..., None]:
-    def hear(activation: Tensor, hook: HookPoint) -> None:
-        for listener in listeners:
-            recorder.add(listener, activation)
+_HOOK_DICTS: WeakKeyDictionary[TransformerBridge, tuple[bool, dict[str, HookPoint]]] = WeakKeyDictionary()
 
-    return hear
+
+def _hook_dict(model: TransformerBridge) -> dict[str, HookPoint]:
+    """Return `model.hook_dict`, made once: it takes a millisecond and changes with the compatibility mode alone."""
+    if model not in _HOOK_DICTS or _HOOK_DICTS[model][0] != model.compatibility_mode:
+        _HOOK_DICTS[model] = (model.compatibility_mode, model.hook_dict)
+    return _HOOK_DICTS[model][1]
+
+
+def _listen(recorder: _Recorder, listeners: list[_Listener], activation: Tensor) -> None:
+    for listener in listeners:
+        recorder.add(listener, activation)
 
 
 def _forward(model: TransformerBridge, batch: Batch) -> None:
     """Run the network, without the logits unless a hook wants them."""
-    wants_logits = any(isinstance(module, HookPoint) and module.has_hooks() for module in model.unembed.modules())
+    hooks = (module for module in model.unembed.modules() if isinstance(module, HookPoint))
+    wants_logits = any(map(any_hooks, hooks))
     network = model.original_model if wants_logits else model.original_model.base_model
     network(input_ids=batch.tokens, use_cache=False)
 
@@ -292,29 +305,37 @@ class _Recorder:
 
     def __init__(self, probes: Sequence[Probe]) -> None:
         self.n_tokens = 0
-        self._batch: Batch
+        self._batch: Batch | None = None
         self._reduced: dict[str, list[tuple[_Listener, dict[str, Tensor]]]] = {probe.name: [] for probe in probes}
         self._chunks: dict[str, list[_Chunk]] = {probe.name: [] for probe in probes}
 
     def begin(self, batch: Batch) -> None:
+        if self._batch is not None:
+            self.end()
         self._batch = batch
 
     def add(self, listener: _Listener, activation: Tensor) -> None:
+        assert self._batch is not None
         self._reduced[listener.probe.name].append((listener, listener.probe.reduce(activation, self._batch)))
 
     def end(self) -> None:
-        """Bring the batch's results to the CPU, one transfer a quantity."""
+        """Bring the batch's results to the CPU, one transfer a quantity, once all of them are under way."""
+        batch, self._batch = self._batch, None
+        assert batch is not None
+        finished = []
         for name, heard in self._reduced.items():
             if not heard:
                 raise MelensError(f"The probe {name!r} heard nothing: no hook it listens at fires in this model.")
             probe, first = heard[0][0].probe, heard[0][1]
             device = next(iter(first.values())).device
             stacked = {key: torch.stack([reduced[key].to(device) for _, reduced in heard]) for key in first}
-            quantities = {key: values.cpu().numpy() for key, values in probe.finish(stacked, self._batch).items()}
             places = [(listener.site, listener.layer) for listener, _ in heard]
-            self._chunks[name].append(_Chunk(self._batch, places, quantities))
+            finished.append((name, places, probe.finish(stacked, batch)))
             heard.clear()
-        self.n_tokens += sum(self._batch.lengths)
+        for name, places, quantities in finished:
+            arrays = {key: values.cpu().numpy() for key, values in quantities.items()}
+            self._chunks[name].append(_Chunk(batch, places, arrays))
+        self.n_tokens += sum(batch.lengths)
 
     def table(self, probe: Probe) -> pd.DataFrame:
         sites = list(dict.fromkeys(site for chunk in self._chunks[probe.name] for site, _ in chunk.places))

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from melens import metrics
+from melens import Batch, metrics
 
 
 def test_l2_norm_of_bf16_accumulates_in_float32():
@@ -32,17 +32,21 @@ def test_abs_median_by_hand():
 def test_median_of_counts_reads_what_the_kernel_counts(dtype, n):
     values = torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype)
     magnitudes = (values.view(torch.int16) & 0x7FFF).long()
-    upper = torch.bincount(magnitudes >> 7, minlength=256)
-    of_median = (upper.cumsum(0) <= (n - 1) // 2).sum()
-    lower = torch.bincount(torch.where((magnitudes >> 7) == of_median, magnitudes & 0x7F, 255), minlength=256)
-    counts = torch.stack([upper, lower]).int()
-    assert metrics.median_of_counts(counts, dtype).item() == values.abs().median().item()
+    median = int(magnitudes.sort().values[(n - 1) // 2])
+    counts = torch.zeros((2, 3, 64), dtype=torch.int32)
+    for digit, shift in enumerate((10, 5, 0)):
+        shares_prefix = (magnitudes >> (shift + 5)) == (median >> (shift + 5))
+        counts[:, digit] = torch.bincount((magnitudes[shares_prefix] >> shift) & 31, minlength=64)
+    expected = values.abs().median().item()
+    assert metrics.median_of_counts(counts, dtype).tolist() == [expected, expected]
 
 
 def test_sink_mass_averages_the_later_queries_and_leaves_out_padding():
-    attention = torch.tensor([[[1.0, 0.6, 0.2, 0.9]]])
-    later = torch.tensor([[0.0, 1.0, 1.0, 0.0]])
-    assert metrics.sink_mass(attention, later).tolist() == [[pytest.approx(0.4)]]
+    batch = Batch(torch.zeros((2, 4), dtype=torch.long), lengths=(3, 1), prompts=(0, 1))
+    attention = torch.tensor([[[1.0, 0.6, 0.2, 0.9]], [[1.0, 0.5, 0.5, 0.5]]])
+    of_first, of_second = metrics.sink_mass(attention, batch.weights_after(0))
+    assert of_first.tolist() == [pytest.approx(0.4)]
+    assert of_second.isnan().all()
 
 
 def test_bootstrap_interval_holds_the_mean_and_is_repeatable():

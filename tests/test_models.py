@@ -31,7 +31,7 @@ def test_every_model_file_is_a_valid_spec(name):
 
 
 PAPER = """qwen3-4b qwen3-8b qwen3-4b-instruct qwen2.5-7b qwen2.5-7b-instruct qwen2.5-32b llama3.1-8b
-llama3.1-8b-instruct mistral-7b-v0.1 deepseek-llm-7b-chat phi3-mini-4k-instruct 
+llama3.1-8b-instruct mistral-7b-v0.1 deepseek-llm-7b-chat phi3-mini-4k-instruct
 smollm2-135m qwen3-0.6b gemma3-270m hub random"""
 
 
