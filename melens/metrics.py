@@ -43,11 +43,15 @@ def abs_median(activation: Float[Tensor, "pos d"]) -> Float[Tensor, ""]:
     return held.kthvalue(middle - int(up_to[holder]) + len(held) + 1).values.view(torch.float32)
 
 
-def median_of_counts(counts: Int[Tensor, "*batch 5 8"], dtype: torch.dtype) -> Float[Tensor, "*batch"]:
+def median_of_counts(counts: Int[Tensor, "*batch 3 64"], dtype: torch.dtype) -> Float[Tensor, "*batch"]:
     """Read the median of |h| off what `kernels.count_magnitudes` counted; `dtype` is that of h."""
-    middle = (counts[..., :1, :1] - 1) // 2
-    digits = (counts[..., 1:] <= middle).sum(-1)
-    magnitude = (digits << torch.tensor([12, 9, 6, 3, 0], device=counts.device)).sum(-1)
+    rank = (counts[..., 0, :].sum(-1) - 1) // 2
+    magnitude = torch.zeros_like(rank)
+    for digit in range(3):
+        of_digit = counts[..., digit, :32]
+        is_below = of_digit.cumsum(-1) <= rank[..., None]
+        magnitude = (magnitude << 5) | is_below.sum(-1)
+        rank = rank - (of_digit * is_below).sum(-1)
     return magnitude.to(torch.int16).view(dtype).float()
 
 

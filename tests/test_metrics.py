@@ -33,11 +33,10 @@ def test_median_of_counts_reads_what_the_kernel_counts(dtype, n):
     values = torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype)
     magnitudes = (values.view(torch.int16) & 0x7FFF).long()
     median = int(magnitudes.sort().values[(n - 1) // 2])
-    counts = torch.zeros((2, 5, 8), dtype=torch.int32)
-    for digit, shift in enumerate((12, 9, 6, 3, 0)):
-        thresholds = ((median >> (shift + 3) << 3) + torch.arange(8)) << shift
-        counts[:, digit] = (magnitudes[:, None] < thresholds).sum(0)
-    counts[:, 0, 0] = n
+    counts = torch.zeros((2, 3, 64), dtype=torch.int32)
+    for digit, shift in enumerate((10, 5, 0)):
+        shares_prefix = (magnitudes >> (shift + 5)) == (median >> (shift + 5))
+        counts[:, digit] = torch.bincount((magnitudes[shares_prefix] >> shift) & 31, minlength=64)
     expected = values.abs().median().item()
     assert metrics.median_of_counts(counts, dtype).tolist() == [expected, expected]
 
