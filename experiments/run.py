@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 import time
@@ -25,7 +26,7 @@ from torch import Tensor
 from melens.errors import MelensError
 from melens.models import load_model
 from melens.prompts import Prompt, load_prompts, random_tokens, tokenize
-from melens.results import show_result, write_failure, write_result
+from melens.results import check_png, show_result, write_failure, write_result
 
 FAILED, WRONG_OPTION = 1, 2
 _failures: list[Exception] = []
@@ -50,6 +51,9 @@ def run_job(cfg: DictConfig, folder: Path) -> None:
     start = time.perf_counter()
     if not os.access(folder, os.W_OK):
         raise MelensError(f"The output folder {folder} cannot be written to.")
+    if cfg.png:
+        check_png()
+        logging.getLogger("choreographer").setLevel(logging.WARNING)  # it tells of every temporary folder
     experiment = importlib.import_module(f"experiments.{cfg.exp.name}")
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)
     prompts = load_prompts(cfg.prompts.file, cfg.prompts.tasks)
@@ -65,7 +69,7 @@ def run_job(cfg: DictConfig, folder: Path) -> None:
             cfg,
             lambda done, total: bars.update(bar, completed=done, total=total),
         )
-    paths = write_result(result, folder, config=config, duration=time.perf_counter() - start)
+    paths = write_result(result, folder, config=config, duration=time.perf_counter() - start, png=cfg.png)
     show_result(result, paths, console)
 
 

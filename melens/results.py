@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -24,7 +25,15 @@ from rich.table import Table
 from melens.claims import Claim
 from melens.errors import MelensError
 
-__all__ = ["Result", "read_results", "show_result", "write_failure", "write_result", "write_tables_and_figures"]
+__all__ = [
+    "Result",
+    "check_png",
+    "read_results",
+    "show_result",
+    "write_failure",
+    "write_result",
+    "write_tables_and_figures",
+]
 
 _PACKAGES = ("melens", "torch", "transformers", "transformer_lens", "numpy", "pandas", "plotly")
 
@@ -52,7 +61,9 @@ class Result:
     findings: list[tuple[str, str]] = field(default_factory=list)
 
 
-def write_result(result: Result, folder: str | Path, *, config: dict[str, Any], duration: float) -> list[Path]:
+def write_result(
+    result: Result, folder: str | Path, *, config: dict[str, Any], duration: float, png: bool = False
+) -> list[Path]:
     """Write a result into a folder; `result.json` comes last, so that a folder that has one is complete.
 
     Returns:
@@ -70,22 +81,43 @@ def write_result(result: Result, folder: str | Path, *, config: dict[str, Any], 
         "environment": _environment(result.model, config, duration),
         "config": config,
     }
-    paths = write_tables_and_figures(result.tables, result.figures, folder)
+    paths = write_tables_and_figures(result.tables, result.figures, folder, png=png)
     with _told_in_a_sentence(folder):
         return [*paths, _write(Path(folder) / "result.json", _json_writer(content))]
 
 
 def write_tables_and_figures(
-    tables: dict[str, pd.DataFrame], figures: dict[str, go.Figure], folder: str | Path
+    tables: dict[str, pd.DataFrame], figures: dict[str, go.Figure], folder: str | Path, *, png: bool = False
 ) -> list[Path]:
-    """Write tables as parquet and figures as HTML, with one plotly.min.js beside them; return the files."""
+    """Write tables as parquet and figures as HTML, with one plotly.min.js beside them; return the files.
+
+    Args:
+        tables, figures: by name.
+        folder: made if need be.
+        png: write each figure as a static image too, which takes the extra `png` (kaleido) and a Chrome or Chromium.
+    """
     folder = Path(folder)
     with _told_in_a_sentence(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if figures:
             _write(folder / "plotly.min.js", lambda path: path.write_text(get_plotlyjs(), "utf-8"))
         paths = [_write(folder / f"{name}.parquet", table.to_parquet) for name, table in tables.items()]
-        return paths + [_write(folder / f"{name}.html", _html_writer(figure)) for name, figure in figures.items()]
+        for name, figure in figures.items():
+            paths.append(_write(folder / f"{name}.html", _html_writer(figure)))
+            if png:
+                paths.append(_write(folder / f"{name}.png", _png_writer(figure)))
+        return paths
+
+
+def check_png() -> None:
+    """Raise a `MelensError` where static images cannot be made, before anything slow."""
+    if importlib.util.find_spec("kaleido") is None:
+        raise MelensError("png=true needs kaleido: pip install -e '.[png]'.")
+
+
+def _png_writer(figure: go.Figure) -> Callable[[Path], object]:
+    still = go.Figure(figure).update_layout(updatemenus=None)
+    return lambda path: path.write_bytes(still.to_image("png", width=1100, height=figure.layout.height or 700, scale=2))
 
 
 @contextmanager

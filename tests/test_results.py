@@ -5,7 +5,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
-from melens import MelensError
+from melens import MelensError, results
 from melens.claims import Claim
 from melens.results import Result, read_results, write_failure, write_result
 
@@ -47,6 +47,12 @@ def test_a_run_that_breaks_off_leaves_no_half_file(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_result(some_result(figures={"a": Breaks()}), tmp_path, config=CONFIG, duration=1.0)
     assert {path.name for path in tmp_path.iterdir()} == {"norms.parquet", "plotly.min.js"}
+
+
+def test_static_images_without_kaleido_are_told(monkeypatch):
+    monkeypatch.setattr(results.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MelensError, match=r"pip install -e '\.\[png\]'"):
+        results.check_png()
 
 
 def test_a_folder_that_cannot_be_written_to_is_told(tmp_path):
