@@ -31,6 +31,8 @@ class SinkOnset:
 
 def sink_mass_by_layer(trace: Trace) -> pd.DataFrame:
     """Summarise the sink mass by block: its `mean`, `low` and `high` (10% and 90% of heads), and `share_of_heads`."""
+    if "sink_mass" not in trace.tables:  # a model without attention
+        return pd.DataFrame(columns=["layer", "mean", "low", "high", "share_of_heads"])
     by_head = trace["sink_mass"].groupby(["layer", "head"])["sink_mass"].mean()
     by_layer = by_head.groupby("layer")
     return pd.DataFrame(
@@ -47,7 +49,7 @@ def find_sink_onset(trace: Trace, *, threshold: float = SINK_THRESHOLD, trailing
     """Find the block from which the first token is an attention sink.
 
     Args:
-        trace: with the table of the probe `SinkMass`.
+        trace: with the table of the probe `SinkMass`; without it there is no onset.
         threshold: on the sink mass, averaged over prompts and heads.
         trailing_blocks: last blocks that need not have a sink.
     """

@@ -108,7 +108,7 @@ def trace(
     Args:
         model: a bridge of a causal language model.
         prompts: texts, or token ids, one `[pos]` tensor each.
-        probes: what to measure; by default all that `find_me_layer` needs.
+        probes: what to measure; by default all that `find_me_layer` needs, as far as the model has it.
         bos: whether to prepend BOS to texts: `"auto"` does as the model's own tokenizer.
         max_batch_tokens: prompts of similar length share a forward pass up to this many tokens, padding included.
         progress: called after each batch.
@@ -116,7 +116,7 @@ def trace(
     Raises:
         MelensError: an empty, too short or too long prompt, two probes of one name, or a site the model does not have.
     """
-    probes = default_probes() if probes is None else list(probes)
+    probes = _default_probes_of(model) if probes is None else list(probes)
     if max_batch_tokens < 1:
         raise MelensError(f"max_batch_tokens is {max_batch_tokens}; it must be at least 1.")
     names = [probe.name for probe in probes]
@@ -218,13 +218,28 @@ class _Listener:
     hook_point: HookPoint | None  # None: the attention on the probe's keys
 
 
+def _default_probes_of(model: TransformerBridge) -> list[Probe]:
+    """Return the default probes without the sites that the model lacks: a parallel block's `ln2`, Mamba's attention."""
+    hook_dict = _hook_dict(model)
+    probes = default_probes()
+    for probe in probes:
+        names = {site: "attn.hook_out" if site == ATTENTION_ON_KEYS else site for site in probe.sites}
+        probe.sites = tuple(
+            site
+            for site, name in names.items()
+            if name in hook_dict or any(f"blocks.{layer}.{name}" in hook_dict for layer in range(len(model.blocks)))
+        )
+    return [probe for probe in probes if probe.sites]
+
+
 def _listeners(model: TransformerBridge, hook_dict: dict[str, HookPoint], probe: Probe) -> list[_Listener]:
     layers = range(len(model.blocks)) if probe.layers is None else probe.layers
     found: list[_Listener] = []
     for site in probe.sites:
         before = len(found)
         if site == ATTENTION_ON_KEYS:
-            found += [_Listener(probe, site, layer, None) for layer in layers if "attn" in model.blocks[layer]._modules]
+            with_attention = (layer for layer in layers if f"blocks.{layer}.attn.hook_out" in hook_dict)
+            found += [_Listener(probe, site, layer, None) for layer in with_attention]
         elif site in hook_dict:
             block = re.fullmatch(r"blocks\.(\d+)\.(.*)", site)
             found.append(_Listener(probe, block[2] if block else site, int(block[1]) if block else -1, hook_dict[site]))
@@ -382,7 +397,7 @@ def _describe(model: TransformerBridge) -> dict[str, Any]:
         "architecture": cfg.architecture,
         "n_layers": int(cfg.n_layers),
         "d_model": int(cfg.d_model),
-        "n_heads": int(cfg.n_heads),
+        "n_heads": int(getattr(cfg, "n_heads", None) or 0),
         "dtype": str(next(model.original_model.parameters()).dtype).removeprefix("torch."),
         "device": str(cfg.device),
     }

@@ -197,6 +197,28 @@ def test_a_probe_of_ten_lines():
     assert len(table) == 2 * sum(LENGTHS)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "lacks"),
+    [
+        ("olmo2", {"ln2.hook_out"}),
+        ("phi", {"ln2.hook_out"}),
+        ("mamba", {"ln2.hook_out", "hook_mlp_out", "sink_mass"}),
+        ("gpt2", set()),
+        ("mixtral", set()),
+    ],
+)
+def test_default_probes_leave_out_what_a_model_lacks(model_type, lacks):
+    heads = {} if model_type == "mamba" else {"num_attention_heads": 4, "num_key_value_heads": 4}
+    config = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0, **heads}
+    if model_type == "gpt2":
+        config = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    trace = melens.trace(melens.load_model("random", model_type=model_type, config=config), some_prompts())
+    everything = {"norm", "largest", "abs_median", "sink_mass"}
+    everything |= {"hook_resid_pre", "ln2.hook_out", "hook_mlp_out", "hook_resid_post"}
+    assert {*trace.tables, *trace["norm"].site.unique()} == everything - lacks
+    assert melens.find_me_layer(trace).layer is None
+
+
 def test_logits_are_computed_when_a_probe_listens_to_them():
     class Top(Probe):
         name = "top"
