@@ -12,7 +12,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 import melens
-from melens import Criterion, Emergence, MelensError, Prompt, Trace, figures, sinks
+from melens import Criterion, Emergence, Prompt, Trace, figures, sinks
 from melens.claims import judge_emergence
 from melens.results import Result
 from melens.tracing import Progress
@@ -28,11 +28,9 @@ def run(
 ) -> Result:
     """Measure norms, largest activations and sink mass in one pass, find the ME layer, draw."""
     criterion = Criterion(**cfg.exp.criterion)
-    if not isinstance(cfg.exp.top_dims, int) or cfg.exp.top_dims < 1:
-        raise MelensError(f"exp.top_dims is {cfg.exp.top_dims!r}; it must be a whole number >= 1.")
     trace = melens.trace(model, prompts, bos=cfg.prompts.bos, max_batch_tokens=cfg.max_batch_tokens, progress=progress)
     me = melens.find_me_layer(trace, criterion)
-    onset = sinks.find_sink_onset(trace)
+    onset = sinks.find_sink_onset(trace, trailing_blocks=criterion.trailing_blocks)
     metrics = me.metrics() | {"sink_onset_layer": onset.layer, "first_sink_layer": onset.first_layer}
     norms = figures.norm_by_block(trace["norm"])
     sink_mass = sinks.sink_mass_by_layer(trace)

@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, we tell
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from melens.errors import MelensError
 from melens.models import load_model
-from melens.prompts import Prompt, load_prompts, random_tokens, tokenize
+from melens.prompts import Bos, Prompt, load_prompts, random_tokens, tokenize
 from melens.results import check_png, show_result, write_failure, write_result
 
 FAILED, WRONG_OPTION = 1, 2
@@ -49,6 +49,7 @@ def main(cfg: DictConfig) -> None:
 def run_job(cfg: DictConfig, folder: Path) -> None:
     """Load model and prompts, run the experiment, write and show its result."""
     start = time.perf_counter()
+    check_options(cfg)
     if not os.access(folder, os.W_OK):
         raise MelensError(f"The output folder {folder} cannot be written to.")
     if cfg.png:
@@ -73,10 +74,39 @@ def run_job(cfg: DictConfig, folder: Path) -> None:
     show_result(result, paths, console)
 
 
+OPTIONS = {
+    "max_batch_tokens": (int, "a whole number"),
+    "seed": (int, "a whole number"),
+    "png": (bool, "true or false"),
+    "prompts.max_tokens": (int, "a whole number or null"),
+    "exp.top_dims": (int, "a whole number"),
+    "exp.log_scale": (bool, "true or false"),
+    "model.seed": (int, "a whole number"),
+}
+
+
+def check_options(cfg: DictConfig) -> None:
+    """Check the options that Hydra knows only as some value, and let `prompts.bos` and `.tasks` be given plainly."""
+    for key, (kind, allowed) in OPTIONS.items():
+        value = OmegaConf.select(cfg, key)
+        may_be_absent = "." in key
+        wrong_kind = not isinstance(value, kind) or (kind is int and isinstance(value, bool))
+        if (value is None and not may_be_absent) or (value is not None and (wrong_kind or (kind is int and value < 0))):
+            raise MelensError(f"{key} is {value!r}; it must be {allowed}.")
+    if cfg.exp.get("top_dims") == 0:
+        raise MelensError("exp.top_dims is 0; it must be at least 1.")
+    cfg.prompts.bos = str(cfg.prompts.bos).lower()
+    if cfg.prompts.bos not in get_args(Bos):
+        raise MelensError(f"prompts.bos is {cfg.prompts.bos!r}; allowed are {', '.join(get_args(Bos))}.")
+    if isinstance(cfg.prompts.tasks, str):
+        cfg.prompts.tasks = [cfg.prompts.tasks]
+
+
 def choose_prompts(model: Any, prompts: list[Prompt], cfg: DictConfig) -> list[Prompt] | list[Tensor]:
     """Keep the prompts of the wanted length; a model without a tokenizer gets random tokens in their place."""
     if model.tokenizer is None:
-        return random_tokens(len(prompts), 128, model.cfg.d_vocab, seed=cfg.seed)
+        n_prompts, n_tokens = min(len(prompts), model.cfg.d_vocab), min(128, model.cfg.n_ctx)
+        return random_tokens(n_prompts, n_tokens, model.cfg.d_vocab, seed=cfg.seed)
     lengths = [len(tokens) for tokens in tokenize(model, prompts, bos=cfg.prompts.bos)]
     most = cfg.prompts.max_tokens or max(lengths)
     kept = [prompt for prompt, length in zip(prompts, lengths, strict=True) if length <= most]

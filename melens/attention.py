@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-__all__ = ["FUSED", "FUSED_BESIDE_EAGER", "attention_on_keys", "causal_attention"]
+__all__ = ["FUSED", "FUSED_BESIDE_EAGER", "attention_on_keys", "causal_attention", "missing_as_zero"]
 
 FUSED = "melens"
 """The attention implementation for transformers' config when every block runs fused: no mask is ever built."""
@@ -60,12 +60,26 @@ def causal_attention(
     n_pos = query.shape[2]
     if window is not None and window >= n_pos:
         window = None
+    wanted, keys = keys, [position for position in keys if position < n_pos]
     if softcap is None and sink_logits is None and mask is None:
         fused = _fused_kernel(query, key, value, scale, window)
         if fused is not None:
             output, logsumexp = fused
-            return output, attention_on_keys(query, key, logsumexp, keys=keys, scale=scale, window=window)
-    return _chunked_attention(query, key, value, scale, keys, window, softcap, sink_logits, mask)
+            on_keys = attention_on_keys(query, key, logsumexp, keys=keys, scale=scale, window=window)
+            return output, missing_as_zero(on_keys, wanted, n_pos)
+    output, on_keys = _chunked_attention(query, key, value, scale, keys, window, softcap, sink_logits, mask)
+    return output, missing_as_zero(on_keys, wanted, n_pos)
+
+
+def missing_as_zero(
+    on_keys: Float[Tensor, "batch head query within"], keys: Sequence[int], n_pos: int
+) -> Float[Tensor, "batch head query key"]:
+    """Add columns of zeros for the keys that lie behind the end of the sequences."""
+    if on_keys.shape[-1] == len(keys):
+        return on_keys
+    whole = on_keys.new_zeros((*on_keys.shape[:-1], len(keys)))
+    whole[..., [column for column, position in enumerate(keys) if position < n_pos]] = on_keys
+    return whole
 
 
 def attention_on_keys(

@@ -112,6 +112,7 @@ def find_me_layer(trace: Trace, criterion: Criterion | None = None) -> Emergence
         An `Emergence`; without massive activations its `layer` is None and its `reason` says so.
     """
     criterion = criterion or Criterion()
+    _check_finite(trace)
     massive = massive_activations(trace, criterion)
     per_prompt = _per_prompt(trace, massive, criterion)
     n_prompts = len(per_prompt)
@@ -147,6 +148,17 @@ def find_me_layer(trace: Trace, criterion: Criterion | None = None) -> Emergence
         dims=tuple(entries["dim"].value_counts().index),
         **shared,
     )
+
+
+def _check_finite(trace: Trace) -> None:
+    norms = trace["norm"].query("site == 'hook_resid_post'")
+    broken = norms[~np.isfinite(norms["norm"])]
+    if not broken.empty:
+        first = broken[broken["layer"] == broken["layer"].min()]
+        raise MelensError(
+            f"The output of block {first['layer'].iloc[0]} is not finite in {first['prompt'].nunique()} of "
+            f"{len(trace.prompts)} prompts ({trace.model.get('dtype')}): load the model in bfloat16 or float32."
+        )
 
 
 def _settle(trace: Trace, born: pd.DataFrame, n_prompts: int, criterion: Criterion) -> tuple[int | None, str]:
@@ -205,7 +217,9 @@ def _rise(
         "norm_in": float(norm_in[position]),
         "norm_out": float(norm_out[position]),
         "magnification": magnification,
-        "relative_magnification": magnification / float((norm_out[others] / norm_in[others]).mean()),
+        "relative_magnification": magnification / float((norm_out[others] / norm_in[others]).mean())
+        if others
+        else np.nan,
         "peak": peak,
         "share_of_peak": float(norm_out[position] - norm_in[position]) / peak,
         "climb_from": int(np.argmax(token >= 0.1 * peak)),

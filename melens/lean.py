@@ -27,12 +27,13 @@ from transformer_lens.model_bridge.generalized_components import (
     JointQKVPositionEmbeddingsAttentionBridge,
     LinearBridge,
     NormalizationBridge,
+    ParallelBlockBridge,
     PositionEmbeddingsAttentionBridge,
     RMSNormalizationBridge,
 )
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
-from melens.attention import FUSED, FUSED_BESIDE_EAGER
+from melens.attention import FUSED, FUSED_BESIDE_EAGER, missing_as_zero
 
 __all__ = ["KeyListener", "any_hooks", "attach_hook", "lean_forward"]
 
@@ -44,6 +45,8 @@ _TRANSPARENT = (
     BlockBridge, GatedMLPBridge, JointGateUpMLPBridge, LinearBridge, NormalizationBridge, RMSNormalizationBridge,
 )  # fmt: skip
 """Components that compute just what the module computes that they wrap (subclasses may not)."""
+
+_PLAIN_BLOCKS = (BlockBridge, ParallelBlockBridge)
 
 _INPUT_FORKS = ("use_split_qkv_input", "use_attn_in", "use_attn_result", "use_hook_mlp_in")
 """The bridge's options that route activations around the wrapped modules."""
@@ -66,12 +69,18 @@ def lean_forward(
     can_be_lean = not any(getattr(model.cfg, option, False) for option in _INPUT_FORKS)
     wrappers = _wrappers(model)
     heard = {id(hook) for wrapper in wrappers for hook in wrapper.hooks if any_hooks(hook)}
+    captures = {handle.id for block in model.blocks for handle in getattr(block, "_capture_hook_handles", ())}
     left_out: list[_Wrapper] = []
     n_eager = 0
     with ExitStack() as stack:
         stack.callback(_put_back, left_out)
         for wrapper in wrappers:
-            if can_be_lean and wrapper.can_be_left_out and heard.isdisjoint(wrapper.inside):
+            if (
+                can_be_lean
+                and wrapper.can_be_left_out
+                and heard.isdisjoint(wrapper.inside)
+                and not (_has_torch_hooks(wrapper.components, captures))
+            ):
                 left_out.append(wrapper)
                 wrapper.parent._modules[wrapper.name] = wrapper.module
                 _keep_rim_hooks(wrapper, heard, stack)
@@ -95,6 +104,7 @@ class _Wrapper:
         hook_in, hook_out: its hooks at the rim, on what goes into and comes out of the wrapped module.
         hooks: all its hooks but those of components further inside the wrapped module.
         inside: the ids of its hooks that are not at the rim, which the wrapped module alone would not fire.
+        components: itself and the components in it that the wrapped module does not have.
         can_be_left_out: whether the wrapped module computes the same.
         layer: of an attention component, its block.
     """
@@ -107,6 +117,7 @@ class _Wrapper:
     hook_out: HookPoint
     hooks: tuple[HookPoint, ...]
     inside: frozenset[int]
+    components: tuple[nn.Module, ...]
     can_be_left_out: bool
     layer: int | None
 
@@ -131,8 +142,10 @@ def _wrappers(model: TransformerBridge) -> tuple[_Wrapper, ...]:
     """List the components that can be left out and all attention components; found once a model."""
     if model not in _WRAPPERS:
         attention = {id(block._modules.get("attn")): layer for layer, block in enumerate(model.blocks)}
+        # Some blocks reach into their components as they run; theirs must stay.
+        needed = {id(part) for block in model.blocks if type(block) not in _PLAIN_BLOCKS for part in block.modules()}
         _WRAPPERS[model] = tuple(
-            _wrapper(component, parent, name, attention.get(id(component)))
+            _wrapper(component, parent, name, attention.get(id(component)), is_needed=id(component) in needed)
             for parent in model.original_model.modules()
             if not isinstance(parent, GeneralizedComponent)
             for name, component in parent._modules.items()
@@ -141,23 +154,47 @@ def _wrappers(model: TransformerBridge) -> tuple[_Wrapper, ...]:
     return _WRAPPERS[model]
 
 
-def _wrapper(component: Any, parent: nn.Module, name: str, layer: int | None) -> _Wrapper:
+def _wrapper(component: Any, parent: nn.Module, name: str, layer: int | None, *, is_needed: bool) -> _Wrapper:
     module, hook_in, hook_out = component.original_component, component.hook_in, component.hook_out
     elsewhere = set(map(id, module.modules()))
     hooks = tuple(hook for hook in component.modules() if isinstance(hook, HookPoint) and id(hook) not in elsewhere)
     inside = frozenset(map(id, hooks)) - {id(hook_in), id(hook_out)}
+    parts = (part for part in component.modules() if not isinstance(part, HookPoint))
+    components = tuple(part for part in parts if id(part) not in elsewhere)
     if layer is not None:
         can_be_left_out = isinstance(component, _ATTENTION)
     elif isinstance(component, NormalizationBridge):
         can_be_left_out = component.use_native_layernorm_autograd
     else:
         can_be_left_out = not getattr(component, "_use_processed_weights", False)
-    return _Wrapper(component, module, parent, name, hook_in, hook_out, hooks, inside, can_be_left_out, layer)
+    return _Wrapper(
+        component,
+        module,
+        parent,
+        name,
+        hook_in,
+        hook_out,
+        hooks,
+        inside,
+        components,
+        can_be_left_out and not is_needed,
+        layer,
+    )
 
 
 def any_hooks(hook_point: HookPoint) -> bool:
     """Whether a hook of any kind is attached to a hook point."""
     return bool(hook_point._forward_hooks or hook_point._backward_hooks)
+
+
+def _has_torch_hooks(components: tuple[nn.Module, ...], captures: set[int]) -> bool:
+    """Whether PyTorch's own hooks are on the components, but for the block's captures, which only matter to forks."""
+    return any(
+        handle_id not in captures
+        for component in components
+        for hooks in (component._forward_hooks, component._forward_pre_hooks, component._backward_hooks)
+        for handle_id in hooks
+    )
 
 
 def _fire_hook_in(hook_in: HookPoint) -> Callable[..., tuple[Any, Any]]:
@@ -197,7 +234,8 @@ def _listen_to_pattern(wrapper: _Wrapper, keys: Sequence[int], report: _Report, 
         return
 
     def hear(pattern: Float[Tensor, "batch head query key"]) -> None:
-        report(pattern[..., list(keys)].float())
+        within = [position for position in keys if position < pattern.shape[-1]]
+        report(missing_as_zero(pattern[..., within].float(), keys, pattern.shape[-1]))
 
     attach_hook(hook_pattern, hear, stack)
 
@@ -205,11 +243,12 @@ def _listen_to_pattern(wrapper: _Wrapper, keys: Sequence[int], report: _Report, 
 def attach_hook(hook_point: HookPoint, listen: Callable[[Tensor], None], stack: ExitStack) -> None:
     """Let a listener hear what passes a hook point, in the layout of its documentation, until the stack unwinds."""
 
-    def hear(module: nn.Module, args: Any, activation: Tensor) -> None:
-        conversion = hook_point.hook_conversion
-        listen(activation if conversion is None else conversion.convert(activation))
+    def hear(activation: Tensor, hook: HookPoint) -> None:
+        listen(activation)
 
-    stack.callback(hook_point.register_forward_hook(hear).remove)
+    handle = hook_point.add_hook(hear)
+    stack.callback(hook_point.fwd_hooks.remove, handle)
+    stack.callback(handle.hook.remove)
 
 
 def _select_attention(model: TransformerBridge, name: str, stack: ExitStack) -> None:

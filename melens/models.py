@@ -287,7 +287,7 @@ def _attach_tokenizer(bridge: TransformerBridge, tokenizer: Any) -> None:
 def _random_model(spec: ModelSpec, device: torch.device) -> TransformerBridge:
     try:
         config = AutoConfig.for_model(spec.model_type or "llama", **spec.config)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, huggingface_hub.errors.StrictDataclassError) as error:
         raise MelensError(f"model=random: {str(error).splitlines()[0][:200]}") from error
     config.architectures = config.architectures or [_causal_lm_class(config)]
     _check_architecture(config, spec.name)

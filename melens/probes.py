@@ -27,6 +27,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from melens.errors import MelensError
 from melens.metrics import abs_max, abs_median, l2_norm, median_of_counts, sink_mass
 
 __all__ = [
@@ -219,6 +220,12 @@ class TokenVectors(Probe):
         return {"vector": vectors}
 
 
+def _checked_keys(key: int) -> tuple[int, ...]:
+    if key < 0:
+        raise MelensError(f"The key position is {key}; it must be at least 0.")
+    return (key,)
+
+
 class SinkMass(Probe):
     """How much attention the later queries pay to one key, by layer and head (section 6, figure 7)."""
 
@@ -227,7 +234,7 @@ class SinkMass(Probe):
     index = ("head",)
 
     def __init__(self, key: int = 0):
-        self.keys = (key,)
+        self.keys = _checked_keys(key)
 
     def reduce(self, activation: Float[Tensor, "batch head query 1"], batch: Batch) -> dict[str, Tensor]:
         return {"sink_mass": sink_mass(activation[..., 0], batch.weights_after(self.keys[0]).to(activation.device))}
@@ -241,7 +248,7 @@ class SinkByQuery(Probe):
     index = ("pos",)
 
     def __init__(self, key: int = 0):
-        self.keys = (key,)
+        self.keys = _checked_keys(key)
 
     def reduce(self, activation: Float[Tensor, "batch head query 1"], batch: Batch) -> dict[str, Tensor]:
         return {"attention": activation[..., 0].mean(dim=1)}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from melens.errors import MelensError
 
-__all__ = ["Bos", "Prompt", "load_prompts", "random_tokens", "tokenize"]
+__all__ = ["Bos", "Prompt", "check_length", "load_prompts", "random_tokens", "tokenize"]
 
 Bos = Literal["auto", "true", "false"]
 TASKS = ("commonsense", "maths", "logic", "continuation")
@@ -121,14 +121,17 @@ def tokenize(model: Any, prompts: Sequence[Prompt], *, bos: Bos = "auto") -> lis
         if bos == "true":
             ids = [bos_id, *ids]
         name = prompt.id or f"number {number}"
-        if len(ids) < 2:
-            raise MelensError(
-                f"Prompt {name} has {len(ids)} token(s); at least 2 are needed to compare the first with."
-            )
-        if len(ids) > (n_ctx := model.cfg.n_ctx):
-            raise MelensError(f"Prompt {name} has {len(ids):,} tokens, more than the model's context of {n_ctx:,}.")
+        check_length(len(ids), name, model.cfg.n_ctx)
         tokens.append(ids)
     return tokens
+
+
+def check_length(n_tokens: int, name: str, n_ctx: int) -> None:
+    """Raise a `MelensError` for a prompt of fewer than two tokens or more than the context."""
+    if n_tokens < 2:
+        raise MelensError(f"Prompt {name} has {n_tokens} token(s); at least 2 are needed to compare the first with.")
+    if n_tokens > n_ctx:
+        raise MelensError(f"Prompt {name} has {n_tokens:,} tokens, more than the model's context of {n_ctx:,}.")
 
 
 def random_tokens(n_prompts: int, n_tokens: int, vocabulary: int, *, seed: int = 0) -> list[Int[Tensor, " pos"]]:

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from melens.errors import MelensError
 from melens.lean import any_hooks, attach_hook, lean_forward
 from melens.probes import ATTENTION_ON_KEYS, Batch, Probe, default_probes
-from melens.prompts import Bos, Prompt, tokenize
+from melens.prompts import Bos, Prompt, check_length, tokenize
 
 __all__ = ["Trace", "trace"]
 
@@ -59,7 +59,13 @@ class Trace:
 
     def save(self, folder: str | Path) -> Path:
         """Write the trace as a folder of parquet tables, safetensors and JSON; an existing one is replaced whole."""
-        folder = Path(folder)
+        folder = Path(folder).resolve()
+        if (
+            folder.exists()
+            and not (folder / "model.json").is_file()
+            and not (folder.is_dir() and not any(folder.iterdir()))
+        ):
+            raise MelensError(f"{folder} exists and holds no saved trace: it will not be replaced.")
         partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
         partial.mkdir(parents=True)
         try:
@@ -116,6 +122,7 @@ def trace(
     Raises:
         MelensError: an empty, too short or too long prompt, two probes of one name, or a site the model does not have.
     """
+    are_defaults = probes is None
     probes = _default_probes_of(model) if probes is None else list(probes)
     if max_batch_tokens < 1:
         raise MelensError(f"max_batch_tokens is {max_batch_tokens}; it must be at least 1.")
@@ -123,7 +130,7 @@ def trace(
     if len(set(names)) < len(names):
         raise MelensError(f"Two probes have the same name: {', '.join(names)}.")
     texts, tokens = _as_tokens(model, prompts, bos)
-    recorder = _Recorder(probes)
+    recorder = _Recorder(probes, must_hear_all=not are_defaults)
     total = sum(map(len, tokens))
     with torch.no_grad():
         with _listening(model, probes, recorder):
@@ -136,8 +143,9 @@ def trace(
         recorder.end()
     if progress is not None:
         progress(recorder.n_tokens, total)
-    tables = {probe.name: partial(recorder.table, probe) for probe in probes if probe.kind == "table"}
-    tensors = {probe.name: recorder.tensor(probe, len(tokens)) for probe in probes if probe.kind == "tensor"}
+    heard = [probe for probe in probes if recorder.has(probe)]
+    tables = {probe.name: partial(recorder.table, probe) for probe in heard if probe.kind == "table"}
+    tensors = {probe.name: recorder.tensor(probe, len(tokens)) for probe in heard if probe.kind == "tensor"}
     return Trace(_describe(model), described, _Tables(tables), tensors)
 
 
@@ -164,9 +172,19 @@ def _as_tokens(model: TransformerBridge, prompts: Sequence[Any], bos: Bos) -> tu
     if isinstance(prompts, str) or len(prompts) == 0:
         raise MelensError("A trace needs a list of at least one prompt.")
     if isinstance(prompts[0], Tensor):
-        return [Prompt(text="") for _ in prompts], [prompt.tolist() for prompt in prompts]
+        return [Prompt(text="") for _ in prompts], [_checked_tokens(model, row, ids) for row, ids in enumerate(prompts)]
     texts = [Prompt(text=prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     return texts, tokenize(model, texts, bos=bos)
+
+
+def _checked_tokens(model: TransformerBridge, row: int, ids: Any) -> list[int]:
+    if not isinstance(ids, Tensor) or ids.ndim != 1 or ids.is_floating_point():
+        raise MelensError(f"Prompt number {row} must be a [pos] tensor of integers, like the first one.")
+    check_length(len(ids), f"number {row}", model.cfg.n_ctx)
+    tokens: list[int] = ids.tolist()
+    if not 0 <= min(tokens) <= max(tokens) < model.cfg.d_vocab:
+        raise MelensError(f"Prompt number {row} has token ids outside the vocabulary of {model.cfg.d_vocab:,}.")
+    return tokens
 
 
 def _describe_prompts(model: TransformerBridge, texts: list[Prompt], tokens: list[list[int]]) -> pd.DataFrame:
@@ -233,7 +251,12 @@ def _default_probes_of(model: TransformerBridge) -> list[Probe]:
 
 
 def _listeners(model: TransformerBridge, hook_dict: dict[str, HookPoint], probe: Probe) -> list[_Listener]:
-    layers = range(len(model.blocks)) if probe.layers is None else probe.layers
+    n_layers = len(model.blocks)
+    layers = range(n_layers) if probe.layers is None else probe.layers
+    if any(not 0 <= layer < n_layers for layer in layers):
+        raise MelensError(
+            f"The probe {probe.name!r} listens in layers {list(layers)}; the model has 0 to {n_layers - 1}."
+        )
     found: list[_Listener] = []
     for site in probe.sites:
         before = len(found)
@@ -258,7 +281,8 @@ def _listening(model: TransformerBridge, probes: Sequence[Probe], recorder: _Rec
     hook_points: dict[int, HookPoint] = {}
     at_hook: dict[int, list[_Listener]] = defaultdict(list)
     at_keys: dict[int, list[_Listener]] = defaultdict(list)
-    for listener in (listener for probe in probes for listener in _listeners(model, hook_dict, probe)):
+    recorder.expected = [listener for probe in probes for listener in _listeners(model, hook_dict, probe)]
+    for listener in recorder.expected:
         if listener.hook_point is None:
             at_keys[listener.layer].append(listener)
         else:
@@ -318,8 +342,10 @@ class _Chunk:
 class _Recorder:
     """Lets probes reduce what passes, and lays their results out as tables."""
 
-    def __init__(self, probes: Sequence[Probe]) -> None:
+    def __init__(self, probes: Sequence[Probe], *, must_hear_all: bool) -> None:
         self.n_tokens = 0
+        self.expected: list[_Listener] = []
+        self._must_hear_all = must_hear_all
         self._batch: Batch | None = None
         self._reduced: dict[str, list[tuple[_Listener, dict[str, Tensor]]]] = {probe.name: [] for probe in probes}
         self._chunks: dict[str, list[_Chunk]] = {probe.name: [] for probe in probes}
@@ -337,10 +363,11 @@ class _Recorder:
         """Bring the batch's results to the CPU, one transfer a quantity, once all of them are under way."""
         batch, self._batch = self._batch, None
         assert batch is not None
+        self._check_each_heard_once()
         finished = []
         for name, heard in self._reduced.items():
             if not heard:
-                raise MelensError(f"The probe {name!r} heard nothing: no hook it listens at fires in this model.")
+                continue
             probe, first = heard[0][0].probe, heard[0][1]
             device = next(iter(first.values())).device
             stacked = {key: torch.stack([reduced[key].to(device) for _, reduced in heard]) for key in first}
@@ -348,9 +375,21 @@ class _Recorder:
             finished.append((name, places, probe.finish(stacked, batch)))
             heard.clear()
         for name, places, quantities in finished:
-            arrays = {key: values.cpu().numpy() for key, values in quantities.items()}
+            arrays = {key: _as_array(values) for key, values in quantities.items()}
             self._chunks[name].append(_Chunk(batch, places, arrays))
         self.n_tokens += sum(batch.lengths)
+
+    def _check_each_heard_once(self) -> None:
+        times = Counter(id(listener) for heard in self._reduced.values() for listener, _ in heard)
+        for listener in self.expected:
+            if times[id(listener)] > 1 or (self._must_hear_all and not times[id(listener)]):
+                raise MelensError(
+                    f"The probe {listener.probe.name!r} cannot listen at {listener.site!r} in block {listener.layer}: "
+                    f"in this model it fires {times[id(listener)]} times a forward pass."
+                )
+
+    def has(self, probe: Probe) -> bool:
+        return bool(self._chunks[probe.name])
 
     def table(self, probe: Probe) -> pd.DataFrame:
         sites = list(dict.fromkeys(site for chunk in self._chunks[probe.name] for site, _ in chunk.places))
@@ -367,6 +406,11 @@ class _Recorder:
         for chunk in chunks:
             whole[list(chunk.batch.prompts)] = torch.from_numpy(chunk.quantities[quantity]).float().transpose(0, 1)
         return whole
+
+
+def _as_array(values: Tensor) -> np.ndarray:
+    array: np.ndarray = (values.float() if values.is_floating_point() else values).cpu().numpy()
+    return array
 
 
 def _tidy(chunk: _Chunk, index: tuple[str, ...], sites: list[str]) -> dict[str, np.ndarray]:

@@ -46,6 +46,13 @@ def test_the_default_model_from_the_command_line(tmp_path, short_prompts):
     assert (tmp_path / ".hydra" / "config.yaml").is_file()
 
 
+def test_bos_is_prepended_where_the_user_says_so(tmp_path, short_prompts):
+    done = run(short_prompts, "prompts.bos=true", f"hydra.run.dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "result.json").read_text())["metrics"]["distinct_first_tokens"] == 1
+    assert "agreement is trivial" in done.stdout
+
+
 def test_a_sweep_merges_table_8_and_survives_a_model_that_fails(tmp_path):
     done = run("-m", "model=random,qwen3-4b", "model.hub_id=/nonexistent", f"hydra.sweep.dir={tmp_path}")
     assert done.returncode == 1
@@ -68,6 +75,8 @@ def test_a_sweep_merges_table_8_and_survives_a_model_that_fails(tmp_path):
         (("prompts.file=/nonexistent.txt",), 1, "There is no prompt file /nonexistent.txt."),
         (("model=random", "exp.criterion.min_abs=lots"), 1, "min_abs is 'lots'"),
         (("model=random", "exp.top_dims=0"), 1, "top_dims is 0"),
+        (("model=random", "max_batch_tokens=lots"), 1, "max_batch_tokens is 'lots'"),
+        (("model=random", "prompts.bos=maybe"), 1, "prompts.bos is 'maybe'"),
         (("model=random", "hydra.run.dir=README.md/run"), 1, "README.md"),
     ],
 )

@@ -133,6 +133,14 @@ def test_the_embedded_model_stays_the_same_after_a_round_trip(embedded_trace, tm
     assert melens.find_me_layer(loaded).metrics() == melens.find_me_layer(embedded_trace).metrics()
 
 
+def test_a_model_that_overflows_is_told():
+    network = plain_model("llama")
+    with torch.no_grad():
+        network.base_model.layers[2].mlp.down_proj.weight[3, 3] = float("nan")
+    with pytest.raises(MelensError, match="block 2 is not finite in 2 of 2 prompts"):
+        melens.find_me_layer(melens.trace(bridge(network), prompts_with(TOKEN, 0, n=2)))
+
+
 @pytest.mark.parametrize("wrong", [{"min_ratio": -1}, {"one_block": float("nan")}])
 def test_a_wrong_criterion_is_told(wrong):
     with pytest.raises(MelensError, match=next(iter(wrong))):

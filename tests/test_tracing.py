@@ -181,6 +181,58 @@ def test_a_hook_that_raises_leaves_the_model_as_it_was():
     assert state_of(model) == before
 
 
+@pytest.mark.parametrize("path", ["mlp", "attn", "ln2", "attn.q"])
+def test_pytorchs_own_hooks_on_components_take_effect_too(path):
+    model = bridge(plain_model("llama"))
+    prompts = some_prompts((12,))
+    model.run_with_cache(prompts[0][None])  # the bridge wires hooks of its own at its first run
+    plain = melens.trace(model, prompts, [melens.Norms()])["norm"].norm
+    component = model.blocks[1].get_submodule(path)
+    handle = component.register_forward_hook(lambda module, args, output: (
+        (output[0] * 0, *output[1:]) if isinstance(output, tuple) else output * 0
+    ))  # fmt: skip
+    assert not np.allclose(melens.trace(model, prompts, [melens.Norms()])["norm"].norm, plain)
+    handle.remove()
+    assert np.allclose(melens.trace(model, prompts, [melens.Norms()])["norm"].norm, plain)
+
+
+def test_blocks_that_reach_into_their_components_keep_them():
+    config = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "num_key_value_heads": 4, "pad_token_id": 0, "residual_multiplier": 0.5}  # fmt: skip
+    model = melens.load_model("random", model_type="granite", config=config)
+    (prompt,) = some_prompts((12,))
+    table = melens.trace(model, [prompt], [melens.Norms(("hook_mlp_out",))])["norm"]
+    with torch.no_grad():
+        _, cache = model.run_with_cache(prompt[None])
+    close(rows(table, layer=1).norm.to_numpy(), cache["blocks.1.hook_mlp_out"][0].norm(dim=-1))
+
+
+def test_a_key_behind_the_end_of_a_prompt_is_missing():
+    model = bridge(plain_model("llama"))
+    table = melens.trace(model, some_prompts((30, 8)), [melens.SinkMass(key=10)])["sink_mass"]
+    assert rows(table, prompt=0).sink_mass.notna().all()
+    assert rows(table, prompt=1).sink_mass.isna().all()
+
+
+def test_a_probe_may_return_half_precision():
+    class Mean(Probe):
+        name = "mean"
+        sites = ("hook_resid_post",)
+        index = ("pos",)
+
+        def reduce(self, activation, batch):
+            return {"mean": activation.mean(-1).bfloat16()}
+
+    assert melens.trace(bridge(plain_model("llama")), some_prompts(), [Mean()])["mean"]["mean"].notna().all()
+
+
+def test_saving_replaces_no_folder_of_the_users(tmp_path):
+    (tmp_path / "thesis.txt").write_text("three years")
+    with pytest.raises(MelensError, match="will not be replaced"):
+        melens.trace(bridge(plain_model("llama")), some_prompts()).save(tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "three years"
+
+
 def test_a_probe_of_ten_lines():
     class MeanAbs(Probe):
         name = "mean_abs"
@@ -257,6 +309,15 @@ def test_a_trace_survives_saving(tmp_path):
         (lambda model: melens.trace(model, some_prompts(), [melens.Norms(("hook_nope",))]), "'hook_nope'"),
         (lambda model: melens.trace(model, some_prompts(), max_batch_tokens=0), "at least 1"),
         (lambda model: melens.trace(model, some_prompts())["nope"], "no table 'nope'"),
+        (lambda model: melens.trace(model, [torch.tensor([5])]), "1 token"),
+        (
+            lambda model: melens.trace(model, [torch.ones(200, dtype=torch.long)]),
+            "more than the model's context of 128",
+        ),
+        (lambda model: melens.trace(model, [torch.tensor([5, 999])]), "outside the vocabulary"),
+        (lambda model: melens.trace(model, [torch.tensor([5.0, 9.0])]), "tensor of integers"),
+        (lambda model: melens.trace(model, some_prompts(), [melens.Norms(layers=(9,))]), "0 to 3"),
+        (lambda model: melens.SinkMass(key=-1), "at least 0"),
         (lambda model: melens.Trace.load("/nonexistent"), "no saved trace"),
     ],
 )
