@@ -245,11 +245,13 @@ def _attention_function(
     return output.transpose(1, 2), None
 
 
-def _no_mask_where_causal(*, allow_is_causal_skip: bool = True, **kwargs: Any) -> Tensor | None:
+def _no_mask_where_causal(
+    *, allow_is_causal_skip: bool = True, allow_is_bidirectional_skip: bool = False, **kwargs: Any
+) -> Tensor | None:
     """Leave out the S × S mask wherever `causal_attention` knows it from its arguments."""
-    if allow_is_causal_skip and not kwargs.pop("allow_is_bidirectional_skip", False):
+    if allow_is_causal_skip and not allow_is_bidirectional_skip:
         return None
-    return sdpa_mask(allow_is_causal_skip=False, **kwargs)
+    return sdpa_mask(allow_is_causal_skip=False, allow_is_bidirectional_skip=False, **kwargs)
 
 
 def _attention_without_mask(

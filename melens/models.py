@@ -288,7 +288,7 @@ def _random_model(spec: ModelSpec, device: torch.device) -> TransformerBridge:
     try:
         config = AutoConfig.for_model(spec.model_type or "llama", **spec.config)
     except (ValueError, TypeError, huggingface_hub.errors.StrictDataclassError) as error:
-        raise MelensError(f"model=random: {str(error).splitlines()[0][:200]}") from error
+        raise MelensError(f"model=random: {' '.join(str(error).split())[:300]}") from error
     config.architectures = config.architectures or [_causal_lm_class(config)]
     _check_architecture(config, spec.name)
     dtype = _dtype(spec.dtype, config)
