@@ -126,7 +126,7 @@ def dims_heatmap(activations: pd.DataFrame, *, me_layer: int | None, title: str)
     )
     figure.update_xaxes(title_text="block (0-based)")
     figure.update_yaxes(title_text="dim of the residual stream, largest first", type="category", autorange="reversed")
-    _mark_me_layer(figure, me_layer)
+    _mark_me_layer(figure, me_layer, annotation_yanchor="bottom")  # above the colours
     figure.update_layout(**_LAYOUT, title=_title(title), height=620)
     return figure
 
