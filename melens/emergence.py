@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from melens.errors import MelensError
-from melens.metrics import bootstrap_mean
+from melens.statistics import bootstrap_mean
 from melens.tracing import Trace
 
 __all__ = ["Criterion", "Emergence", "find_me_layer", "massive_activations"]

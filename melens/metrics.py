@@ -5,12 +5,23 @@ All reductions accumulate in float32 without a float32 copy of their input: bf16
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["abs_max", "abs_median", "bootstrap_mean", "l2_norm", "median_of_counts", "sink_mass"]
+__all__ = [
+    "abs_max",
+    "abs_median",
+    "concentration",
+    "effective_rank",
+    "energy_share",
+    "first_share",
+    "kl_to_gain",
+    "l2_norm",
+    "median_of_counts",
+    "pairwise_cosine",
+    "sink_mass",
+]
 
 
 def l2_norm(activation: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
@@ -69,13 +80,43 @@ def sink_mass(
     return (attention * weights[:, None]).sum(dim=-1)
 
 
-def bootstrap_mean(
-    values: np.ndarray, *, confidence: float = 0.95, resamples: int = 2_000, seed: int = 0
-) -> tuple[float, float]:
-    """Compute the percentile bootstrap interval of a mean over prompts; (nan, nan) below two values."""
-    if len(values) < 2:
-        return (float("nan"), float("nan"))
-    rows = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(np.asarray(values, dtype=float)[rows].mean(axis=1), [tail, 1 - tail])
-    return (float(low), float(high))
+def energy_share(activation: Float[Tensor, "*batch d"], dims: Bool[Tensor, " d"]) -> Float[Tensor, "*batch"]:
+    """Compute the share of the squared norm that lies in some dims: equation 1's Frac, with K the top gains."""
+    return (l2_norm(activation[..., dims]) / l2_norm(activation)) ** 2
+
+
+def kl_to_gain(activation: Float[Tensor, "*batch d"], gain: Float[Tensor, " d"]) -> Float[Tensor, "*batch"]:
+    """Compute KL(p || g) in nats, p = ĥ² / Σ ĥ² of an RMSNorm's output ĥ and g = w² / Σ w² of its gain (equation 2)."""
+    reference = (gain.float() ** 2 / (gain.float() ** 2).sum()).to(activation.device)
+    rows = activation.reshape(-1, activation.shape[-1])
+    divergences = []
+    for some in rows.split(max(1, _CHUNK // rows.shape[1])):  # logarithms need a float32 copy: of a little at a time
+        energy = some.float() ** 2
+        share = energy / energy.sum(-1, keepdim=True)
+        divergences.append((torch.xlogy(share, share) - torch.xlogy(share, reference)).sum(-1))
+    return torch.cat(divergences).reshape(activation.shape[:-1])
+
+
+_CHUNK = 2**21  # entries
+
+
+def concentration(activation: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
+    """Compute Σ (h_i² / Σ h_j²)², from 1/d (spread evenly) to 1 (all in one dim): equation 3, as (‖h‖₄ / ‖h‖₂)⁴."""
+    return (torch.linalg.vector_norm(activation, ord=4, dim=-1, dtype=torch.float32) / l2_norm(activation)) ** 4
+
+
+def effective_rank(singular_values: Float[Tensor, "*batch rank"]) -> Float[Tensor, "*batch"]:
+    """Compute exp(entropy) of the singular values' distribution σ / Σσ (Roy & Vetterli 2007), for section 6."""
+    share = singular_values / singular_values.sum(-1, keepdim=True)
+    return (-torch.xlogy(share, share).sum(-1)).exp()
+
+
+def first_share(singular_values: Float[Tensor, "*batch rank"]) -> Float[Tensor, "*batch"]:
+    """Compute the share of the largest singular value in their sum, for section 6."""
+    return singular_values.amax(-1) / singular_values.sum(-1)
+
+
+def pairwise_cosine(vectors: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch n n"]:
+    """Compute the cosine similarity of every two vectors (figure 5c)."""
+    unit = torch.nn.functional.normalize(vectors.float(), dim=-1)
+    return unit @ unit.mT

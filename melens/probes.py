@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import ClassVar, Literal
@@ -28,17 +28,34 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from melens.errors import MelensError
-from melens.metrics import abs_max, abs_median, l2_norm, median_of_counts, sink_mass
+from melens.metrics import (
+    abs_max,
+    abs_median,
+    concentration,
+    effective_rank,
+    energy_share,
+    first_share,
+    kl_to_gain,
+    l2_norm,
+    median_of_counts,
+    sink_mass,
+)
 
 __all__ = [
     "ATTENTION_ON_KEYS",
     "AbsMedian",
+    "AttentionMaps",
+    "AttentionSpectrum",
     "Batch",
+    "Concentration",
+    "FirstAgainstOthers",
+    "GainAlignment",
     "LargestActivations",
     "Norms",
     "Probe",
     "SinkByQuery",
     "SinkMass",
+    "Spectrum",
     "TokenVectors",
     "default_probes",
 ]
@@ -107,6 +124,10 @@ class Probe(ABC):
 
         The activation is the model's own, shape as at that hook point: it must not be changed, nor kept.
         """
+
+    def reduce_at(self, site: str, layer: int, activation: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Do what `reduce` does; for a probe to which it matters where it listens."""
+        return self.reduce(activation, batch)
 
     def finish(self, reduced: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """Turn what `reduce` returned, stacked to `[place, batch, ...]`, into the quantities `[place, batch, *index]`.
@@ -252,6 +273,133 @@ class SinkByQuery(Probe):
 
     def reduce(self, activation: Float[Tensor, "batch head query 1"], batch: Batch) -> dict[str, Tensor]:
         return {"attention": activation[..., 0].mean(dim=1)}
+
+
+class FirstAgainstOthers(Probe):
+    """A quantity of every token, kept for token 0 and as the mean of the prompt's other tokens (`<name>_others`)."""
+
+    @abstractmethod
+    def measure(self, site: str, layer: int, activation: Tensor) -> dict[str, Float[Tensor, "batch pos"]]:
+        """Compute the quantities of each token."""
+
+    def reduce(self, activation: Tensor, batch: Batch) -> dict[str, Tensor]:
+        raise NotImplementedError("It matters to this probe where it listens: see reduce_at.")
+
+    def reduce_at(self, site: str, layer: int, activation: Tensor, batch: Batch) -> dict[str, Tensor]:
+        weights = batch.weights_after(0).to(activation.device)
+        reduced = {}
+        for name, values in self.measure(site, layer, activation).items():
+            reduced |= {name: values[:, 0], f"{name}_others": (values * weights).sum(-1)}
+        return reduced
+
+
+class GainAlignment(FirstAgainstOthers):
+    """How far a normalisation's output lies along its gain: figures 2 and 3.
+
+    The columns are `weight_norm` (‖ĥ‖, figure 2), `kl` (equation 2), and, for each share of the width, `frac_<share>`
+    (equation 1), each with its `_others`.
+    """
+
+    name = "gain_alignment"
+
+    def __init__(self, gains: Mapping[tuple[str, int], Float[Tensor, " d"]], shares: Sequence[float] = (0.01,)):
+        """Listen to normalisations.
+
+        Args:
+            gains: by site (`"ln1"` or `"ln2"`) and layer.
+            shares: of the width, that count as the top gains K.
+        """
+        self.sites = tuple(dict.fromkeys(f"{site}.hook_out" for site, _ in gains))
+        self.layers = sorted({layer for _, layer in gains})
+        self._gains = {(f"{site}.hook_out", layer): gain for (site, layer), gain in gains.items()}
+        self._top = {place: {share: _top_dims(gain, share) for share in shares} for place, gain in self._gains.items()}
+
+    def measure(
+        self, site: str, layer: int, activation: Float[Tensor, "batch pos d"]
+    ) -> dict[str, Float[Tensor, "batch pos"]]:
+        place = (site, layer)
+        fractions = {
+            f"frac_{share:g}": energy_share(activation, top.to(activation.device))
+            for share, top in self._top[place].items()
+        }
+        return {"weight_norm": l2_norm(activation), "kl": kl_to_gain(activation, self._gains[place]), **fractions}
+
+
+def _top_dims(gain: Float[Tensor, " d"], share: float) -> Bool[Tensor, " d"]:
+    """Mark the dims of the largest |gain|: `share` of the width, at least one."""
+    top = torch.zeros(gain.shape, dtype=torch.bool, device=gain.device)
+    top[gain.abs().topk(max(1, int(share * len(gain)))).indices] = True
+    return top
+
+
+class Concentration(FirstAgainstOthers):
+    """How few dims hold an activation's energy (equation 3, figure 4): the column `concentration`."""
+
+    name = "concentration"
+
+    def __init__(self, sites: Sequence[str]):
+        self.sites = tuple(sites)
+
+    def measure(
+        self, site: str, layer: int, activation: Float[Tensor, "batch pos d"]
+    ) -> dict[str, Float[Tensor, "batch pos"]]:
+        return {"concentration": concentration(activation)}
+
+
+class Spectrum(Probe):
+    """The rank of hidden states `[pos, d]` over all tokens, by block (section 6): `effective_rank`, `first_share`.
+
+    Ranks grow with the number of tokens: only prompts of one length can be compared.
+    """
+
+    name = "spectrum"
+    sites = ("hook_resid_post",)
+
+    def reduce(self, activation: Float[Tensor, "batch pos d"], batch: Batch) -> dict[str, Tensor]:
+        values = [_singular_values(hidden[:length]) for hidden, length in zip(activation, batch.lengths, strict=True)]
+        return {name: torch.stack([of(each) for each in values]) for name, of in _RANKS.items()}
+
+
+class AttentionSpectrum(Probe):
+    """The same of attention matrices `[query, key]`, by block and head; their blocks run in eager attention."""
+
+    name = "attention_spectrum"
+    sites = ("attn.hook_pattern",)
+    index = ("head",)
+
+    def reduce(self, activation: Float[Tensor, "batch head query key"], batch: Batch) -> dict[str, Tensor]:
+        values = [
+            torch.linalg.svdvals(pattern[:, :length, :length].float())
+            for pattern, length in zip(activation, batch.lengths, strict=True)
+        ]
+        return {name: torch.stack([of(each) for each in values]) for name, of in _RANKS.items()}
+
+
+_RANKS = {"effective_rank": effective_rank, "first_share": first_share}
+
+
+def _singular_values(hidden: Float[Tensor, "pos d"]) -> Float[Tensor, " rank"]:
+    """Compute singular values through the Gram matrix: in float64, since the first may be 10,000 × the others."""
+    rows = hidden.double() if hidden.shape[0] <= hidden.shape[1] else hidden.double().T
+    return torch.linalg.eigvalsh(rows @ rows.T).clamp(min=0).sqrt().float()
+
+
+class AttentionMaps(Probe):
+    """The attention pattern of chosen blocks, `[prompt, layer, head, query, key]` (figure 7): quadratic in the length.
+
+    All prompts of the trace must have the same length.
+    """
+
+    name = "attention_maps"
+    sites = ("attn.hook_pattern",)
+    index = ("head", "query", "key")
+    kind = "tensor"
+
+    def __init__(self, layers: Sequence[int]):
+        self.layers = layers
+
+    def reduce(self, activation: Float[Tensor, "batch head query key"], batch: Batch) -> dict[str, Tensor]:
+        return {"pattern": activation.clone()}
 
 
 def default_probes() -> list[Probe]:

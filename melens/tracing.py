@@ -357,7 +357,8 @@ class _Recorder:
 
     def add(self, listener: _Listener, activation: Tensor) -> None:
         assert self._batch is not None
-        self._reduced[listener.probe.name].append((listener, listener.probe.reduce(activation, self._batch)))
+        reduced = listener.probe.reduce_at(listener.site, listener.layer, activation, self._batch)
+        self._reduced[listener.probe.name].append((listener, reduced))
 
     def end(self) -> None:
         """Bring the batch's results to the CPU, one transfer a quantity, once all of them are under way."""

@@ -1,0 +1,37 @@
+"""Means over prompts with their bootstrap intervals: what every figure's line and every claim's number is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+__all__ = ["bootstrap_mean", "mean_by"]
+
+
+def bootstrap_mean(
+    values: np.ndarray, *, confidence: float = 0.95, resamples: int = 2_000, seed: int = 0
+) -> tuple[float, float]:
+    """Compute the percentile bootstrap interval of a mean over prompts; (nan, nan) below two values."""
+    if len(values) < 2:
+        return (float("nan"), float("nan"))
+    rows = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(np.asarray(values, dtype=float)[rows].mean(axis=1), [tail, 1 - tail])
+    return (float(low), float(high))
+
+
+def mean_by(table: pd.DataFrame, value: str, by: Sequence[str] = ("layer",)) -> pd.DataFrame:
+    """Average a column over prompts: the columns `by`, `mean`, and `low` and `high`, its 95% bootstrap interval.
+
+    Args:
+        table: with one row a prompt and group; NaN rows are left out.
+        value: the column.
+        by: the columns that name a group.
+    """
+    rows = []
+    for group, values in table.dropna(subset=[value]).groupby(list(by), observed=True)[value]:
+        low, high = bootstrap_mean(values.to_numpy())
+        rows.append((*group, float(values.mean()), low, high))
+    return pd.DataFrame(rows, columns=[*by, "mean", "low", "high"])

@@ -1,0 +1,126 @@
+"""Can the ME layer be told from the weights alone? Scores of each block's FFN, without a forward pass of the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from melens.errors import MelensError
+from melens.normalization import has_normalization, read_normalization
+
+__all__ = ["SCORES", "rank_of", "score_blocks"]
+
+SCORES = {
+    "response": "the FFN's answer to the unit-RMS input that its strongest neurons amplify most, ‖FFN(g ⊙ x)‖ / ‖x‖",
+    "neuron": "the strongest neuron's largest output: ‖x‖ (‖gate‖ ‖up‖ + |gate · up|) / 2 · ‖down‖, gain folded in",
+    "alignment": "outlierness of the neuron whose gate, up and down are large and aligned: largest over median product",
+    "down_max": "largest |entry| of the down projection",
+    "down_outlierness": "the same over the root mean square of the entries",
+}
+"""What the columns of `score_blocks` are; in each a larger value points to the ME layer."""
+
+_N_STRONGEST = 64
+
+
+@dataclass(frozen=True)
+class _Neurons:
+    """An FFN's weights by neuron; the gain of the normalisation before it is folded into `gate` and `up`."""
+
+    gate: Float[Tensor, "d neuron"] | None
+    up: Float[Tensor, "d neuron"]
+    down: Float[Tensor, "neuron d"]
+
+
+@torch.no_grad()
+def score_blocks(model: TransformerBridge) -> pd.DataFrame:
+    """Score every block by what its FFN's weights could amplify.
+
+    Args:
+        model: a bridge.
+
+    Returns:
+        A row a block: `layer`, the columns of `SCORES`, and what they predict: the strongest `neuron_index` and the
+        `dim` it writes most to. Blocks without an FFN whose neurons can be told apart are left out.
+
+    Raises:
+        MelensError: no block has such an FFN (mixture of experts, state-space blocks).
+    """
+    rows = [_score(model, layer) for layer in range(len(model.blocks)) if _has_neurons(model, layer)]
+    if not rows:
+        raise MelensError("No block of this model has one FFN with an up and a down projection to read weights from.")
+    return pd.DataFrame(rows)
+
+
+def rank_of(layer: int, scores: pd.DataFrame, score: str) -> int | None:
+    """Rank a block by a score: 1 for the largest; None for a block that has no score."""
+    if layer not in set(scores["layer"]):
+        return None
+    own = scores.loc[scores["layer"] == layer, score].iloc[0]
+    return int((scores[score] > own).sum()) + 1
+
+
+def _has_neurons(model: TransformerBridge, layer: int) -> bool:
+    ffn = getattr(model.blocks[layer], "mlp", None)
+    return all(getattr(ffn, name, None) is not None for name in ("in", "out"))
+
+
+def _score(model: TransformerBridge, layer: int) -> dict[str, Any]:
+    neurons = _read_neurons(model, layer)
+    up, down = _norms(neurons.up, 0), _norms(neurons.down, 1)
+    radius = model.cfg.d_model**0.5  # of an input whose root mean square is 1
+    if neurons.gate is None:
+        largest_output, aligned = radius * up * down, up * down
+    else:
+        gate, overlap = _norms(neurons.gate, 0), (neurons.gate * neurons.up).sum(0, dtype=torch.float32).abs()
+        largest_output = radius**2 * (gate * up + overlap) / 2 * down
+        aligned = overlap * down
+    strongest = int(largest_output.argmax())
+    down_max = neurons.down.abs().max().float()
+    down_rms = _norms(neurons.down.flatten(), 0) / neurons.down.numel() ** 0.5
+    return {
+        "layer": layer,
+        "response": _response(model, layer, neurons, largest_output) / radius,
+        "neuron": float(largest_output[strongest]),
+        "alignment": float(aligned.max() / aligned.median()),
+        "down_max": float(down_max),
+        "down_outlierness": float(down_max / down_rms),
+        "neuron_index": strongest,
+        "dim": int(neurons.down[strongest].abs().argmax()),
+    }
+
+
+def _read_neurons(model: TransformerBridge, layer: int) -> _Neurons:
+    ffn = model.blocks[layer].mlp
+    up, down = ffn.W_in.detach(), ffn.W_out.detach()
+    gate = ffn.W_gate.detach() if getattr(ffn, "gate", None) is not None else None
+    if has_normalization(model, layer, "ln2"):
+        gain = read_normalization(model, layer, "ln2").gain.to(up)[:, None]
+        up, gate = up * gain, None if gate is None else gate * gain
+    return _Neurons(gate, up, down)
+
+
+def _norms(weights: Tensor, dim: int) -> Tensor:
+    return torch.linalg.vector_norm(weights, dim=dim, dtype=torch.float32)
+
+
+def _response(model: TransformerBridge, layer: int, neurons: _Neurons, strength: Float[Tensor, " neuron"]) -> float:
+    """Let the FFN itself, and the norm behind it if there is one, answer to its strongest neurons' favourite inputs."""
+    block, width = model.blocks[layer], model.cfg.d_model
+    strongest = strength.topk(min(_N_STRONGEST, len(strength))).indices
+    favourites = torch.nn.functional.normalize(neurons.up[:, strongest].float(), dim=0)
+    if neurons.gate is not None:
+        gate = torch.nn.functional.normalize(neurons.gate[:, strongest].float(), dim=0)
+        favourites = gate + (gate * favourites).sum(0).sign() * favourites
+    inputs = width**0.5 * torch.nn.functional.normalize(favourites, dim=0).T  # [input, d], in front of the gain
+    if has_normalization(model, layer, "ln2"):
+        inputs = inputs * read_normalization(model, layer, "ln2").gain
+    output = block.mlp.original_component(inputs[None].to(neurons.up))
+    if (norm_after := getattr(block, "ln2_post", None)) is not None:
+        output = norm_after.original_component(output)
+    return float(torch.linalg.vector_norm(output, dim=-1, dtype=torch.float32).max())
