@@ -6,16 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 from omegaconf import DictConfig
-from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-import melens
-from melens import Criterion, Emergence, Prompt, Trace, figures, sinks
-from melens.claims import judge_emergence
-from melens.results import Result
-from melens.tracing import Progress
+from experiments.study import Study, named_normalization
+from melens import Emergence, Probe, Trace, figures, sinks
+from melens.figures import FIRST, OTHERS, SINK, Curve, Panel
+from melens.results import Picture, Result
 
 TABLE8 = (
     "model", "family", "n_layers", "me_layer", "magnification", "magnification_low", "magnification_high",
@@ -23,44 +23,137 @@ TABLE8 = (
 )  # fmt: skip
 
 
-def run(
-    model: TransformerBridge, prompts: Sequence[Prompt] | Sequence[Tensor], cfg: DictConfig, progress: Progress
-) -> Result:
-    """Measure norms, largest activations and sink mass in one pass, find the ME layer, draw."""
-    criterion = Criterion(**cfg.exp.criterion)
-    trace = melens.trace(model, prompts, bos=cfg.prompts.bos, max_batch_tokens=cfg.max_batch_tokens, progress=progress)
-    me = melens.find_me_layer(trace, criterion)
-    onset = sinks.find_sink_onset(trace, trailing_blocks=criterion.trailing_blocks)
-    metrics = me.metrics() | {"sink_onset_layer": onset.layer, "first_sink_layer": onset.first_layer}
-    norms = figures.norm_by_block(trace["norm"])
+def probes(model: TransformerBridge, options: DictConfig) -> list[Probe]:
+    """Everything is in the default probes."""
+    return []
+
+
+def run(study: Study, options: DictConfig) -> Result:
+    """Draw norms, largest dims and sink mass by block, and put the ME layer in figures."""
+    trace, me = study.trace, study.me
+    onset = sinks.find_sink_onset(trace, trailing_blocks=me.criterion.trailing_blocks)
+    norms = norm_by_block(trace["norm"])
     sink_mass = sinks.sink_mass_by_layer(trace)
-    dims = _top_dims(trace, cfg.exp.top_dims)
-    of_model = f"{trace.model['name']}, {me.n_prompts} prompts"
-    title = f"Token 0 against the others by block: {of_model}"
+    dims = _top_dims(trace, options.top_dims)
+    metrics = study.metrics(**me.metrics(), **_second_massive_activation(study), sink_onset_layer=onset.layer)
+    metrics["first_sink_layer"] = onset.first_layer
+    title = study.title("Token 0's largest dims after each block")
+    here = _in_words(me)
     return Result(
         experiment="emergence",
         model=trace.model,
         metrics=metrics,
-        claims=judge_emergence(me, onset),
         tables={
             "norm_by_block": norms,
             "sink_mass_by_block": sink_mass,
             "top_dims": dims,
             "per_prompt": trace.prompts.merge(me.per_prompt, on="prompt"),
-            "table8": pd.DataFrame([_table8_row(cfg.model, trace, me, onset)]),
+            "table8": pd.DataFrame([_table8_row(study.cfg.model, trace, me, onset)]),
         },
-        figures={
-            "emergence": figures.emergence_figure(
-                norms, sink_mass, me_layer=me.layer, title=title, log_scale=cfg.exp.log_scale
+        pictures={
+            "emergence": Picture(
+                _emergence_figure(study, norms, sink_mass, log_scale=options.log_scale),
+                "figure 1 (bottom), figures 11-20",
+                "Flat, then one block lifts token 0 by hundreds of times; flat again until the last two blocks.",
+                here,
             ),
-            "top_dims": figures.dims_heatmap(
-                dims, me_layer=me.layer, title=f"Token 0's largest dims after each block: {of_model}"
+            "top_dims": Picture(
+                figures.dims_heatmap(dims, me_layer=me.layer, title=title),
+                "figure 1 (top)",
+                "A few dims of the first token hold all of the massive activation.",
+                _largest_dim_in_words(dims),
             ),
-            "top_dims_surface": figures.dims_surface(
-                dims, title=f"Token 0's largest dims after each block: {of_model}"
+            "top_dims_surface": Picture(
+                figures.dims_surface(dims, title=title),
+                "the authors' 3-D plot",
+                "The same dims stand out in every block from the ME layer on.",
+                "The data of the figure before, as a surface.",
             ),
         },
         findings=_findings(trace, me, onset),
+    )
+
+
+def norm_by_block(norms: pd.DataFrame) -> pd.DataFrame:
+    """Summarise norms for figure 1: by site, layer and token ("first" or "others") the mean and its spread.
+
+    Args:
+        norms: the table of the probe `Norms`.
+
+    Returns:
+        `site`, `layer`, `token`, `mean`, and `low` and `high`: the 10% and 90% quantiles, over prompts for the first
+        token, over all their tokens for the others.
+    """
+    token = np.where(norms["pos"] == 0, "first", "others")
+    grouped = norms.assign(token=token).groupby(["site", "layer", "token"], observed=True)["norm"]
+    summary = pd.DataFrame({"mean": grouped.mean(), "low": grouped.quantile(0.1), "high": grouped.quantile(0.9)})
+    return summary.reset_index()
+
+
+def _curves(norms: pd.DataFrame, site: str) -> list[Curve]:
+    of_site = norms[norms["site"] == site]
+    tokens = (("others", "other tokens", OTHERS), ("first", "token 0", FIRST))
+    return [Curve(name, of_site[of_site["token"] == token], color) for token, name, color in tokens]
+
+
+def _emergence_figure(study: Study, norms: pd.DataFrame, sink_mass: pd.DataFrame, *, log_scale: bool) -> go.Figure:
+    panels = [
+        Panel(title, "L2 norm", _curves(norms, site), study.me.layer, log_scale=log_scale)
+        for site, title in norm_sites(study.model).items()
+        if site in set(norms["site"])
+    ]
+    if not sink_mass.empty:
+        curve = Curve("sink mass, mean of heads", sink_mass, SINK)
+        panels.append(
+            Panel("Attention on token 0 (sink mass)", "share of attention", [curve], study.me.layer, y_range=(0, 1))
+        )
+    return figures.curves_by_block(
+        panels,
+        title=study.title("Token 0 against the others by block"),
+        note="Lines: means. Bands: 10% to 90% of prompts (token 0), tokens or heads.",
+        scale_buttons=True,
+    )
+
+
+def norm_sites(model: TransformerBridge) -> dict[str, str]:
+    """Name the panels of figure 1 by what this model's modules are called."""
+    before = named_normalization(model, "ln2")
+    after = getattr(model.blocks[0], "ln2_post", None)
+    return {
+        "ln2.hook_out": f"{before} output" if before else "ln2 output",
+        "hook_mlp_out": f"FFN output, after {after.name}" if after is not None else "FFN output",
+        "hook_resid_post": "Block output",
+    }
+
+
+def _second_massive_activation(study: Study) -> dict[str, Any]:
+    """Compare what the FFNs of the last blocks write to token 0 with what that of the ME layer writes (appendix A)."""
+    norms, me_layer = study.trace["norm"], study.me.layer
+    of_ffn = norms[(norms["site"] == "hook_mlp_out") & (norms["pos"] == 0)].groupby("layer")["norm"].mean()
+    if me_layer is None or me_layer not in of_ffn.index:
+        return {}
+    relative = of_ffn / of_ffn[me_layer]
+    last = relative[(relative.index > study.last_lasting) & (relative.index > me_layer)]
+    between = relative[(relative.index > me_layer) & (relative.index <= study.last_lasting)]
+    if last.empty or between.empty:
+        return {}
+    return {"ffn_last_blocks": float(last.max()), "ffn_between": float(between.max())}
+
+
+def _in_words(me: Emergence) -> str:
+    if me.layer is None:
+        return me.reason
+    return (
+        f"Block {me.layer} lifts the token at position {me.positions[0]} by ×{me.magnification:,.0f}: {me.kind}, with "
+        f"{me.share_of_peak:.0%} of the peak norm; {me.agreement:.0%} of prompts agree."
+    )
+
+
+def _largest_dim_in_words(dims: pd.DataFrame) -> str:
+    largest = dims.loc[dims["abs_activation"].idxmax()]
+    return (
+        f"The largest is dim {int(largest['dim'])}, with |h| = {largest['abs_activation']:,.4g} after block "
+        f"{int(largest['layer'])} (mean over prompts)."
     )
 
 
@@ -88,9 +181,19 @@ def merge(jobs: dict[Path, dict[str, Any]]) -> Result:
         model={},
         metrics={},
         tables={"table8": table8},
-        figures={"norms_side_by_side": figures.compare_norms(curves, me_layers, log_scale=True)} if curves else {},
+        pictures={"norms_side_by_side": _side_by_side(curves, me_layers)} if curves else {},
         findings=[(row["model"], _in_a_line(row)) for row in table8.to_dict("records")],
     )
+
+
+def _side_by_side(curves: dict[str, pd.DataFrame], me_layers: dict[str, int | None]) -> Picture:
+    panels = [
+        Panel(model, "L2 norm of the block output", _curves(norms, "hook_resid_post"), me_layers[model], log_scale=True)
+        for model, norms in curves.items()
+    ]
+    figure = figures.curves_by_block(panels, title="Token 0 against the others, model by model", columns=3)
+    paper = "Every model has an ME layer, the same within a family."
+    return Picture(figure, "figures 11-20, table 8", paper, f"{len(curves)} models.")
 
 
 def _in_a_line(row: Mapping[Any, Any]) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import sys
 import time
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,10 +24,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from experiments.study import begin_study, experiments_of, run_experiments
 from melens.errors import MelensError
 from melens.models import load_model
 from melens.prompts import Bos, Prompt, load_prompts, random_tokens, tokenize
-from melens.results import check_png, show_result, write_failure, write_result
+from melens.report import write_report
+from melens.results import check_png, combine, show_result, write_failure, write_result
 
 FAILED, WRONG_OPTION = 1, 2
 _failures: list[Exception] = []
@@ -55,23 +58,32 @@ def run_job(cfg: DictConfig, folder: Path) -> None:
     if cfg.png:
         check_png()
         logging.getLogger("choreographer").setLevel(logging.WARNING)  # it tells of every temporary folder
-    experiment = importlib.import_module(f"experiments.{cfg.exp.name}")
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)
     prompts = load_prompts(cfg.prompts.file, cfg.prompts.tasks)
     console = Console()
     with console.status(f"Loading {cfg.model.name}"):
         model = load_model(**config["model"])
+    with _stages(console) as stage:
+        study = begin_study(model, choose_prompts(model, prompts, cfg), cfg, stage)
+        results = run_experiments(study)
+    result = results[0] if len(results) == 1 else combine(results)
+    paths = write_result(result, folder, config=config, duration=time.perf_counter() - start, png=cfg.png)
+    if len(results) > 1:
+        paths.append(write_report(result, folder, command=" ".join(["python", *sys.argv])))
+    show_result(result, paths, console)
+
+
+@contextmanager
+def _stages(console: Console) -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+    """Show a bar for each named stage of a run, for as long as the context lasts."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bars:
-        bar = bars.add_task(f"{cfg.exp.name}: tokens", total=None)
-        result = experiment.run(
-            model,
-            choose_prompts(model, prompts, cfg),
-            cfg,
-            lambda done, total: bars.update(bar, completed=done, total=total),
-        )
-    paths = write_result(result, folder, config=config, duration=time.perf_counter() - start, png=cfg.png)
-    show_result(result, paths, console)
+
+        def stage(name: str) -> Callable[[int, int], None]:
+            bar = bars.add_task(name, total=None)
+            return lambda done, total: bars.update(bar, completed=done, total=total)
+
+        yield stage
 
 
 OPTIONS = {
@@ -79,8 +91,6 @@ OPTIONS = {
     "seed": (int, "a whole number"),
     "png": (bool, "true or false"),
     "prompts.max_tokens": (int, "a whole number or null"),
-    "exp.top_dims": (int, "a whole number"),
-    "exp.log_scale": (bool, "true or false"),
     "model.seed": (int, "a whole number"),
 }
 
@@ -93,13 +103,28 @@ def check_options(cfg: DictConfig) -> None:
         wrong_kind = not isinstance(value, kind) or (kind is int and isinstance(value, bool))
         if (value is None and not may_be_absent) or (value is not None and (wrong_kind or (kind is int and value < 0))):
             raise MelensError(f"{key} is {value!r}; it must be {allowed}.")
-    if cfg.exp.get("top_dims") == 0:
-        raise MelensError("exp.top_dims is 0; it must be at least 1.")
+    for name, options in experiments_of(cfg).items():
+        for key, value in options.items():
+            check_experiment_option(name, str(key), value)
     cfg.prompts.bos = str(cfg.prompts.bos).lower()
     if cfg.prompts.bos not in get_args(Bos):
         raise MelensError(f"prompts.bos is {cfg.prompts.bos!r}; allowed are {', '.join(get_args(Bos))}.")
     if isinstance(cfg.prompts.tasks, str):
         cfg.prompts.tasks = [cfg.prompts.tasks]
+
+
+AT_LEAST_1 = (
+    "top_dims", "map_tokens", "rank_tokens", "rank_prompts", "max_position", "n_prompts", "max_tokens", "n_first_tokens",
+)  # fmt: skip
+
+
+def check_experiment_option(experiment: str, key: str, value: Any) -> None:
+    """Check an option of an experiment."""
+    if key == "log_scale" and not isinstance(value, bool):
+        raise MelensError(f"exp.{key} of {experiment} is {value!r}; it must be true or false.")
+    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if key in AT_LEAST_1 and not is_count:
+        raise MelensError(f"exp.{key} of {experiment} is {value!r}; it must be a whole number of at least 1.")
 
 
 def choose_prompts(model: Any, prompts: list[Prompt], cfg: DictConfig) -> list[Prompt] | list[Tensor]:

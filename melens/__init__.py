@@ -4,47 +4,69 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from melens.ablation import MassiveTokenRuns, ablated
+    from melens.claims import judge
     from melens.emergence import Criterion, Emergence, find_me_layer, massive_activations
     from melens.errors import MelensError
     from melens.models import known_models, load_model
+    from melens.normalization import read_normalization
     from melens.probes import (
         AbsMedian,
+        AttentionMaps,
+        AttentionSpectrum,
         Batch,
+        Concentration,
+        FirstAgainstOthers,
+        GainAlignment,
         LargestActivations,
         Norms,
         Probe,
         SinkByQuery,
         SinkMass,
+        Spectrum,
         TokenVectors,
-        default_probes,
     )
     from melens.prompts import Prompt, load_prompts
-    from melens.tracing import Trace, trace
+    from melens.tracing import Trace, default_probes, trace
+    from melens.weights import score_blocks
 
 __all__ = [
     "AbsMedian",
+    "AttentionMaps",
+    "AttentionSpectrum",
     "Batch",
+    "Concentration",
     "Criterion",
     "Emergence",
+    "FirstAgainstOthers",
+    "GainAlignment",
     "LargestActivations",
+    "MassiveTokenRuns",
     "MelensError",
     "Norms",
     "Probe",
     "Prompt",
     "SinkByQuery",
     "SinkMass",
+    "Spectrum",
     "TokenVectors",
     "Trace",
+    "ablated",
     "default_probes",
     "find_me_layer",
+    "judge",
     "known_models",
     "load_model",
     "load_prompts",
     "massive_activations",
+    "read_normalization",
+    "score_blocks",
     "trace",
 ]
 
-_MODULES = ("errors", "prompts", "probes", "tracing", "emergence", "models")
+_MODULES = (
+    "errors", "prompts", "probes", "tracing", "emergence", "models", "claims", "normalization", "ablation", "weights",
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -1,82 +1,520 @@
-"""The paper's claims as statistics with a threshold and a verdict."""
+"""Each claim of the paper as data, with a threshold fixed in advance; `judge(results)` gives each its verdict."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
-from melens.emergence import Emergence
-from melens.sinks import SinkOnset
+import pandas as pd
 
-__all__ = ["Claim", "judge_emergence"]
+__all__ = ["CLAIMS", "Claim", "Judgement", "Verdict", "judge"]
 
-Verdict = Literal["holds", "does not hold", "not testable"]
+Verdict = Literal["holds", "holds in part", "does not hold", "trivial here", "not measured"]
+Metrics = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A verdict with the number it rests on.
+
+    Attributes:
+        verdict: see `Verdict`; "trivial here" where the data could not have contradicted the claim.
+        value: of the claim's statistic.
+        interval: its 95% bootstrap interval over prompts, where it is a mean over prompts.
+        note: what else a reader should know, or why nothing was measured.
+    """
+
+    verdict: Verdict
+    value: float | None = None
+    interval: tuple[float, float] | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim of the paper, judged on one model.
+    """A claim of the paper, or of its review.
 
     Attributes:
-        claim: in a sentence.
-        source: where the paper makes it.
-        statistic: what was measured, None where it could not be.
-        criterion: what it must satisfy for the claim to hold.
-        verdict: whether it does.
+        id: a short name.
+        claim: in our words.
+        source: where it is made.
+        experiment: which experiment measures it.
+        figure: which of that experiment's figures shows it.
+        statistic: what is measured.
+        criterion: what it must satisfy.
+        why: why that threshold.
+        judge: gives the verdict from the experiment's metrics.
     """
 
+    id: str
     claim: str
     source: str
-    statistic: float | None
+    experiment: str
+    figure: str
+    statistic: str
     criterion: str
-    verdict: Verdict
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    why: str
+    judge: Callable[[Metrics], Judgement]
 
 
-def judge_emergence(me: Emergence, onset: SinkOnset) -> list[Claim]:
-    """Judge what section 3, section 6 and appendix D say of the place where massive activations are born."""
-    here = me.layer is not None
-    at_first = bool(me.positions) and me.positions[0] == 0
-    return [
-        Claim(
-            "Massive activations exist",
-            "section 1, figure 1",
-            me.prompts_with,
-            f"share of prompts with one >= {me.criterion.min_prompts:g}",
-            _verdict(True, here),
-        ),
-        Claim(
-            "They are born in a single block",
-            "section 3, figure 1",
-            me.share_of_peak,
-            f"that block brings >= {me.criterion.one_block:g} of the peak norm",
-            _verdict(here, me.kind == "one block"),
-        ),
-        Claim(
-            "It is the same block for every input",
-            "appendix D, figure 10",
-            me.agreement if here else None,
-            "share of prompts that agree >= 0.95",
-            _verdict(here, me.agreement >= 0.95),
-        ),
-        Claim(
-            "The massive token is the first one",
-            "section 3.1",
-            float(me.positions[0]) if here else None,
-            "most frequent position == 0",
-            _verdict(here, at_first),
-        ),
-        Claim(
-            "The attention sink starts in the block after it",
-            "section 6, figure 7",
-            None if not here or onset.layer is None else float(onset.layer - (me.layer or 0)),
-            "sink onset - ME layer == 1",
-            _verdict(here, here and onset.layer is not None and onset.layer - (me.layer or 0) == 1),
-        ),
-    ]
+class _HasMetrics(Protocol):
+    @property
+    def experiment(self) -> str: ...
+    @property
+    def model(self) -> dict[str, Any]: ...
+    @property
+    def metrics(self) -> dict[str, Any]: ...
 
 
-def _verdict(testable: bool, holds: bool) -> Verdict:
-    return ("holds" if holds else "does not hold") if testable else "not testable"
+def judge(results: Iterable[_HasMetrics | Mapping[str, Any]]) -> pd.DataFrame:
+    """Judge every claim on every model.
+
+    Args:
+        results: what experiments returned, or the content of their `result.json`; those of one model (by name) belong
+            together. With several models the claim about families is judged as well.
+
+    Returns:
+        A row for each model and claim: `model`, `id`, `claim`, `source`, `experiment`, `figure`, `statistic`,
+        `criterion`, `why`, `value`, `low`, `high`, `verdict`, `note`.
+    """
+    by_model: dict[str, dict[str, Metrics]] = {}
+    families: dict[str, str | None] = {}
+    for result in results:
+        content = (
+            result
+            if isinstance(result, Mapping)
+            else {"experiment": result.experiment, "model": result.model, "metrics": result.metrics}
+        )
+        if content.get("status", "ok") != "ok":
+            continue
+        name = content["model"]["name"]
+        parts = content["metrics"] if content["experiment"] == "all" else {content["experiment"]: content["metrics"]}
+        by_model.setdefault(name, {}).update(parts)
+        families[name] = content.get("config", {}).get("model", {}).get("family")
+    rows = [_row(name, claim, _judge_one(claim, measured)) for name, measured in by_model.items() for claim in CLAIMS]
+    if len(by_model) > 1:
+        rows += [_row("all models", FAMILY_CLAIM, judgement) for judgement in _judge_families(by_model, families)]
+    return pd.DataFrame(rows)
+
+
+def _row(model: str, claim: Claim, judgement: Judgement) -> dict[str, Any]:
+    low, high = judgement.interval or (None, None)
+    told = ("id", "claim", "source", "experiment", "figure", "statistic", "criterion", "why")
+    return {
+        "model": model,
+        **{name: getattr(claim, name) for name in told},
+        "value": judgement.value,
+        "low": low,
+        "high": high,
+        "verdict": judgement.verdict,
+        "note": judgement.note,
+    }
+
+
+def _judge_one(claim: Claim, measured: Mapping[str, Metrics]) -> Judgement:
+    metrics = measured.get(claim.experiment)
+    if metrics is None:
+        return Judgement("not measured", note=f"exp={claim.experiment} was not run.")
+    if "not_applicable" in metrics:
+        return Judgement("not measured", note=metrics["not_applicable"])
+    if claim.id != "exists" and metrics.get("me_layer") is None:
+        return Judgement("not measured", note="The model has no ME layer.")
+    return claim.judge(metrics)
+
+
+# --- Thresholds -------------------------------------------------------------------------------------------------------
+
+
+def _at_least(metrics: Metrics, name: str, enough: float, *, partly: float | None = None) -> Judgement:
+    """Judge a mean over prompts: its whole interval must reach `enough`; in part its mean, or `partly`."""
+    value, interval = metrics.get(name), metrics.get(f"{name}_interval")
+    if value is None or math.isnan(value):
+        return Judgement("not measured", note=f"{name} could not be measured on this model.")
+    low = interval[0] if interval is not None and not math.isnan(interval[0]) else value
+    if low >= enough:
+        verdict: Verdict = "holds"
+    else:
+        verdict = "holds in part" if value >= (enough if partly is None else min(partly, enough)) else "does not hold"
+    return Judgement(verdict, value, interval)
+
+
+def _at_most(metrics: Metrics, name: str, enough: float, *, partly: float | None = None) -> Judgement:
+    """Judge the other way round: the whole interval must stay at or below `enough`."""
+    value, interval = metrics.get(name), metrics.get(f"{name}_interval")
+    if value is None or math.isnan(value):
+        return Judgement("not measured", note=f"{name} could not be measured on this model.")
+    mirrored = {name: -value, f"{name}_interval": None if interval is None else (-interval[1], -interval[0])}
+    judged = _at_least(mirrored, name, -enough, partly=None if partly is None else -partly)
+    return Judgement(judged.verdict, value, interval)
+
+
+def _unless_trivial(metrics: Metrics, judgement: Judgement) -> Judgement:
+    """Mark what follows from the design: in a causal model prompts that share token 0 share its every state."""
+    if metrics.get("distinct_first_tokens") != 1 or judgement.verdict == "not measured":
+        return judgement
+    note = "All prompts share their first token, so its states are the same by construction."
+    return Judgement("trivial here", judgement.value, judgement.interval, note)
+
+
+def _single_block(metrics: Metrics) -> Judgement:
+    judged = _at_least(metrics, "share_of_peak", 0.8)
+    if judged.verdict == "does not hold" and metrics["kind"] == "a few blocks":
+        return Judgement("holds in part", judged.value, judged.interval, "A few blocks bring it together.")
+    return judged
+
+
+def _stands_out_first(metrics: Metrics) -> Judgement:
+    ratio, first = metrics.get("weight_norm_ratio"), metrics.get("weight_norm_first_layer")
+    if ratio is None:
+        return Judgement("not measured", note="This model has no normalisation before the FFN.")
+    note = f"Twice the others' first at block {first}." if first is not None else "Twice the others' at no block."
+    verdict: Verdict = "does not hold"
+    if ratio >= 2:
+        verdict = "holds" if first == metrics["me_layer"] else "holds in part"
+    return Judgement(verdict, ratio, metrics.get("weight_norm_ratio_interval"), note)
+
+
+def _delta_frac(metrics: Metrics) -> Judgement:
+    judged = _at_least(metrics, "delta_frac", 1e-9)
+    top = metrics.get("delta_frac_top_layer")
+    if judged.verdict == "holds" and top != metrics["me_layer"]:
+        return Judgement("holds in part", judged.value, judged.interval, f"Positive, but larger at block {top}.")
+    return judged
+
+
+def _peak_together(metrics: Metrics) -> Judgement:
+    peaks: Mapping[str, int] = metrics["concentration_peaks"]
+    if len(peaks) < 3:
+        return Judgement("not measured", note="This model's FFN has no gate, up and down projection to tell apart.")
+    there = sum(layer == metrics["me_layer"] for layer in peaks.values())
+    note = ", ".join(f"{name} at block {layer}" for name, layer in peaks.items())
+    verdict: Verdict = "does not hold" if there == 0 else "holds" if there == 3 else "holds in part"
+    return Judgement(verdict, float(there), None, f"Peaks: {note}.")
+
+
+def _persists_smaller(metrics: Metrics) -> Judgement:
+    left: Mapping[str, float] = metrics["left_without_norm"]
+    over_others: Mapping[str, float] = metrics["over_others_without_norm"]
+    if not left:
+        return Judgement("not measured", note="This model has no normalisation before the FFN.")
+    agree = [sense for sense in left if left[sense] <= 0.5 and over_others[sense] >= 10]
+    note = ", ".join(f"{sense}: {share:.3g} of intact" for sense, share in left.items())
+    verdict: Verdict = "holds" if len(agree) == len(left) else "holds in part" if agree else "does not hold"
+    return Judgement(verdict, left["identity"], metrics.get("left_identity_interval"), f"{note}.")
+
+
+def _same_everywhere(metrics: Metrics) -> Judgement:
+    judged = _at_least(metrics, "least_agreement", 0.95, partly=0.5)
+    if metrics["massive_position"] != 0:
+        return judged
+    return _unless_trivial(metrics, judged)
+
+
+def _sink_next(metrics: Metrics) -> Judgement:
+    onset, first, me_layer = metrics.get("sink_onset_layer"), metrics.get("first_sink_layer"), metrics["me_layer"]
+    if "sink_mass_after" not in metrics:
+        return Judgement("not measured", note="This model has no attention to measure sinks in.")
+    if onset is None:
+        return Judgement("does not hold", None, None, "No sink lasts.")
+    note = f"Sinks come and go before, first in block {first}." if first is not None and first < onset else ""
+    if onset - me_layer != 1:
+        return Judgement("does not hold", float(onset - me_layer), None, note)
+    return Judgement("holds in part" if note else "holds", 1.0, None, note)
+
+
+def _second_massive(metrics: Metrics) -> Judgement:
+    last, between = metrics.get("ffn_last_blocks"), metrics.get("ffn_between")
+    if last is None or between is None:
+        return Judgement("not measured", note="No blocks lie between the ME layer and the last two.")
+    verdict: Verdict = "does not hold" if last < 0.1 else "holds" if between < 0.1 else "holds in part"
+    return Judgement(verdict, last, None, f"In the blocks between, at most {between:.2g}.")
+
+
+def _only_causal(metrics: Metrics) -> Judgement:
+    others = [layer for layer in metrics["causal_layers"] if layer != metrics["me_layer"]]
+    is_causal = metrics["me_layer"] in metrics["causal_layers"]
+    note = f"Halved as well without the FFN of block {', '.join(map(str, others))}." if others else ""
+    verdict: Verdict = "does not hold"
+    if is_causal:
+        verdict = (
+            "holds" if not others else "holds in part" if metrics["strongest_cause"] == metrics["me_layer"] else verdict
+        )
+    return Judgement(verdict, float(len(others)), None, note)
+
+
+def _predicted(metrics: Metrics) -> Judgement:
+    rank = metrics["ranks"]["response"]
+    if rank is None:
+        return Judgement("not measured", note="The ME layer's FFN has no score.")
+    best = ", ".join(f"{score} {place}" for score, place in metrics["ranks"].items())
+    verdict: Verdict = "holds" if rank == 1 else "holds in part" if rank <= 3 else "does not hold"
+    return Judgement(verdict, float(rank), None, f"Ranks: {best}, of {metrics['n_scored']}.")
+
+
+CLAIMS: tuple[Claim, ...] = (
+    Claim(
+        id="exists",
+        claim="Some token carries massive activations",
+        source="section 1, figure 1",
+        experiment="emergence",
+        figure="top_dims",
+        statistic="share of prompts with an entry |h| > 100 and > 1,000 × the median |h|",
+        criterion=">= 0.5",
+        why="the criterion is Sun et al.'s (2024); a property of the model shows in most inputs",
+        judge=lambda metrics: Judgement(
+            "holds" if metrics.get("me_layer") is not None else "does not hold", metrics.get("prompts_with")
+        ),
+    ),
+    Claim(
+        id="single-block",
+        claim="A single block brings the massive activation; it does not build up",
+        source="section 3, figure 1",
+        experiment="emergence",
+        figure="emergence",
+        statistic="share of the peak norm that the ME layer alone adds",
+        criterion=">= 0.8; in part: a few blocks",
+        why="what other blocks add is then less than a quarter of it",
+        judge=_single_block,
+    ),
+    Claim(
+        id="magnification",
+        claim="That block magnifies the token hundreds of times",
+        source="section 1, table 8",
+        experiment="emergence",
+        figure="emergence",
+        statistic="‖h_out‖ / ‖h_in‖ at the ME layer",
+        criterion=">= 100; in part >= 10",
+        why="the smallest number that can be called hundreds; 10 is still an order of magnitude",
+        judge=lambda metrics: _at_least(metrics, "magnification", 100, partly=10),
+    ),
+    Claim(
+        id="first-token",
+        claim="The massive token is the first one",
+        source="section 3.1",
+        experiment="emergence",
+        figure="top_dims",
+        statistic="share of prompts whose massive token is at position 0",
+        criterion=">= 0.95; in part >= 0.5",
+        why="1 in 20 may differ before 'consistently' is wrong",
+        judge=lambda metrics: _at_least(metrics, "share_at_first", 0.95, partly=0.5),
+    ),
+    Claim(
+        id="second-massive",
+        claim="The last two blocks make a second massive activation",
+        source="appendix A, figure 1",
+        experiment="emergence",
+        figure="emergence",
+        statistic="largest ‖FFN output‖ of token 0 in the last two blocks, relative to the ME layer's",
+        criterion=">= 0.1, and < 0.1 between; in part: >= 0.1",
+        why="within an order of magnitude of the first",
+        judge=_second_massive,
+    ),
+    Claim(
+        id="weight-norm",
+        claim="The norm before the FFN makes token 0 stand out, at the ME layer first",
+        source="section 3.1, figure 2",
+        experiment="rmsnorm",
+        figure="weight_norm",
+        statistic="WeightNorm of token 0 over the others' mean at the ME layer",
+        criterion=">= 2 there and at no earlier block; in part: >= 2 there",
+        why="alike is taken as less than twice",
+        judge=_stands_out_first,
+    ),
+    Claim(
+        id="delta-frac",
+        claim="There its output lies more on the dims with the largest gains",
+        source="section 3.1, equation 1, figure 3",
+        experiment="rmsnorm",
+        figure="gain_alignment",
+        statistic="ΔFrac at the ME layer, K = 1% of the width",
+        criterion="> 0 and the largest up to there; in part: > 0",
+        why="the sign is the paper's; 'far exceeds other layers' its words",
+        judge=_delta_frac,
+    ),
+    Claim(
+        id="delta-kl",
+        claim="There its output is closer to the distribution of the gains",
+        source="section 3.1, equation 2, figure 3",
+        experiment="rmsnorm",
+        figure="gain_alignment",
+        statistic="ΔKL at the ME layer, nats",
+        criterion="< 0",
+        why="the sign is the paper's",
+        judge=lambda metrics: _at_most(metrics, "delta_kl", -1e-9),
+    ),
+    Claim(
+        id="concentration",
+        claim="Gate, up and down concentrate token 0 most at the ME layer",
+        source="section 3.1, equation 3, figure 4",
+        experiment="ffn",
+        figure="ffn",
+        statistic="how many of the three concentration differences peak at the ME layer, last two blocks apart",
+        criterion="3; in part 1 or 2",
+        why="the last two blocks are a phenomenon of their own (appendix A)",
+        judge=_peak_together,
+    ),
+    Claim(
+        id="amplification",
+        claim="The FFN amplifies token 0 most at the ME layer",
+        source="section 3.1, figure 4",
+        experiment="ffn",
+        figure="ffn",
+        statistic="‖FFN output‖ / ‖FFN input‖ at the ME layer over the largest at another block, last two apart",
+        criterion="> 1",
+        why="a peak is a peak",
+        judge=lambda metrics: _at_least(metrics, "amplification_over_next", 1),
+    ),
+    Claim(
+        id="ffn-needed",
+        claim="Without the ME layer's FFN the massive activation vanishes",
+        source="appendix B, figure 9",
+        experiment="ablation",
+        figure="removed",
+        statistic="norm of the token afterwards, relative to intact",
+        criterion="<= 0.1; in part <= 0.5",
+        why="a tenth is an order of magnitude less",
+        judge=lambda metrics: _at_most(metrics, "left_without_ffn", 0.1, partly=0.5),
+    ),
+    Claim(
+        id="norm-scales",
+        claim="Without the norm before that FFN it persists, but far smaller",
+        source="appendix B, figure 9",
+        experiment="ablation",
+        figure="removed",
+        statistic="norm of the token afterwards, relative to intact, norm replaced by the identity",
+        criterion="<= 0.5 of intact and >= 10 × the other tokens in every sense of 'without'; in part: in some sense",
+        why="half is the least that can be called far smaller; 10 × is still another order of magnitude",
+        judge=_persists_smaller,
+    ),
+    Claim(
+        id="only-me-causal",
+        claim="Only the ME layer is causal for it",
+        source="the review, point 1",
+        experiment="ablation",
+        figure="causality",
+        statistic="how many other blocks' FFNs halve it when removed",
+        criterion="0; in part: the ME layer's does most",
+        why="a block without which half is gone is a cause",
+        judge=_only_causal,
+    ),
+    Claim(
+        id="norm-stable",
+        claim="Once formed, its norm barely changes",
+        source="section 3.2, figure 5a",
+        experiment="direction",
+        figure="norms",
+        statistic="largest relative change of token 0's norm from the ME layer to the last two blocks",
+        criterion="<= 0.1; in part <= 0.5",
+        why="a tenth cannot be seen on the paper's axes",
+        judge=lambda metrics: _at_most(metrics, "norm_drift", 0.1, partly=0.5),
+    ),
+    Claim(
+        id="direction-layers",
+        claim="Once formed, its direction barely changes from block to block",
+        source="section 3.2, figure 5b",
+        experiment="direction",
+        figure="between_blocks",
+        statistic="smallest cosine between its states after consecutive blocks",
+        criterion=">= 0.99; in part >= 0.9",
+        why="0.99 is an angle of 8 degrees",
+        judge=lambda metrics: _at_least(metrics, "consecutive_cosine", 0.99, partly=0.9),
+    ),
+    Claim(
+        id="direction-inputs",
+        claim="Once formed, its direction is the same for all inputs",
+        source="section 3.2, figure 5c",
+        experiment="direction",
+        figure="cosine_by_block",
+        statistic="smallest mean cosine between inputs, over the blocks from the ME layer to the last two",
+        criterion=">= 0.95; in part >= 0.8",
+        why="0.95 is an angle of 18 degrees, where random directions have 90",
+        judge=lambda metrics: _unless_trivial(metrics, _at_least(metrics, "cosine", 0.95, partly=0.8)),
+    ),
+    Claim(
+        id="same-layer",
+        claim="The ME layer is the same for all task types and lengths",
+        source="appendix D, figure 10",
+        experiment="stability",
+        figure="norms_by_task",
+        statistic="smallest share of prompts with that ME layer in any task type or length",
+        criterion=">= 0.95; in part >= 0.5",
+        why="1 in 20 may differ",
+        judge=_same_everywhere,
+    ),
+    Claim(
+        id="sink-next",
+        claim="The attention sink starts in the block after the ME layer",
+        source="section 6, figure 7",
+        experiment="sinks",
+        figure="sink_mass",
+        statistic="blocks from the ME layer to the first from which the mean sink mass stays over 0.3",
+        criterion="1; in part: sinks before that come and go",
+        why="0.3 is Gu et al.'s (2024)",
+        judge=_sink_next,
+    ),
+    Claim(
+        id="attention-rank",
+        claim="After the ME layer attention is of lower rank",
+        source="section 6",
+        experiment="sinks",
+        figure="rank",
+        statistic="effective rank of the attention matrices after the ME layer over that before",
+        criterion="<= 0.5; in part < 1",
+        why="a collapse is at least a halving",
+        judge=lambda metrics: _at_most(metrics, "attention_rank_ratio", 0.5, partly=0.999),
+    ),
+    Claim(
+        id="hidden-rank",
+        claim="After the ME layer the hidden states are of lower rank",
+        source="section 6",
+        experiment="sinks",
+        figure="rank",
+        statistic="effective rank of all tokens' hidden states from the ME layer on over that before",
+        criterion="<= 0.5; in part < 1",
+        why="a collapse is at least a halving",
+        judge=lambda metrics: _at_most(metrics, "hidden_rank_ratio", 0.5, partly=0.999),
+    ),
+    Claim(
+        id="predictable",
+        claim="The ME layer can be told from the weights alone",
+        source="the review and the research note",
+        experiment="predict",
+        figure="scores",
+        statistic="rank of the ME layer by the FFN's response to its most amplified input",
+        criterion="1; in part <= 3",
+        why="a prediction names one block",
+        judge=_predicted,
+    ),
+)
+"""What the paper and its review say of one model, in the order of the paper."""
+
+FAMILY_CLAIM = Claim(
+    id="same-in-family",
+    claim="Models of one family have the same ME layer",
+    source="appendix H, table 8",
+    experiment="emergence",
+    figure="emergence",
+    statistic="share of a family's models with its most frequent ME layer",
+    criterion="1",
+    why="'the same' leaves no exception",
+    judge=lambda metrics: Judgement("not measured", note="It takes a sweep over models."),
+)
+
+
+def _judge_families(by_model: dict[str, dict[str, Metrics]], families: dict[str, str | None]) -> list[Judgement]:
+    layers: dict[str, list[int | None]] = {}
+    for name, measured in by_model.items():
+        me_layer = next((metrics.get("me_layer") for metrics in measured.values()), None)
+        if families[name] is not None:
+            layers.setdefault(str(families[name]), []).append(me_layer)
+    judged = []
+    for family, found in layers.items():
+        known = [layer for layer in found if layer is not None]
+        if len(known) < 2:
+            continue
+        most = max(map(known.count, known)) / len(known)
+        note = f"Family {family}: blocks {', '.join(map(str, known))}."
+        judged.append(Judgement("holds" if most == 1 else "does not hold", most, None, note))
+    return judged or [Judgement("not measured", note="No family has two models with an ME layer.")]

@@ -57,6 +57,7 @@ class Emergence:
         relative_magnification: the same divided by the mean magnification of the prompt's other tokens in that block
             (block 0 lifts every token).
         share_of_peak: how much of the token's peak norm that one block brings, (‖h_out‖ - ‖h_in‖) / peak.
+        share_of_peak_interval: its 95% bootstrap interval over prompts.
         climb: first and last block of the climb from 10% to 90% of the peak norm (median over prompts).
         agreement: share of prompts whose first massive block is `layer`.
         prompts_with: share of prompts with a massive activation at any block.
@@ -74,6 +75,7 @@ class Emergence:
     magnification_interval: tuple[float, float] | None
     relative_magnification: float | None
     share_of_peak: float | None
+    share_of_peak_interval: tuple[float, float] | None
     climb: tuple[int, int] | None
     agreement: float
     prompts_with: float
@@ -130,7 +132,7 @@ def find_me_layer(trace: Trace, criterion: Criterion | None = None) -> Emergence
     if layer is None:
         return Emergence(
             layer=None, kind=None, magnification=None, magnification_interval=None, relative_magnification=None,
-            share_of_peak=None, climb=None, agreement=0.0, positions=(), dims=(), **shared,
+            share_of_peak=None, share_of_peak_interval=None, climb=None, agreement=0.0, positions=(), dims=(), **shared,
         )  # fmt: skip
     agreeing = born[born["layer"] == layer]
     entries = massive[(massive["layer"] == layer) & massive["prompt"].isin(agreeing["prompt"])]
@@ -142,6 +144,7 @@ def find_me_layer(trace: Trace, criterion: Criterion | None = None) -> Emergence
         magnification_interval=bootstrap_mean(agreeing["magnification"].to_numpy()),
         relative_magnification=float(agreeing["relative_magnification"].mean()),
         share_of_peak=share,
+        share_of_peak_interval=bootstrap_mean(agreeing["share_of_peak"].to_numpy()),
         climb=climb,
         agreement=len(agreeing) / n_prompts,
         positions=tuple(entries["pos"].value_counts().index),

@@ -1,8 +1,9 @@
-"""Plotly figures from tidy data."""
+"""Plotly figures from tidy data: curves by block, heatmaps, and the few that fit neither."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,97 +11,357 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-__all__ = ["compare_norms", "dims_heatmap", "dims_surface", "emergence_figure", "norm_by_block"]
+__all__ = [
+    "COLORS",
+    "FIRST",
+    "OTHERS",
+    "SINK",
+    "Curve",
+    "Heatmap",
+    "Panel",
+    "attention_maps",
+    "curves_by_block",
+    "dims_heatmap",
+    "dims_surface",
+    "ffn_figure",
+    "heatmap_over_curves",
+    "heatmap_with_slider",
+    "heatmaps",
+    "shares",
+    "vectors_by_dim",
+]
 
 FIRST = "#c1272d"
 OTHERS = "#0072b2"
 SINK = "#7a4fa3"
+COLORS = (FIRST, OTHERS, SINK, "#e69f00", "#009e73", "#56b4e9", "#444444", "#cc79a7")
+"""Told apart also by people who see few colours."""
+
 _LAYOUT: dict[str, Any] = {
     "template": "plotly_white",
     "font": {"family": "Helvetica, Arial, sans-serif", "size": 14, "color": "#222"},
     "margin": {"l": 70, "r": 30, "t": 90, "b": 60},
 }
-PANELS = {
-    "ln2.hook_out": "RMSNorm output (ln2)",
-    "hook_mlp_out": "FFN output",
-    "hook_resid_post": "Block output",
-}
+BLOCK = "block (0-based)"
 
 
-def norm_by_block(norms: pd.DataFrame) -> pd.DataFrame:
-    """Summarise norms for figure 1: by site, layer and token ("first" or "others") the mean and its spread.
+@dataclass(frozen=True)
+class Curve:
+    """A line by block.
 
-    Args:
-        norms: the table of the probe `Norms`.
-
-    Returns:
-        `site`, `layer`, `token`, `mean`, and `low` and `high`: the 10% and 90% quantiles, over prompts for the first
-        token, over all their tokens for the others.
+    Attributes:
+        name: in the legend; curves of the same name in several panels share an entry.
+        points: `layer`, `mean`, and for a band `low` and `high`.
+        color: as CSS.
+        in_legend: False for all but one of many alike.
     """
-    token = np.where(norms["pos"] == 0, "first", "others")
-    grouped = norms.assign(token=token).groupby(["site", "layer", "token"], observed=True)["norm"]
-    summary = pd.DataFrame({"mean": grouped.mean(), "low": grouped.quantile(0.1), "high": grouped.quantile(0.9)})
-    return summary.reset_index()
+
+    name: str
+    points: pd.DataFrame
+    color: str
+    in_legend: bool = True
 
 
-def emergence_figure(
-    norms: pd.DataFrame, sink_mass: pd.DataFrame, *, me_layer: int | None, title: str, log_scale: bool = True
+@dataclass(frozen=True)
+class Panel:
+    """Curves on one pair of axes, with the ME layer (0-based block, or None) marked."""
+
+    title: str
+    y_title: str
+    curves: Sequence[Curve]
+    me_layer: int | None
+    log_scale: bool = False
+    y_range: tuple[float, float] | None = None
+    zero_line: bool = False
+
+
+def curves_by_block(
+    panels: Sequence[Panel], *, title: str, note: str = "", columns: int = 2, scale_buttons: bool = False
 ) -> go.Figure:
-    """Draw figure 1 (bottom) and 11-20: norms by block, and below them the sink mass, with the ME layer marked.
+    """Draw panels of curves by block.
 
     Args:
-        norms: from `norm_by_block`.
-        sink_mass: from `sinks.sink_mass_by_layer`.
-        me_layer: 0-based block, or None.
-        title: above the figure.
-        log_scale: of the norms; a button in the figure changes it.
+        panels: left to right, top to bottom.
+        title: above the figure, and `note` below it in small: what lines and bands are.
+        columns: panels in a row.
+        scale_buttons: let the reader switch the panels without a `y_range` between logarithmic and linear.
     """
-    panels = [*PANELS.values(), "Attention on token 0 (sink mass)"]
-    figure = make_subplots(2, 2, subplot_titles=panels, horizontal_spacing=0.1, vertical_spacing=0.16)
-    for index, site in enumerate(PANELS):
-        at = {"row": index // 2 + 1, "col": index % 2 + 1}
-        of_site = norms[norms["site"] == site]
-        for token, name, color in (("others", "other tokens", OTHERS), ("first", "token 0", FIRST)):
-            _add_curve(figure, of_site[of_site["token"] == token], name, color, at, in_legend=index == 0)
-        figure.update_yaxes(title_text="L2 norm", **at)
-    _add_curve(figure, sink_mass, "sink mass, mean of heads", SINK, {"row": 2, "col": 2}, in_legend=True)
-    figure.update_yaxes(title_text="share of attention", range=[0, 1], row=2, col=2)
-    figure.update_xaxes(title_text="block (0-based)", rangemode="tozero")
-    _mark_me_layer(figure, me_layer)
-    norm_axes = ("yaxis", "yaxis2", "yaxis3")
-    for axis in norm_axes:
-        figure.layout[axis].update(_norm_axis(log_scale))
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    titles = [panel.title for panel in panels]
+    figure = make_subplots(rows, columns, subplot_titles=titles, horizontal_spacing=0.1, vertical_spacing=0.3 / rows)
+    in_legend: set[str] = set()
+    switched = []
+    for index, panel in enumerate(panels):
+        at = {"row": index // columns + 1, "col": index % columns + 1}
+        for curve in panel.curves:
+            _add_curve(figure, curve, at, in_legend=curve.in_legend and curve.name not in in_legend)
+            in_legend.add(curve.name)
+        figure.update_yaxes(title_text=panel.y_title, range=panel.y_range, **at)
+        figure.update_yaxes(**_value_axis(panel.log_scale), **at)
+        if panel.zero_line:
+            figure.add_hline(y=0, line={"color": "#888", "width": 1}, **at)
+        _mark_me_layer(figure, panel.me_layer, **at)
+        if panel.y_range is None:
+            switched.append("yaxis" + (str(index + 1) if index else ""))
+    figure.update_xaxes(title_text=BLOCK, rangemode="tozero")
+    height = 170 + 310 * rows
     figure.update_layout(
         **_LAYOUT,
-        title=_title(f"{title}<br><sub>Lines: means. Bands: 10% to 90% of prompts (token 0), tokens or heads.</sub>"),
-        height=780,
-        legend={"orientation": "h", "x": 0, "y": -0.1},
-        updatemenus=[_scale_buttons(norm_axes, log_scale)],
+        title=_title(title, note),
+        height=height,
+        legend={"orientation": "h", "x": 0, "y": -60 / height, "yanchor": "top"},
+    )
+    if scale_buttons:
+        figure.update_layout(updatemenus=[_scale_buttons(switched, panels[0].log_scale)])
+    return figure
+
+
+@dataclass(frozen=True)
+class Heatmap:
+    """A matrix with its axes.
+
+    Attributes:
+        title: above it.
+        values: `[row, column]`.
+        x, y: labels of columns and rows: numbers, or texts.
+        x_title, y_title: of the axes.
+    """
+
+    title: str
+    values: np.ndarray
+    x: Sequence[Any]
+    y: Sequence[Any]
+    x_title: str
+    y_title: str
+
+
+def heatmaps(
+    maps: Sequence[Heatmap],
+    *,
+    title: str,
+    note: str = "",
+    z_title: str,
+    columns: int = 3,
+    me_layer: int | None = None,
+    text: bool = False,
+) -> go.Figure:
+    """Draw matrices of ratios side by side in the same colours, logarithmic around 1.
+
+    Args:
+        maps: left to right, top to bottom.
+        title, note: above the figure.
+        z_title: of the colours.
+        columns: maps in a row.
+        me_layer: 0-based block to mark on both axes.
+        text: write the values into the cells.
+    """
+    columns = min(columns, len(maps))
+    rows = -(-len(maps) // columns)
+    titles = [heatmap.title for heatmap in maps]
+    figure = make_subplots(rows, columns, subplot_titles=titles, horizontal_spacing=0.09, vertical_spacing=0.25 / rows)
+    for index, heatmap in enumerate(maps):
+        at = {"row": index // columns + 1, "col": index % columns + 1}
+        figure.add_trace(_ratio_trace(heatmap, z_title, text=text), **at)
+        figure.update_xaxes(title_text=heatmap.x_title, **at)
+        figure.update_yaxes(title_text=heatmap.y_title, autorange="reversed", **at)
+        if me_layer is not None:
+            figure.add_vline(x=me_layer, line=_ME_LINE, **at)
+            figure.add_hline(y=me_layer, line=_ME_LINE, **at)
+    ticks = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
+    figure.update_layout(
+        **_LAYOUT,
+        title=_title(title, note),
+        height=190 + (430 if columns > 1 else 480) * rows,
+        coloraxis={
+            "colorscale": "RdBu",
+            "cmin": -2,
+            "cmax": 2,
+            "colorbar": {"title": z_title, "tickvals": np.log10(ticks), "ticktext": [f"{tick:g}" for tick in ticks]},
+        },
     )
     return figure
 
 
-def compare_norms(curves: dict[str, pd.DataFrame], me_layers: dict[str, int | None], *, log_scale: bool) -> go.Figure:
-    """Draw the block-output norms of several models side by side, each with its ME layer marked.
+def heatmap_with_slider(
+    maps: Mapping[str, Heatmap], *, title: str, note: str = "", z_title: str, z_range: tuple[float, float], start: str
+) -> go.Figure:
+    """Draw one of several matrices, with a slider to choose which.
 
     Args:
-        curves: by model, from `norm_by_block`.
-        me_layers: by model.
-        log_scale: of the norms.
+        maps: by what the slider says.
+        title, note: above the figure.
+        z_title, z_range: of the colours.
+        start: the one that is shown first.
     """
-    columns = min(3, len(curves))
-    rows = -(-len(curves) // columns)
-    figure = make_subplots(rows, columns, subplot_titles=list(curves), vertical_spacing=0.32 / rows)
-    for index, (model, norms) in enumerate(curves.items()):
-        at = {"row": index // columns + 1, "col": index % columns + 1}
-        of_site = norms[norms["site"] == "hook_resid_post"]
-        for token, name, color in (("others", "other tokens", OTHERS), ("first", "token 0", FIRST)):
-            _add_curve(figure, of_site[of_site["token"] == token], name, color, at, in_legend=index == 0)
-        _mark_me_layer(figure, me_layers[model], **at)
-    figure.update_xaxes(title_text="block (0-based)", rangemode="tozero")
-    figure.update_yaxes(**_norm_axis(log_scale))
-    figure.update_yaxes(title_text="L2 norm of the block output", col=1)
-    figure.update_layout(**_LAYOUT, height=160 + 300 * rows, legend={"orientation": "h", "x": 0, "y": -0.3 / rows})
+    names = list(maps)
+    figure = go.Figure([_heatmap_trace(heatmap, z_title) for heatmap in maps.values()])
+    for name, trace in zip(names, figure.data, strict=True):
+        trace.visible = name == start
+    first = maps[start]
+    figure.update_xaxes(title_text=first.x_title, constrain="domain")
+    figure.update_yaxes(title_text=first.y_title, autorange="reversed", scaleanchor="x", constrain="domain")
+    steps = [
+        {"label": name, "method": "update", "args": [{"visible": [other == name for other in names]}]} for name in names
+    ]
+    slider = {"active": names.index(start), "steps": steps, "currentvalue": {"prefix": "after "}, "pad": {"t": 55}}
+    figure.update_layout(
+        **_LAYOUT,
+        title=_title(title, note),
+        height=760,
+        sliders=[slider],
+        coloraxis={"colorscale": "Viridis", "cmin": z_range[0], "cmax": z_range[1], "colorbar": {"title": z_title}},
+    )
+    return figure
+
+
+def heatmap_over_curves(heatmap: Heatmap, panel: Panel, *, title: str, note: str = "", z_title: str) -> go.Figure:
+    """Draw a matrix by block above curves by block; arguments as for `heatmaps` and `curves_by_block`."""
+    titles = [heatmap.title, panel.title]
+    figure = make_subplots(2, 1, shared_xaxes=True, subplot_titles=titles, vertical_spacing=0.1)
+    figure.add_trace(_heatmap_trace(heatmap, z_title), row=1, col=1)
+    for curve in panel.curves:
+        _add_curve(figure, curve, {"row": 2, "col": 1}, in_legend=True)
+    figure.update_yaxes(title_text=heatmap.y_title, autorange="reversed", row=1, col=1)
+    figure.update_yaxes(title_text=panel.y_title, range=panel.y_range, row=2, col=1)
+    figure.update_xaxes(title_text=BLOCK, row=2, col=1)
+    _mark_me_layer(figure, panel.me_layer, row=2, col=1)
+    figure.update_layout(
+        **_LAYOUT,
+        title=_title(title, note),
+        height=740,
+        coloraxis={
+            "colorscale": "Viridis",
+            "cmin": 0,
+            "cmax": 1,
+            "colorbar": {"title": z_title, "len": 0.5, "y": 0.78},
+        },
+        legend={"orientation": "h", "x": 0, "y": -0.1, "yanchor": "top"},
+    )
+    return figure
+
+
+def attention_maps(maps: Mapping[str, np.ndarray], tokens: Sequence[str], *, title: str, note: str) -> go.Figure:
+    """Draw figure 7: attention maps side by side, the mean over heads, with a list to choose a head.
+
+    Args:
+        maps: by the panel's title, `[head, query, key]`.
+        tokens: labels of the positions.
+        title, note: above the figure.
+    """
+    figure = make_subplots(1, len(maps), subplot_titles=list(maps), horizontal_spacing=0.12)
+    n_heads = next(iter(maps.values())).shape[0]
+    for column, of_heads in enumerate(maps.values(), 1):
+        for values in (of_heads.mean(0), *of_heads):
+            causal = np.where(np.tri(len(values), dtype=bool), values, np.nan)
+            heatmap = Heatmap("", causal, tokens, tokens, "key", "query")
+            figure.add_trace(_heatmap_trace(heatmap, "attention"), row=1, col=column)
+        figure.update_xaxes(title_text="key", tickangle=-90, tickfont={"size": 9}, row=1, col=column)
+        figure.update_yaxes(title_text="query", autorange="reversed", tickfont={"size": 9}, row=1, col=column)
+    per_map = n_heads + 1
+    for index, trace in enumerate(figure.data):
+        trace.visible = index % per_map == 0
+    labels = ["mean over heads", *(f"head {head}" for head in range(n_heads))]
+    buttons = [
+        {
+            "label": label,
+            "method": "update",
+            "args": [{"visible": [i % per_map == shown for i in range(len(figure.data))]}],
+        }
+        for shown, label in enumerate(labels)
+    ]
+    figure.update_layout(
+        **_LAYOUT,
+        title=_title(title, note),
+        height=720,
+        coloraxis={"colorscale": "Viridis", "cmin": 0, "cmax": 1, "colorbar": {"title": "attention"}},
+        updatemenus=[{"buttons": buttons, "x": 1, "xanchor": "right", "y": 1.1, "yanchor": "bottom"}],
+    )
+    figure.update_layout(margin={"b": 110, "l": 110})
+    return figure
+
+
+def shares(table: pd.DataFrame, *, names: Sequence[str], title: str, note: str = "") -> go.Figure:
+    """Draw shares that add up to 1 as stacked bars, one a row of the table; `names` are those of its columns."""
+    figure = go.Figure()
+    for column, name, color in zip(table.columns, names, (FIRST, OTHERS, "#bbbbbb"), strict=False):
+        bar = go.Bar(y=list(table.index), x=table[column], name=name, orientation="h", marker={"color": color})
+        bar.hovertemplate = f"%{{y}}: %{{x:.0%}}<extra>{name}</extra>"
+        figure.add_trace(bar)
+    figure.update_xaxes(title_text="share of prompts", range=[0, 1], tickformat=".0%")
+    figure.update_yaxes(autorange="reversed", automargin=True)
+    figure.update_layout(
+        **_LAYOUT,
+        title=_title(title, note),
+        barmode="stack",
+        height=220 + 55 * len(table),
+        legend={"orientation": "h", "x": 0, "y": -0.25, "yanchor": "top"},
+    )
+    return figure
+
+
+def ffn_figure(
+    concentrations: Mapping[str, pd.DataFrame], amplification: pd.DataFrame, *, me_layer: int | None, title: str
+) -> go.Figure:
+    """Draw figure 4: concentration differences as lines, the FFN's amplification as bars on a second axis.
+
+    Args:
+        concentrations: by projection ("gate", "up", "down"): `layer`, `mean`, `low`, `high`.
+        amplification: the same of ‖FFN output‖ / ‖FFN input‖ of token 0.
+        me_layer: 0-based block, or None.
+        title: above the figure.
+    """
+    figure = make_subplots(specs=[[{"secondary_y": True}]])
+    figure.add_trace(
+        go.Bar(
+            x=amplification["layer"],
+            y=amplification["mean"],
+            name="FFN amplification (right axis)",
+            marker={"color": "rgba(120,120,120,0.45)"},
+            error_y=_error_bars(amplification),
+            hovertemplate="block %{x}: ×%{y:.4g}<extra>FFN amplification</extra>",
+        ),
+        secondary_y=True,
+    )
+    for (name, points), color in zip(concentrations.items(), COLORS, strict=False):
+        _add_curve(figure, Curve(f"after {name}", points, color), {"row": 1, "col": 1}, in_legend=True)
+    figure.update_yaxes(title_text="concentration, token 0 minus the others", secondary_y=False, zeroline=True)
+    figure.update_yaxes(
+        title_text="‖FFN output‖ / ‖FFN input‖ of token 0", secondary_y=True, type="log", dtick=1, showgrid=False
+    )
+    figure.update_yaxes(exponentformat="power", secondary_y=True)
+    figure.update_xaxes(title_text=BLOCK)
+    _mark_me_layer(figure, me_layer)
+    figure.update_layout(
+        **_LAYOUT,
+        title=_title(title, "Lines and bars: means over prompts. Bands and whiskers: their 95% bootstrap intervals."),
+        height=560,
+        legend={"orientation": "h", "x": 0, "y": -0.16, "yanchor": "top"},
+    )
+    figure.update_layout(margin={"r": 90})
+    return figure
+
+
+def vectors_by_dim(vectors: Mapping[str, np.ndarray], *, title: str, note: str = "") -> go.Figure:
+    """Draw figure 5b: token 0's activation by dim, one panel for each of a few blocks.
+
+    Args:
+        vectors: by the panel's title, `[d_model]`.
+        title, note: above the figure.
+    """
+    figure = make_subplots(len(vectors), 1, shared_xaxes=True, subplot_titles=list(vectors), vertical_spacing=0.06)
+    for row, vector in enumerate(vectors.values(), 1):
+        line = go.Scatter(
+            x=np.arange(len(vector)), y=vector, mode="lines", line={"color": FIRST, "width": 1}, showlegend=False
+        )
+        line.hovertemplate = "dim %{x}: %{y:.4g}<extra></extra>"
+        figure.add_trace(line, row=row, col=1)
+        largest = int(np.abs(vector).argmax())
+        label = {"showarrow": False, "xanchor": "left", "xshift": 6, "font": {"size": 12}}
+        figure.add_annotation(x=largest, y=vector[largest], text=f"dim {largest}", row=row, col=1, **label)
+    figure.update_xaxes(title_text="dim of the residual stream", row=len(vectors), col=1)
+    figure.update_yaxes(title_text="activation")
+    figure.update_layout(**_LAYOUT, title=_title(title, note), height=160 + 170 * len(vectors))
     return figure
 
 
@@ -124,7 +385,7 @@ def dims_heatmap(activations: pd.DataFrame, *, me_layer: int | None, title: str)
             colorbar={"title": "|h|", **_powers_of_ten(wide.to_numpy())},
         )
     )
-    figure.update_xaxes(title_text="block (0-based)")
+    figure.update_xaxes(title_text=BLOCK)
     figure.update_yaxes(title_text="dim of the residual stream, largest first", type="category", autorange="reversed")
     _mark_me_layer(figure, me_layer, annotation_yanchor="bottom")  # above the colours
     figure.update_layout(**_LAYOUT, title=_title(title), height=620)
@@ -149,7 +410,7 @@ def dims_surface(activations: pd.DataFrame, *, title: str) -> go.Figure:
         title=_title(title),
         height=700,
         scene={
-            "xaxis": {"title": {"text": "block (0-based)"}},
+            "xaxis": {"title": {"text": BLOCK}},
             "yaxis": {
                 "title": {"text": "dim"},
                 "tickvals": list(range(0, len(wide), 4)),
@@ -162,34 +423,60 @@ def dims_surface(activations: pd.DataFrame, *, title: str) -> go.Figure:
     return figure
 
 
-def _add_curve(
-    figure: go.Figure, summary: pd.DataFrame, name: str, color: str, at: dict[str, int], *, in_legend: bool
-) -> None:
-    """Add a line through `mean` and a band from `low` to `high`, by `layer`."""
-    layers = summary["layer"]
-    band = go.Scatter(
-        x=[*layers, *layers[::-1]],
-        y=[*summary["high"], *summary["low"][::-1]],
-        mode="lines",
-        fill="toself",
-        fillcolor=_transparent(color),
-        line={"width": 0},
-        hoverinfo="skip",
-        showlegend=False,
-        legendgroup=name,
-    )
+def _add_curve(figure: go.Figure, curve: Curve, at: dict[str, int], *, in_legend: bool) -> None:
+    points, layers = curve.points, curve.points["layer"]
+    if "low" in points and points["low"].notna().any():
+        band = go.Scatter(
+            x=[*layers, *layers[::-1]],
+            y=[*points["high"], *points["low"][::-1]],
+            mode="lines",
+            fill="toself",
+            fillcolor=_transparent(curve.color),
+            line={"width": 0},
+            hoverinfo="skip",
+            showlegend=False,
+            legendgroup=curve.name,
+        )
+        figure.add_trace(band, **at)
     line = go.Scatter(
         x=layers,
-        y=summary["mean"],
-        name=name,
-        legendgroup=name,
+        y=points["mean"],
+        name=curve.name,
+        legendgroup=curve.name,
         showlegend=in_legend,
         mode="lines+markers",
-        line={"color": color, "width": 2},
+        line={"color": curve.color, "width": 2},
         marker={"size": 5},
-        hovertemplate=f"block %{{x}}: %{{y:.4g}}<extra>{name}</extra>",
+        hovertemplate=f"block %{{x}}: %{{y:.4g}}<extra>{curve.name}</extra>",
     )
-    figure.add_traces([band, line], rows=[at["row"]] * 2, cols=[at["col"]] * 2)
+    figure.add_trace(line, **at)
+
+
+def _heatmap_trace(heatmap: Heatmap, z_title: str) -> go.Heatmap:
+    return go.Heatmap(
+        z=np.asarray(heatmap.values, dtype=np.float32),
+        x=list(heatmap.x),
+        y=list(heatmap.y),
+        coloraxis="coloraxis",
+        hovertemplate=f"{heatmap.x_title} %{{x}}<br>{heatmap.y_title} %{{y}}<br>{z_title} %{{z:.4g}}<extra></extra>",
+    )
+
+
+def _ratio_trace(heatmap: Heatmap, z_title: str, *, text: bool) -> go.Heatmap:
+    """Colour by the logarithm, show the ratio."""
+    trace = _heatmap_trace(heatmap, z_title)
+    ratios = np.asarray(heatmap.values, dtype=np.float32)
+    trace.z = np.log10(np.clip(ratios, 1e-6, None))
+    trace.customdata = ratios
+    trace.hovertemplate = str(trace.hovertemplate).replace("%{z:", "%{customdata:")
+    if text:
+        trace.texttemplate = "%{customdata:.3g}"
+    return trace
+
+
+def _error_bars(points: pd.DataFrame) -> dict[str, Any]:
+    above, below = points["high"] - points["mean"], points["mean"] - points["low"]
+    return {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1, "width": 2}
 
 
 def _transparent(color: str) -> str:
@@ -197,25 +484,27 @@ def _transparent(color: str) -> str:
     return f"rgba({red},{green},{blue},0.15)"
 
 
-def _title(text: str) -> dict[str, Any]:
-    return {"text": text, "x": 0.02, "y": 0.97, "yanchor": "top"}
+def _title(text: str, note: str = "") -> dict[str, Any]:
+    return {"text": f"{text}<br><sub>{note}</sub>" if note else text, "x": 0.02, "y": 0.97, "yanchor": "top"}
+
+
+_ME_LINE = {"color": "#444", "width": 1.5, "dash": "dot"}
 
 
 def _mark_me_layer(figure: go.Figure, me_layer: int | None, **at: Any) -> None:
     if me_layer is not None:
-        line = {"color": "#444", "width": 1.5, "dash": "dot"}
         side = "left" if me_layer > 4 else "right"  # where the curves leave room
         note = {"annotation_text": f"ME layer {me_layer}", "annotation_position": f"top {side}"}
-        figure.add_vline(x=me_layer, line=line, annotation_font_size=12, **note, **at)
+        figure.add_vline(x=me_layer, line=_ME_LINE, annotation_font_size=12, **note, **at)
 
 
-def _norm_axis(log_scale: bool) -> dict[str, Any]:
+def _value_axis(log_scale: bool) -> dict[str, Any]:
     return {"type": "log", "exponentformat": "power", "dtick": 1} if log_scale else {"type": "linear", "dtick": None}
 
 
 def _scale_buttons(axes: Sequence[str], log_scale: bool) -> dict[str, Any]:
     def button(label: str, log: bool) -> dict[str, Any]:
-        changes = {f"{axis}.{key}": value for axis in axes for key, value in _norm_axis(log).items()}
+        changes = {f"{axis}.{key}": value for axis in axes for key, value in _value_axis(log).items()}
         return {"label": label, "method": "relayout", "args": [changes]}
 
     return {

@@ -57,7 +57,6 @@ __all__ = [
     "SinkMass",
     "Spectrum",
     "TokenVectors",
-    "default_probes",
 ]
 
 ATTENTION_ON_KEYS = "attn.on_keys"
@@ -109,6 +108,7 @@ class Probe(ABC):
         keys: key positions, for `ATTENTION_ON_KEYS`.
         layers: blocks to listen in; None for all.
         kind: `"table"`, or `"tensor"` for wide results, kept as `[prompt, layer, *index]`.
+        may_miss: a hook that does not fire in this model leaves a gap; otherwise it is an error.
     """
 
     name: ClassVar[str]
@@ -117,6 +117,7 @@ class Probe(ABC):
     keys: tuple[int, ...] = ()
     layers: Sequence[int] | None = None
     kind: Literal["table", "tensor"] = "table"
+    may_miss: bool = False
 
     @abstractmethod
     def reduce(self, activation: Tensor, batch: Batch) -> dict[str, Tensor]:
@@ -400,8 +401,3 @@ class AttentionMaps(Probe):
 
     def reduce(self, activation: Float[Tensor, "batch head query key"], batch: Batch) -> dict[str, Tensor]:
         return {"pattern": activation.clone()}
-
-
-def default_probes() -> list[Probe]:
-    """All that `find_me_layer` and the emergence figures need."""
-    return [Norms(), LargestActivations(), AbsMedian(), TokenVectors(), SinkMass()]

@@ -8,7 +8,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -22,20 +22,42 @@ from plotly.offline import get_plotlyjs
 from rich.console import Console
 from rich.table import Table
 
-from melens.claims import Claim
+from melens.claims import judge
 from melens.errors import MelensError
 
 __all__ = [
+    "Picture",
     "Result",
     "check_png",
+    "claims_of",
+    "combine",
+    "number_with_interval",
     "read_results",
     "show_result",
     "write_failure",
     "write_result",
     "write_tables_and_figures",
+    "write_text",
 ]
 
 _PACKAGES = ("melens", "torch", "transformers", "transformer_lens", "numpy", "pandas", "plotly")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure and what to see in it.
+
+    Attributes:
+        figure: interactive.
+        source: which of the paper's figures it reproduces, or who asked for it.
+        paper: what the paper shows there, in a sentence.
+        here: what is seen on this model, in a sentence.
+    """
+
+    figure: go.Figure
+    source: str
+    paper: str
+    here: str
 
 
 @dataclass(frozen=True)
@@ -45,20 +67,31 @@ class Result:
     Attributes:
         experiment: its name.
         model: as in `Trace.model`.
-        metrics: numbers, lists and None by name, for `result.json`.
-        claims: judged claims of the paper.
+        metrics: numbers, lists and None by name, for `result.json` and `melens.judge`; of several experiments together
+            (`"all"`), by experiment.
         tables: tidy data by name, each what a figure shows.
-        figures: by name.
+        pictures: by name.
         findings: what to tell the user, as (what, value) rows.
     """
 
     experiment: str
     model: dict[str, Any]
     metrics: dict[str, Any]
-    claims: list[Claim] = field(default_factory=list)
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
-    figures: dict[str, go.Figure] = field(default_factory=dict)
+    pictures: dict[str, Picture] = field(default_factory=dict)
     findings: list[tuple[str, str]] = field(default_factory=list)
+
+
+def combine(results: list[Result]) -> Result:
+    """Put the results of several experiments on one model together."""
+    return Result(
+        experiment="all",
+        model=results[0].model,
+        metrics={result.experiment: result.metrics for result in results},
+        tables={name: table for result in results for name, table in result.tables.items()},
+        pictures={name: picture for result in results for name, picture in result.pictures.items()},
+        findings=[finding for result in results for finding in result.findings],
+    )
 
 
 def write_result(
@@ -77,13 +110,25 @@ def write_result(
         "status": "ok",
         "model": result.model,
         "metrics": result.metrics,
-        "claims": [claim.as_dict() for claim in result.claims],
+        "claims": claims_of(result).drop(columns="model").to_dict("records"),
+        "figures": {
+            name: {"source": picture.source, "paper": picture.paper, "here": picture.here}
+            for name, picture in result.pictures.items()
+        },
         "environment": _environment(result.model, config, duration),
         "config": config,
     }
-    paths = write_tables_and_figures(result.tables, result.figures, folder, png=png)
+    figures = {name: picture.figure for name, picture in result.pictures.items()}
+    paths = write_tables_and_figures(result.tables, figures, folder, png=png)
     with _told_in_a_sentence(folder):
         return [*paths, _write(Path(folder) / "result.json", _json_writer(content))]
+
+
+def claims_of(result: Result) -> pd.DataFrame:
+    """Judge the claims that a result measures, in the columns of `melens.judge`."""
+    claims = judge([result])
+    measured = result.metrics if result.experiment == "all" else (result.experiment,)
+    return claims[claims["experiment"].isin(list(measured))]
 
 
 def write_tables_and_figures(
@@ -135,22 +180,56 @@ def write_failure(message: str, folder: str | Path, *, config: dict[str, Any]) -
     _write(Path(folder) / "result.json", _json_writer(content))
 
 
+_COLORS = {
+    "holds": "green",
+    "holds in part": "cyan",
+    "does not hold": "red",
+    "trivial here": "yellow",
+    "not measured": "yellow",
+}
+
+
 def show_result(result: Result, paths: list[Path], console: Console) -> None:
     """Print a short table of the findings, the verdicts and the paths."""
-    table = Table(show_header=False, title=result.experiment)
+    findings = Table(show_header=False, title=result.experiment)
     for row in result.findings:
-        table.add_row(*row)
-    console.print(table)
-    colors = {"holds": "green", "does not hold": "red", "not testable": "yellow"}
-    for claim in result.claims:
-        console.print(f"[{colors[claim.verdict]}]{claim.verdict:>13}[/]  {claim.claim} ({claim.source})")
+        findings.add_row(*row)
+    console.print(findings)
+    if result.metrics:
+        _show_claims(claims_of(result), console)
     console.print("Written:", *(os.path.relpath(path) for path in paths), sep="\n  ")
+
+
+def _show_claims(claims: pd.DataFrame, console: Console) -> None:
+    if claims.empty:
+        return
+    table = Table("verdict", "claim", "value", "criterion", title="The paper's claims on this model")
+    for claim in claims.to_dict("records"):
+        verdict = f"[{_COLORS[claim['verdict']]}]{claim['verdict']}[/]"
+        what = f"{claim['claim']} [dim]({claim['source']})[/]"
+        note = f"\n[dim]{claim['note']}[/]" if claim["note"] else ""
+        table.add_row(verdict, what + note, number_with_interval(claim), claim["criterion"])
+    console.print(table)
+
+
+def number_with_interval(claim: Mapping[Hashable, Any]) -> str:
+    """Format a claim's value with its interval, as far as it has them."""
+    if pd.isna(claim["value"]):
+        return "-"
+    interval = "" if pd.isna(claim["low"]) else f" ({claim['low']:.3g} to {claim['high']:.3g})"
+    return f"{claim['value']:.3g}{interval}"
 
 
 def read_results(folder: str | Path) -> dict[Path, dict[str, Any]]:
     """Read the `result.json` of every job folder in a sweep's folder, in the order of the jobs."""
     paths = sorted(Path(folder).glob("*/result.json"), key=lambda path: (len(path.parent.name), path.parent.name))
     return {path.parent: json.loads(path.read_text("utf-8")) for path in paths}
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a text file whole or not at all; a `MelensError` if its folder cannot be written to."""
+    with _told_in_a_sentence(path.parent):
+        return _write(path, lambda partial: partial.write_text(text, "utf-8"))
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> Path:

@@ -25,10 +25,19 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from melens.errors import MelensError
 from melens.lean import any_hooks, attach_hook, lean_forward
-from melens.probes import ATTENTION_ON_KEYS, Batch, Probe, default_probes
+from melens.probes import (
+    ATTENTION_ON_KEYS,
+    AbsMedian,
+    Batch,
+    LargestActivations,
+    Norms,
+    Probe,
+    SinkMass,
+    TokenVectors,
+)
 from melens.prompts import Bos, Prompt, check_length, tokenize
 
-__all__ = ["Trace", "trace"]
+__all__ = ["Trace", "default_probes", "trace"]
 
 Progress = Callable[[int, int], None]
 """Called as `progress(tokens_done, tokens_in_all)` after each batch."""
@@ -122,15 +131,14 @@ def trace(
     Raises:
         MelensError: an empty, too short or too long prompt, two probes of one name, or a site the model does not have.
     """
-    are_defaults = probes is None
-    probes = _default_probes_of(model) if probes is None else list(probes)
+    probes = default_probes(model) if probes is None else list(probes)
     if max_batch_tokens < 1:
         raise MelensError(f"max_batch_tokens is {max_batch_tokens}; it must be at least 1.")
     names = [probe.name for probe in probes]
     if len(set(names)) < len(names):
         raise MelensError(f"Two probes have the same name: {', '.join(names)}.")
     texts, tokens = _as_tokens(model, prompts, bos)
-    recorder = _Recorder(probes, must_hear_all=not are_defaults)
+    recorder = _Recorder(probes)
     total = sum(map(len, tokens))
     with torch.no_grad():
         with _listening(model, probes, recorder):
@@ -147,6 +155,24 @@ def trace(
     tables = {probe.name: partial(recorder.table, probe) for probe in heard if probe.kind == "table"}
     tensors = {probe.name: recorder.tensor(probe, len(tokens)) for probe in heard if probe.kind == "tensor"}
     return Trace(_describe(model), described, _Tables(tables), tensors)
+
+
+def default_probes(model: TransformerBridge) -> list[Probe]:
+    """Return what `find_me_layer` and the emergence figures need, as far as the model has it.
+
+    A parallel block has no `ln2`, a state-space block no attention.
+    """
+    hook_dict = _hook_dict(model)
+    probes: list[Probe] = [Norms(), LargestActivations(), AbsMedian(), TokenVectors(), SinkMass()]
+    for probe in probes:
+        probe.may_miss = True
+        names = {site: "attn.hook_out" if site == ATTENTION_ON_KEYS else site for site in probe.sites}
+        probe.sites = tuple(
+            site
+            for site, name in names.items()
+            if name in hook_dict or any(f"blocks.{layer}.{name}" in hook_dict for layer in range(len(model.blocks)))
+        )
+    return [probe for probe in probes if probe.sites]
 
 
 class _Tables(Mapping[str, pd.DataFrame]):
@@ -234,20 +260,6 @@ class _Listener:
     site: str
     layer: int
     hook_point: HookPoint | None  # None: the attention on the probe's keys
-
-
-def _default_probes_of(model: TransformerBridge) -> list[Probe]:
-    """Return the default probes without the sites that the model lacks: a parallel block's `ln2`, Mamba's attention."""
-    hook_dict = _hook_dict(model)
-    probes = default_probes()
-    for probe in probes:
-        names = {site: "attn.hook_out" if site == ATTENTION_ON_KEYS else site for site in probe.sites}
-        probe.sites = tuple(
-            site
-            for site, name in names.items()
-            if name in hook_dict or any(f"blocks.{layer}.{name}" in hook_dict for layer in range(len(model.blocks)))
-        )
-    return [probe for probe in probes if probe.sites]
 
 
 def _listeners(model: TransformerBridge, hook_dict: dict[str, HookPoint], probe: Probe) -> list[_Listener]:
@@ -342,10 +354,9 @@ class _Chunk:
 class _Recorder:
     """Lets probes reduce what passes, and lays their results out as tables."""
 
-    def __init__(self, probes: Sequence[Probe], *, must_hear_all: bool) -> None:
+    def __init__(self, probes: Sequence[Probe]) -> None:
         self.n_tokens = 0
         self.expected: list[_Listener] = []
-        self._must_hear_all = must_hear_all
         self._batch: Batch | None = None
         self._reduced: dict[str, list[tuple[_Listener, dict[str, Tensor]]]] = {probe.name: [] for probe in probes}
         self._chunks: dict[str, list[_Chunk]] = {probe.name: [] for probe in probes}
@@ -383,7 +394,7 @@ class _Recorder:
     def _check_each_heard_once(self) -> None:
         times = Counter(id(listener) for heard in self._reduced.values() for listener, _ in heard)
         for listener in self.expected:
-            if times[id(listener)] > 1 or (self._must_hear_all and not times[id(listener)]):
+            if times[id(listener)] > 1 or not (times[id(listener)] or listener.probe.may_miss):
                 raise MelensError(
                     f"The probe {listener.probe.name!r} cannot listen at {listener.site!r} in block {listener.layer}: "
                     f"in this model it fires {times[id(listener)]} times a forward pass."

@@ -1,0 +1,387 @@
+"""What makes the massive activation: parts of blocks removed, restored, patched (figure 9; the review's points)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from omegaconf import DictConfig
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from experiments.study import Study, named_normalization
+from melens import MassiveTokenRuns, MelensError, Probe, figures
+from melens.ablation import Hook, Part, ablation, can_ablate
+from melens.figures import COLORS, Curve, Heatmap, Panel
+from melens.results import Picture, Result
+from melens.statistics import bootstrap_mean, mean_by
+
+SENSES: dict[str, Part] = {"identity": "ln2_identity", "no_gain": "ln2_no_gain", "no_norm": "ln2_no_norm"}
+"""What "without the norm before the FFN" may mean."""
+
+TEXTS: dict[Part, str] = {
+    "ffn": "FFN removed",
+    "attention": "attention output removed",
+    "ln2_identity": "norm → identity",
+    "ln2_no_gain": "norm without its gain",
+    "ln2_no_norm": "gain without the norm",
+}
+CAUSES: tuple[Part, ...] = ("ffn", "ln2_no_gain", "attention")
+
+
+def probes(model: TransformerBridge, options: DictConfig) -> list[Probe]:
+    """Everything is in the default probes."""
+    return []
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """The prompts cut after their massive token, and how to read what is left of it."""
+
+    study: Study
+    runs: MassiveTokenRuns
+    me_layer: int
+    others: np.ndarray  # [layer], mean norm of the other tokens, intact
+
+    def left(self, norms: Float[Tensor, "prompt layer"]) -> np.ndarray:
+        """Average ‖h‖ / ‖h intact‖ of each prompt's massive token over the blocks where it should last."""
+        lasting = list(self.study.lasting) or [self.me_layer]
+        ratio: np.ndarray = (norms / self.runs.intact)[:, lasting].nanmean(dim=1).numpy()
+        return ratio
+
+    def over_others(self, norms: Float[Tensor, "prompt layer"]) -> float:
+        """Compare with the other tokens of the intact run over the same blocks."""
+        lasting = list(self.study.lasting) or [self.me_layer]
+        return float(np.nanmean(norms.numpy()[:, lasting] / self.others[lasting]))
+
+    def without(self, *parts: tuple[int, Part]) -> Float[Tensor, "prompt layer"]:
+        hooks = [hook for layer, part in parts for hook in ablation(self.study.model, layer, part)]
+        return self.runs.run(hooks, start=min(layer for layer, _ in parts))
+
+
+def run(study: Study, options: DictConfig) -> Result:
+    """Remove, restore and patch, always from the first block that changes."""
+    bench = _prepare(study, options)
+    model, me_layer = study.model, bench.me_layer
+    if not can_ablate(model, me_layer, "ffn"):
+        raise MelensError(f"Block {me_layer}, the ME layer, has no FFN output to remove.")
+    senses = {sense: part for sense, part in SENSES.items() if can_ablate(model, me_layer, part)}
+    removed = {part: bench.without((me_layer, part)) for part in ("ffn", *senses.values())}
+    factorial = _factorial(bench, senses)
+    n_before = bench.runs.block_evaluations
+    causality = _causality(bench)
+    evaluations = bench.runs.block_evaluations - n_before
+    patched = _patching(bench)
+    metrics = study.metrics(
+        ablation_prompts=len(bench.runs.intact),
+        **_removed_metrics(bench, removed, senses),
+        **_causal_metrics(bench, causality),
+        block_evaluations=evaluations,
+        block_evaluations_from_the_start=causality.drop_duplicates(["part", "cause"]).shape[0] * study.n_layers,
+    )
+    n_prompts = len(bench.runs.intact)
+    return Result(
+        experiment="ablation",
+        model=study.trace.model,
+        metrics=metrics,
+        tables={
+            "removed_by_block": _removed_table(bench, removed),
+            "factorial": factorial,
+            "causality": causality,
+            "patching": patched,
+        },
+        pictures={
+            "removed": Picture(
+                _removed_figure(bench, removed, study.title("Massive token by block", n_prompts)),
+                "figure 9",
+                "Without the FFN it appears midway, then fades; without the RMSNorm it persists, but far smaller.",
+                _removed_in_words(metrics),
+            ),
+            "factorial": Picture(
+                _factorial_figure(factorial, study.title(f"Norm × FFN at block {me_layer}", n_prompts)),
+                "asked for by the review",
+                "The paper removes one at a time.",
+                "Without the FFN the norm before it has no way to act: that row is the same by construction.",
+            ),
+            "causality": Picture(
+                _causality_figure(bench, causality),
+                "asked for by the review",
+                "Only the ME layer is looked at; its causal role is inferred.",
+                _causes_in_words(metrics),
+            ),
+            "causes": Picture(
+                _causes_figure(bench, causality),
+                "asked for by the review",
+                "Only the ME layer is looked at; its causal role is inferred.",
+                _causes_in_words(metrics),
+            ),
+            "patching": Picture(
+                _patching_figure(bench, patched),
+                "beyond the paper",
+                "No activation is patched in the paper.",
+                _patching_in_words(patched, metrics),
+            ),
+        },
+        findings=[
+            ("removed at the ME layer", _removed_in_words(metrics)),
+            ("causes", _causes_in_words(metrics)),
+            ("patching", _patching_in_words(patched, metrics)),
+        ],
+    )
+
+
+def _prepare(study: Study, options: DictConfig) -> _Bench:
+    if study.me.layer is None:
+        raise MelensError(f"There is no massive activation whose causes could be removed: {study.me.reason}")
+    born = study.me.per_prompt
+    usable = born[(born["layer"] == study.me.layer) & (born["pos"] < options.max_position)]
+    if usable.empty:
+        raise MelensError(
+            f"All massive tokens stand at position {options.max_position} or later; raise exp.max_position."
+        )
+    prompts, positions = usable["prompt"].tolist(), usable["pos"].astype(int).tolist()
+    runs = MassiveTokenRuns(study.model, [study.tokens[prompt] for prompt in prompts], positions)
+    norms = (
+        study.trace["norm"]
+        .query("site == 'hook_resid_post'")
+        .merge(usable[["prompt", "pos"]].rename(columns={"pos": "massive"}), on="prompt")
+    )
+    others = norms[norms["pos"] != norms["massive"]].groupby("layer")["norm"].mean()
+    return _Bench(study, runs, study.me.layer, others.reindex(range(study.n_layers)).to_numpy(dtype=float))
+
+
+# --- At the ME layer --------------------------------------------------------------------------------------------------
+
+
+def _factorial(bench: _Bench, senses: dict[str, Part]) -> pd.DataFrame:
+    """Cross every form of the norm with the FFN there and removed: what is left, with its interval."""
+    rows = []
+    for has_ffn in (True, False):
+        for sense in (None, *senses):
+            parts: list[tuple[int, Part]] = [] if sense is None else [(bench.me_layer, senses[sense])]
+            if not has_ffn:
+                parts.append((bench.me_layer, "ffn"))
+            norms = bench.without(*parts) if parts else bench.runs.intact
+            left = bench.left(norms)
+            low, high = bootstrap_mean(left)
+            norm = "intact" if sense is None else TEXTS[senses[sense]]
+            at_me_layer = float(norms[:, bench.me_layer].mean())
+            rows.append((norm, "intact" if has_ffn else "removed", at_me_layer, float(left.mean()), low, high))
+    return pd.DataFrame(rows, columns=["norm", "ffn", "norm_at_me_layer", "mean", "low", "high"])
+
+
+def _removed_table(bench: _Bench, removed: dict[Part, Float[Tensor, "prompt layer"]]) -> pd.DataFrame:
+    """Summarise the massive token's norm after each block, intact and without each part."""
+    lines = {"intact": bench.runs.intact, **{TEXTS[part]: norms for part, norms in removed.items()}}
+    tables = []
+    for name, norms in lines.items():
+        from_start = torch.where(norms.isnan(), bench.runs.intact, norms)  # before the ME layer nothing changed
+        wide = pd.DataFrame(from_start.numpy()).rename_axis(index="prompt", columns="layer")
+        tables.append(mean_by(wide.stack().rename("norm").reset_index(), "norm").assign(removed=name))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _removed_metrics(
+    bench: _Bench, removed: dict[Part, Float[Tensor, "prompt layer"]], senses: dict[str, Part]
+) -> dict[str, Any]:
+    without_ffn = bench.left(removed["ffn"])
+    metrics: dict[str, Any] = {
+        "left_without_ffn": float(without_ffn.mean()),
+        "left_without_ffn_interval": bootstrap_mean(without_ffn),
+        "left_without_norm": {sense: float(bench.left(removed[part]).mean()) for sense, part in senses.items()},
+        "over_others_without_norm": {sense: bench.over_others(removed[part]) for sense, part in senses.items()},
+    }
+    if "identity" in senses:
+        metrics["left_identity_interval"] = bootstrap_mean(bench.left(removed[senses["identity"]]))
+    return metrics
+
+
+def _removed_figure(bench: _Bench, removed: dict[Part, Float[Tensor, "prompt layer"]], title: str) -> Any:
+    table = _removed_table(bench, removed)
+    curves = [
+        Curve(str(name), table[table["removed"] == name], color)
+        for name, color in zip(table["removed"].unique(), COLORS, strict=False)
+    ]
+    others = pd.DataFrame({"layer": range(len(bench.others)), "mean": bench.others})
+    panel = Panel(
+        "",
+        "L2 norm of the block output",
+        [*curves, Curve("other tokens, intact", others, "#999999")],
+        bench.me_layer,
+        log_scale=True,
+    )
+    named = named_normalization(bench.study.model, "ln2") or "none"
+    note = f"One part of block {bench.me_layer} changed at a time; the norm is {named}. Bands: 95% bootstrap intervals."
+    return figures.curves_by_block([panel], title=title, note=note, scale_buttons=True)
+
+
+def _factorial_figure(factorial: pd.DataFrame, title: str) -> Any:
+    wide = factorial.pivot(index="ffn", columns="norm", values="mean")[factorial["norm"].unique().tolist()]
+    cells = Heatmap("", wide.to_numpy(), list(wide.columns), list(wide.index), "norm before the FFN", "FFN")
+    note = "What is left of the massive token's norm afterwards, relative to intact (1); colours are logarithmic."
+    return figures.heatmaps([cells], title=title, note=note, z_title="left", text=True)
+
+
+# --- Every block ------------------------------------------------------------------------------------------------------
+
+
+def _causality(bench: _Bench) -> pd.DataFrame:
+    """Remove a part of every block in turn: `part`, `cause`, `effect` (blocks), `mean`, `low`, `high` of the ratio."""
+    model, n_layers = bench.study.model, bench.study.n_layers
+    jobs = [(part, cause) for part in CAUSES for cause in range(n_layers) if can_ablate(model, cause, part)]
+    progress = bench.study.stage("ablations")
+    tables = []
+    for done, (part, cause) in enumerate(jobs, 1):
+        ratio = bench.without((cause, part)) / bench.runs.intact
+        wide = pd.DataFrame(ratio.numpy()).rename_axis(index="prompt", columns="effect")
+        by_effect = mean_by(wide.stack().rename("ratio").reset_index(), "ratio", ("effect",))
+        tables.append(by_effect.assign(part=part, cause=cause))
+        progress(done, len(jobs))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _left_by_cause(bench: _Bench, causality: pd.DataFrame) -> pd.DataFrame:
+    lasting = list(bench.study.lasting) or [bench.me_layer]
+    downstream = causality[causality["effect"].isin(lasting)]
+    means = downstream.groupby(["part", "cause"])[["mean", "low", "high"]].mean().reset_index()
+    return means.rename(columns={"cause": "layer"})
+
+
+def _causal_metrics(bench: _Bench, causality: pd.DataFrame) -> dict[str, Any]:
+    left = _left_by_cause(bench, causality)
+    of_ffn = left[left["part"] == "ffn"].set_index("layer")["mean"]
+    up_to_end = of_ffn[of_ffn.index <= bench.study.last_lasting]
+    return {
+        "causal_layers": [int(layer) for layer in up_to_end.index[up_to_end <= 0.5]],
+        "strongest_cause": int(up_to_end.idxmin()),
+        "left_by_cause": {
+            part: {int(row["layer"]): float(row["mean"]) for _, row in left[left["part"] == part].iterrows()}
+            for part in CAUSES
+        },
+    }
+
+
+def _causality_figure(bench: _Bench, causality: pd.DataFrame) -> Any:
+    layers = list(range(bench.study.n_layers))
+    maps = []
+    for part in CAUSES:
+        of_part = causality[causality["part"] == part]
+        if len(of_part):
+            wide = of_part.pivot(index="cause", columns="effect", values="mean").reindex(index=layers, columns=layers)
+            maps.append(
+                Heatmap(
+                    TEXTS[part], wide.to_numpy(dtype=float), layers, layers, "effect: after block", "cause: in block"
+                )
+            )
+    return figures.heatmaps(
+        maps,
+        title=bench.study.title("What is left of the massive token's norm", len(bench.runs.intact)),
+        note="One part of one block removed at a time. 1: as intact; colours are logarithmic. Blocks are 0-based.",
+        z_title="left",
+        me_layer=bench.me_layer,
+    )
+
+
+def _causes_figure(bench: _Bench, causality: pd.DataFrame) -> Any:
+    left = _left_by_cause(bench, causality)
+    curves = [
+        Curve(TEXTS[part], left[left["part"] == part], color) for part, color in zip(CAUSES, COLORS, strict=False)
+    ]
+    panel = Panel("", "left from the ME layer on, relative to intact", curves, bench.me_layer, log_scale=True)
+    title = bench.study.title("Massive activation by removed block", len(bench.runs.intact))
+    note = "Mean over the blocks from the ME layer to the last two. Bands: 95% bootstrap intervals."
+    return figures.curves_by_block([panel], title=title, note=note)
+
+
+# --- Patching ---------------------------------------------------------------------------------------------------------
+
+
+def _patching(bench: _Bench) -> pd.DataFrame:
+    """Patch the massive token's FFN output of one block between the intact run and one without another block's FFN.
+
+    Returns:
+        `removed` and `patched` (blocks up to the ME layer), `direction`: `"restored"`, the intact output patched into
+        the ablated run (sufficient if 1), or `"carried"`, the ablated run's output patched into the intact one (how
+        much of the damage goes through that block: necessary if as low as the ablation itself); `mean`, `low`, `high`
+        of what is left.
+    """
+    model, runs = bench.study.model, bench.runs
+    blocks = [layer for layer in range(bench.me_layer + 1) if can_ablate(model, layer, "ffn")]
+    progress = bench.study.stage("patches")
+    rows = []
+    for done, removed in enumerate(blocks, 1):
+        without: Sequence[Hook] = ablation(model, removed, "ffn")
+        _, ablated_ffn = runs.run_with_ffn(without, start=removed)
+        for patched in (layer for layer in blocks if layer >= removed):
+            restored = runs.run([*without, runs.patch_ffn(patched, runs.ffn[patched])], start=removed)
+            written = torch.zeros_like(ablated_ffn[patched]) if patched == removed else ablated_ffn[patched]
+            carried = runs.run([runs.patch_ffn(patched, written)], start=patched)
+            for direction, norms in (("restored", restored), ("carried", carried)):
+                left = bench.left(norms)
+                rows.append((direction, removed, patched, float(left.mean()), *bootstrap_mean(left)))
+        progress(done, len(blocks))
+    return pd.DataFrame(rows, columns=["direction", "removed", "patched", "mean", "low", "high"])
+
+
+def _patching_figure(bench: _Bench, patched: pd.DataFrame) -> Any:
+    titles = {
+        "restored": "Restored: intact output into the ablated run",
+        "carried": "Carried: ablated output into the intact run",
+    }
+    maps = []
+    for direction, title in titles.items():
+        wide = patched[patched["direction"] == direction].pivot(index="removed", columns="patched", values="mean")
+        maps.append(
+            Heatmap(
+                title,
+                wide.to_numpy(dtype=float),
+                list(wide.columns),
+                list(wide.index),
+                "FFN output patched in block",
+                "FFN removed in block",
+            )
+        )
+    return figures.heatmaps(
+        maps,
+        title=bench.study.title("Patching the massive token's FFN output", len(bench.runs.intact)),
+        note="What is left of its norm from the ME layer on, relative to intact (1); colours are logarithmic.",
+        z_title="left",
+        columns=2,
+    )
+
+
+# --- In words ---------------------------------------------------------------------------------------------------------
+
+
+def _removed_in_words(metrics: dict[str, Any]) -> str:
+    low, high = metrics["left_without_ffn_interval"]
+    words = f"Without the FFN {metrics['left_without_ffn']:.1%} of the norm is left ({low:.1%} to {high:.1%})"
+    left = [f"{TEXTS[SENSES[sense]]}: ×{share:,.3g}" for sense, share in metrics["left_without_norm"].items()]
+    return f"{words}; {', '.join(left)}." if left else f"{words}; there is no norm of its own before it."
+
+
+def _causes_in_words(metrics: dict[str, Any]) -> str:
+    left = metrics["left_by_cause"]["ffn"]
+    causal = [f"{layer} (leaves {left[layer]:.0%})" for layer in metrics["causal_layers"]]
+    if not causal:
+        return "No single block's FFN halves it when removed."
+    return (
+        f"Removing the FFN of block {', '.join(causal)} leaves at most half; the strongest cause is block "
+        f"{metrics['strongest_cause']}. {metrics['block_evaluations']:,} block evaluations in place of "
+        f"{metrics['block_evaluations_from_the_start']:,}."
+    )
+
+
+def _patching_in_words(patched: pd.DataFrame, metrics: dict[str, Any]) -> str:
+    me_layer = metrics["me_layer"]
+    at_me_layer = patched[(patched["direction"] == "restored") & (patched["patched"] == me_layer)]
+    least = at_me_layer.loc[at_me_layer["mean"].idxmin()]
+    return (
+        f"The intact FFN output of block {me_layer} alone restores at least {least['mean']:.0%}, whichever block's FFN "
+        f"is removed (least for block {int(least['removed'])})."
+    )

@@ -1,0 +1,186 @@
+"""What the normalisation before the FFN, and that before attention, does to token 0: figures 2 and 3."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+from omegaconf import DictConfig
+from transformer_lens.model_bridge import TransformerBridge
+
+from experiments.study import Study, named_normalization
+from melens import GainAlignment, MelensError, Probe, figures
+from melens.figures import COLORS, FIRST, OTHERS, Curve, Panel
+from melens.normalization import has_normalization, read_normalization
+from melens.results import Picture, Result
+from melens.statistics import bootstrap_mean, mean_by
+
+SITES = ("ln2", "ln1")
+
+
+def probes(model: TransformerBridge, options: DictConfig) -> list[Probe]:
+    """Norm, share on the top gains and KL to the gain of every normalisation's output."""
+    shares = [options.top_share, *options.other_shares]
+    if not all(isinstance(share, float | int) and 0 < share <= 1 for share in shares):
+        raise MelensError(f"exp.top_share and exp.other_shares are {shares}; each must be over 0 and at most 1.")
+    gains = {
+        (site, layer): read_normalization(model, layer, site).gain
+        for site in SITES
+        for layer in range(len(model.blocks))
+        if has_normalization(model, layer, site)
+    }
+    if not gains:
+        raise MelensError("No block of this model has a normalisation before its attention or its FFN.")
+    probe = GainAlignment(gains, tuple(dict.fromkeys(shares)))
+    probe.may_miss = True
+    return [probe]
+
+
+def run(study: Study, options: DictConfig) -> Result:
+    """Set token 0 against the others at each normalisation, by block."""
+    probes(study.model, options)  # says why, where there is nothing to measure
+    table = study.trace["gain_alignment"]
+    names = {f"{site}.hook_out": named_normalization(study.model, site) for site in SITES}
+    shares = sorted({options.top_share, *options.other_shares})
+    by_block = pd.concat([_by_block(table, shares), _weight_norms(table)], ignore_index=True)
+    metrics = study.metrics(**_at_me_layer(study, table, options), **_first_to_stand_out(table))
+    return Result(
+        experiment="rmsnorm",
+        model=study.trace.model,
+        metrics=metrics,
+        tables={"rmsnorm_by_block": by_block},
+        pictures={
+            "weight_norm": Picture(
+                _weight_norm_figure(study, by_block, names),
+                "figure 2",
+                "Token 0 is amplified like the others before the ME layer, and far more there.",
+                _weight_norm_in_words(metrics),
+            ),
+            "gain_alignment": Picture(
+                _alignment_figure(study, by_block, names, shares),
+                "figure 3",
+                "At the ME layer ΔFrac is large and positive, ΔKL negative.",
+                _alignment_in_words(metrics, options),
+            ),
+        },
+        findings=[
+            ("normalisation", _weight_norm_in_words(metrics)),
+            ("along its gain", _alignment_in_words(metrics, options)),
+        ],
+    )
+
+
+def _by_block(table: pd.DataFrame, shares: Sequence[float]) -> pd.DataFrame:
+    """Average the differences, token 0 minus the others, over prompts."""
+    summaries = []
+    for column in ("kl", *(f"frac_{share:g}" for share in shares)):
+        differences = table.assign(difference=table[column] - table[f"{column}_others"])
+        summaries.append(mean_by(differences, "difference", ("site", "layer")).assign(quantity=f"delta_{column}"))
+    return pd.concat(summaries, ignore_index=True)
+
+
+def _weight_norms(table: pd.DataFrame) -> pd.DataFrame:
+    ratios = table.assign(weight_norm_ratio=table["weight_norm"] / table["weight_norm_others"])
+    quantities = ("weight_norm", "weight_norm_others", "weight_norm_ratio")
+    summaries = [mean_by(ratios, name, ("site", "layer")).assign(quantity=name) for name in quantities]
+    return pd.concat(summaries, ignore_index=True)
+
+
+def _at_me_layer(study: Study, table: pd.DataFrame, options: DictConfig) -> dict[str, Any]:
+    at_ln2 = table[table["site"] == "ln2.hook_out"]
+    here = at_ln2[at_ln2["layer"] == study.me.layer]
+    if here.empty:
+        return {}
+    frac = f"frac_{options.top_share:g}"
+    up_to_here = at_ln2[at_ln2["layer"] <= study.me.layer]
+    by_layer = (up_to_here[frac] - up_to_here[f"{frac}_others"]).groupby(up_to_here["layer"]).mean()
+    values = {
+        "weight_norm_ratio": here["weight_norm"] / here["weight_norm_others"],
+        "delta_kl": here["kl"] - here["kl_others"],
+        "delta_frac": here[frac] - here[f"{frac}_others"],
+    }
+    metrics: dict[str, Any] = {"top_share": options.top_share, "delta_frac_top_layer": int(by_layer.idxmax())}
+    metrics["delta_frac_by_share"] = {
+        f"{share:g}": float((here[f"frac_{share:g}"] - here[f"frac_{share:g}_others"]).mean())
+        for share in sorted({options.top_share, *options.other_shares})
+    }
+    for name, of_prompts in values.items():
+        metrics |= {name: float(of_prompts.mean()), f"{name}_interval": bootstrap_mean(of_prompts.to_numpy())}
+    return metrics
+
+
+def _first_to_stand_out(table: pd.DataFrame) -> dict[str, Any]:
+    """Find the first block whose WeightNorm of token 0 is twice the others' (mean over prompts)."""
+    at_ln2 = table[table["site"] == "ln2.hook_out"]
+    ratios = (at_ln2["weight_norm"] / at_ln2["weight_norm_others"]).groupby(at_ln2["layer"]).mean()
+    twice = ratios[ratios >= 2]
+    return {"weight_norm_first_layer": int(twice.index[0]) if len(twice) else None}
+
+
+def _select(by_block: pd.DataFrame, site: str, quantity: str) -> pd.DataFrame:
+    return by_block[(by_block["site"] == site) & (by_block["quantity"] == quantity)]
+
+
+def _weight_norm_figure(study: Study, by_block: pd.DataFrame, names: dict[str, str | None]) -> go.Figure:
+    panels = [
+        Panel(
+            f"Output of {name}",
+            "WeightNorm ‖ĥ‖",
+            [
+                Curve("other tokens", _select(by_block, site, "weight_norm_others"), OTHERS),
+                Curve("token 0", _select(by_block, site, "weight_norm"), FIRST),
+            ],
+            study.me.layer,
+            log_scale=True,
+        )
+        for site, name in names.items()
+        if name is not None
+    ]
+    note = "Lines: means over prompts. Bands: their 95% bootstrap intervals."
+    title = study.title("Norm of what the normalisations put out")
+    return figures.curves_by_block(panels, title=title, note=note, scale_buttons=True)
+
+
+def _alignment_figure(
+    study: Study, by_block: pd.DataFrame, names: dict[str, str | None], shares: Sequence[float]
+) -> go.Figure:
+    panels = []
+    for site, name in names.items():
+        if name is None:
+            continue
+        fractions = [
+            Curve(f"K = {share:.1%} of the width", _select(by_block, site, f"delta_frac_{share:g}"), color)
+            for share, color in zip(shares, COLORS, strict=False)
+        ]
+        divergence = Curve("ΔKL", _select(by_block, site, "delta_kl"), COLORS[-2])
+        panels += [
+            Panel(f"ΔFrac at {name}", "ΔFrac, token 0 minus the others", fractions, study.me.layer, zero_line=True),
+            Panel(
+                f"ΔKL at {name}", "ΔKL in nats, token 0 minus the others", [divergence], study.me.layer, zero_line=True
+            ),
+        ]
+    note = "Lines: means over prompts. Bands: their 95% bootstrap intervals. K: the dims with the largest gains."
+    return figures.curves_by_block(panels, title=study.title("How far token 0 lies along the gain"), note=note)
+
+
+def _weight_norm_in_words(metrics: dict[str, Any]) -> str:
+    if "weight_norm_ratio" not in metrics:
+        return "Without an ME layer, or without a normalisation before its FFN, there is no block to compare at."
+    low, high = metrics["weight_norm_ratio_interval"]
+    first = metrics["weight_norm_first_layer"]
+    return (
+        f"At block {metrics['me_layer']} token 0's norm is ×{metrics['weight_norm_ratio']:.3g} the others' "
+        f"({low:.3g} to {high:.3g}); twice theirs first at " + (f"block {first}." if first is not None else "no block.")
+    )
+
+
+def _alignment_in_words(metrics: dict[str, Any], options: DictConfig) -> str:
+    if "delta_frac" not in metrics:
+        return "Without an ME layer, or without a normalisation before its FFN, there is no block to compare at."
+    (frac_low, frac_high), (kl_low, kl_high) = metrics["delta_frac_interval"], metrics["delta_kl_interval"]
+    return (
+        f"At block {metrics['me_layer']} ΔFrac (K = {options.top_share:.1%}) is {metrics['delta_frac']:+.3f} "
+        f"({frac_low:+.3f} to {frac_high:+.3f}), ΔKL {metrics['delta_kl']:+.3f} ({kl_low:+.3f} to {kl_high:+.3f})."
+    )

@@ -1,0 +1,153 @@
+"""What the experiments of one run share: a model, its prompts, one trace, and what it says of the ME layer."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from omegaconf import DictConfig
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+import melens
+from melens import Criterion, Emergence, MelensError, Probe, Prompt, Trace
+from melens.normalization import has_normalization, read_normalization
+from melens.prompts import tokenize
+from melens.results import Result
+from melens.tracing import Progress
+
+__all__ = ["Experiment", "Study", "begin_study", "experiments_of", "named_normalization", "run_experiments"]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What an experiment works on.
+
+    Attributes:
+        model: the bridge.
+        tokens: the prompts as token ids.
+        prompts: as texts, None for a model without a tokenizer.
+        cfg: the whole configuration; an experiment's own options come apart.
+        trace: of all prompts, with the default probes and those of every experiment of the run.
+        me: where the massive activation is born.
+        stage: makes the progress callback of a named stage.
+    """
+
+    model: TransformerBridge
+    tokens: list[list[int]]
+    prompts: list[Prompt] | None
+    cfg: DictConfig
+    trace: Trace
+    me: Emergence
+    stage: Callable[[str], Progress]
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.model.blocks)
+
+    @property
+    def last_lasting(self) -> int:
+        """The last block before the trailing ones, which make a second massive activation of their own (appendix A)."""
+        return max(0, self.n_layers - self.me.criterion.trailing_blocks - 1)
+
+    @property
+    def lasting(self) -> range:
+        """The blocks from the ME layer to `last_lasting`."""
+        return range(0 if self.me.layer is None else self.me.layer, self.last_lasting + 1)
+
+    @property
+    def position(self) -> int:
+        """Where the massive token most often is; 0 without one."""
+        return self.me.positions[0] if self.me.positions else 0
+
+    def title(self, text: str, n_prompts: int | None = None) -> str:
+        """Name the model and the number of prompts behind a figure's title."""
+        n_prompts = self.me.n_prompts if n_prompts is None else n_prompts
+        return f"{text}: {self.trace.model['name']}, {n_prompts} prompt{'s' if n_prompts != 1 else ''}"
+
+    def metrics(self, **own: Any) -> dict[str, Any]:
+        """Return an experiment's metrics with those that give them a meaning."""
+        shared = {
+            "me_layer": self.me.layer,
+            "n_prompts": self.me.n_prompts,
+            "distinct_first_tokens": self.me.distinct_first_tokens,
+            "massive_position": self.position,
+        }
+        return shared | own
+
+
+def named_normalization(model: TransformerBridge, site: str) -> str | None:
+    """Name a normalisation as the model does, `RMSNorm post_attention_layernorm (ln2)`; None where no block has it."""
+    for layer in range(len(model.blocks)):
+        if has_normalization(model, layer, site):
+            normalization = read_normalization(model, layer, site)
+            return f"{normalization.kind} {normalization.name} ({site})"
+    return None
+
+
+class Experiment(Protocol):
+    """A module in `experiments/`: measure, draw, and say what is seen."""
+
+    def probes(self, model: TransformerBridge, options: DictConfig) -> list[Probe]:
+        """Return what it wants measured in the shared trace, beyond the default probes."""
+
+    def run(self, study: Study, options: DictConfig) -> Result:
+        """Return what it found; a `MelensError` says why it does not apply to this model."""
+
+
+def experiments_of(cfg: DictConfig) -> dict[str, DictConfig]:
+    """Return the options of each experiment that a configuration asks for, in order."""
+    names = cfg.exp.get("experiments")
+    return {cfg.exp.name: cfg.exp} if names is None else {name: cfg.exp[name] for name in names}
+
+
+def _module(name: str) -> Experiment:
+    experiment: Any = importlib.import_module(f"experiments.{name}")
+    return experiment
+
+
+def begin_study(
+    model: TransformerBridge,
+    prompts: Sequence[Prompt] | Sequence[Tensor],
+    cfg: DictConfig,
+    stage: Callable[[str], Progress],
+) -> Study:
+    """Trace all prompts once, with what every experiment of the run wants measured, and find the ME layer."""
+    texts = [prompt for prompt in prompts if isinstance(prompt, Prompt)]
+    tokens = tokenize(model, texts, bos=cfg.prompts.bos) if texts else [ids.tolist() for ids in prompts]
+    wanted = [probe for name, options in experiments_of(cfg).items() for probe in _probes(model, name, options)]
+    trace = melens.trace(
+        model,
+        prompts,
+        [*melens.default_probes(model), *wanted],
+        bos=cfg.prompts.bos,
+        max_batch_tokens=cfg.max_batch_tokens,
+        progress=stage("tokens traced"),
+    )
+    me = melens.find_me_layer(trace, Criterion(**cfg.criterion))
+    return Study(model, tokens, texts or None, cfg, trace, me, stage)
+
+
+def _probes(model: TransformerBridge, name: str, options: DictConfig) -> list[Probe]:
+    try:
+        return _module(name).probes(model, options)
+    except MelensError:  # it does not apply, which its run will say
+        return []
+
+
+def run_experiments(study: Study) -> list[Result]:
+    """Run every experiment of the configuration; one of several that does not apply says so in its metrics."""
+    chosen = experiments_of(study.cfg)
+    if len(chosen) == 1:
+        return [_module(name).run(study, options) for name, options in chosen.items()]
+    return [_run_one_of_several(study, name, options) for name, options in chosen.items()]
+
+
+def _run_one_of_several(study: Study, name: str, options: DictConfig) -> Result:
+    try:
+        return _module(name).run(study, options)
+    except MelensError as error:
+        metrics = study.metrics(not_applicable=str(error))
+        return Result(name, study.trace.model, metrics, findings=[(name, f"does not apply: {error}")])
