@@ -19,7 +19,7 @@ from melens import MassiveTokenRuns, MelensError, Probe, figures
 from melens.ablation import Hook, Part, ablation, can_ablate
 from melens.figures import COLORS, Curve, Heatmap, Panel
 from melens.results import Picture, Result
-from melens.statistics import bootstrap_mean, mean_by
+from melens.statistics import bootstrap_mean, mean_by, with_interval
 
 SENSES: dict[str, Part] = {"identity": "ln2_identity", "no_gain": "ln2_no_gain", "no_norm": "ln2_no_norm"}
 """What "without the norm before the FFN" may mean."""
@@ -359,8 +359,8 @@ def _patching_figure(bench: _Bench, patched: pd.DataFrame) -> Any:
 
 
 def _removed_in_words(metrics: dict[str, Any]) -> str:
-    low, high = metrics["left_without_ffn_interval"]
-    words = f"Without the FFN {metrics['left_without_ffn']:.1%} of the norm is left ({low:.1%} to {high:.1%})"
+    left_of_it = with_interval(metrics["left_without_ffn"], metrics["left_without_ffn_interval"], ".1%")
+    words = f"Without the FFN {left_of_it} of the norm is left"
     left = [f"{TEXTS[SENSES[sense]]}: ×{share:,.3g}" for sense, share in metrics["left_without_norm"].items()]
     return f"{words}; {', '.join(left)}." if left else f"{words}; there is no norm of its own before it."
 

@@ -74,7 +74,7 @@ def run(study: Study, options: DictConfig) -> Result:
                     note=rests_on,
                     z_title="cosine",
                     z_range=(min(0.0, float(cosines.min())), 1),
-                    start=f"block {study.n_layers // 2 if study.me.layer is None else study.me.layer}",
+                    start=str(study.n_layers // 2 if study.me.layer is None else study.me.layer),
                 ),
                 "figure 5c",
                 "After the ME layer the cosine between any two inputs is about 1.",
@@ -146,7 +146,7 @@ def _norms_figure(study: Study, norms: pd.DataFrame, variation: pd.DataFrame, re
         Panel("Norm of token 0 after each block", "L2 norm", inputs, study.me.layer, log_scale=True),
         Panel(
             "Its coefficient of variation",
-            "standard deviation / mean over distinct first tokens",
+            "standard deviation / mean",
             [Curve("variation", variation, OTHERS)],
             study.me.layer,
         ),
@@ -187,7 +187,7 @@ def _same_dims_in_words(study: Study, states: Float[Tensor, "prompt layer d"]) -
 def _cosine_maps(study: Study, cosines: Float[Tensor, "layer n n"]) -> dict[str, Heatmap]:
     firsts = [f"{row.prompt} {row.first_token!r}" for row in study.trace.prompts.itertuples()]
     return {
-        f"block {layer}": Heatmap("", cosine.numpy(), firsts, firsts, "prompt and its first token", "prompt")
+        str(layer): Heatmap("", cosine.numpy(), firsts, firsts, "prompt", "prompt and its first token")
         for layer, cosine in enumerate(cosines)
     }
 

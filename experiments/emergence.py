@@ -16,6 +16,7 @@ from experiments.study import Study, named_normalization
 from melens import Emergence, Probe, Trace, figures, sinks
 from melens.figures import FIRST, OTHERS, SINK, Curve, Panel
 from melens.results import Picture, Result
+from melens.statistics import bootstrap_mean
 
 TABLE8 = (
     "model", "family", "n_layers", "me_layer", "magnification", "magnification_low", "magnification_high",
@@ -35,8 +36,13 @@ def run(study: Study, options: DictConfig) -> Result:
     norms = norm_by_block(trace["norm"])
     sink_mass = sinks.sink_mass_by_layer(trace)
     dims = _top_dims(trace, options.top_dims)
-    metrics = study.metrics(**me.metrics(), **_second_massive_activation(study), sink_onset_layer=onset.layer)
-    metrics["first_sink_layer"] = onset.first_layer
+    metrics = study.metrics(
+        **me.metrics(),
+        **_shares_of_prompts(me),
+        **_second_massive_activation(study),
+        sink_onset_layer=onset.layer,
+        first_sink_layer=onset.first_layer,
+    )
     title = study.title("Token 0's largest dims after each block")
     here = _in_words(me)
     return Result(
@@ -123,6 +129,18 @@ def norm_sites(model: TransformerBridge) -> dict[str, str]:
         "ln2.hook_out": f"{before} output" if before else "ln2 output",
         "hook_mlp_out": f"FFN output, after {after.name}" if after is not None else "FFN output",
         "hook_resid_post": "Block output",
+    }
+
+
+def _shares_of_prompts(me: Emergence) -> dict[str, Any]:
+    """Compute the share of prompts whose massive token is the first, and the intervals of all such shares."""
+    born = me.per_prompt[me.per_prompt["layer"] >= 0]
+    at_first = (born["pos"] == 0).to_numpy(dtype=float) if len(born) else np.zeros(0)
+    return {
+        "prompts_with_interval": bootstrap_mean((me.per_prompt["layer"] >= 0).to_numpy(dtype=float)),
+        "agreement_interval": bootstrap_mean((me.per_prompt["layer"] == me.layer).to_numpy(dtype=float)),
+        "share_at_first": float(at_first.mean()) if len(born) else None,
+        "share_at_first_interval": bootstrap_mean(at_first),
     }
 
 

@@ -12,7 +12,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from experiments.study import Study
 from melens import Concentration, MelensError, Probe, figures
 from melens.results import Picture, Result
-from melens.statistics import bootstrap_mean, mean_by
+from melens.statistics import bootstrap_mean, mean_by, with_interval
 
 GATE, UP, DOWN = "mlp.hook_pre", "mlp.hook_pre_linear", "hook_mlp_out"
 
@@ -113,10 +113,10 @@ def _in_words(metrics: dict[str, Any]) -> str:
     peaks = ", ".join(f"{name} at block {layer}" for name, layer in metrics["concentration_peaks"].items())
     words = f"The last two blocks apart, concentration peaks after {peaks}."
     if "amplification" in metrics:
-        low, high = metrics["amplification_interval"]
+        amplification = with_interval(metrics["amplification"], metrics["amplification_interval"], ",.4g")
         words += (
-            f" The FFN of block {metrics['me_layer']} amplifies ×{metrics['amplification']:,.4g} ({low:,.4g} to "
-            f"{high:,.4g}), ×{metrics['amplification_over_next']:,.3g} the largest elsewhere."
+            f" The FFN of block {metrics['me_layer']} amplifies ×{amplification}, "
+            f"×{metrics['amplification_over_next']:,.3g} the largest elsewhere."
         )
     if metrics["missing_projections"]:
         words += f" This FFN gives no {' and no '.join(metrics['missing_projections'])} projection to listen to."

@@ -81,4 +81,5 @@ def _in_words(study: Study, metrics: dict[str, Any]) -> str:
     )
     dim = metrics["predicted_dim"]
     hit = "the measured massive dim" if dim in study.me.dims[:1] else "not the measured one"
-    return f"Block {study.me.layer} ranks, of {metrics['n_scored']}: {ranks}. Its strongest neuron writes dim {dim}, {hit}."
+    told = f"Block {study.me.layer} ranks, of {metrics['n_scored']}: {ranks}."
+    return f"{told} Its strongest neuron writes dim {dim}, {hit}."

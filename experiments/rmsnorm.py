@@ -15,7 +15,7 @@ from melens import GainAlignment, MelensError, Probe, figures
 from melens.figures import COLORS, FIRST, OTHERS, Curve, Panel
 from melens.normalization import has_normalization, read_normalization
 from melens.results import Picture, Result
-from melens.statistics import bootstrap_mean, mean_by
+from melens.statistics import bootstrap_mean, mean_by, with_interval
 
 SITES = ("ln2", "ln1")
 
@@ -156,31 +156,28 @@ def _alignment_figure(
         ]
         divergence = Curve("ΔKL", _select(by_block, site, "delta_kl"), COLORS[-2])
         panels += [
-            Panel(f"ΔFrac at {name}", "ΔFrac, token 0 minus the others", fractions, study.me.layer, zero_line=True),
-            Panel(
-                f"ΔKL at {name}", "ΔKL in nats, token 0 minus the others", [divergence], study.me.layer, zero_line=True
-            ),
+            Panel(f"ΔFrac at {name}", "ΔFrac", fractions, study.me.layer, zero_line=True),
+            Panel(f"ΔKL at {name}", "ΔKL (nats)", [divergence], study.me.layer, zero_line=True),
         ]
-    note = "Lines: means over prompts. Bands: their 95% bootstrap intervals. K: the dims with the largest gains."
+    note = (
+        "Token 0 minus the mean of the others. Lines: means over prompts. Bands: their 95% bootstrap intervals. "
+        "K: the dims with the largest gains."
+    )
     return figures.curves_by_block(panels, title=study.title("How far token 0 lies along the gain"), note=note)
 
 
 def _weight_norm_in_words(metrics: dict[str, Any]) -> str:
     if "weight_norm_ratio" not in metrics:
         return "Without an ME layer, or without a normalisation before its FFN, there is no block to compare at."
-    low, high = metrics["weight_norm_ratio_interval"]
+    ratio = with_interval(metrics["weight_norm_ratio"], metrics["weight_norm_ratio_interval"])
     first = metrics["weight_norm_first_layer"]
-    return (
-        f"At block {metrics['me_layer']} token 0's norm is ×{metrics['weight_norm_ratio']:.3g} the others' "
-        f"({low:.3g} to {high:.3g}); twice theirs first at " + (f"block {first}." if first is not None else "no block.")
-    )
+    where = f"block {first}" if first is not None else "no block"
+    return f"At block {metrics['me_layer']} token 0's norm is ×{ratio} the others'; twice theirs first at {where}."
 
 
 def _alignment_in_words(metrics: dict[str, Any], options: DictConfig) -> str:
     if "delta_frac" not in metrics:
         return "Without an ME layer, or without a normalisation before its FFN, there is no block to compare at."
-    (frac_low, frac_high), (kl_low, kl_high) = metrics["delta_frac_interval"], metrics["delta_kl_interval"]
-    return (
-        f"At block {metrics['me_layer']} ΔFrac (K = {options.top_share:.1%}) is {metrics['delta_frac']:+.3f} "
-        f"({frac_low:+.3f} to {frac_high:+.3f}), ΔKL {metrics['delta_kl']:+.3f} ({kl_low:+.3f} to {kl_high:+.3f})."
-    )
+    frac = with_interval(metrics["delta_frac"], metrics["delta_frac_interval"], "+.3f")
+    kl = with_interval(metrics["delta_kl"], metrics["delta_kl_interval"], "+.3f")
+    return f"At block {metrics['me_layer']} ΔFrac (K = {options.top_share:.1%}) is {frac}, ΔKL {kl} nats."

@@ -15,7 +15,7 @@ from melens import AttentionMaps, AttentionSpectrum, MelensError, Probe, Spectru
 from melens.figures import COLORS, FIRST, SINK, Curve, Heatmap, Panel
 from melens.results import Picture, Result
 from melens.sinks import SINK_THRESHOLD, find_sink_onset, sink_mass_by_layer
-from melens.statistics import bootstrap_mean, mean_by
+from melens.statistics import bootstrap_mean, mean_by, with_interval
 from melens.tracing import Progress
 
 PATTERN = "attn.hook_pattern"
@@ -230,9 +230,9 @@ def _ranks_in_words(metrics: dict[str, Any]) -> str:
     parts = []
     for name, what in (("attention", "of attention"), ("hidden", "of the hidden states")):
         if f"{name}_rank_ratio" in metrics:
-            low, high = metrics[f"{name}_rank_ratio_interval"]
+            ratio = with_interval(metrics[f"{name}_rank_ratio"], metrics[f"{name}_rank_ratio_interval"], ".2f")
             parts.append(
                 f"{what} {metrics[f'{name}_rank_before']:.3g} before and {metrics[f'{name}_rank_after']:.3g} after "
-                f"(ratio {metrics[f'{name}_rank_ratio']:.2f}, {low:.2f} to {high:.2f})"
+                f"(ratio {ratio})"
             )
     return f"Effective rank {' and '.join(parts)}." if parts else "Without an ME layer there is no before and after."

@@ -42,7 +42,7 @@ def run(study: Study, options: DictConfig) -> Result:
         .merge(prompts[["prompt", "task", "length"]], on="prompt")
     )
     metrics = study.metrics(
-        least_agreement=None if study.me.layer is None else float(groups["agreement"].min()),
+        **_least_agreement(study, groups),
         agreement_by_group={row["group"]: row["agreement"] for row in groups.to_dict("records")},
         positions_by_beginning={row["beginning"]: row["at_first"] for row in beginnings.to_dict("records")},
     )
@@ -99,6 +99,14 @@ def _agreement(study: Study, prompts: pd.DataFrame) -> pd.DataFrame:
             rows.append((kind, group, len(of_group), most, float(agrees.mean()), low, high))
     columns = ["kind", "group", "n_prompts", "me_layer", "agreement", "low", "high"]
     return pd.DataFrame(rows, columns=columns).astype({"me_layer": "Int64"})
+
+
+def _least_agreement(study: Study, groups: pd.DataFrame) -> dict[str, Any]:
+    if study.me.layer is None:
+        return {}
+    least = groups.loc[groups["agreement"].idxmin()]
+    interval = (float(least["low"]), float(least["high"]))
+    return {"least_agreement": float(least["agreement"]), "least_agreement_interval": interval}
 
 
 # --- Other beginnings -------------------------------------------------------------------------------------------------
@@ -173,11 +181,11 @@ def _norms_figure(study: Study, norms: pd.DataFrame, edges: Sequence[int]) -> An
     }
     for kind, title in (("task", "By task type"), ("length", "By length")):
         colors = dict(zip(orders[kind], COLORS if kind == "task" else COLORS[4:], strict=False))
-        curves, named = [], set()
-        for (group, _), of_prompt in norms.groupby([kind, "prompt"]):
-            points = of_prompt.rename(columns={"norm": "mean"})[["layer", "mean"]]
-            curves.append(Curve(group, points, colors.get(group, COLORS[-1]), in_legend=group not in named))
-            named.add(group)
+        curves = []
+        for group in orders[kind]:
+            for number, (_, of_prompt) in enumerate(norms[norms[kind] == group].groupby("prompt")):
+                points = of_prompt.rename(columns={"norm": "mean"})[["layer", "mean"]]
+                curves.append(Curve(group, points, colors.get(group, COLORS[-1]), in_legend=number == 0))
         panels.append(Panel(title, "L2 norm of token 0", curves, study.me.layer, log_scale=True))
     distinct = study.me.distinct_first_tokens
     trivial = ", so the curves are the same by construction" if distinct == 1 else ""

@@ -264,7 +264,9 @@ CLAIMS: tuple[Claim, ...] = (
         criterion=">= 0.5",
         why="the criterion is Sun et al.'s (2024); a property of the model shows in most inputs",
         judge=lambda metrics: Judgement(
-            "holds" if metrics.get("me_layer") is not None else "does not hold", metrics.get("prompts_with")
+            "holds" if metrics.get("me_layer") is not None else "does not hold",
+            metrics.get("prompts_with"),
+            metrics.get("prompts_with_interval"),
         ),
     ),
     Claim(

@@ -43,6 +43,7 @@ _LAYOUT: dict[str, Any] = {
     "margin": {"l": 70, "r": 30, "t": 90, "b": 60},
 }
 BLOCK = "block (0-based)"
+_BELOW = 55  # pixels from the axis to what stands below its title
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,8 @@ def curves_by_block(
             in_legend.add(curve.name)
         figure.update_yaxes(title_text=panel.y_title, range=panel.y_range, **at)
         figure.update_yaxes(**_value_axis(panel.log_scale), **at)
+        if panel.log_scale and _spread(panel) < 30:
+            figure.update_yaxes(dtick="D2", **at)
         if panel.zero_line:
             figure.add_hline(y=0, line={"color": "#888", "width": 1}, **at)
         _mark_me_layer(figure, panel.me_layer, **at)
@@ -110,10 +113,10 @@ def curves_by_block(
         **_LAYOUT,
         title=_title(title, note),
         height=height,
-        legend={"orientation": "h", "x": 0, "y": -60 / height, "yanchor": "top"},
+        legend={"orientation": "h", "x": 0, "y": -_BELOW / (height - 150), "yanchor": "top"},
     )
     if scale_buttons:
-        figure.update_layout(updatemenus=[_scale_buttons(switched, panels[0].log_scale)])
+        figure.update_layout(updatemenus=[_scale_buttons(switched, panels[0].log_scale, -_BELOW / (height - 150))])
     return figure
 
 
@@ -186,10 +189,10 @@ def heatmaps(
 def heatmap_with_slider(
     maps: Mapping[str, Heatmap], *, title: str, note: str = "", z_title: str, z_range: tuple[float, float], start: str
 ) -> go.Figure:
-    """Draw one of several matrices, with a slider to choose which.
+    """Draw one of several matrices, with a slider to choose the block.
 
     Args:
-        maps: by what the slider says.
+        maps: by block, all with the same axes.
         title, note: above the figure.
         z_title, z_range: of the colours.
         start: the one that is shown first.
@@ -199,12 +202,13 @@ def heatmap_with_slider(
     for name, trace in zip(names, figure.data, strict=True):
         trace.visible = name == start
     first = maps[start]
-    figure.update_xaxes(title_text=first.x_title, constrain="domain")
+    figure.update_xaxes(constrain="domain", tickangle=-90)
     figure.update_yaxes(title_text=first.y_title, autorange="reversed", scaleanchor="x", constrain="domain")
     steps = [
         {"label": name, "method": "update", "args": [{"visible": [other == name for other in names]}]} for name in names
     ]
-    slider = {"active": names.index(start), "steps": steps, "currentvalue": {"prefix": "after "}, "pad": {"t": 55}}
+    value = {"prefix": "after block "}
+    slider = {"active": names.index(start), "steps": steps, "currentvalue": value, "pad": {"t": 100}}
     figure.update_layout(
         **_LAYOUT,
         title=_title(title, note),
@@ -295,7 +299,7 @@ def shares(table: pd.DataFrame, *, names: Sequence[str], title: str, note: str =
         title=_title(title, note),
         barmode="stack",
         height=220 + 55 * len(table),
-        legend={"orientation": "h", "x": 0, "y": -0.25, "yanchor": "top"},
+        legend={"orientation": "h", "x": 0, "y": -0.25, "yanchor": "top", "traceorder": "normal"},
     )
     return figure
 
@@ -379,7 +383,7 @@ def dims_heatmap(activations: pd.DataFrame, *, me_layer: int | None, title: str)
             z=np.log10(wide.to_numpy().clip(min=1e-2)),
             x=wide.columns,
             y=[str(dim) for dim in wide.index],
-            customdata=wide.to_numpy(),
+            customdata=wide.to_numpy().tolist(),
             hovertemplate="block %{x}, dim %{y}: |h| = %{customdata:.4g}<extra></extra>",
             colorscale="Viridis",
             colorbar={"title": "|h|", **_powers_of_ten(wide.to_numpy())},
@@ -467,7 +471,7 @@ def _ratio_trace(heatmap: Heatmap, z_title: str, *, text: bool) -> go.Heatmap:
     trace = _heatmap_trace(heatmap, z_title)
     ratios = np.asarray(heatmap.values, dtype=np.float32)
     trace.z = np.log10(np.clip(ratios, 1e-6, None))
-    trace.customdata = ratios
+    trace.customdata = ratios.tolist()  # plotly does not look into packed arrays here
     trace.hovertemplate = str(trace.hovertemplate).replace("%{z:", "%{customdata:")
     if text:
         trace.texttemplate = "%{customdata:.3g}"
@@ -498,11 +502,18 @@ def _mark_me_layer(figure: go.Figure, me_layer: int | None, **at: Any) -> None:
         figure.add_vline(x=me_layer, line=_ME_LINE, annotation_font_size=12, **note, **at)
 
 
+def _spread(panel: Panel) -> float:
+    """Compute by which factor the values of a panel differ."""
+    means = pd.concat([curve.points["mean"] for curve in panel.curves])
+    positive = means[means > 0]
+    return float(positive.max() / positive.min()) if len(positive) else 1.0
+
+
 def _value_axis(log_scale: bool) -> dict[str, Any]:
     return {"type": "log", "exponentformat": "power", "dtick": 1} if log_scale else {"type": "linear", "dtick": None}
 
 
-def _scale_buttons(axes: Sequence[str], log_scale: bool) -> dict[str, Any]:
+def _scale_buttons(axes: Sequence[str], log_scale: bool, y: float) -> dict[str, Any]:
     def button(label: str, log: bool) -> dict[str, Any]:
         changes = {f"{axis}.{key}": value for axis in axes for key, value in _value_axis(log).items()}
         return {"label": label, "method": "relayout", "args": [changes]}
@@ -514,7 +525,7 @@ def _scale_buttons(axes: Sequence[str], log_scale: bool) -> dict[str, Any]:
         "buttons": [button("log", True), button("linear", False)],
         "x": 1,
         "xanchor": "right",
-        "y": -0.08,
+        "y": y,
         "yanchor": "top",
     }
 

@@ -21,8 +21,8 @@ VERDICTS = {
     "holds": ("hold", "good"),
     "holds in part": ("hold in part", "part"),
     "does not hold": ("do not hold", "bad"),
-    "trivial here": ("are trivial here", "none"),
-    "not measured": ("were not measured", "none"),
+    "trivial here": ("trivial here", "none"),
+    "not measured": ("not measured", "none"),
 }
 
 
@@ -81,12 +81,14 @@ def _claim_row(claim: Mapping[Hashable, Any], pictures: Mapping[str, Picture]) -
         what = f'<a href="#{claim["figure"]}">{what}</a>'
     note = f'<div class="note">{escape(claim["note"])}</div>' if claim["note"] else ""
     measure = f"{escape(claim['statistic'])}: {escape(claim['criterion'])}"
-    return (
-        f'<tr id="claim-{claim["id"]}"><td><span class="verdict {VERDICTS[claim["verdict"]][1]}">{claim["verdict"]}</span>'
-        f'</td><td>{what}<div class="note">{escape(claim["source"])}</div></td>'
-        f'<td class="number">{escape(number_with_interval(claim))}</td>'
-        f'<td>{measure}<div class="note">Why: {escape(claim["why"])}.</div>{note}</td></tr>'
+    verdict = f'<span class="verdict {VERDICTS[claim["verdict"]][1]}">{claim["verdict"]}</span>'
+    cells = (
+        verdict,
+        f'{what}<div class="note">{escape(claim["source"])}</div>',
+        escape(number_with_interval(claim)),
+        f'{measure}<div class="note">Why: {escape(claim["why"])}.</div>{note}',
     )
+    return f'<tr id="claim-{claim["id"]}">' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
 
 
 def _heading(picture: Picture) -> str:
@@ -97,10 +99,11 @@ def _heading(picture: Picture) -> str:
 def _section(name: str, picture: Picture) -> str:
     # "</" would end the script element that holds the figure.
     data = picture.figure.to_json().replace("</", "<\\/")
+    heading = escape(_heading(picture))
     return (
-        f'<section id="{name}" tabindex="-1"><h2>{escape(_heading(picture))} <small>{escape(picture.source)}</small></h2>'
+        f'<section id="{name}" tabindex="-1"><h2>{heading} <small>{escape(picture.source)}</small></h2>'
         f"<p><b>Paper:</b> {escape(picture.paper)}<br><b>Here:</b> {escape(picture.here)}</p>"
-        f'<div class="scroll"><div class="figure" role="img" aria-label="{escape(_heading(picture))}" '
+        f'<div class="scroll"><div class="figure" role="img" aria-label="{heading}" '
         f'style="height:{picture.figure.layout.height or 600}px"></div></div>'
         f'<script type="application/json">{data}</script>'
         f'<p class="note"><a href="#claims">Back to the claims</a></p></section>'
@@ -137,7 +140,8 @@ _PAGE = """<!doctype html>
 <p class="note">Blocks are counted from 0. The ME layer is the first block whose output holds a massive activation.
 Intervals are 95% bootstrap intervals over prompts. Thresholds were fixed in advance, the same for every model.</p>
 <section id="claims" tabindex="-1"><h2>The paper's claims on this model</h2>
-<table class="claims"><thead><tr><th>Verdict</th><th>Claim</th><th>Value</th><th>Measured by, and criterion</th></tr></thead>
+<table class="claims">
+<thead><tr><th>Verdict</th><th>Claim</th><th>Value</th><th>Measured by, and criterion</th></tr></thead>
 <tbody>
 $claims
 </tbody></table>

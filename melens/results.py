@@ -20,10 +20,12 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from melens.claims import judge
 from melens.errors import MelensError
+from melens.statistics import with_interval
 
 __all__ = [
     "Picture",
@@ -203,12 +205,12 @@ def show_result(result: Result, paths: list[Path], console: Console) -> None:
 def _show_claims(claims: pd.DataFrame, console: Console) -> None:
     if claims.empty:
         return
-    table = Table("verdict", "claim", "value", "criterion", title="The paper's claims on this model")
+    table = Table("verdict", "claim", "value", title="The paper's claims on this model")
     for claim in claims.to_dict("records"):
         verdict = f"[{_COLORS[claim['verdict']]}]{claim['verdict']}[/]"
-        what = f"{claim['claim']} [dim]({claim['source']})[/]"
-        note = f"\n[dim]{claim['note']}[/]" if claim["note"] else ""
-        table.add_row(verdict, what + note, number_with_interval(claim), claim["criterion"])
+        measured = f"{claim['statistic']}: {claim['criterion']}. {claim['note']}".strip()
+        what = f"{claim['claim']} ({claim['source']})\n[dim]{escape(measured)}[/]"
+        table.add_row(verdict, what, number_with_interval(claim))
     console.print(table)
 
 
@@ -216,8 +218,7 @@ def number_with_interval(claim: Mapping[Hashable, Any]) -> str:
     """Format a claim's value with its interval, as far as it has them."""
     if pd.isna(claim["value"]):
         return "-"
-    interval = "" if pd.isna(claim["low"]) else f" ({claim['low']:.3g} to {claim['high']:.3g})"
-    return f"{claim['value']:.3g}{interval}"
+    return with_interval(claim["value"], None if pd.isna(claim["low"]) else (claim["low"], claim["high"]))
 
 
 def read_results(folder: str | Path) -> dict[Path, dict[str, Any]]:

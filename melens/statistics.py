@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-__all__ = ["bootstrap_mean", "mean_by"]
+__all__ = ["bootstrap_mean", "mean_by", "with_interval"]
 
 
 def bootstrap_mean(
@@ -20,6 +20,13 @@ def bootstrap_mean(
     tail = (1 - confidence) / 2
     low, high = np.quantile(np.asarray(values, dtype=float)[rows].mean(axis=1), [tail, 1 - tail])
     return (float(low), float(high))
+
+
+def with_interval(value: float, interval: tuple[float, float] | None, form: str = ".3g") -> str:
+    """Write a mean with its interval, `1.64 (1.61 to 1.67)`, or alone where there is none."""
+    if interval is None or np.isnan(interval[0]):
+        return format(value, form)
+    return f"{value:{form}} ({interval[0]:{form}} to {interval[1]:{form}})"
 
 
 def mean_by(table: pd.DataFrame, value: str, by: Sequence[str] = ("layer",)) -> pd.DataFrame:
