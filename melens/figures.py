@@ -29,6 +29,7 @@ __all__ = [
     "heatmaps",
     "shares",
     "vectors_by_dim",
+    "verdicts",
 ]
 
 FIRST = "#c1272d"
@@ -301,6 +302,44 @@ def shares(table: pd.DataFrame, *, names: Sequence[str], title: str, note: str =
         height=220 + 55 * len(table),
         legend={"orientation": "h", "x": 0, "y": -0.25, "yanchor": "top", "traceorder": "normal"},
     )
+    return figure
+
+
+_VERDICT_COLORS = {
+    "holds": "#8fd0a9",
+    "holds in part": "#a9cdea",
+    "does not hold": "#eea3a3",
+    "trivial here": "#f3e2a5",
+    "not measured": "#e4e4e4",
+}
+
+
+def verdicts(claims: pd.DataFrame, *, title: str = "Verdicts on the paper's claims") -> go.Figure:
+    """Draw which claim holds of which model, from the rows of `melens.judge`."""
+    names = list(_VERDICT_COLORS)
+    once = claims.drop_duplicates(["model", "id"])
+    models = list(dict.fromkeys(once["model"]))
+    wide = once.pivot(index="claim", columns="model", values="verdict").loc[list(dict.fromkeys(once["claim"])), models]
+    codes = [[names.index(verdict) if verdict in names else None for verdict in row] for row in wide.to_numpy()]
+    steps = [(edge / len(names), color) for i, color in enumerate(_VERDICT_COLORS.values()) for edge in (i, i + 1)]
+    figure = go.Figure(
+        go.Heatmap(
+            z=codes,
+            x=models,
+            y=list(wide.index),
+            text=[[verdict if verdict in names else "" for verdict in row] for row in wide.to_numpy()],
+            texttemplate="%{text}",
+            hovertemplate="%{x}<br>%{y}<br>%{text}<extra></extra>",
+            colorscale=steps,
+            zmin=-0.5,
+            zmax=len(names) - 0.5,
+            showscale=False,
+            xgap=2,
+            ygap=2,
+        )
+    )
+    figure.update_yaxes(autorange="reversed", automargin=True)
+    figure.update_layout(**_LAYOUT, title=_title(title), height=160 + 34 * len(wide))
     return figure
 
 

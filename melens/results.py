@@ -199,7 +199,8 @@ def show_result(result: Result, paths: list[Path], console: Console) -> None:
     console.print(findings)
     if result.metrics:
         _show_claims(claims_of(result), console)
-    console.print("Written:", *(os.path.relpath(path) for path in paths), sep="\n  ")
+    if paths:
+        console.print("Written:", *(os.path.relpath(path) for path in paths), sep="\n  ")
 
 
 def _show_claims(claims: pd.DataFrame, console: Console) -> None:
