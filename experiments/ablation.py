@@ -19,7 +19,7 @@ from melens import MassiveTokenRuns, MelensError, Probe, figures
 from melens.ablation import Hook, Part, ablation, can_ablate
 from melens.figures import COLORS, Curve, Heatmap, Panel
 from melens.results import Picture, Result
-from melens.statistics import bootstrap_mean, mean_by, with_interval
+from melens.statistics import bootstrap_mean, mean_by, tidy, with_interval
 
 SENSES: dict[str, Part] = {"identity": "ln2_identity", "no_gain": "ln2_no_gain", "no_norm": "ln2_no_norm"}
 """What "without the norm before the FFN" may mean."""
@@ -181,8 +181,7 @@ def _removed_table(bench: _Bench, removed: dict[Part, Float[Tensor, "prompt laye
     tables = []
     for name, norms in lines.items():
         from_start = torch.where(norms.isnan(), bench.runs.intact, norms)  # before the ME layer nothing changed
-        wide = pd.DataFrame(from_start.numpy()).rename_axis(index="prompt", columns="layer")
-        tables.append(mean_by(wide.stack().rename("norm").reset_index(), "norm").assign(removed=name))
+        tables.append(mean_by(tidy(from_start.numpy(), "norm"), "norm").assign(removed=name))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -238,8 +237,7 @@ def _causality(bench: _Bench) -> pd.DataFrame:
     tables = []
     for done, (part, cause) in enumerate(jobs, 1):
         ratio = bench.without((cause, part)) / bench.runs.intact
-        wide = pd.DataFrame(ratio.numpy()).rename_axis(index="prompt", columns="effect")
-        by_effect = mean_by(wide.stack().rename("ratio").reset_index(), "ratio", ("effect",))
+        by_effect = mean_by(tidy(ratio.numpy(), "ratio", "effect"), "ratio", ("effect",))
         tables.append(by_effect.assign(part=part, cause=cause))
         progress(done, len(jobs))
     return pd.concat(tables, ignore_index=True)
@@ -258,7 +256,7 @@ def _causal_metrics(bench: _Bench, causality: pd.DataFrame) -> dict[str, Any]:
     up_to_end = of_ffn[of_ffn.index <= bench.study.last_lasting]
     return {
         "causal_layers": [int(layer) for layer in up_to_end.index[up_to_end <= 0.5]],
-        "strongest_cause": int(up_to_end.idxmin()),
+        "strongest_cause": int(up_to_end.index.to_numpy()[up_to_end.to_numpy().argmin()]),
         "left_by_cause": {
             part: {int(row["layer"]): float(row["mean"]) for _, row in left[left["part"] == part].iterrows()}
             for part in CAUSES
@@ -380,7 +378,7 @@ def _causes_in_words(metrics: dict[str, Any]) -> str:
 def _patching_in_words(patched: pd.DataFrame, metrics: dict[str, Any]) -> str:
     me_layer = metrics["me_layer"]
     at_me_layer = patched[(patched["direction"] == "restored") & (patched["patched"] == me_layer)]
-    least = at_me_layer.loc[at_me_layer["mean"].idxmin()]
+    least = at_me_layer.sort_values("mean").iloc[0]
     return (
         f"The intact FFN output of block {me_layer} alone restores at least {least['mean']:.0%}, whichever block's FFN "
         f"is removed (least for block {int(least['removed'])})."

@@ -17,7 +17,7 @@ from melens import Probe, figures
 from melens.figures import COLORS, FIRST, OTHERS, Curve, Heatmap, Panel
 from melens.metrics import l2_norm, pairwise_cosine
 from melens.results import Picture, Result
-from melens.statistics import bootstrap_mean, mean_by
+from melens.statistics import bootstrap_mean, mean_by, tidy
 
 TRIVIAL = "trivial by construction: all prompts share their first token"
 
@@ -30,12 +30,14 @@ def probes(model: TransformerBridge, options: DictConfig) -> list[Probe]:
 def run(study: Study, options: DictConfig) -> Result:
     """Compare token 0's states between prompts, and between blocks."""
     states = study.trace.tensors["token_vectors"][:, :, 0]  # [prompt, layer, d]
-    distinct = study.trace.prompts.drop_duplicates("first_token_id")["prompt"].to_numpy()
+    distinct = study.trace.prompts.drop_duplicates("first_token_id")["prompt"].tolist()
     apart = states[distinct]
-    norms = _tidy(l2_norm(states), "norm")
+    norms = tidy(l2_norm(states).numpy(), "norm")
     cosines = pairwise_cosine(states.transpose(0, 1))
-    to_others = _tidy(_mean_to_others(cosines[:, distinct][:, :, distinct]), "cosine")
-    between = _tidy(torch.cosine_similarity(states[:, :-1], states[:, 1:], dim=-1), "cosine", first_layer=1)
+    to_others = tidy(_mean_to_others(cosines[:, distinct][:, :, distinct]).numpy(), "cosine")
+    to_previous = torch.cosine_similarity(states, states.roll(1, dims=1), dim=-1)
+    to_previous[:, 0] = float("nan")  # no block comes before the first
+    between = tidy(to_previous.numpy(), "cosine")
     metrics = study.metrics(**_metrics(study, norms, to_others, between))
     by_block = {
         "norm": mean_by(norms, "norm"),
@@ -91,12 +93,6 @@ def run(study: Study, options: DictConfig) -> Result:
     )
 
 
-def _tidy(values: Float[Tensor, "prompt layer"], name: str, first_layer: int = 0) -> pd.DataFrame:
-    wide = pd.DataFrame(values.numpy()).rename_axis(index="prompt", columns="layer")
-    table = wide.stack().rename(name).reset_index()
-    return table.assign(layer=table["layer"] + first_layer)
-
-
 def _mean_to_others(cosines: Float[Tensor, "layer n n"]) -> Float[Tensor, "n layer"]:
     """Average each prompt's cosine to the others; with a single distinct first token there is none but itself: 1."""
     n = cosines.shape[1]
@@ -124,7 +120,7 @@ def _metrics(study: Study, norms: pd.DataFrame, to_others: pd.DataFrame, between
     drift = np.abs(wide / wide[:, :1] - 1).max(axis=1)
     after = between[between["layer"].isin(lasting[1:])].groupby("prompt")["cosine"].min().to_numpy()
     by_block = mean_by(to_others[to_others["layer"].isin(lasting)], "cosine")
-    lowest = by_block.loc[by_block["mean"].idxmin()]
+    lowest = by_block.sort_values("mean").iloc[0]
     before = to_others[to_others["layer"] < study.me.layer]["cosine"]
     return {
         "norm_drift": float(drift.mean()),

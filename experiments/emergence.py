@@ -168,7 +168,7 @@ def _in_words(me: Emergence) -> str:
 
 
 def _largest_dim_in_words(dims: pd.DataFrame) -> str:
-    largest = dims.loc[dims["abs_activation"].idxmax()]
+    largest = dims.sort_values("abs_activation").iloc[-1]
     return (
         f"The largest is dim {int(largest['dim'])}, with |h| = {largest['abs_activation']:,.4g} after block "
         f"{int(largest['layer'])} (mean over prompts)."

@@ -12,7 +12,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from experiments.study import Study
 from melens import Concentration, MelensError, Probe, figures
 from melens.results import Picture, Result
-from melens.statistics import bootstrap_mean, mean_by, with_interval
+from melens.statistics import bootstrap_mean, mean_by, peak_layer, with_interval
 
 GATE, UP, DOWN = "mlp.hook_pre", "mlp.hook_pre_linear", "hook_mlp_out"
 
@@ -106,7 +106,7 @@ def _amplification_metrics(study: Study, amplification: pd.DataFrame, by_block: 
 
 def _peak(points: pd.DataFrame, last: int) -> int | None:
     points = points[points["layer"] <= last]
-    return int(points.loc[points["mean"].idxmax(), "layer"]) if len(points) else None
+    return peak_layer(points) if len(points) else None
 
 
 def _in_words(metrics: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from experiments.study import Study
 from melens import Probe, figures
 from melens.figures import COLORS, Curve, Panel
 from melens.results import Picture, Result
+from melens.statistics import peak_layer
 from melens.weights import SCORES, rank_of, score_blocks
 
 
@@ -24,7 +25,7 @@ def run(study: Study, options: DictConfig) -> Result:
     """Score every block by its weights, and see where the measured ME layer ranks."""
     scores = score_blocks(study.model)
     lasting = scores[scores["layer"] <= study.last_lasting]
-    metrics = study.metrics(n_scored=len(scores), top_layer={score: _top(scores, score) for score in SCORES})
+    metrics = study.metrics(n_scored=len(scores), top_layer={score: peak_layer(scores, score) for score in SCORES})
     if study.me.layer is not None:
         metrics["ranks"] = {score: rank_of(study.me.layer, scores, score) for score in SCORES}
         metrics["ranks_without_last_two"] = {score: rank_of(study.me.layer, lasting, score) for score in SCORES}
@@ -46,10 +47,6 @@ def run(study: Study, options: DictConfig) -> Result:
         },
         findings=[("from the weights", words)],
     )
-
-
-def _top(scores: pd.DataFrame, score: str) -> int:
-    return int(scores.loc[scores[score].idxmax(), "layer"])
 
 
 def _figure(study: Study, scores: pd.DataFrame) -> Any:

@@ -15,7 +15,7 @@ from melens import GainAlignment, MelensError, Probe, figures
 from melens.figures import COLORS, FIRST, OTHERS, Curve, Panel
 from melens.normalization import has_normalization, read_normalization
 from melens.results import Picture, Result
-from melens.statistics import bootstrap_mean, mean_by, with_interval
+from melens.statistics import bootstrap_mean, mean_by, peak_layer, with_interval
 
 SITES = ("ln2", "ln1")
 
@@ -95,13 +95,16 @@ def _at_me_layer(study: Study, table: pd.DataFrame, options: DictConfig) -> dict
         return {}
     frac = f"frac_{options.top_share:g}"
     up_to_here = at_ln2[at_ln2["layer"] <= study.me.layer]
-    by_layer = (up_to_here[frac] - up_to_here[f"{frac}_others"]).groupby(up_to_here["layer"]).mean()
+    differences = up_to_here.assign(difference=up_to_here[frac] - up_to_here[f"{frac}_others"])
     values = {
         "weight_norm_ratio": here["weight_norm"] / here["weight_norm_others"],
         "delta_kl": here["kl"] - here["kl_others"],
         "delta_frac": here[frac] - here[f"{frac}_others"],
     }
-    metrics: dict[str, Any] = {"top_share": options.top_share, "delta_frac_top_layer": int(by_layer.idxmax())}
+    metrics: dict[str, Any] = {
+        "top_share": options.top_share,
+        "delta_frac_top_layer": peak_layer(mean_by(differences, "difference")),
+    }
     metrics["delta_frac_by_share"] = {
         f"{share:g}": float((here[f"frac_{share:g}"] - here[f"frac_{share:g}_others"]).mean())
         for share in sorted({options.top_share, *options.other_shares})

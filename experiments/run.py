@@ -73,6 +73,8 @@ def run_job(cfg: DictConfig, folder: Path) -> None:
     if len(results) > 1:
         paths.append(write_report(result, folder, command=" ".join(["python", *sys.argv])))
     show_result(result, paths, console)
+    if failed := [part.experiment for part in results if part.metrics.get("failed")]:
+        _failures.append(RuntimeError(f"exp={', '.join(failed)} failed"))
 
 
 def give_freed_memory_back() -> None:

@@ -29,7 +29,7 @@ def probes(model: TransformerBridge, options: DictConfig) -> list[Probe]:
 def run(study: Study, options: DictConfig) -> Result:
     """Find the sinks by block and head, draw the maps of the blocks around the ME layer, and measure ranks."""
     if "sink_mass" not in study.trace.tables:
-        raise MelensError("No block of this model has attention to look for sinks in.")
+        raise MelensError("No block of this model lets its attention be heard, so there are no sinks to look for.")
     by_layer = sink_mass_by_layer(study.trace)
     by_head = study.trace["sink_mass"].groupby(["layer", "head"])["sink_mass"].mean().reset_index()
     onset = find_sink_onset(study.trace, trailing_blocks=study.me.criterion.trailing_blocks)

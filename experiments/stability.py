@@ -104,7 +104,7 @@ def _agreement(study: Study, prompts: pd.DataFrame) -> pd.DataFrame:
 def _least_agreement(study: Study, groups: pd.DataFrame) -> dict[str, Any]:
     if study.me.layer is None:
         return {}
-    least = groups.loc[groups["agreement"].idxmin()]
+    least = groups.sort_values("agreement", kind="stable").iloc[0]
     interval = (float(least["low"]), float(least["high"]))
     return {"least_agreement": float(least["agreement"]), "least_agreement_interval": interval}
 
@@ -196,7 +196,7 @@ def _norms_figure(study: Study, norms: pd.DataFrame, edges: Sequence[int]) -> An
 def _agreement_in_words(study: Study, groups: pd.DataFrame) -> str:
     if study.me.layer is None:
         return "No prompt type has an ME layer."
-    least = groups.loc[groups["agreement"].idxmin()]
+    least = groups.sort_values("agreement", kind="stable").iloc[0]
     if least["agreement"] == 1:
         return f"Block {study.me.layer} in every prompt of every task type and length."
     return (
@@ -208,7 +208,7 @@ def _agreement_in_words(study: Study, groups: pd.DataFrame) -> str:
 def _beginnings_in_words(study: Study, beginnings: pd.DataFrame) -> str:
     if study.me.layer is None:
         return "Without massive activations no beginning makes a difference."
-    least = beginnings.loc[beginnings["at_first"].idxmin()]
+    least = beginnings.sort_values("at_first", kind="stable").iloc[0]
     if least["at_first"] == 1:
         return "Whatever the prompts begin with, the massive token is at position 0."
     return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -116,7 +117,11 @@ def begin_study(
 ) -> Study:
     """Trace all prompts once, with what every experiment of the run wants measured, and find the ME layer."""
     texts = [prompt for prompt in prompts if isinstance(prompt, Prompt)]
-    tokens = tokenize(model, texts, bos=cfg.prompts.bos) if texts else [ids.tolist() for ids in prompts]
+    tokens = (
+        tokenize(model, texts, bos=cfg.prompts.bos)
+        if texts
+        else [ids.tolist() for ids in prompts if isinstance(ids, Tensor)]
+    )
     wanted = [probe for name, options in experiments_of(cfg).items() for probe in _probes(model, name, options)]
     trace = melens.trace(
         model,
@@ -138,7 +143,7 @@ def _probes(model: TransformerBridge, name: str, options: DictConfig) -> list[Pr
 
 
 def run_experiments(study: Study) -> list[Result]:
-    """Run every experiment of the configuration; one of several that does not apply says so in its metrics."""
+    """Run every experiment of the configuration; one of several that does not apply, or fails, tells in its metrics."""
     chosen = experiments_of(study.cfg)
     if len(chosen) == 1:
         return [_module(name).run(study, options) for name, options in chosen.items()]
@@ -151,3 +156,8 @@ def _run_one_of_several(study: Study, name: str, options: DictConfig) -> Result:
     except MelensError as error:
         metrics = study.metrics(not_applicable=str(error))
         return Result(name, study.trace.model, metrics, findings=[(name, f"does not apply: {error}")])
+    except Exception as error:  # a mistake of ours should not cost the user the other experiments
+        logging.getLogger(__name__).exception("exp=%s failed", name)
+        why = f"It failed with {type(error).__name__}: {error}"
+        metrics = study.metrics(not_applicable=why, failed=True)
+        return Result(name, study.trace.model, metrics, findings=[(name, why)])

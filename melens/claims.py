@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -59,21 +59,12 @@ class Claim:
     judge: Callable[[Metrics], Judgement]
 
 
-class _HasMetrics(Protocol):
-    @property
-    def experiment(self) -> str: ...
-    @property
-    def model(self) -> dict[str, Any]: ...
-    @property
-    def metrics(self) -> dict[str, Any]: ...
-
-
-def judge(results: Iterable[_HasMetrics | Mapping[str, Any]]) -> pd.DataFrame:
+def judge(results: Iterable[Any]) -> pd.DataFrame:
     """Judge every claim on every model.
 
     Args:
-        results: what experiments returned, or the content of their `result.json`; those of one model (by name) belong
-            together. With several models the claim about families is judged as well.
+        results: `Result`s that experiments returned, or the content of their `result.json`; those of one model (by
+            name) belong together. With several models the claim about families is judged as well.
 
     Returns:
         A row for each model and claim: `model`, `id`, `claim`, `source`, `experiment`, `figure`, `statistic`,

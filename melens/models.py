@@ -286,7 +286,7 @@ def _attach_tokenizer(bridge: TransformerBridge, tokenizer: Any) -> None:
 
 def _random_model(spec: ModelSpec, device: torch.device) -> TransformerBridge:
     try:
-        config = AutoConfig.for_model(spec.model_type or "llama", **spec.config)
+        config = AutoConfig.for_model(spec.model_type or "llama", **_known_fields(spec))
     except (ValueError, TypeError, huggingface_hub.errors.StrictDataclassError) as error:
         raise MelensError(f"model=random: {' '.join(str(error).split())[:300]}") from error
     config.architectures = config.architectures or [_causal_lm_class(config)]
@@ -297,6 +297,17 @@ def _random_model(spec: ModelSpec, device: torch.device) -> TransformerBridge:
         torch.manual_seed(spec.seed)
         network = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
     return _bridge_without_tokenizer(network.eval(), spec.name)
+
+
+def _known_fields(spec: ModelSpec) -> dict[str, Any]:
+    """Leave out the default sizes that an architecture's config does not know; what the user gave must be known."""
+    blank = AutoConfig.for_model(spec.model_type or "llama")
+    defaults = known_models()["random"]["config"]
+    unknown = [name for name in spec.config if not hasattr(blank, name)]
+    wrong = [name for name in unknown if spec.config[name] != defaults.get(name)]
+    if wrong:
+        raise MelensError(f"model.config.{wrong[0]} is no field of the configuration of {blank.model_type!r}.")
+    return {name: value for name, value in spec.config.items() if name not in unknown}
 
 
 def _causal_lm_class(config: PreTrainedConfig) -> str:

@@ -288,7 +288,7 @@ class FirstAgainstOthers(Probe):
 
     def reduce_at(self, site: str, layer: int, activation: Tensor, batch: Batch) -> dict[str, Tensor]:
         weights = batch.weights_after(0).to(activation.device)
-        reduced = {}
+        reduced: dict[str, Tensor] = {}
         for name, values in self.measure(site, layer, activation).items():
             reduced |= {name: values[:, 0], f"{name}_others": (values * weights).sum(-1)}
         return reduced

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-__all__ = ["bootstrap_mean", "mean_by", "with_interval"]
+__all__ = ["bootstrap_mean", "mean_by", "peak_layer", "tidy", "with_interval"]
 
 
 def bootstrap_mean(
@@ -27,6 +27,17 @@ def with_interval(value: float, interval: tuple[float, float] | None, form: str 
     if interval is None or np.isnan(interval[0]):
         return format(value, form)
     return f"{value:{form}} ({interval[0]:{form}} to {interval[1]:{form}})"
+
+
+def tidy(values: np.ndarray, name: str, column: str = "layer") -> pd.DataFrame:
+    """Lay a `[prompt, group]` array out as the columns `prompt`, `column` and `name`, without its NaN."""
+    prompts, groups = np.nonzero(~np.isnan(values))
+    return pd.DataFrame({"prompt": prompts, column: groups, name: values[prompts, groups]})
+
+
+def peak_layer(points: pd.DataFrame, value: str = "mean") -> int:
+    """Return the layer with the largest value."""
+    return int(points["layer"].to_numpy()[points[value].to_numpy().argmax()])
 
 
 def mean_by(table: pd.DataFrame, value: str, by: Sequence[str] = ("layer",)) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +54,7 @@ def score_blocks(model: TransformerBridge) -> pd.DataFrame:
     """
     rows = [_score(model, layer) for layer in range(len(model.blocks)) if _has_neurons(model, layer)]
     if not rows:
-        raise MelensError("No block of this model has one FFN with an up and a down projection to read weights from.")
+        raise MelensError("No block of this model has an FFN module with one up and one down projection to read.")
     return pd.DataFrame(rows)
 
 
@@ -66,8 +67,12 @@ def rank_of(layer: int, scores: pd.DataFrame, score: str) -> int | None:
 
 
 def _has_neurons(model: TransformerBridge, layer: int) -> bool:
-    ffn = getattr(model.blocks[layer], "mlp", None)
-    return all(getattr(ffn, name, None) is not None for name in ("in", "out"))
+    """Tell whether a block's FFN is one module of an input, with an up and a down projection."""
+    ffn: Any = getattr(model.blocks[layer], "mlp", None)
+    if any(getattr(ffn, name, None) is None for name in ("in", "out")) or ffn.name is None:
+        return False
+    arguments = inspect.signature(type(ffn.original_component).forward).parameters.values()
+    return sum(argument.default is argument.empty for argument in arguments) == 2  # itself and the input
 
 
 def _score(model: TransformerBridge, layer: int) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def test_sink_mass_averages_the_later_queries_and_leaves_out_padding():
 
 def test_bootstrap_interval_holds_the_mean_and_is_repeatable():
     values = np.array([1.0, 2.0, 3.0, 4.0])
-    low, high = metrics.bootstrap_mean(values)
+    low, high = statistics.bootstrap_mean(values)
     assert 1 < low < 2.5 < high < 4
-    assert metrics.bootstrap_mean(values) == (low, high)
-    assert all(np.isnan(metrics.bootstrap_mean(values[:1])))
+    assert statistics.bootstrap_mean(values) == (low, high)
+    assert all(np.isnan(statistics.bootstrap_mean(values[:1])))
