@@ -39,15 +39,20 @@ _WITHOUT: dict[str, Literal["all", "gain", "norm"]] = {
 }
 
 
-def can_ablate(model: TransformerBridge, layer: int, part: Part) -> bool:
+def can_ablate(model: TransformerBridge, layer: int, part: str) -> bool:
     """Tell whether a block has the part: a parallel block has no `ln2`, a state-space block no attention."""
     if part in _WRITES:
         return f"blocks.{layer}.{_WRITES[part]}" in model.hook_dict
     return has_normalization(model, layer, "ln2")
 
 
-def ablation(model: TransformerBridge, layer: int, part: Part) -> list[Hook]:
+def ablation(model: TransformerBridge, layer: int, part: str) -> list[Hook]:
     """Return the hooks that switch off a part of a block, at every position.
+
+    Args:
+        model: a bridge.
+        layer: 0-based block.
+        part: one of `Part`.
 
     Raises:
         MelensError: an unknown part, or a block without it.
@@ -75,7 +80,7 @@ def _zero(written: Tensor, hook: HookPoint) -> Tensor:
 
 
 @contextmanager
-def ablated(model: TransformerBridge, *parts: tuple[int, Part]) -> Iterator[None]:
+def ablated(model: TransformerBridge, *parts: tuple[int, str]) -> Iterator[None]:
     """Switch parts of blocks off, each given as `(layer, part)`, for as long as the context lasts.
 
     `melens.trace`, `run_with_cache` and plain calls inside it see the ablated model.

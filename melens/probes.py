@@ -290,7 +290,8 @@ class FirstAgainstOthers(Probe):
         weights = batch.weights_after(0).to(activation.device)
         reduced: dict[str, Tensor] = {}
         for name, values in self.measure(site, layer, activation).items():
-            reduced |= {name: values[:, 0], f"{name}_others": (values * weights).sum(-1)}
+            of_tokens = values.masked_fill(weights == 0, 0)  # padding may hold 0 / 0
+            reduced |= {name: values[:, 0], f"{name}_others": (of_tokens * weights).sum(-1)}
         return reduced
 
 

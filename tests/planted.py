@@ -40,6 +40,15 @@ def plain_model(family: str, seed: int = 0) -> Any:
         return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
 
 
+def gains_apart(network: Any, seed: int = 0) -> Any:
+    """Draw the norms' weights at random: fresh ones are all alike, and nothing would tell a gain from none."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in network.named_parameters():
+        if "norm" in name and weight.ndim == 1:
+            weight.data = 0.5 + torch.rand(weight.shape, generator=generator)
+    return network
+
+
 def bridge(network: Any) -> TransformerBridge:
     """Bridge a copy of a transformers model."""
     network = copy.deepcopy(network)

@@ -49,9 +49,47 @@ def test_sink_mass_averages_the_later_queries_and_leaves_out_padding():
     assert of_second.isnan().all()
 
 
-def test_bootstrap_interval_holds_the_mean_and_is_repeatable():
-    values = np.array([1.0, 2.0, 3.0, 4.0])
-    low, high = statistics.bootstrap_mean(values)
-    assert 1 < low < 2.5 < high < 4
-    assert statistics.bootstrap_mean(values) == (low, high)
-    assert all(np.isnan(statistics.bootstrap_mean(values[:1])))
+def test_the_energy_share_of_two_dims_by_hand():
+    activation = torch.tensor([[3.0, 4.0, 0.0, 12.0]])
+    share = metrics.energy_share(activation, torch.tensor([True, True, False, False]))
+    assert share.tolist() == [pytest.approx(25 / 169)]
+
+
+def test_kl_to_the_gain_by_hand():
+    gain = torch.tensor([1.0, -1.0, 2.0])  # g = 1/6, 1/6, 2/3: signs do not count
+    activation = torch.tensor([[1.0, 1.0, 0.0], [1.0, -1.0, 2.0]])  # p = 1/2, 1/2, 0, then g itself
+    spread, aligned = metrics.kl_to_gain(activation, gain).tolist()
+    assert spread == pytest.approx(np.log(3))
+    assert aligned == pytest.approx(0, abs=1e-6)
+
+
+def test_kl_is_the_same_for_little_and_much_at_a_time(monkeypatch):
+    activation, gain = torch.randn(2, 5, 8), torch.randn(8)
+    whole = metrics.kl_to_gain(activation, gain)
+    monkeypatch.setattr(metrics, "_CHUNK", 16)
+    assert metrics.kl_to_gain(activation, gain).shape == (2, 5)
+    torch.testing.assert_close(metrics.kl_to_gain(activation, gain), whole)
+
+
+def test_concentration_runs_from_even_to_one_dim():
+    even, one, by_hand = torch.ones(8), torch.eye(8)[2], torch.tensor([1.0, 2.0, 0, 0, 0, 0, 0, 0])
+    concentrations = metrics.concentration(torch.stack([even, one, by_hand])).tolist()
+    assert concentrations == [pytest.approx(1 / 8), pytest.approx(1), pytest.approx((1 / 5) ** 2 + (4 / 5) ** 2)]
+
+
+def test_concentration_of_large_bf16_values_does_not_overflow():
+    activation = torch.full((1, 1000), 30_000.0, dtype=torch.bfloat16)
+    assert metrics.concentration(activation).item() == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_effective_rank_and_first_share_by_hand():
+    spectra = torch.tensor([[2.0, 2.0, 2.0, 2.0], [5.0, 0.0, 0.0, 0.0], [3.0, 1.0, 0.0, 0.0]])
+    entropy = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
+    assert metrics.effective_rank(spectra).tolist() == pytest.approx([4, 1, np.exp(entropy)], rel=1e-5)
+    assert metrics.first_share(spectra).tolist() == pytest.approx([0.25, 1, 0.75])
+
+
+def test_cosines_by_hand():
+    cosines = metrics.pairwise_cosine(torch.tensor([[1.0, 0.0], [2.0, 2.0], [0.0, -3.0]]))
+    assert cosines[0].tolist() == pytest.approx([1, np.sqrt(0.5), 0])
+    assert cosines[1, 2].item() == pytest.approx(-np.sqrt(0.5))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from planted import FAMILIES, N_LAYERS, VOCABULARY, bridge, plain_model
+from planted import FAMILIES, N_LAYERS, VOCABULARY, bridge, gains_apart, plain_model
 
 import melens
 from melens import MelensError, Probe
@@ -80,6 +80,67 @@ def test_every_probe_equals_run_with_cache_on_the_embedded_model(embedded):
     with torch.no_grad():
         caches = [embedded.run_with_cache(prompt[None])[1] for prompt in prompts]
     check_against_cache(trace, prompts, caches, embedded.cfg.n_layers)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_probes_of_the_figures_equal_run_with_cache(family):
+    model = bridge(gains_apart(plain_model(family)))
+    prompts = some_prompts((23, 20, 16))
+    gains = {
+        (site, layer): melens.read_normalization(model, layer, site).gain
+        for site in ("ln1", "ln2")
+        for layer in range(N_LAYERS)
+    }
+    projections = ("mlp.hook_pre", "mlp.hook_pre_linear", "hook_mlp_out")
+    probes = [
+        melens.GainAlignment(gains, (0.05, 0.2)),
+        melens.Concentration(projections),
+        melens.Spectrum(),
+        melens.AttentionSpectrum(),
+    ]
+    trace = melens.trace(model, prompts, probes)
+    with torch.no_grad():
+        caches = [model.run_with_cache(prompt[None])[1] for prompt in prompts]
+    for prompt, cache in enumerate(caches):
+        for layer in range(N_LAYERS):
+            at = {"prompt": prompt, "layer": layer}
+            for site in ("ln1", "ln2"):
+                output, gain = cache[f"blocks.{layer}.{site}.hook_out"][0], gains[site, layer]
+                row = rows(trace["gain_alignment"], site=f"{site}.hook_out", **at).iloc[0]
+                top = gain.abs().topk(12).indices  # a fifth of 64
+                p, g = output**2 / (output**2).sum(-1, keepdim=True), gain**2 / (gain**2).sum()
+                expected = {
+                    "weight_norm": output.norm(dim=-1),
+                    "frac_0.2": (output[:, top] ** 2).sum(-1) / (output**2).sum(-1),
+                    "kl": (p * (p / g).log()).sum(-1),
+                }
+                for name, values in expected.items():
+                    close([row[name], row[f"{name}_others"]], [values[0], values[1:].mean()])
+            for site in projections:
+                share = cache[f"blocks.{layer}.{site}"][0] ** 2
+                values = ((share / share.sum(-1, keepdim=True)) ** 2).sum(-1)
+                row = rows(trace["concentration"], site=site, **at).iloc[0]
+                close([row.concentration, row.concentration_others], [values[0], values[1:].mean()])
+            spectrum = rows(trace["spectrum"], **at).iloc[0]
+            check_ranks(spectrum, torch.linalg.svdvals(cache[f"blocks.{layer}.hook_resid_post"][0]))
+            of_heads = rows(trace["attention_spectrum"], **at)
+            pattern = cache[f"blocks.{layer}.attn.hook_pattern"][0]
+            for head, (_, row) in enumerate(of_heads.iterrows()):
+                check_ranks(row, torch.linalg.svdvals(pattern[head]))
+
+
+def check_ranks(row, singular_values):
+    share = singular_values / singular_values.sum()
+    close([row.effective_rank, row.first_share], [(-(share * share.log()).nansum()).exp(), share[0]])
+
+
+def test_attention_maps_are_the_patterns_of_the_blocks_asked_for():
+    model = bridge(plain_model("llama"))
+    (prompt,) = some_prompts((15,))
+    maps = melens.trace(model, [prompt], [melens.AttentionMaps([1, 2])]).tensors["attention_maps"]
+    with torch.no_grad():
+        _, cache = model.run_with_cache(prompt[None])
+    close(maps[0], torch.stack([cache[f"blocks.{layer}.attn.hook_pattern"][0] for layer in (1, 2)]))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,0 +1,43 @@
+import numpy as np
+import pandas as pd
+import pytest
+
+from melens import statistics
+
+
+def test_bootstrap_interval_holds_the_mean_and_is_repeatable():
+    values = np.array([1.0, 2.0, 3.0, 4.0])
+    low, high = statistics.bootstrap_mean(values)
+    assert 1 < low < 2.5 < high < 4
+    assert statistics.bootstrap_mean(values) == (low, high)
+    assert all(np.isnan(statistics.bootstrap_mean(values[:1])))
+
+
+def test_means_are_taken_by_group_without_what_is_missing():
+    table = pd.DataFrame({"layer": [0, 0, 0, 1, 1], "prompt": [0, 1, 2, 0, 1], "x": [1.0, 3.0, np.nan, 5.0, 5.0]})
+    summary = statistics.mean_by(table, "x")
+    assert summary["mean"].tolist() == [2, 5]
+    assert summary.loc[1, ["low", "high"]].tolist() == [5, 5]
+    assert 1 <= summary.low[0] < summary.high[0] <= 3
+
+
+def test_an_array_is_laid_out_without_its_nan():
+    table = statistics.tidy(np.array([[1.0, np.nan], [2.0, 3.0]]), "norm", "effect")
+    assert table.to_dict("list") == {"prompt": [0, 1, 1], "effect": [0, 0, 1], "norm": [1, 2, 3]}
+
+
+def test_a_number_is_written_with_its_interval_if_it_has_one():
+    assert statistics.with_interval(1.638, (1.6, 1.7)) == "1.64 (1.6 to 1.7)"
+    assert statistics.with_interval(0.021, None, ".1%") == "2.1%"
+    assert statistics.with_interval(2.0, (float("nan"), float("nan"))) == "2"
+
+
+def test_the_peak_is_the_layer_of_the_largest_value():
+    assert statistics.peak_layer(pd.DataFrame({"layer": [3, 4, 9], "mean": [-2.0, 5.0, 1.0]})) == 4
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.95])
+def test_a_wider_interval_for_more_confidence(confidence):
+    values = np.arange(20.0)
+    low, high = statistics.bootstrap_mean(values, confidence=confidence)
+    assert (high - low > 4) == (confidence == 0.95)
