@@ -113,20 +113,24 @@ def _coefficient_of_variation(states: Float[Tensor, "n layer d"]) -> pd.DataFram
 
 
 def _metrics(study: Study, norms: pd.DataFrame, to_others: pd.DataFrame, between: pd.DataFrame) -> dict[str, Any]:
-    if study.me.layer is None or len(study.lasting) < 2:
-        return {}
     lasting = study.lasting
-    wide = norms[norms["layer"].isin(lasting)].pivot(index="prompt", columns="layer", values="norm").to_numpy()
-    drift = np.abs(wide / wide[:, :1] - 1).max(axis=1)
-    after = between[between["layer"].isin(lasting[1:])].groupby("prompt")["cosine"].min().to_numpy()
+    if study.me.layer is None or not lasting:
+        return {}
+    metrics: dict[str, Any] = {}
+    if len(lasting) > 1:
+        wide = norms[norms["layer"].isin(lasting)].pivot(index="prompt", columns="layer", values="norm").to_numpy()
+        drift = np.abs(wide / wide[:, :1] - 1).max(axis=1)
+        after = between[between["layer"].isin(lasting[1:])].groupby("prompt")["cosine"].min().to_numpy()
+        metrics = {
+            "norm_drift": float(drift.mean()),
+            "norm_drift_interval": bootstrap_mean(drift),
+            "consecutive_cosine": float(after.mean()),
+            "consecutive_cosine_interval": bootstrap_mean(after),
+        }
     by_block = mean_by(to_others[to_others["layer"].isin(lasting)], "cosine")
     lowest = by_block.sort_values("mean").iloc[0]
     before = to_others[to_others["layer"] < study.me.layer]["cosine"]
-    return {
-        "norm_drift": float(drift.mean()),
-        "norm_drift_interval": bootstrap_mean(drift),
-        "consecutive_cosine": float(after.mean()),
-        "consecutive_cosine_interval": bootstrap_mean(after),
+    return metrics | {
         "cosine": float(lowest["mean"]),
         "cosine_interval": (float(lowest["low"]), float(lowest["high"])),
         "cosine_before": float(before.mean()) if len(before) else None,
@@ -189,7 +193,7 @@ def _cosine_maps(study: Study, cosines: Float[Tensor, "layer n n"]) -> dict[str,
 
 
 def _in_words(metrics: dict[str, Any]) -> str:
-    if "cosine" not in metrics:
+    if "norm_drift" not in metrics:
         return "Without an ME layer and blocks after it there is nothing to be settled."
     before = "" if metrics["cosine_before"] is None else f" (before it {metrics['cosine_before']:.2f} on average)"
     return (

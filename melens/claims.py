@@ -27,8 +27,8 @@ class Judgement:
     """
 
     verdict: Verdict
-    value: float | None = None
-    interval: tuple[float, float] | None = None
+    value: float | int | None = None
+    interval: tuple[float | int, float | int] | None = None
     note: str = ""
 
 
@@ -112,13 +112,16 @@ def _judge_one(claim: Claim, measured: Mapping[str, Metrics]) -> Judgement:
         return Judgement("not measured", note=metrics["not_applicable"])
     if claim.id != "exists" and metrics.get("me_layer") is None:
         return Judgement("not measured", note="The model has no ME layer.")
-    return claim.judge(metrics)
+    try:
+        return claim.judge(metrics)
+    except KeyError as missing:
+        return Judgement("not measured", note=f"The result has no metric {missing}.")
 
 
 # --- Thresholds -------------------------------------------------------------------------------------------------------
 
 
-def _at_least(metrics: Metrics, name: str, enough: float, *, partly: float | None = None) -> Judgement:
+def _at_least(metrics: Metrics, name: str, enough: float | int, *, partly: float | int | None = None) -> Judgement:
     """Judge a mean over prompts: its whole interval must reach `enough`; in part its mean, or `partly`."""
     value, interval = metrics.get(name), metrics.get(f"{name}_interval")
     if value is None or math.isnan(value):
@@ -131,7 +134,7 @@ def _at_least(metrics: Metrics, name: str, enough: float, *, partly: float | Non
     return Judgement(verdict, value, interval)
 
 
-def _at_most(metrics: Metrics, name: str, enough: float, *, partly: float | None = None) -> Judgement:
+def _at_most(metrics: Metrics, name: str, enough: float | int, *, partly: float | int | None = None) -> Judgement:
     """Judge the other way round: the whole interval must stay at or below `enough`."""
     value, interval = metrics.get(name), metrics.get(f"{name}_interval")
     if value is None or math.isnan(value):

@@ -73,7 +73,7 @@ class Panel:
     curves: Sequence[Curve]
     me_layer: int | None
     log_scale: bool = False
-    y_range: tuple[float, float] | None = None
+    y_range: tuple[float | int, float | int] | None = None
     zero_line: bool = False
 
 
@@ -188,7 +188,7 @@ def heatmaps(
 
 
 def heatmap_with_slider(
-    maps: Mapping[str, Heatmap], *, title: str, note: str = "", z_title: str, z_range: tuple[float, float], start: str
+    maps: Mapping[str, Heatmap], *, title: str, note: str = "", z_title: str, z_range: tuple[float | int, float | int], start: str
 ) -> go.Figure:
     """Draw one of several matrices, with a slider to choose the block.
 

@@ -289,6 +289,9 @@ def _random_model(spec: ModelSpec, device: torch.device) -> TransformerBridge:
         config = AutoConfig.for_model(spec.model_type or "llama", **_known_fields(spec))
     except (ValueError, TypeError, huggingface_hub.errors.StrictDataclassError) as error:
         raise MelensError(f"model=random: {' '.join(str(error).split())[:300]}") from error
+    n_heads, n_kv_heads = (getattr(config, f"num_{name}_heads", None) for name in ("attention", "key_value"))
+    if isinstance(n_heads, int) and isinstance(n_kv_heads, int) and n_heads % n_kv_heads:
+        raise MelensError(f"model=random: {n_heads} attention heads cannot share {n_kv_heads} key-value heads evenly.")
     config.architectures = config.architectures or [_causal_lm_class(config)]
     _check_architecture(config, spec.name)
     dtype = _dtype(spec.dtype, config)

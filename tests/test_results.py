@@ -6,20 +6,22 @@ import plotly.graph_objects as go
 import pytest
 
 from melens import MelensError, results
-from melens.claims import Claim
-from melens.results import Result, read_results, write_failure, write_result
+from melens.results import Picture, Result, combine, read_results, write_failure, write_result
 
 CONFIG = {"exp": {"name": "emergence"}, "model": {"name": "tiny"}, "seed": 3}
 
 
+def picture(figure=None):
+    return Picture(figure or go.Figure(go.Scatter(x=[0, 1], y=[1, 2])), "figure 1", "A rise.", "A rise as well.")
+
+
 def some_result(**changes):
     content = {
-        "experiment": "emergence",
+        "experiment": "direction",
         "model": {"name": "tiny", "device": "cpu", "dtype": "float32"},
-        "metrics": {"me_layer": np.int64(2), "nothing": None, "interval": (np.float32(1.5), float("nan"))},
-        "claims": [Claim("It is so", "section 1", 0.5, ">= 0.3", "holds")],
+        "metrics": {"me_layer": np.int64(2), "norm_drift": 0.01, "interval": (np.float32(1.5), float("nan"))},
         "tables": {"norms": pd.DataFrame({"layer": [0, 1], "norm": [1.0, 2.0]})},
-        "figures": {"norms": go.Figure(go.Scatter(x=[0, 1], y=[1, 2]))},
+        "pictures": {"norms": picture()},
     }
     return Result(**(content | changes))
 
@@ -29,8 +31,11 @@ def test_what_a_run_leaves(tmp_path):
     assert {path.name for path in paths} == {"norms.parquet", "norms.html", "result.json"}
     assert {path.name for path in (tmp_path / "run").iterdir()} == {path.name for path in paths} | {"plotly.min.js"}
     content = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert content["metrics"] == {"me_layer": 2, "nothing": None, "interval": [1.5, None]}
-    assert content["claims"][0]["verdict"] == "holds"
+    assert content["metrics"] == {"me_layer": 2, "norm_drift": 0.01, "interval": [1.5, None]}
+    claims = {claim["id"]: claim for claim in content["claims"]}
+    assert claims["norm-stable"] | {"verdict": "holds", "value": 0.01, "low": None} == claims["norm-stable"]
+    assert set(claims) == {"norm-stable", "direction-layers", "direction-inputs"}  # what this experiment measures
+    assert content["figures"] == {"norms": {"source": "figure 1", "paper": "A rise.", "here": "A rise as well."}}
     environment = content["environment"]
     assert (environment["device"], environment["dtype"], environment["seed"]) == ("cpu", "float32", 3)
     assert {"melens", "torch", "transformer_lens"} <= set(environment["versions"])
@@ -45,8 +50,17 @@ def test_a_run_that_breaks_off_leaves_no_half_file(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_result(some_result(figures={"a": Breaks()}), tmp_path, config=CONFIG, duration=1.0)
+        write_result(some_result(pictures={"a": picture(Breaks())}), tmp_path, config=CONFIG, duration=1.0)
     assert {path.name for path in tmp_path.iterdir()} == {"norms.parquet", "plotly.min.js"}
+
+
+def test_several_results_become_one():
+    other = some_result(experiment="ffn", metrics={"me_layer": 2}, tables={}, pictures={"ffn": picture()})
+    whole = combine([some_result(), other])
+    assert whole.experiment == "all"
+    assert set(whole.metrics) == {"direction", "ffn"}
+    assert list(whole.pictures) == ["norms", "ffn"]
+    assert set(results.claims_of(whole).experiment) == {"direction", "ffn"}
 
 
 def test_static_images_without_kaleido_are_told(monkeypatch):

@@ -1,0 +1,171 @@
+import pandas as pd
+import pytest
+
+import melens
+from melens.claims import CLAIMS
+
+BASE = {"me_layer": 11, "n_prompts": 9, "distinct_first_tokens": 9, "massive_position": 0}
+
+
+def verdict(experiment, claim, **metrics):
+    judged = melens.judge([{"experiment": experiment, "model": {"name": "m"}, "metrics": BASE | metrics}])
+    return judged.set_index("id").verdict[claim]
+
+
+def test_every_claim_is_complete_and_has_an_id_of_its_own():
+    assert len({claim.id for claim in CLAIMS}) == len(CLAIMS) >= 18
+    for claim in CLAIMS:
+        assert all((claim.claim, claim.source, claim.statistic, claim.criterion, claim.why, claim.figure))
+
+
+@pytest.mark.parametrize(
+    ("value", "interval", "expected"),
+    [
+        (150, (140, 160), "holds"),
+        (101, (95, 108), "holds in part"),  # the interval does not clear the threshold
+        (50, (40, 60), "holds in part"),
+        (5, (4, 6), "does not hold"),
+        (150, (float("nan"), float("nan")), "holds"),  # one prompt
+        (None, None, "not measured"),
+    ],
+)
+def test_a_mean_must_clear_its_threshold_with_its_interval(value, interval, expected):
+    assert verdict("emergence", "magnification", magnification=value, magnification_interval=interval) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "interval", "expected"),
+    [(0.02, (0.01, 0.03), "holds"), (0.09, (0.05, 0.2), "holds in part"), (0.9, (0.8, 1.0), "does not hold")],
+)
+def test_a_mean_must_stay_below_its_threshold_with_its_interval(value, interval, expected):
+    metrics = {"left_without_ffn": value, "left_without_ffn_interval": interval}
+    ablation = {
+        "left_without_norm": {}, "over_others_without_norm": {}, "causal_layers": [], "strongest_cause": 3, **metrics,
+    }  # fmt: skip
+    assert verdict("ablation", "ffn-needed", **ablation) == expected
+
+
+@pytest.mark.parametrize(
+    ("metrics", "expected"),
+    [
+        ({"weight_norm_ratio": 3, "weight_norm_first_layer": 11}, "holds"),
+        ({"weight_norm_ratio": 3, "weight_norm_first_layer": 4}, "holds in part"),
+        ({"weight_norm_ratio": 1.6, "weight_norm_first_layer": 28}, "does not hold"),
+        ({"weight_norm_first_layer": None}, "not measured"),
+    ],
+)
+def test_token_0_must_stand_out_at_the_me_layer_and_not_before(metrics, expected):
+    assert verdict("rmsnorm", "weight-norm", **metrics) == expected
+
+
+@pytest.mark.parametrize(
+    ("peaks", "expected"),
+    [
+        ({"gate": 11, "up": 11, "down": 11}, "holds"),
+        ({"gate": 27, "up": 11, "down": 11}, "holds in part"),
+        ({"gate": 27, "up": 3, "down": 4}, "does not hold"),
+        ({"down": 11}, "not measured"),
+    ],
+)
+def test_concentrations_must_peak_together(peaks, expected):
+    assert verdict("ffn", "concentration", concentration_peaks=peaks) == expected
+
+
+@pytest.mark.parametrize(
+    ("left", "over_others", "expected"),
+    [
+        ({"identity": 0.2, "no_gain": 0.3}, {"identity": 30, "no_gain": 40}, "holds"),
+        ({"identity": 800, "no_gain": 0.3}, {"identity": 9e4, "no_gain": 40}, "holds in part"),
+        ({"identity": 800, "no_gain": 16}, {"identity": 9e4, "no_gain": 1e3}, "does not hold"),
+        ({"identity": 0.01, "no_gain": 0.01}, {"identity": 1, "no_gain": 1}, "does not hold"),  # it does not persist
+    ],
+)
+def test_without_the_norm_it_must_persist_and_be_smaller(left, over_others, expected):
+    metrics = {"left_without_norm": left, "over_others_without_norm": over_others}
+    shared = {"causal_layers": [], "strongest_cause": 3}
+    assert verdict("ablation", "norm-scales", **metrics, **shared) == expected
+
+
+@pytest.mark.parametrize(
+    ("causal", "strongest", "expected"),
+    [([11], 11, "holds"), ([0, 8, 11], 11, "holds in part"), ([0, 11], 0, "does not hold"), ([], 3, "does not hold")],
+)
+def test_only_the_me_layer_may_be_a_cause(causal, strongest, expected):
+    metrics = {"causal_layers": causal, "strongest_cause": strongest}
+    shared = {"left_without_norm": {}, "over_others_without_norm": {}}
+    assert verdict("ablation", "only-me-causal", **metrics, **shared) == expected
+
+
+@pytest.mark.parametrize(
+    ("onset", "first", "expected"),
+    [(12, 12, "holds"), (12, 3, "holds in part"), (14, 14, "does not hold"), (None, None, "does not hold")],
+)
+def test_the_sink_must_start_one_block_later(onset, first, expected):
+    metrics = {"sink_onset_layer": onset, "first_sink_layer": first, "sink_mass_after": 0.4}
+    assert verdict("sinks", "sink-next", **metrics) == expected
+
+
+def test_what_follows_from_a_shared_first_token_is_trivial():
+    metrics = {"cosine": 1.0, "cosine_interval": (1.0, 1.0), "distinct_first_tokens": 1}
+    assert verdict("direction", "direction-inputs", **metrics) == "trivial here"
+    assert verdict("direction", "direction-inputs", **metrics | {"distinct_first_tokens": 2}) == "holds"
+    same = {"least_agreement": 1.0, "least_agreement_interval": (1.0, 1.0), "distinct_first_tokens": 1}
+    assert verdict("stability", "same-layer", **same) == "trivial here"
+    assert verdict("stability", "same-layer", **same | {"massive_position": 3}) == "holds"
+
+
+def test_without_an_me_layer_nothing_is_measured_but_that():
+    judged = melens.judge(
+        [{"experiment": "all", "model": {"name": "m"}, "metrics": {c.experiment: {"me_layer": None} for c in CLAIMS}}]
+    )
+    assert judged.set_index("id").verdict["exists"] == "does not hold"
+    assert set(judged[judged.id != "exists"].verdict) == {"not measured"}
+    assert (judged[judged.id != "exists"].note == "The model has no ME layer.").all()
+
+
+def test_what_was_not_run_or_does_not_apply_says_so():
+    judged = melens.judge(
+        [{"experiment": "ffn", "model": {"name": "m"}, "metrics": BASE | {"not_applicable": "No FFN."}}]
+    )
+    notes = judged.set_index("id").note
+    assert notes["concentration"] == "No FFN."
+    assert notes["sink-next"] == "exp=sinks was not run."
+
+
+def test_a_result_that_lacks_a_metric_is_not_measured_rather_than_an_error():
+    judged = melens.judge(
+        [{"experiment": "all", "model": {"name": "m"}, "metrics": {c.experiment: BASE for c in CLAIMS}}]
+    )
+    assert set(judged[judged.id != "exists"].verdict) == {"not measured"}
+
+
+def of_model(name, family, me_layer):
+    return {
+        "experiment": "emergence",
+        "status": "ok",
+        "model": {"name": name},
+        "config": {"model": {"family": family}},
+        "metrics": BASE | {"me_layer": me_layer, "kind": "one block"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"), [((7, 7), "holds"), ((7, 8), "does not hold"), ((7, None), "not measured")]
+)
+def test_a_family_must_agree_on_its_me_layer(layers, expected):
+    jobs = [of_model(f"q{i}", "qwen3", layer) for i, layer in enumerate(layers)] + [of_model("l", "llama", 1)]
+    judged = melens.judge([*jobs, {"experiment": "emergence", "status": "failed", "error": "It broke."}])
+    (family,) = judged[judged.id == "same-in-family"].to_dict("records")
+    assert family["verdict"] == expected
+    assert set(judged.model) == {"q0", "q1", "l", "all models"}
+
+
+def test_several_experiments_of_a_model_belong_together():
+    results = [
+        {"experiment": "ffn", "model": {"name": "m"}, "metrics": BASE | {"concentration_peaks": {}}},
+        {"experiment": "direction", "model": {"name": "m"}, "metrics": BASE | {"norm_drift": 0.01}},
+    ]
+    judged = melens.judge(results)
+    assert len(judged) == len(CLAIMS)
+    assert judged.set_index("id").verdict["norm-stable"] == "holds"
+    assert pd.isna(judged.set_index("id").low["norm-stable"])

@@ -1,0 +1,156 @@
+"""Every experiment on planted models, where the truth is known, and on architectures where some do not apply."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from planted import FAMILIES, N_LAYERS, VOCABULARY, bridge, gains_apart, plain_model, plant
+
+import melens
+from experiments.study import begin_study, run_experiments
+from melens.claims import CLAIMS
+from melens.results import combine
+
+TOKEN, DIM, BLOCK = 7, 21, 1
+CONF = str(Path(__file__).parents[1] / "conf")
+
+
+def study(model, prompts, *overrides):
+    with initialize_config_dir(CONF, version_base="1.3"):
+        cfg = compose("config", ["exp=all", "model=random", "exp.sinks.rank_tokens=12", *overrides])
+    return begin_study(model, prompts, cfg, lambda name: lambda done, total: None)
+
+
+def prompts_of(token=TOKEN, n=6, position=0):
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(10, VOCABULARY, (length,), generator=generator) for length in range(12, 12 + n)]
+    for prompt in prompts:
+        prompt[position] = token
+    return prompts
+
+
+def planted_model(family="llama", block=BLOCK):
+    network = gains_apart(plain_model(family))
+    plant(network, block=block, token=TOKEN, dim=DIM)
+    return bridge(network)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def planted_result(request):
+    return combine(run_experiments(study(planted_model(request.param), prompts_of())))
+
+
+def test_every_experiment_finds_what_was_planted(planted_result):
+    metrics = planted_result.metrics
+    assert not any("not_applicable" in part for part in metrics.values())
+    assert {part["me_layer"] for part in metrics.values()} == {BLOCK}
+    assert metrics["ffn"]["amplification_peak"] == BLOCK
+    assert metrics["ffn"]["concentration_peaks"]["down"] == BLOCK
+    assert metrics["ablation"]["left_without_ffn"] < 0.1
+    assert BLOCK in metrics["ablation"]["causal_layers"]
+    assert metrics["predict"]["ranks"]["response"] == 1
+    assert metrics["predict"]["predicted_dim"] == DIM
+    assert metrics["stability"]["least_agreement"] == 1
+    beginnings = planted_result.tables["beginnings"].set_index("beginning")
+    assert beginnings.at_first["as it is (n = 6)"] == 1
+    assert beginnings.none["another first token (n = 48)"] > 0.5  # the planted token is what makes it
+
+
+def test_the_verdicts_on_what_was_planted(planted_result):
+    verdicts = melens.judge([planted_result]).set_index("id").verdict
+    assert verdicts[["exists", "magnification", "first-token", "ffn-needed", "amplification"]].eq("holds").all()
+    assert verdicts["predictable"] == "holds"
+    assert verdicts["direction-inputs"] == "trivial here"
+
+
+def test_every_claim_points_to_a_figure_that_is_there(planted_result):
+    assert {claim.figure for claim in CLAIMS} <= set(planted_result.pictures)
+    for picture in planted_result.pictures.values():
+        assert "tiny" in picture.figure.layout.title.text  # the model
+        assert all((picture.source, picture.paper, picture.here))
+        assert "nan" not in picture.here
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_a_massive_activation_no_claim_holds(family):
+    result = combine(run_experiments(study(bridge(gains_apart(plain_model(family))), prompts_of())))
+    assert {part["me_layer"] for part in result.metrics.values()} == {None}
+    verdicts = set(melens.judge([result]).verdict)
+    assert verdicts == {"does not hold", "not measured"}
+
+
+def test_a_massive_token_elsewhere_is_followed():
+    result = combine(run_experiments(study(planted_model(), prompts_of(position=3))))
+    ablation = result.metrics["ablation"]
+    assert (ablation["massive_position"], ablation["ablation_prompts"]) == (3, 6)
+    assert ablation["left_without_ffn"] < 0.1
+    verdicts = melens.judge([result]).set_index("id").verdict
+    assert verdicts["first-token"] == "does not hold"
+    assert verdicts["ffn-needed"] == "holds"
+
+
+@pytest.mark.parametrize("block", [0, N_LAYERS - 1])
+def test_a_massive_activation_in_the_first_or_last_block(block):
+    result = combine(run_experiments(study(planted_model(block=block), prompts_of())))
+    assert not any(part.get("failed") for part in result.metrics.values())
+    assert result.metrics["emergence"]["me_layer"] == block
+    verdicts = melens.judge([result]).set_index("id").verdict
+    assert verdicts["exists"] == "holds"
+
+
+def test_one_prompt_gives_values_without_intervals():
+    result = combine(run_experiments(study(planted_model(), prompts_of(n=1))))
+    assert not any(part.get("failed") for part in result.metrics.values())
+    assert melens.judge([result]).set_index("id").verdict["magnification"] == "holds"
+    assert not any("nan" in picture.here for picture in result.pictures.values())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "not_applicable"),
+    [
+        ("gpt2", {}, {"ablation"}),
+        ("gptj", {"num_attention_heads": 2, "rotary_dim": 8}, {"ablation"}),
+        ("mixtral", {"num_local_experts": 4}, {"ablation", "predict"}),
+        ("mamba", {}, {"ablation", "predict", "rmsnorm", "ffn", "sinks"}),
+        (
+            "falcon_h1",
+            {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8},
+            {"ablation"},
+        ),
+    ],
+)
+def test_other_architectures_work_or_say_why_not(model_type, config, not_applicable):
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    if model_type in ("mixtral", "falcon_h1"):
+        sizes["num_key_value_heads"] = 2
+    model = melens.load_model("random", model_type=model_type, config=sizes | config)
+    metrics = {result.experiment: result.metrics for result in run_experiments(study(model, prompts_of()))}
+    reasons = {name: part["not_applicable"] for name, part in metrics.items() if "not_applicable" in part}
+    assert not any(part.get("failed") for part in metrics.values()), reasons
+    assert set(reasons) == not_applicable
+    assert all(reason.endswith(".") for reason in reasons.values())
+
+
+def test_a_layernorm_model_with_a_massive_activation_can_be_ablated():
+    model = melens.load_model(
+        "random", model_type="gpt2", config={"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": VOCABULARY}
+    )
+    mlp = model.original_model.transformer.h[1].mlp
+    with torch.no_grad():
+        mlp.c_proj.bias[DIM] = 3_000  # every token's: a massive activation all the same
+    prepared = study(model, prompts_of())
+    assert prepared.me.layer == 1
+    metrics = {result.experiment: result.metrics for result in run_experiments(prepared)}
+    assert set(metrics["ablation"]["left_without_norm"]) == {"identity", "no_gain", "no_norm"}
+    assert metrics["ablation"]["left_without_ffn"] < 0.1
+
+
+def test_an_experiment_that_breaks_does_not_lose_the_others(monkeypatch):
+    from experiments import ffn
+
+    monkeypatch.setattr(ffn, "_amplification", lambda study: 1 / 0)
+    results = run_experiments(study(planted_model(), prompts_of(), "exp.experiments=[ffn,predict]"))
+    assert results[0].metrics["failed"]
+    assert "ZeroDivisionError" in results[0].metrics["not_applicable"]
+    assert results[1].metrics["ranks"]["response"] == 1
