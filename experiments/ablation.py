@@ -139,7 +139,8 @@ def _prepare(study: Study, options: DictConfig) -> _Bench:
     if study.me.layer is None:
         raise MelensError(f"There is no massive activation whose causes could be removed: {study.me.reason}")
     born = study.me.per_prompt
-    usable = born[(born["layer"] == study.me.layer) & (born["pos"] < options.max_position)]
+    usable = born[born["prompt"].isin(study.distinct_carriers if study.position == 0 else study.carriers)]
+    usable = usable[usable["pos"] < options.max_position]
     if usable.empty:
         raise MelensError(
             f"All massive tokens stand at position {options.max_position} or later; raise exp.max_position."
@@ -253,7 +254,7 @@ def _left_by_cause(bench: _Bench, causality: pd.DataFrame) -> pd.DataFrame:
 def _causal_metrics(bench: _Bench, causality: pd.DataFrame) -> dict[str, Any]:
     left = _left_by_cause(bench, causality)
     of_ffn = left[left["part"] == "ffn"].set_index("layer")["mean"]
-    up_to_end = of_ffn[of_ffn.index <= bench.study.last_lasting]
+    up_to_end = of_ffn[of_ffn.index <= max(bench.study.last_lasting, bench.me_layer)]
     return {
         "causal_layers": [int(layer) for layer in up_to_end.index[up_to_end <= 0.5]],
         "strongest_cause": int(up_to_end.index.to_numpy()[up_to_end.to_numpy().argmin()]),

@@ -29,21 +29,24 @@ def probes(model: TransformerBridge, options: DictConfig) -> list[Probe]:
 
 def run(study: Study, options: DictConfig) -> Result:
     """Compare token 0's states between prompts, and between blocks."""
-    states = study.trace.tensors["token_vectors"][:, :, 0]  # [prompt, layer, d]
-    distinct = study.trace.prompts.drop_duplicates("first_token_id")["prompt"].tolist()
-    apart = states[distinct]
+    vectors = study.trace.tensors["token_vectors"][:, :, 0]  # [prompt, layer, d]
+    states = vectors[study.distinct_carriers]
+    distinct = study.distinct_carriers
     norms = tidy(l2_norm(states).numpy(), "norm")
-    cosines = pairwise_cosine(states.transpose(0, 1))
-    to_others = tidy(_mean_to_others(cosines[:, distinct][:, :, distinct]).numpy(), "cosine")
+    cosines = pairwise_cosine(vectors[study.carriers].transpose(0, 1))
+    apart = pairwise_cosine(states.transpose(0, 1))
+    to_others = tidy(_mean_to_others(apart).numpy(), "cosine")
     to_previous = torch.cosine_similarity(states, states.roll(1, dims=1), dim=-1)
     to_previous[:, 0] = float("nan")  # no block comes before the first
     between = tidy(to_previous.numpy(), "cosine")
     metrics = study.metrics(**_metrics(study, norms, to_others, between))
+    if study.me.layer is not None and study.lasting:
+        metrics["least_cosine"] = float(apart[list(study.lasting)].min())
     by_block = {
         "norm": mean_by(norms, "norm"),
-        "norm_cv": _coefficient_of_variation(apart),
+        "norm_cv": _coefficient_of_variation(states),
         "cosine_between_inputs": mean_by(to_others, "cosine"),
-        "least_cosine_between_inputs": _least(cosines[:, distinct][:, :, distinct]),
+        "least_cosine_between_inputs": _least(apart),
         "cosine_to_previous_block": mean_by(between, "cosine"),
     }
     trivial = f" ({TRIVIAL})" if len(distinct) == 1 else ""
@@ -139,7 +142,9 @@ def _metrics(study: Study, norms: pd.DataFrame, to_others: pd.DataFrame, between
 
 def _norms_figure(study: Study, norms: pd.DataFrame, variation: pd.DataFrame, rests_on: str) -> Any:
     inputs = [
-        Curve("token 0, one line a prompt", of_prompt.rename(columns={"norm": "mean"}), FIRST, in_legend=prompt == 0)
+        Curve(
+            "token 0, one line a first token", of_prompt.rename(columns={"norm": "mean"}), FIRST, in_legend=prompt == 0
+        )
         for prompt, of_prompt in norms.groupby("prompt")
     ]
     panels = [
@@ -185,7 +190,8 @@ def _same_dims_in_words(study: Study, states: Float[Tensor, "prompt layer d"]) -
 
 
 def _cosine_maps(study: Study, cosines: Float[Tensor, "layer n n"]) -> dict[str, Heatmap]:
-    firsts = [f"{row.prompt} {row.first_token!r}" for row in study.trace.prompts.itertuples()]
+    prompts = study.of_carriers(study.trace.prompts)
+    firsts = [f"{row.prompt} {row.first_token!r}" for row in prompts.itertuples()]
     return {
         str(layer): Heatmap("", cosine.numpy(), firsts, firsts, "prompt", "prompt and its first token")
         for layer, cosine in enumerate(cosines)
@@ -197,7 +203,7 @@ def _in_words(metrics: dict[str, Any]) -> str:
         return "Without an ME layer and blocks after it there is nothing to be settled."
     before = "" if metrics["cosine_before"] is None else f" (before it {metrics['cosine_before']:.2f} on average)"
     return (
-        f"From the ME layer to the last two blocks the norm changes by at most {metrics['norm_drift']:.0%}, the cosine "
-        f"from block to block is at least {metrics['consecutive_cosine']:.4f} and that between inputs at least "
-        f"{metrics['cosine']:.4f}{before}."
+        f"From the ME layer to the last two blocks, mean over inputs: the norm changes by {metrics['norm_drift']:.1%}, "
+        f"the cosine from block to block falls to {metrics['consecutive_cosine']:.4f}, that between inputs to "
+        f"{metrics['cosine']:.4f}{before}; between the two most different inputs it is {metrics['least_cosine']:.4f}."
     )

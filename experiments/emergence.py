@@ -16,7 +16,7 @@ from experiments.study import Study, named_normalization
 from melens import Emergence, Probe, Trace, figures, sinks
 from melens.figures import FIRST, OTHERS, SINK, Curve, Panel
 from melens.results import Picture, Result
-from melens.statistics import bootstrap_mean
+from melens.statistics import bootstrap_mean, with_interval
 
 TABLE8 = (
     "model", "family", "n_layers", "me_layer", "magnification", "magnification_low", "magnification_high",
@@ -43,7 +43,7 @@ def run(study: Study, options: DictConfig) -> Result:
         sink_onset_layer=onset.layer,
         first_sink_layer=onset.first_layer,
     )
-    title = study.title("Token 0's largest dims after each block")
+    title = study.title("Token 0's largest dims after each block", me.n_prompts)
     here = _in_words(me)
     return Result(
         experiment="emergence",
@@ -115,7 +115,7 @@ def _emergence_figure(study: Study, norms: pd.DataFrame, sink_mass: pd.DataFrame
         )
     return figures.curves_by_block(
         panels,
-        title=study.title("Token 0 against the others by block"),
+        title=study.title("Token 0 against the others by block", study.me.n_prompts),
         note="Lines: means. Bands: 10% to 90% of prompts (token 0), tokens or heads.",
         scale_buttons=True,
     )
@@ -136,6 +136,8 @@ def _shares_of_prompts(me: Emergence) -> dict[str, Any]:
     """Compute the share of prompts whose massive token is the first, and the intervals of all such shares."""
     born = me.per_prompt[me.per_prompt["layer"] >= 0]
     at_first = (born["pos"] == 0).to_numpy(dtype=float) if len(born) else np.zeros(0)
+    if me.distinct_first_tokens == 1:  # one state of token 0, seen many times
+        return {"share_at_first": float(at_first.mean()) if len(born) else None}
     return {
         "prompts_with_interval": bootstrap_mean((me.per_prompt["layer"] >= 0).to_numpy(dtype=float)),
         "agreement_interval": bootstrap_mean((me.per_prompt["layer"] == me.layer).to_numpy(dtype=float)),
@@ -188,10 +190,13 @@ def merge(jobs: dict[Path, dict[str, Any]]) -> Result:
         if result["status"] == "failed":
             rows.append({"model": model["name"], "family": model.get("family"), "error": result["error"]})
             continue
+        if not (folder / "table8.parquet").is_file():  # exp=all without this experiment
+            continue
         rows.append(pd.read_parquet(folder / "table8.parquet").iloc[0].to_dict())
         label = model["name"] if model["name"] not in curves else f"{model['name']} (job {folder.name})"
         curves[label] = pd.read_parquet(folder / "norm_by_block.parquet")
-        me_layers[label] = result["metrics"]["me_layer"]
+        me_layer = rows[-1]["me_layer"]
+        me_layers[label] = None if pd.isna(me_layer) else int(me_layer)
     table8 = pd.DataFrame(rows, columns=TABLE8).sort_values("family", kind="stable").reset_index(drop=True)
     table8 = table8.astype({name: "Int64" for name in TABLE8 if name.endswith("_layer") or name == "n_layers"})
     return Result(
@@ -220,9 +225,10 @@ def _in_a_line(row: Mapping[Any, Any]) -> str:
     if pd.isna(row["me_layer"]):
         return f"no ME layer among {row['n_layers']} blocks"
     onset = "no sinks" if pd.isna(row["sink_onset_layer"]) else f"sinks from block {row['sink_onset_layer']}"
+    interval = None if pd.isna(row["magnification_low"]) else (row["magnification_low"], row["magnification_high"])
     return (
-        f"block {row['me_layer']} of {row['n_layers']}, ×{row['magnification']:,.1f} "
-        f"({row['magnification_low']:,.1f} to {row['magnification_high']:,.1f}), {row['kind']}, "
+        f"block {row['me_layer']} of {row['n_layers']}, ×{with_interval(row['magnification'], interval, ',.1f')}, "
+        f"{row['kind']}, "
         f"{row['agreement']:.0%} agree, {onset}"
     )
 
@@ -257,14 +263,14 @@ def _table8_row(model_cfg: DictConfig, trace: Trace, me: Emergence, onset: sinks
 
 def _findings(trace: Trace, me: Emergence, onset: sinks.SinkOnset) -> list[tuple[str, str]]:
     rows = [("model", f"{trace.model['name']} ({trace.model['n_layers']} blocks, {trace.model['dtype']})")]
-    if me.layer is None or me.magnification_interval is None or me.climb is None:
+    if me.layer is None or me.magnification is None:
         rows.append(("ME layer", f"none: {me.reason}"))
     else:
-        low, high = me.magnification_interval
+        magnification = with_interval(me.magnification, me.magnification_interval, ",.1f")
         rows += [
             ("ME layer", f"block {me.layer} (layer {me.layer + 1} counting from 1)"),
             ("how it emerges", f"{me.kind}: that block brings {me.share_of_peak:.0%} of the peak norm"),
-            ("magnification", f"×{me.magnification:,.1f} (95% interval {low:,.1f} to {high:,.1f})"),
+            ("magnification", f"×{magnification}"),
             ("against other tokens", f"×{me.relative_magnification:,.1f}"),
             ("agreement", f"{me.agreement:.0%} of {me.n_prompts} prompts. {me.reason}"),
             ("where", f"position {_some(me.positions)}, dim {_some(me.dims)}"),

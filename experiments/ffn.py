@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from omegaconf import DictConfig
 from transformer_lens.model_bridge import TransformerBridge
@@ -15,25 +14,26 @@ from melens.results import Picture, Result
 from melens.statistics import bootstrap_mean, mean_by, peak_layer, with_interval
 
 GATE, UP, DOWN = "mlp.hook_pre", "mlp.hook_pre_linear", "hook_mlp_out"
+PROJECTIONS = ("gate", "up", "down")
 
 
-def projections(model: TransformerBridge) -> dict[str, str]:
-    """Return the hook names after the projections that this model's FFNs let be told apart."""
-    of_block = {name.split(".", 2)[2] for name in model.hook_dict if name.startswith("blocks.")}
-    if {GATE, UP} <= of_block:
-        return {"gate": GATE, "up": UP, "down": DOWN}
-    has_neurons = any(getattr(getattr(block, "mlp", None), "in", None) is not None for block in model.blocks)
-    if has_neurons and GATE in of_block:  # without a gate the hook is after the up projection
-        return {"up": GATE, "down": DOWN}
-    return {"down": DOWN} if DOWN in of_block else {}
+def projections(model: TransformerBridge, layer: int) -> dict[str, str]:
+    """Return the hook names after the projections of a block's FFN; a mixture of experts has the last alone."""
+    has = {site: f"blocks.{layer}.{site}" in model.hook_dict for site in (GATE, UP, DOWN)}
+    sites = {}
+    if has[GATE] and has[UP]:
+        sites = {"gate": GATE, "up": UP}
+    elif has[GATE] and getattr(getattr(model.blocks[layer], "mlp", None), "in", None) is not None:
+        sites = {"up": GATE}  # without a gate this hook is after the up projection
+    return sites | {"down": DOWN} if has[DOWN] else sites
 
 
 def probes(model: TransformerBridge, options: DictConfig) -> list[Probe]:
     """Concentration after each projection."""
-    sites = projections(model)
-    if not sites:
+    by_layer = {layer: projections(model, layer) for layer in range(len(model.blocks))}
+    if not any(by_layer.values()):
         raise MelensError("No block of this model has an FFN whose output can be heard.")
-    probe = Concentration(tuple(sites.values()))
+    probe = Concentration([f"blocks.{layer}.{site}" for layer, sites in by_layer.items() for site in sites.values()])
     probe.may_miss = True
     return [probe]
 
@@ -41,18 +41,18 @@ def probes(model: TransformerBridge, options: DictConfig) -> list[Probe]:
 def run(study: Study, options: DictConfig) -> Result:
     """Set token 0's concentration against the others', and what the FFN makes of its norm."""
     probes(study.model, options)  # says why, where there is nothing to measure
-    sites = projections(study.model)
-    table = study.trace["concentration"]
-    table = table.assign(difference=table["concentration"] - table["concentration_others"])
-    differences = {name: mean_by(table[table["site"] == site], "difference") for name, site in sites.items()}
+    table = study.of_carriers(study.trace["concentration"])
+    table = table.assign(difference=table["concentration"] - table["concentration_others"], after=_names(study, table))
+    names = [name for name in PROJECTIONS if name in set(table["after"])]
+    differences = {name: mean_by(table[table["after"] == name], "difference") for name in names}
     amplification = _amplification(study)
     by_block = mean_by(amplification, "amplification")
     metrics = study.metrics(
         concentration_peaks={name: _peak(points, study.last_lasting) for name, points in differences.items()},
-        missing_projections=[name for name in ("gate", "up", "down") if name not in sites],
+        missing_projections=_missing(study),
         **_amplification_metrics(study, amplification, by_block),
     )
-    here = _in_words(metrics)
+    here = _in_words(metrics, study.n_layers)
     summaries = [points.assign(quantity=f"concentration after {name}") for name, points in differences.items()]
     return Result(
         experiment="ffn",
@@ -78,9 +78,28 @@ def run(study: Study, options: DictConfig) -> Result:
     )
 
 
+def _names(study: Study, table: pd.DataFrame) -> pd.Series:
+    """Name the projection that each row was measured after."""
+    of_site = {
+        (layer, site): name for layer in range(study.n_layers) for name, site in projections(study.model, layer).items()
+    }
+    places = zip(table["layer"], table["site"], strict=True)
+    return pd.Series([of_site[place] for place in places], index=table.index, dtype=object)
+
+
+def _missing(study: Study) -> dict[str, list[int]]:
+    """List the blocks whose FFN lacks a projection to listen to, by projection."""
+    without = {
+        name: [layer for layer in range(study.n_layers) if name not in projections(study.model, layer)]
+        for name in PROJECTIONS
+    }
+    return {name: layers for name, layers in without.items() if layers}
+
+
 def _amplification(study: Study) -> pd.DataFrame:
     """Compute ‖FFN output‖ / ‖FFN input‖ of token 0: `prompt`, `layer`, `amplification`."""
     norms = study.trace["norm"]
+    norms = norms[norms["prompt"].isin(study.distinct_carriers)]
     of_first = norms[norms["pos"] == 0].pivot(index=["prompt", "layer"], columns="site", values="norm")
     if "ln2.hook_out" not in of_first:  # a parallel block: the FFN reads what attention reads
         return pd.DataFrame(columns=["prompt", "layer", "amplification"])
@@ -89,18 +108,18 @@ def _amplification(study: Study) -> pd.DataFrame:
 
 
 def _amplification_metrics(study: Study, amplification: pd.DataFrame, by_block: pd.DataFrame) -> dict[str, Any]:
-    here = amplification[amplification["layer"] == study.me.layer]["amplification"].to_numpy(dtype=float)
-    if not len(here):
+    wide = amplification.pivot(index="prompt", columns="layer", values="amplification")
+    others = wide[[layer for layer in range(study.last_lasting + 1) if layer in wide and layer != study.me.layer]]
+    if study.me.layer not in wide.columns or others.empty:
         return {}
-    others = by_block[(by_block["layer"] != study.me.layer) & (by_block["layer"] <= study.last_lasting)]
-    largest = others["mean"].max() if len(others) else np.nan
-    low, high = bootstrap_mean(here)
+    here = wide[study.me.layer].to_numpy(dtype=float)
+    over_next = here / others.max(axis=1).to_numpy(dtype=float)
     return {
         "amplification": float(here.mean()),
-        "amplification_interval": (low, high),
+        "amplification_interval": bootstrap_mean(here),
         "amplification_peak": _peak(by_block, study.last_lasting),
-        "amplification_over_next": float(here.mean() / largest),
-        "amplification_over_next_interval": (low / largest, high / largest),
+        "amplification_over_next": float(over_next.mean()),
+        "amplification_over_next_interval": bootstrap_mean(over_next),
     }
 
 
@@ -109,7 +128,7 @@ def _peak(points: pd.DataFrame, last: int) -> int | None:
     return peak_layer(points) if len(points) else None
 
 
-def _in_words(metrics: dict[str, Any]) -> str:
+def _in_words(metrics: dict[str, Any], n_layers: int) -> str:
     peaks = ", ".join(f"{name} at block {layer}" for name, layer in metrics["concentration_peaks"].items())
     words = f"The last two blocks apart, concentration peaks after {peaks}."
     if "amplification" in metrics:
@@ -118,6 +137,7 @@ def _in_words(metrics: dict[str, Any]) -> str:
             f" The FFN of block {metrics['me_layer']} amplifies ×{amplification}, "
             f"×{metrics['amplification_over_next']:,.3g} the largest elsewhere."
         )
-    if metrics["missing_projections"]:
-        words += f" This FFN gives no {' and no '.join(metrics['missing_projections'])} projection to listen to."
+    for name, layers in metrics["missing_projections"].items():
+        where = "any block" if len(layers) == n_layers else f"block {', '.join(map(str, layers))}"
+        words += f" There is no {name} projection to listen to in {where}."
     return words

@@ -22,9 +22,6 @@ SITES = ("ln2", "ln1")
 
 def probes(model: TransformerBridge, options: DictConfig) -> list[Probe]:
     """Norm, share on the top gains and KL to the gain of every normalisation's output."""
-    shares = [options.top_share, *options.other_shares]
-    if not all(isinstance(share, float | int) and 0 < share <= 1 for share in shares):
-        raise MelensError(f"exp.top_share and exp.other_shares are {shares}; each must be over 0 and at most 1.")
     gains = {
         (site, layer): read_normalization(model, layer, site).gain
         for site in SITES
@@ -33,7 +30,7 @@ def probes(model: TransformerBridge, options: DictConfig) -> list[Probe]:
     }
     if not gains:
         raise MelensError("No block of this model has a normalisation before its attention or its FFN.")
-    probe = GainAlignment(gains, tuple(dict.fromkeys(shares)))
+    probe = GainAlignment(gains, tuple(dict.fromkeys([options.top_share, *options.other_shares])))
     probe.may_miss = True
     return [probe]
 
@@ -41,7 +38,7 @@ def probes(model: TransformerBridge, options: DictConfig) -> list[Probe]:
 def run(study: Study, options: DictConfig) -> Result:
     """Set token 0 against the others at each normalisation, by block."""
     probes(study.model, options)  # says why, where there is nothing to measure
-    table = study.trace["gain_alignment"]
+    table = study.of_carriers(study.trace["gain_alignment"])
     names = {f"{site}.hook_out": named_normalization(study.model, site) for site in SITES}
     shares = sorted({options.top_share, *options.other_shares})
     by_block = pd.concat([_by_block(table, shares), _weight_norms(table)], ignore_index=True)

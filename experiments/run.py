@@ -115,6 +115,12 @@ def check_options(cfg: DictConfig) -> None:
         wrong_kind = not isinstance(value, kind) or (kind is int and isinstance(value, bool))
         if (value is None and not may_be_absent) or (value is not None and (wrong_kind or (kind is int and value < 0))):
             raise MelensError(f"{key} is {value!r}; it must be {allowed}.")
+    if len(cfg.exp.get("experiments", [""])) == 0:
+        raise MelensError("exp.experiments is empty; it must name at least one experiment.")
+    for name in cfg.exp.get("experiments", []):
+        if not OmegaConf.is_dict(cfg.exp.get(name)):
+            allowed = ", ".join(str(key) for key, value in cfg.exp.items() if OmegaConf.is_dict(value))
+            raise MelensError(f"exp.experiments names {name!r}; allowed are {allowed}.")
     for name, options in experiments_of(cfg).items():
         for key, value in options.items():
             check_experiment_option(name, str(key), value)
@@ -125,19 +131,25 @@ def check_options(cfg: DictConfig) -> None:
         cfg.prompts.tasks = [cfg.prompts.tasks]
 
 
-COUNTS = (
-    "top_dims", "map_tokens", "rank_tokens", "rank_prompts", "max_position", "n_prompts", "max_tokens",
-    "n_first_tokens",
-)  # fmt: skip
+LEAST = {
+    "top_dims": 1, "map_tokens": 2, "rank_tokens": 2, "rank_prompts": 1, "max_position": 1, "n_prompts": 1,
+    "max_tokens": 2, "n_first_tokens": 1,
+}  # fmt: skip
 
 
 def check_experiment_option(experiment: str, key: str, value: Any) -> None:
     """Check an option of an experiment."""
     if key == "log_scale" and not isinstance(value, bool):
         raise MelensError(f"exp.{key} of {experiment} is {value!r}; it must be true or false.")
-    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    if key in COUNTS and not is_count:
-        raise MelensError(f"exp.{key} of {experiment} is {value!r}; it must be a whole number of at least 1.")
+    if key in LEAST and not (isinstance(value, int) and not isinstance(value, bool) and value >= LEAST[key]):
+        raise MelensError(
+            f"exp.{key} of {experiment} is {value!r}; it must be a whole number of at least {LEAST[key]}."
+        )
+    shares = {"top_share": [value], "other_shares": value}.get(key, [])
+    if not all(isinstance(share, float | int) and 0 < share <= 1 for share in shares):
+        raise MelensError(f"exp.{key} of {experiment} is {value}; a share of the width is over 0 and at most 1.")
+    if key == "length_bins" and not (all(isinstance(n, int) and n > 0 for n in value) and value == sorted(set(value))):
+        raise MelensError(f"exp.{key} of {experiment} is {value}; it must be rising whole numbers of tokens.")
 
 
 def choose_prompts(model: Any, prompts: list[Prompt], cfg: DictConfig) -> list[Prompt] | list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -30,14 +31,16 @@ def run(study: Study, options: DictConfig) -> Result:
     """Find the sinks by block and head, draw the maps of the blocks around the ME layer, and measure ranks."""
     if "sink_mass" not in study.trace.tables:
         raise MelensError("No block of this model lets its attention be heard, so there are no sinks to look for.")
-    by_layer = sink_mass_by_layer(study.trace)
-    by_head = study.trace["sink_mass"].groupby(["layer", "head"])["sink_mass"].mean().reset_index()
-    onset = find_sink_onset(study.trace, trailing_blocks=study.me.criterion.trailing_blocks)
+    of_carriers = study.of_carriers(study.trace["sink_mass"])
+    trace = replace(study.trace, tables={"sink_mass": of_carriers})
+    by_layer = sink_mass_by_layer(trace)
+    by_head = of_carriers.groupby(["layer", "head"])["sink_mass"].mean().reset_index()
+    onset = find_sink_onset(trace, trailing_blocks=study.me.criterion.trailing_blocks)
     ranks = _ranks(study, options)
     metrics = study.metrics(
         sink_onset_layer=onset.layer,
         first_sink_layer=onset.first_layer,
-        **_sink_mass_metrics(study),
+        **_sink_mass_metrics(study, of_carriers),
         **_rank_metrics(study, ranks),
         rank_prompts=int(ranks["prompt"].nunique()) if len(ranks) else 0,
     )
@@ -49,16 +52,17 @@ def run(study: Study, options: DictConfig) -> Result:
     if len(ranks):
         tables["rank_by_block"] = _rank_summary(ranks)
         pictures["rank"] = _rank_picture(study, tables["rank_by_block"], metrics, options)
-    findings = [("sinks", here)]
-    if len(ranks):
-        findings.append(("rank", _ranks_in_words(metrics)))
+    why_not = f"Not measured: no prompt has {options.rank_tokens} tokens (exp.rank_tokens)."
+    if not len(ranks):
+        metrics["why_not"] = why_not
+    findings = [("sinks", here), ("rank", _ranks_in_words(metrics) if len(ranks) else why_not)]
     return Result("sinks", study.trace.model, metrics, tables, pictures, findings)
 
 
-def _sink_mass_metrics(study: Study) -> dict[str, Any]:
+def _sink_mass_metrics(study: Study, sink_mass: pd.DataFrame) -> dict[str, Any]:
     if study.me.layer is None:
         return {}
-    mass = study.trace["sink_mass"].groupby(["layer", "prompt"])["sink_mass"].mean()
+    mass = sink_mass.groupby(["layer", "prompt"])["sink_mass"].mean()
     layers = mass.index.get_level_values("layer")
     metrics: dict[str, Any] = {}
     for name, layer in (("at_me_layer", study.me.layer), ("after", study.me.layer + 1)):
@@ -143,10 +147,10 @@ def _ranks(study: Study, options: DictConfig) -> pd.DataFrame:
 
     A rank grows with the number of tokens, so prompts that are shorter stay out.
     """
-    long_enough = [ids for ids in study.tokens if len(ids) >= options.rank_tokens][: options.rank_prompts]
+    long_enough = _across_tasks(study, options)
     if not long_enough:
         return pd.DataFrame(columns=["prompt", "layer", "of", "effective_rank", "first_share"])
-    cut = [torch.tensor(ids[: options.rank_tokens]) for ids in long_enough]
+    cut = [torch.tensor(study.tokens[prompt][: options.rank_tokens]) for prompt in long_enough]
     probes: list[Probe] = [Spectrum()]
     if _map_blocks(study):
         probes.append(AttentionSpectrum())
@@ -160,6 +164,15 @@ def _ranks(study: Study, options: DictConfig) -> pd.DataFrame:
         by_head = trace["attention_spectrum"].groupby(["prompt", "layer"])[columns[2:]].mean().reset_index()
         tables.append(by_head.assign(of="attention"))
     return pd.concat(tables, ignore_index=True)
+
+
+def _across_tasks(study: Study, options: DictConfig) -> list[int]:
+    """Choose `exp.rank_prompts` prompts of enough tokens, one task type after the other."""
+    prompts = study.of_carriers(study.trace.prompts)
+    prompts = prompts[prompts["n_tokens"] >= options.rank_tokens]
+    turn = prompts.groupby(prompts["task"].fillna(""))["prompt"].rank().to_numpy()
+    chosen: list[int] = prompts.assign(turn=turn).sort_values("turn", kind="stable")["prompt"].tolist()
+    return chosen[: options.rank_prompts]
 
 
 def _rank_summary(ranks: pd.DataFrame) -> pd.DataFrame:

@@ -13,7 +13,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import melens
 from experiments.study import Study
-from melens import MelensError, Probe, figures
+from melens import Probe, figures
 from melens.figures import COLORS, Curve, Panel
 from melens.results import Picture, Result
 from melens.statistics import bootstrap_mean
@@ -30,8 +30,6 @@ def probes(model: TransformerBridge, options: DictConfig) -> list[Probe]:
 def run(study: Study, options: DictConfig) -> Result:
     """Group the prompts by task and length, then change how some of them begin."""
     edges = list(options.length_bins)
-    if not all(isinstance(edge, int) and edge > 0 for edge in edges) or edges != sorted(set(edges)):
-        raise MelensError(f"exp.length_bins is {edges}; it must be rising whole numbers of tokens.")
     prompts = study.trace.prompts.merge(study.me.per_prompt, on="prompt")
     prompts = prompts.assign(length=_length_names(prompts["n_tokens"], edges), task=prompts["task"].fillna("not given"))
     groups = _agreement(study, prompts)
@@ -43,6 +41,8 @@ def run(study: Study, options: DictConfig) -> Result:
     )
     metrics = study.metrics(
         **_least_agreement(study, groups),
+        n_tasks=int(prompts["task"].nunique()),
+        n_length_bins=int(prompts["length"].nunique()),
         agreement_by_group={row["group"]: row["agreement"] for row in groups.to_dict("records")},
         positions_by_beginning={row["beginning"]: row["at_first"] for row in beginnings.to_dict("records")},
     )
@@ -62,7 +62,10 @@ def run(study: Study, options: DictConfig) -> Result:
                 figures.shares(
                     beginnings.set_index("beginning")[["at_first", "elsewhere", "none"]],
                     names=("position 0", "another position", "no massive token"),
-                    title=study.title("Where the massive token is when a prompt begins otherwise", options.n_prompts),
+                    title=study.title(
+                        "Where the massive token is when a prompt begins otherwise",
+                        min(options.n_prompts, len(study.tokens)),
+                    ),
                     note="Share of prompts; n: how many were run.",
                 ),
                 "beyond the paper",
@@ -190,7 +193,8 @@ def _norms_figure(study: Study, norms: pd.DataFrame, edges: Sequence[int]) -> An
     distinct = study.me.distinct_first_tokens
     trivial = ", so the curves are the same by construction" if distinct == 1 else ""
     note = f"One line a prompt; {distinct} distinct first token{'s' if distinct > 1 else ''}{trivial}."
-    return figures.curves_by_block(panels, title=study.title("Norm of token 0 after each block"), note=note)
+    title = study.title("Norm of token 0 after each block", study.me.n_prompts)
+    return figures.curves_by_block(panels, title=title, note=note)
 
 
 def _agreement_in_words(study: Study, groups: pd.DataFrame) -> str:
@@ -199,8 +203,10 @@ def _agreement_in_words(study: Study, groups: pd.DataFrame) -> str:
     least = groups.sort_values("agreement", kind="stable").iloc[0]
     if least["agreement"] == 1:
         return f"Block {study.me.layer} in every prompt of every task type and length."
+    elsewhere = groups[(groups["me_layer"] != study.me.layer).fillna(True)]["group"].tolist()
+    majority = f"another majority for {', '.join(elsewhere)}" if elsewhere else "in the majority of every group"
     return (
-        f"Block {study.me.layer} in every group; agreement is lowest for {least['group']}, {least['agreement']:.0%} of "
+        f"Block {study.me.layer} {majority}; agreement is lowest for {least['group']}, {least['agreement']:.0%} of "
         f"{least['n_prompts']} prompts."
     )
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
+import pandas as pd
 from omegaconf import DictConfig
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
@@ -29,7 +31,6 @@ class Study:
     Attributes:
         model: the bridge.
         tokens: the prompts as token ids.
-        prompts: as texts, None for a model without a tokenizer.
         cfg: the whole configuration; an experiment's own options come apart.
         trace: of all prompts, with the default probes and those of every experiment of the run.
         me: where the massive activation is born.
@@ -38,7 +39,6 @@ class Study:
 
     model: TransformerBridge
     tokens: list[list[int]]
-    prompts: list[Prompt] | None
     cfg: DictConfig
     trace: Trace
     me: Emergence
@@ -58,14 +58,35 @@ class Study:
         """The blocks from the ME layer to `last_lasting`."""
         return range(0 if self.me.layer is None else self.me.layer, self.last_lasting + 1)
 
-    @property
+    @cached_property
     def position(self) -> int:
-        """Where the massive token most often is; 0 without one."""
-        return self.me.positions[0] if self.me.positions else 0
+        """Where the massive token most often is when it is born in the ME layer; 0 without one."""
+        positions = self.me.per_prompt[self.me.per_prompt["layer"] == self.me.layer].get(
+            "pos", pd.Series([], dtype=int)
+        )
+        return int(positions.mode().iloc[0]) if len(positions) else 0
+
+    @cached_property
+    def carriers(self) -> list[int]:
+        """The prompts whose massive activation is born in the ME layer: on token 0, if most are; all without one."""
+        if self.me.layer is None:
+            return self.trace.prompts["prompt"].tolist()
+        born = self.me.per_prompt[self.me.per_prompt["layer"] == self.me.layer]
+        return (born if self.position else born[born["pos"] == 0])["prompt"].tolist()
+
+    @cached_property
+    def distinct_carriers(self) -> list[int]:
+        """One carrier for each first token: in a causal model prompts that share it share its every state."""
+        prompts = self.of_carriers(self.trace.prompts)
+        return prompts.drop_duplicates("first_token_id")["prompt"].tolist()
+
+    def of_carriers(self, table: pd.DataFrame) -> pd.DataFrame:
+        """Keep a table's rows of the carriers."""
+        return table[table["prompt"].isin(self.carriers)]
 
     def title(self, text: str, n_prompts: int | None = None) -> str:
-        """Name the model and the number of prompts behind a figure's title."""
-        n_prompts = self.me.n_prompts if n_prompts is None else n_prompts
+        """Name the model and the number of prompts behind a figure's title; by default that of the carriers."""
+        n_prompts = len(self.carriers) if n_prompts is None else n_prompts
         return f"{text}: {self.trace.model['name']}, {n_prompts} prompt{'s' if n_prompts != 1 else ''}"
 
     def metrics(self, **own: Any) -> dict[str, Any]:
@@ -75,6 +96,8 @@ class Study:
             "n_prompts": self.me.n_prompts,
             "distinct_first_tokens": self.me.distinct_first_tokens,
             "massive_position": self.position,
+            "n_carriers": len(self.carriers),
+            "last_lasting_layer": self.last_lasting,
         }
         return shared | own
 
@@ -131,14 +154,15 @@ def begin_study(
         max_batch_tokens=cfg.max_batch_tokens,
         progress=stage("tokens traced"),
     )
+    trace = replace(trace, model=trace.model | {"family": cfg.model.get("family")})
     me = melens.find_me_layer(trace, Criterion(**cfg.criterion))
-    return Study(model, tokens, texts or None, cfg, trace, me, stage)
+    return Study(model, tokens, cfg, trace, me, stage)
 
 
 def _probes(model: TransformerBridge, name: str, options: DictConfig) -> list[Probe]:
     try:
         return _module(name).probes(model, options)
-    except MelensError:  # it does not apply, which its run will say
+    except Exception:  # it does not apply or is broken, which its run will say
         return []
 
 

@@ -27,19 +27,15 @@ class MergeSweep(Callback):
         jobs = read_results(folder)
         if not jobs:
             return
-        merged = [_merge_claims(jobs)]
-        if of_emergence := {
-            job: result for job, result in jobs.items() if result["experiment"] in ("emergence", "all")
-        }:
-            merged.append(emergence.merge(of_emergence))
         sweep = pd.DataFrame([_row(job, result) for job, result in jobs.items()])
         paths = write_tables_and_figures({"sweep": sweep}, {}, folder)
-        for result in merged:
+        merged = [_merge_claims(jobs)]
+        if any(result["experiment"] in ("emergence", "all") for result in jobs.values()):
+            merged.append(emergence.merge(jobs))
+        for number, result in enumerate(merged, 1):
             plots = {name: picture.figure for name, picture in result.pictures.items()}
             paths += write_tables_and_figures(result.tables, plots, folder)
-        for result in merged[:-1]:
-            show_result(result, [], Console())
-        show_result(merged[-1], paths, Console())
+            show_result(result, paths if number == len(merged) else [], Console())
 
 
 def _row(job: Path, result: dict[str, Any]) -> dict[str, Any]:
@@ -61,7 +57,7 @@ def _merge_claims(jobs: Jobs) -> Result:
     times = Counter((result["model"]["name"], result["experiment"]) for result in ok.values())
     for job, result in ok.items():
         if times[result["model"]["name"], result["experiment"]] > 1:
-            result["model"]["name"] += f" (job {job.name})"
+            result["model"]["label"] = f"{result['model']['name']} (job {job.name})"
     claims = judge(ok.values())
     if claims.empty:
         return Result("claims", model={}, metrics={}, findings=[("claims", "no job gave a result")])

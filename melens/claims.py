@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import pandas as pd
@@ -46,6 +46,8 @@ class Claim:
         criterion: what it must satisfy.
         why: why that threshold.
         judge: gives the verdict from the experiment's metrics.
+        of_token_0: whether it is measured on token 0, whatever token is massive.
+        blocks_after: how many blocks it takes between the ME layer and the last two; None if it does not matter.
     """
 
     id: str
@@ -57,6 +59,8 @@ class Claim:
     criterion: str
     why: str
     judge: Callable[[Metrics], Judgement]
+    of_token_0: bool = False
+    blocks_after: int | None = None
 
 
 def judge(results: Iterable[Any]) -> pd.DataFrame:
@@ -71,22 +75,19 @@ def judge(results: Iterable[Any]) -> pd.DataFrame:
         `criterion`, `why`, `value`, `low`, `high`, `verdict`, `note`.
     """
     by_model: dict[str, dict[str, Metrics]] = {}
-    families: dict[str, str | None] = {}
+    described: dict[str, dict[str, Any]] = {}
     for result in results:
-        content = (
-            result
-            if isinstance(result, Mapping)
-            else {"experiment": result.experiment, "model": result.model, "metrics": result.metrics}
-        )
+        content = result if isinstance(result, Mapping) else vars(result)
         if content.get("status", "ok") != "ok":
             continue
-        name = content["model"]["name"]
+        model = content["model"]
+        name = model.get("label", model["name"])
         parts = content["metrics"] if content["experiment"] == "all" else {content["experiment"]: content["metrics"]}
         by_model.setdefault(name, {}).update(parts)
-        families[name] = content.get("config", {}).get("model", {}).get("family")
+        described[name] = model
     rows = [_row(name, claim, _judge_one(claim, measured)) for name, measured in by_model.items() for claim in CLAIMS]
     if len(by_model) > 1:
-        rows += [_row("all models", FAMILY_CLAIM, judgement) for judgement in _judge_families(by_model, families)]
+        rows += [_row("all models", FAMILY_CLAIM, judgement) for judgement in _judge_families(by_model, described)]
     return pd.DataFrame(rows)
 
 
@@ -108,25 +109,61 @@ def _judge_one(claim: Claim, measured: Mapping[str, Metrics]) -> Judgement:
     metrics = measured.get(claim.experiment)
     if metrics is None:
         return Judgement("not measured", note=f"exp={claim.experiment} was not run.")
-    if "not_applicable" in metrics:
-        return Judgement("not measured", note=metrics["not_applicable"])
-    if claim.id != "exists" and metrics.get("me_layer") is None:
-        return Judgement("not measured", note="The model has no ME layer.")
+    if (why_not := _why_not_measured(claim, metrics)) is not None:
+        return Judgement("not measured", note=why_not)
     try:
-        return claim.judge(metrics)
+        judged = claim.judge(metrics)
     except KeyError as missing:
         return Judgement("not measured", note=f"The result has no metric {missing}.")
+    notes = [judged.note, *_changed_settings(claim, metrics)]
+    at_first = metrics.get("massive_position", 0) == 0
+    if at_first and metrics.get("distinct_first_tokens") == 1 and judged.verdict in ("holds", "holds in part"):
+        notes.append("It rests on a single first token.")
+    return replace(judged, note=" ".join(note for note in notes if note))
+
+
+def _why_not_measured(claim: Claim, metrics: Metrics) -> str | None:
+    if "not_applicable" in metrics:
+        return str(metrics["not_applicable"])
+    if claim.id == "exists":
+        return None
+    me_layer, position = metrics.get("me_layer"), metrics.get("massive_position", 0)
+    if me_layer is None:
+        return "The model has no ME layer."
+    if claim.of_token_0 and position != 0:
+        return f"It is measured on token 0; the massive token is at position {position}."
+    last = metrics.get("last_lasting_layer")
+    if claim.blocks_after is not None and last is not None and me_layer + claim.blocks_after > last:
+        return "The ME layer is too near the end: the last two blocks count apart (appendix A)."
+    return None
+
+
+def _changed_settings(claim: Claim, metrics: Metrics) -> list[str]:
+    """Tell where a user's settings are not those that the claim's text states."""
+    told = []
+    criterion = metrics.get("criterion", {})
+    if claim.id == "exists" and (criterion.get("min_abs", 100), criterion.get("min_ratio", 1_000)) != (100, 1_000):
+        told.append(f"Here the criterion was |h| > {criterion['min_abs']} and > {criterion['min_ratio']} × the median.")
+    if claim.id == "delta-frac" and metrics.get("top_share", 0.01) != 0.01:
+        told.append(f"Here K was {metrics['top_share']:.2%} of the width.")
+    return told
 
 
 # --- Thresholds -------------------------------------------------------------------------------------------------------
 
 
+def _interval(metrics: Metrics, name: str) -> tuple[float, float] | None:
+    """Read an interval, as an experiment returns it or as JSON holds it: there NaN is null."""
+    low, high = metrics.get(f"{name}_interval") or (None, None)
+    return None if low is None or high is None or math.isnan(low) else (float(low), float(high))
+
+
 def _at_least(metrics: Metrics, name: str, enough: float | int, *, partly: float | int | None = None) -> Judgement:
     """Judge a mean over prompts: its whole interval must reach `enough`; in part its mean, or `partly`."""
-    value, interval = metrics.get(name), metrics.get(f"{name}_interval")
+    value, interval = metrics.get(name), _interval(metrics, name)
     if value is None or math.isnan(value):
-        return Judgement("not measured", note=f"{name} could not be measured on this model.")
-    low = interval[0] if interval is not None and not math.isnan(interval[0]) else value
+        return Judgement("not measured", note=metrics.get("why_not", f"The result has no {name}."))
+    low = value if interval is None else interval[0]
     if low >= enough:
         verdict: Verdict = "holds"
     else:
@@ -136,9 +173,9 @@ def _at_least(metrics: Metrics, name: str, enough: float | int, *, partly: float
 
 def _at_most(metrics: Metrics, name: str, enough: float | int, *, partly: float | int | None = None) -> Judgement:
     """Judge the other way round: the whole interval must stay at or below `enough`."""
-    value, interval = metrics.get(name), metrics.get(f"{name}_interval")
+    value, interval = metrics.get(name), _interval(metrics, name)
     if value is None or math.isnan(value):
-        return Judgement("not measured", note=f"{name} could not be measured on this model.")
+        return Judgement("not measured", note=metrics.get("why_not", f"The result has no {name}."))
     mirrored = {name: -value, f"{name}_interval": None if interval is None else (-interval[1], -interval[0])}
     judged = _at_least(mirrored, name, -enough, partly=None if partly is None else -partly)
     return Judgement(judged.verdict, value, interval)
@@ -149,13 +186,18 @@ def _unless_trivial(metrics: Metrics, judgement: Judgement) -> Judgement:
     if metrics.get("distinct_first_tokens") != 1 or judgement.verdict == "not measured":
         return judgement
     note = "All prompts share their first token, so its states are the same by construction."
-    return Judgement("trivial here", judgement.value, judgement.interval, note)
+    return replace(judgement, verdict="trivial here", note=note)
+
+
+def _exists(metrics: Metrics) -> Judgement:
+    judged = _at_least(metrics, "prompts_with", 0.5)
+    return judged if metrics.get("me_layer") is not None else replace(judged, verdict="does not hold")
 
 
 def _single_block(metrics: Metrics) -> Judgement:
     judged = _at_least(metrics, "share_of_peak", 0.8)
     if judged.verdict == "does not hold" and metrics["kind"] == "a few blocks":
-        return Judgement("holds in part", judged.value, judged.interval, "A few blocks bring it together.")
+        return replace(judged, verdict="holds in part", note="A few blocks bring it together.")
     return judged
 
 
@@ -164,24 +206,25 @@ def _stands_out_first(metrics: Metrics) -> Judgement:
     if ratio is None:
         return Judgement("not measured", note="This model has no normalisation before the FFN.")
     note = f"Twice the others' first at block {first}." if first is not None else "Twice the others' at no block."
-    verdict: Verdict = "does not hold"
-    if ratio >= 2:
-        verdict = "holds" if first == metrics["me_layer"] else "holds in part"
-    return Judgement(verdict, ratio, metrics.get("weight_norm_ratio_interval"), note)
+    judged = _at_least(metrics, "weight_norm_ratio", 2)
+    if judged.verdict == "holds" and first != metrics["me_layer"]:
+        return replace(judged, verdict="holds in part", note=note)
+    return replace(judged, note=note)
 
 
 def _delta_frac(metrics: Metrics) -> Judgement:
     judged = _at_least(metrics, "delta_frac", 1e-9)
     top = metrics.get("delta_frac_top_layer")
     if judged.verdict == "holds" and top != metrics["me_layer"]:
-        return Judgement("holds in part", judged.value, judged.interval, f"Positive, but larger at block {top}.")
+        return replace(judged, verdict="holds in part", note=f"Positive, but larger at block {top}.")
     return judged
 
 
 def _peak_together(metrics: Metrics) -> Judgement:
     peaks: Mapping[str, int] = metrics["concentration_peaks"]
-    if len(peaks) < 3:
-        return Judgement("not measured", note="This model's FFN has no gate, up and down projection to tell apart.")
+    missing = metrics.get("missing_projections", {})
+    if len(peaks) < 3 or any(metrics["me_layer"] in layers for layers in missing.values()):
+        return Judgement("not measured", note="The ME layer's FFN has no gate, up and down projection to tell apart.")
     there = sum(layer == metrics["me_layer"] for layer in peaks.values())
     note = ", ".join(f"{name} at block {layer}" for name, layer in peaks.items())
     verdict: Verdict = "does not hold" if there == 0 else "holds" if there == 3 else "holds in part"
@@ -196,20 +239,18 @@ def _persists_smaller(metrics: Metrics) -> Judgement:
     agree = [sense for sense in left if left[sense] <= 0.5 and over_others[sense] >= 10]
     note = ", ".join(f"{sense}: {share:.3g} of intact" for sense, share in left.items())
     verdict: Verdict = "holds" if len(agree) == len(left) else "holds in part" if agree else "does not hold"
-    return Judgement(verdict, left["identity"], metrics.get("left_identity_interval"), f"{note}.")
+    return Judgement(verdict, left["identity"], _interval(metrics, "left_identity"), f"{note}.")
 
 
 def _same_everywhere(metrics: Metrics) -> Judgement:
+    if metrics["n_tasks"] < 2 or metrics["n_length_bins"] < 2:
+        return Judgement("not measured", note="It takes prompts of at least two task types and two lengths.")
     judged = _at_least(metrics, "least_agreement", 0.95, partly=0.5)
-    if metrics["massive_position"] != 0:
-        return judged
-    return _unless_trivial(metrics, judged)
+    return judged if metrics["massive_position"] != 0 else _unless_trivial(metrics, judged)
 
 
 def _sink_next(metrics: Metrics) -> Judgement:
-    onset, first, me_layer = metrics.get("sink_onset_layer"), metrics.get("first_sink_layer"), metrics["me_layer"]
-    if "sink_mass_after" not in metrics:
-        return Judgement("not measured", note="This model has no attention to measure sinks in.")
+    onset, first, me_layer = metrics["sink_onset_layer"], metrics["first_sink_layer"], metrics["me_layer"]
     if onset is None:
         return Judgement("does not hold", None, None, "No sink lasts.")
     note = f"Sinks come and go before, first in block {first}." if first is not None and first < onset else ""
@@ -257,11 +298,7 @@ CLAIMS: tuple[Claim, ...] = (
         statistic="share of prompts with an entry |h| > 100 and > 1,000 × the median |h|",
         criterion=">= 0.5",
         why="the criterion is Sun et al.'s (2024); a property of the model shows in most inputs",
-        judge=lambda metrics: Judgement(
-            "holds" if metrics.get("me_layer") is not None else "does not hold",
-            metrics.get("prompts_with"),
-            metrics.get("prompts_with_interval"),
-        ),
+        judge=_exists,
     ),
     Claim(
         id="single-block",
@@ -305,6 +342,7 @@ CLAIMS: tuple[Claim, ...] = (
         statistic="largest ‖FFN output‖ of token 0 in the last two blocks, relative to the ME layer's",
         criterion=">= 0.1, and < 0.1 between; in part: >= 0.1",
         why="within an order of magnitude of the first",
+        of_token_0=True,
         judge=_second_massive,
     ),
     Claim(
@@ -316,6 +354,7 @@ CLAIMS: tuple[Claim, ...] = (
         statistic="WeightNorm of token 0 over the others' mean at the ME layer",
         criterion=">= 2 there and at no earlier block; in part: >= 2 there",
         why="alike is taken as less than twice",
+        of_token_0=True,
         judge=_stands_out_first,
     ),
     Claim(
@@ -327,6 +366,7 @@ CLAIMS: tuple[Claim, ...] = (
         statistic="ΔFrac at the ME layer, K = 1% of the width",
         criterion="> 0 and the largest up to there; in part: > 0",
         why="the sign is the paper's; 'far exceeds other layers' its words",
+        of_token_0=True,
         judge=_delta_frac,
     ),
     Claim(
@@ -338,6 +378,7 @@ CLAIMS: tuple[Claim, ...] = (
         statistic="ΔKL at the ME layer, nats",
         criterion="< 0",
         why="the sign is the paper's",
+        of_token_0=True,
         judge=lambda metrics: _at_most(metrics, "delta_kl", -1e-9),
     ),
     Claim(
@@ -349,6 +390,8 @@ CLAIMS: tuple[Claim, ...] = (
         statistic="how many of the three concentration differences peak at the ME layer, last two blocks apart",
         criterion="3; in part 1 or 2",
         why="the last two blocks are a phenomenon of their own (appendix A)",
+        of_token_0=True,
+        blocks_after=0,
         judge=_peak_together,
     ),
     Claim(
@@ -360,6 +403,8 @@ CLAIMS: tuple[Claim, ...] = (
         statistic="‖FFN output‖ / ‖FFN input‖ at the ME layer over the largest at another block, last two apart",
         criterion="> 1",
         why="a peak is a peak",
+        of_token_0=True,
+        blocks_after=0,
         judge=lambda metrics: _at_least(metrics, "amplification_over_next", 1),
     ),
     Claim(
@@ -404,6 +449,8 @@ CLAIMS: tuple[Claim, ...] = (
         statistic="largest relative change of token 0's norm from the ME layer to the last two blocks",
         criterion="<= 0.1; in part <= 0.5",
         why="a tenth cannot be seen on the paper's axes",
+        of_token_0=True,
+        blocks_after=1,
         judge=lambda metrics: _at_most(metrics, "norm_drift", 0.1, partly=0.5),
     ),
     Claim(
@@ -415,6 +462,8 @@ CLAIMS: tuple[Claim, ...] = (
         statistic="smallest cosine between its states after consecutive blocks",
         criterion=">= 0.99; in part >= 0.9",
         why="0.99 is an angle of 8 degrees",
+        of_token_0=True,
+        blocks_after=1,
         judge=lambda metrics: _at_least(metrics, "consecutive_cosine", 0.99, partly=0.9),
     ),
     Claim(
@@ -426,6 +475,8 @@ CLAIMS: tuple[Claim, ...] = (
         statistic="smallest mean cosine between inputs, over the blocks from the ME layer to the last two",
         criterion=">= 0.95; in part >= 0.8",
         why="0.95 is an angle of 18 degrees, where random directions have 90",
+        of_token_0=True,
+        blocks_after=0,
         judge=lambda metrics: _unless_trivial(metrics, _at_least(metrics, "cosine", 0.95, partly=0.8)),
     ),
     Claim(
@@ -448,6 +499,8 @@ CLAIMS: tuple[Claim, ...] = (
         statistic="blocks from the ME layer to the first from which the mean sink mass stays over 0.3",
         criterion="1; in part: sinks before that come and go",
         why="0.3 is Gu et al.'s (2024)",
+        of_token_0=True,
+        blocks_after=1,
         judge=_sink_next,
     ),
     Claim(
@@ -459,6 +512,8 @@ CLAIMS: tuple[Claim, ...] = (
         statistic="effective rank of the attention matrices after the ME layer over that before",
         criterion="<= 0.5; in part < 1",
         why="a collapse is at least a halving",
+        of_token_0=True,
+        blocks_after=1,
         judge=lambda metrics: _at_most(metrics, "attention_rank_ratio", 0.5, partly=0.999),
     ),
     Claim(
@@ -470,6 +525,8 @@ CLAIMS: tuple[Claim, ...] = (
         statistic="effective rank of all tokens' hidden states from the ME layer on over that before",
         criterion="<= 0.5; in part < 1",
         why="a collapse is at least a halving",
+        of_token_0=True,
+        blocks_after=0,
         judge=lambda metrics: _at_most(metrics, "hidden_rank_ratio", 0.5, partly=0.999),
     ),
     Claim(
@@ -499,18 +556,21 @@ FAMILY_CLAIM = Claim(
 )
 
 
-def _judge_families(by_model: dict[str, dict[str, Metrics]], families: dict[str, str | None]) -> list[Judgement]:
-    layers: dict[str, list[int | None]] = {}
-    for name, measured in by_model.items():
-        me_layer = next((metrics.get("me_layer") for metrics in measured.values()), None)
-        if families[name] is not None:
-            layers.setdefault(str(families[name]), []).append(me_layer)
+def _judge_families(by_model: dict[str, dict[str, Metrics]], described: dict[str, dict[str, Any]]) -> list[Judgement]:
+    layers: dict[str, dict[str, int | None]] = {}
+    for label, measured in by_model.items():
+        family, name = described[label].get("family"), described[label]["name"]
+        if family is not None:
+            me_layer = next((metrics.get("me_layer") for metrics in measured.values()), None)
+            layers.setdefault(family, {}).setdefault(name, me_layer)
     judged = []
     for family, found in layers.items():
-        known = [layer for layer in found if layer is not None]
-        if len(known) < 2:
+        known = [layer for layer in found.values() if layer is not None]
+        if len(found) < 2 or not known:
             continue
-        most = max(map(known.count, known)) / len(known)
-        note = f"Family {family}: blocks {', '.join(map(str, known))}."
-        judged.append(Judgement("holds" if most == 1 else "does not hold", most, None, note))
-    return judged or [Judgement("not measured", note="No family has two models with an ME layer.")]
+        most = max(map(known.count, known)) / len(found)
+        note = f"Family {family}: " + ", ".join(
+            f"{name} {'none' if layer is None else f'block {layer}'}" for name, layer in found.items()
+        )
+        judged.append(Judgement("holds" if most == 1 else "does not hold", most, None, f"{note}."))
+    return judged or [Judgement("not measured", note="No family has two models, of which one has an ME layer.")]

@@ -53,11 +53,12 @@ class Emergence:
         reason: why `layer` is None, or how it was settled.
         kind: whether one block brings the massive activation, a few do, or the norm climbs slowly; None without one.
         magnification: ‖h_out‖ / ‖h_in‖ of the massive token at that block, mean over prompts (table 8).
-        magnification_interval: its 95% bootstrap interval over prompts.
+        magnification_interval: its 95% bootstrap interval over prompts, of which those that share a massive first token
+            count once (they share its every state); None for a single one.
         relative_magnification: the same divided by the mean magnification of the prompt's other tokens in that block
             (block 0 lifts every token).
         share_of_peak: how much of the token's peak norm that one block brings, (‖h_out‖ - ‖h_in‖) / peak.
-        share_of_peak_interval: its 95% bootstrap interval over prompts.
+        share_of_peak_interval: its interval, in the same way.
         climb: first and last block of the climb from 10% to 90% of the peak norm (median over prompts).
         agreement: share of prompts whose first massive block is `layer`.
         prompts_with: share of prompts with a massive activation at any block.
@@ -137,20 +138,26 @@ def find_me_layer(trace: Trace, criterion: Criterion | None = None) -> Emergence
     agreeing = born[born["layer"] == layer]
     entries = massive[(massive["layer"] == layer) & massive["prompt"].isin(agreeing["prompt"])]
     share, climb = float(agreeing["share_of_peak"].mean()), _median_climb(agreeing)
+    first_tokens = trace.prompts.set_index("prompt")["first_token_id"].reindex(agreeing["prompt"]).to_numpy()
+    apart = agreeing[(agreeing["pos"] > 0) | ~pd.Series(first_tokens, index=agreeing.index).duplicated()]
     return Emergence(
         layer=layer,
         kind=_kind(share, climb, criterion),
         magnification=float(agreeing["magnification"].mean()),
-        magnification_interval=bootstrap_mean(agreeing["magnification"].to_numpy()),
+        magnification_interval=_interval(apart["magnification"]),
         relative_magnification=float(agreeing["relative_magnification"].mean()),
         share_of_peak=share,
-        share_of_peak_interval=bootstrap_mean(agreeing["share_of_peak"].to_numpy()),
+        share_of_peak_interval=_interval(apart["share_of_peak"]),
         climb=climb,
         agreement=len(agreeing) / n_prompts,
         positions=tuple(entries["pos"].value_counts().index),
         dims=tuple(entries["dim"].value_counts().index),
         **shared,
     )
+
+
+def _interval(values: pd.Series) -> tuple[float, float] | None:
+    return bootstrap_mean(values.to_numpy()) if len(values) > 1 else None
 
 
 def _check_finite(trace: Trace) -> None:

@@ -188,7 +188,13 @@ def heatmaps(
 
 
 def heatmap_with_slider(
-    maps: Mapping[str, Heatmap], *, title: str, note: str = "", z_title: str, z_range: tuple[float | int, float | int], start: str
+    maps: Mapping[str, Heatmap],
+    *,
+    title: str,
+    note: str = "",
+    z_title: str,
+    z_range: tuple[float | int, float | int],
+    start: str,
 ) -> go.Figure:
     """Draw one of several matrices, with a slider to choose the block.
 

@@ -76,7 +76,7 @@ def read_normalization(model: TransformerBridge, layer: int, site: str) -> Norma
         raise MelensError(f"Block {layer} of this model has no normalisation {site!r}.")
     component = getattr(model.blocks[layer], site)
     module = copy.deepcopy(component.original_component).float()
-    device = next(module.parameters()).device
+    device = next(module.parameters(), next(model.original_model.parameters())).device
     # Large, so that epsilon does not count; of mean 0 and variance 1 but for the size, so that nothing is centred away.
     alternating = torch.ones(model.cfg.d_model, device=device)
     alternating[1::2] = -1

@@ -109,9 +109,44 @@ def test_what_follows_from_a_shared_first_token_is_trivial():
     metrics = {"cosine": 1.0, "cosine_interval": (1.0, 1.0), "distinct_first_tokens": 1}
     assert verdict("direction", "direction-inputs", **metrics) == "trivial here"
     assert verdict("direction", "direction-inputs", **metrics | {"distinct_first_tokens": 2}) == "holds"
-    same = {"least_agreement": 1.0, "least_agreement_interval": (1.0, 1.0), "distinct_first_tokens": 1}
+    varied = {"n_tasks": 4, "n_length_bins": 4}
+    same = {"least_agreement": 1.0, "least_agreement_interval": (1.0, 1.0), "distinct_first_tokens": 1} | varied
     assert verdict("stability", "same-layer", **same) == "trivial here"
     assert verdict("stability", "same-layer", **same | {"massive_position": 3}) == "holds"
+
+
+def test_a_layer_is_not_the_same_for_all_kinds_of_prompts_when_there_is_one_kind():
+    metrics = {"least_agreement": 1.0, "least_agreement_interval": (1.0, 1.0), "n_tasks": 1, "n_length_bins": 3}
+    assert verdict("stability", "same-layer", **metrics) == "not measured"
+
+
+@pytest.mark.parametrize(
+    ("claim", "metrics"),
+    [
+        ("norm-stable", {"norm_drift": 0.0, "massive_position": 3}),  # token 0 is not the massive token
+        ("norm-stable", {"norm_drift": 0.0, "last_lasting_layer": 11}),  # no block in which it could last
+        ("direction-inputs", {"cosine": 1.0, "last_lasting_layer": 10}),
+    ],
+)
+def test_what_could_not_be_seen_is_not_measured(claim, metrics):
+    assert verdict("direction", claim, **metrics) == "not measured"
+
+
+def test_other_settings_than_the_claim_states_are_noted():
+    criterion = {"min_abs": 10, "min_ratio": 1_000}
+    metrics = BASE | {"prompts_with": 1.0, "criterion": criterion}
+    judged = melens.judge([{"experiment": "emergence", "model": {"name": "m"}, "metrics": metrics}]).set_index("id")
+    assert "|h| > 10" in judged.note["exists"]
+
+
+def test_intervals_from_json_are_read_like_those_of_a_result():
+    metrics = BASE | {"norm_drift": 0.01, "consecutive_cosine": 0.999}
+    empty = {"norm_drift_interval": (float("nan"),) * 2, "consecutive_cosine_interval": (float("nan"),) * 2}
+    of_result, of_json = (
+        melens.judge([{"experiment": "direction", "model": {"name": "m"}, "metrics": metrics | intervals}])
+        for intervals in (empty, {name: [None, None] for name in empty})
+    )
+    pd.testing.assert_frame_equal(of_result, of_json)
 
 
 def test_without_an_me_layer_nothing_is_measured_but_that():
@@ -139,18 +174,18 @@ def test_a_result_that_lacks_a_metric_is_not_measured_rather_than_an_error():
     assert set(judged[judged.id != "exists"].verdict) == {"not measured"}
 
 
-def of_model(name, family, me_layer):
+def of_model(name, family, me_layer, **label):
     return {
         "experiment": "emergence",
         "status": "ok",
-        "model": {"name": name},
-        "config": {"model": {"family": family}},
+        "model": {"name": name, "family": family, **label},
         "metrics": BASE | {"me_layer": me_layer, "kind": "one block"},
     }
 
 
 @pytest.mark.parametrize(
-    ("layers", "expected"), [((7, 7), "holds"), ((7, 8), "does not hold"), ((7, None), "not measured")]
+    ("layers", "expected"),
+    [((7, 7), "holds"), ((7, 8), "does not hold"), ((7, None), "does not hold"), ((None, None), "not measured")],
 )
 def test_a_family_must_agree_on_its_me_layer(layers, expected):
     jobs = [of_model(f"q{i}", "qwen3", layer) for i, layer in enumerate(layers)] + [of_model("l", "llama", 1)]
@@ -158,6 +193,12 @@ def test_a_family_must_agree_on_its_me_layer(layers, expected):
     (family,) = judged[judged.id == "same-in-family"].to_dict("records")
     assert family["verdict"] == expected
     assert set(judged.model) == {"q0", "q1", "l", "all models"}
+
+
+def test_one_model_twice_is_no_family():
+    jobs = [of_model("q", "qwen3", 7, label=f"q (job {job})") for job in (0, 1)]
+    (family,) = melens.judge(jobs).query("id == 'same-in-family'").to_dict("records")
+    assert family["verdict"] == "not measured"
 
 
 def test_several_experiments_of_a_model_belong_together():

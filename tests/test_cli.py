@@ -46,6 +46,41 @@ def test_the_default_model_from_the_command_line(tmp_path, short_prompts):
     assert (tmp_path / ".hydra" / "config.yaml").is_file()
 
 
+def test_everything_about_the_embedded_model_on_one_page(tmp_path, short_prompts):
+    done = run("exp=all", short_prompts, "exp.sinks.rank_tokens=4", f"hydra.run.dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "result.json").read_text())
+    verdicts = {claim["id"]: claim["verdict"] for claim in result["claims"]}
+    assert {part["me_layer"] for part in result["metrics"].values()} == {11}
+    assert verdicts["ffn-needed"] == verdicts["amplification"] == verdicts["direction-inputs"] == "holds"
+    assert verdicts["norm-scales"] == "does not hold"  # replacing the norm by the identity makes it larger
+    assert verdicts["only-me-causal"] == "holds in part"
+    ablation = result["metrics"]["ablation"]
+    assert ablation["strongest_cause"] == 11
+    assert {0, 8, 9, 11} <= set(ablation["causal_layers"])
+    assert ablation["left_without_norm"]["identity"] > 100
+    assert ablation["block_evaluations"] == 3 * sum(range(1, 31))
+    assert result["metrics"]["ffn"]["amplification"] == pytest.approx(4_000, rel=0.1)
+    assert result["metrics"]["predict"]["predicted_dim"] == 507
+    assert (tmp_path / "report.html").stat().st_size < 12 * 2**20
+    for figure in result["figures"]:
+        assert (tmp_path / f"{figure}.html").is_file()
+    assert "The paper's claims on this model" in done.stdout
+
+
+@pytest.mark.parametrize("experiment", ["rmsnorm", "ffn", "direction", "sinks", "ablation", "stability", "predict"])
+def test_each_experiment_runs_alone(experiment, tmp_path):
+    done = run(f"exp={experiment}", "model=random", f"hydra.run.dir={tmp_path}")
+    if experiment == "ablation":
+        assert done.returncode == 1
+        assert "There is no massive activation whose causes could be removed" in done.stderr
+        assert not (tmp_path / "result.json").exists()
+    else:
+        assert done.returncode == 0, done.stderr
+        assert json.loads((tmp_path / "result.json").read_text())["metrics"]["me_layer"] is None
+    assert "Traceback" not in done.stderr
+
+
 def test_bos_is_prepended_where_the_user_says_so(tmp_path, short_prompts):
     done = run(short_prompts, "prompts.bos=true", f"hydra.run.dir={tmp_path}")
     assert done.returncode == 0, done.stderr
@@ -59,7 +94,12 @@ def test_a_sweep_merges_table_8_and_survives_a_model_that_fails(tmp_path):
     table8 = pd.read_parquet(tmp_path / "table8.parquet").set_index("model")
     assert (table8.n_layers["random"], table8.family["qwen3-4b"]) == (6, "qwen3")
     assert "/nonexistent" in table8.error["qwen3-4b"]
-    assert pd.read_parquet(tmp_path / "sweep.parquet").status.tolist() == ["ok", "failed"]
+    sweep = pd.read_parquet(tmp_path / "sweep.parquet")
+    assert sweep.status.tolist() == ["ok", "failed"]
+    assert "/nonexistent" in sweep.error[1]
+    claims = pd.read_parquet(tmp_path / "claims.parquet").set_index("id")
+    assert claims.verdict["exists"] == "does not hold"
+    assert (tmp_path / "verdicts.html").is_file()
     assert (tmp_path / "norms_side_by_side.html").is_file()
     assert "Traceback" not in done.stderr
 
@@ -73,8 +113,15 @@ def test_a_sweep_merges_table_8_and_survives_a_model_that_fails(tmp_path):
         (("model=hub",), 2, "model.name"),
         (("model=hub", "model.name=qwen3-4bb"), 1, "nearest known are"),
         (("prompts.file=/nonexistent.txt",), 1, "There is no prompt file /nonexistent.txt."),
-        (("model=random", "exp.criterion.min_abs=lots"), 1, "min_abs is 'lots'"),
-        (("model=random", "exp.top_dims=0"), 1, "top_dims is 0"),
+        (("model=random", "criterion.min_abs=lots"), 1, "min_abs is 'lots'"),
+        (("model=random", "exp.top_dims=0"), 1, "exp.top_dims of emergence is 0"),
+        (("model=random", "exp=all", "exp.sinks.rank_tokens=none"), 1, "exp.rank_tokens of sinks is 'none'"),
+        (("model=random", "exp=rmsnorm", "exp.top_share=2"), 1, "a share of the width is over 0 and at most 1"),
+        (("model=random", "exp=all", "exp.experiments=[]"), 1, "must name at least one experiment"),
+        (("model=random", "exp=stability", "exp.length_bins=[5,3]"), 1, "must be rising whole numbers"),
+        (("model=random", "exp=all", "exp.experiments=[sink]"), 1, "exp.experiments names 'sink'"),
+        (("model=random", "model.config.hiden_size=64"), 2, "hiden_size"),
+        (("model=random", "model.config.num_key_value_heads=3"), 1, "cannot share"),
         (("model=random", "max_batch_tokens=lots"), 1, "max_batch_tokens is 'lots'"),
         (("model=random", "prompts.bos=maybe"), 1, "prompts.bos is 'maybe'"),
         (("model=random", "hydra.run.dir=README.md/run"), 1, "README.md"),
@@ -87,6 +134,18 @@ def test_a_mistake_gets_a_sentence_and_no_traceback(overrides, code, message, tm
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "result.json").exists()
+
+
+def test_a_sweep_of_everything_is_merged_too(tmp_path, short_prompts):
+    overrides = ("exp=all", "exp.experiments=[emergence,direction]", "prompts.bos=true", "seed=0,1")
+    done = run("-m", *overrides, short_prompts, f"hydra.sweep.dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert pd.read_parquet(tmp_path / "table8.parquet").me_layer.tolist() == [11, 11]
+    sweep = pd.read_parquet(tmp_path / "sweep.parquet")
+    assert sweep["emergence.me_layer"].tolist() == [11, 11]
+    claims = pd.read_parquet(tmp_path / "claims.parquet")
+    assert set(claims[claims.id == "direction-inputs"].verdict) == {"trivial here"}
+    assert claims[claims.id == "same-in-family"].verdict.tolist() == ["not measured"]  # it is one model, twice
 
 
 def test_the_traceback_is_there_for_those_who_want_it(tmp_path):
