@@ -15,13 +15,14 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 import melens
+from experiments.options import experiments_of
 from melens import Criterion, Emergence, MelensError, Probe, Prompt, Trace
 from melens.normalization import has_normalization, read_normalization
 from melens.prompts import tokenize
 from melens.results import Result
 from melens.tracing import Progress
 
-__all__ = ["Experiment", "Study", "begin_study", "experiments_of", "named_normalization", "run_experiments"]
+__all__ = ["Experiment", "Study", "begin_study", "named_normalization", "run_experiments"]
 
 
 @dataclass(frozen=True)
@@ -119,12 +120,6 @@ class Experiment(Protocol):
 
     def run(self, study: Study, options: DictConfig) -> Result:
         """Return what it found; a `MelensError` says why it does not apply to this model."""
-
-
-def experiments_of(cfg: DictConfig) -> dict[str, DictConfig]:
-    """Return the options of each experiment that a configuration asks for, in order."""
-    names = cfg.exp.get("experiments")
-    return {cfg.exp.name: cfg.exp} if names is None else {name: cfg.exp[name] for name in names}
 
 
 def _module(name: str) -> Experiment:

@@ -68,17 +68,12 @@ def test_everything_about_the_embedded_model_on_one_page(tmp_path, short_prompts
     assert "The paper's claims on this model" in done.stdout
 
 
-@pytest.mark.parametrize("experiment", ["rmsnorm", "ffn", "direction", "sinks", "ablation", "stability", "predict"])
-def test_each_experiment_runs_alone(experiment, tmp_path):
-    done = run(f"exp={experiment}", "model=random", f"hydra.run.dir={tmp_path}")
-    if experiment == "ablation":
-        assert done.returncode == 1
-        assert "There is no massive activation whose causes could be removed" in done.stderr
-        assert not (tmp_path / "result.json").exists()
-    else:
-        assert done.returncode == 0, done.stderr
-        assert json.loads((tmp_path / "result.json").read_text())["metrics"]["me_layer"] is None
+def test_an_experiment_that_does_not_apply_says_why(tmp_path):
+    done = run("exp=ablation", "model=random", f"hydra.run.dir={tmp_path}")
+    assert done.returncode == 1
+    assert "There is no massive activation whose causes could be removed" in done.stderr
     assert "Traceback" not in done.stderr
+    assert not (tmp_path / "result.json").exists()
 
 
 def test_bos_is_prepended_where_the_user_says_so(tmp_path, short_prompts):

@@ -8,7 +8,9 @@ from hydra import compose, initialize_config_dir
 from planted import FAMILIES, N_LAYERS, VOCABULARY, bridge, gains_apart, plain_model, plant
 
 import melens
+from experiments.options import check_options
 from experiments.study import begin_study, run_experiments
+from melens import results
 from melens.claims import CLAIMS
 from melens.results import combine
 
@@ -146,11 +148,25 @@ def test_a_layernorm_model_with_a_massive_activation_can_be_ablated():
     assert metrics["ablation"]["left_without_ffn"] < 0.1
 
 
+@pytest.mark.parametrize(
+    "name", ["emergence", "rmsnorm", "ffn", "direction", "sinks", "ablation", "stability", "predict"]
+)
+def test_each_experiment_runs_alone(name):
+    with initialize_config_dir(CONF, version_base="1.3"):
+        cfg = compose("config", [f"exp={name}", "model=random"])
+    check_options(cfg)
+    (result,) = run_experiments(begin_study(planted_model(), prompts_of(), cfg, lambda name: lambda done, total: None))
+    assert result.experiment == name
+    assert result.metrics["me_layer"] == BLOCK
+    assert result.findings
+    assert len(results.claims_of(result)) == sum(claim.experiment == name for claim in CLAIMS)
+
+
 def test_an_experiment_that_breaks_does_not_lose_the_others(monkeypatch):
     from experiments import ffn
 
     monkeypatch.setattr(ffn, "_amplification", lambda study: 1 / 0)
-    results = run_experiments(study(planted_model(), prompts_of(), "exp.experiments=[ffn,predict]"))
-    assert results[0].metrics["failed"]
-    assert "ZeroDivisionError" in results[0].metrics["not_applicable"]
-    assert results[1].metrics["ranks"]["response"] == 1
+    broken, whole = run_experiments(study(planted_model(), prompts_of(), "exp.experiments=[ffn,predict]"))
+    assert broken.metrics["failed"]
+    assert "ZeroDivisionError" in broken.metrics["not_applicable"]
+    assert whole.metrics["ranks"]["response"] == 1

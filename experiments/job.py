@@ -1,0 +1,93 @@
+"""One job: a model, its prompts, the experiments that were asked for, and what they leave."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, get_args
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from experiments.study import begin_study, run_experiments
+from melens import Criterion, MelensError, Prompt, load_model, load_prompts
+from melens.prompts import Bos, random_tokens, tokenize
+from melens.report import write_report
+from melens.results import check_png, combine, show_result, write_result
+
+__all__ = ["run_job"]
+
+
+def run_job(cfg: DictConfig, folder: Path) -> list[str]:
+    """Load model and prompts, run the experiments, write and show their result.
+
+    Args:
+        cfg: with its options checked.
+        folder: where the result goes.
+
+    Returns:
+        The names of experiments that failed where others did not.
+    """
+    start = time.perf_counter()
+    give_freed_memory_back()
+    if cfg.png:
+        check_png()
+        logging.getLogger("choreographer").setLevel(logging.WARNING)  # it tells of every temporary folder
+    if cfg.prompts.bos not in get_args(Bos):
+        raise MelensError(f"prompts.bos is {cfg.prompts.bos!r}; allowed are {', '.join(get_args(Bos))}.")
+    Criterion(**cfg.criterion)  # complains now, not after the trace
+    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)
+    prompts = load_prompts(cfg.prompts.file, cfg.prompts.tasks)
+    console = Console()
+    with console.status(f"Loading {cfg.model.name}"):
+        model = load_model(**config["model"])
+    with _stages(console) as stage:
+        study = begin_study(model, choose_prompts(model, prompts, cfg), cfg, stage)
+        results = run_experiments(study)
+    result = results[0] if len(results) == 1 else combine(results)
+    paths = write_result(result, folder, config=config, duration=time.perf_counter() - start, png=cfg.png)
+    if len(results) > 1:
+        paths.append(write_report(result, folder, command=" ".join(["python", *sys.argv])))
+    show_result(result, paths, console)
+    return [part.experiment for part in results if part.metrics.get("failed")]
+
+
+def give_freed_memory_back() -> None:
+    """Let glibc return large freed blocks to the system: else small results that lie between them pin gigabytes."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        mmap_threshold = -3
+        libc.mallopt(mmap_threshold, 4 * 2**20)
+
+
+@contextmanager
+def _stages(console: Console) -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+    """Show a bar for each named stage of a run, for as long as the context lasts."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bars:
+
+        def stage(name: str) -> Callable[[int, int], None]:
+            bar = bars.add_task(name, total=None)
+            return lambda done, total: bars.update(bar, completed=done, total=total)
+
+        yield stage
+
+
+def choose_prompts(model: Any, prompts: list[Prompt], cfg: DictConfig) -> list[Prompt] | list[Tensor]:
+    """Keep the prompts of the wanted length; a model without a tokenizer gets random tokens in their place."""
+    if model.tokenizer is None:
+        n_prompts, n_tokens = min(len(prompts), model.cfg.d_vocab), min(128, model.cfg.n_ctx)
+        return random_tokens(n_prompts, n_tokens, model.cfg.d_vocab, seed=cfg.seed)
+    lengths = [len(tokens) for tokens in tokenize(model, prompts, bos=cfg.prompts.bos)]
+    most = cfg.prompts.max_tokens or max(lengths)
+    kept = [prompt for prompt, length in zip(prompts, lengths, strict=True) if length <= most]
+    if not kept:
+        raise MelensError(f"prompts.max_tokens is {most}, but the shortest prompt has {min(lengths)} tokens.")
+    return kept

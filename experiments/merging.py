@@ -1,0 +1,72 @@
+"""What the jobs of a sweep found, together: one table of metrics, the claims of all models, table 8."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+
+from experiments import emergence
+from melens import figures, judge
+from melens.results import Picture, Result, read_results, show_result, write_tables_and_figures
+
+__all__ = ["merge_jobs"]
+
+Jobs = dict[Path, dict[str, Any]]
+
+
+def merge_jobs(folder: Path) -> None:
+    """Write and show the merged results of the jobs in a sweep's folder."""
+    jobs = read_results(folder)
+    if not jobs:
+        return
+    sweep = pd.DataFrame([_row(job, result) for job, result in jobs.items()])
+    paths = write_tables_and_figures({"sweep": sweep}, {}, folder)
+    merged = [_merge_claims(jobs)]
+    if any(result["experiment"] in ("emergence", "all") for result in jobs.values()):
+        merged.append(emergence.merge(jobs))
+    for number, result in enumerate(merged, 1):
+        plots = {name: picture.figure for name, picture in result.pictures.items()}
+        paths += write_tables_and_figures(result.tables, plots, folder)
+        show_result(result, paths if number == len(merged) else [], Console())
+
+
+def _row(job: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """Lay the plain metrics of a job out as a row; those of `exp=all` are named `<experiment>.<metric>`."""
+    metrics: dict[str, Any] = {}
+    for key, value in result.get("metrics", {}).items():
+        if result["experiment"] == "all":
+            metrics |= {f"{key}.{name}": of_part for name, of_part in value.items()}
+        else:
+            metrics[key] = value
+    plain = {key: value for key, value in metrics.items() if not isinstance(value, list | dict)}
+    told = {"experiment": result["experiment"], "model": result["config"]["model"]["name"], "status": result["status"]}
+    return {"job": job.name, **told, "error": result.get("error"), **plain}
+
+
+def _merge_claims(jobs: Jobs) -> Result:
+    """Judge the claims of every model, or of every job where several did the same with one model."""
+    ok = {job: copy.deepcopy(result) for job, result in jobs.items() if result["status"] == "ok"}
+    times = Counter((result["model"]["name"], result["experiment"]) for result in ok.values())
+    for job, result in ok.items():
+        if times[result["model"]["name"], result["experiment"]] > 1:
+            result["model"]["label"] = f"{result['model']['name']} (job {job.name})"
+    claims = judge(ok.values())
+    if claims.empty:
+        return Result("claims", model={}, metrics={}, findings=[("claims", "no job gave a result")])
+    claims = claims[~((claims["verdict"] == "not measured") & claims["note"].str.endswith("was not run."))]
+    counts = claims.groupby("model", sort=False)["verdict"].value_counts().unstack(fill_value=0)
+    findings = [
+        (str(model), ", ".join(f"{n} {what}" for what, n in row.items() if n)) for model, row in counts.iterrows()
+    ]
+    across = claims[claims["model"] == "all models"]
+    findings += [(claim["claim"], f"{claim['verdict']}. {claim['note']}") for claim in across.to_dict("records")]
+    paper = "The paper makes its claims of every model it looks at."
+    picture = Picture(figures.verdicts(claims), "every figure", paper, f"{len(ok)} jobs.")
+    return Result(
+        "claims", model={}, metrics={}, tables={"claims": claims}, pictures={"verdicts": picture}, findings=findings
+    )

@@ -1,0 +1,68 @@
+"""What may be asked for: checked in a second, before the libraries that the experiments need are even imported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from melens.errors import MelensError
+
+__all__ = ["check_options", "experiments_of"]
+
+OPTIONS = {
+    "max_batch_tokens": (int, "a whole number"),
+    "seed": (int, "a whole number"),
+    "png": (bool, "true or false"),
+    "prompts.max_tokens": (int, "a whole number or null"),
+    "model.seed": (int, "a whole number"),
+}
+
+
+def check_options(cfg: DictConfig) -> None:
+    """Check the options that Hydra knows only as some value, and let `prompts.bos` and `.tasks` be given plainly."""
+    for key, (kind, allowed) in OPTIONS.items():
+        value = OmegaConf.select(cfg, key)
+        may_be_absent = "." in key
+        wrong_kind = not isinstance(value, kind) or (kind is int and isinstance(value, bool))
+        if (value is None and not may_be_absent) or (value is not None and (wrong_kind or (kind is int and value < 0))):
+            raise MelensError(f"{key} is {value!r}; it must be {allowed}.")
+    if len(cfg.exp.get("experiments", [""])) == 0:
+        raise MelensError("exp.experiments is empty; it must name at least one experiment.")
+    for name in cfg.exp.get("experiments", []):
+        if not OmegaConf.is_dict(cfg.exp.get(name)):
+            allowed = ", ".join(str(key) for key, value in cfg.exp.items() if OmegaConf.is_dict(value))
+            raise MelensError(f"exp.experiments names {name!r}; allowed are {allowed}.")
+    for name, options in experiments_of(cfg).items():
+        for key, value in options.items():
+            check_experiment_option(name, str(key), value)
+    cfg.prompts.bos = str(cfg.prompts.bos).lower()
+    if isinstance(cfg.prompts.tasks, str):
+        cfg.prompts.tasks = [cfg.prompts.tasks]
+
+
+LEAST = {
+    "top_dims": 1, "map_tokens": 2, "rank_tokens": 2, "rank_prompts": 1, "max_position": 1, "n_prompts": 1,
+    "max_tokens": 2, "n_first_tokens": 1,
+}  # fmt: skip
+
+
+def check_experiment_option(experiment: str, key: str, value: Any) -> None:
+    """Check an option of an experiment."""
+    if key == "log_scale" and not isinstance(value, bool):
+        raise MelensError(f"exp.{key} of {experiment} is {value!r}; it must be true or false.")
+    if key in LEAST and not (isinstance(value, int) and not isinstance(value, bool) and value >= LEAST[key]):
+        raise MelensError(
+            f"exp.{key} of {experiment} is {value!r}; it must be a whole number of at least {LEAST[key]}."
+        )
+    shares = {"top_share": [value], "other_shares": value}.get(key, [])
+    if not all(isinstance(share, float | int) and 0 < share <= 1 for share in shares):
+        raise MelensError(f"exp.{key} of {experiment} is {value}; a share of the width is over 0 and at most 1.")
+    if key == "length_bins" and not (all(isinstance(n, int) and n > 0 for n in value) and value == sorted(set(value))):
+        raise MelensError(f"exp.{key} of {experiment} is {value}; it must be rising whole numbers of tokens.")
+
+
+def experiments_of(cfg: DictConfig) -> dict[str, DictConfig]:
+    """Return the options of each experiment that a configuration asks for, in order."""
+    names = cfg.exp.get("experiments")
+    return {cfg.exp.name: cfg.exp} if names is None else {name: cfg.exp[name] for name in names}
