@@ -56,7 +56,7 @@ def _figure(study: Study, scores: pd.DataFrame) -> Any:
             score.replace("_", " "),
             [Curve(score, _points(scores, score), color, False)],
             study.me.layer,
-            log_scale=True,
+            log_scale=not score.startswith("down"),  # which spans less than a decade
         )
         for score, color in zip(SCORES, COLORS, strict=False)
     ]

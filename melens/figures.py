@@ -519,7 +519,8 @@ def _ratio_trace(heatmap: Heatmap, z_title: str, *, text: bool) -> go.Heatmap:
     trace.customdata = ratios.tolist()  # plotly does not look into packed arrays here
     trace.hovertemplate = str(trace.hovertemplate).replace("%{z:", "%{customdata:")
     if text:
-        trace.texttemplate = "%{customdata:.3g}"
+        trace.text = [["" if np.isnan(ratio) else f"{ratio:.3g}" for ratio in row] for row in ratios]
+        trace.texttemplate = "%{text}"
     return trace
 
 

@@ -55,6 +55,8 @@ def test_ffns_without_a_gate_are_scored_too():
 @pytest.mark.parametrize("model_type", ["mixtral", "mamba", "opt", "bloom"])
 def test_what_cannot_be_scored_is_told(model_type):
     config = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if model_type == "mixtral":
+        config["num_key_value_heads"] = 2
     if model_type == "opt":
         config |= {"ffn_dim": 64, "word_embed_proj_dim": 32}
     model = melens.load_model("random", model_type=model_type, config=config)
