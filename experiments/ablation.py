@@ -74,13 +74,13 @@ def run(study: Study, options: DictConfig) -> Result:
     removed = {part: bench.without((me_layer, part)) for part in ("ffn", *senses.values())}
     factorial = _factorial(bench, senses)
     n_before = bench.runs.block_evaluations
-    causality = _causality(bench)
+    causality, causes = _causality(bench)
     evaluations = bench.runs.block_evaluations - n_before
     patched = _patching(bench)
     metrics = study.metrics(
         ablation_prompts=len(bench.runs.intact),
         **_removed_metrics(bench, removed, senses),
-        **_causal_metrics(bench, causality),
+        **_causal_metrics(bench, causes),
         block_evaluations=evaluations,
         block_evaluations_from_the_start=causality.drop_duplicates(["part", "cause"]).shape[0] * study.n_layers,
     )
@@ -93,6 +93,7 @@ def run(study: Study, options: DictConfig) -> Result:
             "removed_by_block": _removed_table(bench, removed),
             "factorial": factorial,
             "causality": causality,
+            "causes": causes,
             "patching": patched,
         },
         pictures={
@@ -106,7 +107,7 @@ def run(study: Study, options: DictConfig) -> Result:
                 _factorial_figure(factorial, study.title(f"Norm × FFN at block {me_layer}", n_prompts)),
                 "asked for by the review",
                 "The paper removes one at a time.",
-                "Without the FFN the norm before it has no way to act: that row is the same by construction.",
+                "Without the FFN the norm before it has no way to act: that column is the same by construction.",
             ),
             "causality": Picture(
                 _causality_figure(bench, causality),
@@ -115,7 +116,7 @@ def run(study: Study, options: DictConfig) -> Result:
                 _causes_in_words(metrics),
             ),
             "causes": Picture(
-                _causes_figure(bench, causality),
+                _causes_figure(bench, causes),
                 "asked for by the review",
                 "Only the ME layer is looked at; its causal role is inferred.",
                 _causes_in_words(metrics),
@@ -221,8 +222,8 @@ def _removed_figure(bench: _Bench, removed: dict[Part, Float[Tensor, "prompt lay
 
 
 def _factorial_figure(factorial: pd.DataFrame, title: str) -> Any:
-    wide = factorial.pivot(index="ffn", columns="norm", values="mean")[factorial["norm"].unique().tolist()]
-    cells = Heatmap("", wide.to_numpy(), list(wide.columns), list(wide.index), "norm before the FFN", "FFN")
+    wide = factorial.pivot(index="norm", columns="ffn", values="mean").loc[factorial["norm"].unique().tolist()]
+    cells = Heatmap("", wide.to_numpy(), list(wide.columns), list(wide.index), "FFN", "norm before it")
     note = "What is left of the massive token's norm afterwards, relative to intact (1); colours are logarithmic."
     return figures.heatmaps([cells], title=title, note=note, z_title="left", text=True)
 
@@ -230,29 +231,31 @@ def _factorial_figure(factorial: pd.DataFrame, title: str) -> Any:
 # --- Every block ------------------------------------------------------------------------------------------------------
 
 
-def _causality(bench: _Bench) -> pd.DataFrame:
-    """Remove a part of every block in turn: `part`, `cause`, `effect` (blocks), `mean`, `low`, `high` of the ratio."""
+def _causality(bench: _Bench) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Remove a part of every block in turn, and measure ‖h‖ / ‖h intact‖ of the massive token.
+
+    Returns:
+        `part`, `cause`, `effect` (blocks) with `mean`, `low` and `high` over prompts; and `part`, `layer` (the cause)
+        with the same of what is left on average over the blocks where it should last.
+    """
     model, n_layers = bench.study.model, bench.study.n_layers
     jobs = [(part, cause) for part in CAUSES for cause in range(n_layers) if can_ablate(model, cause, part)]
     progress = bench.study.stage("ablations")
-    tables = []
+    tables, causes = [], []
     for done, (part, cause) in enumerate(jobs, 1):
-        ratio = bench.without((cause, part)) / bench.runs.intact
+        norms = bench.without((cause, part))
+        ratio = norms / bench.runs.intact
         by_effect = mean_by(tidy(ratio.numpy(), "ratio", "effect"), "ratio", ("effect",))
         tables.append(by_effect.assign(part=part, cause=cause))
+        left = bench.left(norms)
+        if not np.isnan(left).all():  # a later block leaves nothing to measure
+            causes.append((part, cause, float(left.mean()), *bootstrap_mean(left)))
         progress(done, len(jobs))
-    return pd.concat(tables, ignore_index=True)
+    columns = ["part", "layer", "mean", "low", "high"]
+    return pd.concat(tables, ignore_index=True), pd.DataFrame(causes, columns=columns)
 
 
-def _left_by_cause(bench: _Bench, causality: pd.DataFrame) -> pd.DataFrame:
-    lasting = list(bench.study.lasting) or [bench.me_layer]
-    downstream = causality[causality["effect"].isin(lasting)]
-    means = downstream.groupby(["part", "cause"])[["mean", "low", "high"]].mean().reset_index()
-    return means.rename(columns={"cause": "layer"})
-
-
-def _causal_metrics(bench: _Bench, causality: pd.DataFrame) -> dict[str, Any]:
-    left = _left_by_cause(bench, causality)
+def _causal_metrics(bench: _Bench, left: pd.DataFrame) -> dict[str, Any]:
     of_ffn = left[left["part"] == "ffn"].set_index("layer")["mean"]
     up_to_end = of_ffn[of_ffn.index <= max(bench.study.last_lasting, bench.me_layer)]
     return {
@@ -286,8 +289,7 @@ def _causality_figure(bench: _Bench, causality: pd.DataFrame) -> Any:
     )
 
 
-def _causes_figure(bench: _Bench, causality: pd.DataFrame) -> Any:
-    left = _left_by_cause(bench, causality)
+def _causes_figure(bench: _Bench, left: pd.DataFrame) -> Any:
     curves = [
         Curve(TEXTS[part], left[left["part"] == part], color) for part, color in zip(CAUSES, COLORS, strict=False)
     ]
@@ -348,7 +350,7 @@ def _patching_figure(bench: _Bench, patched: pd.DataFrame) -> Any:
     return figures.heatmaps(
         maps,
         title=bench.study.title("Patching the massive token's FFN output", len(bench.runs.intact)),
-        note="What is left of its norm from the ME layer on, relative to intact (1); colours are logarithmic.",
+        note=f"What is left of its norm from the ME layer ({bench.me_layer}) on; 1: as intact. Blocks are 0-based.",
         z_title="left",
         columns=2,
     )

@@ -52,6 +52,7 @@ def run(study: Study, options: DictConfig) -> Result:
     trivial = f" ({TRIVIAL})" if len(distinct) == 1 else ""
     rests_on = f"{len(distinct)} distinct first token{'s' if len(distinct) > 1 else ''}{trivial}."
     here = f"{_in_words(metrics)} It rests on {rests_on}"
+    me_layer = "" if study.me.layer is None else f"; the ME layer is {study.me.layer}"
     return Result(
         experiment="direction",
         model=study.trace.model,
@@ -76,7 +77,7 @@ def run(study: Study, options: DictConfig) -> Result:
                 figures.heatmap_with_slider(
                     _cosine_maps(study, cosines),
                     title=study.title("Cosine of token 0's state between inputs"),
-                    note=rests_on,
+                    note=f"{rests_on} Move the slider through the blocks{me_layer}.",
                     z_title="cosine",
                     z_range=(min(0.0, float(cosines.min())), 1),
                     start=str(study.n_layers // 2 if study.me.layer is None else study.me.layer),

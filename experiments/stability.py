@@ -58,6 +58,12 @@ def run(study: Study, options: DictConfig) -> Result:
                 "The same ME layer for four task types and lengths from about 10 to over 1,000 tokens.",
                 _agreement_in_words(study, groups),
             ),
+            "agreement": Picture(
+                _agreement_figure(study, groups),
+                "figure 10, table",
+                "The ME layer is the same for every type and length.",
+                _agreement_in_words(study, groups),
+            ),
             "beginnings": Picture(
                 figures.shares(
                     beginnings.set_index("beginning")[["at_first", "elsewhere", "none"]],
@@ -195,6 +201,18 @@ def _norms_figure(study: Study, norms: pd.DataFrame, edges: Sequence[int]) -> An
     note = f"One line a prompt; {distinct} distinct first token{'s' if distinct > 1 else ''}{trivial}."
     title = study.title("Norm of token 0 after each block", study.me.n_prompts)
     return figures.curves_by_block(panels, title=title, note=note)
+
+
+def _agreement_figure(study: Study, groups: pd.DataFrame) -> Any:
+    names = [f"{row['group']} (n = {row['n_prompts']})" for row in groups.to_dict("records")]
+    shares = pd.DataFrame({"agrees": groups["agreement"].to_numpy()}, index=names)
+    me_layer = "no ME layer" if study.me.layer is None else f"ME layer {study.me.layer}"
+    return figures.shares(
+        shares.assign(other=1 - shares["agrees"]),
+        names=(me_layer, "another layer, or none"),
+        title=study.title("Share of prompts with the ME layer of all", study.me.n_prompts),
+        note="By task type and by length; blocks are 0-based.",
+    )
 
 
 def _agreement_in_words(study: Study, groups: pd.DataFrame) -> str:

@@ -9,7 +9,7 @@ component with a hook further inside stays.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -36,6 +36,9 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 from melens.attention import FUSED, FUSED_BESIDE_EAGER, missing_as_zero
 
 __all__ = ["KeyListener", "any_hooks", "attach_hook", "lean_forward"]
+
+Attached = Mapping[int, Any]
+"""Where a module keeps the hooks on it, by handle: the same object as long as the module lives."""
 
 KeyListener = Callable[[int, Tensor], None]
 """Called as `listener(layer, attention)` with a float32 `[batch, head, query, key]`, a column for each wanted key."""
@@ -68,7 +71,7 @@ def lean_forward(
     """
     can_be_lean = not any(getattr(model.cfg, option, False) for option in _INPUT_FORKS)
     wrappers = _wrappers(model)
-    heard = {id(hook) for wrapper in wrappers for hook in wrapper.hooks if any_hooks(hook)}
+    heard = {hook for wrapper in wrappers for hook, attached in wrapper.hooks if any(attached)}
     captures = {handle.id for block in model.blocks for handle in getattr(block, "_capture_hook_handles", ())}
     left_out: list[_Wrapper] = []
     n_eager = 0
@@ -79,7 +82,7 @@ def lean_forward(
                 can_be_lean
                 and wrapper.can_be_left_out
                 and heard.isdisjoint(wrapper.inside)
-                and not (_has_torch_hooks(wrapper.components, captures))
+                and not _has_torch_hooks(wrapper, captures)
             ):
                 left_out.append(wrapper)
                 wrapper.parent._modules[wrapper.name] = wrapper.module
@@ -102,9 +105,10 @@ class _Wrapper:
         component, module: the bridge component and the transformers module that it wraps.
         parent, name: where in the transformers model it stands.
         hook_in, hook_out: its hooks at the rim, on what goes into and comes out of the wrapped module.
-        hooks: all its hooks but those of components further inside the wrapped module.
+        hooks: the ids of all its hooks but those of components further inside the wrapped module, each with the
+            mappings that hold what is attached to it.
         inside: the ids of its hooks that are not at the rim, which the wrapped module alone would not fire.
-        components: itself and the components in it that the wrapped module does not have.
+        torch_hooks: what holds PyTorch's own hooks on it and on the components in it that the module does not have.
         can_be_left_out: whether the wrapped module computes the same.
         layer: of an attention component, its block.
     """
@@ -115,9 +119,9 @@ class _Wrapper:
     name: str
     hook_in: HookPoint
     hook_out: HookPoint
-    hooks: tuple[HookPoint, ...]
+    hooks: tuple[tuple[int, tuple[Attached, ...]], ...]
     inside: frozenset[int]
-    components: tuple[nn.Module, ...]
+    torch_hooks: tuple[Attached, ...]
     can_be_left_out: bool
     layer: int | None
 
@@ -157,10 +161,15 @@ def _wrappers(model: TransformerBridge) -> tuple[_Wrapper, ...]:
 def _wrapper(component: Any, parent: nn.Module, name: str, layer: int | None, *, is_needed: bool) -> _Wrapper:
     module, hook_in, hook_out = component.original_component, component.hook_in, component.hook_out
     elsewhere = set(map(id, module.modules()))
-    hooks = tuple(hook for hook in component.modules() if isinstance(hook, HookPoint) and id(hook) not in elsewhere)
-    inside = frozenset(map(id, hooks)) - {id(hook_in), id(hook_out)}
-    parts = (part for part in component.modules() if not isinstance(part, HookPoint))
-    components = tuple(part for part in parts if id(part) not in elsewhere)
+    own = [part for part in component.modules() if id(part) not in elsewhere]
+    hooks = tuple(
+        (id(hook), (hook._forward_hooks, hook._backward_hooks)) for hook in own if isinstance(hook, HookPoint)
+    )
+    inside = frozenset(hook for hook, _ in hooks) - {id(hook_in), id(hook_out)}
+    parts = (part for part in own if not isinstance(part, HookPoint))
+    torch_hooks = tuple(
+        attached for part in parts for attached in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks)
+    )
     if layer is not None:
         can_be_left_out = isinstance(component, _ATTENTION)
     elif isinstance(component, NormalizationBridge):
@@ -176,7 +185,7 @@ def _wrapper(component: Any, parent: nn.Module, name: str, layer: int | None, *,
         hook_out,
         hooks,
         inside,
-        components,
+        torch_hooks,
         can_be_left_out and not is_needed,
         layer,
     )
@@ -187,14 +196,9 @@ def any_hooks(hook_point: HookPoint) -> bool:
     return bool(hook_point._forward_hooks or hook_point._backward_hooks)
 
 
-def _has_torch_hooks(components: tuple[nn.Module, ...], captures: set[int]) -> bool:
-    """Whether PyTorch's own hooks are on the components, but for the block's captures, which only matter to forks."""
-    return any(
-        handle_id not in captures
-        for component in components
-        for hooks in (component._forward_hooks, component._forward_pre_hooks, component._backward_hooks)
-        for handle_id in hooks
-    )
+def _has_torch_hooks(wrapper: _Wrapper, captures: set[int]) -> bool:
+    """Whether PyTorch's own hooks are on a component, but for the block's captures, which only matter to forks."""
+    return any(handle_id not in captures for attached in filter(None, wrapper.torch_hooks) for handle_id in attached)
 
 
 def _fire_hook_in(hook_in: HookPoint) -> Callable[..., tuple[Any, Any]]:

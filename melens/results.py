@@ -163,7 +163,8 @@ def check_png() -> None:
 
 
 def _png_writer(figure: go.Figure) -> Callable[[Path], object]:
-    still = go.Figure(figure).update_layout(updatemenus=None)
+    still = go.Figure(figure)
+    still.layout.updatemenus = still.layout.sliders = ()
     return lambda path: path.write_bytes(still.to_image("png", width=1100, height=figure.layout.height or 700, scale=2))
 
 

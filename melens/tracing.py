@@ -386,8 +386,12 @@ class _Recorder:
             places = [(listener.site, listener.layer) for listener, _ in heard]
             finished.append((name, places, probe.finish(stacked, batch)))
             heard.clear()
-        for name, places, quantities in finished:
-            arrays = {key: _as_array(values) for key, values in quantities.items()}
+        on_cpu = [{key: _start_transfer(values) for key, values in quantities.items()} for _, _, quantities in finished]
+        for device in {values.device for _, _, quantities in finished for values in quantities.values()}:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        for (name, places, _), quantities in zip(finished, on_cpu, strict=True):
+            arrays = {key: values.numpy() for key, values in quantities.items()}
             self._chunks[name].append(_Chunk(batch, places, arrays))
         self.n_tokens += sum(batch.lengths)
 
@@ -420,9 +424,13 @@ class _Recorder:
         return whole
 
 
-def _as_array(values: Tensor) -> np.ndarray:
-    array: np.ndarray = (values.float() if values.is_floating_point() else values).cpu().numpy()
-    return array
+def _start_transfer(values: Tensor) -> Tensor:
+    """Bring a quantity to the CPU; from a GPU the copy is complete once the GPU has been waited for."""
+    values = values.float() if values.is_floating_point() else values
+    if not values.is_cuda:
+        return values.cpu()
+    pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    return pinned.copy_(values, non_blocking=True)
 
 
 def _tidy(chunk: _Chunk, index: tuple[str, ...], sites: list[str]) -> dict[str, np.ndarray]:

@@ -72,6 +72,8 @@ def test_every_claim_points_to_a_figure_that_is_there(planted_result):
         assert "tiny" in picture.figure.layout.title.text  # the model
         assert all((picture.source, picture.paper, picture.here))
         assert "nan" not in picture.here
+    for name in ("norms", "dims_by_block", "cosine_by_block", "between_blocks"):
+        assert "trivial by construction" in planted_result.pictures[name].figure.layout.title.text
 
 
 @pytest.mark.parametrize("family", FAMILIES)
