@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components import (
@@ -35,10 +36,9 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 
 from melens.attention import FUSED, FUSED_BESIDE_EAGER, missing_as_zero
 
-__all__ = ["KeyListener", "any_hooks", "attach_hook", "lean_forward"]
+__all__ = ["KeyListener", "Listener", "any_hooks", "lean_forward"]
 
-Attached = Mapping[int, Any]
-"""Where a module keeps the hooks on it, by handle: the same object as long as the module lives."""
+Listener = Callable[[Tensor], None]
 
 KeyListener = Callable[[int, Tensor], None]
 """Called as `listener(layer, attention)` with a float32 `[batch, head, query, key]`, a column for each wanted key."""
@@ -57,7 +57,10 @@ _INPUT_FORKS = ("use_split_qkv_input", "use_attn_in", "use_attn_result", "use_ho
 
 @contextmanager
 def lean_forward(
-    model: TransformerBridge, keys: Sequence[int] = (), listener: KeyListener | None = None
+    model: TransformerBridge,
+    listeners: Sequence[tuple[HookPoint, Listener]] = (),
+    keys: Sequence[int] = (),
+    key_listener: KeyListener | None = None,
 ) -> Iterator[None]:
     """Run the model's own modules wherever that fires the same hooks, and its attention through fused kernels.
 
@@ -65,34 +68,43 @@ def lean_forward(
     Whatever happens inside, the model leaves the context as it entered it.
 
     Args:
-        model: the bridge, with its hooks already attached.
-        keys: key positions whose attention the listener wants.
-        listener: called once a block and forward pass, whichever way the block computes its attention.
+        model: the bridge, with the hooks already attached that may change something.
+        listeners: what only listens, at most one a hook point, called with each activation that passes there.
+        keys: key positions whose attention `key_listener` wants.
+        key_listener: called once a block and forward pass, whichever way the block computes its attention.
     """
     can_be_lean = not any(getattr(model.cfg, option, False) for option in _INPUT_FORKS)
-    wrappers = _wrappers(model)
-    heard = {hook for wrapper in wrappers for hook, attached in wrapper.hooks if any(attached)}
+    parts = _parts(model)
+    hooked = {hook for hook, attached in parts.hooks if attached}
     captures = {handle.id for block in model.blocks for handle in getattr(block, "_capture_hook_handles", ())}
+    torch_hooked = {
+        part for part, attached in parts.torch_hooks if attached and not captures.issuperset(attached)
+    }  # captures of the block's input only matter to forks
+    waiting = {id(hook_point): (hook_point, listen) for hook_point, listen in listeners}
+    heard = hooked | waiting.keys()
     left_out: list[_Wrapper] = []
+    handles: list[RemovableHandle] = []
     n_eager = 0
     with ExitStack() as stack:
-        stack.callback(_put_back, left_out)
-        for wrapper in wrappers:
+        stack.callback(_put_back, left_out, handles)
+        for number, wrapper in enumerate(parts.wrappers):
             if (
                 can_be_lean
                 and wrapper.can_be_left_out
                 and heard.isdisjoint(wrapper.inside)
-                and not _has_torch_hooks(wrapper, captures)
+                and number not in torch_hooked
             ):
                 left_out.append(wrapper)
                 wrapper.parent._modules[wrapper.name] = wrapper.module
-                _keep_rim_hooks(wrapper, heard, stack)
-                if wrapper.layer is not None and listener is not None:
-                    _listen_to_fused(wrapper, keys, partial(listener, wrapper.layer), stack)
+                _keep_rim_hooks(wrapper, hooked, waiting, handles)
+                if wrapper.layer is not None and key_listener is not None:
+                    handles.append(_listen_to_fused(wrapper, keys, partial(key_listener, wrapper.layer)))
             elif wrapper.layer is not None:
                 n_eager += 1
-                if listener is not None:
-                    _listen_to_pattern(wrapper, keys, partial(listener, wrapper.layer), stack)
+                if key_listener is not None:
+                    _listen_to_pattern(wrapper, keys, partial(key_listener, wrapper.layer), stack)
+        for hook_point, listen in waiting.values():
+            _attach(hook_point, listen, stack)
         _select_attention(model, FUSED_BESIDE_EAGER if n_eager else FUSED, stack)
         yield
 
@@ -105,10 +117,7 @@ class _Wrapper:
         component, module: the bridge component and the transformers module that it wraps.
         parent, name: where in the transformers model it stands.
         hook_in, hook_out: its hooks at the rim, on what goes into and comes out of the wrapped module.
-        hooks: the ids of all its hooks but those of components further inside the wrapped module, each with the
-            mappings that hold what is attached to it.
         inside: the ids of its hooks that are not at the rim, which the wrapped module alone would not fire.
-        torch_hooks: what holds PyTorch's own hooks on it and on the components in it that the module does not have.
         can_be_left_out: whether the wrapped module computes the same.
         layer: of an attention component, its block.
     """
@@ -119,76 +128,104 @@ class _Wrapper:
     name: str
     hook_in: HookPoint
     hook_out: HookPoint
-    hooks: tuple[tuple[int, tuple[Attached, ...]], ...]
     inside: frozenset[int]
-    torch_hooks: tuple[Attached, ...]
     can_be_left_out: bool
     layer: int | None
 
 
-def _put_back(left_out: list[_Wrapper]) -> None:
-    for wrapper in left_out:
-        wrapper.parent._modules[wrapper.name] = wrapper.component
+@dataclass(frozen=True)
+class _Parts:
+    """The components of a bridge that can be left out and all attention components, and where hooks on them are kept.
+
+    Attributes:
+        wrappers: the components.
+        hooks: by the id of a hook point, what is attached to it: the same mappings as long as the model lives.
+        torch_hooks: by the number of a wrapper, PyTorch's own hooks on it and on what its module does not have.
+    """
+
+    wrappers: list[_Wrapper]
+    hooks: list[tuple[int, Mapping[int, Any]]]
+    torch_hooks: list[tuple[int, Mapping[int, Any]]]
 
 
-def _keep_rim_hooks(wrapper: _Wrapper, heard: set[int], stack: ExitStack) -> None:
-    if id(wrapper.hook_in) in heard:
-        fire_in = _fire_hook_in(wrapper.hook_in)
-        stack.callback(wrapper.module.register_forward_pre_hook(fire_in, with_kwargs=True).remove)
-    if id(wrapper.hook_out) in heard:
-        stack.callback(wrapper.module.register_forward_hook(_fire_hook_out(wrapper.hook_out)).remove)
+_PARTS: WeakKeyDictionary[nn.Module, _Parts] = WeakKeyDictionary()
 
 
-_WRAPPERS: WeakKeyDictionary[nn.Module, tuple[_Wrapper, ...]] = WeakKeyDictionary()
-
-
-def _wrappers(model: TransformerBridge) -> tuple[_Wrapper, ...]:
-    """List the components that can be left out and all attention components; found once a model."""
-    if model not in _WRAPPERS:
+def _parts(model: TransformerBridge) -> _Parts:
+    """List a model's parts; found once a model."""
+    if model not in _PARTS:
         attention = {id(block._modules.get("attn")): layer for layer, block in enumerate(model.blocks)}
         # Some blocks reach into their components as they run; theirs must stay.
         needed = {id(part) for block in model.blocks if type(block) not in _PLAIN_BLOCKS for part in block.modules()}
-        _WRAPPERS[model] = tuple(
-            _wrapper(component, parent, name, attention.get(id(component)), is_needed=id(component) in needed)
-            for parent in model.original_model.modules()
-            if not isinstance(parent, GeneralizedComponent)
-            for name, component in parent._modules.items()
-            if type(component) in _TRANSPARENT or id(component) in attention
-        )
-    return _WRAPPERS[model]
+        _PARTS[model] = _Parts([], [], [])
+        for parent in model.original_model.modules():
+            if not isinstance(parent, GeneralizedComponent):
+                for name, component in parent._modules.items():
+                    if type(component) in _TRANSPARENT or id(component) in attention:
+                        layer = attention.get(id(component))
+                        _add_part(_PARTS[model], component, parent, name, layer, is_needed=id(component) in needed)
+    return _PARTS[model]
 
 
-def _wrapper(component: Any, parent: nn.Module, name: str, layer: int | None, *, is_needed: bool) -> _Wrapper:
+def _add_part(
+    parts: _Parts, component: Any, parent: nn.Module, name: str, layer: int | None, *, is_needed: bool
+) -> None:
     module, hook_in, hook_out = component.original_component, component.hook_in, component.hook_out
     elsewhere = set(map(id, module.modules()))
     own = [part for part in component.modules() if id(part) not in elsewhere]
-    hooks = tuple(
-        (id(hook), (hook._forward_hooks, hook._backward_hooks)) for hook in own if isinstance(hook, HookPoint)
-    )
-    inside = frozenset(hook for hook, _ in hooks) - {id(hook_in), id(hook_out)}
-    parts = (part for part in own if not isinstance(part, HookPoint))
-    torch_hooks = tuple(
-        attached for part in parts for attached in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks)
-    )
+    inside = set()
+    for part in own:
+        if isinstance(part, HookPoint):
+            inside.add(id(part))
+            parts.hooks.extend([(id(part), part._forward_hooks), (id(part), part._backward_hooks)])
+        else:
+            kept_in = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks)
+            parts.torch_hooks.extend((len(parts.wrappers), attached) for attached in kept_in)
     if layer is not None:
         can_be_left_out = isinstance(component, _ATTENTION)
     elif isinstance(component, NormalizationBridge):
         can_be_left_out = component.use_native_layernorm_autograd
     else:
         can_be_left_out = not getattr(component, "_use_processed_weights", False)
-    return _Wrapper(
-        component,
-        module,
-        parent,
-        name,
-        hook_in,
-        hook_out,
-        hooks,
-        inside,
-        torch_hooks,
-        can_be_left_out and not is_needed,
-        layer,
+    parts.wrappers.append(
+        _Wrapper(
+            component,
+            module,
+            parent,
+            name,
+            hook_in,
+            hook_out,
+            frozenset(inside - {id(hook_in), id(hook_out)}),
+            can_be_left_out and not is_needed,
+            layer,
+        )
     )
+
+
+def _put_back(left_out: list[_Wrapper], handles: list[RemovableHandle]) -> None:
+    for wrapper in left_out:
+        wrapper.parent._modules[wrapper.name] = wrapper.component
+    for handle in handles:
+        handle.remove()
+
+
+def _keep_rim_hooks(
+    wrapper: _Wrapper,
+    hooked: set[int],
+    waiting: dict[int, tuple[HookPoint, Listener]],
+    handles: list[RemovableHandle],
+) -> None:
+    """Fire the hooks at the rim from the module; a listener that is alone there is called without the hook point."""
+    for hook_point, is_input in ((wrapper.hook_in, True), (wrapper.hook_out, False)):
+        hear: Callable[[Tensor], Tensor | None] | None = None
+        if id(hook_point) in hooked:
+            hear = hook_point
+        elif id(hook_point) in waiting:
+            hear = hook_point if hook_point.hook_conversion is not None else waiting.pop(id(hook_point))[1]
+        if hear is not None and is_input:
+            handles.append(wrapper.module.register_forward_pre_hook(_hear_input(hear), with_kwargs=True))
+        elif hear is not None:
+            handles.append(wrapper.module.register_forward_hook(_hear_output(hear)))
 
 
 def any_hooks(hook_point: HookPoint) -> bool:
@@ -196,23 +233,20 @@ def any_hooks(hook_point: HookPoint) -> bool:
     return bool(hook_point._forward_hooks or hook_point._backward_hooks)
 
 
-def _has_torch_hooks(wrapper: _Wrapper, captures: set[int]) -> bool:
-    """Whether PyTorch's own hooks are on a component, but for the block's captures, which only matter to forks."""
-    return any(handle_id not in captures for attached in filter(None, wrapper.torch_hooks) for handle_id in attached)
-
-
-def _fire_hook_in(hook_in: HookPoint) -> Callable[..., tuple[Any, Any]]:
-    def fire(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        if args:
-            return (hook_in(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": hook_in(kwargs["hidden_states"])}
+def _hear_input(hear: Callable[[Tensor], Tensor | None]) -> Callable[..., tuple[Any, Any] | None]:
+    def fire(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        changed = hear(args[0] if args else kwargs["hidden_states"])
+        if changed is None:
+            return None
+        return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
 
     return fire
 
 
-def _fire_hook_out(hook_out: HookPoint) -> Callable[..., Any]:
+def _hear_output(hear: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
     def fire(module: nn.Module, args: Any, output: Any) -> Any:
-        return (hook_out(output[0]), *output[1:]) if isinstance(output, tuple) else hook_out(output)
+        changed = hear(output[0] if isinstance(output, tuple) else output)
+        return (changed, *output[1:]) if changed is not None and isinstance(output, tuple) else changed
 
     return fire
 
@@ -220,19 +254,17 @@ def _fire_hook_out(hook_out: HookPoint) -> Callable[..., Any]:
 # --- Attention --------------------------------------------------------------------------------------------------------
 
 
-_Report = Callable[[Tensor], None]
-
-
-def _listen_to_fused(wrapper: _Wrapper, keys: Sequence[int], report: _Report, stack: ExitStack) -> None:
+def _listen_to_fused(wrapper: _Wrapper, keys: Sequence[int], report: Listener) -> RemovableHandle:
     wanted = {"melens_keys": tuple(keys), "melens_listener": report}
 
     def ask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         return args, kwargs | wanted  # transformers passes it on to the attention function
 
-    stack.callback(wrapper.module.register_forward_pre_hook(ask, with_kwargs=True).remove)
+    handle: RemovableHandle = wrapper.module.register_forward_pre_hook(ask, with_kwargs=True)
+    return handle
 
 
-def _listen_to_pattern(wrapper: _Wrapper, keys: Sequence[int], report: _Report, stack: ExitStack) -> None:
+def _listen_to_pattern(wrapper: _Wrapper, keys: Sequence[int], report: Listener, stack: ExitStack) -> None:
     hook_pattern: HookPoint | None = getattr(wrapper.component, "hook_pattern", None)
     if hook_pattern is None:
         return
@@ -241,10 +273,10 @@ def _listen_to_pattern(wrapper: _Wrapper, keys: Sequence[int], report: _Report, 
         within = [position for position in keys if position < pattern.shape[-1]]
         report(missing_as_zero(pattern[..., within].float(), keys, pattern.shape[-1]))
 
-    attach_hook(hook_pattern, hear, stack)
+    _attach(hook_pattern, hear, stack)
 
 
-def attach_hook(hook_point: HookPoint, listen: Callable[[Tensor], None], stack: ExitStack) -> None:
+def _attach(hook_point: HookPoint, listen: Listener, stack: ExitStack) -> None:
     """Let a listener hear what passes a hook point, in the layout of its documentation, until the stack unwinds."""
 
     def hear(activation: Tensor, hook: HookPoint) -> None:
@@ -257,7 +289,7 @@ def attach_hook(hook_point: HookPoint, listen: Callable[[Tensor], None], stack: 
 
 def _select_attention(model: TransformerBridge, name: str, stack: ExitStack) -> None:
     modules = [model.original_model]
-    modules += [wrapper.module for wrapper in _wrappers(model) if wrapper.layer is not None]
+    modules += [wrapper.module for wrapper in _parts(model).wrappers if wrapper.layer is not None]
     configs = {id(module.config): module.config for module in modules if hasattr(module, "config")}
     for config in configs.values():
         stack.callback(setattr, config, "_attn_implementation", config._attn_implementation)

@@ -8,7 +8,7 @@ import re
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from melens.errors import MelensError
-from melens.lean import any_hooks, attach_hook, lean_forward
+from melens.lean import any_hooks, lean_forward
 from melens.probes import (
     ATTENTION_ON_KEYS,
     AbsMedian,
@@ -142,11 +142,12 @@ def trace(
     total = sum(map(len, tokens))
     with torch.no_grad():
         with _listening(model, probes, recorder):
+            network = _network(model, recorder.expected)
             for batch in _batches(tokens, max_batch_tokens, device=model.cfg.device):
                 recorder.begin(batch)
                 if progress is not None:
                     progress(recorder.n_tokens, total)
-                _forward(model, batch)
+                network(input_ids=batch.tokens, use_cache=False)
             described = _describe_prompts(model, texts, tokens)  # while a GPU still computes
         recorder.end()
     if progress is not None:
@@ -309,10 +310,8 @@ def _listening(model: TransformerBridge, probes: Sequence[Probe], recorder: _Rec
             wanted = attention if all_of_them else torch.stack([attention[..., column] for column in columns], dim=-1)
             recorder.add(listener, wanted)
 
-    with ExitStack() as stack:
-        for hook, listeners in at_hook.items():
-            attach_hook(hook_points[hook], partial(_listen, recorder, listeners), stack)
-        stack.enter_context(lean_forward(model, keys, hear_keys if at_keys else None))
+    hear = [(hook_points[hook], partial(_listen, recorder, listeners)) for hook, listeners in at_hook.items()]
+    with lean_forward(model, hear, keys, hear_keys if at_keys else None):
         yield
 
 
@@ -331,12 +330,12 @@ def _listen(recorder: _Recorder, listeners: list[_Listener], activation: Tensor)
         recorder.add(listener, activation)
 
 
-def _forward(model: TransformerBridge, batch: Batch) -> None:
-    """Run the network, without the logits unless a hook wants them."""
-    hooks = (module for module in model.unembed.modules() if isinstance(module, HookPoint))
-    wants_logits = any(map(any_hooks, hooks))
-    network = model.original_model if wants_logits else model.original_model.base_model
-    network(input_ids=batch.tokens, use_cache=False)
+def _network(model: TransformerBridge, listeners: Sequence[_Listener]) -> Any:
+    """Return the network that a trace runs: without the unembedding unless someone listens there."""
+    heard = {id(listener.hook_point) for listener in listeners}
+    at_unembedding = [module for module in model.unembed.modules() if isinstance(module, HookPoint)]
+    wants_logits = any(id(hook_point) in heard or any_hooks(hook_point) for hook_point in at_unembedding)
+    return model.original_model if wants_logits else model.original_model.base_model
 
 
 # --- Recording --------------------------------------------------------------------------------------------------------
