@@ -32,7 +32,7 @@ def run(study: Study, options: DictConfig) -> Result:
     edges = list(options.length_bins)
     prompts = study.trace.prompts.merge(study.me.per_prompt, on="prompt")
     prompts = prompts.assign(length=_length_names(prompts["n_tokens"], edges), task=prompts["task"].fillna("not given"))
-    groups = _agreement(study, prompts)
+    groups = _agreement(study, prompts, edges)
     beginnings = _beginnings(study, options)
     norms = (
         study.trace["norm"]
@@ -96,11 +96,13 @@ def _bin_names(edges: Sequence[int]) -> list[str]:
     return [f"{low}-{high} tokens" for low, high in zip(lows, edges, strict=False)] + [f"over {lows[-1] - 1} tokens"]
 
 
-def _agreement(study: Study, prompts: pd.DataFrame) -> pd.DataFrame:
+def _agreement(study: Study, prompts: pd.DataFrame, edges: Sequence[int]) -> pd.DataFrame:
     """List by task type and by length how many prompts have the ME layer of all: `agreement` with its interval."""
     rows = []
-    for kind in ("task", "length"):
-        for group, of_group in prompts.groupby(kind):
+    by_kind = {"task": sorted(set(prompts["task"])), "length": _bin_names(edges)}
+    for kind, group in ((kind, group) for kind, groups in by_kind.items() for group in groups):
+        of_group = prompts[prompts[kind] == group]
+        if not of_group.empty:
             agrees = (of_group["layer"] == study.me.layer).to_numpy(dtype=float)
             low, high = bootstrap_mean(agrees)
             layers = of_group["layer"].mode()

@@ -116,8 +116,8 @@ def _judge_one(claim: Claim, measured: Mapping[str, Metrics]) -> Judgement:
     except KeyError as missing:
         return Judgement("not measured", note=f"The result has no metric {missing}.")
     notes = [judged.note, *_changed_settings(claim, metrics)]
-    at_first = metrics.get("massive_position", 0) == 0
-    if at_first and metrics.get("distinct_first_tokens") == 1 and judged.verdict in ("holds", "holds in part"):
+    of_one_state = metrics.get("massive_position", 0) == 0 and metrics.get("distinct_first_tokens") == 1
+    if of_one_state and claim.experiment != "predict" and judged.verdict in ("holds", "holds in part"):
         notes.append("It rests on a single first token.")
     return replace(judged, note=" ".join(note for note in notes if note))
 

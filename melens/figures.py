@@ -236,8 +236,8 @@ def heatmap_over_curves(heatmap: Heatmap, panel: Panel, *, title: str, note: str
     figure.update_yaxes(title_text=heatmap.y_title, autorange="reversed", row=1, col=1)
     figure.update_yaxes(title_text=panel.y_title, range=panel.y_range, row=2, col=1)
     figure.update_xaxes(title_text=BLOCK, row=2, col=1)
-    for row in (1, 2):
-        _mark_me_layer(figure, panel.me_layer, row=row, col=1)
+    _mark_me_layer(figure, panel.me_layer, annotation_yanchor="bottom", row=1, col=1)  # above the colours
+    _mark_me_layer(figure, panel.me_layer, row=2, col=1)
     figure.update_layout(
         **_LAYOUT,
         title=_title(title, note),

@@ -181,7 +181,8 @@ th, td { text-align: left; vertical-align: top; padding: 7px 10px; border-bottom
   .claims td { display: block; border: 0; padding: 2px 0 }
 }
 @media print {
-  .skip, nav { display: none } section, .claims tr { break-inside: avoid } .scroll { overflow: visible }
+  .skip, nav { display: none } section, .claims tr { break-inside: avoid } #claims { break-inside: auto }
+  .scroll { overflow: visible }
   .figure { min-width: 0 } a { color: inherit; text-decoration: none } .modebar { display: none }
 }
 """
