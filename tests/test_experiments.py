@@ -136,6 +136,21 @@ def test_other_architectures_work_or_say_why_not(model_type, config, not_applica
     assert all(reason.endswith(".") for reason in reasons.values())
 
 
+def test_the_projections_of_a_mixture_of_experts_are_not_taken_for_those_of_a_dense_ffn():
+    config = {
+        "vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "intermediate_size": 96, "moe_intermediate_size": 32, "num_experts": 4,
+        "num_experts_per_tok": 2, "mlp_only_layers": [0, 1],
+    }  # fmt: skip
+    model = melens.load_model("random", model_type="qwen3_moe", config=config)
+    (result,) = run_experiments(study(model, prompts_of(), "exp.experiments=[ffn]"))
+    assert result.metrics["missing_projections"] == {"gate": [2, 3], "up": [2, 3]}
+    by_block = result.tables["ffn_by_block"].set_index("quantity").layer
+    assert by_block["concentration after gate"].tolist() == [0, 1]
+    assert by_block["concentration after down"].tolist() == [0, 1, 2, 3]
+    assert "no gate projection to listen to in block 2, 3" in result.pictures["ffn"].here
+
+
 def test_a_layernorm_model_with_a_massive_activation_can_be_ablated():
     model = melens.load_model(
         "random", model_type="gpt2", config={"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": VOCABULARY}
