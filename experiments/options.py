@@ -27,7 +27,9 @@ def check_options(cfg: DictConfig) -> None:
         wrong_kind = not isinstance(value, kind) or (kind is int and isinstance(value, bool))
         if (value is None and not may_be_absent) or (value is not None and (wrong_kind or (kind is int and value < 0))):
             raise MelensError(f"{key} is {value!r}; it must be {allowed}.")
-    if len(cfg.exp.get("experiments", [""])) == 0:
+    if isinstance(cfg.exp.get("experiments"), str):
+        cfg.exp.experiments = [cfg.exp.experiments]
+    if not cfg.exp.get("experiments", [""]):
         raise MelensError("exp.experiments is empty; it must name at least one experiment.")
     for name in cfg.exp.get("experiments", []):
         if not OmegaConf.is_dict(cfg.exp.get(name)):
@@ -49,17 +51,29 @@ LEAST = {
 
 def check_experiment_option(experiment: str, key: str, value: Any) -> None:
     """Check an option of an experiment."""
+    allowed = None
     if key == "log_scale" and not isinstance(value, bool):
-        raise MelensError(f"exp.{key} of {experiment} is {value!r}; it must be true or false.")
-    if key in LEAST and not (isinstance(value, int) and not isinstance(value, bool) and value >= LEAST[key]):
-        raise MelensError(
-            f"exp.{key} of {experiment} is {value!r}; it must be a whole number of at least {LEAST[key]}."
-        )
-    shares = {"top_share": [value], "other_shares": value}.get(key, [])
-    if not all(isinstance(share, float | int) and 0 < share <= 1 for share in shares):
-        raise MelensError(f"exp.{key} of {experiment} is {value}; a share of the width is over 0 and at most 1.")
-    if key == "length_bins" and not (all(isinstance(n, int) and n > 0 for n in value) and value == sorted(set(value))):
-        raise MelensError(f"exp.{key} of {experiment} is {value}; it must be rising whole numbers of tokens.")
+        allowed = "true or false"
+    elif key in LEAST and not (_is_count(value) and value >= LEAST[key]):
+        allowed = f"a whole number of at least {LEAST[key]}"
+    elif key == "top_share" and not _is_share(value):
+        allowed = "a share of the width, over 0 and at most 1"
+    elif key == "other_shares" and not (OmegaConf.is_list(value) and all(map(_is_share, value))):
+        allowed = "a list of shares of the width, each over 0 and at most 1"
+    elif key == "length_bins" and not (
+        OmegaConf.is_list(value) and all(map(_is_count, value)) and list(value) == sorted({0, *value})[1:]
+    ):
+        allowed = "a list of rising whole numbers of tokens"
+    if allowed is not None:
+        raise MelensError(f"exp.{key} of {experiment} is {value!r}; it must be {allowed}.")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
 
 
 def experiments_of(cfg: DictConfig) -> dict[str, DictConfig]:

@@ -48,7 +48,6 @@ __all__ = [
     "AttentionSpectrum",
     "Batch",
     "Concentration",
-    "FirstAgainstOthers",
     "GainAlignment",
     "LargestActivations",
     "Norms",
@@ -127,7 +126,7 @@ class Probe(ABC):
         """
 
     def reduce_at(self, site: str, layer: int, activation: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Do what `reduce` does; for a probe to which it matters where it listens."""
+        """Do what `reduce` does; for a probe to which it matters where it listens: `reduce` and more."""
         return self.reduce(activation, batch)
 
     def finish(self, reduced: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
@@ -276,27 +275,18 @@ class SinkByQuery(Probe):
         return {"attention": activation[..., 0].mean(dim=1)}
 
 
-class FirstAgainstOthers(Probe):
-    """A quantity of every token, kept for token 0 and as the mean of the prompt's other tokens (`<name>_others`)."""
-
-    @abstractmethod
-    def measure(self, site: str, layer: int, activation: Tensor) -> dict[str, Float[Tensor, "batch pos"]]:
-        """Compute the quantities of each token."""
-
-    def reduce(self, activation: Tensor, batch: Batch) -> dict[str, Tensor]:
-        raise NotImplementedError("It matters to this probe where it listens: see reduce_at.")
-
-    def reduce_at(self, site: str, layer: int, activation: Tensor, batch: Batch) -> dict[str, Tensor]:
-        weights = batch.weights_after(0).to(activation.device)
-        reduced: dict[str, Tensor] = {}
-        for name, values in self.measure(site, layer, activation).items():
-            of_tokens = values.masked_fill(weights == 0, 0)  # padding may hold 0 / 0
-            reduced |= {name: values[:, 0], f"{name}_others": (of_tokens * weights).sum(-1)}
-        return reduced
+def _first_against_others(quantities: Mapping[str, Float[Tensor, "batch pos"]], batch: Batch) -> dict[str, Tensor]:
+    """Keep each quantity of token 0 and, as `<name>_others`, its mean over the prompt's other tokens."""
+    kept: dict[str, Tensor] = {}
+    for name, values in quantities.items():
+        weights = batch.weights_after(0).to(values.device)
+        of_tokens = values.masked_fill(weights == 0, 0)  # padding may hold 0 / 0
+        kept |= {name: values[:, 0], f"{name}_others": (of_tokens * weights).sum(-1)}
+    return kept
 
 
-class GainAlignment(FirstAgainstOthers):
-    """How far a normalisation's output lies along its gain: figures 2 and 3.
+class GainAlignment(Probe):
+    """How far a normalisation's output lies along its gain, token 0 against the others: figures 2 and 3.
 
     The columns are `weight_norm` (‖ĥ‖, figure 2), `kl` (equation 2), and, for each share of the width, `frac_<share>`
     (equation 1), each with its `_others`.
@@ -316,15 +306,16 @@ class GainAlignment(FirstAgainstOthers):
         self._gains = {(f"{site}.hook_out", layer): gain for (site, layer), gain in gains.items()}
         self._top = {place: {share: _top_dims(gain, share) for share in shares} for place, gain in self._gains.items()}
 
-    def measure(
-        self, site: str, layer: int, activation: Float[Tensor, "batch pos d"]
-    ) -> dict[str, Float[Tensor, "batch pos"]]:
-        place = (site, layer)
-        fractions = {
-            f"frac_{share:g}": energy_share(activation, top.to(activation.device))
-            for share, top in self._top[place].items()
-        }
-        return {"weight_norm": l2_norm(activation), "kl": kl_to_gain(activation, self._gains[place]), **fractions}
+    def reduce(self, activation: Float[Tensor, "batch pos d"], batch: Batch) -> dict[str, Tensor]:
+        return _first_against_others({"weight_norm": l2_norm(activation)}, batch)
+
+    def reduce_at(
+        self, site: str, layer: int, activation: Float[Tensor, "batch pos d"], batch: Batch
+    ) -> dict[str, Tensor]:
+        along_gain = {"kl": kl_to_gain(activation, self._gains[site, layer])}
+        for share, top in self._top[site, layer].items():
+            along_gain[f"frac_{share:g}"] = energy_share(activation, top.to(activation.device))
+        return self.reduce(activation, batch) | _first_against_others(along_gain, batch)
 
 
 def _top_dims(gain: Float[Tensor, " d"], share: float) -> Bool[Tensor, " d"]:
@@ -334,18 +325,16 @@ def _top_dims(gain: Float[Tensor, " d"], share: float) -> Bool[Tensor, " d"]:
     return top
 
 
-class Concentration(FirstAgainstOthers):
-    """How few dims hold an activation's energy (equation 3, figure 4): the column `concentration`."""
+class Concentration(Probe):
+    """How few dims hold an activation's energy, token 0 against the others (equation 3, figure 4)."""
 
     name = "concentration"
 
     def __init__(self, sites: Sequence[str]):
         self.sites = tuple(sites)
 
-    def measure(
-        self, site: str, layer: int, activation: Float[Tensor, "batch pos d"]
-    ) -> dict[str, Float[Tensor, "batch pos"]]:
-        return {"concentration": concentration(activation)}
+    def reduce(self, activation: Float[Tensor, "batch pos d"], batch: Batch) -> dict[str, Tensor]:
+        return _first_against_others({"concentration": concentration(activation)}, batch)
 
 
 class Spectrum(Probe):
