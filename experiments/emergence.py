@@ -214,7 +214,8 @@ def _side_by_side(curves: dict[str, pd.DataFrame], me_layers: dict[str, int | No
         Panel(model, "L2 norm of the block output", _curves(norms, "hook_resid_post"), me_layers[model], log_scale=True)
         for model, norms in curves.items()
     ]
-    figure = figures.curves_by_block(panels, title="Token 0 against the others, model by model", columns=3)
+    note = "Lines: means. Bands: 10% to 90% of prompts (token 0) or tokens."
+    figure = figures.curves_by_block(panels, title="Token 0 against the others, model by model", note=note, columns=3)
     paper = "Every model has an ME layer, the same within a family."
     return Picture(figure, "figures 11-20, table 8", paper, f"{len(curves)} models.")
 
