@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from melens.prompts import Prompt, load_prompts
     from melens.tracing import Trace, default_probes, trace
     from melens.weights import score_blocks
+    from melens.wemask import WeMask
 
 __all__ = [
     "AbsMedian",
@@ -49,6 +50,7 @@ __all__ = [
     "Spectrum",
     "TokenVectors",
     "Trace",
+    "WeMask",
     "ablated",
     "default_probes",
     "find_me_layer",
@@ -64,6 +66,7 @@ __all__ = [
 
 _MODULES = (
     "errors", "prompts", "probes", "tracing", "emergence", "models", "claims", "normalization", "ablation", "weights",
+    "wemask",
 )  # fmt: skip
 
 

@@ -11,12 +11,12 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
 from melens.errors import MelensError
 
-__all__ = ["Normalization", "has_normalization", "read_normalization"]
+__all__ = ["Normalization", "has_normalization", "read_module", "read_normalization"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,6 @@ def has_normalization(model: TransformerBridge, layer: int, site: str) -> bool:
     return getattr(getattr(model.blocks[layer], site, None), "original_component", None) is not None
 
 
-@torch.no_grad()
 def read_normalization(model: TransformerBridge, layer: int, site: str) -> Normalization:
     """Read a normalisation's kind, gain and bias off its answers to two known inputs.
 
@@ -75,15 +74,26 @@ def read_normalization(model: TransformerBridge, layer: int, site: str) -> Norma
     if not has_normalization(model, layer, site):
         raise MelensError(f"Block {layer} of this model has no normalisation {site!r}.")
     component = getattr(model.blocks[layer], site)
-    module = copy.deepcopy(component.original_component).float()
-    device = next(module.parameters(), next(model.original_model.parameters())).device
+    device = next(component.original_component.parameters(), next(model.original_model.parameters())).device
+    return read_module(component.original_component, component.name, model.cfg.d_model, device)
+
+
+@torch.no_grad()
+def read_module(module: nn.Module, name: str, d_model: int, device: torch.device) -> Normalization:
+    """Do the same for a normalisation of a transformers model, given as the module."""
+    twin = copy.copy(module)
+    twin._parameters = {
+        key: weight if weight is None else nn.Parameter(weight.float(), requires_grad=False)
+        for key, weight in module._parameters.items()
+    }
     # Large, so that epsilon does not count; of mean 0 and variance 1 but for the size, so that nothing is centred away.
-    alternating = torch.ones(model.cfg.d_model, device=device)
+    alternating = torch.ones(d_model, device=device)
     alternating[1::2] = -1
     up, down, constant = (
-        module(1e4 * h[None, None])[0, 0] for h in (alternating, -alternating, torch.ones_like(alternating))
+        type(module).forward(twin, 1e4 * h[None, None])[0, 0]  # past the hooks that others may have put on it
+        for h in (alternating, -alternating, torch.ones_like(alternating))
     )
     gain, bias = alternating * (up - down) / 2, (up + down) / 2
     is_centred = torch.linalg.vector_norm(constant - bias) < 0.5 * torch.linalg.vector_norm(gain)
     kind: Literal["RMSNorm", "LayerNorm"] = "LayerNorm" if is_centred else "RMSNorm"
-    return Normalization(component.name, kind, gain, bias if is_centred else torch.zeros_like(bias))
+    return Normalization(name, kind, gain, bias if is_centred else torch.zeros_like(bias))

@@ -1,0 +1,361 @@
+"""Put a mask on a model: which tokens of each forward call it is for, and the hooks that carry it out.
+
+Token 0 is the first that is no padding, at its absolute position: padding on either side, a prompt fed in chunks and
+decoding with a cache lead to the same states as the bare prompt without a cache.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+from melens.emergence import Criterion
+from melens.errors import MelensError
+from melens.metrics import abs_max, abs_median
+from melens.networks import Block, Network
+
+__all__ = ["Factors", "InstalledMask", "TokenFinder"]
+
+
+@runtime_checkable
+class Factors(Protocol):
+    """By what the dims of the chosen tokens are multiplied."""
+
+    def __call__(self, layer: int, rows: Float[Tensor, "*n d"]) -> Tensor:
+        """Return the factors for these tokens, `[d]` or `[*n, d]`."""
+
+    def remove(self) -> None:
+        """Take from the model what was left there for this."""
+
+
+@dataclass
+class _Call:
+    """What a mask does in one forward call.
+
+    Attributes:
+        where: index of the tokens into `[batch, pos]`; None masks nothing.
+        detect: find massive tokens in what enters the first masked block, among `real` ones (None: all are).
+        masked: the blocks that have been masked so far.
+    """
+
+    where: tuple[Any, ...] | None = None
+    detect: bool = False
+    real: Bool[Tensor, "batch pos"] | None = None
+    masked: set[int] = field(default_factory=set)
+
+
+class TokenFinder:
+    """Finds the tokens that a mask is for in each forward call of a model."""
+
+    def __init__(self, positions: str | Sequence[int], *, caches_by_default: bool = True) -> None:
+        """Take the `positions` of a `WeMask`, and whether the model makes a cache if it is not told."""
+        self._positions = positions
+        self._caches_by_default = caches_by_default
+        self._offsets = [0] if isinstance(positions, str) else sorted(positions)
+        self._started: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+
+    def find(self, arguments: Mapping[str, Any]) -> _Call:
+        """Read from the arguments of a model's forward call which of its tokens are masked.
+
+        Raises:
+            MelensError: an attention mask that does not tell where the sequences begin.
+        """
+        inputs = arguments.get("input_ids")
+        inputs = arguments.get("inputs_embeds") if inputs is None else inputs
+        if inputs is None:
+            raise MelensError("A masked model needs input_ids or inputs_embeds.")
+        n_rows, n_tokens = inputs.shape[:2]
+        cache = arguments.get("past_key_values")
+        past = 0 if cache is None else int(cache.get_seq_length())
+        if self._positions == "all":
+            return _Call((slice(None),))
+        if self._positions == "every_call":
+            return _Call((slice(None), 0))
+        mask = arguments.get("attention_mask")
+        if self._positions == "massive":
+            is_decoding = past > 0 and n_tokens == 1
+            return _Call(detect=not is_decoding, real=None if is_decoding else _real(mask, past, n_tokens))
+        if past > 0 and past > self._started.get(cache, past) + self._offsets[-1]:
+            return _Call()
+        use_cache = arguments.get("use_cache")
+        has_cache = cache is not None or (self._caches_by_default if use_cache is None else use_cache)
+        position_ids = None if has_cache else arguments.get("position_ids")  # with a cache nothing is packed
+        starts = _starts(mask, position_ids, n_rows, n_tokens, past)
+        if cache is not None and all(starts):
+            self._started[cache] = max(max(of_row) for of_row in starts)
+        return _Call(self._places(starts, n_tokens, past, inputs.device))
+
+    def _places(
+        self, starts: Sequence[Sequence[int]], n_tokens: int, past: int, device: torch.device
+    ) -> tuple[Any, ...] | None:
+        columns = [
+            [
+                start + offset - past
+                for start, end in zip(of_row, [*of_row[1:], past + n_tokens], strict=False)
+                for offset in self._offsets
+                if past <= start + offset < end
+            ]
+            for of_row in starts
+        ]
+        if not any(columns):
+            return None
+        if len(columns[0]) == 1 and all(of_row == columns[0] for of_row in columns):
+            return (slice(None), columns[0][0])
+        rows = [row for row, of_row in enumerate(columns) for _ in of_row]
+        flat = [column for of_row in columns for column in of_row]
+        return (torch.tensor(rows, device=device), torch.tensor(flat, device=device))
+
+
+def _real_keys(mask: Any) -> Bool[Tensor, "batch key"] | None:
+    """Read from an attention mask of whatever form which keys are no padding; None if all are."""
+    if isinstance(mask, Mapping):  # by type of block
+        mask = mask.get("full_attention", next(iter(mask.values())))
+    if mask is None:
+        return None
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return mask != 0
+    if isinstance(mask, Tensor) and mask.ndim == 4:
+        may_attend = mask if mask.dtype == torch.bool else mask >= 0
+        return may_attend.any(dim=(1, 2))
+    raise MelensError(
+        "This form of attention mask does not tell a WeMask where the sequences begin: give the tokenizer's [batch, "
+        "pos] mask."
+    )
+
+
+def _real(mask: Any, past: int, n_tokens: int) -> Bool[Tensor, "batch pos"] | None:
+    keys = _real_keys(mask)
+    return None if keys is None else keys[:, past : past + n_tokens]
+
+
+def _starts(mask: Any, position_ids: Any, n_rows: int, n_tokens: int, past: int) -> list[list[int]]:
+    """Find where each row's sequences begin, counted from the first token in the cache; nothing for padding alone."""
+    keys = _real_keys(mask)
+    if keys is not None:
+        if keys.shape[1] < past + n_tokens:
+            raise MelensError(
+                f"The attention mask is for {keys.shape[1]} tokens, but with the cache there are {past + n_tokens}."
+            )
+        first = torch.where(keys.any(dim=1), keys.int().argmax(dim=1), -1).expand(n_rows).tolist()
+        return [[start] if start >= 0 else [] for start in first]
+    if isinstance(position_ids, Tensor) and position_ids.ndim == 2:  # perhaps several packed into a row
+        begins = torch.ones_like(position_ids, dtype=torch.bool)
+        begins[:, 1:] = position_ids.diff(dim=-1) != 1
+        packed = [of_row.nonzero().flatten().tolist() for of_row in begins.cpu()]
+        return packed if len(packed) == n_rows else packed * n_rows
+    return [[0] for _ in range(n_rows)]
+
+
+class InstalledMask:
+    """A mask on a model: `remove()` takes it off.
+
+    Attributes:
+        layers: the blocks that it masks.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        layers: Sequence[int],
+        site: str,
+        finder: TokenFinder,
+        factors: Factors,
+    ) -> None:
+        """Attach the hooks.
+
+        Args:
+            network: the model.
+            layers: blocks to mask; massive tokens are looked for in what enters the first.
+            site: where.
+            finder: tells which tokens.
+            factors: tells how.
+        """
+        self.layers = tuple(layers)
+        self.first = min(layers)
+        self._finder, self._factors = finder, factors
+        self._calls: dict[int, _Call] = {}  # by thread
+        self.seen: dict[int, tuple[nn.Module, Tensor]] = {}  # what went into ln1, by thread
+        self.carried = f"melens_mask_{id(self)}"
+        self._criterion = Criterion()
+        self._signature = inspect.signature(network.base.forward)
+        self._expected = [(layer, network.blocks[layer].module) for layer in self.layers]
+        self._removers: list[Callable[[], None]] = [factors.remove]
+        try:
+            self._attach(network, site)
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Take the mask off; a second time does nothing."""
+        while self._removers:
+            self._removers.pop()()
+
+    def _attach(self, network: Network, site: str) -> None:
+        keep = self._keep
+        keep(network.base.register_forward_pre_hook(self._begin, with_kwargs=True))
+        keep(network.base.register_forward_hook(self._end, always_call=True))
+        for layer in self.layers:
+            hooks = _Hooks(self, layer, network.blocks[layer])
+            if network.bridge is not None:
+                names = {"attn_in": "ln1.hook_out", "ln1_in": "ln1.hook_in", "resid_pre": "hook_resid_pre"}
+                if layer == self.first:
+                    self._keep_on(network.hook_point(layer, "hook_resid_pre"), hooks.look)
+                self._keep_on(network.hook_point(layer, names[site]), hooks.on_activation)
+                continue
+            block = network.blocks[layer]
+            keep(block.module.register_forward_pre_hook(hooks.before_block, with_kwargs=True))
+            if site == "resid_pre":  # outside what gradient checkpointing repeats
+                keep(block.module.register_forward_pre_hook(hooks.mask_input, with_kwargs=True))
+            else:
+                assert block.attention is not None
+                assert block.ln1 is not None
+                if site == "ln1_in":
+                    keep(block.ln1.register_forward_pre_hook(hooks.before_ln1))
+                mask = hooks.mask_input if site == "attn_in" else hooks.renormalise
+                keep(block.attention.register_forward_pre_hook(mask, with_kwargs=True))
+
+    def _keep(self, handle: Any) -> None:
+        self._removers.append(handle.remove)
+
+    def _keep_on(self, hook_point: HookPoint, hook: Any) -> None:
+        handle = hook_point.add_hook(hook, is_permanent=True)
+
+        def remove() -> None:
+            handle.hook.remove()
+            if handle in hook_point.fwd_hooks:
+                hook_point.fwd_hooks.remove(handle)
+
+        self._removers.append(remove)
+
+    # --- A forward call -----------------------------------------------------------------------------------------------
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arguments = {**self._signature.bind_partial(*args).arguments, **kwargs} if args else kwargs
+        self._calls[threading.get_ident()] = self._finder.find(arguments)
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        call = self._calls.pop(threading.get_ident(), None)
+        if call is None or call.where is None or output is None:
+            return
+        # A block whose forward is replaced, as when recorded outputs are replayed, has nothing to mask.
+        missed = [
+            layer for layer, block in self._expected if layer not in call.masked and "forward" not in block.__dict__
+        ]
+        if missed:
+            raise MelensError(
+                f"The mask did not reach block {missed[0]}, though it is installed there: its hooks were taken off, or "
+                "the model was compiled without them. Install the mask again."
+            )
+
+    def call(self, kwargs: dict[str, Any] | None = None) -> _Call:
+        """Return what to do in the forward call that is under way; in a recomputation it comes with the arguments."""
+        call = (kwargs or {}).pop(self.carried, None) or self._calls.get(threading.get_ident())
+        if call is None:
+            raise MelensError(
+                "A masked block ran outside a forward call of its model; with gradient checkpointing this architecture "
+                "cannot be masked at that site."
+            )
+        return call
+
+    def detect(self, call: _Call, hidden: Float[Tensor, "batch pos d"]) -> None:
+        """Find the massive tokens of what enters the first masked block, where that is asked for."""
+        if not call.detect:
+            return
+        largest = abs_max(hidden).float()
+        real = torch.ones_like(largest, dtype=torch.bool) if call.real is None else call.real.to(largest.device)
+        medians = torch.stack([abs_median(h[tokens]) for h, tokens in zip(hidden, real, strict=True)])
+        massive = (largest > self._criterion.min_abs) & (largest > self._criterion.min_ratio * medians[:, None]) & real
+        call.where = massive.nonzero(as_tuple=True) if massive.any() else None
+
+    def masked(self, call: _Call, layer: int, hidden: Float[Tensor, "batch pos d"]) -> Tensor | None:
+        """Mask the tokens of an activation; None where there are none."""
+        if call.where is None:
+            return None
+        return _put(hidden, call.where, self.factored(call, layer, hidden[call.where]))
+
+    def factored(self, call: _Call, layer: int, rows: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
+        """Multiply the dims of chosen tokens by what the mask leaves of them."""
+        call.masked.add(layer)
+        return rows * self._factors(layer, rows)
+
+
+class _Hooks:
+    """What runs around one masked block. (Methods, not closures: a deep copy of the model gets its own.)"""
+
+    def __init__(self, mask: InstalledMask, layer: int, block: Block) -> None:
+        self._mask, self._layer, self._block = mask, layer, block
+        parameters = inspect.signature(block.module.forward).parameters.values()
+        self._passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+
+    # On a bridge
+
+    def look(self, activation: Float[Tensor, "batch pos d"], hook: HookPoint) -> None:
+        self._mask.detect(self._mask.call(), activation)
+
+    def on_activation(self, activation: Float[Tensor, "batch pos d"], hook: HookPoint) -> Tensor | None:
+        return self._mask.masked(self._mask.call(), self._layer, activation)
+
+    # On a plain model
+
+    def before_block(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
+        call = self._mask.call()
+        if self._layer == self._mask.first:
+            self._mask.detect(call, _hidden(args, kwargs))
+        if self._passes_on and module.training and getattr(module, "gradient_checkpointing", False):
+            return args, {**kwargs, self._mask.carried: call}  # the backward pass runs what is inside once more
+        return None
+
+    def mask_input(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
+        call = self._mask.call(kwargs)
+        return _with_hidden(self._mask.masked(call, self._layer, _hidden(args, kwargs)), args, kwargs)
+
+    def before_ln1(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._mask.seen[threading.get_ident()] = (module, args[0])
+
+    def renormalise(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
+        """Give attention what `ln1` makes of the masked tokens; where the FFN reads `ln1` too, it reads them whole."""
+        call = self._mask.call(kwargs)
+        ln1, before = self._mask.seen.pop(threading.get_ident())
+        if call.where is None:
+            return None
+        hidden = _hidden(args, kwargs)
+        rows = self._mask.factored(call, self._layer, before[call.where])
+        return _with_hidden(_put(hidden, call.where, ln1.forward(rows[None])[0]), args, kwargs)
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
+
+
+def _with_hidden(
+    hidden: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]] | None:
+    if hidden is None:
+        return None
+    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+
+def _put(hidden: Tensor, where: tuple[Any, ...], rows: Tensor) -> Tensor:
+    """Replace tokens of a hidden state, which itself stays as it is: others may hold it."""
+    if len(where) == 1:  # all
+        return rows
+    replaced = hidden.clone()
+    replaced[where] = rows.to(hidden.dtype)
+    return replaced

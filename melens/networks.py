@@ -1,0 +1,181 @@
+"""One view of a `TransformerBridge` and of a plain transformers model: their blocks, and where a mask takes hold.
+
+Where a plain model keeps its blocks, norms and attention is read from TransformerLens's adapter of its architecture.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
+
+from melens.errors import MelensError
+from melens.normalization import read_module
+
+__all__ = ["Block", "Network", "Site", "open_network"]
+
+Site = Literal["attn_in", "ln1_in", "resid_pre"]
+"""Where a mask takes hold: what comes out of `ln1`, what goes into it (for attention alone, the residual stream stays
+whole), or the residual stream itself before the block."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A transformer block.
+
+    Attributes:
+        module: of the transformers model.
+        ln1, attention: its normalisation before attention and its attention, None where it has none.
+        ln1_name: the name of that normalisation in the model.
+    """
+
+    module: nn.Module
+    ln1: nn.Module | None
+    attention: nn.Module | None
+    ln1_name: str
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model of either kind.
+
+    Attributes:
+        bridge: the bridge, None for a plain model.
+        base: the transformers model without its head: every forward pass goes through it.
+        blocks: in order.
+        architecture, d_model, vocabulary: of the model.
+    """
+
+    bridge: TransformerBridge | None
+    base: nn.Module
+    blocks: tuple[Block, ...]
+    architecture: str
+    d_model: int
+    vocabulary: int
+
+    def gain(self, layer: int) -> Tensor:
+        """Return the factors of a block's `ln1` that take effect, float32 `[d]`.
+
+        Raises:
+            MelensError: no `ln1`, or weights that are not here in full: sharded or offloaded.
+        """
+        block = self.blocks[layer]
+        if block.ln1 is None:
+            raise MelensError(f"Block {layer} of this model has no normalisation before attention, so no gain.")
+        for parameter in block.ln1.parameters():
+            if parameter.is_meta or type(parameter).__name__ == "DTensor" or parameter.numel() == 0:
+                raise MelensError("The model's weights are sharded or offloaded: install the mask before they are.")
+        device = next(block.ln1.parameters(), next(self.base.parameters())).device
+        return read_module(block.ln1, block.ln1_name, self.d_model, device).gain
+
+    def gain_parameter(self, layer: int) -> tuple[nn.Parameter, float]:
+        """Return the weight that a block's gain is made of, and what is added to it: 1 in Gemma's RMSNorm."""
+        gain = self.gain(layer)
+        ln1 = self.blocks[layer].ln1
+        for parameter in () if ln1 is None else ln1.parameters():
+            for offset in (0.0, 1.0):
+                if parameter.shape == gain.shape and torch.allclose(parameter.float() + offset, gain, rtol=1e-3):
+                    return parameter, offset
+        raise MelensError(f"The gain of block {layer}'s ln1 is not a weight of its own, so it cannot be read anew.")
+
+    def can_mask_attention(self, layer: int) -> bool:
+        """Tell whether a block has attention with a normalisation of its own before it."""
+        return self.blocks[layer].attention is not None and self.blocks[layer].ln1 is not None
+
+    def shares_ln1(self, layer: int) -> bool:
+        """Tell whether the FFN of a bridge's block reads the normalisation before attention, too."""
+        assert self.bridge is not None
+        parts = self.bridge.blocks[layer]._modules
+        return "ln2" not in parts and "mlp" in parts
+
+    def hook_point(self, layer: int, name: str) -> HookPoint:
+        """Return a hook point of a block of the bridge."""
+        assert self.bridge is not None
+        hook_point: HookPoint = self.bridge.hook_dict[f"blocks.{layer}.{name}"]
+        return hook_point
+
+
+def open_network(model: Any) -> Network:
+    """Look into a bridge or a transformers model, also one in a wrapper for data parallelism, compilation or adapters.
+
+    Raises:
+        MelensError: neither of them, or an architecture that TransformerLens does not know.
+    """
+    if isinstance(model, TransformerBridge):
+        return _of_bridge(model)
+    model = _unwrapped(model)
+    config = getattr(model, "config", None)
+    if not isinstance(model, nn.Module) or config is None:
+        raise MelensError(
+            f"A {type(model).__name__} cannot be masked; allowed are a TransformerBridge and a transformers model."
+        )
+    if any(isinstance(module, GeneralizedComponent) for module in model.modules()):
+        raise MelensError("This model is the inside of a TransformerBridge: give the bridge instead.")
+    return _of_plain(model, config)
+
+
+def _unwrapped(model: Any) -> Any:
+    """Take off what only wraps a model: hooks on the modules inside it work all the same."""
+    while True:
+        if isinstance(model, DistributedDataParallel | DataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):  # torch.compile's
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model"):  # PEFT's
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def _of_bridge(model: TransformerBridge) -> Network:
+    blocks = []
+    for block in getattr(model, "blocks", ()):
+        parts = {name: getattr(block, name, None) for name in ("ln1", "attn")}
+        ln1 = getattr(parts["ln1"], "original_component", None)
+        attention = getattr(parts["attn"], "original_component", None)
+        blocks.append(Block(block.original_component, ln1, attention, getattr(parts["ln1"], "name", "") or ""))
+    return _checked(model.original_model, tuple(blocks), str(model.cfg.architecture), int(model.cfg.d_model), model)
+
+
+def _of_plain(model: nn.Module, config: Any) -> Network:
+    architecture = type(model).__name__
+    try:
+        dtype = next(model.parameters()).dtype
+        cfg = build_bridge_config_from_hf(config, architecture, architecture, dtype)
+        mapping: Any = ArchitectureAdapterFactory.select_architecture_adapter(cfg).get_component_mapping()
+        described = mapping["blocks"]
+        modules = list(model.get_submodule(described.name))  # type: ignore[call-overload]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise MelensError(
+            f"TransformerLens does not know where {architecture} keeps its blocks, so it cannot be masked."
+        ) from error
+    names = {part: getattr(described.submodules.get(part), "name", None) for part in ("ln1", "attn")}
+    blocks = [
+        Block(module, _part(module, names["ln1"]), _part(module, names["attn"]), names["ln1"] or "")
+        for module in modules
+    ]
+    return _checked(model, tuple(blocks), architecture, int(cfg.d_model), None)
+
+
+def _part(block: nn.Module, name: str | None) -> nn.Module | None:
+    try:
+        return None if name is None else block.get_submodule(name)
+    except AttributeError:  # a block of another kind in a hybrid model
+        return None
+
+
+def _checked(
+    model: Any, blocks: tuple[Block, ...], architecture: str, d_model: int, bridge: TransformerBridge | None
+) -> Network:
+    if not any(block.attention is not None for block in blocks) or getattr(model.config, "is_encoder_decoder", False):
+        raise MelensError(f"{architecture} is no decoder with attention, so it cannot be masked.")
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    return Network(bridge, model.base_model, blocks, architecture, d_model, int(vocabulary))
