@@ -158,6 +158,8 @@ def _starts(mask: Any, position_ids: Any, n_rows: int, n_tokens: int, past: int)
 class InstalledMask:
     """A mask on a model: `remove()` takes it off.
 
+    Compiled code is dropped at both ends, and compiled anew around the hooks, which are left out of it.
+
     Attributes:
         layers: the blocks that it masks.
     """
@@ -189,6 +191,7 @@ class InstalledMask:
         self._signature = inspect.signature(network.base.forward)
         self._expected = [(layer, network.blocks[layer].module) for layer in self.layers]
         self._removers: list[Callable[[], None]] = [factors.remove]
+        torch.compiler.reset()  # code compiled without these hooks would go on without them
         try:
             self._attach(network, site)
         except BaseException:
@@ -197,6 +200,8 @@ class InstalledMask:
 
     def remove(self) -> None:
         """Take the mask off; a second time does nothing."""
+        if self._removers:
+            torch.compiler.reset()
         while self._removers:
             self._removers.pop()()
 
@@ -239,10 +244,12 @@ class InstalledMask:
 
     # --- A forward call -----------------------------------------------------------------------------------------------
 
+    @torch.compiler.disable
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = {**self._signature.bind_partial(*args).arguments, **kwargs} if args else kwargs
         self._calls[threading.get_ident()] = self._finder.find(arguments)
 
+    @torch.compiler.disable
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         call = self._calls.pop(threading.get_ident(), None)
         if call is None or call.where is None or output is None:
@@ -299,14 +306,17 @@ class _Hooks:
 
     # On a bridge
 
+    @torch.compiler.disable
     def look(self, activation: Float[Tensor, "batch pos d"], hook: HookPoint) -> None:
         self._mask.detect(self._mask.call(), activation)
 
+    @torch.compiler.disable
     def on_activation(self, activation: Float[Tensor, "batch pos d"], hook: HookPoint) -> Tensor | None:
         return self._mask.masked(self._mask.call(), self._layer, activation)
 
     # On a plain model
 
+    @torch.compiler.disable
     def before_block(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]] | None:
@@ -317,15 +327,18 @@ class _Hooks:
             return args, {**kwargs, self._mask.carried: call}  # the backward pass runs what is inside once more
         return None
 
+    @torch.compiler.disable
     def mask_input(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]] | None:
         call = self._mask.call(kwargs)
         return _with_hidden(self._mask.masked(call, self._layer, _hidden(args, kwargs)), args, kwargs)
 
+    @torch.compiler.disable
     def before_ln1(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._mask.seen[threading.get_ident()] = (module, args[0])
 
+    @torch.compiler.disable
     def renormalise(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]] | None:

@@ -396,6 +396,27 @@ def test_wrapped_models_are_masked_inside():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("when", ["before", "after", "in place"])
+def test_a_compiled_model_is_masked_whenever_it_was_compiled(when):
+    network = model_of("llama")
+    mask = WeMask(0.3, start=1, site="ln1_in")
+    unmasked = network(TOKENS).logits
+    with mask.applied(network):
+        expected = network(TOKENS).logits
+    if when == "in place":
+        network.compile(backend="eager")
+        compiled = network
+    else:
+        compiled = torch.compile(network, backend="eager")
+    if when != "before":
+        torch.testing.assert_close(compiled(TOKENS).logits, unmasked)
+    installed = mask.install(network if when == "before" else compiled)
+    torch.testing.assert_close(compiled(TOKENS).logits, expected)
+    installed.remove()
+    torch.testing.assert_close(compiled(TOKENS).logits, unmasked)
+
+
+@torch.no_grad()
 def test_attention_alone_is_masked_where_the_ffn_reads_the_same_norm():
     config = AutoConfig.for_model("phi", vocab_size=200, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
                                   num_attention_heads=4, max_position_embeddings=64)  # fmt: skip
