@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from experiments.masks import check_masks
 from experiments.study import begin_study, run_experiments
 from melens import Criterion, MelensError, Prompt, load_model, load_prompts
 from melens.prompts import Bos, random_tokens, tokenize
@@ -42,7 +43,8 @@ def run_job(cfg: DictConfig, folder: Path) -> list[str]:
         logging.getLogger("choreographer").setLevel(logging.WARNING)  # it tells of every temporary folder
     if cfg.prompts.bos not in get_args(Bos):
         raise MelensError(f"prompts.bos is {cfg.prompts.bos!r}; allowed are {', '.join(get_args(Bos))}.")
-    Criterion(**cfg.criterion)  # complains now, not after the trace
+    Criterion(**cfg.criterion)  # these two complain now, not after the trace
+    check_masks(cfg.wemask)
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)
     prompts = load_prompts(cfg.prompts.file, cfg.prompts.tasks)
     console = Console()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from rich.console import Console
 
-from experiments import emergence
+from experiments import emergence, mask_grid
 from melens import figures, judge
 from melens.results import Picture, Result, read_results, show_result, write_tables_and_figures
 
@@ -29,10 +30,21 @@ def merge_jobs(folder: Path) -> None:
     merged = [_merge_claims(jobs)]
     if any(result["experiment"] in ("emergence", "all") for result in jobs.values()):
         merged.append(emergence.merge(jobs))
+    grids = mask_grid.merge(jobs)
+    for result in grids:  # several models: the figures of each under its name
+        merged.append(result if len(grids) == 1 else _named(result))
     for number, result in enumerate(merged, 1):
         plots = {name: picture.figure for name, picture in result.pictures.items()}
         paths += write_tables_and_figures(result.tables, plots, folder)
         show_result(result, paths if number == len(merged) else [], Console())
+
+
+def _named(result: Result) -> Result:
+    """Put the model's name to that of every table and figure."""
+    name = result.model["name"].replace("/", "-")
+    tables = {f"{table}-{name}": content for table, content in result.tables.items()}
+    pictures = {f"{picture}-{name}": content for picture, content in result.pictures.items()}
+    return replace(result, tables=tables, pictures=pictures)
 
 
 def _row(job: Path, result: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from transformer_lens.model_bridge import TransformerBridge
 import melens
 from experiments.options import experiments_of
 from melens import Criterion, Emergence, MelensError, Probe, Prompt, Trace
+from melens.cache import store_for
 from melens.normalization import has_normalization, read_normalization
 from melens.prompts import tokenize
 from melens.results import Result
@@ -141,14 +143,24 @@ def begin_study(
         else [ids.tolist() for ids in prompts if isinstance(ids, Tensor)]
     )
     wanted = [probe for name, options in experiments_of(cfg).items() for probe in _probes(model, name, options)]
-    trace = melens.trace(
-        model,
-        prompts,
-        [*melens.default_probes(model), *wanted],
-        bos=cfg.prompts.bos,
-        max_batch_tokens=cfg.max_batch_tokens,
-        progress=stage("tokens traced"),
-    )
+    kept_in = None
+    if cfg.exp.get("keep") and not wanted:  # the jobs of a sweep need not trace the same prompts again
+        store = store_for("traces", model.original_model, model.cfg.model_name, tokens, texts, cfg.max_batch_tokens)
+        kept_in = store.folder
+    if kept_in is not None and kept_in.is_dir():
+        trace = Trace.load(kept_in)
+    else:
+        trace = melens.trace(
+            model,
+            prompts,
+            [*melens.default_probes(model), *wanted],
+            bos=cfg.prompts.bos,
+            max_batch_tokens=cfg.max_batch_tokens,
+            progress=stage("tokens traced"),
+        )
+        if kept_in is not None:
+            with suppress(OSError):  # another job was faster, or the cache cannot be written to
+                trace.save(kept_in)
     trace = replace(trace, model=trace.model | {"family": cfg.model.get("family")})
     me = melens.find_me_layer(trace, Criterion(**cfg.criterion))
     return Study(model, tokens, cfg, trace, me, stage)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from melens.normalization import read_normalization
     from melens.probes import (
         AbsMedian,
+        AttentionEntropy,
         AttentionMaps,
         AttentionSpectrum,
         Batch,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AbsMedian",
+    "AttentionEntropy",
     "AttentionMaps",
     "AttentionSpectrum",
     "Batch",

@@ -7,9 +7,9 @@ that changes block l starts there, from the recorded output of the block before.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,7 @@ from melens.errors import MelensError
 from melens.lean import lean_forward
 from melens.metrics import l2_norm
 from melens.normalization import has_normalization, read_normalization
+from melens.replay import Replay
 
 __all__ = ["Hook", "MassiveTokenRuns", "Part", "ablated", "ablation", "can_ablate"]
 
@@ -115,15 +116,10 @@ class MassiveTokenRuns:
         cut = [torch.tensor(ids[: at + 1]) for ids, at in zip(tokens, positions, strict=True)]
         self._tokens = torch.nn.utils.rnn.pad_sequence(cut, batch_first=True).to(model.cfg.device)
         self._at = torch.tensor(positions)
-        self._outputs: list[Any] = []
+        self._replay = Replay(model)
         self.block_evaluations = 0
-        outputs: list[Any] = []
-        with ExitStack() as stack:
-            for block in model.blocks:
-                record = partial(_record, outputs)
-                stack.callback(block.original_component.register_forward_hook(record).remove)
+        with self._replay.recording(range(len(model.blocks))):
             self.intact, self.ffn = self.run_with_ffn()
-        self._outputs = outputs
 
     def run(self, hooks: Sequence[Hook] = (), start: int = 0) -> Float[Tensor, "prompt layer"]:
         """Measure ‖h‖ of the massive token after each block, with hooks on; NaN before `start`.
@@ -154,7 +150,7 @@ class MassiveTokenRuns:
             listeners.append((f"blocks.{layer}.hook_resid_post", partial(norm_after, layer)))
             if can_ablate(model, layer, "ffn"):
                 listeners.append((f"blocks.{layer}.hook_mlp_out", partial(ffn_of, layer)))
-        with model.hooks(fwd_hooks=[*hooks, *listeners]), self._replaying(start), lean_forward(model):
+        with model.hooks(fwd_hooks=[*hooks, *listeners]), self._replay.starting_at(start), lean_forward(model):
             model.original_model.base_model(input_ids=self._tokens, use_cache=False)
         self.block_evaluations += n_layers - start
         return norms, ffn
@@ -172,23 +168,3 @@ class MassiveTokenRuns:
             return patched
 
         return (f"blocks.{layer}.hook_mlp_out", patch)
-
-    @contextmanager
-    def _replaying(self, start: int) -> Iterator[None]:
-        """Let the blocks before `start` return their recorded outputs instead of computing them."""
-        modules = [block.original_component for block in self._model.blocks[:start]]
-        try:
-            for module, output in zip(modules, self._outputs, strict=False):
-                module.__dict__["forward"] = partial(_replay, output)
-            yield
-        finally:
-            for module in modules:
-                module.__dict__.pop("forward", None)
-
-
-def _record(outputs: list[Any], module: Any, args: Any, output: Any) -> None:
-    outputs.append(output)
-
-
-def _replay(output: Any, *args: Any, **kwargs: Any) -> Any:
-    return output

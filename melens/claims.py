@@ -288,6 +288,48 @@ def _predicted(metrics: Metrics) -> Judgement:
     return Judgement(verdict, float(rank), None, f"Ranks: {best}, of {metrics['n_scored']}.")
 
 
+def _weakens(metrics: Metrics) -> Judgement:
+    if "sink_why_not" in metrics:
+        return Judgement("not measured", note=metrics["sink_why_not"])
+    ratio, interval = metrics["sink_ratio"], _interval(metrics, "sink_ratio")
+    low, high = interval or (ratio, ratio)
+    verdict: Verdict = "holds" if low >= 0.1 and high <= 0.9 else "does not hold"
+    if verdict != "holds" and low >= 0.1 and high < 1:
+        verdict = "holds in part"
+    return Judgement(verdict, ratio, interval, f"At rate {metrics['paper_rate']:g}.")
+
+
+def _harmless(metrics: Metrics) -> Judgement:
+    if "harm_why_not" in metrics:
+        return Judgement("not measured", note=metrics["harm_why_not"])
+    judged = _at_most(metrics, "weight_where_destroyed", 0.1)
+    places = metrics["destroyed_by"]
+    note = ", ".join(f"{select} masks destroy in {n} places" for select, n in places.items()) + " of the grid."
+    if judged.verdict == "holds" and not all(places.values()):
+        return replace(judged, verdict="holds in part", note=note)
+    return replace(judged, note=note)
+
+
+def _moderate(metrics: Metrics) -> Judgement:
+    if "moderation_why_not" in metrics:
+        return Judgement("not measured", note=metrics["moderation_why_not"])
+    value, interval = metrics["best_dloss"], _interval(metrics, "best_dloss")
+    verdict: Verdict = "does not hold"
+    if value < 0 and not metrics["best_rate_is_largest"]:
+        verdict = "holds" if interval is not None and interval[1] < 0 else "holds in part"
+    return Judgement(verdict, value, interval, f"At rate {metrics['best_rate']:g}.")
+
+
+def _start_specific(metrics: Metrics) -> Judgement:
+    if "start_why_not" in metrics:
+        return Judgement("not measured", note=metrics["start_why_not"])
+    value = metrics["start_effect_ratio"]
+    verdict: Verdict = "holds" if value >= 2 else "holds in part" if value > 1 else "does not hold"
+    return Judgement(
+        verdict, value, None, f"The strongest elsewhere is in block {metrics['start_strongest_elsewhere']}."
+    )
+
+
 CLAIMS: tuple[Claim, ...] = (
     Claim(
         id="exists",
@@ -539,6 +581,57 @@ CLAIMS: tuple[Claim, ...] = (
         criterion="1; in part <= 3",
         why="a prediction names one block",
         judge=_predicted,
+    ),
+    Claim(
+        id="mask-weakens-sink",
+        claim="WeMask weakens the sink and does not remove it",
+        source="section 4, figure 8",
+        experiment="wemask",
+        figure="by_block",
+        statistic="sink mass behind the ME layer with the paper's mask, relative to without",
+        criterion="between 0.1 and 0.9; in part below 1",
+        why="a tenth less is the least that a map would show, a tenth left is next to none",
+        of_token_0=True,
+        blocks_after=1,
+        judge=_weakens,
+    ),
+    Claim(
+        id="mask-weight-harmless",
+        claim="Weight-guided masks are harmless or better where random and magnitude masks destroy",
+        source="section 5, table 5",
+        experiment="wemask",
+        figure="loss_change",
+        statistic="largest Δloss of a weight-guided mask where a random or a magnitude mask of its rate and site costs "
+        "a nat or more",
+        criterion="<= 0.1 nats, with random and magnitude masks both destroying somewhere; in part: only one does",
+        why="0.1 nats is a tenth more perplexity; with a nat lost a token has less than 1/e of its probability",
+        of_token_0=True,
+        judge=_harmless,
+    ),
+    Claim(
+        id="mask-moderate",
+        claim="Moderate attenuation of the sink is better than none and than full",
+        source="section 4",
+        experiment="wemask",
+        figure="loss_and_sinks",
+        statistic="lowest Δloss of the paper's mask over the rates",
+        criterion="< 0, at a rate below the largest; in part: on average only",
+        why="better is any lower loss on the same tokens",
+        of_token_0=True,
+        judge=_moderate,
+    ),
+    Claim(
+        id="mask-start",
+        claim="The effect is specific to starting behind the ME layer",
+        source="the review, point 5",
+        experiment="wemask",
+        figure="starts",
+        statistic="change of the sink mass by a mask in the block behind the ME layer alone, over the largest by the "
+        "same mask in another block alone",
+        criterion=">= 2; in part > 1",
+        why="twice the next is the least that can be called specific",
+        of_token_0=True,
+        judge=_start_specific,
     ),
 )
 """What the paper and its review say of one model, in the order of the paper."""

@@ -19,6 +19,7 @@ __all__ = [
     "Curve",
     "Heatmap",
     "Panel",
+    "attention_change",
     "attention_maps",
     "curves_by_block",
     "dims_heatmap",
@@ -27,6 +28,8 @@ __all__ = [
     "heatmap_over_curves",
     "heatmap_with_slider",
     "heatmaps",
+    "loss_changes",
+    "loss_over_sinks",
     "shares",
     "vectors_by_dim",
     "verdicts",
@@ -290,6 +293,121 @@ def attention_maps(maps: Mapping[str, np.ndarray], tokens: Sequence[str], *, tit
         updatemenus=[{"buttons": buttons, "x": 1, "xanchor": "right", "y": 1.1, "yanchor": "bottom"}],
     )
     figure.update_layout(margin={"b": 110, "l": 110})
+    return figure
+
+
+def attention_change(
+    unmasked: np.ndarray, masked: np.ndarray, tokens: Sequence[str], *, title: str, note: str
+) -> go.Figure:
+    """Draw figure 8: attention maps without a mask, with it, and their difference, with a list to choose a head.
+
+    Args:
+        unmasked, masked: `[head, query, key]`.
+        tokens: labels of the positions.
+        title, note: above the figure.
+    """
+    panels = {"without the mask": unmasked, "with the mask": masked, "difference": masked - unmasked}
+    figure = attention_maps(panels, tokens, title=title, note=note)
+    for trace in figure.data[2 * (len(unmasked) + 1) :]:
+        trace.coloraxis = "coloraxis2"
+    figure.update_yaxes(showticklabels=False, title_text="", col=2)
+    figure.update_yaxes(showticklabels=False, title_text="", col=3)
+    figure.update_layout(
+        coloraxis={"colorbar": {"x": 1.0, "len": 0.5, "y": 0.76}},
+        coloraxis2={
+            "colorscale": "RdBu_r",
+            "cmin": -0.5,
+            "cmax": 0.5,
+            "colorbar": {"title": "difference", "x": 1.0, "len": 0.5, "y": 0.24},
+        },
+    )
+    return figure
+
+
+_SIGNED_TICKS = (-10, -3, -1, -0.3, -0.1, -0.03, 0, 0.03, 0.1, 0.3, 1, 3, 10)
+_LINEAR_UP_TO = 0.02
+
+
+def _signed_log(values: Any) -> Any:
+    """Scale values of both signs, linear around 0 and logarithmic further out."""
+    return np.arcsinh(np.asarray(values, dtype=float) / _LINEAR_UP_TO)
+
+
+def _signed_ticks() -> dict[str, Any]:
+    return {
+        "tickvals": _signed_log(_SIGNED_TICKS),
+        "ticktext": [f"{tick:+g}" if tick else "0" for tick in _SIGNED_TICKS],
+    }
+
+
+def loss_changes(maps: Sequence[Heatmap], *, title: str, note: str = "") -> go.Figure:
+    """Draw changes of a loss side by side in the same colours, red for worse, with the values in the cells."""
+    columns = min(3, len(maps))
+    rows = -(-len(maps) // columns)
+    titles = [heatmap.title for heatmap in maps]
+    figure = make_subplots(rows, columns, subplot_titles=titles, horizontal_spacing=0.1, vertical_spacing=0.3 / rows)
+    for index, heatmap in enumerate(maps):
+        at = {"row": index // columns + 1, "col": index % columns + 1}
+        trace = _heatmap_trace(heatmap, "Δloss")
+        trace.z = _signed_log(heatmap.values)
+        trace.customdata = np.asarray(heatmap.values, dtype=float).tolist()
+        trace.hovertemplate = str(trace.hovertemplate).replace("%{z:", "%{customdata:")
+        trace.text = [["" if np.isnan(value) else f"{value:+.3f}" for value in row] for row in heatmap.values]
+        trace.texttemplate = "%{text}"
+        figure.add_trace(trace, **at)
+        figure.update_xaxes(title_text=heatmap.x_title, type="category", **at)
+        figure.update_yaxes(title_text=heatmap.y_title, type="category", autorange="reversed", **at)
+    limit = float(_signed_log(10))
+    figure.update_layout(
+        **_LAYOUT,
+        title=_title(title, note),
+        height=200 + 230 * rows,
+        coloraxis={
+            "colorscale": "RdBu_r",
+            "cmin": -limit,
+            "cmax": limit,
+            "colorbar": {"title": "Δloss<br>(nats a token)", **_signed_ticks()},
+        },
+    )
+    return figure
+
+
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x")
+
+
+def loss_over_sinks(
+    cells: pd.DataFrame, *, sink_mass: float, colors: Mapping[str, str], title: str, note: str = ""
+) -> go.Figure:
+    """Draw the change of the loss against the sink mass that is left, a point a mask.
+
+    Args:
+        cells: `select`, `site`, `label`, `sink_mass`, and `dloss` with `dloss_low` and `dloss_high`.
+        sink_mass: without a mask.
+        colors: by select.
+        title, note: above the figure.
+    """
+    figure = go.Figure()
+    for (select, site), group in cells.groupby(["select", "site"], sort=False):
+        middle, high, low = (_signed_log(group[name]) for name in ("dloss", "dloss_high", "dloss_low"))
+        symbol = _SYMBOLS[list(dict.fromkeys(cells["site"])).index(site) % len(_SYMBOLS)]
+        figure.add_trace(
+            go.Scatter(
+                x=group["sink_mass"],
+                y=middle,
+                error_y={"type": "data", "symmetric": False, "array": high - middle, "arrayminus": middle - low},
+                mode="markers",
+                name=f"{select}, {site}",
+                marker={"color": colors[str(select)], "symbol": symbol, "size": 10},
+                customdata=np.stack([group["label"], group["dloss"]], axis=-1),
+                hovertemplate="%{customdata[0]}<br>sink mass %{x:.3f}, Δloss %{customdata[1]:+.4f}<extra></extra>",
+            )
+        )
+    figure.add_hline(y=0, line={"color": "#888", "width": 1})
+    figure.add_vline(x=sink_mass, line=_ME_LINE, annotation_text="no mask", annotation_position="top left")
+    figure.update_xaxes(title_text="mean sink mass behind the ME layer", rangemode="tozero")
+    figure.update_yaxes(title_text="Δloss (nats a token)", **_signed_ticks())
+    figure.update_layout(**_LAYOUT, title=_title(title, note), height=620)
+    figure.update_layout(legend={"x": 1.02, "y": 1})
     return figure
 
 

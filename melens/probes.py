@@ -44,6 +44,7 @@ from melens.metrics import (
 __all__ = [
     "ATTENTION_ON_KEYS",
     "AbsMedian",
+    "AttentionEntropy",
     "AttentionMaps",
     "AttentionSpectrum",
     "Batch",
@@ -217,7 +218,7 @@ def _has_triton() -> bool:
 class TokenVectors(Probe):
     """The vectors of chosen positions at one site, `[prompt, layer, pos, dim]`: figures 5b and 5c.
 
-    A prompt shorter than a position has NaN there.
+    A prompt shorter than a position has NaN there; of keys, queries and values the heads come one after the other.
     """
 
     name = "token_vectors"
@@ -228,9 +229,10 @@ class TokenVectors(Probe):
         self.positions = tuple(positions)
         self.sites = (site,)
 
-    def reduce(self, activation: Float[Tensor, "batch pos d"], batch: Batch) -> dict[str, Tensor]:
+    def reduce(self, activation: Float[Tensor, "batch pos *d"], batch: Batch) -> dict[str, Tensor]:
         last = activation.shape[1] - 1
-        return {"vector": torch.stack([activation[:, min(position, last)] for position in self.positions], dim=1)}
+        vectors = [activation[:, min(position, last)].flatten(1) for position in self.positions]
+        return {"vector": torch.stack(vectors, dim=1)}
 
     def finish(self, reduced: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         vectors = reduced["vector"].float()
@@ -364,6 +366,22 @@ class AttentionSpectrum(Probe):
             for pattern, length in zip(activation, batch.lengths, strict=True)
         ]
         return {name: torch.stack([of(each) for each in values]) for name, of in _RANKS.items()}
+
+
+class AttentionEntropy(Probe):
+    """The entropy in nats of what a query attends to, averaged over the queries that have a choice, by block and head.
+
+    Its blocks run in eager attention.
+    """
+
+    name = "attention_entropy"
+    sites = ("attn.hook_pattern",)
+    index = ("head",)
+
+    def reduce(self, activation: Float[Tensor, "batch head query key"], batch: Batch) -> dict[str, Tensor]:
+        entropy = -torch.xlogy(activation.float(), activation.float()).sum(-1)
+        weights = batch.weights_after(0).to(entropy.device)
+        return {"entropy": (entropy * weights[:, None]).sum(-1)}
 
 
 _RANKS = {"effective_rank": effective_rank, "first_share": first_share}

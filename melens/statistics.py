@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-__all__ = ["bootstrap_mean", "mean_by", "peak_layer", "tidy", "with_interval"]
+__all__ = ["bootstrap_mean", "holm", "mean_by", "paired_permutation_p", "peak_layer", "tidy", "with_interval"]
 
 
 def bootstrap_mean(
@@ -20,6 +20,35 @@ def bootstrap_mean(
     tail = (1 - confidence) / 2
     low, high = np.quantile(np.asarray(values, dtype=float)[rows].mean(axis=1), [tail, 1 - tail])
     return (float(low), float(high))
+
+
+def paired_permutation_p(differences: np.ndarray, *, resamples: int = 10_000, seed: int = 0) -> float:
+    """Compute the two-sided p-value of a paired permutation test: could each difference as well have the other sign?
+
+    Every choice of signs is tried where there are at most `resamples` of them, else so many random ones; nan below two
+    differences.
+    """
+    differences = np.asarray(differences, dtype=float)
+    n = len(differences)
+    if n < 2:
+        return float("nan")
+    observed = abs(differences.mean()) * (1 - 1e-12)
+    if 2**n <= resamples:
+        signs = 1 - 2 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)
+        return float((np.abs((signs * differences).mean(1)) >= observed).mean())
+    signs = 1 - 2 * np.random.default_rng(seed).integers(2, size=(resamples, n))
+    as_extreme = int((np.abs((signs * differences).mean(1)) >= observed).sum())
+    return (as_extreme + 1) / (resamples + 1)
+
+
+def holm(p_values: np.ndarray) -> np.ndarray:
+    """Correct p-values for their number (Holm 1979): the chance of any false alarm among them stays below each."""
+    p_values = np.asarray(p_values, dtype=float)
+    tested = np.flatnonzero(~np.isnan(p_values))
+    order = tested[np.argsort(p_values[tested], kind="stable")]
+    corrected = np.full(len(p_values), np.nan)
+    corrected[order] = np.minimum(1, np.maximum.accumulate(p_values[order] * np.arange(len(order), 0, -1)))
+    return corrected
 
 
 def with_interval(value: float, interval: tuple[float, float] | None, form: str = ".3g") -> str:

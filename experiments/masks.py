@@ -1,0 +1,68 @@
+"""The masks that a configuration asks for: each combination of the lists in `wemask`."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from transformer_lens.model_bridge import TransformerBridge
+
+from melens import Emergence, MelensError, WeMask
+
+__all__ = ["check_masks", "masks_of", "only_mask_of"]
+
+_LISTS = ("rate", "select", "site", "start", "seed")
+
+
+def masks_of(options: DictConfig, me: Emergence, model: TransformerBridge) -> list[WeMask | None]:
+    """Return the masks of a grid with their dims settled, None for a rate of 0; each once.
+
+    Raises:
+        MelensError: a mask that this model cannot have.
+    """
+    masks: list[WeMask | None] = []
+    for cell in _cells(options, n_layers=len(model.blocks)):
+        mask = WeMask(**cell).at(me).on(model) if cell["rate"] else None
+        if mask not in masks:
+            masks.append(mask)
+    return masks
+
+
+def only_mask_of(options: DictConfig, me: Emergence, model: TransformerBridge) -> WeMask | None:
+    """Return the one mask of an experiment that takes no grid, None for a rate of 0."""
+    masks = masks_of(options, me, model)
+    if len(masks) != 1:
+        raise MelensError(f"This experiment takes one mask, but wemask gives {len(masks)}: no lists here.")
+    return masks[0]
+
+
+def check_masks(options: DictConfig) -> None:
+    """Raise a `MelensError` for what no model allows, before there is one."""
+    for cell in _cells(options, n_layers=1):
+        if cell["rate"]:
+            WeMask(**cell)
+
+
+def _cells(options: DictConfig, *, n_layers: int) -> list[dict[str, Any]]:
+    """Combine what is given as lists: arguments of `WeMask`, with a rate of 0 for no mask."""
+    plain: Any = OmegaConf.to_container(options, resolve=True)
+    lists = {name: plain[name] if isinstance(plain[name], list) else [plain[name]] for name in _LISTS}
+    layers = plain["layers"]
+    are_blocks = isinstance(layers, list) and all(isinstance(block, int) for block in layers)
+    lists["layers"] = layers if isinstance(layers, list) and not are_blocks else [layers]
+    for name, values in lists.items():
+        if not values:
+            raise MelensError(f"wemask.{name} is an empty list.")
+    lists["start"] = [
+        start
+        for given in lists["start"]
+        for start in (range(n_layers) if given == "all_blocks" else [given])  # each block in turn
+    ]
+    cells = [plain | dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
+    for cell in cells:
+        if cell["select"] != "random":
+            cell["seed"] = 0  # else the same mask would count more than once
+        if cell["rate"] is False:
+            raise MelensError("wemask.rate is False; it must be a number from 0 to 1.")
+    return cells

@@ -1,0 +1,81 @@
+"""Where melens keeps what takes long to make, and how it knows that it still holds."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+import torch
+from platformdirs import user_cache_path
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+__all__ = ["Store", "cache_folder", "code_version", "fingerprint", "store_for"]
+
+
+def cache_folder() -> Path:
+    """Return the user's cache folder for melens; `MELENS_CACHE` moves it."""
+    return Path(os.environ.get("MELENS_CACHE") or user_cache_path("melens"))
+
+
+class Store:
+    """Tensors by name in a folder, each file whole or not at all, so that several processes may share it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def load(self, name: str, device: torch.device | str = "cpu") -> dict[str, Tensor] | None:
+        """Read what was saved under a name; None where there is nothing, or nothing that can be read."""
+        try:
+            return load_file(self.folder / f"{name}.safetensors", device=str(device))
+        except Exception:  # missing, or cut short by a full disk: it is made again
+            return None
+
+    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write tensors; a folder that cannot be written to keeps nothing."""
+        partial = self.folder / f".{name}.{os.getpid()}.partial"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial)
+            partial.replace(self.folder / f"{name}.safetensors")
+        except OSError:
+            partial.unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def fingerprint(network: nn.Module) -> str:
+    """Hash a model's weights, by the exact sum of each one's bits: two models that differ have different hashes."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(network.state_dict().items()):
+        bits = weight.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()])
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)} {int(bits.sum(dtype=torch.int64))}".encode())
+    return digest.hexdigest()
+
+
+def store_for(kind: str, network: nn.Module, *told: object) -> Store:
+    """Return where results of a kind are kept for a model and whatever else they depend on.
+
+    Nothing that another version of melens or torch, other weights or another device made is found there.
+
+    Args:
+        kind: a folder in the cache.
+        network: the transformers model, on its device.
+        told: tensors of tokens, numbers, words.
+    """
+    device = next(network.parameters()).device
+    digest = hashlib.sha256(f"{code_version()} {torch.__version__} {device} {fingerprint(network)}".encode())
+    for part in told:
+        digest.update(part.cpu().numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode())
+    return Store(cache_folder() / kind / digest.hexdigest()[:24])
+
+
+@cache
+def code_version() -> str:
+    """Hash the library's own source: what another version computed is not taken for this one's."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

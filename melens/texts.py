@@ -1,0 +1,106 @@
+"""Texts of one length, to measure a loss on: by default what every machine has, Python's own documentation topics."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from melens.errors import MelensError
+from melens.prompts import Bos, random_tokens
+
+__all__ = ["cut_texts", "read_text"]
+
+
+def read_text(source: str | None = None, *, split: str = "test", column: str = "text") -> str:
+    """Read a long text.
+
+    Args:
+        source: a file (`.jsonl` with a column, or any text), or a dataset of the hub, `org/name` or `org/name:config`;
+            None for Python's documentation topics, whose words differ a little between versions of Python.
+        split, column: of a dataset.
+
+    Raises:
+        MelensError: no such file or dataset, or no such column.
+    """
+    if source is None:
+        return "\n\n".join(topics[name] for name in sorted(topics))
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _read_file(path, column)
+    if path.suffix in (".txt", ".jsonl", ".md") or source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise MelensError(f"data.text is {source!r}: there is no such file, and a dataset of the hub is org/name.")
+    from datasets import load_dataset  # seconds, which nobody else needs
+
+    name, _, config = source.partition(":")
+    try:
+        rows: Any = load_dataset(name, config or None, split=split)
+        return "".join(rows[column])
+    except KeyError:
+        raise MelensError(f"The dataset {source} has no column {column!r}.") from None
+    except Exception as error:  # whichever of the hub client's many
+        raise MelensError(f"The dataset {source} could not be loaded: {str(error).splitlines()[0]}") from error
+
+
+def _read_file(path: Path, column: str) -> str:
+    try:
+        content = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MelensError(f"The file {path} cannot be read as UTF-8 text ({error}).") from error
+    if path.suffix != ".jsonl":
+        return content
+    texts = []
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            if line.strip():
+                texts.append(str(json.loads(line)[column]))
+        except (ValueError, KeyError, TypeError):
+            raise MelensError(f'{path}, line {number}: expected {{"{column}": "..."}} in JSON.') from None
+    return "\n\n".join(texts)
+
+
+def cut_texts(
+    model: Any, text: str, *, n_texts: int, n_tokens: int, bos: Bos = "auto", seed: int = 0
+) -> Int[Tensor, "text pos"]:
+    """Cut pieces of one length out of a long text, evenly spread, each beginning with another token where it can.
+
+    Args:
+        model: a bridge; without a tokenizer it gets random tokens.
+        text: the text.
+        n_texts, n_tokens: how many pieces, and how long, BOS included.
+        bos: as for prompts.
+        seed: of random tokens.
+
+    Raises:
+        MelensError: a text too short for that, pieces longer than the context, or no BOS token.
+    """
+    tokenizer = model.tokenizer
+    if n_tokens > model.cfg.n_ctx:
+        raise MelensError(f"data.n_tokens is {n_tokens}, more than the model's context of {model.cfg.n_ctx:,}.")
+    if tokenizer is None:
+        return torch.stack(random_tokens(n_texts, n_tokens, model.cfg.d_vocab, seed=seed))
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    own_bos = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    if bos == "true" and tokenizer.bos_token_id is None:
+        raise MelensError("prompts.bos is 'true', but this model's tokenizer has no BOS token.")
+    prefix = [tokenizer.bos_token_id] if bos == "true" or (bos == "auto" and own_bos) else []
+    length = n_tokens - len(prefix)
+    stride = len(ids) // n_texts
+    if stride < length:
+        raise MelensError(
+            f"The text has {len(ids):,} tokens, too few for {n_texts} of {n_tokens}: lower data.n_texts or "
+            "data.n_tokens."
+        )
+    firsts: set[int] = set()
+    pieces = []
+    for begin in range(0, n_texts * stride, stride):
+        candidates = range(begin, begin + stride - length + 1)
+        at = next((place for place in candidates if ids[place] not in firsts), begin)
+        firsts.add(ids[at])
+        pieces.append(torch.tensor([*prefix, *ids[at : at + length]]))
+    return torch.stack(pieces)

@@ -1,0 +1,101 @@
+import pytest
+import torch
+from planted import FAMILIES, bridge, gains_apart, plain_model
+
+from melens import MelensError, WeMask
+from melens.cache import Store, fingerprint
+from melens.comparison import MaskComparison, Measured
+
+TEXTS = torch.randint(1, 200, (5, 12), generator=torch.Generator().manual_seed(0))
+
+
+def model_of(family):
+    return bridge(gains_apart(plain_model(family)))
+
+
+def compared(model, starts=(1, 2), **options):
+    return MaskComparison(model, TEXTS, starts, texts_per_batch=2, short_texts=2, short_tokens=8, **options)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("start", [0, 1, 2])
+def test_a_mask_is_measured_as_by_whole_forward_passes_in_eager_attention(family, start):
+    model = model_of(family)
+    mask = WeMask(0.3, site="ln1_in", start=start)
+    found = compared(model, [start]).measure(mask)
+    unmasked = model(TEXTS)[:, :-1].log_softmax(-1)
+    with mask.applied(model):
+        masked = model(TEXTS)[:, :-1].log_softmax(-1)
+        _, cache = model.run_with_cache(TEXTS)
+    loss = -masked.gather(-1, TEXTS[:, 1:, None])[..., 0].mean(1)
+    kl = (unmasked.exp() * (unmasked - masked)).sum(-1).mean(1)
+    torch.testing.assert_close(found.loss, loss, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.kl, kl, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found.agreement, (masked.argmax(-1) == unmasked.argmax(-1)).float().mean(1))
+    for layer in range(4):
+        pattern = cache[f"blocks.{layer}.attn.hook_pattern"]
+        torch.testing.assert_close(found.sink_mass[layer], pattern[:, :, 1:, 0].mean(-1).T, rtol=1e-3, atol=1e-4)
+        entropy = -torch.xlogy(pattern, pattern).sum(-1)[:2, :, 1:8].mean((0, 2))
+        torch.testing.assert_close(found.entropy[layer], entropy, rtol=1e-3, atol=1e-4)
+        for name, site in (("input", "ln1.hook_out"), ("key", "attn.k.hook_out")):
+            vectors = cache[f"blocks.{layer}.{site}"][:, 0].flatten(1)
+            unit = torch.nn.functional.normalize(vectors, dim=-1)
+            cosine = ((unit @ unit.T).sum() - 5) / 20
+            torch.testing.assert_close(getattr(found, f"{name}_cosine")[layer], cosine, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found.first_key[layer], vectors[0], rtol=1e-3, atol=1e-4)
+
+
+def test_the_unmasked_model_differs_in_nothing_from_itself():
+    unmasked = compared(model_of("llama")).unmasked
+    assert (unmasked.kl == 0).all()
+    assert (unmasked.agreement == 1).all()
+
+
+def test_the_blocks_before_a_mask_run_once_for_all_masks():
+    model = model_of("llama")
+    times = [0] * 4
+    for layer, block in enumerate(model.blocks):
+        norm = block.ln2.original_component
+        norm.register_forward_hook(lambda *_, layer=layer: times.__setitem__(layer, times[layer] + 1))
+    comparison = compared(model, [2])
+    once = list(times)
+    for rate in (0.1, 0.2, 0.3):
+        comparison.measure(WeMask(rate, start=2))
+    own = [after - before for after, before in zip(times, once, strict=True)]
+    assert own[0] == own[1] == 3  # token 0 of all texts, two tokens each, is run from the start
+    assert own[2] == own[3] == 3 * (3 + 1 + 1)  # three batches, the patterns, token 0
+
+
+def test_a_run_that_was_kept_is_taken_and_leaves_the_same(tmp_path):
+    model, store = model_of("qwen3"), Store(tmp_path)
+    mask = WeMask(0.3, start=2, site="resid_pre")
+    first = compared(model, store=store)
+    second = compared(model, store=store)
+    assert (first.shared, second.shared) == (False, True)
+    for name in Measured.__dataclass_fields__:
+        assert torch.equal(getattr(first.unmasked, name), getattr(second.unmasked, name))
+        assert torch.equal(getattr(first.measure(mask), name), getattr(second.measure(mask), name))
+    assert not compared(model, [1], store=store).shared
+
+
+def test_a_store_gives_nothing_for_a_file_that_is_not_whole(tmp_path):
+    store = Store(tmp_path)
+    store.save("a", {"x": torch.arange(3)})
+    assert store.load("a")["x"].tolist() == [0, 1, 2]
+    (tmp_path / "a.safetensors").write_bytes(b"half")
+    assert store.load("a") is None
+    assert store.load("b") is None
+
+
+def test_a_fingerprint_changes_with_any_weight():
+    network = plain_model("llama")
+    before = fingerprint(network)
+    assert before == fingerprint(plain_model("llama"))
+    network.lm_head.weight.data[3, 4] += 1e-6
+    assert before != fingerprint(network)
+
+
+def test_a_mask_that_starts_elsewhere_is_refused():
+    with pytest.raises(MelensError, match="starts in block 3, which is none of the starts"):
+        compared(model_of("llama")).measure(WeMask(0.3, start=3))
