@@ -151,9 +151,10 @@ def _summarise(grid: Grid, sink_layers: Sequence[int]) -> pd.DataFrame:
                 **behind.loc[cell["cell"], list(_BEHIND)].to_dict(),
             }
         )
+    if not rows:
+        return grid.cells
     cells = pd.DataFrame(rows)
-    if len(cells):
-        cells.insert(list(cells).index("p") + 1, "p_holm", holm(cells["p"].to_numpy()))
+    cells.insert(list(cells).index("p") + 1, "p_holm", holm(cells["p"].to_numpy()))
     return cells
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -38,6 +39,10 @@ def check_options(cfg: DictConfig) -> None:
     for name, options in experiments_of(cfg).items():
         for key, value in options.items():
             check_experiment_option(name, str(key), value)
+    for key, least in (("n_texts", 1), ("n_tokens", 3)):
+        if not (_is_count(cfg.data[key]) and cfg.data[key] >= least):
+            raise MelensError(f"data.{key} is {cfg.data[key]!r}; it must be a whole number of at least {least}.")
+    check_generation(cfg.generate)
     cfg.prompts.bos = str(cfg.prompts.bos).lower()
     if isinstance(cfg.prompts.tasks, str):
         cfg.prompts.tasks = [cfg.prompts.tasks]
@@ -45,14 +50,14 @@ def check_options(cfg: DictConfig) -> None:
 
 LEAST = {
     "top_dims": 1, "map_tokens": 2, "rank_tokens": 2, "rank_prompts": 1, "max_position": 1, "n_prompts": 1,
-    "max_tokens": 2, "n_first_tokens": 1,
+    "max_tokens": 2, "n_first_tokens": 1, "texts_per_batch": 1,
 }  # fmt: skip
 
 
 def check_experiment_option(experiment: str, key: str, value: Any) -> None:
     """Check an option of an experiment."""
     allowed = None
-    if key == "log_scale" and not isinstance(value, bool):
+    if key in ("log_scale", "keep") and not isinstance(value, bool):
         allowed = "true or false"
     elif key in LEAST and not (_is_count(value) and value >= LEAST[key]):
         allowed = f"a whole number of at least {LEAST[key]}"
@@ -66,6 +71,30 @@ def check_experiment_option(experiment: str, key: str, value: Any) -> None:
         allowed = "a list of rising whole numbers of tokens"
     if allowed is not None:
         raise MelensError(f"exp.{key} of {experiment} is {value!r}; it must be {allowed}.")
+
+
+def check_generation(options: DictConfig) -> None:
+    """Check what `exp=generate` writes, and how."""
+    texts = options.prompt if OmegaConf.is_list(options.prompt) else [options.prompt]
+    are_texts = len(texts) > 0 and all(isinstance(text, str) and text.strip() for text in texts)
+    seeds = options.seeds
+    are_seeds = OmegaConf.is_list(seeds) and len(seeds) > 0 and all(_is_count(seed) and seed >= 0 for seed in seeds)
+    is_number = isinstance(options.temperature, int | float) and not isinstance(options.temperature, bool)
+    for key, is_allowed, allowed in (
+        ("prompt", options.prompt is None or are_texts, "a text that is not empty, a list of them, or null"),
+        (
+            "max_new_tokens",
+            _is_count(options.max_new_tokens) and options.max_new_tokens >= 1,
+            "a whole number of at least 1",
+        ),
+        ("chat", isinstance(options.chat, bool), "true or false"),
+        ("sample", isinstance(options.sample, bool), "true or false"),
+        ("temperature", is_number and 0 < options.temperature < math.inf, "a number over 0"),
+        ("top_p", _is_share(options.top_p), "a share of the probability, over 0 and at most 1"),
+        ("seeds", are_seeds, "a list of whole numbers, as [0,1]"),
+    ):
+        if not is_allowed:
+            raise MelensError(f"generate.{key} is {options[key]!r}; it must be {allowed}.")
 
 
 def _is_count(value: Any) -> bool:

@@ -148,7 +148,7 @@ def _cell(mask: WeMask, massive: tuple[int, ...]) -> dict[str, Any]:
         "strength": float(mask.strength),
         "seed": mask.seed,
         "n_blocks": len(mask.fixed.blocks),
-        "massive_hits": None if dims is None else sum(bool({*massive} & {*of_block}) for of_block in dims.values()),
+        "massive_hits": math.nan if dims is None else sum(bool({*massive} & {*of_block}) for of_block in dims.values()),
     }
 
 

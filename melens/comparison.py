@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -30,10 +30,11 @@ from melens.wemask import WeMask
 __all__ = ["MaskComparison", "Measured"]
 
 _KEPT_BYTES = 2 * 2**30
-"""Up to how much the unmasked model's next-token log-probabilities are kept; beyond, each mask computes them again."""
+"""Up to how much of the unmasked model's next-token log-probabilities is kept, if not a GPU has more to spare; beyond,
+each mask computes them again."""
 
-_ROWS = 64
-"""Tokens whose logits are looked at together: their rows stay in a CPU's cache."""
+_ROWS = {"cpu": 64, "cuda": 1024}
+"""Tokens whose logits are looked at together: on a CPU their rows stay in its cache."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,17 @@ class Measured:
 
 class _Keys(TokenVectors):
     name = "keys"
+
+
+class _Given(nn.Module):
+    """Stands where a model without its head stands, and returns a final hidden state that is known."""
+
+    def __init__(self, final: Float[Tensor, "text pos d"]) -> None:
+        super().__init__()
+        self._output = BaseModelOutputWithPast(last_hidden_state=final)
+
+    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+        return self._output
 
 
 class MaskComparison:
@@ -155,13 +167,13 @@ class MaskComparison:
     def _logits(self, final: Float[Tensor, "text pos d"]) -> Float[Tensor, "text pos vocabulary"]:
         """Let the model's own head, soft caps and all, turn final hidden states into logits."""
         network = self._model.original_model
-        base = network.base_model
-        base.__dict__["forward"] = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=final)
+        base = network._modules[network.base_model_prefix]
+        network._modules[network.base_model_prefix] = _Given(final)
         try:
             logits: Tensor = network(input_ids=self._texts[: len(final)], use_cache=False).logits
             return logits
         finally:
-            del base.__dict__["forward"]
+            network._modules[network.base_model_prefix] = base
 
     def _predictions(self, number: int) -> tuple[Float[Tensor, "text pos vocabulary"], Int[Tensor, "text pos"]]:
         """Return the unmasked model's log-probabilities of the next token on a batch, float32, and the likeliest."""
@@ -170,7 +182,10 @@ class MaskComparison:
         logits = self._logits(self._finals[number])[:, :-1]
         log_probabilities = logits.log_softmax(-1, dtype=torch.float32)
         predictions = (log_probabilities, log_probabilities.argmax(-1))
-        if sum(kept.nbytes for kept, _ in self._kept.values()) + log_probabilities.nbytes <= _KEPT_BYTES:
+        limit = _KEPT_BYTES
+        if log_probabilities.is_cuda:
+            limit = max(limit, torch.cuda.mem_get_info(log_probabilities.device)[0] // 4)
+        if sum(kept.nbytes for kept, _ in self._kept.values()) + log_probabilities.nbytes <= limit:
             self._kept[number] = predictions
         return predictions
 
@@ -192,16 +207,14 @@ class MaskComparison:
         sink_mass: list[dict[int, Tensor]] = []
 
         def masked_logits(number: int) -> Tensor:
-            replay = self._replays[number]
-            with mask.applied(self._model), self._starting(replay, start), self._hearing_sinks() as sinks:
+            with self._starting(self._replays[number], start), self._hearing_sinks() as sinks:
                 output = self._model.original_model(input_ids=self._batches[number], use_cache=False)
             sink_mass.append(sinks)
             logits: Tensor = output.logits
             return logits
 
-        compared = self._against_unmasked(masked_logits)
         with mask.applied(self._model):
-            return self._finish(compared, sink_mass, self._replays[0], start)
+            return self._finish(self._against_unmasked(masked_logits), sink_mass, self._replays[0], start)
 
     @contextmanager
     def _starting(self, replay: Replay | None, start: int) -> Iterator[None]:
@@ -228,7 +241,8 @@ class MaskComparison:
         for number, tokens in enumerate(self._batches):
             predictions = self._predictions(number)
             for text, logits, before, likeliest in zip(tokens, logits_of(number), *predictions, strict=True):
-                rows = (of_text.split(_ROWS) for of_text in (logits[:-1], before, likeliest, text[1:]))
+                n_rows = _ROWS.get(logits.device.type, 64)
+                rows = (of_text.split(n_rows) for of_text in (logits[:-1], before, likeliest, text[1:]))
                 parts = [_compare_rows(*each) for each in zip(*rows, strict=True)]
                 for values, each in zip(quantities.values(), zip(*parts, strict=True), strict=True):
                     values.append(torch.cat(each).mean())

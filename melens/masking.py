@@ -54,10 +54,15 @@ class _Call:
 
 
 class TokenFinder:
-    """Finds the tokens that a mask is for in each forward call of a model."""
+    """Finds the tokens that a mask is for in each forward call of a model.
+
+    Attributes:
+        detects: whether they only show in what enters the first masked block.
+    """
 
     def __init__(self, positions: str | Sequence[int], *, caches_by_default: bool = True) -> None:
         """Take the `positions` of a `WeMask`, and whether the model makes a cache if it is not told."""
+        self.detects = positions == "massive"
         self._positions = positions
         self._caches_by_default = caches_by_default
         self._offsets = [0] if isinstance(positions, str) else sorted(positions)
@@ -81,7 +86,7 @@ class TokenFinder:
         if self._positions == "every_call":
             return _Call((slice(None), 0))
         mask = arguments.get("attention_mask")
-        if self._positions == "massive":
+        if self.detects:
             is_decoding = past > 0 and n_tokens == 1
             return _Call(detect=not is_decoding, real=None if is_decoding else _real(mask, past, n_tokens))
         if past > 0 and past > self._started.get(cache, past) + self._offsets[-1]:
@@ -191,6 +196,7 @@ class InstalledMask:
         self._signature = inspect.signature(network.base.forward)
         self._expected = [(layer, network.blocks[layer].module) for layer in self.layers]
         self._removers: list[Callable[[], None]] = [factors.remove]
+        self._carriers: list[tuple[nn.Module, Any]] = []
         torch.compiler.reset()  # code compiled without these hooks would go on without them
         try:
             self._attach(network, site)
@@ -213,21 +219,23 @@ class InstalledMask:
             hooks = _Hooks(self, layer, network.blocks[layer])
             if network.bridge is not None:
                 names = {"attn_in": "ln1.hook_out", "ln1_in": "ln1.hook_in", "resid_pre": "hook_resid_pre"}
-                if layer == self.first:
+                if layer == self.first and self._finder.detects:
                     self._keep_on(network.hook_point(layer, "hook_resid_pre"), hooks.look)
                 self._keep_on(network.hook_point(layer, names[site]), hooks.on_activation)
                 continue
             block = network.blocks[layer]
-            keep(block.module.register_forward_pre_hook(hooks.before_block, with_kwargs=True))
+            if layer == self.first and self._finder.detects:
+                keep(block.module.register_forward_pre_hook(hooks.look_at_input, with_kwargs=True))
             if site == "resid_pre":  # outside what gradient checkpointing repeats
                 keep(block.module.register_forward_pre_hook(hooks.mask_input, with_kwargs=True))
-            else:
-                assert block.attention is not None
-                assert block.ln1 is not None
-                if site == "ln1_in":
-                    keep(block.ln1.register_forward_pre_hook(hooks.before_ln1))
-                mask = hooks.mask_input if site == "attn_in" else hooks.renormalise
-                keep(block.attention.register_forward_pre_hook(mask, with_kwargs=True))
+                continue
+            assert block.attention is not None
+            assert block.ln1 is not None
+            self._carriers.append((block.module, hooks.carry))
+            if site == "ln1_in":
+                keep(block.ln1.register_forward_pre_hook(hooks.before_ln1))
+            mask = hooks.mask_input if site == "attn_in" else hooks.renormalise
+            keep(block.attention.register_forward_pre_hook(mask, with_kwargs=True))
 
     def _keep(self, handle: Any) -> None:
         self._removers.append(handle.remove)
@@ -246,6 +254,10 @@ class InstalledMask:
 
     @torch.compiler.disable
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module.training:  # perhaps with gradient checkpointing, which runs what is in a block once more
+            while self._carriers:
+                block, carry = self._carriers.pop()
+                self._keep(block.register_forward_pre_hook(carry, with_kwargs=True))
         arguments = {**self._signature.bind_partial(*args).arguments, **kwargs} if args else kwargs
         self._calls[threading.get_ident()] = self._finder.find(arguments)
 
@@ -317,14 +329,16 @@ class _Hooks:
     # On a plain model
 
     @torch.compiler.disable
-    def before_block(
+    def look_at_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._mask.detect(self._mask.call(), _hidden(args, kwargs))
+
+    @torch.compiler.disable
+    def carry(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]] | None:
-        call = self._mask.call()
-        if self._layer == self._mask.first:
-            self._mask.detect(call, _hidden(args, kwargs))
+        """Send along with the block's arguments what is masked: the backward pass gets the same ones again."""
         if self._passes_on and module.training and getattr(module, "gradient_checkpointing", False):
-            return args, {**kwargs, self._mask.carried: call}  # the backward pass runs what is inside once more
+            return args, {**kwargs, self._mask.carried: self._mask.call()}
         return None
 
     @torch.compiler.disable

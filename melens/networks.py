@@ -6,12 +6,17 @@ Where a plain model keeps its blocks, norms and attention is read from Transform
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
+from transformer_lens.factories.architecture_adapter_factory import (
+    SUPPORTED_ARCHITECTURES,
+    ArchitectureAdapterFactory,
+)
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
@@ -70,11 +75,23 @@ class Network:
         block = self.blocks[layer]
         if block.ln1 is None:
             raise MelensError(f"Block {layer} of this model has no normalisation before attention, so no gain.")
-        for parameter in block.ln1.parameters():
-            if parameter.is_meta or type(parameter).__name__ == "DTensor" or parameter.numel() == 0:
-                raise MelensError("The model's weights are sharded or offloaded: install the mask before they are.")
+        if not all(map(_is_here, block.ln1.parameters())):
+            raise MelensError("The model's weights are sharded or offloaded: install the mask before they are.")
         device = next(block.ln1.parameters(), next(self.base.parameters())).device
         return read_module(block.ln1, block.ln1_name, self.d_model, device).gain
+
+    def gain_sizes(self) -> list[float | None]:
+        """Return the mean |weight| of each block's `ln1`: as cheap as telling models apart by weights can be."""
+        sizes: dict[int, Tensor] = {}
+        for layer, block in enumerate(self.blocks):
+            weights = () if block.ln1 is None else block.ln1.parameters()
+            own = [weight for weight in weights if weight.shape == (self.d_model,) and _is_here(weight)]
+            if own:
+                sizes[layer] = own[0].detach().float().abs().mean()
+        device = next(iter(sizes.values())).device if sizes else None
+        values = torch.stack([size.to(device) for size in sizes.values()]).tolist() if sizes else []
+        known = dict(zip(sizes, values, strict=True))
+        return [known.get(layer) for layer in range(len(self.blocks))]
 
     def gain_parameter(self, layer: int) -> tuple[nn.Parameter, float]:
         """Return the weight that a block's gain is made of, and what is added to it: 1 in Gemma's RMSNorm."""
@@ -98,9 +115,18 @@ class Network:
 
     def hook_point(self, layer: int, name: str) -> HookPoint:
         """Return a hook point of a block of the bridge."""
+        return self._hook_points[f"blocks.{layer}.{name}"]
+
+    @cached_property
+    def _hook_points(self) -> dict[str, HookPoint]:
         assert self.bridge is not None
-        hook_point: HookPoint = self.bridge.hook_dict[f"blocks.{layer}.{name}"]
-        return hook_point
+        hook_points: dict[str, HookPoint] = self.bridge.hook_dict  # put together anew at each look
+        return hook_points
+
+
+def _is_here(weight: Tensor) -> bool:
+    """Tell whether a weight is in memory in full: not offloaded, nor sharded over processes."""
+    return not (weight.is_meta or isinstance(weight, DTensor) or weight.numel() == 0)
 
 
 def open_network(model: Any) -> Network:
@@ -146,7 +172,8 @@ def _of_bridge(model: TransformerBridge) -> Network:
 
 
 def _of_plain(model: nn.Module, config: Any) -> Network:
-    architecture = type(model).__name__
+    of_classes = [kind.__name__ for kind in type(model).__mro__]  # sharding makes a subclass of its own
+    architecture = next((name for name in of_classes if name in SUPPORTED_ARCHITECTURES), of_classes[0])
     try:
         dtype = next(model.parameters()).dtype
         cfg = build_bridge_config_from_hf(config, architecture, architecture, dtype)

@@ -37,7 +37,9 @@ largest |values| of the token itself at the mask's site, the massive dims; or, a
 FROM_WEIGHTS = ("weight", "weight_low")
 FROM_VALUES = ("magnitude", "batch_magnitude")
 _FILE = "wemask.json"
-_SAME_GAINS = 0.01  # relative difference of the mean |gain| by block, up to which a model counts as the one saved
+_SAME_GAINS = (
+    0.01  # relative difference of the mean |weight| of ln1 by block, up to which a model counts as the one saved
+)
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ class FixedDims:
     Attributes:
         dims: by block; None where they depend on the token.
         blocks: which are masked.
-        model: what tells the model: `architecture`, `n_layers`, `d_model`, `vocabulary`, and `gains`, the mean |gain|
-            of `ln1` by block (null without one).
+        model: what tells the model: `architecture`, `n_layers`, `d_model`, `vocabulary`, and `gains`, the mean
+            |weight| of `ln1` by block (null without one).
     """
 
     dims: dict[int, tuple[int, ...]] | None
@@ -353,15 +355,12 @@ def _by_gain(gain: Float[Tensor, " d"], count: int, *, largest: bool) -> Int[Ten
 
 
 def _identity(network: Network) -> dict[str, Any]:
-    gains: list[float | None] = []
-    for layer, block in enumerate(network.blocks):
-        gains.append(None if block.ln1 is None else float(network.gain(layer).abs().mean()))
     return {
         "architecture": network.architecture,
         "n_layers": len(network.blocks),
         "d_model": network.d_model,
         "vocabulary": network.vocabulary,
-        "gains": gains,
+        "gains": network.gain_sizes(),
     }
 
 
@@ -373,8 +372,10 @@ def _check_same(saved: Mapping[str, Any], model: Mapping[str, Any]) -> None:
                 f"This mask is of another model: its {name} is {saved.get(name)!r}, this model's is {model[name]!r}."
             )
     for layer, (of_saved, of_model) in enumerate(zip(saved["gains"], model["gains"], strict=True)):
-        if of_saved is not None and not math.isclose(of_saved, of_model or 0, rel_tol=_SAME_GAINS):
-            raise MelensError(f"This mask is of another model: the gains of ln1 in block {layer} differ.")
+        if of_saved is not None and not math.isclose(
+            of_saved, of_model or 0, rel_tol=_SAME_GAINS, abs_tol=_SAME_GAINS / 10
+        ):
+            raise MelensError(f"This mask is of another model: the weights of ln1 in block {layer} differ.")
 
 
 # --- What is allowed --------------------------------------------------------------------------------------------------

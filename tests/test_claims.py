@@ -210,3 +210,48 @@ def test_several_experiments_of_a_model_belong_together():
     assert len(judged) == len(CLAIMS)
     assert judged.set_index("id").verdict["norm-stable"] == "holds"
     assert pd.isna(judged.set_index("id").low["norm-stable"])
+
+
+def sink(ratio, low, high):
+    return {"sink_ratio": ratio, "sink_ratio_interval": (low, high), "paper_rate": 0.1}
+
+
+def harm(value, low, high, random=2):
+    interval = {"weight_where_destroyed_interval": (low, high)}
+    return {"weight_where_destroyed": value, **interval, "destroyed_by": {"random": random, "magnitude": 3}}
+
+
+def best(value, low, high, *, largest=False):
+    return {
+        "best_dloss": value, "best_dloss_interval": (low, high), "best_rate_is_largest": largest, "best_rate": 0.1,
+    }  # fmt: skip
+
+
+def start(ratio):
+    return {"start_effect_ratio": ratio, "start_strongest_elsewhere": 4}
+
+
+@pytest.mark.parametrize(
+    ("claim", "metrics", "expected"),
+    [
+        ("mask-weakens-sink", sink(0.6, 0.5, 0.7), "holds"),
+        ("mask-weakens-sink", sink(0.89, 0.85, 0.93), "holds in part"),
+        ("mask-weakens-sink", sink(0.98, 0.9, 1.1), "does not hold"),
+        ("mask-weakens-sink", sink(0.04, 0.03, 0.05), "does not hold"),  # removed
+        ("mask-weakens-sink", {"sink_why_not": "No."}, "not measured"),
+        ("mask-weight-harmless", harm(0.02, 0.0, 0.04), "holds"),
+        ("mask-weight-harmless", harm(0.02, 0.0, 0.04, random=0), "holds in part"),
+        ("mask-weight-harmless", harm(0.5, 0.4, 0.6), "does not hold"),
+        ("mask-weight-harmless", {"harm_why_not": "No."}, "not measured"),
+        ("mask-moderate", best(-0.05, -0.08, -0.02), "holds"),
+        ("mask-moderate", best(-0.05, -0.1, 0.02), "holds in part"),
+        ("mask-moderate", best(-0.05, -0.08, -0.02, largest=True), "does not hold"),
+        ("mask-moderate", best(0.01, 0.0, 0.02), "does not hold"),
+        ("mask-start", start(3), "holds"),
+        ("mask-start", start(1.5), "holds in part"),
+        ("mask-start", start(0.7), "does not hold"),
+        ("mask-start", {"start_why_not": "No."}, "not measured"),
+    ],
+)
+def test_what_the_paper_says_of_its_mask(claim, metrics, expected):
+    assert verdict("wemask", claim, last_lasting_layer=27, **metrics) == expected

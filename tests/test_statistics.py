@@ -3,6 +3,7 @@ import pandas as pd
 import pytest
 
 from melens import statistics
+from melens.statistics import holm, paired_permutation_p
 
 
 def test_bootstrap_interval_holds_the_mean_and_is_repeatable():
@@ -41,3 +42,25 @@ def test_a_wider_interval_for_more_confidence(confidence):
     values = np.arange(20.0)
     low, high = statistics.bootstrap_mean(values, confidence=confidence)
     assert (high - low > 4) == (confidence == 0.95)
+
+
+def test_a_paired_permutation_test_tries_every_sign():
+    # Of the 8 choices of signs of (1, 2, 3), two have a mean as far from 0 as 2.
+    assert paired_permutation_p(np.array([1.0, 2.0, 3.0])) == 2 / 8
+    assert paired_permutation_p(np.array([1.0, -1.0])) == 1
+    assert np.isnan(paired_permutation_p(np.array([1.0])))
+    noise = np.random.default_rng(0).normal(size=40)
+    assert paired_permutation_p(noise - noise.mean()) > 0.9
+    assert paired_permutation_p(noise + 3) == 1 / 10_001
+
+
+def test_the_same_holds_for_drawn_signs_as_for_all():
+    differences = np.random.default_rng(1).normal(0.3, size=12)
+    drawn = paired_permutation_p(differences, resamples=4_000)
+    assert drawn == pytest.approx(paired_permutation_p(differences, resamples=2**12), abs=0.02)
+
+
+def test_holm_multiplies_by_how_many_are_left():
+    np.testing.assert_allclose(holm(np.array([0.03, 0.01, 0.02])), [0.04, 0.03, 0.04])
+    np.testing.assert_allclose(holm(np.array([0.5, np.nan, 0.001])), [0.5, np.nan, 0.002])
+    assert holm(np.array([0.9, 0.8])).tolist() == [1, 1]

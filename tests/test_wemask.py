@@ -396,6 +396,31 @@ def test_wrapped_models_are_masked_inside():
 
 
 @torch.no_grad()
+def test_a_model_may_be_sharded_once_it_is_masked_not_before(tmp_path):
+    from torch.distributed.fsdp import fully_shard
+
+    network = model_of("llama")
+    mask = WeMask(0.3, start=1, site="ln1_in")
+    with mask.applied(network):
+        expected = network(TOKENS).logits
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        installed = mask.install(network)
+        for layer in network.base_model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(network, mesh=mesh)
+        torch.testing.assert_close(network(TOKENS).logits, expected)
+        installed.remove()
+        assert not torch.allclose(network(TOKENS).logits, expected)
+        with pytest.raises(MelensError, match="sharded or offloaded"):
+            mask.install(network)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("when", ["before", "after", "in place"])
 def test_a_compiled_model_is_masked_whenever_it_was_compiled(when):
     network = model_of("llama")
@@ -464,7 +489,7 @@ def test_a_saved_mask_comes_back_for_its_model_alone(tmp_path):
         loaded.install(model_of("qwen2"))
     other = gains_apart(plain_model("llama"), seed=3)
     other.base_model.layers[2].input_layernorm.weight.data *= 1.1
-    with pytest.raises(MelensError, match="gains of ln1 in block"):
+    with pytest.raises(MelensError, match="weights of ln1 in block"):
         loaded.install(other)
     (tmp_path / "wemask.json").write_text("{}")
     with pytest.raises(MelensError, match="is no mask that melens saved"):

@@ -1,0 +1,148 @@
+"""What a mask costs next to the unmasked model, and a grid of masks next to one forward pass, in one run.
+
+    python tests/benchmarks/mask_cost.py            # the embedded model on the CPU; on a GPU a Qwen3-4B-shaped model
+
+Each mask in turn with none; the ratio is the median over the repeats. Exits with 1 if a ratio is over its limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from trace_cost import QWEN3_4B
+from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+import melens
+from melens import WeMask
+from melens.comparison import MaskComparison
+from melens.lean import lean_forward
+from melens.models import embedded_model_folder
+
+LIMIT = 1.02
+DECODED = 32
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=9)
+    repeats = parser.parse_args().repeats
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        config = transformers.AutoConfig.for_model("qwen3", **QWEN3_4B)
+        with torch.device("cuda"):
+            plain = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        name, shape, start = "Qwen3-4B-shaped, bf16, GPU", (1, 4096), 7
+    else:
+        plain = transformers.AutoModelForCausalLM.from_pretrained(embedded_model_folder(), attn_implementation="sdpa")
+        name, shape, start = "SmolLM2-135M, fp32, CPU", (4, 256), 12
+    tokens = torch.randint(40_000, shape, generator=torch.Generator().manual_seed(0)).to(plain.device)
+    warnings.filterwarnings("ignore", message="The gains of block")  # random weights
+    table = Table("", "time", "× unmasked", "limit", title=name)
+    within = []
+
+    def add(what: str, seconds: float, ratio: float, limit: float | None) -> None:
+        table.add_row(what, f"{seconds * 1e3:,.1f} ms", f"{ratio:.3f}", "" if limit is None else f"{limit:.3f}")
+        within.append(limit is None or ratio <= limit)
+
+    masks = {
+        f"{site}, {select}": WeMask(0.1, select, site, start=start)
+        for site in ("attn_in", "ln1_in", "resid_pre")
+        for select in ("weight", "magnitude")
+    }
+    for what, run, per in (
+        (f"forward, {shape[0]} x {shape[1]} tokens", lambda: plain.base_model(tokens, use_cache=False), 1),
+        ("decode step after 512 tokens", decoding(plain, tokens.flatten()[None, :512]), DECODED),
+    ):
+        unmasked = seconds_of(run)
+        add(what, unmasked / per, 1, None)
+        for mask_name, mask in masks.items():
+            seconds, ratio = against_unmasked(plain, mask, run, repeats)
+            add(f"{what}, {mask_name}", seconds / per, ratio, LIMIT)
+    grid_cost(plain, start, add)
+    Console().print(table)
+    sys.exit(0 if all(within) else 1)
+
+
+def decoding(plain: Any, prefix: torch.Tensor) -> Callable[[], object]:
+    """Return what decodes some tokens after a prefix; the prefix itself is run before, without a mask."""
+    filled = plain(prefix, use_cache=True).past_key_values
+    caches = [copy.deepcopy(filled)]
+
+    def run() -> None:
+        cache = caches[0]
+        token = prefix[:, -1:]
+        for _ in range(DECODED):
+            token = plain(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        cache.crop(-DECODED)
+
+    return run
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def against_unmasked(model: Any, mask: WeMask, run: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """Time runs in turns, with the mask and without: the median time with it, and the median ratio of neighbours."""
+    seconds, ratios = [], []
+    for repeat in range(repeats + 1):
+        unmasked = seconds_of(run)
+        with mask.applied(model):
+            masked = seconds_of(run)
+        if repeat:  # the first warms up
+            seconds.append(masked)
+            ratios.append(masked / unmasked)
+    return median(seconds), median(ratios)
+
+
+def grid_cost(plain: Any, start: int, add: Callable[..., None]) -> None:
+    """Time a grid of masks from one block on, in forward passes of the unmasked model with its logits."""
+    generator = torch.Generator().manual_seed(1)
+    if plain.device.type == "cuda":
+        bridge = build_bridge_from_module(plain, type(plain).__name__, hf_config=plain.config, model_name="qwen3")
+        texts, per_batch = torch.randint(40_000, (16, 2048), generator=generator), 4
+    else:
+        bridge = melens.load_model("smollm2-135m")
+        texts, per_batch = torch.randint(40_000, (16, 256), generator=generator), 8
+    texts = texts.to(plain.device)
+    network = bridge.original_model
+    n_layers, n_masks = len(bridge.blocks), 6
+    masks = [WeMask(rate, start=start) for rate in (0.01, 0.03, 0.1, 0.2, 0.3, 0.5)]
+
+    def forward(whole: bool) -> Callable[[], object]:
+        run = network if whole else network.base_model
+        return lambda: [run(input_ids=batch, use_cache=False) for batch in texts.split(per_batch)]
+
+    with lean_forward(bridge):
+        whole, blocks = (median(seconds_of(forward(whole)) for _ in range(3)) for whole in (True, False))
+    head = 1 - blocks / whole
+    comparison: list[MaskComparison] = []
+    seconds = seconds_of(lambda: comparison.append(MaskComparison(bridge, texts, [start], texts_per_batch=per_batch)))
+    seconds += sum(seconds_of(lambda mask=mask: comparison[0].measure(mask)) for mask in masks)
+    share = (n_layers - start) / n_layers
+    ideal = 1 + n_masks * share
+    possible = 1 + n_masks * (share * (1 - head) + head)
+    add(f"forward with logits, {len(texts)} x {texts.shape[1]} tokens", whole, 1, None)
+    add(f"grid of {n_masks} masks from block {start} of {n_layers}", seconds, seconds / whole, None)
+    add("  over 1 + N (L - s) / L forward passes", seconds, seconds / whole / ideal, None)
+    add(f"  the same, with the head's {head:.0%} run for each mask", seconds, seconds / whole / possible, 1.1)
+
+
+if __name__ == "__main__":
+    main()
