@@ -44,7 +44,7 @@ def run(study: Study, options: DictConfig) -> Result:
     store = store_for("masks", model.original_model, texts, options.texts_per_batch) if options.keep else None
     starts = {min(mask.blocks(model)) for mask in masks}
     comparison = MaskComparison(model, texts, starts, texts_per_batch=options.texts_per_batch, store=store)
-    measured, kept = _measure(study, comparison, masks, store)
+    measured, kept = _measure(study, comparison, masks, store, rank_all=options.ranks == "all")
     grid = _lay_out(study, comparison.unmasked, masks, measured)
     metrics = study.metrics(
         texts=len(texts),
@@ -83,20 +83,24 @@ def mask_name(mask: WeMask) -> str:
 
 
 def _measure(
-    study: Study, comparison: MaskComparison, masks: Sequence[WeMask], store: Store | None
+    study: Study, comparison: MaskComparison, masks: Sequence[WeMask], store: Store | None, *, rank_all: bool
 ) -> tuple[list[Measured], list[WeMask]]:
-    """Measure the masks, or find that they were measured before; returns those too."""
+    """Measure the masks, or find that they were measured before; returns those too.
+
+    The rank of attention is measured for the first mask of each selection, which the figure by block draws, or for all.
+    """
     progress = study.stage("masks")
     measured, kept = [], []
     for done, mask in enumerate(masks, 1):
         arguments = {name: value for name, value in asdict(mask).items() if name[0] != "_"}
-        name = "mask-" + hashlib.sha256(json.dumps(arguments).encode()).hexdigest()[:24]
+        ranks = rank_all or mask.select not in {earlier.select for earlier in masks[: done - 1]}
+        name = f"mask-{hashlib.sha256(json.dumps(arguments).encode()).hexdigest()[:24]}{'-ranks' if ranks else ''}"
         found = None if store is None else store.load(name)
         if found is not None:
             measured.append(Measured(**found))
             kept.append(mask)
         else:
-            measured.append(comparison.measure(mask))
+            measured.append(comparison.measure(mask, ranks=ranks))
             if store is not None:
                 store.save(name, vars(measured[-1]))
         progress(done, len(masks))

@@ -46,7 +46,8 @@ class Measured:
         kl: KL(unmasked ‖ masked) of the next-token distribution in nats, mean over a text's tokens.
         agreement: share of tokens where both predict the same next token.
         sink_mass: attention that later tokens pay to token 0; NaN in a block without attention, as in what follows.
-        entropy, effective_rank: of attention on the short texts, mean over texts.
+        entropy, effective_rank: of attention on the short texts, mean over texts; the rank is NaN where it was not
+            asked for.
         input_cosine, key_cosine: of the attention inputs, and of the keys, of token 0 in every two texts that begin
             differently, mean over pairs: 1 is the rigidity that the paper blames.
         first_key: token 0's key in the first text.
@@ -192,11 +193,12 @@ class MaskComparison:
     # --- With one -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def measure(self, mask: WeMask) -> Measured:
+    def measure(self, mask: WeMask, *, ranks: bool = True) -> Measured:
         """Measure the masked model.
 
         Args:
             mask: with its start a block, one of `starts`.
+            ranks: measure the effective rank of attention, whose singular values take a GPU longer than all the rest.
 
         Raises:
             MelensError: a mask that the model cannot have.
@@ -214,7 +216,8 @@ class MaskComparison:
             return logits
 
         with mask.applied(self._model):
-            return self._finish(self._against_unmasked(masked_logits), sink_mass, self._replays[0], start)
+            compared = self._against_unmasked(masked_logits)
+            return self._finish(compared, sink_mass, self._replays[0], start, ranks=ranks)
 
     @contextmanager
     def _starting(self, replay: Replay | None, start: int) -> Iterator[None]:
@@ -254,6 +257,8 @@ class MaskComparison:
         sink_mass: Sequence[dict[int, Tensor]],
         replay: Replay | None,
         start: int,
+        *,
+        ranks: bool = True,
     ) -> Measured:
         """Put a run's quantities together; blocks before `start` are those of the unmasked run.
 
@@ -261,12 +266,13 @@ class MaskComparison:
             compared: what `_against_unmasked` returned.
             sink_mass: of each batch, by block `[text, head]`.
             replay, start: what the run started from.
+            ranks: as for `measure`.
         """
         by_layer = {layer: torch.cat([batch[layer].float().cpu() for batch in sink_mass]).T for layer in sink_mass[0]}
         short = None if replay is None else replay.cut(self._model, *self._short)
         own = {
             "sink_mass": self._stacked(by_layer),
-            **self._patterns(short, start),
+            **self._patterns(short, start, ranks=ranks),
             **self._rigidity(),
         }
         for name, values in own.items():
@@ -280,24 +286,26 @@ class MaskComparison:
         missing = torch.full_like(next(iter(by_layer.values())), float("nan"))
         return torch.stack([by_layer.get(layer, missing) for layer in range(len(self._model.blocks))])
 
-    def _patterns(self, replay: Replay | None, start: int) -> dict[str, Tensor]:
-        """Look at the attention patterns of the first texts, cut short."""
-        probes: list[Probe] = [AttentionEntropy(), AttentionSpectrum()]
+    def _patterns(self, replay: Replay | None, start: int, *, ranks: bool) -> dict[str, Tensor]:
+        """Look at the attention patterns of the first texts, cut short: `[layer, head]` of each quantity."""
+        probes: list[Probe] = [AttentionEntropy(), *([AttentionSpectrum()] if ranks else [])]
         for probe in probes:
             probe.may_miss = True
         n_rows, n_tokens = self._short
         with self._starting(replay, start):
             traced = trace(self._model, list(self._texts[:n_rows, :n_tokens].cpu()), probes, max_batch_tokens=2**31)
-        columns = {
-            "entropy": ("attention_entropy", "entropy"),
-            "effective_rank": ("attention_spectrum", "effective_rank"),
-        }
         found = {}
-        for name, (table, column) in columns.items():
-            means = traced[table].groupby(["layer", "head"])[column].mean()
-            wide = means.unstack().reindex(range(len(self._model.blocks)))
-            found[name] = torch.tensor(wide.to_numpy(), dtype=torch.float32)
-        return found
+        for name, table in (("entropy", "attention_entropy"), ("effective_rank", "attention_spectrum")):
+            if table in traced.tables:
+                wide = traced[table].groupby(["layer", "head"])[name].mean().unstack()
+                values = wide.reindex(range(len(self._model.blocks))).to_numpy()
+                found[name] = torch.tensor(values, dtype=torch.float32)
+        missing = torch.full((len(self._model.blocks), 1), float("nan"))
+        entropy = found.get("entropy", missing)
+        return {
+            "entropy": entropy,
+            "effective_rank": found.get("effective_rank", torch.full_like(entropy, float("nan"))),
+        }
 
     def _rigidity(self) -> dict[str, Tensor]:
         """Compare token 0 between texts: it sees no other token, so two tokens of each are enough."""
