@@ -15,7 +15,7 @@ from melens.figures import COLORS, FIRST, OTHERS, SINK, Curve, Heatmap, Panel
 from melens.results import Picture, Result
 from melens.statistics import bootstrap_mean, holm, paired_permutation_p, with_interval
 
-__all__ = ["ARGUMENTS", "UNMASKED", "Grid", "merge", "report"]
+__all__ = ["ARGUMENTS", "UNMASKED", "Grid", "drawn", "merge", "report"]
 
 UNMASKED = "unmasked"
 ARGUMENTS = (
@@ -30,6 +30,7 @@ SELECT_COLORS = {
     "massive": SINK,
     "batch_magnitude": COLORS[6],
 }
+PAPER_RATE = 0.1  # of table 7
 DESTROYS = 1.0
 """Nats a token from which on a mask has destroyed the model: it gives its tokens less than 1/e of their probability."""
 
@@ -51,14 +52,22 @@ class Grid:
     by_block: pd.DataFrame
 
 
+_TEXTS = ("text", "texts", "tokens_per_text")
+_OF_MODEL = (
+    "me_layer", "n_prompts", "distinct_first_tokens", "massive_position", "n_carriers", "last_lasting_layer",
+    "text_first_tokens", "sink_layers",
+)  # fmt: skip
+
+
 def merge(jobs: dict[Path, dict[str, Any]]) -> list[Result]:
-    """Put what the jobs of a sweep measured together, model by model: a `Result` each, as one job would have given."""
-    by_model: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
+    """Put what a sweep's jobs measured together: a `Result` for each model and text, as one job would have given."""
+    alike: dict[tuple[Any, ...], list[tuple[Path, dict[str, Any]]]] = {}
     for folder, result in jobs.items():
         if result["experiment"] == "wemask" and result["status"] == "ok":
-            by_model.setdefault(result["model"]["name"], []).append((folder, result))
+            same = (result["model"]["name"], *(result["metrics"][name] for name in _TEXTS))
+            alike.setdefault(same, []).append((folder, result))
     merged = []
-    for found in by_model.values():
+    for found in alike.values():
         tables = {
             name: pd.concat([pd.read_parquet(folder / f"{name}.parquet") for folder, _ in found], ignore_index=True)
             for name in ("cells", "by_text", "by_block")
@@ -68,8 +77,9 @@ def merge(jobs: dict[Path, dict[str, Any]]) -> list[Result]:
             tables["by_text"].drop_duplicates(["cell", "text"], ignore_index=True),
             tables["by_block"].drop_duplicates(["cell", "layer"], ignore_index=True),
         )
-        shared = found[0][1]["metrics"]
-        merged.append(report(grid, found[0][1]["model"], shared, {}, []))
+        result = found[0][1]
+        shared = {name: value for name, value in result["metrics"].items() if name in (*_TEXTS, *_OF_MODEL)}
+        merged.append(report(grid, result["model"], shared, {}, []))
     return merged
 
 
@@ -195,7 +205,7 @@ def _claim_metrics(cells: pd.DataFrame, me_layer: int | None) -> dict[str, Any]:
 def _sink_metrics(of_paper: pd.DataFrame) -> dict[str, Any]:
     if not len(of_paper):
         return {"sink_why_not": "The grid has no mask as the paper's (wemask=paper)."}
-    cell = of_paper.iloc[(of_paper["rate"] - 0.1).abs().argmin()]
+    cell = of_paper.iloc[(of_paper["rate"] - PAPER_RATE).abs().argmin()]
     return {
         "paper_rate": float(cell["rate"]),
         "sink_ratio": float(cell["sink_ratio"]),
@@ -298,6 +308,12 @@ def _pictures(grid: Grid, cells: pd.DataFrame, metrics: dict[str, Any], title: _
     return pictures
 
 
+def drawn(cells: pd.DataFrame) -> pd.DataFrame:
+    """Choose one mask of each selection for the figures that show few: the first of those nearest the paper's rate."""
+    nearest = (cells["rate"] - PAPER_RATE).abs().to_numpy().argsort(kind="stable")
+    return cells.iloc[nearest].drop_duplicates("select").sort_index()
+
+
 def _loss_figure(cells: pd.DataFrame, title: _Title) -> Any:
     maps = []
     for (site, layers), group in cells.groupby(["site", "layers"], sort=False):
@@ -323,14 +339,14 @@ def _rate_figure(cells: pd.DataFrame, title: _Title) -> Any:
                 curves.append(Curve(select, points, color))
         panels.append(Panel(f"{site}, layers {layers}", "Δloss (nats a token)", curves, None, zero_line=True))
     note = "Bands: 95% bootstrap intervals over texts; for random masks the mean of each seed's."
-    figure = figures.curves_by_block(panels, title=title("Loss by mask rate"), note=note)
+    figure = figures.curves_by_block(panels, title=title("Loss by mask rate"), note=note, columns=3)
     figure.update_xaxes(type="log", title_text="mask rate", dtick="D2")
     return figure
 
 
 def _block_figure(grid: Grid, cells: pd.DataFrame, metrics: dict[str, Any], title: _Title) -> Any:
-    """Draw what attention looks like block by block, for the first mask of each selection, next to none."""
-    chosen = cells.drop_duplicates("select")
+    """Draw what attention looks like block by block, for one mask of each selection, next to none."""
+    chosen = drawn(cells)
     lines = [(UNMASKED, "#444444"), *zip(chosen["cell"], chosen["select"].map(SELECT_COLORS), strict=True)]
     panels = []
     for quantity, text in {"sink_mass": "sink mass", **_BEHIND}.items():
@@ -369,7 +385,7 @@ def _moderation_in_words(cells: pd.DataFrame) -> str:
 
 
 def _relaxed_in_words(grid: Grid, cells: pd.DataFrame, metrics: dict[str, Any]) -> str:
-    cell = cells.iloc[0]
+    cell = drawn(cells).iloc[0]
     behind = grid.by_block[grid.by_block["layer"].isin(metrics["sink_layers"])].groupby("cell").mean(numeric_only=True)
     before, after = behind.loc[UNMASKED], behind.loc[cell["cell"]]
     return (

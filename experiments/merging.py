@@ -31,17 +31,19 @@ def merge_jobs(folder: Path) -> None:
     if any(result["experiment"] in ("emergence", "all") for result in jobs.values()):
         merged.append(emergence.merge(jobs))
     grids = mask_grid.merge(jobs)
-    for result in grids:  # several models: the figures of each under its name
-        merged.append(result if len(grids) == 1 else _named(result))
+    models = Counter(result.model["name"] for result in grids)
+    for result in grids:  # several models, or texts: the figures of each under a name
+        texts = f"-{result.metrics['texts']}x{result.metrics['tokens_per_text']}"
+        name = result.model["name"] + (texts if models[result.model["name"]] > 1 else "")
+        merged.append(result if len(grids) == 1 else _named(result, name.replace("/", "-")))
     for number, result in enumerate(merged, 1):
         plots = {name: picture.figure for name, picture in result.pictures.items()}
         paths += write_tables_and_figures(result.tables, plots, folder)
         show_result(result, paths if number == len(merged) else [], Console())
 
 
-def _named(result: Result) -> Result:
-    """Put the model's name to that of every table and figure."""
-    name = result.model["name"].replace("/", "-")
+def _named(result: Result, name: str) -> Result:
+    """Put a name to that of every table and figure."""
     tables = {f"{table}-{name}": content for table, content in result.tables.items()}
     pictures = {f"{picture}-{name}": content for picture, content in result.pictures.items()}
     return replace(result, tables=tables, pictures=pictures)

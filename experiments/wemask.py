@@ -17,7 +17,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 import melens
-from experiments.mask_grid import ARGUMENTS, UNMASKED, Grid, report
+from experiments.mask_grid import ARGUMENTS, UNMASKED, Grid, drawn, report
 from experiments.masks import masks_of
 from experiments.study import Study
 from melens import AttentionMaps, Probe, WeMask, figures
@@ -44,7 +44,9 @@ def run(study: Study, options: DictConfig) -> Result:
     store = store_for("masks", model.original_model, texts, options.texts_per_batch) if options.keep else None
     starts = {min(mask.blocks(model)) for mask in masks}
     comparison = MaskComparison(model, texts, starts, texts_per_batch=options.texts_per_batch, store=store)
-    measured, kept = _measure(study, comparison, masks, store, rank_all=options.ranks == "all")
+    shown = _shown(study, masks)
+    ranked = masks if options.ranks == "all" else shown
+    measured, kept = _measure(study, comparison, masks, store, ranked)
     grid = _lay_out(study, comparison.unmasked, masks, measured)
     metrics = study.metrics(
         texts=len(texts),
@@ -56,10 +58,10 @@ def run(study: Study, options: DictConfig) -> Result:
         cells_kept=[mask_name(mask) for mask in kept],
     )
     pictures = {}
-    if masks and (figure_8 := _figure_8(study, masks[0], texts, options)) is not None:
+    if masks and (figure_8 := _figure_8(study, shown[0], texts, options)) is not None:
         pictures["attention_change"] = figure_8
     if masks:
-        pictures["key"] = _key_picture(study, masks[0], comparison.unmasked, measured[0])
+        pictures["key"] = _key_picture(study, shown[0], comparison.unmasked, measured[masks.index(shown[0])])
     findings = [] if not kept else [("measured before", f"{len(kept)} of {len(masks)}: {_listed(kept)}")]
     return report(grid, study.trace.model, metrics, pictures, findings)
 
@@ -83,17 +85,14 @@ def mask_name(mask: WeMask) -> str:
 
 
 def _measure(
-    study: Study, comparison: MaskComparison, masks: Sequence[WeMask], store: Store | None, *, rank_all: bool
+    study: Study, comparison: MaskComparison, masks: Sequence[WeMask], store: Store | None, ranked: Sequence[WeMask]
 ) -> tuple[list[Measured], list[WeMask]]:
-    """Measure the masks, or find that they were measured before; returns those too.
-
-    The rank of attention is measured for the first mask of each selection, which the figure by block draws, or for all.
-    """
+    """Measure the masks, some with the rank of attention, or find that they were measured before; returns those too."""
     progress = study.stage("masks")
     measured, kept = [], []
     for done, mask in enumerate(masks, 1):
         arguments = {name: value for name, value in asdict(mask).items() if name[0] != "_"}
-        ranks = rank_all or mask.select not in {earlier.select for earlier in masks[: done - 1]}
+        ranks = mask in ranked
         name = f"mask-{hashlib.sha256(json.dumps(arguments).encode()).hexdigest()[:24]}{'-ranks' if ranks else ''}"
         found = None if store is None else store.load(name)
         if found is not None:
@@ -105,6 +104,14 @@ def _measure(
                 store.save(name, vars(measured[-1]))
         progress(done, len(masks))
     return measured, kept
+
+
+def _shown(study: Study, masks: Sequence[WeMask]) -> list[WeMask]:
+    """Return the masks that the figures of few masks show."""
+    behind = (study.me.layer or 0) + 1
+    some = [mask for mask in masks if mask.start == behind] or list(masks)
+    rows = pd.DataFrame({"rate": [mask.rate for mask in some], "select": [mask.select for mask in some]})
+    return [some[row] for row in drawn(rows).index]
 
 
 def _sink_layers(study: Study) -> list[int]:

@@ -361,7 +361,7 @@ def loss_changes(maps: Sequence[Heatmap], *, title: str, note: str = "") -> go.F
     figure.update_layout(
         **_LAYOUT,
         title=_title(title, note),
-        height=200 + 230 * rows,
+        height=260 + 230 * rows,
         coloraxis={
             "colorscale": "RdBu_r",
             "cmin": -limit,
