@@ -20,6 +20,8 @@ from torch.nn.attention import SDPBackend
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask, sdpa_mask
 
+from melens.errors import MelensError
+
 __all__ = ["FUSED", "FUSED_BESIDE_EAGER", "attention_on_keys", "causal_attention", "missing_as_zero"]
 
 FUSED = "melens"
@@ -229,6 +231,8 @@ def _attention_function(
     melens_listener: Callable[[Tensor], None] | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
+    if query.shape[2] != key.shape[2]:
+        raise MelensError("A lean forward pass takes whole sequences: run it with use_cache=False.")
     output, on_keys = causal_attention(
         query,
         key,

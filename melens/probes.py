@@ -362,7 +362,7 @@ class AttentionSpectrum(Probe):
 
     def reduce(self, activation: Float[Tensor, "batch head query key"], batch: Batch) -> dict[str, Tensor]:
         values = [
-            torch.linalg.svdvals(pattern[:, :length, :length].float())
+            _singular_values(pattern[:, :length, :length])
             for pattern, length in zip(activation, batch.lengths, strict=True)
         ]
         return {name: torch.stack([of(each) for each in values]) for name, of in _RANKS.items()}
@@ -387,10 +387,10 @@ class AttentionEntropy(Probe):
 _RANKS = {"effective_rank": effective_rank, "first_share": first_share}
 
 
-def _singular_values(hidden: Float[Tensor, "pos d"]) -> Float[Tensor, " rank"]:
+def _singular_values(matrix: Float[Tensor, "*batch row column"]) -> Float[Tensor, "*batch rank"]:
     """Compute singular values through the Gram matrix: in float64, since the first may be 10,000 × the others."""
-    rows = hidden.double() if hidden.shape[0] <= hidden.shape[1] else hidden.double().T
-    return torch.linalg.eigvalsh(rows @ rows.T).clamp(min=0).sqrt().float()
+    rows = matrix.double() if matrix.shape[-2] <= matrix.shape[-1] else matrix.double().mT
+    return torch.linalg.eigvalsh(rows @ rows.mT).clamp(min=0).sqrt().float()
 
 
 class AttentionMaps(Probe):

@@ -8,7 +8,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -22,6 +22,7 @@ from plotly.offline import get_plotlyjs
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from melens.claims import judge
 from melens.errors import MelensError
@@ -73,7 +74,9 @@ class Result:
             (`"all"`), by experiment.
         tables: tidy data by name, each what a figure shows.
         pictures: by name.
-        findings: what to tell the user, as (what, value) rows.
+        findings: what to tell the user, as (what, value) rows of plain text, or (what, left, right) to lay two texts
+            side by side.
+        pages: whole HTML pages by name, for what is no figure.
     """
 
     experiment: str
@@ -81,7 +84,8 @@ class Result:
     metrics: dict[str, Any]
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
     pictures: dict[str, Picture] = field(default_factory=dict)
-    findings: list[tuple[str, str]] = field(default_factory=list)
+    findings: Sequence[tuple[str, ...]] = ()
+    pages: dict[str, str] = field(default_factory=dict)
 
 
 def combine(results: list[Result]) -> Result:
@@ -93,6 +97,7 @@ def combine(results: list[Result]) -> Result:
         tables={name: table for result in results for name, table in result.tables.items()},
         pictures={name: picture for result in results for name, picture in result.pictures.items()},
         findings=[finding for result in results for finding in result.findings],
+        pages={name: page for result in results for name, page in result.pages.items()},
     )
 
 
@@ -122,6 +127,7 @@ def write_result(
     }
     figures = {name: picture.figure for name, picture in result.pictures.items()}
     paths = write_tables_and_figures(result.tables, figures, folder, png=png)
+    paths += [write_text(Path(folder) / f"{name}.html", page) for name, page in result.pages.items()]
     with _told_in_a_sentence(folder):
         return [*paths, _write(Path(folder) / "result.json", _json_writer(content))]
 
@@ -194,9 +200,10 @@ _COLORS = {
 
 def show_result(result: Result, paths: list[Path], console: Console) -> None:
     """Print a short table of the findings, the verdicts and the paths."""
-    findings = Table(show_header=False, title=result.experiment)
+    side_by_side = any(len(row) > 2 for row in result.findings)
+    findings = Table(show_header=False, show_lines=side_by_side, title=result.experiment)
     for row in result.findings:
-        findings.add_row(*row)
+        findings.add_row(*map(Text, row))  # as it is: brackets in it are no markup
     console.print(findings)
     if result.metrics:
         _show_claims(claims_of(result), console)

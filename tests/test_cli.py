@@ -179,3 +179,35 @@ def test_importing_melens_costs_little_more_than_importing_transformer_lens():
 
     seconds("melens")  # the first import of all reads from the disk
     assert min(seconds("melens") for _ in range(3)) < 1.5 * min(seconds("transformer_lens") for _ in range(3))
+
+
+@pytest.mark.parametrize("sweep", [False, True])
+def test_what_masks_do_to_the_embedded_model(tmp_path, short_prompts, sweep):
+    grid = ["exp=wemask", "wemask.rate=0.1", "wemask.select=[weight,magnitude]", "data.n_texts=3", "data.n_tokens=48"]
+    sites = ["wemask.site=attn_in,ln1_in", "-m"] if sweep else ["wemask.site=[attn_in,ln1_in]"]
+    done = run(*grid, *sites, short_prompts, f"hydra.{'sweep' if sweep else 'run'}.dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    cells = pd.read_parquet(tmp_path / "cells.parquet").set_index(["site", "select"])
+    assert set(cells.start) == {12}
+    assert cells.dloss["attn_in", "weight"] < 0.1 < cells.dloss["attn_in", "magnitude"]
+    assert cells.dloss["ln1_in", "weight"] < 0.1
+    assert cells.dloss["ln1_in", "magnitude"] > 3
+    assert cells.massive_hits["attn_in", "weight"] == 0
+    for figure in ("loss_change", "rates", "loss_and_sinks", "by_block"):
+        assert (tmp_path / f"{figure}.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("wemask.rate=1.5", "The mask's rate is 1.5; it must be over 0 and at most 1."),
+        ("wemask.select=wieght", "The mask's select is 'wieght'; allowed are weight"),
+        ("data.n_tokens=2", "data.n_tokens is 2; it must be a whole number of at least 3."),
+        ("exp.ranks=none", "exp.ranks of wemask is 'none'; it must be drawn or all."),
+    ],
+)
+def test_a_wrong_mask_is_told_before_anything_slow(tmp_path, override, message):
+    done = run("exp=wemask", override, "model=hub", "model.name=/nowhere/at/all", f"hydra.run.dir={tmp_path}")
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

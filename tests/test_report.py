@@ -11,7 +11,7 @@ from test_experiments import BLOCK, DIM, TOKEN, prompts_of, study
 import melens
 from experiments.study import run_experiments
 from melens.report import write_report
-from melens.results import combine, write_result
+from melens.results import claims_of, combine, write_result
 
 CONFIG = {"exp": {"name": "all"}, "model": {"name": "tiny"}, "seed": 0}
 
@@ -41,7 +41,7 @@ def test_the_report_tells_what_was_found_and_how(report, planted_result):
     page = report.read_text("utf-8")
     assert f"Block {BLOCK} lifts the token at position 0" in page
     assert "note=&#x27;&lt;b&gt;&#x27;" in page  # the command, as text
-    for claim in melens.judge([planted_result]).itertuples():
+    for claim in claims_of(planted_result).itertuples():
         assert f'<tr id="claim-{claim.id}">' in page
         assert f'href="#{claim.figure}"' in page
     for name, picture in planted_result.pictures.items():
