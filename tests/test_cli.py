@@ -184,8 +184,10 @@ def test_importing_melens_costs_little_more_than_importing_transformer_lens():
 @pytest.mark.parametrize("sweep", [False, True])
 def test_what_masks_do_to_the_embedded_model(tmp_path, short_prompts, sweep):
     grid = ["exp=wemask", "wemask.rate=0.1", "wemask.select=[weight,magnitude]", "data.n_texts=3", "data.n_tokens=48"]
-    sites = ["wemask.site=attn_in,ln1_in", "-m"] if sweep else ["wemask.site=[attn_in,ln1_in]"]
-    done = run(*grid, *sites, short_prompts, f"hydra.{'sweep' if sweep else 'run'}.dir={tmp_path}")
+    if sweep:
+        done = run("-m", *grid, "wemask.site=attn_in,ln1_in", short_prompts, f"hydra.sweep.dir={tmp_path}")
+    else:
+        done = run(*grid, "wemask.site=[attn_in,ln1_in]", short_prompts, f"hydra.run.dir={tmp_path}")
     assert done.returncode == 0, done.stderr
     cells = pd.read_parquet(tmp_path / "cells.parquet").set_index(["site", "select"])
     assert set(cells.start) == {12}
