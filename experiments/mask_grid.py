@@ -367,7 +367,8 @@ def _start_figure(cells: pd.DataFrame, metrics: dict[str, Any], title: _Title) -
             color = COLORS[len(curves) % len(COLORS)]
             curves.append(Curve(f"{select}, {site}, layers {layers}, rate {rate:g}", points, color))
         panels.append(Panel("", text, curves, metrics.get("me_layer"), zero_line=quantity == "dloss"))
-    figure = figures.curves_by_block(panels, title=title("The same mask from another block on"))
+    note = "Bands: 95% bootstrap intervals over texts. Sink mass: mean over the blocks behind the ME layer."
+    figure = figures.curves_by_block(panels, title=title("The same mask from each block in turn"), note=note)
     figure.update_xaxes(title_text="first masked block (0-based)")
     return figure
 

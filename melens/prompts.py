@@ -129,7 +129,7 @@ def tokenize(model: Any, prompts: Sequence[Prompt], *, bos: Bos = "auto") -> lis
 def check_length(n_tokens: int, name: str, n_ctx: int) -> None:
     """Raise a `MelensError` for a prompt of fewer than two tokens or more than the context."""
     if n_tokens < 2:
-        raise MelensError(f"Prompt {name} has {n_tokens} token(s); at least 2 are needed to compare the first with.")
+        raise MelensError(f"Prompt {name} has {n_tokens} token(s); at least 2 are needed.")
     if n_tokens > n_ctx:
         raise MelensError(f"Prompt {name} has {n_tokens:,} tokens, more than the model's context of {n_ctx:,}.")
 
