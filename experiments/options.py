@@ -59,7 +59,7 @@ def check_experiment_option(experiment: str, key: str, value: Any) -> None:
     allowed = None
     if key in ("log_scale", "keep") and not isinstance(value, bool):
         allowed = "true or false"
-    elif key == "ranks" and value not in ("drawn", "all"):
+    elif key == "patterns" and value not in ("drawn", "all"):
         allowed = "drawn or all"
     elif key in LEAST and not (_is_count(value) and value >= LEAST[key]):
         allowed = f"a whole number of at least {LEAST[key]}"

@@ -45,8 +45,8 @@ def run(study: Study, options: DictConfig) -> Result:
     starts = {min(mask.blocks(model)) for mask in masks}
     comparison = MaskComparison(model, texts, starts, texts_per_batch=options.texts_per_batch, store=store)
     shown = _shown(study, masks)
-    ranked = masks if options.ranks == "all" else shown
-    measured, kept = _measure(study, comparison, masks, store, ranked)
+    looked_at = masks if options.patterns == "all" else shown
+    measured, kept = _measure(study, comparison, masks, store, looked_at)
     grid = _lay_out(study, comparison.unmasked, masks, measured)
     metrics = study.metrics(
         texts=len(texts),
@@ -85,21 +85,23 @@ def mask_name(mask: WeMask) -> str:
 
 
 def _measure(
-    study: Study, comparison: MaskComparison, masks: Sequence[WeMask], store: Store | None, ranked: Sequence[WeMask]
+    study: Study, comparison: MaskComparison, masks: Sequence[WeMask], store: Store | None, looked_at: Sequence[WeMask]
 ) -> tuple[list[Measured], list[WeMask]]:
-    """Measure the masks, some with the rank of attention, or find that they were measured before; returns those too."""
+    """Measure the masks, some with attention patterns, or find that they were measured before; returns those too."""
     progress = study.stage("masks")
     measured, kept = [], []
     for done, mask in enumerate(masks, 1):
         arguments = {name: value for name, value in asdict(mask).items() if name[0] != "_"}
-        ranks = mask in ranked
-        name = f"mask-{hashlib.sha256(json.dumps(arguments).encode()).hexdigest()[:24]}{'-ranks' if ranks else ''}"
+        patterns = mask in looked_at
+        name = (
+            f"mask-{hashlib.sha256(json.dumps(arguments).encode()).hexdigest()[:24]}{'-patterns' if patterns else ''}"
+        )
         found = None if store is None else store.load(name)
         if found is not None:
             measured.append(Measured(**found))
             kept.append(mask)
         else:
-            measured.append(comparison.measure(mask, ranks=ranks))
+            measured.append(comparison.measure(mask, patterns=patterns))
             if store is not None:
                 store.save(name, vars(measured[-1]))
         progress(done, len(masks))

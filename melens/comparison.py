@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -30,7 +30,7 @@ from melens.wemask import WeMask
 __all__ = ["MaskComparison", "Measured"]
 
 _KEPT_BYTES = 2 * 2**30
-"""Up to how much of the unmasked model's next-token log-probabilities is kept, if not a GPU has more to spare; beyond,
+"""Up to how much of the unmasked model's next-token probabilities is kept, if not a GPU has more to spare; beyond,
 each mask computes them again."""
 
 _ROWS = {"cpu": 64, "cuda": 1024}
@@ -46,8 +46,7 @@ class Measured:
         kl: KL(unmasked ‖ masked) of the next-token distribution in nats, mean over a text's tokens.
         agreement: share of tokens where both predict the same next token.
         sink_mass: attention that later tokens pay to token 0; NaN in a block without attention, as in what follows.
-        entropy, effective_rank: of attention on the short texts, mean over texts; the rank is NaN where it was not
-            asked for.
+        entropy, effective_rank: of attention on the short texts, mean over texts; NaN where they were not asked for.
         input_cosine, key_cosine: of the attention inputs, and of the keys, of token 0 in every two texts that begin
             differently, mean over pairs: 1 is the rigidity that the paper blames.
         first_key: token 0's key in the first text.
@@ -62,6 +61,14 @@ class Measured:
     input_cosine: Float[Tensor, " layer"]
     key_cosine: Float[Tensor, " layer"]
     first_key: Float[Tensor, "layer d_keys"]
+
+
+class _Predicted(NamedTuple):
+    """The unmasked model's next-token distribution on a batch: Σ p·log p beside p, as a mask's run needs both."""
+
+    probabilities: Float[Tensor, "text pos vocabulary"]
+    negentropy: Float[Tensor, "text pos"]
+    likeliest: Int[Tensor, "text pos"]
 
 
 class _Keys(TokenVectors):
@@ -117,7 +124,7 @@ class MaskComparison:
         self._recorded = sorted({start - 1 for start in starts} - {-1})
         self._replays: list[Replay] = []
         self._finals: list[Tensor] = []
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._kept: dict[int, _Predicted] = {}
         name = "unmasked-" + "-".join(map(str, self._recorded))
         found = None if store is None else store.load(name, model.cfg.device)
         self.shared = found is not None
@@ -141,7 +148,7 @@ class MaskComparison:
             self._replays.append(replay)
             sink_mass.append(sinks)
         compared = self._against_unmasked(lambda number: self._logits(self._finals[number]))
-        self.unmasked = self._finish(compared, sink_mass, None, 0)
+        self.unmasked = self._finish(compared, sink_mass, 0)
 
     def _to_keep(self) -> dict[str, Tensor]:
         """Return the unmasked run as tensors by name."""
@@ -176,29 +183,31 @@ class MaskComparison:
         finally:
             network._modules[network.base_model_prefix] = base
 
-    def _predictions(self, number: int) -> tuple[Float[Tensor, "text pos vocabulary"], Int[Tensor, "text pos"]]:
-        """Return the unmasked model's log-probabilities of the next token on a batch, float32, and the likeliest."""
+    def _predictions(self, number: int) -> _Predicted:
+        """Return what the unmasked model predicts on a batch."""
         if number in self._kept:
             return self._kept[number]
-        logits = self._logits(self._finals[number])[:, :-1]
-        log_probabilities = logits.log_softmax(-1, dtype=torch.float32)
-        predictions = (log_probabilities, log_probabilities.argmax(-1))
+        log_probabilities = self._logits(self._finals[number])[:, :-1].log_softmax(-1, dtype=torch.float32)
+        likeliest = log_probabilities.argmax(-1)
+        probabilities = log_probabilities.exp()
+        predicted = _Predicted(probabilities, _row_dots(probabilities, log_probabilities), likeliest)
+        del log_probabilities
         limit = _KEPT_BYTES
-        if log_probabilities.is_cuda:
-            limit = max(limit, torch.cuda.mem_get_info(log_probabilities.device)[0] // 4)
-        if sum(kept.nbytes for kept, _ in self._kept.values()) + log_probabilities.nbytes <= limit:
-            self._kept[number] = predictions
-        return predictions
+        if probabilities.is_cuda:
+            limit = max(limit, torch.cuda.mem_get_info(probabilities.device)[0] // 4)
+        if sum(kept.probabilities.nbytes for kept in self._kept.values()) + probabilities.nbytes <= limit:
+            self._kept[number] = predicted
+        return predicted
 
     # --- With one -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def measure(self, mask: WeMask, *, ranks: bool = True) -> Measured:
+    def measure(self, mask: WeMask, *, patterns: bool = True) -> Measured:
         """Measure the masked model.
 
         Args:
             mask: with its start a block, one of `starts`.
-            ranks: measure the effective rank of attention, whose singular values take a GPU longer than all the rest.
+            patterns: look at entropy and effective rank of attention, which take a GPU longer than all the rest.
 
         Raises:
             MelensError: a mask that the model cannot have.
@@ -217,12 +226,12 @@ class MaskComparison:
 
         with mask.applied(self._model):
             compared = self._against_unmasked(masked_logits)
-            return self._finish(compared, sink_mass, self._replays[0], start, ranks=ranks)
+            return self._finish(compared, sink_mass, start, patterns=patterns)
 
     @contextmanager
-    def _starting(self, replay: Replay | None, start: int) -> Iterator[None]:
+    def _starting(self, replay: Replay, start: int) -> Iterator[None]:
         with ExitStack() as stack:
-            if start and replay is not None:
+            if start:
                 stack.enter_context(replay.starting_at(start))
             yield
 
@@ -243,41 +252,34 @@ class MaskComparison:
         quantities: dict[str, list[Tensor]] = {"loss": [], "kl": [], "agreement": []}
         for number, tokens in enumerate(self._batches):
             predictions = self._predictions(number)
-            for text, logits, before, likeliest in zip(tokens, logits_of(number), *predictions, strict=True):
+            for text, logits, *before in zip(tokens, logits_of(number), *predictions, strict=True):
                 n_rows = _ROWS.get(logits.device.type, 64)
-                rows = (of_text.split(n_rows) for of_text in (logits[:-1], before, likeliest, text[1:]))
+                rows = (of_text.split(n_rows) for of_text in (logits[:-1], text[1:], *before))
                 parts = [_compare_rows(*each) for each in zip(*rows, strict=True)]
                 for values, each in zip(quantities.values(), zip(*parts, strict=True), strict=True):
                     values.append(torch.cat(each).mean())
         return {name: torch.stack(values).cpu() for name, values in quantities.items()}
 
     def _finish(
-        self,
-        compared: dict[str, Tensor],
-        sink_mass: Sequence[dict[int, Tensor]],
-        replay: Replay | None,
-        start: int,
-        *,
-        ranks: bool = True,
+        self, compared: dict[str, Tensor], sink_mass: Sequence[dict[int, Tensor]], start: int, *, patterns: bool = True
     ) -> Measured:
         """Put a run's quantities together; blocks before `start` are those of the unmasked run.
 
         Args:
             compared: what `_against_unmasked` returned.
             sink_mass: of each batch, by block `[text, head]`.
-            replay, start: what the run started from.
-            ranks: as for `measure`.
+            start: the block that the run began with.
+            patterns: as for `measure`.
         """
         by_layer = {layer: torch.cat([batch[layer].float().cpu() for batch in sink_mass]).T for layer in sink_mass[0]}
-        short = None if replay is None else replay.cut(self._model, *self._short)
-        own = {
-            "sink_mass": self._stacked(by_layer),
-            **self._patterns(short, start, ranks=ranks),
-            **self._rigidity(),
-        }
+        own = {"sink_mass": self._stacked(by_layer), **self._rigidity(start)}
+        if patterns:
+            own |= self._patterns(start)
         for name, values in own.items():
             if start:
                 own[name] = torch.cat([getattr(self.unmasked, name)[:start], values[start:]])
+        for name in ("entropy", "effective_rank"):
+            own.setdefault(name, torch.full_like(own["sink_mass"][..., 0], float("nan")))
         return Measured(**compared, **own)
 
     def _stacked(self, by_layer: dict[int, Tensor]) -> Tensor:
@@ -286,13 +288,14 @@ class MaskComparison:
         missing = torch.full_like(next(iter(by_layer.values())), float("nan"))
         return torch.stack([by_layer.get(layer, missing) for layer in range(len(self._model.blocks))])
 
-    def _patterns(self, replay: Replay | None, start: int, *, ranks: bool) -> dict[str, Tensor]:
+    def _patterns(self, start: int) -> dict[str, Tensor]:
         """Look at the attention patterns of the first texts, cut short: `[layer, head]` of each quantity."""
-        probes: list[Probe] = [AttentionEntropy(), *([AttentionSpectrum()] if ranks else [])]
+        probes: list[Probe] = [AttentionEntropy(), AttentionSpectrum()]
         for probe in probes:
             probe.may_miss = True
+            probe.layers = range(start, len(self._model.blocks))
         n_rows, n_tokens = self._short
-        with self._starting(replay, start):
+        with self._starting(Replay.cut(self._model, self._replays[:1], range(n_rows), n_tokens), start):
             traced = trace(self._model, list(self._texts[:n_rows, :n_tokens].cpu()), probes, max_batch_tokens=2**31)
         found = {}
         for name, table in (("entropy", "attention_entropy"), ("effective_rank", "attention_spectrum")):
@@ -307,22 +310,31 @@ class MaskComparison:
             "effective_rank": found.get("effective_rank", torch.full_like(entropy, float("nan"))),
         }
 
-    def _rigidity(self) -> dict[str, Tensor]:
+    def _rigidity(self, start: int) -> dict[str, Tensor]:
         """Compare token 0 between texts: it sees no other token, so two tokens of each are enough."""
         first_token = self._texts[:, 0].tolist()
         distinct = [first_token.index(token) for token in dict.fromkeys(first_token)]
         short = list(self._texts[distinct, :2].cpu())
-        probes: list[Probe] = [TokenVectors([0], site="ln1.hook_out"), _Keys([0], site="attn.k.hook_out")]
-        for probe in probes:
-            probe.may_miss = True
-        present = [probe for probe in probes if any(name.endswith(probe.sites[0]) for name in self._model.hook_dict)]
-        traced = trace(self._model, short, present) if present else None
-        found = {}
-        for name, probe in zip(("input", "key"), probes, strict=True):
-            vectors = torch.full((len(short), len(self._model.blocks), 1), float("nan"))
-            if traced is not None and probe.name in traced.tensors:
-                vectors = traced.tensors[probe.name][:, :, 0]
-            n = len(vectors)
+        found, n, n_layers = {}, len(short), len(self._model.blocks)
+        probes: dict[str, Probe] = {
+            "input": TokenVectors([0], site="ln1.hook_out"),
+            "key": _Keys([0], site="attn.k.hook_out"),
+        }
+        heard = {
+            name: [at for at in range(start, n_layers) if f"blocks.{at}.{probe.sites[0]}" in self._model.hook_dict]
+            for name, probe in probes.items()
+        }
+        for name, probe in probes.items():
+            probe.layers = heard[name]
+        with self._starting(Replay.cut(self._model, self._replays, distinct, 2), start):
+            present = [probe for name, probe in probes.items() if heard[name]]
+            traced = trace(self._model, short, present, max_batch_tokens=2**31) if present else None
+        for name, probe in probes.items():
+            vectors = torch.full((n, n_layers, 1), float("nan"))
+            if traced is not None and heard[name]:
+                of_heard = traced.tensors[probe.name][:, :, 0]
+                vectors = torch.full((n, n_layers, of_heard.shape[-1]), float("nan"))
+                vectors[:, heard[name]] = of_heard
             cosines = pairwise_cosine(vectors.transpose(0, 1))
             found[f"{name}_cosine"] = (cosines.sum((1, 2)) - n) / max(1, n * (n - 1))
         return found | {"first_key": vectors[0]}
@@ -335,12 +347,17 @@ class MaskComparison:
 
 def _compare_rows(
     logits: Float[Tensor, "pos vocabulary"],
-    unmasked: Float[Tensor, "pos vocabulary"],
-    likeliest: Int[Tensor, " pos"],
     targets: Int[Tensor, " pos"],
+    unmasked: Float[Tensor, "pos vocabulary"],
+    negentropy: Float[Tensor, " pos"],
+    likeliest: Int[Tensor, " pos"],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return loss, KL(unmasked ‖ these) and whether both predict the same, a token each; `unmasked` are logarithms."""
+    """Return loss, KL(unmasked ‖ these) and whether both predict the same, a token each."""
     own = logits.log_softmax(-1, dtype=torch.float32)
     loss = -own.gather(-1, targets[:, None])[:, 0]
-    kl = (unmasked.exp() * (unmasked - own)).sum(-1)
+    kl = (negentropy - _row_dots(unmasked, own)).clamp(min=0)
     return loss, kl, (own.argmax(-1) == likeliest).float()
+
+
+def _row_dots(a: Float[Tensor, "*row d"], b: Float[Tensor, "*row d"]) -> Float[Tensor, "*row"]:
+    return (a[..., None, :] @ b[..., :, None])[..., 0, 0]

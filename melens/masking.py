@@ -10,6 +10,7 @@ import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
@@ -190,6 +191,7 @@ class InstalledMask:
         self.first = min(layers)
         self._finder, self._factors = finder, factors
         self._calls: dict[int, _Call] = {}  # by thread
+        self.idle: set[int] = set()  # threads whose forward call masks nothing
         self.seen: dict[int, tuple[nn.Module, Tensor]] = {}  # what went into ln1, by thread
         self.carried = f"melens_mask_{id(self)}"
         self._criterion = Criterion()
@@ -259,10 +261,13 @@ class InstalledMask:
                 block, carry = self._carriers.pop()
                 self._keep(block.register_forward_pre_hook(carry, with_kwargs=True))
         arguments = {**self._signature.bind_partial(*args).arguments, **kwargs} if args else kwargs
-        self._calls[threading.get_ident()] = self._finder.find(arguments)
+        call = self._calls[threading.get_ident()] = self._finder.find(arguments)
+        if call.where is None and not call.detect and not module.training:
+            self.idle.add(threading.get_ident())
 
     @torch.compiler.disable
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.idle.discard(threading.get_ident())
         call = self._calls.pop(threading.get_ident(), None)
         if call is None or call.where is None or output is None:
             return
@@ -308,61 +313,74 @@ class InstalledMask:
         return rows * self._factors(layer, rows)
 
 
+def _hook(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a method run outside compiled code, and next to nothing where the forward call masks nothing."""
+    uncompiled = torch.compiler.disable(method)
+
+    @wraps(method)
+    def hook(self: _Hooks, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_dynamo_compiling() and threading.get_ident() in self.mask.idle:
+            return None
+        return uncompiled(self, *args, **kwargs)
+
+    return hook
+
+
 class _Hooks:
     """What runs around one masked block. (Methods, not closures: a deep copy of the model gets its own.)"""
 
     def __init__(self, mask: InstalledMask, layer: int, block: Block) -> None:
-        self._mask, self._layer, self._block = mask, layer, block
+        self.mask, self._layer, self._block = mask, layer, block
         parameters = inspect.signature(block.module.forward).parameters.values()
         self._passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
     # On a bridge
 
-    @torch.compiler.disable
+    @_hook
     def look(self, activation: Float[Tensor, "batch pos d"], hook: HookPoint) -> None:
-        self._mask.detect(self._mask.call(), activation)
+        self.mask.detect(self.mask.call(), activation)
 
-    @torch.compiler.disable
+    @_hook
     def on_activation(self, activation: Float[Tensor, "batch pos d"], hook: HookPoint) -> Tensor | None:
-        return self._mask.masked(self._mask.call(), self._layer, activation)
+        return self.mask.masked(self.mask.call(), self._layer, activation)
 
     # On a plain model
 
-    @torch.compiler.disable
+    @_hook
     def look_at_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._mask.detect(self._mask.call(), _hidden(args, kwargs))
+        self.mask.detect(self.mask.call(), _hidden(args, kwargs))
 
-    @torch.compiler.disable
+    @_hook
     def carry(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]] | None:
         """Send along with the block's arguments what is masked: the backward pass gets the same ones again."""
         if self._passes_on and module.training and getattr(module, "gradient_checkpointing", False):
-            return args, {**kwargs, self._mask.carried: self._mask.call()}
+            return args, {**kwargs, self.mask.carried: self.mask.call()}
         return None
 
-    @torch.compiler.disable
+    @_hook
     def mask_input(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]] | None:
-        call = self._mask.call(kwargs)
-        return _with_hidden(self._mask.masked(call, self._layer, _hidden(args, kwargs)), args, kwargs)
+        call = self.mask.call(kwargs)
+        return _with_hidden(self.mask.masked(call, self._layer, _hidden(args, kwargs)), args, kwargs)
 
-    @torch.compiler.disable
+    @_hook
     def before_ln1(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._mask.seen[threading.get_ident()] = (module, args[0])
+        self.mask.seen[threading.get_ident()] = (module, args[0])
 
-    @torch.compiler.disable
+    @_hook
     def renormalise(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]] | None:
         """Give attention what `ln1` makes of the masked tokens; where the FFN reads `ln1` too, it reads them whole."""
-        call = self._mask.call(kwargs)
-        ln1, before = self._mask.seen.pop(threading.get_ident())
+        call = self.mask.call(kwargs)
+        ln1, before = self.mask.seen.pop(threading.get_ident())
         if call.where is None:
             return None
         hidden = _hidden(args, kwargs)
-        rows = self._mask.factored(call, self._layer, before[call.where])
+        rows = self.mask.factored(call, self._layer, before[call.where])
         return _with_hidden(_put(hidden, call.where, ln1.forward(rows[None])[0]), args, kwargs)
 
 

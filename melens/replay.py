@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 __all__ = ["Replay"]
@@ -46,15 +46,17 @@ class Replay:
             for module in modules:
                 module.__dict__.pop("forward", None)
 
-    def cut(self, model: TransformerBridge, n_rows: int, n_tokens: int) -> Replay:
-        """Return what a pass over the first rows and tokens would have recorded, in a causal model."""
+    @classmethod
+    def cut(cls, model: TransformerBridge, replays: Sequence[Replay], rows: Sequence[int], n_tokens: int) -> Replay:
+        """Return what a pass over some rows of these batches, cut short, would have recorded in a causal model."""
 
-        def cut(output: Any) -> Any:
-            hidden: Tensor = output[0] if isinstance(output, tuple) else output
-            hidden = hidden[:n_rows, :n_tokens]
-            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        def cut(outputs: Sequence[Any]) -> Any:
+            in_tuple = isinstance(outputs[0], tuple)
+            hidden = torch.cat([(output[0] if in_tuple else output)[:, :n_tokens] for output in outputs])[list(rows)]
+            return (hidden, *outputs[0][1:]) if in_tuple else hidden
 
-        return Replay(model, {layer: cut(output) for layer, output in self.outputs.items()})
+        layers = replays[0].outputs
+        return cls(model, {layer: cut([replay.outputs[layer] for replay in replays]) for layer in layers})
 
     def _record(self, layer: int, module: Any, args: Any, output: Any) -> None:
         self.outputs[layer] = output

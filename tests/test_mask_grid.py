@@ -109,10 +109,10 @@ def test_each_block_in_turn(model):
 
 @pytest.mark.usefixtures("_own_cache")
 def test_the_jobs_of_a_sweep_make_the_tables_of_one_run(model, tmp_path):
-    whole = run(model, "wemask.rate=[0,0.1,0.3]", "wemask.select=[weight,magnitude]", "exp.ranks=all")
+    whole = run(model, "wemask.rate=[0,0.1,0.3]", "wemask.select=[weight,magnitude]", "exp.patterns=all")
     jobs = {}
     for number, rate in enumerate((0, 0.1, 0.3)):
-        result = run(model, f"wemask.rate={rate}", "wemask.select=[weight,magnitude]", "exp.ranks=all")
+        result = run(model, f"wemask.rate={rate}", "wemask.select=[weight,magnitude]", "exp.patterns=all")
         folder = tmp_path / str(number)
         write_result(result, folder, config={"model": {"name": "tiny"}}, duration=0.0)
         jobs[folder] = json.loads((folder / "result.json").read_text())
