@@ -14,16 +14,15 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from melens.cache import Store
 from melens.errors import MelensError
 from melens.lean import lean_forward
 from melens.metrics import pairwise_cosine
 from melens.probes import AttentionEntropy, AttentionSpectrum, Probe, TokenVectors
-from melens.replay import Replay
+from melens.replay import Replay, logits_of
 from melens.tracing import trace
 from melens.wemask import WeMask
 
@@ -73,17 +72,6 @@ class _Predicted(NamedTuple):
 
 class _Keys(TokenVectors):
     name = "keys"
-
-
-class _Given(nn.Module):
-    """Stands where a model without its head stands, and returns a final hidden state that is known."""
-
-    def __init__(self, final: Float[Tensor, "text pos d"]) -> None:
-        super().__init__()
-        self._output = BaseModelOutputWithPast(last_hidden_state=final)
-
-    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
-        return self._output
 
 
 class MaskComparison:
@@ -147,7 +135,7 @@ class MaskComparison:
             self._finals.append(output.last_hidden_state)
             self._replays.append(replay)
             sink_mass.append(sinks)
-        compared = self._against_unmasked(lambda number: self._logits(self._finals[number]))
+        compared = self._against_unmasked(lambda number: logits_of(self._model.original_model, self._finals[number]))
         self.unmasked = self._finish(compared, sink_mass, 0)
 
     def _to_keep(self) -> dict[str, Tensor]:
@@ -171,23 +159,13 @@ class MaskComparison:
                 outputs[layer] = (output,) if kept[f"in_tuple.{layer}.{number}"] else output
             self._replays.append(Replay(self._model, outputs))
 
-    @torch.no_grad()
-    def _logits(self, final: Float[Tensor, "text pos d"]) -> Float[Tensor, "text pos vocabulary"]:
-        """Let the model's own head, soft caps and all, turn final hidden states into logits."""
-        network = self._model.original_model
-        base = network._modules[network.base_model_prefix]
-        network._modules[network.base_model_prefix] = _Given(final)
-        try:
-            logits: Tensor = network(input_ids=self._texts[: len(final)], use_cache=False).logits
-            return logits
-        finally:
-            network._modules[network.base_model_prefix] = base
-
     def _predictions(self, number: int) -> _Predicted:
         """Return what the unmasked model predicts on a batch."""
         if number in self._kept:
             return self._kept[number]
-        log_probabilities = self._logits(self._finals[number])[:, :-1].log_softmax(-1, dtype=torch.float32)
+        log_probabilities = logits_of(self._model.original_model, self._finals[number])[:, :-1].log_softmax(
+            -1, dtype=torch.float32
+        )
         likeliest = log_probabilities.argmax(-1)
         probabilities = log_probabilities.exp()
         predicted = _Predicted(probabilities, _row_dots(probabilities, log_probabilities), likeliest)

@@ -5,11 +5,13 @@ Where a plain model keeps its blocks, norms and attention is read from Transform
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -25,7 +27,7 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_c
 from melens.errors import MelensError
 from melens.normalization import read_module
 
-__all__ = ["Block", "Network", "Site", "open_network"]
+__all__ = ["Block", "Network", "Site", "open_network", "plain_twin"]
 
 Site = Literal["attn_in", "ln1_in", "resid_pre"]
 """Where a mask takes hold: what comes out of `ln1`, what goes into it (for attention alone, the residual stream stays
@@ -122,6 +124,32 @@ class Network:
         assert self.bridge is not None
         hook_points: dict[str, HookPoint] = self.bridge.hook_dict  # put together anew at each look
         return hook_points
+
+
+def plain_twin(bridge: TransformerBridge) -> Any:
+    """Return the transformers model inside a bridge without the bridge: the same weights, its own fast modules.
+
+    A model that is spread over devices, or that cannot be taken apart so, comes as it is inside the bridge.
+    """
+    network = bridge.original_model
+    if len(set((getattr(network, "hf_device_map", None) or {}).values())) > 1:
+        return network
+    weights = {name.replace("_original_component.", ""): w for name, w in network.state_dict(keep_vars=True).items()}
+    config = copy.deepcopy(network.config)
+    config.output_attentions = False
+    with init_empty_weights(include_buffers=False):
+        try:
+            twin = type(network)._from_config(config, attn_implementation="sdpa")
+        except ValueError:  # an architecture without it
+            twin = type(network)._from_config(config, attn_implementation="eager")
+    missing = twin.load_state_dict(weights, strict=False, assign=True).missing_keys
+    twin.tie_weights()
+    if missing or any(weight.is_meta for weight in twin.parameters()):
+        return network
+    if network.can_generate():
+        twin.generation_config = copy.deepcopy(network.generation_config)
+        twin.generation_config.return_dict_in_generate = False  # which the bridge asks for, as the attention below
+    return twin.to(network.device).eval()
 
 
 def _is_here(weight: Tensor) -> bool:

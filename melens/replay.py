@@ -1,4 +1,4 @@
-"""Start a forward pass at a block, from what another pass recorded before it."""
+"""Start a forward pass at a block, or at the head, from what another pass recorded before it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
-__all__ = ["Replay"]
+__all__ = ["Replay", "logits_of"]
 
 
 class Replay:
@@ -64,3 +67,27 @@ class Replay:
 
 def _hand_on(output: Any, *args: Any, **kwargs: Any) -> Any:
     return output
+
+
+class _Given(nn.Module):
+    """Stands where a model without its head stands, and returns a final hidden state that is known."""
+
+    def __init__(self, final: Float[Tensor, "batch pos d"]) -> None:
+        super().__init__()
+        self._output = BaseModelOutputWithPast(last_hidden_state=final)
+
+    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+        return self._output
+
+
+@torch.no_grad()
+def logits_of(network: Any, final: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos vocabulary"]:
+    """Let a transformers model's own head, soft caps and all, turn final hidden states into logits."""
+    base = network._modules[network.base_model_prefix]
+    network._modules[network.base_model_prefix] = _Given(final)
+    try:
+        tokens = torch.zeros(final.shape[:2], dtype=torch.long, device=final.device)
+        logits: Tensor = network(input_ids=tokens, use_cache=False).logits
+        return logits
+    finally:
+        network._modules[network.base_model_prefix] = base

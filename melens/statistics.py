@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
-__all__ = ["bootstrap_mean", "holm", "mean_by", "paired_permutation_p", "peak_layer", "tidy", "with_interval"]
+__all__ = [
+    "bootstrap_mean",
+    "holm",
+    "mcnemar_p",
+    "mean_by",
+    "paired_permutation_p",
+    "peak_layer",
+    "tidy",
+    "with_interval",
+]
 
 
 def bootstrap_mean(
@@ -39,6 +49,13 @@ def paired_permutation_p(differences: np.ndarray, *, resamples: int = 10_000, se
     signs = 1 - 2 * np.random.default_rng(seed).integers(2, size=(resamples, n))
     as_extreme = int((np.abs((signs * differences).mean(1)) >= observed).sum())
     return (as_extreme + 1) / (resamples + 1)
+
+
+def mcnemar_p(better: int, worse: int) -> float:
+    """Compute the exact two-sided p-value of McNemar's test from the items on which two answers differ (1947)."""
+    n = better + worse
+    tail = sum(math.comb(n, k) for k in range(min(better, worse) + 1)) / 2**n
+    return min(1.0, 2 * tail)
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:

@@ -1,0 +1,136 @@
+"""The benchmarks that melens knows by name: where the harness defines them, what is counted, how local data looks."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from melens.errors import MelensError
+
+__all__ = ["BENCHMARKS", "Benchmark", "Form", "Kind", "Metric", "benchmarks_of"]
+
+Kind = Literal["knowledge", "maths", "safety", "language"]
+"""What a benchmark asks for. The paper masks every block from the start on for knowledge, the first one alone for maths
+and safety (appendix C); `language` needs no data and asks nothing."""
+
+Form = Literal["choices", "answer", "prompts"]
+"""How a line of a local file looks: question, choices and the index of the right one; question and answer; prompt."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What is counted of each item.
+
+    Attributes:
+        name: the harness's name for it.
+        filter: which of the harness's ways of reading an answer.
+        higher_is_better: False for a loss, and for what a safe model does rarely.
+        shown: in tables.
+    """
+
+    name: str
+    filter: str = "none"
+    higher_is_better: bool = True
+    shown: bool = True
+
+    @property
+    def label(self) -> str:
+        """The metric's name, with the way of reading where there is another."""
+        return self.name if self.shown or self.filter == "none" else f"{self.name}, {self.filter}"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark.
+
+    Attributes:
+        name: as the harness calls it, where it has it.
+        kind: what it asks for.
+        metrics: what is counted.
+        config: the file that defines it in the harness's own tasks, or, beginning with `melens/`, in
+            `conf/benchmark/tasks/`; None where nothing is asked.
+        file: the name of its data in a local folder, None where only the hub has it.
+        form: of that file.
+        generates: whether the model writes in either mode.
+        max_new_tokens: the paper's limit.
+    """
+
+    name: str
+    kind: Kind
+    metrics: tuple[Metric, ...] = (Metric("acc"), Metric("acc_norm", shown=False))
+    config: str | None = None
+    file: str | None = None
+    form: Form = "choices"
+    generates: bool = False
+    max_new_tokens: int = 512
+
+
+_EXACT = (Metric("exact_match"),)
+_LOSS = (Metric("loss", higher_is_better=False),)
+
+_ALL = (
+    Benchmark("piqa", "knowledge", config="piqa/piqa.yaml", file="piqa.jsonl"),
+    Benchmark("arc_challenge", "knowledge", config="arc/arc_challenge.yaml", file="arc_challenge.jsonl"),
+    Benchmark("openbookqa", "knowledge", config="openbookqa/openbookqa.yaml", file="openbookqa.jsonl"),
+    Benchmark("strategyqa", "knowledge", (Metric("acc"),), "melens/strategyqa.yaml", "strategyqa.jsonl"),
+    Benchmark("mmlu", "knowledge", (Metric("acc"),), config="mmlu"),
+    Benchmark("hellaswag", "knowledge", config="hellaswag/hellaswag.yaml"),
+    Benchmark("winogrande", "knowledge", (Metric("acc"),), config="winogrande/default.yaml"),
+    Benchmark("boolq", "knowledge", (Metric("acc"),), config="super_glue/boolq/default.yaml"),
+    Benchmark("mathqa", "maths", config="mathqa/mathqa.yaml", file="mathqa.jsonl"),
+    Benchmark(
+        "gsm8k",
+        "maths",
+        (Metric("exact_match", "flexible-extract"), Metric("exact_match", "strict-match", shown=False)),
+        "gsm8k/gsm8k.yaml",
+        "gsm8k.test.jsonl",
+        "answer",
+        generates=True,
+        max_new_tokens=128,
+    ),
+    Benchmark(
+        "hendrycks_math500", "maths", _EXACT, "hendrycks_math/hendrycks_math500.yaml", "math500.jsonl", "answer", True
+    ),
+    Benchmark("aime", "maths", _EXACT, "aime/aime.yaml", "aime22-24.jsonl", "answer", True),
+    Benchmark(
+        "xstest",
+        "safety",
+        (Metric("over_refusal", higher_is_better=False), Metric("compliance", higher_is_better=False)),
+        "melens/xstest.yaml",
+        "xstest.jsonl",
+        "prompts",
+        True,
+    ),
+    Benchmark("advbench", "safety", (Metric("refusal"),), "melens/advbench.yaml", "advbench.jsonl", "prompts", True),
+    Benchmark("sorry_bench", "safety", (Metric("refusal"),), "melens/sorry_bench.yaml", None, "prompts", True),
+    Benchmark(
+        "wikitext", "language", (Metric("word_perplexity", higher_is_better=False),), config="wikitext/wikitext.yaml"
+    ),
+    Benchmark("perplexity", "language", _LOSS),
+    Benchmark("induction", "language", _LOSS),
+    Benchmark("copy", "language", (Metric("acc"),)),
+    Benchmark("needle", "language", (Metric("exact_match"),)),
+)
+
+BENCHMARKS = {benchmark.name: benchmark for benchmark in _ALL}
+"""By name. The last four need no data."""
+
+
+def benchmarks_of(names: Sequence[str]) -> list[Benchmark]:
+    """Return benchmarks by name.
+
+    Raises:
+        MelensError: no names, one twice, or one that is not known, with the nearest that are.
+    """
+    if not names:
+        raise MelensError("benchmark.tasks is empty; it must name at least one benchmark.")
+    for name in names:
+        if name not in BENCHMARKS:
+            near = difflib.get_close_matches(str(name), BENCHMARKS, n=3, cutoff=0.5)
+            hint = f"the nearest are {', '.join(near)}" if near else f"allowed are {', '.join(BENCHMARKS)}"
+            raise MelensError(f"There is no benchmark {name!r}; {hint}.")
+    if len(set(names)) < len(names):
+        raise MelensError(f"benchmark.tasks names a benchmark twice: {', '.join(names)}.")
+    return [BENCHMARKS[name] for name in names]

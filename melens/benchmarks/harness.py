@@ -1,0 +1,335 @@
+"""EleutherAI's lm-evaluation-harness over a loaded model: its task definitions, prompts, filters and metrics.
+
+The harness pads in two ways, on the right without an attention mask for log-likelihoods and on the left with one for
+generation; a `WeMask` finds token 0 in both.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from melens.benchmarks.catalog import Benchmark, Metric
+from melens.benchmarks.data import harness_row, read_rows
+from melens.benchmarks.scoring import Scorer
+from melens.errors import MelensError
+
+__all__ = ["Asking", "HarnessTask", "Progress", "check_harness", "evaluate", "load_task"]
+
+COLUMNS = ("item", "metric", "higher_is_better", "shown", "value", "chance", "prompt", "response")
+"""Of a benchmark's items: `chance` is 1 over the number of choices, NaN without; prompt and response are empty where
+nothing was written."""
+
+Progress = Callable[[int], None]
+"""Called with the number of requests done since the last call."""
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How a benchmark is asked.
+
+    Attributes:
+        generates: let the model write, where a benchmark leaves the choice; else its choices' log-likelihoods count.
+        chat: put each prompt into the tokenizer's chat template.
+        sampling: transformers' generation arguments of samples, None for greedy or what the task itself says.
+        max_new_tokens: None for the task's own limit.
+        batch_size: prompts that are generated from together.
+    """
+
+    generates: bool = False
+    chat: bool = False
+    sampling: Mapping[str, Any] | None = None
+    max_new_tokens: int | None = None
+    batch_size: int = 16
+
+
+@dataclass(frozen=True)
+class HarnessTask:
+    """A benchmark that the harness can run.
+
+    Attributes:
+        benchmark: what it is.
+        tasks: the harness's own, by name: several for MMLU.
+        metrics: what is counted.
+        generates: whether the model writes.
+        identity: tells it from what is not the same: versions, prompts, data.
+    """
+
+    benchmark: Benchmark
+    tasks: dict[str, Any]
+    metrics: tuple[Metric, ...]
+    generates: bool
+    identity: str
+
+    def n_requests(self, limit: int | None) -> int:
+        """Count what the model is asked: every choice of every item."""
+        per_item = 1 if self.generates else 2
+        return sum(min(limit or 10**9, len(task.eval_docs)) for task in self.tasks.values()) * per_item
+
+
+def check_harness() -> None:
+    """Raise a `MelensError` where the harness is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise MelensError("This benchmark runs on the lm-evaluation-harness: pip install -e '.[benchmark]'")
+
+
+def task_folder() -> Path:
+    """Return where the project's own task definitions lie."""
+    package = Path(__file__).parent.parent
+    in_wheel = package / "conf" / "benchmark" / "tasks"
+    return in_wheel if in_wheel.is_dir() else package.parent / "conf" / "benchmark" / "tasks"
+
+
+def load_task(benchmark: Benchmark, data_dir: Path | None = None, *, generates: bool = False) -> HarnessTask:
+    """Load a benchmark's definition and its data.
+
+    Args:
+        benchmark: one that the harness runs.
+        data_dir: a folder with local data; None takes it from the hub.
+        generates: ask for the letter of a choice, where the benchmark leaves that open.
+
+    Raises:
+        MelensError: the harness is not installed, a local file is wrong, or the hub cannot be reached.
+    """
+    check_harness()
+    rows = None if data_dir is None else read_rows(data_dir, benchmark)
+    with _quiet():
+        writes_letters = generates and benchmark.form == "choices"
+        if rows is not None:
+            tasks = {benchmark.name: _local_task(benchmark, rows, writes_letters=writes_letters)}
+        else:
+            tasks = _hub_tasks(benchmark)
+            if writes_letters:
+                tasks = {name: _asking_letters(name, _as_rows(task)) for name, task in tasks.items()}
+    metrics = (Metric("exact_match", "letter"),) if writes_letters else benchmark.metrics
+        told = [
+            f"{name} {task.VERSION} {task.config.doc_to_text} {task.config.doc_to_choice} {_told(task.eval_docs)}"
+            for name, task in tasks.items()
+        ]
+    identity = f"lm_eval {metadata.version('lm_eval')} {told}"
+    return HarnessTask(benchmark, tasks, metrics, writes_letters or benchmark.generates, identity)
+
+
+def _told(docs: Any) -> str:
+    return str([sorted((key, str(value)) for key, value in dict(doc).items()) for doc in docs])
+
+
+def _config_of(benchmark: Benchmark) -> dict[str, Any]:
+    import lm_eval.tasks  # seconds, which nobody else needs
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    assert benchmark.config is not None
+    own = benchmark.config.removeprefix("melens/")
+    root = task_folder() if own != benchmark.config else Path(lm_eval.tasks.__file__).parent
+    config: dict[str, Any] = load_yaml(root / own)
+    config.pop("tag", None)
+    return config
+
+
+def _task(config: dict[str, Any]) -> Any:
+    from lm_eval.api.task import ConfigurableTask
+
+    return ConfigurableTask(config=config)
+
+
+def _with_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    from datasets import Dataset
+
+    dataset = {"test": Dataset.from_list([dict(row) for row in rows])}
+    splits = {"training_split": None, "validation_split": None, "test_split": "test", "fewshot_split": None}
+    return {"custom_dataset": lambda **_: dataset, **splits}
+
+
+def _local_task(benchmark: Benchmark, rows: list[dict[str, Any]], *, writes_letters: bool) -> Any:
+    if writes_letters:
+        return _asking_letters(benchmark.name, rows)
+    config = _config_of(benchmark) | _with_rows([harness_row(row, benchmark) for row in rows])
+    if benchmark.form == "choices":
+        config |= {"doc_to_choice": "choices", "doc_to_target": "answer"}
+    config.pop("should_decontaminate", None)
+    return _task(config)
+
+
+def _hub_tasks(benchmark: Benchmark) -> dict[str, Any]:
+    try:
+        if benchmark.name == "mmlu":
+            from lm_eval.tasks import TaskManager
+
+            return dict(TaskManager().load(["mmlu"])["tasks"])
+        config = _config_of(benchmark)
+        if benchmark.name == "aime":
+            config["process_docs"] = lambda docs: docs.filter(lambda doc: int(doc["Year"]) >= 2022)
+        return {benchmark.name: _task(config)}
+    except Exception as error:  # whichever of the hub client's many
+        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise MelensError(
+            f"The data of {benchmark.name} could not be loaded from the hub ({why}); without a way to it set "
+            "benchmark.data_dir to a folder of JSONL files, or HF_HUB_OFFLINE=1 where they were loaded before."
+        ) from error
+
+
+def _as_rows(task: Any) -> list[dict[str, Any]]:
+    """Read question, choices and the right one's index from a multiple-choice task of the harness."""
+    rows = []
+    for doc in task.eval_docs:
+        text = task.doc_to_text(doc)
+        choices = task.doc_to_choice(doc)
+        if isinstance(text, int):  # Winogrande: the choices are beginnings of one sentence
+            rows.append({"question": f"... {task.doc_to_target(doc)}", "choices": choices, "answer": text})
+            continue
+        question = str(text).removeprefix("Question: ").removesuffix("\nAnswer:").split("\nA. ")[0]
+        answer = task.doc_to_target(doc)
+        right = choices.index(answer) if isinstance(answer, str) and not answer.isdigit() else int(answer)
+        texts = doc["choices"] if choices == ["A", "B", "C", "D"] else choices
+        rows.append({"question": question, "choices": list(texts), "answer": right})
+    return rows
+
+
+def _asking_letters(name: str, rows: Sequence[Mapping[str, Any]]) -> Any:
+    template = Benchmark(name, "knowledge", config="melens/choices_generate.yaml")
+    kept = [{key: row[key] for key in ("question", "choices", "answer")} for row in rows]
+    return _task(_config_of(template) | {"task": name} | _with_rows(kept))
+
+
+# --- Running ----------------------------------------------------------------------------------------------------------
+
+
+def _language_model(network: Any, tokenizer: Any, asking: Asking, max_batch_tokens: int, progress: Progress) -> Any:
+    """Return the harness's view of a model: its own tokenisation and generation, our log-likelihoods."""
+    from lm_eval.models.huggingface import HFLM
+
+    class MelensLM(HFLM):
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
+            return super().loglikelihood(requests, disable_tqdm=True)
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
+            return super().generate_until(requests, disable_tqdm=True)
+
+        def _loglikelihood_tokens(
+            self, requests: list[Any], disable_tqdm: bool = True, override_bs: int | None = None
+        ) -> list[tuple[float, bool]]:
+            scorer = Scorer(network, max_length=self.max_length, max_batch_tokens=max_batch_tokens)
+            scored = scorer.score([(context, continuation) for _, context, continuation in requests], progress)
+            return [(float(each.log_p.sum()), bool(each.greedy.all())) for each in scored]
+
+        def _model_generate(self, context: Any, max_length: int, stop: list[str], **arguments: Any) -> Any:
+            generated = super()._model_generate(context, max_length, stop, **arguments)
+            progress(len(context))
+            return generated
+
+    return MelensLM(pretrained=network, tokenizer=tokenizer, backend="causal", batch_size=asking.batch_size)
+
+
+def evaluate(
+    network: Any,
+    tokenizer: Any,
+    task: HarnessTask,
+    asking: Asking,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    max_batch_tokens: int = 4096,
+    progress: Progress = lambda done: None,
+) -> pd.DataFrame:
+    """Run a benchmark on a model as it stands, with the mask that is on it.
+
+    Args:
+        network, tokenizer: a causal language model of transformers.
+        task: of `load_task`.
+        asking: how.
+        limit: only the first so many items, of each of MMLU's subjects.
+        seed: of samples.
+        max_batch_tokens: in a forward pass for log-likelihoods.
+        progress: hears of the requests done.
+
+    Returns:
+        A row an item and metric, in the columns `COLUMNS`.
+    """
+    from lm_eval.evaluator import evaluate as run
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    with _quiet():
+        lm = _language_model(network, tokenizer, asking, max_batch_tokens, progress)
+        for of_harness in task.tasks.values():
+            of_harness.set_config("num_fewshot", 0)
+            of_harness.set_fewshot_seed(seed)
+            if task.generates:
+                own = _generation(of_harness, asking, lm.max_length)
+                of_harness.set_config("generation_kwargs", own, update=True)
+        results = run(
+            lm,
+            {"tasks": task.tasks, "groups": {}},
+            limit=limit,
+            bootstrap_iters=0,
+            apply_chat_template=asking.chat,
+        )
+    rows = [row for name, samples in results["samples"].items() for row in _rows(name, samples, task)]
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _generation(of_harness: Any, asking: Asking, max_length: int) -> dict[str, Any]:
+    own = dict(of_harness.config.generation_kwargs or {})
+    most = asking.max_new_tokens or own.get("max_gen_toks", 256)
+    own["max_gen_toks"] = min(most, max_length // 2)
+    if asking.sampling is not None:
+        own |= {"do_sample": True, **asking.sampling}
+    return own
+
+
+def _rows(name: str, samples: Sequence[Mapping[str, Any]], task: HarnessTask) -> Iterator[dict[str, Any]]:
+    """Lay the harness's records of one task out."""
+    prefix = "" if name == task.benchmark.name else f"{name}/"
+    for sample in samples:
+        n_choices = len(sample["arguments"])
+        for metric in task.metrics:
+            if metric.name not in sample or sample["filter"] != metric.filter:
+                continue
+            value = sample[metric.name]
+            if metric.name == "word_perplexity":  # log-likelihood and number of words
+                value = -value[0] / value[1]
+            yield {
+                "item": f"{prefix}{sample['doc_id']}",
+                "metric": metric.label,
+                "higher_is_better": metric.higher_is_better,
+                "shown": metric.shown,
+                "value": float(value),
+                "chance": 1 / n_choices if n_choices > 1 else float("nan"),
+                "prompt": str(sample["arguments"][0][0]) if task.generates else "",
+                "response": str(sample["resps"][0][0]) if task.generates else "",
+            }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the harness's and the datasets' own messages and bars off the terminal."""
+    import datasets
+    import lm_eval.api.task
+
+    bar, lm_eval.api.task.tqdm = lm_eval.api.task.tqdm, lambda docs, **_: docs
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    had_bars = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        lm_eval.api.task.tqdm = bar
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if not had_bars:
+            datasets.enable_progress_bars()

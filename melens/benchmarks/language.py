@@ -1,0 +1,157 @@
+"""Benchmarks that need no data: loss on a text, induction, copying, and a needle in a long context."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from melens.benchmarks.catalog import Benchmark
+from melens.benchmarks.scoring import Request, Scored, Scorer
+from melens.errors import MelensError
+
+__all__ = ["Needle", "Questions", "answered", "ask"]
+
+N_SEQUENCES = 32
+"""Of induction, copying and each needle's places together, where no limit is given."""
+
+HALF = 64
+"""Tokens that are repeated, for induction and copying."""
+
+_CITIES = (
+    "Oslo", "Lima", "Cairo", "Delhi", "Paris", "Kyiv", "Quito", "Tokyo", "Dublin", "Athens", "Lisbon", "Madrid",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Needle:
+    """Where a fact is hidden.
+
+    Attributes:
+        lengths: tokens of the context.
+        depths: how deep in it, from 0 (the beginning) to 1.
+    """
+
+    lengths: Sequence[int] = (256, 512, 1024)
+    depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What a benchmark asks, the same for every mask.
+
+    Attributes:
+        benchmark: which.
+        requests: contexts and continuations.
+        items: a name each.
+    """
+
+    benchmark: Benchmark
+    requests: list[Request]
+    items: list[str]
+
+
+def ask(
+    benchmark: Benchmark,
+    tokenizer: Any,
+    texts: Int[Tensor, "text pos"],
+    long_text: Sequence[int],
+    *,
+    vocabulary: int,
+    limit: int | None = None,
+    seed: int = 0,
+    needle: Needle | None = None,
+) -> Questions:
+    """Make a benchmark's questions.
+
+    Args:
+        benchmark: perplexity, induction, copy or needle.
+        tokenizer: of the model; only the needle needs one.
+        texts: token ids, for perplexity and copying.
+        long_text: token ids, to hide a needle in.
+        vocabulary: of the model, for random tokens.
+        limit: at most so many items.
+        seed: of random tokens and numbers.
+        needle: where.
+
+    Raises:
+        MelensError: a needle for a model without a tokenizer, or in a context longer than the text.
+    """
+    n = N_SEQUENCES if limit is None else min(limit, N_SEQUENCES)
+    if benchmark.name == "needle":
+        return _needles(benchmark, tokenizer, long_text, needle or Needle(), n if limit else None, seed)
+    if benchmark.name == "induction":
+        generator = torch.Generator().manual_seed(seed)
+        random = torch.randint(vocabulary, (n, HALF), generator=generator).tolist()
+        return Questions(benchmark, [(row, row) for row in random], [str(at) for at in range(n)])
+    rows = texts[: limit or len(texts)].tolist()
+    if benchmark.name == "copy":
+        repeated = [row[: min(HALF, len(row))] for row in rows]
+        return Questions(benchmark, [(row, row) for row in repeated], [str(at) for at in range(len(rows))])
+    return Questions(benchmark, [(row[:1], row[1:]) for row in rows], [str(at) for at in range(len(rows))])
+
+
+def _needles(
+    benchmark: Benchmark, tokenizer: Any, long_text: Sequence[int], needle: Needle, limit: int | None, seed: int
+) -> Questions:
+    if tokenizer is None:
+        raise MelensError("needle needs a tokenizer, and this model has none.")
+    if max(needle.lengths) > len(long_text):
+        raise MelensError(
+            f"A needle is to be hidden in {max(needle.lengths)} tokens, but the text has {len(long_text)}: give a "
+            "longer one with data.text, or shorter ones with benchmark.needle.lengths."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    places = [(length, depth) for length in needle.lengths for depth in needle.depths]
+    per_place = max(1, N_SEQUENCES // len(places))
+    requests: list[Request] = []
+    items = []
+    for length, depth in places:
+        for repeat in range(per_place):
+            city = _CITIES[int(torch.randint(len(_CITIES), (), generator=generator))]
+            number = int(torch.randint(10_000, 100_000, (), generator=generator))
+            begin = int(torch.randint(len(long_text) - length + 1, (), generator=generator))
+            fact, question, answer = (
+                tokenizer(text, add_special_tokens=False)["input_ids"]
+                for text in (
+                    f"\nThe secret number of {city} is {number}.\n",
+                    f"\nThe secret number of {city} is",
+                    f" {number}",
+                )
+            )
+            hay = list(long_text[begin : begin + length - len(fact) - len(question) - len(answer)])
+            at = round(depth * len(hay))
+            requests.append(([*hay[:at], *fact, *hay[at:], *question], answer))
+            items.append(f"{length} tokens, depth {depth:g}, {repeat}")
+    kept = range(len(items)) if limit is None else torch.linspace(0, len(items) - 1, limit).round().int().tolist()
+    return Questions(benchmark, [requests[at] for at in kept], [items[at] for at in kept])
+
+
+def answered(scorer: Scorer, questions: Questions, progress: Any = None) -> pd.DataFrame:
+    """Let a model answer: a row an item, in the columns of `harness.evaluate`."""
+    scored = scorer.score(questions.requests, progress)
+    (metric,) = questions.benchmark.metrics
+    values = [_value(metric.name, each) for each in scored]
+    return pd.DataFrame(
+        {
+            "item": questions.items,
+            "metric": metric.label,
+            "higher_is_better": metric.higher_is_better,
+            "shown": metric.shown,
+            "value": values,
+            "chance": float("nan"),
+            "prompt": "",
+            "response": "",
+        }
+    )
+
+
+def _value(metric: str, scored: Scored) -> float:
+    if metric == "loss":
+        return -float(scored.log_p.mean())
+    return float(scored.greedy.float().mean()) if metric == "acc" else float(scored.greedy.all())

@@ -1,0 +1,137 @@
+"""What the items of a benchmark say: means, differences to the unmasked model, and the rate that is best elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from melens.statistics import bootstrap_mean, holm, mcnemar_p, paired_permutation_p
+
+__all__ = ["ALPHA", "best_rates", "summarise"]
+
+ALPHA = 0.05
+"""Below which corrected p-value a difference is called one."""
+
+
+def summarise(items: pd.DataFrame, unmasked: str) -> pd.DataFrame:
+    """Average the items of each benchmark, metric and mask, and compare them with those of the unmasked model.
+
+    Args:
+        items: a row an item, with `task`, `mask`, `seed` and the columns of `harness.COLUMNS`.
+        unmasked: the mask that stands for none.
+
+    Returns:
+        A row a `task`, `metric` and `mask`: `n` items, `n_seeds`, `mean`, its bootstrap interval over items `low` and
+        `high`, `sd` of the seeds' means (NaN with one), `chance`, `higher_is_better`, `shown`; and, where the unmasked model
+        answered the same items, `difference`, `difference_low`, `difference_high`, `p` (exact McNemar for right or
+        wrong with one seed, else a paired permutation test), `p_corrected` (Holm, over all differences of the shown
+        metrics) and `verdict`.
+    """
+    rows = []
+    for (task, metric), of_metric in items.groupby(["task", "metric"], sort=False):
+        by_mask = {
+            mask: of_mask.pivot_table(index="item", columns="seed", values="value", sort=False)
+            for mask, of_mask in of_metric.groupby("mask", sort=False)
+        }
+        for mask, values in by_mask.items():
+            per_item = values.mean(axis=1)
+            low, high = bootstrap_mean(per_item.to_numpy())
+            row = {
+                "task": task,
+                "metric": metric,
+                "mask": mask,
+                "n": len(per_item),
+                "n_seeds": values.shape[1],
+                "mean": float(per_item.mean()),
+                "low": low,
+                "high": high,
+                "sd": float(values.mean().std()),
+                "chance": float(of_metric["chance"].mean()),
+                "higher_is_better": bool(of_metric["higher_is_better"].iloc[0]),
+                "shown": bool(of_metric["shown"].iloc[0]),
+                "difference": float("nan"),
+                "difference_low": float("nan"),
+                "difference_high": float("nan"),
+                "p": float("nan"),
+            }
+            if mask != unmasked and unmasked in by_mask:
+                row |= _difference(by_mask[unmasked], values)
+            rows.append(row)
+    table = pd.DataFrame(rows)
+    table["p_corrected"] = holm(table["p"].where(table["shown"]).to_numpy())
+    table["verdict"] = [_verdict(row) for row in table.to_dict("records")]
+    return table
+
+
+def _difference(unmasked: pd.DataFrame, masked: pd.DataFrame) -> dict[str, float]:
+    both = unmasked.mean(axis=1).to_frame("unmasked").join(masked.mean(axis=1).rename("masked"), how="inner")
+    differences = (both["masked"] - both["unmasked"]).to_numpy()
+    low, high = bootstrap_mean(differences)
+    is_right_or_wrong = both.isin([0.0, 1.0]).to_numpy().all()
+    if is_right_or_wrong and unmasked.shape[1] == 1:
+        p = mcnemar_p(int((differences > 0).sum()), int((differences < 0).sum()))
+    else:
+        p = paired_permutation_p(differences)
+    return {"difference": float(differences.mean()), "difference_low": low, "difference_high": high, "p": p}
+
+
+def _verdict(row: Any) -> str:
+    if np.isnan(row["p_corrected"]):
+        return ""
+    if row["p_corrected"] >= ALPHA:
+        return "no difference shown"
+    return "better" if (row["difference"] > 0) == row["higher_is_better"] else "worse"
+
+
+def best_rates(items: pd.DataFrame, rates: pd.DataFrame, unmasked: str, *, seed: int = 0) -> pd.DataFrame:
+    """Choose the best rate on half of a benchmark's items and score it on the other, next to choosing on all.
+
+    The best of several rates on the same items is too good by chance alone: the more rates, the better.
+
+    Args:
+        items: as for `summarise`.
+        rates: a row a `mask`, with `family` (what its masks have in common but the rate) and `rate`.
+        unmasked: the mask that stands for none.
+        seed: of the halves.
+
+    Returns:
+        A row a `task`, `metric`, `family` and `selection` (`held-out half`, `same items`): `rate` and `mask` chosen,
+        `n` items scored on, `mean`, `difference` to the unmasked model on these, `low` and `high` of it. Families
+        with one rate are left out.
+    """
+    rows = []
+    for (task, metric), of_metric in items.groupby(["task", "metric"], sort=False):
+        per_item = of_metric.pivot_table(index="item", columns="mask", values="value", sort=False)
+        sign = 1 if of_metric["higher_is_better"].iloc[0] else -1
+        order = np.random.default_rng(seed).permutation(len(per_item))
+        chosen_on, scored_on = (per_item.iloc[part] for part in np.array_split(order, 2))
+        for family, of_family in rates.groupby("family", sort=False):
+            names = [name for name in of_family["mask"] if name in per_item]
+            if len(names) < 2 or unmasked not in per_item or len(per_item) < 4:
+                continue
+            for selection, choosing, scoring in (
+                ("held-out half", chosen_on, scored_on),
+                ("same items", per_item, per_item),
+            ):
+                best = str((sign * choosing[names].mean()).idxmax())
+                differences = (scoring[best] - scoring[unmasked]).to_numpy()
+                low, high = bootstrap_mean(differences)
+                rows.append(
+                    {
+                        "task": task,
+                        "metric": metric,
+                        "family": family,
+                        "selection": selection,
+                        "rate": float(of_family.set_index("mask")["rate"][best]),
+                        "mask": best,
+                        "n": len(scoring),
+                        "mean": float(scoring[best].mean()),
+                        "difference": float(differences.mean()),
+                        "low": low,
+                        "high": high,
+                    }
+                )
+    columns = ["task", "metric", "family", "selection", "rate", "mask", "n", "mean", "difference", "low", "high"]
+    return pd.DataFrame(rows, columns=columns)
