@@ -66,7 +66,7 @@ def run(study: Study, options: DictConfig) -> Result:
         pairs, title=f"{study.trace.model['name']} with and without a mask", summary=summary, mask=metrics["mask"]
     )
     tables = {"generations": pd.DataFrame([_row(pair) for pair in pairs]).astype({"parted_at": "Int64"})}
-    return Result("generate", study.trace.model, metrics, tables, findings=findings, pages={"generate": page})
+    return Result("generate", study.trace.model, metrics, tables, findings=findings, documents={"generate.html": page})
 
 
 # --- What to continue -------------------------------------------------------------------------------------------------

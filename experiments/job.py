@@ -16,7 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from experiments.benchmark import load_tasks
 from experiments.masks import check_masks
+from experiments.options import experiments_of
 from experiments.study import begin_study, run_experiments
 from melens import Criterion, MelensError, Prompt, load_model, load_prompts
 from melens.prompts import Bos, random_tokens, tokenize
@@ -46,6 +48,8 @@ def run_job(cfg: DictConfig, folder: Path) -> list[str]:
     Criterion(**cfg.criterion)  # these two complain now, not after the trace
     check_masks(cfg.wemask)
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)
+    if "benchmark" in experiments_of(cfg):
+        load_tasks(cfg)
     prompts = load_prompts(cfg.prompts.file, cfg.prompts.tasks)
     console = Console()
     with console.status(f"Loading {cfg.model.name}"):
@@ -53,9 +57,10 @@ def run_job(cfg: DictConfig, folder: Path) -> list[str]:
     with _stages(console) as stage:
         study = begin_study(model, choose_prompts(model, prompts, cfg), cfg, stage)
         results = run_experiments(study)
-    result = results[0] if len(results) == 1 else combine(results)
+    reports = len(results) > 1 or bool(cfg.exp.get("report"))
+    result = combine(results) if reports else results[0]
     paths = write_result(result, folder, config=config, duration=time.perf_counter() - start, png=cfg.png)
-    if len(results) > 1:
+    if reports:
         paths.append(write_report(result, folder, command=" ".join(["python", *sys.argv])))
     show_result(result, paths, console)
     return [part.experiment for part in results if part.metrics.get("failed")]

@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from experiments.benchmark_options import asked_for
 from melens.errors import MelensError
 
 __all__ = ["check_options", "experiments_of"]
@@ -43,6 +44,8 @@ def check_options(cfg: DictConfig) -> None:
         if not (_is_count(cfg.data[key]) and cfg.data[key] >= least):
             raise MelensError(f"data.{key} is {cfg.data[key]!r}; it must be a whole number of at least {least}.")
     check_generation(cfg.generate)
+    if "benchmark" in experiments_of(cfg):
+        asked_for(cfg)
     cfg.prompts.bos = str(cfg.prompts.bos).lower()
     if isinstance(cfg.prompts.tasks, str):
         cfg.prompts.tasks = [cfg.prompts.tasks]
@@ -57,7 +60,7 @@ LEAST = {
 def check_experiment_option(experiment: str, key: str, value: Any) -> None:
     """Check an option of an experiment."""
     allowed = None
-    if key in ("log_scale", "keep") and not isinstance(value, bool):
+    if key in ("log_scale", "keep", "report") and not isinstance(value, bool):
         allowed = "true or false"
     elif key == "patterns" and value not in ("drawn", "all"):
         allowed = "drawn or all"

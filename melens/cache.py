@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 
+import pandas as pd
 import torch
 from platformdirs import user_cache_path
 from safetensors.torch import load_file, save_file
@@ -22,7 +23,7 @@ def cache_folder() -> Path:
 
 
 class Store:
-    """Tensors by name in a folder, each file whole or not at all, so that several processes may share it."""
+    """Tensors and tables by name in a folder, each file whole or not at all, so that several processes may share it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -36,11 +37,26 @@ class Store:
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors; a folder that cannot be written to keeps nothing."""
-        partial = self.folder / f".{name}.{os.getpid()}.partial"
+        contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        self._write(self.folder / f"{name}.safetensors", lambda path: save_file(contiguous, path))
+
+    def load_table(self, name: str) -> pd.DataFrame | None:
+        """Read a table that was saved under a name; None as in `load`."""
+        try:
+            return pd.read_parquet(self.folder / f"{name}.parquet")
+        except Exception:
+            return None
+
+    def save_table(self, name: str, table: pd.DataFrame) -> None:
+        """Write a table, as `save` does tensors."""
+        self._write(self.folder / f"{name}.parquet", lambda path: table.to_parquet(path, index=False))
+
+    def _write(self, path: Path, write: Callable[[Path], object]) -> None:
+        partial = self.folder / f".{path.name}.{os.getpid()}.partial"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial)
-            partial.replace(self.folder / f"{name}.safetensors")
+            write(partial)
+            partial.replace(path)
         except OSError:
             partial.unlink(missing_ok=True)
 
@@ -76,6 +92,6 @@ def store_for(kind: str, network: nn.Module, *told: object) -> Store:
 def code_version() -> str:
     """Hash the library's own source: what another version computed is not taken for this one's."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -30,6 +30,8 @@ __all__ = [
     "heatmaps",
     "loss_changes",
     "loss_over_sinks",
+    "score_differences",
+    "score_table",
     "shares",
     "vectors_by_dim",
     "verdicts",
@@ -427,6 +429,78 @@ def shares(table: pd.DataFrame, *, names: Sequence[str], title: str, note: str =
         height=220 + 55 * len(table),
         legend={"orientation": "h", "x": 0, "y": -0.25, "yanchor": "top", "traceorder": "normal"},
     )
+    return figure
+
+
+def score_table(
+    columns: Sequence[str],
+    rows: Sequence[str],
+    cells: Sequence[Sequence[str]],
+    best: Sequence[Sequence[bool]],
+    *,
+    title: str,
+) -> go.Figure:
+    """Draw a table of scores, the best of each column in bold."""
+    shown = [
+        [f"<b>{cell}</b>" if is_best else cell for cell, is_best in zip(of_row, are_best, strict=True)]
+        for of_row, are_best in zip(cells, best, strict=True)
+    ]
+    table = go.Table(
+        columnwidth=[2, *[1.6 for _ in columns]],
+        header={"values": ["", *columns], "align": "left", "fill_color": "#e8ecf1", "height": 30},
+        cells={"values": [list(rows), *map(list, zip(*shown, strict=True))], "align": "left", "height": 28},
+    )
+    figure = go.Figure(table)
+    figure.update_layout(**_LAYOUT, title=_title(title), height=220 + 30 * len(rows))
+    return figure
+
+
+def score_differences(scores: pd.DataFrame, *, title: str, note: str = "") -> go.Figure:
+    """Draw the differences of masks to the unmasked model with their intervals, a panel a benchmark.
+
+    Args:
+        scores: of `benchmarks.scores.summarise`, the compared rows; hollow marks are differences not shown.
+        title, note: above.
+    """
+    places = list(dict.fromkeys(zip(scores["task"], scores["metric"], strict=True)))
+    columns = min(3, len(places))
+    rows = -(-len(places) // columns)
+    n_masks = scores["mask"].nunique()
+    figure = make_subplots(
+        rows,
+        columns,
+        shared_yaxes=True,
+        subplot_titles=[f"{task}, {metric.replace('_', ' ')}" for task, metric in places],
+        vertical_spacing=0.28 / rows,
+        horizontal_spacing=0.05,
+    )
+    for index, (task, metric) in enumerate(places):
+        at = {"row": index // columns + 1, "col": index % columns + 1}
+        own = scores[(scores["task"] == task) & (scores["metric"] == metric)]
+        is_shown = own["verdict"] != "no difference shown"
+        higher = bool(own["higher_is_better"].iloc[0])
+        figure.add_trace(
+            go.Scatter(
+                x=own["difference"],
+                y=own["mask"],
+                mode="markers",
+                error_x={
+                    "array": own["difference_high"] - own["difference"],
+                    "arrayminus": own["difference"] - own["difference_low"],
+                    "thickness": 1.5,
+                },
+                marker={"size": 9, "color": OTHERS, "symbol": ["circle" if s else "circle-open" for s in is_shown]},
+                customdata=own[["p_corrected", "verdict", "n"]],
+                hovertemplate="%{y}: %{x:+.3f}<br>p = %{customdata[0]:.2g}, n = %{customdata[2]}<br>%{customdata[1]}"
+                "<extra></extra>",
+                showlegend=False,
+            ),
+            **at,
+        )
+        figure.add_vline(x=0, line={"color": "#888", "width": 1}, **at)
+        figure.update_xaxes(title_text=f"{'← worse, better →' if higher else '← better, worse →'}", **at)
+        figure.update_yaxes(autorange="reversed", automargin=True, **at)
+    figure.update_layout(**_LAYOUT, title=_title(title, note), height=170 + rows * (120 + 26 * n_masks))
     return figure
 
 

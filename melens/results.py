@@ -76,7 +76,7 @@ class Result:
         pictures: by name.
         findings: what to tell the user, as (what, value) rows of plain text, or (what, left, right) to lay two texts
             side by side.
-        pages: whole HTML pages by name, for what is no figure.
+        documents: whole files by name, for what is no figure: HTML pages, tables in Markdown.
     """
 
     experiment: str
@@ -85,7 +85,7 @@ class Result:
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
     pictures: dict[str, Picture] = field(default_factory=dict)
     findings: Sequence[tuple[str, ...]] = ()
-    pages: dict[str, str] = field(default_factory=dict)
+    documents: dict[str, str] = field(default_factory=dict)
 
 
 def combine(results: list[Result]) -> Result:
@@ -97,7 +97,7 @@ def combine(results: list[Result]) -> Result:
         tables={name: table for result in results for name, table in result.tables.items()},
         pictures={name: picture for result in results for name, picture in result.pictures.items()},
         findings=[finding for result in results for finding in result.findings],
-        pages={name: page for result in results for name, page in result.pages.items()},
+        documents={name: text for result in results for name, text in result.documents.items()},
     )
 
 
@@ -127,7 +127,7 @@ def write_result(
     }
     figures = {name: picture.figure for name, picture in result.pictures.items()}
     paths = write_tables_and_figures(result.tables, figures, folder, png=png)
-    paths += [write_text(Path(folder) / f"{name}.html", page) for name, page in result.pages.items()]
+    paths += [write_text(Path(folder) / name, text) for name, text in result.documents.items()]
     with _told_in_a_sentence(folder):
         return [*paths, _write(Path(folder) / "result.json", _json_writer(content))]
 

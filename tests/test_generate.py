@@ -183,7 +183,7 @@ def test_a_row_a_prompt_and_seed(embedded):
     assert result.metrics["identical_share"] == rows.parted_at.isna().mean()
     assert result.metrics["mean_kl"] == pytest.approx(rows.kl.mean())
     assert "blocks 12 to 29" in result.metrics["mask"]
-    assert result.pages["generate"].count("<section>") == 4
+    assert result.documents["generate.html"].count("<section>") == 4
 
 
 def test_without_a_prompt_the_runs_own_short_ones_are_continued(embedded):
@@ -275,11 +275,11 @@ def test_brackets_in_a_finding_are_no_markup_of_the_terminal():
 
 
 def test_a_page_is_written_before_the_result(tmp_path):
-    result = Result("generate", {"name": "tiny"}, {}, pages={"generate": "<p>é"})
+    result = Result("generate", {"name": "tiny"}, {}, documents={"generate.html": "<p>é"})
     paths = write_result(result, tmp_path, config={"exp": {"name": "generate"}}, duration=1.0)
     assert [path.name for path in paths] == ["generate.html", "result.json"]
     assert (tmp_path / "generate.html").read_text("utf-8") == "<p>é"
-    assert combine([result, Result("ffn", {}, {})]).pages == result.pages
+    assert combine([result, Result("ffn", {}, {})]).documents == result.documents
 
 
 def test_the_command_line(tmp_path):

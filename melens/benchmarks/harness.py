@@ -112,11 +112,11 @@ def load_task(benchmark: Benchmark, data_dir: Path | None = None, *, generates: 
             tasks = _hub_tasks(benchmark)
             if writes_letters:
                 tasks = {name: _asking_letters(name, _as_rows(task)) for name, task in tasks.items()}
-    metrics = (Metric("exact_match", "letter"),) if writes_letters else benchmark.metrics
         told = [
             f"{name} {task.VERSION} {task.config.doc_to_text} {task.config.doc_to_choice} {_told(task.eval_docs)}"
             for name, task in tasks.items()
         ]
+    metrics = (Metric("exact_match", "letter"),) if writes_letters else benchmark.metrics
     identity = f"lm_eval {metadata.version('lm_eval')} {told}"
     return HarnessTask(benchmark, tasks, metrics, writes_letters or benchmark.generates, identity)
 

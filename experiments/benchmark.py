@@ -1,0 +1,365 @@
+"""Benchmarks with masks and without, on the same items: tables 1, 2, 5, 6 and 7."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from omegaconf import DictConfig, OmegaConf
+from transformer_lens.model_bridge import TransformerBridge
+
+from experiments.benchmark_options import Asked, asked_for
+from experiments.masks import masks_of
+from experiments.study import Study
+from melens import MelensError, Probe, WeMask, figures, load_model
+from melens.benchmarks.catalog import Benchmark
+from melens.benchmarks.harness import Asking, HarnessTask, check_harness, evaluate, load_task
+from melens.benchmarks.language import Needle, Questions, answered, ask
+from melens.benchmarks.layout import lay_out
+from melens.benchmarks.refusals import judged_refusals
+from melens.benchmarks.scores import best_rates, summarise
+from melens.benchmarks.scoring import Scorer
+from melens.cache import store_for
+from melens.networks import plain_twin
+from melens.results import Picture, Result
+from melens.texts import cut_texts, read_text
+
+UNMASKED = "no mask"
+
+
+def probes(model: TransformerBridge, options: DictConfig) -> list[Probe]:
+    """The masks only need the ME layer, which the default probes find."""
+    return []
+
+
+_loaded: dict[tuple[str, str | None, bool], HarnessTask] = {}
+
+
+def load_tasks(cfg: DictConfig) -> None:
+    """Load the definitions and the data of all benchmarks that have some: before the model, which takes longer.
+
+    Raises:
+        MelensError: the harness is missing, a local file is wrong, or the hub cannot be reached.
+    """
+    asked = asked_for(cfg)
+    if any(benchmark.config for benchmark in asked.benchmarks):
+        check_harness()
+    for benchmark in asked.benchmarks:
+        if benchmark.config is not None:
+            _harness_task(benchmark, asked)
+
+
+def _harness_task(benchmark: Benchmark, asked: Asked) -> HarnessTask:
+    key = (benchmark.name, asked.data_dir, asked.generates)
+    if key not in _loaded:
+        folder = None if asked.data_dir is None else Path(asked.data_dir).expanduser()
+        _loaded[key] = load_task(benchmark, folder, generates=asked.generates)
+    return _loaded[key]
+
+
+def run(study: Study, options: DictConfig) -> Result:
+    """Let the model answer each benchmark under each mask, and compare with the answers that it gives without."""
+    asked = asked_for(study.cfg)
+    bench = _Bench(study, asked, keep=bool(options.keep))
+    items, rates, kept = [], [], 0
+    for benchmark in asked.benchmarks:
+        cells = _cells(study, asked, benchmark)
+        rates += [{"mask": cell.label, "family": cell.family, "rate": cell.rate} for cell in cells if cell.mask]
+        done = bench.run(benchmark, cells)
+        items.append(done.items)
+        kept += done.n_kept
+    everything = pd.concat(items, ignore_index=True)
+    scores = summarise(everything, UNMASKED)
+    by_rate = best_rates(everything[everything["shown"]], pd.DataFrame(rates).drop_duplicates(), UNMASKED)
+    layout = lay_out(scores, study.trace.model["name"], _told(study, asked))
+    metrics = study.metrics(
+        tasks=[benchmark.name for benchmark in asked.benchmarks],
+        left_out=list(asked.left_out),
+        table=asked.table,
+        mode="generate" if asked.generates else "loglikelihood",
+        runs_kept=kept,
+        comparisons=int(scores["p_corrected"].notna().sum()),
+        better=int((scores["verdict"] == "better").sum()),
+        worse=int((scores["verdict"] == "worse").sum()),
+    )
+    tables = {"benchmark_items": everything, "benchmark_scores": scores}
+    if len(by_rate):
+        tables["best_rates"] = by_rate
+    return Result(
+        "benchmark",
+        study.trace.model,
+        metrics,
+        tables,
+        _pictures(study, scores, layout),
+        _findings(scores, by_rate, asked),
+        {"table.md": layout.markdown(), "table.tex": layout.latex()},
+    )
+
+
+# --- Masks ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """A mask of the table.
+
+    Attributes:
+        label: its row.
+        family: what it has in common with those that differ in the rate alone.
+        rate: of it.
+        mask: None for the unmasked model.
+    """
+
+    label: str
+    family: str
+    rate: float
+    mask: WeMask | None
+
+
+def _cells(study: Study, asked: Asked, benchmark: Benchmark) -> list[_Cell]:
+    """Put the masks of a benchmark together: which blocks they mask depends on what it asks for (appendix C)."""
+    cells: dict[str, _Cell] = {}
+    for preset in asked.masks:
+        options = OmegaConf.create(preset.options | asked.layers_of(benchmark, preset))
+        lists = [name for name, value in OmegaConf.to_container(options).items() if isinstance(value, list)]  # type: ignore[union-attr]
+        masks = masks_of(options, study.me, study.model)
+        for mask in masks:
+            if mask is None:
+                cells[UNMASKED] = _Cell(UNMASKED, "", 0, None)
+                continue
+            varied = [name for name in ("site", "start", "layers", "seed") if name in lists]
+            family = " ".join([preset.name, *(f"{name}={getattr(mask, name)}" for name in varied)])
+            label = f"{family} rate={float(mask.rate):g}"
+            cells[label] = _Cell(label, family, float(mask.rate), mask)
+    return list(cells.values())
+
+
+# --- Running ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Done:
+    items: pd.DataFrame
+    n_kept: int
+
+
+class _Bench:
+    """Runs benchmarks on the model, or finds that they were run before."""
+
+    def __init__(self, study: Study, asked: Asked, *, keep: bool) -> None:
+        self._study, self._asked = study, asked
+        self._tokenizer = study.model.tokenizer
+        self._network = plain_twin(study.model)
+        self._store = store_for("benchmarks", study.model.original_model) if keep else None
+        self._check_chat()
+
+    def _check_chat(self) -> None:
+        for benchmark in self._asked.benchmarks:
+            if benchmark.config is not None and self._tokenizer is None:
+                raise MelensError(f"{benchmark.name} needs a tokenizer, and this model has none.")
+            if self._asked.in_chat(benchmark) and not self._tokenizer.chat_template:
+                raise MelensError(
+                    f"{benchmark.name} is asked in chat, and this model's tokenizer has no chat template; "
+                    "benchmark.chat=false asks in plain text."
+                )
+
+    @cached_property
+    def _texts(self) -> torch.Tensor:
+        data = self._study.cfg.data
+        return cut_texts(
+            self._study.model,
+            self._text,
+            n_texts=data.n_texts,
+            n_tokens=data.n_tokens,
+            bos=self._study.cfg.prompts.bos,
+            seed=self._study.cfg.seed,
+        )
+
+    @cached_property
+    def _text(self) -> str:
+        data = self._study.cfg.data
+        return "" if self._tokenizer is None else read_text(data.text, split=data.split, column=data.column)
+
+    @cached_property
+    def _max_length(self) -> int:
+        return int(self._study.model.cfg.n_ctx)
+
+    def run(self, benchmark: Benchmark, cells: Sequence[_Cell]) -> _Done:
+        """Run a benchmark under each mask and with each seed."""
+        asked = self._asked
+        task = self._prepared(benchmark)
+        generates = isinstance(task, HarnessTask) and task.generates
+        seeds = asked.seeds if generates and asked.generates else asked.seeds[:1]
+        n_requests = len(task.requests) if isinstance(task, Questions) else task.n_requests(asked.limit)
+        progress = _Counter(self._study.stage(benchmark.name), n_requests * len(cells) * len(seeds))
+        found, n_kept = [], 0
+        for at, (cell, seed) in enumerate((cell, seed) for cell in cells for seed in seeds):
+            name = self._key(benchmark, task, cell, seed)
+            items = None if self._store is None else self._store.load_table(name)
+            n_kept += items is not None
+            if items is None:
+                with nullcontext() if cell.mask is None else cell.mask.applied(self._network):
+                    items = self._items(task, seed, progress)
+                if benchmark.kind == "safety" and asked.judge is not None:
+                    items = self._judged(items, task)
+                if self._store is not None:
+                    self._store.save_table(name, items)
+            progress.reach((at + 1) * n_requests)
+            found.append(items.assign(task=benchmark.name, mask=cell.label, rate=cell.rate, seed=seed))
+        return _Done(pd.concat(found, ignore_index=True), n_kept)
+
+    def _prepared(self, benchmark: Benchmark) -> HarnessTask | Questions:
+        if benchmark.config is not None:
+            return _harness_task(benchmark, self._asked)
+        ids: list[int] = []
+        if benchmark.name == "needle" and self._tokenizer is not None:
+            ids = self._tokenizer(self._text, add_special_tokens=False)["input_ids"]
+        return ask(
+            benchmark,
+            self._tokenizer,
+            self._texts,
+            ids,
+            vocabulary=int(self._study.model.cfg.d_vocab),
+            limit=self._asked.limit,
+            seed=self._study.cfg.seed,
+            needle=Needle(*self._asked.needle),
+        )
+
+    def _asking(self, task: HarnessTask) -> Asking:
+        asked = self._asked
+        own = getattr(self._network, "generation_config", None)
+        sampling = {
+            "temperature": asked.temperature or getattr(own, "temperature", None) or 1.0,
+            "top_p": asked.top_p or getattr(own, "top_p", None) or 1.0,
+        }
+        most = asked.max_new_tokens or (task.benchmark.max_new_tokens if asked.generates else None)
+        return Asking(
+            chat=asked.in_chat(task.benchmark),
+            sampling=sampling if asked.generates else None,
+            max_new_tokens=most,
+            batch_size=asked.batch_size,
+        )
+
+    def _items(self, task: HarnessTask | Questions, seed: int, progress: _Counter) -> pd.DataFrame:
+        most = self._study.cfg.max_batch_tokens
+        if isinstance(task, Questions):
+            scorer = Scorer(self._network, max_length=self._max_length, max_batch_tokens=most)
+            return answered(scorer, task, progress)
+        asking, limit = self._asking(task), self._asked.limit
+        return evaluate(
+            self._network,
+            self._tokenizer,
+            task,
+            asking,
+            limit=limit,
+            seed=seed,
+            max_batch_tokens=most,
+            progress=progress,
+        )
+
+    def _key(self, benchmark: Benchmark, task: HarnessTask | Questions, cell: _Cell, seed: int) -> str:
+        """Name a run by all that its items depend on, besides the model."""
+        mask = None if cell.mask is None else {k: v for k, v in asdict(cell.mask).items() if not k.startswith("_")}
+        told = [mask, self._asked.limit, seed, str(self._asked.judge)]
+        told += [repr(task)] if isinstance(task, Questions) else [task.identity, repr(self._asking(task))]
+        return f"{benchmark.name}-{hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest()[:24]}"
+
+    @cached_property
+    def _judge(self) -> TransformerBridge:
+        with torch.random.fork_rng():
+            return load_model(str(self._asked.judge), device=self._study.cfg.model.device)
+
+    def _judged(self, items: pd.DataFrame, task: HarnessTask | Questions) -> pd.DataFrame:
+        """Let the judge say which replies refuse, instead of the phrases."""
+        assert isinstance(task, HarnessTask)
+        (of_harness,) = task.tasks.values()
+        prompts = [of_harness.doc_to_text(of_harness.eval_docs[int(item)]) for item in items["item"]]
+        judge = self._judge
+        refused = judged_refusals(
+            plain_twin(judge), judge.tokenizer, int(judge.cfg.n_ctx), prompts, items["response"].tolist()
+        )
+        counted = [
+            float(not refusal if metric == "compliance" else refusal)
+            for refusal, metric in zip(refused, items["metric"], strict=True)
+        ]
+        return items.assign(value=counted)
+
+
+class _Counter:
+    """Adds up the requests that are done for a progress bar."""
+
+    def __init__(self, show: Any, total: int) -> None:
+        self._show, self._total, self._done = show, total, 0
+        show(0, total)
+
+    def __call__(self, done: int) -> None:
+        self._done += done
+        self._show(min(self._done, self._total), self._total)
+
+    def reach(self, done: int) -> None:
+        self._done = done
+        self._show(done, self._total)
+
+
+# --- Telling ----------------------------------------------------------------------------------------------------------
+
+
+def _told(study: Study, asked: Asked) -> str:
+    how = "answers written" if asked.generates else "log-likelihoods"
+    layers = {"auto": "all blocks from the start on for knowledge, the first alone for maths and safety"}
+    where = layers.get(asked.layers, f"blocks: {asked.layers}")
+    limit = "" if asked.limit is None else f" The first {asked.limit} items of each."
+    judge = "" if asked.judge is None else f" Refusals judged by {asked.judge}."
+    return f"Zero-shot, {how}. Masked: {where}.{limit}{judge}"
+
+
+def _pictures(study: Study, scores: pd.DataFrame, layout: Any) -> dict[str, Picture]:
+    name = study.trace.model["name"]
+    pictures = {}
+    compared = scores[scores["shown"] & scores["p_corrected"].notna()]
+    n_shown = int((compared["verdict"] != "no difference shown").sum())
+    here = f"{n_shown} of {len(compared)} differences to the unmasked model are shown."
+    paper = "WeMask improves the scores; random and magnitude masks harm them."
+    table = figures.score_table(layout.columns, layout.rows, layout.cells, layout.best, title=f"Scores of {name}")
+    pictures["benchmark_table"] = Picture(table, "tables 1, 2, 5, 6, 7", paper, here)
+    if len(compared):
+        figure = figures.score_differences(compared, title=f"Differences to the unmasked model: {name}")
+        pictures["benchmark_differences"] = Picture(figure, "tables 1, 2, 5, 6, 7", paper, here)
+    return pictures
+
+
+def _findings(scores: pd.DataFrame, by_rate: pd.DataFrame, asked: Asked) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [("", "score", "difference to no mask, on the same items")]
+    for row in scores[scores["shown"]].to_dict("records"):
+        score = f"{row['mean']:.3f} ({row['low']:.3f} to {row['high']:.3f}; n={row['n']})"
+        if row["n_seeds"] > 1:
+            score += f", sd of {row['n_seeds']} seeds {row['sd']:.3f}"
+        difference = ""
+        if row["verdict"]:
+            interval = f"{row['difference_low']:+.3f} to {row['difference_high']:+.3f}"
+            difference = f"{row['difference']:+.3f} ({interval}), p={row['p_corrected']:.2g}: {row['verdict']}"
+        rows.append((f"{row['task']}, {row['metric']}: {row['mask']}", score, difference))
+    for row in by_rate.to_dict("records"):
+        rows.append(
+            (
+                f"{row['task']}, {row['family']}: best rate",
+                f"{row['rate']:g}, chosen on "
+                + (
+                    "the other half of the items"
+                    if row["selection"] == "held-out half"
+                    else "the items it is scored on"
+                ),
+                f"{row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f}; n={row['n']})",
+            )
+        )
+    if asked.left_out:
+        rows.append(("left out", f"{', '.join(asked.left_out)}: only the hub has them", ""))
+    return rows

@@ -1,0 +1,121 @@
+"""Scores as the paper lays them out, a row a mask and a column a benchmark: Markdown, LaTeX, plain cells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+__all__ = ["Layout", "lay_out"]
+
+_METRICS = {
+    "acc": "accuracy",
+    "exact_match": "exact match",
+    "loss": "nats a token",
+    "word_perplexity": "nats a word",
+    "over_refusal": "over-refusal",
+    "compliance": "compliance",
+    "refusal": "refusals",
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A table to print.
+
+    Attributes:
+        columns: benchmark, what is counted and which way is better.
+        rows: the masks.
+        cells: `[row][column]`: the score, or the score and its difference to the unmasked model.
+        best: which of them is the best of its column.
+        caption: what a cell shows, in sentences.
+    """
+
+    columns: list[str]
+    rows: list[str]
+    cells: list[list[str]]
+    best: list[list[bool]]
+    caption: str
+
+    def markdown(self) -> str:
+        """Return the table in Markdown."""
+        lines = ["| |" + "".join(f" {column} |" for column in self.columns), "| --- |" + " --- |" * len(self.columns)]
+        for name, cells, best in zip(self.rows, self.cells, self.best, strict=True):
+            shown = [f"**{cell}**" if is_best else cell for cell, is_best in zip(cells, best, strict=True)]
+            lines.append("".join(["| ", " | ".join([name, *shown]), " |"]))
+        return "\n".join([*lines, "", self.caption, ""])
+
+    def latex(self) -> str:
+        """Return the table in LaTeX, for the booktabs package."""
+        lines = [
+            r"\begin{table}",
+            r"\centering",
+            r"\begin{tabular}{l" + "r" * len(self.columns) + "}",
+            r"\toprule",
+            "".join(f" & {_escaped(column)}" for column in self.columns) + r" \\",
+            r"\midrule",
+        ]
+        for name, cells, best in zip(self.rows, self.cells, self.best, strict=True):
+            shown = [
+                rf"\textbf{{{_escaped(cell)}}}" if is_best else _escaped(cell)
+                for cell, is_best in zip(cells, best, strict=True)
+            ]
+            lines.append(" & ".join([_escaped(name), *shown]) + r" \\")
+        lines += [r"\bottomrule", r"\end{tabular}", rf"\caption{{{_escaped(self.caption)}}}", r"\end{table}", ""]
+        return "\n".join(lines)
+
+
+def _escaped(text: str) -> str:
+    for character in "&%_#":
+        text = text.replace(character, f"\\{character}")
+    for character, command in (
+        ("±", r"$\pm$"), ("↑", r"$\uparrow$"), ("↓", r"$\downarrow$"), ("−", "$-$"), ("†", r"$^\dagger$"),
+    ):  # fmt: skip
+        text = text.replace(character, command)
+    return text
+
+
+def lay_out(scores: pd.DataFrame, model: str, told: str = "") -> Layout:
+    """Lay scores out.
+
+    Args:
+        scores: of `scores.summarise`; only the metrics that tables show.
+        model: its name, for the caption.
+        told: more for the caption: how it was asked.
+    """
+    shown = scores[scores["shown"]]
+    masks = list(dict.fromkeys(shown["mask"]))
+    places = list(dict.fromkeys(zip(shown["task"], shown["metric"], strict=True)))
+    by_place = {(row["task"], row["metric"], row["mask"]): row for row in shown.to_dict("records")}
+    columns, cells, best = [], [[] for _ in masks], [[] for _ in masks]  # type: ignore[var-annotated]
+    for task, metric in places:
+        of_place = [by_place.get((task, metric, mask)) for mask in masks]
+        known = [row for row in of_place if row is not None]
+        higher = bool(known[0]["higher_is_better"])
+        n = known[0]["n"]
+        columns.append(f"{task}, {_METRICS.get(metric, metric)} {'↑' if higher else '↓'} (n={n})")
+        top = (max if higher else min)(row["mean"] for row in known)
+        for at, row in enumerate(of_place):
+            cells[at].append("" if row is None else _cell(row))
+            best[at].append(row is not None and row["mean"] == top and len(known) > 1)
+    n_seeds = int(shown["n_seeds"].max())
+    spread = f"mean ± standard deviation over {n_seeds} seeds" if n_seeds > 1 else "mean over items"
+    n_compared = int(shown["p"].notna().sum())
+    compared = (
+        f"; in brackets the difference to the unmasked model on the same items, with † where it is shown (p < 0.05 "
+        f"after Holm's correction for {n_compared} comparisons); without † no difference is shown"
+        if n_compared
+        else ""
+    )
+    caption = f"{model}: {spread}{compared}. Bold is the largest of a column, or the smallest where ↓. {told}".strip()
+    return Layout(columns, masks, cells, best, caption)
+
+
+def _cell(row: Mapping[Any, Any]) -> str:
+    score = f"{row['mean']:.3f}" + (f" ± {row['sd']:.3f}" if row["n_seeds"] > 1 else "")
+    if pd.isna(row["difference"]):
+        return score
+    difference = f"{row['difference']:+.3f}".replace("-", "−")
+    return f"{score} ({difference}{'†' if row['verdict'] in ('better', 'worse') else ''})"
