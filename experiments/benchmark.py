@@ -78,7 +78,8 @@ def run(study: Study, options: DictConfig) -> Result:
         kept += done.n_kept
     everything = pd.concat(items, ignore_index=True)
     scores = summarise(everything, UNMASKED)
-    by_rate = best_rates(everything[everything["shown"]], pd.DataFrame(rates).drop_duplicates(), UNMASKED)
+    by_mask = pd.DataFrame(rates, columns=["mask", "family", "rate"]).drop_duplicates()
+    by_rate = best_rates(everything[everything["shown"]], by_mask, UNMASKED)
     layout = lay_out(scores, study.trace.model["name"], _told(study, asked))
     metrics = study.metrics(
         tasks=[benchmark.name for benchmark in asked.benchmarks],
@@ -129,7 +130,7 @@ def _cells(study: Study, asked: Asked, benchmark: Benchmark) -> list[_Cell]:
     cells: dict[str, _Cell] = {}
     for preset in asked.masks:
         options = OmegaConf.create(preset.options | asked.layers_of(benchmark, preset))
-        lists = [name for name, value in OmegaConf.to_container(options).items() if isinstance(value, list)]  # type: ignore[union-attr]
+        lists = [name for name, value in OmegaConf.to_container(options).items() if isinstance(value, list)]
         masks = masks_of(options, study.me, study.model)
         for mask in masks:
             if mask is None:
@@ -347,19 +348,11 @@ def _findings(scores: pd.DataFrame, by_rate: pd.DataFrame, asked: Asked) -> list
             interval = f"{row['difference_low']:+.3f} to {row['difference_high']:+.3f}"
             difference = f"{row['difference']:+.3f} ({interval}), p={row['p_corrected']:.2g}: {row['verdict']}"
         rows.append((f"{row['task']}, {row['metric']}: {row['mask']}", score, difference))
+    on = {"held-out half": "the other half of the items", "same items": "the items that it is scored on"}
     for row in by_rate.to_dict("records"):
-        rows.append(
-            (
-                f"{row['task']}, {row['family']}: best rate",
-                f"{row['rate']:g}, chosen on "
-                + (
-                    "the other half of the items"
-                    if row["selection"] == "held-out half"
-                    else "the items it is scored on"
-                ),
-                f"{row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f}; n={row['n']})",
-            )
-        )
+        difference = f"{row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f}; n={row['n']})"
+        chosen = f"{row['rate']:g}, chosen on {on[row['selection']]}"
+        rows.append((f"{row['task']}, {row['family']}: best rate", chosen, difference))
     if asked.left_out:
         rows.append(("left out", f"{', '.join(asked.left_out)}: only the hub has them", ""))
     return rows

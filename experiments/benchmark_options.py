@@ -91,7 +91,7 @@ def asked_for(cfg: DictConfig) -> Asked:
     Raises:
         MelensError: what is not allowed, in a sentence.
     """
-    node: dict[str, Any] = OmegaConf.to_container(cfg.benchmark, resolve=True)  # type: ignore[assignment]
+    node: dict[str, Any] = OmegaConf.to_container(cfg.benchmark, resolve=True)
     table = node["table"]
     if table is not None and table not in TABLES:
         raise MelensError(f"benchmark.table is {table!r}; it must be one of {', '.join(map(str, TABLES))}, or null.")
@@ -144,12 +144,10 @@ def _presets(names: list[str], wemask: DictConfig, table: dict[str, Any]) -> lis
     """Read presets by name; what the user's node says otherwise than the paper's preset holds for all of them."""
     known = sorted(path.stem for path in _MASKS.glob("*.yaml"))
     paper = yaml.safe_load((_MASKS / "paper.yaml").read_text("utf-8"))
-    node: dict[str, Any] = OmegaConf.to_container(wemask, resolve=True)  # type: ignore[assignment]
+    node: dict[str, Any] = OmegaConf.to_container(wemask, resolve=True)
     changed = {key: value for key, value in node.items() if value != paper[key]}
     if "select" in changed:
-        raise MelensError(
-            "exp=benchmark takes its masks from benchmark.masks, as [off,paper]; leave wemask.select out."
-        )
+        raise MelensError("exp=benchmark takes its masks from benchmark.masks, as [off,paper], not from wemask.select.")
     if table and "rate" not in changed:
         changed["rate"] = table.get("rate", _RATES)
     presets = []

@@ -37,7 +37,7 @@ class Needle:
         depths: how deep in it, from 0 (the beginning) to 1.
     """
 
-    lengths: Sequence[int] = (256, 512, 1024)
+    lengths: Sequence[int] = (256, 512)
     depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 

@@ -25,9 +25,9 @@ def summarise(items: pd.DataFrame, unmasked: str) -> pd.DataFrame:
     Returns:
         A row a `task`, `metric` and `mask`: `n` items, `n_seeds`, `mean`, its bootstrap interval over items `low` and
         `high`, `sd` of the seeds' means (NaN with one), `chance`, `higher_is_better`, `shown`; and, where the unmasked
-        model answered the same items, `difference`, `difference_low`, `difference_high`, `p` (exact McNemar for right or
-        wrong with one seed, else a paired permutation test), `p_corrected` (Holm, over all differences of the shown
-        metrics) and `verdict`.
+        model answered the same items, `difference`, `difference_low`, `difference_high`, `p` (exact McNemar for right
+        or wrong with one seed, else a paired permutation test), `p_corrected` (Holm, over all differences of the
+        shown metrics) and `verdict`.
     """
     rows = []
     for (task, metric), of_metric in items.groupby(["task", "metric"], sort=False):
