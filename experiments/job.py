@@ -57,11 +57,10 @@ def run_job(cfg: DictConfig, folder: Path) -> list[str]:
     with _stages(console) as stage:
         study = begin_study(model, choose_prompts(model, prompts, cfg), cfg, stage)
         results = run_experiments(study)
-    reports = len(results) > 1 or bool(cfg.exp.get("report"))
-    result = combine(results) if reports else results[0]
+    result = results[0] if len(results) == 1 else combine(results)
     paths = write_result(result, folder, config=config, duration=time.perf_counter() - start, png=cfg.png)
-    if reports:
-        paths.append(write_report(result, folder, command=" ".join(["python", *sys.argv])))
+    if len(results) > 1 or cfg.exp.get("report"):
+        paths.append(write_report(combine(results), folder, command=" ".join(["python", *sys.argv])))
     show_result(result, paths, console)
     return [part.experiment for part in results if part.metrics.get("failed")]
 

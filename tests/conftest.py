@@ -1,5 +1,7 @@
 """Shapes in the annotations are checked at run time while testing: the hook comes before any import of melens."""
 
+import os
+
 from jaxtyping import install_import_hook
 
 install_import_hook("melens", "beartype.beartype")
@@ -9,7 +11,7 @@ import torch  # noqa: E402
 
 import melens  # noqa: E402
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture(scope="session")

@@ -96,10 +96,11 @@ def lay_out(scores: pd.DataFrame, model: str, told: str = "") -> Layout:
         higher = bool(known[0]["higher_is_better"])
         n = known[0]["n"]
         columns.append(f"{task}, {_METRICS.get(metric, metric)} {'↑' if higher else '↓'} (n={n})")
-        top = (max if higher else min)(row["mean"] for row in known)
+        means = {row["mean"] for row in known}
+        top = max(means) if higher else min(means)
         for at, row in enumerate(of_place):
             cells[at].append("" if row is None else _cell(row))
-            best[at].append(row is not None and row["mean"] == top and len(known) > 1)
+            best[at].append(row is not None and row["mean"] == top and len(means) > 1)
     n_seeds = int(shown["n_seeds"].max())
     spread = f"mean ± standard deviation over {n_seeds} seeds" if n_seeds > 1 else "mean over items"
     n_compared = int(shown["p"].notna().sum())

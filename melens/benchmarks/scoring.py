@@ -128,11 +128,10 @@ class Scorer:
     # --- Rows -------------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _window(self) -> float:
+    def _window(self) -> int:
         """How far back the most short-sighted block sees; a row with several continuations must be shorter."""
-        config = self._network.config
-        sliding = getattr(config, "sliding_window", None)
-        return min(self._max_length, sliding or float("inf"))
+        sliding = getattr(self._network.config, "sliding_window", None)
+        return min(self._max_length, sliding or self._max_length)
 
     def _can_share(self, row: _Row) -> bool:
         if self._shares is False or row.length > self._window:
