@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,6 @@ def probes(model: TransformerBridge, options: DictConfig) -> list[Probe]:
     return []
 
 
-_loaded: dict[tuple[str, str | None, bool], HarnessTask] = {}
-
-
 def load_tasks(cfg: DictConfig) -> None:
     """Load the definitions and the data of all benchmarks that have some: before the model, which takes longer.
 
@@ -54,15 +51,12 @@ def load_tasks(cfg: DictConfig) -> None:
         check_harness()
     for benchmark in asked.benchmarks:
         if benchmark.config is not None:
-            _harness_task(benchmark, asked)
+            _harness_task(benchmark, asked.data_dir, asked.generates)
 
 
-def _harness_task(benchmark: Benchmark, asked: Asked) -> HarnessTask:
-    key = (benchmark.name, asked.data_dir, asked.generates)
-    if key not in _loaded:
-        folder = None if asked.data_dir is None else Path(asked.data_dir).expanduser()
-        _loaded[key] = load_task(benchmark, folder, generates=asked.generates)
-    return _loaded[key]
+@cache
+def _harness_task(benchmark: Benchmark, data_dir: str | None, generates: bool) -> HarnessTask:
+    return load_task(benchmark, None if data_dir is None else Path(data_dir).expanduser(), generates=generates)
 
 
 def run(study: Study, options: DictConfig) -> Result:
@@ -72,14 +66,18 @@ def run(study: Study, options: DictConfig) -> Result:
     items, rates, kept = [], [], 0
     for benchmark in asked.benchmarks:
         cells = _cells(study, asked, benchmark)
-        rates += [{"mask": cell.label, "family": cell.family, "rate": cell.rate} for cell in cells if cell.mask]
+        rates += [
+            {"mask": cell.label, "family": cell.family, "rate": cell.rate, "select": cell.mask.select}
+            for cell in cells
+            if cell.mask
+        ]
         done = bench.run(benchmark, cells)
         items.append(done.items)
         kept += done.n_kept
     everything = pd.concat(items, ignore_index=True)
     scores = summarise(everything, UNMASKED)
-    by_mask = pd.DataFrame(rates, columns=["mask", "family", "rate"]).drop_duplicates()
-    by_rate = best_rates(everything[everything["shown"]], by_mask, UNMASKED)
+    masks = pd.DataFrame(rates, columns=["mask", "family", "rate", "select"]).drop_duplicates()
+    by_rate = best_rates(everything[everything["shown"]], masks, UNMASKED)
     layout = lay_out(scores, study.trace.model["name"], _told(study, asked))
     metrics = study.metrics(
         tasks=[benchmark.name for benchmark in asked.benchmarks],
@@ -87,9 +85,7 @@ def run(study: Study, options: DictConfig) -> Result:
         table=asked.table,
         mode="generate" if asked.generates else "loglikelihood",
         runs_kept=kept,
-        comparisons=int(scores["p_corrected"].notna().sum()),
-        better=int((scores["verdict"] == "better").sum()),
-        worse=int((scores["verdict"] == "worse").sum()),
+        compared=_compared(scores, masks),
     )
     tables = {"benchmark_items": everything, "benchmark_scores": scores}
     if len(by_rate):
@@ -219,7 +215,7 @@ class _Bench:
 
     def _prepared(self, benchmark: Benchmark) -> HarnessTask | Questions:
         if benchmark.config is not None:
-            return _harness_task(benchmark, self._asked)
+            return _harness_task(benchmark, self._asked.data_dir, self._asked.generates)
         ids: list[int] = []
         if benchmark.name == "needle" and self._tokenizer is not None:
             ids = self._tokenizer(self._text, add_special_tokens=False)["input_ids"]
@@ -322,6 +318,18 @@ def _told(study: Study, asked: Asked) -> str:
     return f"Zero-shot, {how}. Masked: {where}.{limit}{judge}"
 
 
+def _compared(scores: pd.DataFrame, masks: pd.DataFrame) -> dict[str, dict[str, int]]:
+    """Count how the comparisons turned out, by how a mask selects its dims."""
+    of_masks = scores[scores["p_corrected"].notna()].merge(masks, on="mask")
+    return {
+        str(select): {
+            "all": len(own),
+            **{verdict: int((own["verdict"] == verdict).sum()) for verdict in ("better", "worse")},
+        }
+        for select, own in of_masks.groupby("select", sort=False)
+    }
+
+
 def _pictures(study: Study, scores: pd.DataFrame, layout: Any) -> dict[str, Picture]:
     name = study.trace.model["name"]
     pictures = {}
@@ -330,9 +338,10 @@ def _pictures(study: Study, scores: pd.DataFrame, layout: Any) -> dict[str, Pict
     here = f"{n_shown} of {len(compared)} differences to the unmasked model are shown."
     paper = "WeMask improves the scores; random and magnitude masks harm them."
     table = figures.score_table(layout.columns, layout.rows, layout.cells, layout.best, title=f"Scores of {name}")
-    pictures["benchmark_table"] = Picture(table, "tables 1, 2, 5, 6, 7", paper, here)
+    pictures["benchmark_table"] = Picture(table, "tables 1, 2, 5, 6, 7", paper, layout.caption)
     if len(compared):
-        figure = figures.score_differences(compared, title=f"Differences to the unmasked model: {name}")
+        note = "Filled: shown (p < 0.05 after correction); hollow: no difference shown."
+        figure = figures.score_differences(compared, title=f"Differences to the unmasked model: {name}", note=note)
         pictures["benchmark_differences"] = Picture(figure, "tables 1, 2, 5, 6, 7", paper, here)
     return pictures
 

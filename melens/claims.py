@@ -320,6 +320,28 @@ def _moderate(metrics: Metrics) -> Judgement:
     return Judgement(verdict, value, interval, f"At rate {metrics['best_rate']:g}.")
 
 
+def _scores_better(metrics: Metrics) -> Judgement:
+    return _of_comparisons(metrics["compared"].get("weight"), "better", "worse")
+
+
+def _scores_worse(metrics: Metrics) -> Judgement:
+    counts = [metrics["compared"][select] for select in ("random", "magnitude") if select in metrics["compared"]]
+    together = {key: sum(count[key] for count in counts) for key in counts[0]} if counts else None
+    return _of_comparisons(together, "worse", "better")
+
+
+def _of_comparisons(counts: Mapping[str, int] | None, claimed: str, other: str) -> Judgement:
+    """Judge whether most comparisons with the unmasked model turn out as claimed, and none the other way."""
+    if counts is None or not counts["all"]:
+        return Judgement("not measured", note="No such mask was compared with the unmasked model.")
+    value = counts[claimed] / counts["all"]
+    verdict: Verdict = "does not hold"
+    if counts[claimed] > counts[other]:
+        verdict = "holds" if value > 0.5 and not counts[other] else "holds in part"
+    none = counts["all"] - counts[claimed] - counts[other]
+    return Judgement(verdict, value, None, f"{counts[claimed]} {claimed}, {counts[other]} {other}, {none} not shown.")
+
+
 def _start_specific(metrics: Metrics) -> Judgement:
     if "start_why_not" in metrics:
         return Judgement("not measured", note=metrics["start_why_not"])
@@ -632,6 +654,29 @@ CLAIMS: tuple[Claim, ...] = (
         why="twice the next is the least that can be called specific",
         of_token_0=True,
         judge=_start_specific,
+    ),
+    Claim(
+        id="scores-weight-better",
+        claim="Weight-guided masks improve the scores of benchmarks",
+        source="section 5, tables 1, 2, 5, 6 and 7",
+        experiment="benchmark",
+        figure="benchmark_differences",
+        statistic="share of the comparisons with the unmasked model in which a weight-guided mask is shown better",
+        criterion="> 0.5, and worse in none; in part: better in more than worse",
+        why="most is the least that 'consistently' can mean; shown is p < 0.05 after correction",
+        judge=_scores_better,
+    ),
+    Claim(
+        id="scores-others-worse",
+        claim="Random and magnitude masks degrade the scores of benchmarks",
+        source="appendix E, table 5",
+        experiment="benchmark",
+        figure="benchmark_differences",
+        statistic="share of the comparisons with the unmasked model in which a random or magnitude mask is shown to be "
+        "worse",
+        criterion="> 0.5, and better in none; in part: worse in more than better",
+        why="as for the claim before",
+        judge=_scores_worse,
     ),
 )
 """What the paper and its review say of one model, in the order of the paper."""

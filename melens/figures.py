@@ -465,13 +465,14 @@ def score_differences(scores: pd.DataFrame, *, title: str, note: str = "") -> go
     places = list(dict.fromkeys(zip(scores["task"], scores["metric"], strict=True)))
     columns = min(3, len(places))
     rows = -(-len(places) // columns)
-    n_masks = scores["mask"].nunique()
+    row_height, gap = 40 + 30 * scores["mask"].nunique(), 110  # pixels
+    inner = rows * row_height + (rows - 1) * gap
     figure = make_subplots(
         rows,
         columns,
         shared_yaxes=True,
         subplot_titles=[f"{task}, {metric.replace('_', ' ')}" for task, metric in places],
-        vertical_spacing=0.28 / rows,
+        vertical_spacing=gap / inner,
         horizontal_spacing=0.05,
     )
     for index, (task, metric) in enumerate(places):
@@ -498,9 +499,9 @@ def score_differences(scores: pd.DataFrame, *, title: str, note: str = "") -> go
             **at,
         )
         figure.add_vline(x=0, line={"color": "#888", "width": 1}, **at)
-        figure.update_xaxes(title_text=f"{'← worse, better →' if higher else '← better, worse →'}", **at)
+        figure.update_xaxes(title_text="← worse, better →" if higher else "← better, worse →", **at)
         figure.update_yaxes(autorange="reversed", automargin=True, **at)
-    figure.update_layout(**_LAYOUT, title=_title(title, note), height=170 + rows * (120 + 26 * n_masks))
+    figure.update_layout(**_LAYOUT, title=_title(title, note), height=inner + 170)
     return figure
 
 

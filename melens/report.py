@@ -71,7 +71,8 @@ def _summary(result: Result, claims: pd.DataFrame) -> str:
         sentences.append(of_emergence.here)
     counts = claims["verdict"].value_counts()
     told = [f"{counts[verdict]} {verb}" for verdict, (verb, _) in VERDICTS.items() if verdict in counts]
-    sentences.append(f"Of {len(claims)} claims of the paper and its review, {', '.join(told)}.")
+    if told:
+        sentences.append(f"Of {len(claims)} claims of the paper and its review, {', '.join(told)}.")
     return " ".join(f"<span>{escape(sentence)}</span>" for sentence in sentences)
 
 

@@ -134,6 +134,30 @@ def test_choices_are_asked_for_by_letter(data):
     assert of_harness.doc_to_target(of_harness.eval_docs[1]) == "B"
 
 
+HUB_ROWS = {
+    "hellaswag": {"ctx_a": "A man", "ctx_b": "sits", "activity_label": "Rest", "endings": ["up", "down"], "label": "1"},
+    "winogrande": {"sentence": "It fell off _ as it shook.", "option1": "a roof", "option2": "a shelf", "answer": "2"},
+    "boolq": {"passage": "Ice is cold.", "question": "is ice cold", "label": 1},
+    "piqa": {"goal": "q", "sol1": "a", "sol2": "b", "label": 1},
+    "arc_challenge": {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"},
+    "openbookqa": {"question_stem": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"},
+    "mathqa": {"Problem": "q", "options": "a ) 1 , b ) 2 , c ) 3 , d ) 4 , e ) 5", "correct": "b"},
+    "strategyqa": {"question": "q", "answer": True},
+}
+
+
+@pytest.mark.parametrize("task", HUB_ROWS)
+def test_questions_of_the_hub_can_be_asked_for_by_letter(task):
+    config = harness._config_of(BENCHMARKS[task]) | harness._with_rows([HUB_ROWS[task]])
+    config.pop("should_decontaminate", None)
+    (row,) = harness._as_rows(harness._task(config))
+    assert row["answer"] == 1
+    assert row["choices"][1] in ("down", "It fell off a shelf", "yes", "b", "2")
+    assert row["question"] in ("q", "Rest: A man Sits", "... as it shook.", "Ice is cold.\nQuestion: is ice cold?")
+    of_letters = harness._asking_letters(task, [row])
+    assert of_letters.doc_to_target(of_letters.eval_docs[0]) == "B"
+
+
 def test_a_missing_harness_and_a_hub_out_of_reach_are_told(monkeypatch):
     monkeypatch.setattr(harness, "_config_of", lambda benchmark: (_ for _ in ()).throw(ConnectionError("no way")))
     with pytest.raises(MelensError, match=r"piqa could not be loaded from the hub \(no way\).*benchmark.data_dir"):

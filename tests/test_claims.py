@@ -255,3 +255,23 @@ def start(ratio):
 )
 def test_what_the_paper_says_of_its_mask(claim, metrics, expected):
     assert verdict("wemask", claim, last_lasting_layer=27, **metrics) == expected
+
+
+@pytest.mark.parametrize(
+    ("claim", "compared", "expected"),
+    [
+        ("scores-weight-better", {"weight": {"all": 4, "better": 3, "worse": 0}}, "holds"),
+        ("scores-weight-better", {"weight": {"all": 4, "better": 3, "worse": 1}}, "holds in part"),
+        ("scores-weight-better", {"weight": {"all": 4, "better": 0, "worse": 0}}, "does not hold"),
+        ("scores-weight-better", {"random": {"all": 4, "better": 0, "worse": 4}}, "not measured"),
+        ("scores-others-worse", {"random": {"all": 4, "better": 0, "worse": 4}}, "holds"),
+        (
+            "scores-others-worse",
+            {"random": {"all": 4, "better": 1, "worse": 0}, "magnitude": {"all": 4, "better": 0, "worse": 4}},
+            "holds in part",
+        ),
+        ("scores-others-worse", {"weight": {"all": 4, "better": 3, "worse": 0}}, "not measured"),
+    ],
+)
+def test_claims_about_scores(claim, compared, expected):
+    assert verdict("benchmark", claim, compared=compared) == expected

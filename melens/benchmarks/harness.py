@@ -73,9 +73,14 @@ class HarnessTask:
     identity: str
 
     def n_requests(self, limit: int | None) -> int:
-        """Count what the model is asked: every choice of every item."""
-        per_item = 1 if self.generates else 2
-        return sum(min(limit or 10**9, len(task.eval_docs)) for task in self.tasks.values()) * per_item
+        """Count about what the model is asked: every choice of every item, where all have as many as the first."""
+        total = 0
+        for task in self.tasks.values():
+            docs = task.eval_docs
+            is_choice = task.OUTPUT_TYPE == "multiple_choice"
+            per_item = len(task.doc_to_choice(docs[0])) if is_choice else 1
+            total += per_item * min(limit or len(docs), len(docs))
+        return total
 
 
 def check_harness() -> None:
