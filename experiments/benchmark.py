@@ -63,20 +63,12 @@ def run(study: Study, options: DictConfig) -> Result:
     """Let the model answer each benchmark under each mask, and compare with the answers that it gives without."""
     asked = asked_for(study.cfg)
     bench = _Bench(study, asked, keep=bool(options.keep))
-    items, rates, kept = [], [], 0
-    for benchmark in asked.benchmarks:
-        cells = _cells(study, asked, benchmark)
-        rates += [
-            {"mask": cell.label, "family": cell.family, "rate": cell.rate, "select": cell.mask.select}
-            for cell in cells
-            if cell.mask
-        ]
-        done = bench.run(benchmark, cells)
-        items.append(done.items)
-        kept += done.n_kept
-    everything = pd.concat(items, ignore_index=True)
+    cells = {benchmark.name: _cells(study, asked, benchmark) for benchmark in asked.benchmarks}
+    done = [bench.run(benchmark, cells[benchmark.name]) for benchmark in asked.benchmarks]
+    everything = pd.concat([each.items for each in done], ignore_index=True)
     scores = summarise(everything, UNMASKED)
-    masks = pd.DataFrame(rates, columns=["mask", "family", "rate", "select"]).drop_duplicates()
+    masked = [(c.label, c.family, c.rate, c.mask.select) for of_task in cells.values() for c in of_task if c.mask]
+    masks = pd.DataFrame(masked, columns=["mask", "family", "rate", "select"]).drop_duplicates()
     by_rate = best_rates(everything[everything["shown"]], masks, UNMASKED)
     layout = lay_out(scores, study.trace.model["name"], _told(study, asked))
     metrics = study.metrics(
@@ -84,7 +76,7 @@ def run(study: Study, options: DictConfig) -> Result:
         left_out=list(asked.left_out),
         table=asked.table,
         mode="generate" if asked.generates else "loglikelihood",
-        runs_kept=kept,
+        runs_kept=sum(each.n_kept for each in done),
         compared=_compared(scores, masks),
     )
     tables = {"benchmark_items": everything, "benchmark_scores": scores}
@@ -121,18 +113,20 @@ class _Cell:
     mask: WeMask | None
 
 
+_VARIED = ("select", "site", "start", "layers", "seed")
+
+
 def _cells(study: Study, asked: Asked, benchmark: Benchmark) -> list[_Cell]:
     """Put the masks of a benchmark together: which blocks they mask depends on what it asks for (appendix C)."""
     cells: dict[str, _Cell] = {}
     for preset in asked.masks:
         options = OmegaConf.create(preset.options | asked.layers_of(benchmark, preset))
-        lists = [name for name, value in OmegaConf.to_container(options).items() if isinstance(value, list)]
-        masks = masks_of(options, study.me, study.model)
+        found = masks_of(options, study.me, study.model)
+        if None in found:
+            cells[UNMASKED] = _Cell(UNMASKED, "", 0, None)
+        masks = [mask for mask in found if mask is not None]
+        varied = [name for name in _VARIED if len({str(getattr(mask, name)) for mask in masks}) > 1]
         for mask in masks:
-            if mask is None:
-                cells[UNMASKED] = _Cell(UNMASKED, "", 0, None)
-                continue
-            varied = [name for name in ("site", "start", "layers", "seed") if name in lists]
             family = " ".join([preset.name, *(f"{name}={getattr(mask, name)}" for name in varied)])
             label = f"{family} rate={float(mask.rate):g}"
             cells[label] = _Cell(label, family, float(mask.rate), mask)
@@ -156,7 +150,18 @@ class _Bench:
         self._tokenizer = study.model.tokenizer
         self._network = plain_twin(study.model)
         self._store = store_for("benchmarks", study.model.original_model) if keep else None
+        self._judge = self._load_judge()
         self._check_chat()
+
+    def _load_judge(self) -> TransformerBridge | None:
+        if self._asked.judge is None or all(benchmark.kind != "safety" for benchmark in self._asked.benchmarks):
+            return None
+        judge = load_model(self._asked.judge, device=self._study.cfg.model.device)
+        if judge.tokenizer is None or not judge.tokenizer.chat_template:
+            raise MelensError(
+                f"The judge {self._asked.judge} has no chat template; benchmark.judge must be a chat model."
+            )
+        return judge
 
     def _check_chat(self) -> None:
         for benchmark in self._asked.benchmarks:
@@ -205,8 +210,8 @@ class _Bench:
             if items is None:
                 with nullcontext() if cell.mask is None else cell.mask.applied(self._network):
                     items = self._items(task, seed, progress)
-                if benchmark.kind == "safety" and asked.judge is not None:
-                    items = self._judged(items, task)
+                if benchmark.kind == "safety" and self._judge is not None:
+                    items = self._judged(items, task, self._judge)
                 if self._store is not None:
                     self._store.save_table(name, items)
             progress.reach((at + 1) * n_requests)
@@ -265,21 +270,16 @@ class _Bench:
     def _key(self, benchmark: Benchmark, task: HarnessTask | Questions, cell: _Cell, seed: int) -> str:
         """Name a run by all that its items depend on, besides the model."""
         mask = None if cell.mask is None else {k: v for k, v in asdict(cell.mask).items() if not k.startswith("_")}
-        told = [mask, self._asked.limit, seed, str(self._asked.judge)]
+        tokenizer = [len(self._tokenizer), self._tokenizer.chat_template] if self._tokenizer is not None else []
+        told = [mask, self._asked.limit, seed, str(self._asked.judge), *tokenizer]
         told += [repr(task)] if isinstance(task, Questions) else [task.identity, repr(self._asking(task))]
         return f"{benchmark.name}-{hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest()[:24]}"
 
-    @cached_property
-    def _judge(self) -> TransformerBridge:
-        with torch.random.fork_rng():
-            return load_model(str(self._asked.judge), device=self._study.cfg.model.device)
-
-    def _judged(self, items: pd.DataFrame, task: HarnessTask | Questions) -> pd.DataFrame:
+    def _judged(self, items: pd.DataFrame, task: HarnessTask | Questions, judge: TransformerBridge) -> pd.DataFrame:
         """Let the judge say which replies refuse, instead of the phrases."""
         assert isinstance(task, HarnessTask)
         (of_harness,) = task.tasks.values()
         prompts = [of_harness.doc_to_text(of_harness.eval_docs[int(item)]) for item in items["item"]]
-        judge = self._judge
         refused = judged_refusals(
             plain_twin(judge), judge.tokenizer, int(judge.cfg.n_ctx), prompts, items["response"].tolist()
         )

@@ -472,7 +472,7 @@ def score_differences(scores: pd.DataFrame, *, title: str, note: str = "") -> go
         columns,
         shared_yaxes=True,
         subplot_titles=[f"{task}, {metric.replace('_', ' ')}" for task, metric in places],
-        vertical_spacing=gap / inner,
+        vertical_spacing=gap / inner if rows > 1 else 0,
         horizontal_spacing=0.05,
     )
     for index, (task, metric) in enumerate(places):

@@ -232,9 +232,6 @@ def test_a_judge_prefers_yes_or_no(embedded, monkeypatch):
     network = plain_twin(embedded)
     assert judged_refusals(network, embedded.tokenizer, 512, ["do it", "do it"], ["No.", "Done."]) == [True, False]
     assert "Done." in embedded.tokenizer.decode(asked[2][0])
-    without = type("Tokenizer", (), {"chat_template": None})
-    with pytest.raises(MelensError, match="chat template"):
-        judged_refusals(network, without, 512, ["p"], ["r"])
 
 
 # --- Statistics -------------------------------------------------------------------------------------------------------

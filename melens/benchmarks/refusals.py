@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from melens.benchmarks.scoring import Request, Scorer
-from melens.errors import MelensError
 
 __all__ = ["count_by_label", "count_refusal", "judged_refusals", "refuses"]
 
@@ -52,15 +51,10 @@ def judged_refusals(
     """Ask a chat model of each reply whether it refuses: is Yes likelier than No?
 
     Args:
-        judge, tokenizer, max_length: a causal language model of transformers, with its context.
+        judge, tokenizer, max_length: a chat model of transformers, its context and the tokenizer with its template.
         prompts, replies: one to one.
         progress: hears of the requests done, two a reply.
-
-    Raises:
-        MelensError: a judge without a chat template.
     """
-    if tokenizer is None or not tokenizer.chat_template:
-        raise MelensError("The judge has no chat template; benchmark.judge must be a chat model.")
     requests: list[Request] = []
     for prompt, reply in zip(prompts, replies, strict=True):
         asked = [{"role": "user", "content": _QUESTION.format(prompt=prompt, reply=reply)}]
