@@ -62,7 +62,7 @@ def _harness_task(benchmark: Benchmark, data_dir: str | None, generates: bool) -
 def run(study: Study, options: DictConfig) -> Result:
     """Let the model answer each benchmark under each mask, and compare with the answers that it gives without."""
     asked = asked_for(study.cfg)
-    bench = _Bench(study, asked, keep=bool(options.keep))
+    bench = Bench(study, asked, keep=bool(options.keep))
     cells = {benchmark.name: _cells(study, asked, benchmark) for benchmark in asked.benchmarks}
     done = [bench.run(benchmark, cells[benchmark.name]) for benchmark in asked.benchmarks]
     everything = pd.concat([each.items for each in done], ignore_index=True)
@@ -70,7 +70,7 @@ def run(study: Study, options: DictConfig) -> Result:
     masked = [(c.label, c.family, c.rate, c.mask.select) for of_task in cells.values() for c in of_task if c.mask]
     masks = pd.DataFrame(masked, columns=["mask", "family", "rate", "select"]).drop_duplicates()
     by_rate = best_rates(everything[everything["shown"]], masks, UNMASKED)
-    layout = lay_out(scores, study.trace.model["name"], _told(study, asked))
+    layout = lay_out(scores, study.trace.model["name"], how_asked(study, asked))
     metrics = study.metrics(
         tasks=[benchmark.name for benchmark in asked.benchmarks],
         left_out=list(asked.left_out),
@@ -97,7 +97,7 @@ def run(study: Study, options: DictConfig) -> Result:
 
 
 @dataclass(frozen=True)
-class _Cell:
+class Cell:
     """A mask of the table.
 
     Attributes:
@@ -116,20 +116,20 @@ class _Cell:
 _VARIED = ("select", "site", "start", "layers", "seed")
 
 
-def _cells(study: Study, asked: Asked, benchmark: Benchmark) -> list[_Cell]:
+def _cells(study: Study, asked: Asked, benchmark: Benchmark) -> list[Cell]:
     """Put the masks of a benchmark together: which blocks they mask depends on what it asks for (appendix C)."""
-    cells: dict[str, _Cell] = {}
+    cells: dict[str, Cell] = {}
     for preset in asked.masks:
         options = OmegaConf.create(preset.options | asked.layers_of(benchmark, preset))
         found = masks_of(options, study.me, study.model)
         if None in found:
-            cells[UNMASKED] = _Cell(UNMASKED, "", 0, None)
+            cells[UNMASKED] = Cell(UNMASKED, "", 0, None)
         masks = [mask for mask in found if mask is not None]
         varied = [name for name in _VARIED if len({str(getattr(mask, name)) for mask in masks}) > 1]
         for mask in masks:
             family = " ".join([preset.name, *(f"{name}={getattr(mask, name)}" for name in varied)])
             label = f"{family} rate={float(mask.rate):g}"
-            cells[label] = _Cell(label, family, float(mask.rate), mask)
+            cells[label] = Cell(label, family, float(mask.rate), mask)
     return list(cells.values())
 
 
@@ -142,7 +142,7 @@ class _Done:
     n_kept: int
 
 
-class _Bench:
+class Bench:
     """Runs benchmarks on the model, or finds that they were run before."""
 
     def __init__(self, study: Study, asked: Asked, *, keep: bool) -> None:
@@ -194,7 +194,7 @@ class _Bench:
     def _max_length(self) -> int:
         return int(self._study.model.cfg.n_ctx)
 
-    def run(self, benchmark: Benchmark, cells: Sequence[_Cell]) -> _Done:
+    def run(self, benchmark: Benchmark, cells: Sequence[Cell]) -> _Done:
         """Run a benchmark under each mask and with each seed."""
         asked = self._asked
         task = self._prepared(benchmark)
@@ -267,7 +267,7 @@ class _Bench:
             progress=progress,
         )
 
-    def _key(self, benchmark: Benchmark, task: HarnessTask | Questions, cell: _Cell, seed: int) -> str:
+    def _key(self, benchmark: Benchmark, task: HarnessTask | Questions, cell: Cell, seed: int) -> str:
         """Name a run by all that its items depend on, besides the model."""
         mask = None if cell.mask is None else {k: v for k, v in asdict(cell.mask).items() if not k.startswith("_")}
         tokenizer = [len(self._tokenizer), self._tokenizer.chat_template] if self._tokenizer is not None else []
@@ -309,7 +309,7 @@ class _Counter:
 # --- Telling ----------------------------------------------------------------------------------------------------------
 
 
-def _told(study: Study, asked: Asked) -> str:
+def how_asked(study: Study, asked: Asked) -> str:
     how = "answers written" if asked.generates else "log-likelihoods"
     layers = {"auto": "all blocks from the start on for knowledge, the first alone for maths and safety"}
     where = layers.get(asked.layers, f"blocks: {asked.layers}")

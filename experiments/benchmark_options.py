@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from melens.benchmarks.catalog import Benchmark, benchmarks_of
 from melens.errors import MelensError
 
-__all__ = ["Asked", "Preset", "asked_for"]
+__all__ = ["Asked", "Preset", "asked_for", "read_presets"]
 
 _MASKS = Path(__file__).parents[1] / "conf" / "wemask"
 _DEFAULT_TASKS = ("perplexity", "induction", "copy", "needle")
@@ -118,7 +118,7 @@ def asked_for(cfg: DictConfig) -> Asked:
     return Asked(
         benchmarks=tuple(benchmarks),
         left_out=tuple(left_out),
-        masks=tuple(_presets(masks, cfg.wemask, preset)),
+        masks=tuple(read_presets(masks, cfg.wemask, preset)),
         table=table,
         generates=mode == "generate",
         layers=node["layers"],
@@ -140,20 +140,22 @@ def _names(given: Any) -> list[str]:
     return ["off" if name is False else name for name in names]  # what YAML makes of off
 
 
-def _presets(names: list[str], wemask: DictConfig, table: dict[str, Any]) -> list[Preset]:
+def read_presets(
+    names: list[str], wemask: DictConfig, table: dict[str, Any], key: str = "benchmark.masks"
+) -> list[Preset]:
     """Read presets by name; what the user's node says otherwise than the paper's preset holds for all of them."""
     known = sorted(path.stem for path in _MASKS.glob("*.yaml"))
     paper = yaml.safe_load((_MASKS / "paper.yaml").read_text("utf-8"))
     node: dict[str, Any] = OmegaConf.to_container(wemask, resolve=True)
     changed = {key: value for key, value in node.items() if value != paper[key]}
     if "select" in changed:
-        raise MelensError("exp=benchmark takes its masks from benchmark.masks, as [off,paper], not from wemask.select.")
+        raise MelensError(f"The masks are those of {key}, as off, paper or random; wemask.select is not for it.")
     if table and "rate" not in changed:
         changed["rate"] = table.get("rate", _RATES)
     presets = []
     for name in names:
         if name not in known:
-            raise MelensError(f"benchmark.masks names {name!r}; allowed are {', '.join(known)}.")
+            raise MelensError(f"{key} names {name!r}; allowed are {', '.join(known)}.")
         own = yaml.safe_load((_MASKS / f"{name}.yaml").read_text("utf-8"))
         own.pop("defaults", None)
         options = paper | own | changed | ({"rate": 0} if own.get("rate") == 0 else {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -20,10 +24,13 @@ from experiments.benchmark import load_tasks
 from experiments.masks import check_masks
 from experiments.options import experiments_of
 from experiments.study import begin_study, run_experiments
+from experiments.tables import prepare_table
+from experiments.training import model_options, prepare_training
 from melens import Criterion, MelensError, Prompt, load_model, load_prompts
 from melens.prompts import Bos, random_tokens, tokenize
 from melens.report import write_report
 from melens.results import check_png, combine, show_result, write_result
+from melens.training.recipe import METHODS
 
 __all__ = ["run_job"]
 
@@ -50,14 +57,21 @@ def run_job(cfg: DictConfig, folder: Path) -> list[str]:
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)
     if "benchmark" in experiments_of(cfg):
         load_tasks(cfg)
+    if cfg.exp.name in METHODS:
+        folder = shared_folder(folder)
+        config["model"] = model_options(cfg, prepare_training(cfg, cfg.exp.name))
+    if cfg.exp.name == "tables":
+        config["model"] = model_options(cfg, prepare_table(cfg))
     prompts = load_prompts(cfg.prompts.file, cfg.prompts.tasks)
-    console = Console()
+    console = Console(quiet=not is_first_process())
     with console.status(f"Loading {cfg.model.name}"):
         model = load_model(**config["model"])
     with _stages(console) as stage:
-        study = begin_study(model, choose_prompts(model, prompts, cfg), cfg, stage)
+        study = begin_study(model, choose_prompts(model, prompts, cfg), cfg, stage, folder)
         results = run_experiments(study)
     result = results[0] if len(results) == 1 else combine(results)
+    if not is_first_process():
+        return []
     paths = write_result(result, folder, config=config, duration=time.perf_counter() - start, png=cfg.png)
     if len(results) > 1 or cfg.exp.get("report"):
         paths.append(write_report(combine(results), folder, command=" ".join(["python", *sys.argv])))
@@ -71,6 +85,19 @@ def give_freed_memory_back() -> None:
     if hasattr(libc, "mallopt"):
         mmap_threshold = -3
         libc.mallopt(mmap_threshold, 4 * 2**20)
+
+
+def is_first_process() -> bool:
+    """Tell whether this is the process that writes and talks, of those that accelerate may have started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def shared_folder(folder: Path) -> Path:
+    """Return the first process's folder to all of them."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return folder
+    PartialState(cpu=not torch.cuda.is_available())
+    return Path(broadcast_object_list([str(folder)])[0])
 
 
 @contextmanager

@@ -8,7 +8,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.benchmark_options import asked_for
+from experiments.table_options import asked_table
+from experiments.training_options import planned_training
 from melens.errors import MelensError
+from melens.training.recipe import METHODS
 
 __all__ = ["check_options", "experiments_of"]
 
@@ -46,6 +49,10 @@ def check_options(cfg: DictConfig) -> None:
     check_generation(cfg.generate)
     if "benchmark" in experiments_of(cfg):
         asked_for(cfg)
+    if cfg.exp.name in METHODS:
+        planned_training(cfg, cfg.exp.name)
+    if cfg.exp.name == "tables":
+        asked_table(cfg)
     cfg.prompts.bos = str(cfg.prompts.bos).lower()
     if isinstance(cfg.prompts.tasks, str):
         cfg.prompts.tasks = [cfg.prompts.tasks]

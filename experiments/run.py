@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 
@@ -62,7 +63,15 @@ def exit_code(error: BaseException) -> int:
     return WRONG_OPTION if isinstance(error, HydraException | OmegaConfBaseException) else FAILED
 
 
+def quiet_other_processes() -> None:
+    """Of several processes that accelerate starts, only the first has a folder and talks."""
+    if int(os.environ.get("RANK", "0")) > 0:
+        nowhere = tempfile.mkdtemp(prefix="melens-")
+        sys.argv += [f"hydra.run.dir={nowhere}", "hydra.output_subdir=null", "hydra/job_logging=none"]
+
+
 if __name__ == "__main__":
+    quiet_other_processes()
     try:
         main()
     except KeyboardInterrupt:

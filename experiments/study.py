@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 import pandas as pd
@@ -23,6 +24,7 @@ from melens.normalization import has_normalization, read_normalization
 from melens.prompts import tokenize
 from melens.results import Result
 from melens.tracing import Progress
+from melens.training.recipe import METHODS
 
 __all__ = ["Experiment", "Study", "begin_study", "named_normalization", "run_experiments"]
 
@@ -38,6 +40,7 @@ class Study:
         trace: of all prompts, with the default probes and those of every experiment of the run.
         me: where the massive activation is born.
         stage: makes the progress callback of a named stage.
+        folder: of the run, for what is too large to be a result.
     """
 
     model: TransformerBridge
@@ -46,6 +49,7 @@ class Study:
     trace: Trace
     me: Emergence
     stage: Callable[[str], Progress]
+    folder: Path
 
     @property
     def n_layers(self) -> int:
@@ -125,7 +129,8 @@ class Experiment(Protocol):
 
 
 def _module(name: str) -> Experiment:
-    experiment: Any = importlib.import_module(f"experiments.{name}")
+    module = "training" if name in METHODS else name
+    experiment: Any = importlib.import_module(f"experiments.{module}")
     return experiment
 
 
@@ -134,6 +139,7 @@ def begin_study(
     prompts: Sequence[Prompt] | Sequence[Tensor],
     cfg: DictConfig,
     stage: Callable[[str], Progress],
+    folder: Path = Path(),
 ) -> Study:
     """Trace all prompts once, with what every experiment of the run wants measured, and find the ME layer."""
     texts = [prompt for prompt in prompts if isinstance(prompt, Prompt)]
@@ -163,7 +169,7 @@ def begin_study(
                 trace.save(kept_in)
     trace = replace(trace, model=trace.model | {"family": cfg.model.get("family")})
     me = melens.find_me_layer(trace, Criterion(**cfg.criterion))
-    return Study(model, tokens, cfg, trace, me, stage)
+    return Study(model, tokens, cfg, trace, me, stage, folder)
 
 
 def _probes(model: TransformerBridge, name: str, options: DictConfig) -> list[Probe]:

@@ -30,6 +30,7 @@ __all__ = [
     "heatmaps",
     "loss_changes",
     "loss_over_sinks",
+    "over_steps",
     "score_differences",
     "score_table",
     "shares",
@@ -502,6 +503,40 @@ def score_differences(scores: pd.DataFrame, *, title: str, note: str = "") -> go
         figure.update_xaxes(title_text="← worse, better →" if higher else "← better, worse →", **at)
         figure.update_yaxes(autorange="reversed", automargin=True, **at)
     figure.update_layout(**_LAYOUT, title=_title(title, note), height=inner + 170)
+    return figure
+
+
+def over_steps(panels: Mapping[str, Mapping[str, pd.DataFrame]], *, title: str, markers: bool = False) -> go.Figure:
+    """Draw what changes in a training, a panel a quantity.
+
+    Args:
+        panels: by the quantity's name, by the curve's name (empty for a lone one), `step` and `value`.
+        title: above.
+        markers: for curves of few points.
+    """
+    figure = make_subplots(1, len(panels), subplot_titles=list(panels), horizontal_spacing=0.12)
+    in_legend: set[str] = set()
+    for column, curves in enumerate(panels.values(), 1):
+        for number, (name, points) in enumerate(curves.items()):
+            figure.add_trace(
+                go.Scatter(
+                    x=points["step"],
+                    y=points["value"],
+                    mode="lines+markers" if markers else "lines",
+                    name=name,
+                    showlegend=bool(name) and name not in in_legend,
+                    legendgroup=name,
+                    line={"color": COLORS[number % len(COLORS)], "width": 2},
+                    hovertemplate="step %{x}: %{y:.4g}<extra>" + name + "</extra>",
+                ),
+                row=1,
+                col=column,
+            )
+            in_legend.add(name)
+    figure.update_xaxes(title_text="step", rangemode="tozero")
+    figure.update_layout(
+        **_LAYOUT, title=_title(title), height=430, legend={"orientation": "h", "x": 0, "y": -0.22, "yanchor": "top"}
+    )
     return figure
 
 

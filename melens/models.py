@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -30,11 +31,15 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformer_lens.model_bridge.sources._bridge_builder import detect_tokenizer_bos_eos
 from transformer_lens.model_bridge.sources._hf_format import determine_architecture_from_hf_config
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers.utils import cached_file
 
 from melens.cache import cache_folder
 from melens.errors import MelensError
+from melens.gates import GATE_FILE, load_gates
+from melens.networks import open_network
+from melens.prompts import byte_tokenizer
 
-__all__ = ["ModelSpec", "embedded_model_folder", "known_models", "load_model"]
+__all__ = ["ModelSpec", "check_memory", "embedded_model_folder", "known_models", "load_model"]
 
 DTYPES = {
     "float32": torch.float32,
@@ -59,6 +64,7 @@ class ModelSpec:
         revision: branch, tag or commit on the hub.
         trust_remote_code: run code that comes with the checkpoint.
         model_type, config, seed: of a random model: transformers' model type, its config's fields, and the seed.
+        tokenizer: of a random model: `"bytes"` for a token a byte; null for none.
     """
 
     name: str
@@ -74,6 +80,7 @@ class ModelSpec:
     model_type: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    tokenizer: str | None = None
 
 
 def load_model(name: str, **overrides: Any) -> TransformerBridge:
@@ -100,10 +107,32 @@ def load_model(name: str, **overrides: Any) -> TransformerBridge:
     config = _read_config(path, spec)
     _check_architecture(config, spec.name)
     dtype = _dtype(spec.dtype, config)
-    _check_memory(config, dtype, device, spec)
+    _check_memory(config, dtype.itemsize, f"its weights in {str(dtype).removeprefix('torch.')}", device, spec)
     bridge = _boot(path, config, dtype, device, spec)
     bridge.cfg.model_name = spec.name
+    if (gates := _beside(path, GATE_FILE, spec)) is not None:
+        load_gates(open_network(bridge), gates)
     return bridge.eval()
+
+
+def check_memory(name: str, bytes_per_weight: float | int, purpose: str, **overrides: Any) -> None:
+    """Compare what a model needs for a purpose with what is free, from its config alone.
+
+    Args:
+        name, overrides: as for `load_model`.
+        bytes_per_weight: all that is kept for each weight.
+        purpose: what it is kept for, after "needs 3.2 GB for".
+
+    Raises:
+        MelensError: too little is free; or as `load_model`.
+    """
+    spec = _resolve(name, overrides)
+    if spec.source == "random":
+        config = _random_config(spec)
+    else:
+        path = str(embedded_model_folder()) if spec.source == "embedded" else (spec.hub_id or spec.name)
+        config = _read_config(path, spec)
+    _check_memory(config, bytes_per_weight, purpose, _device(spec), spec)
 
 
 def known_models() -> dict[str, dict[str, Any]]:
@@ -141,6 +170,8 @@ def _resolve(name: str, overrides: dict[str, Any]) -> ModelSpec:
 
 
 def _device(spec: ModelSpec) -> torch.device:
+    if spec.device == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:  # of several processes
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if spec.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
     try:
@@ -223,14 +254,15 @@ def _check_architecture(config: PreTrainedConfig, name: str) -> None:
         raise MelensError(f"{name} has the architecture {architecture}, which TransformerLens does not support.")
 
 
-def _check_memory(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, spec: ModelSpec) -> None:
-    """Compare what the weights need with what is free, from the config alone."""
+def _check_memory(
+    config: PreTrainedConfig, bytes_per_weight: float | int, purpose: str, device: torch.device, spec: ModelSpec
+) -> None:
     with torch.device("meta"):
         try:
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
         except ValueError:  # not a plain causal language model: the bridge picks its own class
             return
-    needed = sum(parameter.numel() for parameter in skeleton.parameters()) * dtype.itemsize
+    needed = sum(parameter.numel() for parameter in skeleton.parameters()) * bytes_per_weight
     if device.type == "cuda":
         devices = range(torch.cuda.device_count()) if spec.device_map is not None else [device]
         free = sum(torch.cuda.mem_get_info(d)[0] for d in devices)
@@ -238,9 +270,8 @@ def _check_memory(config: PreTrainedConfig, dtype: torch.dtype, device: torch.de
         free = psutil.virtual_memory().available
     if needed > free:
         raise MelensError(
-            f"{spec.name} needs {needed / 1e9:.1f} GB for its weights in {str(dtype).removeprefix('torch.')}, but "
-            f"{device} has {free / 1e9:.1f} GB free: choose a smaller dtype, a smaller model, or model.device_map=auto "
-            "on several GPUs."
+            f"{spec.name} needs {needed / 1e9:.1f} GB for {purpose}, but {device} has {free / 1e9:.1f} GB free: choose a "
+            "smaller dtype, a smaller model, or several GPUs."
         )
 
 
@@ -267,6 +298,15 @@ def _boot(
     return bridge
 
 
+def _beside(path: str, file: str, spec: ModelSpec) -> Path | None:
+    """Return the place of a file that not every checkpoint has."""
+    found = cached_file(
+        path, file, revision=spec.revision, _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )  # fmt: skip
+    return None if found is None else Path(found)
+
+
 def _own_tokenizer(path: str, options: dict[str, Any]) -> Any:
     folder = Path(path).expanduser()
     if folder.is_dir() and not any(folder.glob("*token*")):
@@ -284,6 +324,31 @@ def _attach_tokenizer(bridge: TransformerBridge, tokenizer: Any) -> None:
 
 
 def _random_model(spec: ModelSpec, device: torch.device) -> TransformerBridge:
+    config = _random_config(spec)
+    tokenizer = _byte_tokenizer(spec, config)
+    dtype = _dtype(spec.dtype, config)
+    _check_memory(config, dtype.itemsize, "its weights", device, spec)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
+        torch.manual_seed(spec.seed)
+        network = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+    bridge = _bridge_without_tokenizer(network.eval(), spec.name)
+    if tokenizer is not None:
+        _attach_tokenizer(bridge, tokenizer)
+    return bridge
+
+
+def _byte_tokenizer(spec: ModelSpec, config: PreTrainedConfig) -> Any:
+    if spec.tokenizer is None:
+        return None
+    if spec.tokenizer != "bytes":
+        raise MelensError(f"model.tokenizer is {spec.tokenizer!r}; a random model's may be bytes or null.")
+    tokenizer = byte_tokenizer()
+    if config.vocab_size < len(tokenizer):
+        raise MelensError(f"model.tokenizer=bytes needs a model.config.vocab_size of at least {len(tokenizer)}.")
+    return tokenizer
+
+
+def _random_config(spec: ModelSpec) -> PreTrainedConfig:
     try:
         config = AutoConfig.for_model(spec.model_type or "llama", **_known_fields(spec))
     except (ValueError, TypeError, huggingface_hub.errors.StrictDataclassError) as error:
@@ -293,12 +358,7 @@ def _random_model(spec: ModelSpec, device: torch.device) -> TransformerBridge:
         raise MelensError(f"model=random: {n_heads} attention heads cannot share {n_kv_heads} key-value heads evenly.")
     config.architectures = config.architectures or [_causal_lm_class(config)]
     _check_architecture(config, spec.name)
-    dtype = _dtype(spec.dtype, config)
-    _check_memory(config, dtype, device, spec)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
-        torch.manual_seed(spec.seed)
-        network = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
-    return _bridge_without_tokenizer(network.eval(), spec.name)
+    return config
 
 
 def _known_fields(spec: ModelSpec) -> dict[str, Any]:

@@ -22,12 +22,14 @@ from transformer_lens.factories.architecture_adapter_factory import (
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
 
 from melens.errors import MelensError
+from melens.gates import attach_gates, gates_of, is_of_gate
 from melens.normalization import read_module
 
-__all__ = ["Block", "Network", "Site", "open_network", "plain_twin"]
+__all__ = ["Block", "Network", "Site", "bridged_twin", "open_network", "plain_twin"]
 
 Site = Literal["attn_in", "ln1_in", "resid_pre"]
 """Where a mask takes hold: what comes out of `ln1`, what goes into it (for attention alone, the residual stream stays
@@ -41,12 +43,15 @@ class Block:
     Attributes:
         module: of the transformers model.
         ln1, attention: its normalisation before attention and its attention, None where it has none.
+        query, output: the first and the last linear layer of attention, None where it has no such.
         ln1_name: the name of that normalisation in the model.
     """
 
     module: nn.Module
     ln1: nn.Module | None
     attention: nn.Module | None
+    query: nn.Module | None
+    output: nn.Module | None
     ln1_name: str
 
 
@@ -134,22 +139,47 @@ def plain_twin(bridge: TransformerBridge) -> Any:
     network = bridge.original_model
     if len(set((getattr(network, "hf_device_map", None) or {}).values())) > 1:
         return network
+    try:
+        twin = _twin(network, "sdpa")
+    except ValueError:  # an architecture without it
+        twin = _twin(network, "eager")
+    if twin is None:
+        return network
+    attach_gates(_of_plain(twin, twin.config), gates_of(_of_bridge(bridge)))
+    if network.can_generate():
+        twin.generation_config = copy.deepcopy(network.generation_config)
+        twin.generation_config.return_dict_in_generate = False  # which the bridge asks for, as the attention below
+    return twin.eval()
+
+
+def bridged_twin(model: Any, name: str) -> TransformerBridge:
+    """Return a bridge around a twin of a transformers model, on the same weights: to look at a model in training.
+
+    Raises:
+        MelensError: weights that are not here in full.
+    """
+    twin = _twin(model, "eager") if all(map(_is_here, model.parameters())) else None
+    if twin is None:
+        raise MelensError("This model's weights are sharded or offloaded, so that it cannot be looked into.")
+    gates = gates_of(_of_plain(model, model.config))
+    bridge = build_bridge_from_module(twin.eval(), type(twin).__name__, hf_config=twin.config, model_name=name)
+    attach_gates(_of_bridge(bridge), gates)
+    return bridge.eval()
+
+
+def _twin(network: Any, attention: str) -> Any:
+    """Make a model of the same class on the same weights; None where its weights do not fill it."""
     weights = {name.replace("_original_component.", ""): w for name, w in network.state_dict(keep_vars=True).items()}
     config = copy.deepcopy(network.config)
     config.output_attentions = False
     with init_empty_weights(include_buffers=False):
-        try:
-            twin = type(network)._from_config(config, attn_implementation="sdpa")
-        except ValueError:  # an architecture without it
-            twin = type(network)._from_config(config, attn_implementation="eager")
-    missing = twin.load_state_dict(weights, strict=False, assign=True).missing_keys
+        twin = type(network)._from_config(config, attn_implementation=attention)
+    own = {name: weight for name, weight in weights.items() if not is_of_gate(name)}
+    missing = twin.load_state_dict(own, strict=False, assign=True).missing_keys
     twin.tie_weights()
     if missing or any(weight.is_meta for weight in twin.parameters()):
-        return network
-    if network.can_generate():
-        twin.generation_config = copy.deepcopy(network.generation_config)
-        twin.generation_config.return_dict_in_generate = False  # which the bridge asks for, as the attention below
-    return twin.to(network.device).eval()
+        return None
+    return twin.to(network.device)
 
 
 def _is_here(weight: Tensor) -> bool:
@@ -195,7 +225,11 @@ def _of_bridge(model: TransformerBridge) -> Network:
         parts = {name: getattr(block, name, None) for name in ("ln1", "attn")}
         ln1 = getattr(parts["ln1"], "original_component", None)
         attention = getattr(parts["attn"], "original_component", None)
-        blocks.append(Block(block.original_component, ln1, attention, getattr(parts["ln1"], "name", "") or ""))
+        query, output = (getattr(getattr(parts["attn"], name, None), "original_component", None) for name in ("q", "o"))
+        if query is None:
+            query = getattr(getattr(parts["attn"], "qkv", None), "original_component", None)
+        name = getattr(parts["ln1"], "name", "") or ""
+        blocks.append(Block(block.original_component, ln1, attention, query, output, name))
     return _checked(model.original_model, tuple(blocks), str(model.cfg.architecture), int(model.cfg.d_model), model)
 
 
@@ -212,17 +246,22 @@ def _of_plain(model: nn.Module, config: Any) -> Network:
         raise MelensError(
             f"TransformerLens does not know where {architecture} keeps its blocks, so it cannot be masked."
         ) from error
-    names = {part: getattr(described.submodules.get(part), "name", None) for part in ("ln1", "attn")}
-    blocks = [
-        Block(module, _part(module, names["ln1"]), _part(module, names["attn"]), names["ln1"] or "")
-        for module in modules
-    ]
+    parts = {part: described.submodules.get(part) for part in ("ln1", "attn")}
+    names = {part: getattr(component, "name", None) for part, component in parts.items()}
+    of_attention = getattr(parts["attn"], "submodules", None) or {}
+    names |= {part: getattr(of_attention.get(part), "name", None) for part in ("q", "qkv", "o")}
+    blocks = []
+    for module in modules:
+        attention = _part(module, names["attn"])
+        query, joint, output = (_part(attention, names[part]) for part in ("q", "qkv", "o"))
+        query = joint if query is None else query
+        blocks.append(Block(module, _part(module, names["ln1"]), attention, query, output, names["ln1"] or ""))
     return _checked(model, tuple(blocks), architecture, int(cfg.d_model), None)
 
 
-def _part(block: nn.Module, name: str | None) -> nn.Module | None:
+def _part(block: nn.Module | None, name: str | None) -> nn.Module | None:
     try:
-        return None if name is None else block.get_submodule(name)
+        return None if name is None or block is None else block.get_submodule(name)
     except AttributeError:  # a block of another kind in a hybrid model
         return None
 

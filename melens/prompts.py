@@ -16,11 +16,13 @@ from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Int
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from melens.errors import MelensError
 
-__all__ = ["Bos", "Prompt", "check_length", "load_prompts", "random_tokens", "tokenize"]
+__all__ = ["Bos", "Prompt", "byte_tokenizer", "check_length", "load_prompts", "random_tokens", "tokenize"]
 
 Bos = Literal["auto", "true", "false"]
 TASKS = ("commonsense", "maths", "logic", "continuation")
@@ -81,7 +83,7 @@ def _read_file(path: Path) -> list[Prompt]:
 
 def _parse_jsonl(content: str, name: str) -> list[Prompt]:
     prompts = []
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -124,6 +126,27 @@ def tokenize(model: Any, prompts: Sequence[Prompt], *, bos: Bos = "auto") -> lis
         check_length(len(ids), name, model.cfg.n_ctx)
         tokens.append(ids)
     return tokens
+
+
+_CHAT_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message['role'] }}
+{{ message['content'] }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Make a tokenizer with a token a byte, three special ones and a chat template, for models that learn from scratch."""
+    bytes_as_letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: index for index, letter in enumerate(bytes_as_letters)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=10**6
+    )
+    wrapped.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    wrapped.chat_template = _CHAT_TEMPLATE
+    return wrapped
 
 
 def check_length(n_tokens: int, name: str, n_ctx: int) -> None:

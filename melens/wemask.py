@@ -160,6 +160,17 @@ class WeMask:
         """
         return self._on(open_network(model))
 
+    def moved_to(self, model: Any) -> WeMask:
+        """Return a settled mask with the same dims for a model whose weights have changed since, as in training."""
+        assert self.fixed is not None
+        return replace(self, fixed=replace(self.fixed, model=_identity(open_network(model))))
+
+    def told(self) -> dict[str, Any]:
+        """Return the arguments, ready for JSON."""
+        arguments = {name: value for name, value in asdict(replace(self, fixed=None)).items() if name[0] != "_"}
+        del arguments["fixed"]
+        return arguments
+
     def _on(self, network: Network) -> WeMask:
         if self.fixed is not None:
             _check_same(self.fixed.model, _identity(network))
@@ -274,9 +285,7 @@ class WeMask:
         fixed = self.fixed or self._last.get("fixed")
         if fixed is None:
             raise MelensError("This mask was on no model yet, so that it has no dims to save: mask.on(model) has.")
-        arguments = {name: value for name, value in asdict(replace(self, fixed=None)).items() if name[0] != "_"}
-        del arguments["fixed"]
-        content = {"melens": metadata.version("melens"), "wemask": arguments, **asdict(fixed)}
+        content = {"melens": metadata.version("melens"), "wemask": self.told(), **asdict(fixed)}
         folder = Path(folder)
         if not folder.is_dir():
             raise MelensError(f"There is no folder {folder} to save the mask in.")

@@ -42,7 +42,7 @@ def read_rows(folder: Path, benchmark: Benchmark) -> list[dict[str, Any]]:
         raise MelensError(f"{benchmark.name} comes from the hub only: leave it out, or leave benchmark.data_dir out.")
     path = folder / benchmark.file
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise MelensError(f"The data of {benchmark.name} cannot be read: {path} ({error}).") from error
     rows = [_row(line, benchmark, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]

@@ -27,7 +27,7 @@ class Layout:
 
     Attributes:
         columns: benchmark, what is counted and which way is better.
-        rows: the masks.
+        rows: the masks, or other rows.
         cells: `[row][column]`: the score, or the score and its difference to the unmasked model.
         best: which of them is the best of its column.
         caption: what a cell shows, in sentences.
@@ -77,13 +77,14 @@ def _escaped(text: str) -> str:
     return text
 
 
-def lay_out(scores: pd.DataFrame, model: str, told: str = "") -> Layout:
+def lay_out(scores: pd.DataFrame, model: str, told: str = "", reference: str = "the unmasked model") -> Layout:
     """Lay scores out.
 
     Args:
         scores: of `scores.summarise`; only the metrics that tables show.
         model: its name, for the caption.
         told: more for the caption: how it was asked.
+        reference: the row that the others are compared with.
     """
     shown = scores[scores["shown"]]
     masks = list(dict.fromkeys(shown["mask"]))
@@ -105,7 +106,7 @@ def lay_out(scores: pd.DataFrame, model: str, told: str = "") -> Layout:
     spread = f"mean ± standard deviation over {n_seeds} seeds" if n_seeds > 1 else "mean over items"
     n_compared = int(shown["p"].notna().sum())
     compared = (
-        f"; in brackets the difference to the unmasked model on the same items, with † where it is shown (p < 0.05 "
+        f"; in brackets the difference to {reference} on the same items, with † where it is shown (p < 0.05 "
         f"after Holm's correction for {n_compared} comparisons); without † no difference is shown"
         if n_compared
         else ""

@@ -1,0 +1,357 @@
+"""Train a model with WeMask, with gates or plain, and see what becomes of its massive activation: `sft`, `dpo`, `grpo`."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from accelerate import PartialState
+from datasets import disable_progress_bars
+from omegaconf import DictConfig, OmegaConf
+from transformer_lens.model_bridge import TransformerBridge
+
+import melens
+from experiments.masks import masks_of
+from experiments.study import Study
+from experiments.training_options import Planned, planned_training
+from melens import MelensError, Probe, WeMask, figures
+from melens.gates import add_gates
+from melens.models import check_memory
+from melens.networks import bridged_twin, open_network, plain_twin
+from melens.results import Picture, Result
+from melens.sinks import sink_mass_by_layer
+from melens.training.data import TrainingData, format_rows, load_training_data
+
+__all__ = ["Fitted", "fit", "model_options", "prepare_training", "probes", "run"]
+
+
+def probes(model: TransformerBridge, options: DictConfig) -> list[Probe]:
+    """The mask only needs the ME layer, which the default probes find."""
+    return []
+
+
+# --- Before the model -------------------------------------------------------------------------------------------------
+
+
+def prepare_training(cfg: DictConfig, method: str, *, dataset: str | None = None) -> Planned:
+    """Load the rows, and foresee the memory, before the model, which takes longer.
+
+    Raises:
+        MelensError: options, data or memory that do not allow the training.
+    """
+    disable_progress_bars()
+    planned = planned_training(cfg, method, dataset=dataset).on(gpu=torch.cuda.is_available())
+    _data(planned)
+    options = model_options(cfg, planned)
+    n_processes = PartialState().num_processes
+    if torch.cuda.device_count() > 1 and n_processes == 1:
+        raise MelensError(
+            "There are several GPUs, and a training in one process takes one: set CUDA_VISIBLE_DEVICES=0, or start with "
+            "accelerate launch --config_file conf/training/accelerate/ddp.yaml experiments/run.py ..."
+        )
+    sharded = _is_sharded()
+    per_weight = planned.recipe.bytes_per_weight / (n_processes if sharded else 1)
+    check_memory(options.pop("name"), per_weight, "weights, gradients and the optimiser's state", **options)
+    return planned
+
+
+def model_options(cfg: DictConfig, planned: Planned) -> dict[str, Any]:
+    """Return what to load the model with: its weights in the precision that they are trained in."""
+    options: dict[str, Any] = OmegaConf.to_container(cfg.model, resolve=True)
+    return options | {"dtype": "bfloat16" if planned.recipe.precision == "bfloat16" else "float32"}
+
+
+def _is_sharded() -> bool:
+    return str(PartialState().distributed_type).endswith("FSDP")
+
+
+@cache
+def _load(
+    name: str, method: str, data_dir: str | None, columns: tuple, split: str, limit: int | None, seed: int
+) -> Any:
+    return load_training_data(
+        name, method, data_dir=data_dir, columns=dict(columns), split=split, limit=limit, seed=seed
+    )
+
+
+def _data(planned: Planned) -> TrainingData:
+    columns = tuple(sorted(planned.columns.items()))
+    recipe = planned.recipe
+    data: TrainingData = _load(
+        planned.dataset, recipe.method, planned.data_dir, columns, planned.split, planned.limit, recipe.seed
+    )
+    return data
+
+
+# --- Training ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A model that was trained.
+
+    Attributes:
+        folder: it, to be loaded by `load_model`.
+        mask: that it was trained with.
+        log: numbers by step.
+        looks: of `_Looks`.
+        metrics: of the training.
+    """
+
+    folder: Path
+    mask: WeMask | None
+    log: pd.DataFrame
+    looks: pd.DataFrame
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+def fit(study: Study, planned: Planned, folder: Path, *, resume: bool) -> Fitted:
+    """Train the model of a study, whose weights change, and save it.
+
+    Args:
+        study: of the model as it is before.
+        planned: what was asked for.
+        folder: for `checkpoints` and `model`.
+        resume: go on from the checkpoints there.
+    """
+    from melens.training.saving import save_trained
+    from melens.training.trainers import train
+
+    tokenizer = study.model.tokenizer
+    if tokenizer is None:
+        raise MelensError("This model has no tokenizer, so it cannot learn from texts.")
+    chat = bool(tokenizer.chat_template) if planned.chat is None else planned.chat
+    if chat and not tokenizer.chat_template:
+        raise MelensError("training.chat is true, but this model's tokenizer has no chat template.")
+    model = plain_twin(study.model)
+    if model is study.model.original_model:
+        raise MelensError("This model cannot be taken out of its bridge, so it cannot be trained.")
+    mask = _mask(study, planned, model)
+    if planned.gate is not None:
+        add_gates(open_network(model), planned.gate)
+    rows = format_rows(_data(planned), planned.recipe.method, chat=chat)
+    looks = _Looks(study, planned, mask)
+    progress = study.stage(f"steps of {planned.recipe.method}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of TRL and transformers among themselves
+        trained = train(
+            model,
+            tokenizer,
+            rows,
+            planned.recipe,
+            folder / "checkpoints",
+            mask=mask,
+            resume=resume,
+            progress=progress,
+            watch=looks.look,
+            watch_every=planned.trace_every,
+        )
+    told = {"training": asdict(planned.recipe), "dataset": planned.dataset, "rows": len(rows), "gate": planned.gate}
+    told |= {"model": study.trace.model["name"], "mask": None if mask is None else mask.told(), **trained.metrics}
+    save_trained(trained.model, tokenizer, folder / "model", mask=mask, told=told)
+    return Fitted(
+        folder / "model", mask, trained.log, looks.table(), trained.metrics | {"rows": len(rows), "chat": chat}
+    )
+
+
+def _mask(study: Study, planned: Planned, model: Any) -> WeMask | None:
+    if planned.mask is None:
+        return None
+    (mask,) = masks_of(OmegaConf.create(planned.mask.options), study.me, study.model)
+    return None if mask is None else replace(mask, fixed=None).on(model)
+
+
+class _Looks:
+    """What becomes of the massive activation and the sinks, without the mask and with it, by step."""
+
+    def __init__(self, study: Study, planned: Planned, mask: WeMask | None) -> None:
+        self._study, self._mask = study, mask
+        prompts = (study.distinct_carriers or study.trace.prompts["prompt"].tolist())[: planned.trace_prompts]
+        self._tokens = [torch.tensor(study.tokens[prompt]) for prompt in prompts]
+        after = range((study.me.layer or 0) + 1, study.last_lasting + 1)
+        self._after = list(after) or list(range(study.n_layers))
+        self._rows: list[dict[str, Any]] = []
+
+    def look(self, step: int, model: Any, installed: Any) -> None:
+        try:
+            bridge = bridged_twin(model, self._study.trace.model["name"])
+        except MelensError:  # sharded
+            return
+        for masked in (False, True) if self._mask is not None else (False,):
+            with self._mask.moved_to(bridge).applied(bridge) if masked and self._mask is not None else nullcontext():
+                self._rows.append({"step": step, "masked": masked} | self._seen(bridge))
+
+    def _seen(self, bridge: TransformerBridge) -> dict[str, Any]:
+        study = self._study
+        trace = melens.trace(bridge, self._tokens, max_batch_tokens=study.cfg.max_batch_tokens)
+        me = melens.find_me_layer(trace, study.me.criterion)
+        sinks = sink_mass_by_layer(trace)
+        return {
+            "me_layer": me.layer,
+            "magnification": me.magnification,
+            "magnification_there": self._magnification(trace),
+            "sink_mass": float(sinks[sinks["layer"].isin(self._after)]["mean"].mean()) if len(sinks) else None,
+        }
+
+    def _magnification(self, trace: Any) -> float | None:
+        """Return by how much the block that was the ME layer at first lifts the first token."""
+        if self._study.me.layer is None:
+            return None
+        norms = trace["norm"].query(f"pos == {self._study.position}")
+        before, after = (
+            norms[(norms["layer"] == layer) & (norms["site"] == site)].set_index("prompt")["norm"]
+            for layer, site in self._places(norms)
+        )
+        return float((after / before).mean())
+
+    def _places(self, norms: pd.DataFrame) -> list[tuple[int, str]]:
+        layer = self._study.me.layer
+        assert layer is not None
+        before = (layer - 1, "hook_resid_post") if layer else (0, "hook_resid_pre")
+        return [before, (layer, "hook_resid_post")]
+
+    def table(self) -> pd.DataFrame:
+        columns = ["step", "masked", "me_layer", "magnification", "magnification_there", "sink_mass"]
+        return (
+            pd.DataFrame(self._rows, columns=columns).drop_duplicates(["step", "masked"]).astype({"me_layer": "Int64"})
+        )
+
+
+# --- Telling ----------------------------------------------------------------------------------------------------------
+
+
+def run(study: Study, options: DictConfig) -> Result:
+    """Train, save, and tell what became of the model."""
+    planned = planned_training(study.cfg, options.name).on(gpu=torch.cuda.is_available())
+    folder = study.folder if planned.resume is None else planned.resume
+    fitted = fit(study, planned, folder, resume=planned.resume is not None)
+    me_before = study.me
+    first, last = _ends(fitted.looks)
+    metrics = study.metrics(
+        method=planned.recipe.method,
+        dataset=planned.dataset,
+        training_mask=None if fitted.mask is None else fitted.mask.told(),
+        gate=planned.gate,
+        saved_in=str(fitted.folder),
+        **{f"training_{key}": value for key, value in fitted.metrics.items()},
+        **{f"{key}_before": first.get(key) for key in ("me_layer", "magnification_there", "sink_mass")},
+        **{f"{key}_after": last.get(key) for key in ("me_layer", "magnification_there", "sink_mass")},
+    )
+    tables = {"training_log": fitted.log, "training_trace": fitted.looks}
+    return Result(
+        planned.recipe.method,
+        study.trace.model,
+        metrics,
+        tables,
+        _pictures(study, fitted, planned, first, last),
+        _findings(planned, fitted, me_before.layer, first, last),
+    )
+
+
+def _ends(looks: pd.DataFrame) -> tuple[dict[str, Any], dict[str, Any]]:
+    own = looks[~looks["masked"]].sort_values("step")
+    if not len(own):
+        return {}, {}
+    rows = [{key: None if pd.isna(value) else value for key, value in row.items()} for row in own.to_dict("records")]
+    return rows[0], rows[-1]
+
+
+def _pictures(
+    study: Study, fitted: Fitted, planned: Planned, first: dict[str, Any], last: dict[str, Any]
+) -> dict[str, Picture]:
+    what = f"{planned.recipe.method.upper()} of {study.trace.model['name']} on {planned.dataset}"
+    pictures = {}
+    shown = {
+        "loss": "loss",
+        "reward": "reward",
+        "rewards/margins": "margin of rewards",
+        "mean_token_accuracy": "token accuracy",
+    }
+    columns = {name: title for name, title in shown.items() if name in fitted.log and fitted.log[name].notna().any()}
+    curves = {
+        title: {"": fitted.log[["step", name]].dropna().rename(columns={name: "value"})}
+        for name, title in columns.items()
+    }
+    here = f"{fitted.metrics['steps']} steps, from a loss of {_number(_first(fitted.log))} to {_number(fitted.metrics['final_loss'])}."
+    pictures["training_loss"] = Picture(figures.over_steps(curves, title=what), "asked for by the project", "", here)
+    if len(fitted.looks):
+        quantities = {
+            "magnification_there": "magnification of the ME layer",
+            "sink_mass": "sink mass behind the ME layer",
+        }
+        panels = {}
+        for name, title in quantities.items():
+            of_both = {
+                "with the mask" if masked else "without the mask": rows[["step", name]]
+                .dropna()
+                .rename(columns={name: "value"})
+                for masked, rows in fitted.looks.groupby("masked")
+            }
+            if any(len(rows) for rows in of_both.values()):
+                panels[title] = of_both
+        if panels:
+            figure = figures.over_steps(panels, title=f"{what}: massive activation and sinks", markers=True)
+            pictures["training_trace"] = Picture(figure, "asked for by the project", "", _moved(first, last))
+    return pictures
+
+
+def _first(log: pd.DataFrame) -> float | None:
+    return float(log["loss"].dropna().iloc[0]) if "loss" in log and log["loss"].notna().any() else None
+
+
+def _number(value: Any, digits: int = 4) -> str:
+    return "none" if value is None else f"{value:.{digits}g}"
+
+
+def _moved(first: dict[str, Any], last: dict[str, Any]) -> str:
+    if not first:
+        return "The model was sharded, so that it was not looked into."
+    if first["me_layer"] is None and last["me_layer"] is None:
+        layers = "no ME layer before or after"
+    elif first["me_layer"] == last["me_layer"]:
+        layers = f"the ME layer stays block {last['me_layer']}"
+    else:
+        layers = f"the ME layer goes from {_number(first['me_layer'])} to {_number(last['me_layer'])}"
+    sinks = f"{_number(first['sink_mass'], 3)} to {_number(last['sink_mass'], 3)}"
+    if first["magnification_there"] is None:
+        return f"Without the mask {layers}; the sink mass goes from {sinks}."
+    magnification = f"{_number(first['magnification_there'])} to {_number(last['magnification_there'])}"
+    return (
+        f"Without the mask {layers}; its magnification goes from {magnification}, the sink mass behind it from {sinks}."
+    )
+
+
+def _findings(
+    planned: Planned, fitted: Fitted, me_layer: int | None, first: dict[str, Any], last: dict[str, Any]
+) -> list[tuple[str, ...]]:
+    metrics = fitted.metrics
+    mask = (
+        "none"
+        if fitted.mask is None
+        else f"{planned.mask.name if planned.mask else ''} rate={fitted.mask.rate:g}, start={fitted.mask.start}"
+    )
+    speed = f"{metrics['seconds']:.0f} s, {_number(metrics['step_seconds'], 3)} s a step"
+    if metrics["tokens_per_second"]:
+        speed += f", {metrics['tokens_per_second']:,.0f} tokens a second"
+    if metrics["peak_gb"]:
+        speed += f", {metrics['peak_gb']:.1f} GB at most"
+    resumed = f", from step {metrics['resumed_at']} on" if metrics["resumed_at"] else ""
+    return [
+        (
+            "training",
+            f"{planned.recipe.method} on {metrics['rows']} rows of {planned.dataset}, mask {mask}, gate {planned.gate or 'none'}",
+        ),
+        (
+            "steps",
+            f"{metrics['steps']}{resumed}; loss {_number(_first(fitted.log))} to {_number(metrics['final_loss'])}",
+        ),
+        ("speed", speed),
+        ("massive activation", _moved(first, last)),
+        ("saved", f"{fitted.folder}: model=hub model.name={fitted.folder} in any experiment"),
+    ]

@@ -1,0 +1,231 @@
+"""What a model is trained on: a preset's, any dataset of the hub, or a JSONL file, in the form that TRL takes."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import random
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+
+from melens.errors import MelensError
+from melens.training.recipe import known_datasets
+
+__all__ = ["TrainingData", "format_rows", "load_training_data"]
+
+_NEEDED: dict[str, tuple[frozenset[str], ...]] = {  # any of these sets is enough
+    "sft": (frozenset({"prompt", "completion"}), frozenset({"messages"}), frozenset({"text"}), frozenset({"chosen"})),
+    "dpo": (frozenset({"prompt", "chosen", "rejected"}), frozenset({"chosen", "rejected"})),
+    "grpo": (frozenset({"prompt", "answer"}),),
+}
+_ROLES = ("system", "prompt", "completion", "answer", "chosen", "rejected", "messages", "text")
+_TURN = re.compile(r"\n\n(Human|Assistant): ?")
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The rows of a training, under the names of their roles.
+
+    Attributes:
+        name: of the dataset.
+        rows: with columns among `system`, `prompt`, `completion`, `answer`, `chosen`, `rejected`, `messages`, `text`.
+        are_dialogues: `chosen` and `rejected` are whole dialogues, "\\n\\nHuman: … \\n\\nAssistant: …" as in HH-RLHF.
+    """
+
+    name: str
+    rows: Dataset
+    are_dialogues: bool = False
+
+
+def load_training_data(
+    name: str,
+    method: str,
+    *,
+    data_dir: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    split: str = "train",
+    limit: int | None = None,
+    seed: int = 0,
+) -> TrainingData:
+    """Load the rows that a method needs.
+
+    Args:
+        name: of `conf/training/dataset/`, a JSONL file, a hub id, `org/name` or `org/name:subset`, or `sums`, which are
+            made here.
+        method: `sft`, `dpo` or `grpo`.
+        data_dir: the folder of a preset's file; None fetches it from the hub.
+        columns: which column has which role, over those of a preset.
+        split: of a hub dataset.
+        limit: rows, drawn at random by `seed`; None for all.
+
+    Raises:
+        MelensError: unknown name, no such file or dataset, columns that are missing, a line that is no row.
+    """
+    if name == "sums":
+        return TrainingData(name, _sums(limit or 10_000, seed, method))
+    preset = known_datasets().get(name)
+    if preset is not None and method not in preset["methods"]:
+        able = [other for other, its in known_datasets().items() if method in its["methods"]]
+        raise MelensError(f"training.dataset={name} is not for {method}; allowed are {', '.join(able)}, or your own.")
+    from_file = (preset is not None and data_dir is not None) or _is_file(name)
+    if from_file:
+        path = Path(data_dir or "").expanduser() / preset["file"] if preset is not None else Path(name).expanduser()
+        rows = _read_jsonl(path)
+    else:
+        rows = _from_hub(name, preset, split)
+    of_preset = (preset or {}).get("file_columns" if from_file else "columns") or (preset or {}).get("columns") or {}
+    named = {**{role: role for role in _ROLES if role in rows.column_names}, **of_preset, **(columns or {})}
+    if preset is not None and not columns:
+        named = of_preset
+    rows = _in_roles(rows, named, method, name, limit=limit, seed=seed)
+    return TrainingData(name, rows, are_dialogues=bool((preset or {}).get("dialogues")))
+
+
+def _sums(n_rows: int, seed: int, method: str) -> Dataset:
+    """Make problems that a model of any size can learn, with a right and a wrong answer each."""
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(n_rows):
+        left, right = draw.randrange(100), draw.randrange(100)
+        row = {"prompt": f"{left} + {right} =", "completion": str(left + right), "answer": str(left + right)}
+        rows.append(row | {"chosen": row["completion"], "rejected": str(left + right + draw.randrange(1, 10))})
+    wanted = set().union(*_NEEDED[method][:1])
+    return Dataset.from_list([{role: row[role] for role in row if role in wanted} for row in rows])
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith((".jsonl", ".json")) or name.startswith(("/", ".", "~"))
+
+
+def _read_jsonl(path: Path) -> Dataset:
+    try:
+        lines = path.read_text("utf-8").split("\n")
+    except (OSError, UnicodeDecodeError):
+        raise MelensError(f"There is no training data to read in {path}.") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise MelensError(f"{path}, line {number}: this is no JSON object.")
+        rows.append(row)
+    if not rows:
+        raise MelensError(f"{path} holds no rows.")
+    try:
+        return Dataset.from_list(rows)
+    except Exception as error:  # pyarrow's, where a column has values of several kinds
+        raise MelensError(f"{path}: {str(error).splitlines()[0]}") from error
+
+
+def _from_hub(name: str, preset: Mapping[str, Any] | None, split: str) -> Dataset:
+    if preset is None and "/" not in name:
+        close = difflib.get_close_matches(name, known_datasets(), n=3, cutoff=0.4) or sorted(known_datasets())
+        raise MelensError(
+            f"There is no dataset {name!r}; the nearest known are {', '.join(close)}, or give a hub id (org/name) or "
+            "a JSONL file."
+        )
+    path, _, subset = (preset["hub"], "", preset.get("subset")) if preset is not None else name.partition(":")
+    try:
+        return load_dataset(path, subset or None, split=split)
+    except Exception as error:  # of the hub client, of pyarrow, of a builder: whichever
+        place = f" or set training.data_dir to a folder with {preset['file']}" if preset is not None else ""
+        raise MelensError(
+            f"The dataset {path} could not be loaded from the hub ({str(error).splitlines()[0][:150]}): check its name "
+            f"and the connection, give a JSONL file{place}."
+        ) from error
+
+
+def _in_roles(
+    rows: Dataset, named: Mapping[str, str], method: str, name: str, *, limit: int | None, seed: int
+) -> Dataset:
+    unknown = [role for role in named if role not in _ROLES]
+    if unknown:
+        raise MelensError(f"training.columns names the role {unknown[0]!r}; allowed are {', '.join(_ROLES)}.")
+    there = {role: column for role, column in named.items() if column in rows.column_names}
+    if not any(needed <= set(there) for needed in _NEEDED[method]):
+        ways = " or ".join(" and ".join(sorted(needed)) for needed in _NEEDED[method])
+        raise MelensError(
+            f"{name} has the columns {', '.join(rows.column_names)}; {method} needs {ways}: training.columns="
+            "{prompt: question, ...} says which is which."
+        )
+    if limit is not None and limit < len(rows):
+        rows = rows.shuffle(seed=seed).select(range(limit))
+
+    def in_roles(row: Mapping[str, Any]) -> dict[str, Any]:
+        return {role: _answer(row[column]) if role == "answer" else row[column] for role, column in there.items()}
+
+    return rows.map(in_roles, remove_columns=rows.column_names)
+
+
+def _answer(value: Any) -> str:
+    """Return the answer alone, without the worked solution that may stand before it."""
+    return str(value).rpartition("####")[2].strip().replace(",", "")
+
+
+def format_rows(data: TrainingData, method: str, *, chat: bool) -> Dataset:
+    """Put rows into TRL's forms: a prompt and what follows it, as conversations or as plain text.
+
+    Args:
+        data: as loaded.
+        method: `sft`, `dpo` or `grpo`.
+        chat: messages for the tokenizer's chat template, else text.
+    """
+
+    def formatted(row: Mapping[str, Any]) -> dict[str, Any]:
+        if method == "sft" and ("messages" in row or "text" in row):
+            return {key: row[key] for key in ("messages", "text") if key in row}
+        if data.are_dialogues:
+            turns, chosen = _last_turn(row["chosen"])
+            prompt = _conversation(turns) if chat else _before_last_turn(row["chosen"])
+            rejected = _last_turn(row["rejected"])[1] if "rejected" in row else ""
+        else:
+            asked = [{"role": "user", "content": row["prompt"]}]
+            if row.get("system"):
+                asked.insert(0, {"role": "system", "content": row["system"]})
+            prompt = asked if chat else "\n".join(turn["content"] for turn in asked) + "\n"
+            chosen, rejected = row.get("chosen", ""), row.get("rejected", "")
+
+        def reply(text: str) -> Any:
+            return [{"role": "assistant", "content": text}] if chat else (" " if data.are_dialogues else "") + text
+
+        if method == "grpo":
+            return {"prompt": prompt, "answer": row["answer"]}
+        if method == "dpo":
+            return {"prompt": prompt, "chosen": reply(chosen), "rejected": reply(rejected)}
+        return {"prompt": prompt, "completion": reply(row["completion"] if "completion" in row else chosen)}
+
+    return data.rows.map(formatted, remove_columns=data.rows.column_names).filter(_is_answered)
+
+
+def _is_answered(row: Mapping[str, Any]) -> bool:
+    """Tell whether there is anything to learn in a row: some dialogues end with the human."""
+    texts = [row[key] for key in ("completion", "chosen", "rejected") if key in row]
+    return all((text if isinstance(text, str) else text[-1]["content"]).strip() for text in texts)
+
+
+def _last_turn(dialogue: str) -> tuple[list[tuple[str, str]], str]:
+    """Split a dialogue into the turns before the assistant's last one, and that."""
+    parts = _TURN.split(dialogue)[1:]
+    turns = list(zip(parts[::2], parts[1::2], strict=True))
+    if not turns or turns[-1][0] != "Assistant":
+        return turns, ""
+    return turns[:-1], turns[-1][1]
+
+
+def _before_last_turn(dialogue: str) -> str:
+    turns, _ = _last_turn(dialogue)
+    return "".join(f"\n\n{who}: {text}" for who, text in turns) + "\n\nAssistant:"
+
+
+def _conversation(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
+    role = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": role[who], "content": text} for who, text in turns]

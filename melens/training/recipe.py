@@ -1,0 +1,171 @@
+"""How a model is trained: the paper's hyperparameters by method and dataset, and what the user says otherwise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from melens.errors import MelensError
+
+__all__ = ["METHODS", "Lora", "Recipe", "check_extra", "known_datasets", "training_conf"]
+
+METHODS = ("sft", "dpo", "grpo")
+BYTES_PER_WEIGHT = {"auto": 4, "float32": 4, "mixed": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters on every linear layer of the blocks, in place of training all weights."""
+
+    rank: int = 16
+    alpha: float | int = 32
+    dropout: float | int = 0.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a training does, but for its data, its mask and its gate.
+
+    Attributes:
+        method: one of `METHODS`.
+        batch_size: rows of an optimiser step over all processes; of GRPO, prompts.
+        micro_batch_size: rows (of GRPO, rollouts) of a forward pass in one process.
+        lr, epochs, weight_decay: as in AdamW; a linear schedule after `warmup`, a share of all steps.
+        steps: of the optimiser; null: as many as the epochs have.
+        max_length: tokens of a row, cut beyond; of GRPO none.
+        max_new_tokens, rollouts, temperature: what GRPO writes for a prompt, and how often.
+        beta: DPO's temperature, or the coefficient of GRPO's KL term.
+        format_weight: of GRPO's format reward, beside the 1 of the right answer.
+        precision: `"float32"`; `"mixed"`: float32 weights, computed with in bfloat16; `"bfloat16"`: weights too;
+            `"auto"`: the caller says which before training.
+        gradient_checkpointing: compute activations anew in the backward pass, for memory.
+        lora: None trains all weights.
+        log_every, save_every: in steps; `save_every` 0 keeps no checkpoints.
+        report_to: tensorboard, wandb, trackio, or none.
+        seed: of the data's order, adapters and rollouts.
+        trainer: further fields of TRL's configuration of the method, by its names.
+    """
+
+    method: str
+    batch_size: int
+    lr: float | int
+    epochs: float | int = 1
+    steps: int | None = None
+    micro_batch_size: int = 8
+    warmup: float | int = 0.03
+    weight_decay: float | int = 0.0
+    max_length: int | None = None
+    max_new_tokens: int = 256
+    rollouts: int = 4
+    temperature: float | int = 1.0
+    beta: float | int = 0.0
+    format_weight: float | int = 0.0
+    precision: str = "float32"
+    gradient_checkpointing: bool = False
+    lora: Lora | None = None
+    log_every: int = 1
+    save_every: int = 100
+    report_to: str = "none"
+    seed: int = 0
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, is_allowed, allowed in _RULES:
+            if not is_allowed(getattr(self, name)):
+                raise MelensError(f"training.{name} is {getattr(self, name)!r}; it must be {allowed}.")
+        if self.rows_per_step % self.micro_batch_size:
+            raise MelensError(
+                f"training.batch_size makes steps of {self.rows_per_step} rows, which micro batches of "
+                f"{self.micro_batch_size} (training.micro_batch_size) do not divide."
+            )
+
+    @property
+    def rows_per_step(self) -> int:
+        """The rows of a step; GRPO has one for each rollout."""
+        return self.batch_size * (self.rollouts if self.method == "grpo" else 1)
+
+    @property
+    def bytes_per_weight(self) -> int:
+        """What training keeps for each weight: it, its gradient, AdamW's two moments, the reference model's."""
+        own = BYTES_PER_WEIGHT[self.precision]
+        needs_reference = self.method == "dpo" or (self.method == "grpo" and self.beta > 0)
+        if self.lora is not None:
+            return own
+        return 4 * own + (own if needs_reference else 0)
+
+
+def training_conf(name: str, default: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a method: what the user gives, else the dataset's, else the paper's for the method."""
+    preset = yaml.safe_load((_conf() / f"{name}.yaml").read_text("utf-8"))
+    return {**preset, **default, **{key: value for key, value in given.items() if value is not None}}
+
+
+@cache
+def known_datasets() -> dict[str, dict[str, Any]]:
+    """Return the contents of `conf/training/dataset/*.yaml` by name."""
+    return {path.stem: yaml.safe_load(path.read_text("utf-8")) for path in sorted((_conf() / "dataset").glob("*.yaml"))}
+
+
+def recipe_fields() -> set[str]:
+    """Return the names of what a `Recipe` takes."""
+    return {of_recipe.name for of_recipe in fields(Recipe)}
+
+
+def check_extra(report_to: str = "none") -> None:
+    """Raise a `MelensError` with the pip command for what is not installed."""
+    needed = ["trl", "peft", "math_verify", *([] if report_to == "none" else [report_to])]
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing == [report_to]:
+        raise MelensError(
+            f"training.report_to={report_to} needs a package that is not installed: pip install {report_to}"
+        )
+    if missing:
+        raise MelensError(f"Training needs {missing[0]}, which is not installed: pip install 'melens[train]'")
+
+
+@cache
+def _conf() -> Path:
+    package = Path(__file__).resolve().parents[1]
+    in_wheel = package / "conf" / "training"
+    return in_wheel if in_wheel.is_dir() else package.parent / "conf" / "training"
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+_COUNT = "a whole number of at least 1"
+_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("method", lambda value: value in METHODS, f"one of {', '.join(METHODS)}"),
+    ("batch_size", _is_count, _COUNT),
+    ("micro_batch_size", _is_count, _COUNT),
+    ("steps", lambda value: value is None or _is_count(value), f"{_COUNT}, or null for all of the epochs'"),
+    ("max_length", lambda value: value is None or _is_count(value), f"{_COUNT}, or null"),
+    ("max_new_tokens", _is_count, _COUNT),
+    ("rollouts", lambda value: _is_count(value) and value > 1, "a whole number of at least 2"),
+    ("lr", lambda value: _is_number(value) and value > 0, "a number over 0"),
+    ("epochs", lambda value: _is_number(value) and value > 0, "a number over 0"),
+    ("warmup", lambda value: _is_number(value) and 0 <= value < 1, "a share of the steps, from 0 to under 1"),
+    ("weight_decay", lambda value: _is_number(value) and value >= 0, "a number of at least 0"),
+    ("temperature", lambda value: _is_number(value) and value > 0, "a number over 0"),
+    ("beta", lambda value: _is_number(value) and value >= 0, "a number of at least 0"),
+    ("format_weight", lambda value: _is_number(value) and value >= 0, "a number of at least 0"),
+    ("precision", lambda value: value in BYTES_PER_WEIGHT, f"one of {', '.join(BYTES_PER_WEIGHT)}"),
+    ("gradient_checkpointing", lambda value: isinstance(value, bool), "true or false"),
+    ("log_every", _is_count, _COUNT),
+    ("save_every", lambda value: value == 0 or _is_count(value), f"{_COUNT}, or 0 for no checkpoints"),
+    ("report_to", lambda value: value in ("none", "tensorboard", "wandb", "trackio"), "none, tensorboard, wandb or trackio"),
+    ("seed", lambda value: value == 0 or _is_count(value), "a whole number"),
+    ("trainer", lambda value: isinstance(value, Mapping), "fields of TRL's configuration by name"),
+)  # fmt: skip

@@ -1,0 +1,48 @@
+"""A trained model as a transformers folder, with its mask and its gates beside the weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch.distributed.tensor import DTensor
+
+from melens.gates import is_of_gate, save_gates
+from melens.wemask import WeMask
+
+__all__ = ["save_trained"]
+
+
+def save_trained(model: Any, tokenizer: Any, folder: Path, *, mask: WeMask | None, told: dict[str, Any]) -> Path:
+    """Write a model that `load_model` reads: weights, tokenizer, `wemask.json` if masked, `gate.safetensors` if gated.
+
+    The folder is whole or not there. Of several processes the first writes; all must call.
+
+    Args:
+        model: as `train` returns it.
+        tokenizer: of it.
+        folder: to make.
+        mask: that it was trained with.
+        told: what to remember of the training, in `training.json`.
+    """
+    sharded = any(isinstance(weight, DTensor) for weight in model.parameters())
+    accelerator = Accelerator()
+    weights = accelerator.get_state_dict(model) if sharded else model.state_dict()
+    if accelerator.is_main_process:
+        partial = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        of_gates = {name: weight for name, weight in weights.items() if is_of_gate(name)}
+        model.save_pretrained(partial, state_dict={name: w for name, w in weights.items() if name not in of_gates})
+        tokenizer.save_pretrained(partial)
+        if of_gates:
+            save_gates(of_gates, partial)
+        if mask is not None:
+            mask.save(partial) if sharded else mask.moved_to(model).save(partial)
+        (partial / "training.json").write_text(json.dumps(told, indent=2, default=str))
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    accelerator.wait_for_everyone()
+    return folder
