@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from transformer_lens.model_bridge import TransformerBridge
 
 from melens import Emergence, MelensError, WeMask
+from melens.wemask import FixedDims
 
-__all__ = ["check_masks", "masks_of", "only_mask_of"]
+__all__ = ["check_masks", "masks_of", "on_first_block", "only_mask_of"]
 
+SAVED = "saved"
+"""Of `wemask.select`: the mask that the model was trained with."""
 _LISTS = ("rate", "select", "site", "start", "seed")
 
 
@@ -23,7 +27,9 @@ def masks_of(options: DictConfig, me: Emergence, model: TransformerBridge) -> li
     """
     masks: list[WeMask | None] = []
     for cell in _cells(options, n_layers=len(model.blocks)):
-        mask = WeMask(**cell).at(me).on(model) if cell["rate"] else None
+        mask = _saved(cell, model) if cell["select"] == SAVED else None
+        if mask is None and cell["rate"]:
+            mask = WeMask(**cell).at(me).on(model)
         if mask not in masks:
             masks.append(mask)
     return masks
@@ -40,8 +46,23 @@ def only_mask_of(options: DictConfig, me: Emergence, model: TransformerBridge) -
 def check_masks(options: DictConfig) -> None:
     """Raise a `MelensError` for what no model allows, before there is one."""
     for cell in _cells(options, n_layers=1):
-        if cell["rate"]:
+        if cell["rate"] and cell["select"] != SAVED:
             WeMask(**cell)
+
+
+def _saved(cell: dict[str, Any], model: TransformerBridge) -> WeMask:
+    """Return the mask beside a trained model, on all of its blocks or on the first alone."""
+    mask = WeMask.load(str(model.cfg.model_name)).on(model)
+    return on_first_block(mask) if cell["layers"] == "first" else mask
+
+
+def on_first_block(mask: WeMask) -> WeMask:
+    """Leave a settled mask on the first of its blocks alone, as the paper does for maths and safety (appendix C)."""
+    fixed = mask.fixed
+    assert fixed is not None
+    first = fixed.blocks[0]
+    dims = None if fixed.dims is None else {first: fixed.dims[first]}
+    return replace(mask, layers=(first,), fixed=FixedDims(dims, (first,), fixed.model))
 
 
 def _cells(options: DictConfig, *, n_layers: int) -> list[dict[str, Any]]:

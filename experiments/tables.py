@@ -14,17 +14,16 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from experiments.benchmark import Bench, Cell, how_asked, load_tasks
 from experiments.benchmark_options import asked_for, read_presets
-from experiments.masks import masks_of
+from experiments.masks import masks_of, on_first_block
 from experiments.study import Study, begin_study
 from experiments.table_options import Part, Table, asked_table, of_part
 from experiments.training import fit, model_options, prepare_training
 from experiments.training_options import Planned
-from melens import MelensError, Probe, WeMask, figures, load_model
+from melens import Probe, WeMask, figures, load_model
 from melens.benchmarks.layout import lay_out
 from melens.benchmarks.scores import summarise
 from melens.cache import store_for
 from melens.results import Picture, Result
-from melens.wemask import FixedDims
 
 BASE = "base"
 
@@ -67,9 +66,8 @@ def run(study: Study, options: DictConfig) -> Result:
     n_shown = int((compared["verdict"] != "no difference shown").sum())
     here = f"{n_shown} of {len(compared)} differences to {reference} are shown."
     name = study.trace.model["name"]
-    figure = figures.score_table(
-        layout.columns, layout.rows, layout.cells, layout.best, title=f"Table {table.number}: {name}"
-    )
+    title = f"Table {table.number}: {name}"
+    figure = figures.score_table(layout.columns, layout.rows, layout.cells, layout.best, title=title)
     paper = "Training with WeMask scores best, WeMask at inference alone comes next."
     pictures = {"table": Picture(figure, f"table {table.number}", paper, f"{here} {layout.caption}")}
     if len(compared):
@@ -96,7 +94,8 @@ def _findings(scores: pd.DataFrame, here: str, table: Table) -> list[tuple[str, 
         score = f"{row['mean']:.3f} ({row['low']:.3f} to {row['high']:.3f}; n={row['n']}, {row['n_seeds']} seeds)"
         told = ""
         if row["verdict"]:
-            told = f"{row['difference']:+.3f} ({row['difference_low']:+.3f} to {row['difference_high']:+.3f}): {row['verdict']}"
+            interval = f"{row['difference_low']:+.3f} to {row['difference_high']:+.3f}"
+            told = f"{row['difference']:+.3f} ({interval}): {row['verdict']}"
         rows.append((f"{row['task']}, {row['metric']}: {row['mask']}", score, told))
     if table.left_out:
         rows.append(("left out", f"{', '.join(table.left_out)}: only the hub has them", ""))
@@ -161,7 +160,12 @@ class _Rows:
         del base
         mask = "none" if variant.rate is None else f"rate={variant.rate:g}"
         looks = pd.read_parquet(folder / "training_trace.parquet")
-        told_of = {"dataset": self._part.dataset, "training_mask": mask, "gate": variant.gate or "none", "seed": seed}
+        told_of: dict[str, Any] = {
+            "dataset": self._part.dataset,
+            "training_mask": mask,
+            "gate": variant.gate or "none",
+            "seed": seed,
+        }
         self.looks.append(looks.assign(**told_of))
         options = model_options(cfg, planned) | {"name": str(folder / "model"), "source": "hub", "hub_id": None}
         tokens = [torch.tensor(ids) for ids in self._study.tokens]
@@ -176,7 +180,7 @@ class _Rows:
             for label, given in rows:
                 layers = self._asked.layers_of(benchmark, self._preset()).get("layers", "all")
                 if isinstance(given, WeMask):
-                    mask: WeMask | None = given if layers == "all" else _on_first_block(given)
+                    mask: WeMask | None = given if layers == "all" else on_first_block(given)
                 else:
                     mask = None if given is None else self._masked_cells(study, layers)[given]
                 cells.append(Cell(label, label, 0.0 if mask is None else float(mask.rate), mask))
@@ -192,18 +196,8 @@ class _Rows:
     def _masked_cells(self, study: Study, layers: Any = "all") -> dict[float | int, WeMask]:
         options = OmegaConf.create(self._preset().options | {"layers": layers})
         masks = [mask for mask in masks_of(options, study.me, study.model) if mask is not None]
-        return {rate: mask for rate, mask in zip(self._table.rates, masks, strict=True)}
+        return dict(zip(self._table.rates, masks, strict=True))
 
 
 def _was_begun(folder: Any) -> bool:
     return bool((folder / "checkpoints" / "training.json").is_file())
-
-
-def _on_first_block(mask: WeMask) -> WeMask:
-    """Leave a mask on the first of its blocks alone, as the paper does for maths and safety (appendix C)."""
-    fixed = mask.fixed
-    if fixed is None:
-        raise MelensError("The mask of the trained model has no dims.")
-    first = fixed.blocks[0]
-    dims = None if fixed.dims is None else {first: fixed.dims[first]}
-    return replace(mask, layers=(first,), fixed=FixedDims(dims, (first,), fixed.model))

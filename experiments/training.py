@@ -1,4 +1,4 @@
-"""Train a model with WeMask, with gates or plain, and see what becomes of its massive activation: `sft`, `dpo`, `grpo`."""
+"""Train a model with WeMask, with gates or plain (`sft`, `dpo`, `grpo`), and see what becomes of it."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def prepare_training(cfg: DictConfig, method: str, *, dataset: str | None = None
     n_processes = PartialState().num_processes
     if torch.cuda.device_count() > 1 and n_processes == 1:
         raise MelensError(
-            "There are several GPUs, and a training in one process takes one: set CUDA_VISIBLE_DEVICES=0, or start with "
-            "accelerate launch --config_file conf/training/accelerate/ddp.yaml experiments/run.py ..."
+            "There are several GPUs, and a training in one process takes one: set CUDA_VISIBLE_DEVICES=0, or start "
+            "with accelerate launch --config_file conf/training/accelerate/ddp.yaml experiments/run.py ..."
         )
     sharded = _is_sharded()
     per_weight = planned.recipe.bytes_per_weight / (n_processes if sharded else 1)
@@ -231,7 +231,6 @@ def run(study: Study, options: DictConfig) -> Result:
     planned = planned_training(study.cfg, options.name).on(gpu=torch.cuda.is_available())
     folder = study.folder if planned.resume is None else planned.resume
     fitted = fit(study, planned, folder, resume=planned.resume is not None)
-    me_before = study.me
     first, last = _ends(fitted.looks)
     metrics = study.metrics(
         method=planned.recipe.method,
@@ -250,7 +249,7 @@ def run(study: Study, options: DictConfig) -> Result:
         metrics,
         tables,
         _pictures(study, fitted, planned, first, last),
-        _findings(planned, fitted, me_before.layer, first, last),
+        _findings(planned, fitted, first, last),
     )
 
 
@@ -258,47 +257,54 @@ def _ends(looks: pd.DataFrame) -> tuple[dict[str, Any], dict[str, Any]]:
     own = looks[~looks["masked"]].sort_values("step")
     if not len(own):
         return {}, {}
-    rows = [{key: None if pd.isna(value) else value for key, value in row.items()} for row in own.to_dict("records")]
-    return rows[0], rows[-1]
+    first, last = (
+        {str(key): None if pd.isna(value) else value for key, value in own.iloc[at].items()} for at in (0, -1)
+    )
+    return first, last
+
+
+_LOGGED = {
+    "loss": "loss",
+    "reward": "reward",
+    "rewards/margins": "margin of rewards",
+    "mean_token_accuracy": "token accuracy",
+}
+_SEEN = {"magnification_there": "magnification of the ME layer", "sink_mass": "sink mass behind the ME layer"}
 
 
 def _pictures(
     study: Study, fitted: Fitted, planned: Planned, first: dict[str, Any], last: dict[str, Any]
 ) -> dict[str, Picture]:
     what = f"{planned.recipe.method.upper()} of {study.trace.model['name']} on {planned.dataset}"
-    pictures = {}
-    shown = {
-        "loss": "loss",
-        "reward": "reward",
-        "rewards/margins": "margin of rewards",
-        "mean_token_accuracy": "token accuracy",
-    }
-    columns = {name: title for name, title in shown.items() if name in fitted.log and fitted.log[name].notna().any()}
-    curves = {
-        title: {"": fitted.log[["step", name]].dropna().rename(columns={name: "value"})}
-        for name, title in columns.items()
-    }
-    here = f"{fitted.metrics['steps']} steps, from a loss of {_number(_first(fitted.log))} to {_number(fitted.metrics['final_loss'])}."
-    pictures["training_loss"] = Picture(figures.over_steps(curves, title=what), "asked for by the project", "", here)
-    if len(fitted.looks):
-        quantities = {
-            "magnification_there": "magnification of the ME layer",
-            "sink_mass": "sink mass behind the ME layer",
+    told = [name for name in _LOGGED if name in fitted.log and fitted.log[name].notna().any()]
+    curves = {_LOGGED[name]: {"": _points(fitted.log, name)} for name in told}
+    seen = {
+        title: {
+            "with the mask" if masked else "without the mask": _points(rows, name)
+            for masked, rows in fitted.looks.groupby("masked")
         }
-        panels = {}
-        for name, title in quantities.items():
-            of_both = {
-                "with the mask" if masked else "without the mask": rows[["step", name]]
-                .dropna()
-                .rename(columns={name: "value"})
-                for masked, rows in fitted.looks.groupby("masked")
-            }
-            if any(len(rows) for rows in of_both.values()):
-                panels[title] = of_both
-        if panels:
-            figure = figures.over_steps(panels, title=f"{what}: massive activation and sinks", markers=True)
-            pictures["training_trace"] = Picture(figure, "asked for by the project", "", _moved(first, last))
+        for name, title in _SEEN.items()
+        if fitted.looks[name].notna().any()
+    }
+    source = "asked for by the project"
+    pictures = {}
+    if curves:
+        figure = figures.over_steps(curves, title=what)
+        pictures["training_loss"] = Picture(figure, source, "", _steps_in_words(fitted))
+    if seen:
+        figure = figures.over_steps(seen, title=f"{what}: massive activation and sinks", markers=True)
+        pictures["training_trace"] = Picture(figure, source, "", _moved(first, last))
     return pictures
+
+
+def _points(table: pd.DataFrame, name: str) -> pd.DataFrame:
+    return table[["step", name]].dropna().rename(columns={name: "value"})
+
+
+def _steps_in_words(fitted: Fitted) -> str:
+    resumed = f", from step {fitted.metrics['resumed_at']} on" if fitted.metrics["resumed_at"] else ""
+    losses = f"{_number(_first(fitted.log))} to {_number(fitted.metrics['final_loss'])}"
+    return f"{fitted.metrics['steps']} steps{resumed}; loss from {losses}."
 
 
 def _first(log: pd.DataFrame) -> float | None:
@@ -327,30 +333,20 @@ def _moved(first: dict[str, Any], last: dict[str, Any]) -> str:
     )
 
 
-def _findings(
-    planned: Planned, fitted: Fitted, me_layer: int | None, first: dict[str, Any], last: dict[str, Any]
-) -> list[tuple[str, ...]]:
+def _findings(planned: Planned, fitted: Fitted, first: dict[str, Any], last: dict[str, Any]) -> list[tuple[str, ...]]:
     metrics = fitted.metrics
-    mask = (
-        "none"
-        if fitted.mask is None
-        else f"{planned.mask.name if planned.mask else ''} rate={fitted.mask.rate:g}, start={fitted.mask.start}"
-    )
+    mask = "none"
+    if fitted.mask is not None and planned.mask is not None:
+        mask = f"{planned.mask.name} rate={fitted.mask.rate:g} start={fitted.mask.start}"
+    what = f"{planned.recipe.method} on {metrics['rows']} rows of {planned.dataset}"
     speed = f"{metrics['seconds']:.0f} s, {_number(metrics['step_seconds'], 3)} s a step"
     if metrics["tokens_per_second"]:
         speed += f", {metrics['tokens_per_second']:,.0f} tokens a second"
     if metrics["peak_gb"]:
         speed += f", {metrics['peak_gb']:.1f} GB at most"
-    resumed = f", from step {metrics['resumed_at']} on" if metrics["resumed_at"] else ""
     return [
-        (
-            "training",
-            f"{planned.recipe.method} on {metrics['rows']} rows of {planned.dataset}, mask {mask}, gate {planned.gate or 'none'}",
-        ),
-        (
-            "steps",
-            f"{metrics['steps']}{resumed}; loss {_number(_first(fitted.log))} to {_number(metrics['final_loss'])}",
-        ),
+        ("training", f"{what}, mask {mask}, gate {planned.gate or 'none'}"),
+        ("steps", _steps_in_words(fitted)),
         ("speed", speed),
         ("massive activation", _moved(first, last)),
         ("saved", f"{fitted.folder}: model=hub model.name={fitted.folder} in any experiment"),

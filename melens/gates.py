@@ -87,7 +87,7 @@ def add_gates(network: Network, kind: str) -> None:
     for layer, block in enumerate(network.blocks):
         if block.attention is None:
             continue
-        like = _projections(block, layer)[1].weight
+        like: Any = _projections(block, layer)[1].weight
         n_gates = like.shape[1] if kind == "elementwise" else _n_heads(network)
         gates[layer] = Gate(like.new_zeros(n_gates, network.d_model))
     attach_gates(network, gates)
@@ -150,4 +150,5 @@ def _projections(block: Block, layer: int) -> tuple[nn.Module, nn.Module]:
 
 
 def _n_heads(network: Network) -> int:
-    return int(network.base.config.get_text_config().num_attention_heads)
+    config: Any = network.base.config
+    return int(config.get_text_config().num_attention_heads)

@@ -270,8 +270,8 @@ def _check_memory(
         free = psutil.virtual_memory().available
     if needed > free:
         raise MelensError(
-            f"{spec.name} needs {needed / 1e9:.1f} GB for {purpose}, but {device} has {free / 1e9:.1f} GB free: choose a "
-            "smaller dtype, a smaller model, or several GPUs."
+            f"{spec.name} needs {needed / 1e9:.1f} GB for {purpose}, but {device} has {free / 1e9:.1f} GB free: choose "
+            "a smaller dtype, a smaller model, or several GPUs."
         )
 
 

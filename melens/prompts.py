@@ -135,7 +135,7 @@ _CHAT_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message['role'] 
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Make a tokenizer with a token a byte, three special ones and a chat template, for models that learn from scratch."""
+    """Make a tokenizer with a token a byte and a chat template, for models with random weights."""
     bytes_as_letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: index for index, letter in enumerate(bytes_as_letters)}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,10 @@ import planted
 import pytest
 import torch
 from datasets import Dataset
+from hydra import compose, initialize_config_dir
 
+from experiments.job import run_job
+from experiments.options import check_options
 from melens import MelensError, WeMask, load_model
 from melens.gates import add_gates, gates_of
 from melens.networks import bridged_twin, open_network, plain_twin
@@ -105,14 +107,14 @@ def test_nothing_flows_back_into_what_is_masked(tmp_path):
 def test_a_killed_training_goes_on_as_if_it_had_not_been(tmp_path, gate, lora):
     options = {"mask": MASK, "gate": gate, "lora": lora, "steps": 8, "save_every": 4}
     whole, _, _ = fit(tmp_path / "whole", **options)
+    model, tokenizer = tiny(gate)
+
+    def stop(done, total):
+        if done == 5:
+            raise KeyboardInterrupt
+
+    changes = {key: options[key] for key in ("lora", "steps", "save_every")}
     with pytest.raises(KeyboardInterrupt):
-        model, tokenizer = tiny(gate)
-
-        def stop(done, total):
-            if done == 5:
-                raise KeyboardInterrupt
-
-        changes = {key: options[key] for key in ("lora", "steps", "save_every")}
         train(model, tokenizer, sums(), recipe(**changes), tmp_path / "cut", mask=MASK.on(model), progress=stop)
     resumed, _, _ = fit(tmp_path / "cut", resume=True, **options)
     assert resumed.metrics["resumed_at"] == 4
@@ -121,9 +123,9 @@ def test_a_killed_training_goes_on_as_if_it_had_not_been(tmp_path, gate, lora):
 
 def test_checkpoints_of_another_training_are_refused(tmp_path):
     fit(tmp_path, mask=MASK, save_every=2)
-    with pytest.raises(MelensError, match="was trained with another mask: rate was 0.25 and is 0.5"):
+    with pytest.raises(MelensError, match=r"was trained with another mask: rate was 0\.25 and is 0\.5"):
         fit(tmp_path, mask=WeMask(rate=0.5, start=1), save_every=2, resume=True)
-    with pytest.raises(MelensError, match="was trained with another mask: .* is none"):
+    with pytest.raises(MelensError, match=r"was trained with another mask: .* is none"):
         fit(tmp_path, save_every=2, resume=True)
     with pytest.raises(MelensError, match="There is no training to go on with"):
         fit(tmp_path / "elsewhere", resume=True)
@@ -234,7 +236,7 @@ def test_only_what_follows_the_prompt_is_learnt(tmp_path):
     model, tokenizer = tiny()
     trained = train(model, tokenizer, rows, recipe(batch_size=1, micro_batch_size=1, steps=1), tmp_path)
     with torch.no_grad():
-        ids = torch.tensor([tokenizer("aaaa bb").input_ids + [tokenizer.eos_token_id]])
+        ids = torch.tensor([[*tokenizer("aaaa bb").input_ids, tokenizer.eos_token_id]])
         fresh, _ = tiny()
         logprobs = fresh(ids).logits.log_softmax(-1)
     expected = -torch.stack([logprobs[0, at - 1, ids[0, at]] for at in range(5, 8)]).mean()
@@ -316,15 +318,22 @@ def test_a_missing_package_is_told(monkeypatch):
 # --- The command line -------------------------------------------------------------------------------------------------
 
 
-def run(*overrides, processes=1):
-    launch = [sys.executable, "experiments/run.py"]
-    if processes > 1:
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        launch += ["experiments/run.py"]
+def job(folder, *overrides):
+    """What the command line does with these options, in this process."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", ["scale=smoke", *overrides])
+    check_options(cfg)
+    folder.mkdir(parents=True, exist_ok=True)
+    assert run_job(cfg, folder) == []
+
+
+def run_twice_over(*overrides):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "experiments/run.py"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    return subprocess.run(
-        [*launch, *overrides], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+    done = subprocess.run(
+        [*launch, "scale=smoke", *overrides], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
+    assert done.returncode == 0, done.stderr
 
 
 def losses(folder):
@@ -332,27 +341,23 @@ def losses(folder):
 
 
 def test_two_processes_train_as_one_does_and_go_on_as_two(tmp_path):
-    options = ["exp=sft", "scale=smoke", "training.mask=paper", "training.batch_size=8", "training.steps=6"]
+    options = ["exp=sft", "training.mask=paper", "training.batch_size=8", "training.steps=6"]
     options += ["training.save_every=3", "training.trace_every=3"]
-    one = run(*options, f"hydra.run.dir={tmp_path / 'one'}")
-    assert one.returncode == 0, one.stderr
-    two = run(*options, f"hydra.run.dir={tmp_path / 'two'}", processes=2)
-    assert two.returncode == 0, two.stderr
+    job(tmp_path / "one", *options)
+    run_twice_over(*options, f"hydra.run.dir={tmp_path / 'two'}")
     assert json.loads((tmp_path / "two" / "result.json").read_text())["metrics"]["training_processes"] == 2
     pd.testing.assert_series_equal(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=0, atol=1e-4)
     looks = pd.read_parquet(tmp_path / "one" / "training_trace.parquet")
     assert looks.groupby("masked")["step"].apply(list).to_dict() == {False: [0, 3, 6], True: [0, 3, 6]}
     (tmp_path / "two" / "checkpoints" / "checkpoint-6").rename(tmp_path / "gone")
-    again = run(*options, f"training.resume={tmp_path / 'two'}", f"hydra.run.dir={tmp_path / 'again'}", processes=2)
-    assert again.returncode == 0, again.stderr
+    run_twice_over(*options, f"training.resume={tmp_path / 'two'}", f"hydra.run.dir={tmp_path / 'again'}")
     assert json.loads((tmp_path / "again" / "result.json").read_text())["metrics"]["training_resumed_at"] == 3
     pd.testing.assert_series_equal(losses(tmp_path / "one"), losses(tmp_path / "again"), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["dpo", "grpo"])
-def test_the_other_methods_from_the_command_line(tmp_path, method):
-    done = run(f"exp={method}", "scale=smoke", "training.mask=paper", f"hydra.run.dir={tmp_path}")
-    assert done.returncode == 0, done.stderr
+def test_the_other_methods_as_experiments(tmp_path, method):
+    job(tmp_path, f"exp={method}", "training.mask=paper")
     assert load_model(str(tmp_path / "model")).tokenizer is not None
     assert (tmp_path / "training_loss.html").is_file()
 
@@ -364,6 +369,7 @@ def test_the_other_methods_from_the_command_line(tmp_path, method):
         (["training.dataset=gsm9k"], "the nearest known are gsm8k"),
         (["training.gate=both"], "training.gate is 'both'"),
         (["training.mask=paper", "wemask.start=me+1"], "no ME layer to start from"),
+        (["exp=tables"], "table is None; it must be one of"),
         (["training.batch_size=0"], "training.batch_size is 0"),
         (["training.resume=/nowhere"], "there is no such folder"),
         (
@@ -373,8 +379,52 @@ def test_the_other_methods_from_the_command_line(tmp_path, method):
     ],
 )
 def test_a_mistake_is_told_in_a_sentence(tmp_path, overrides, message):
-    done = run("exp=sft", "scale=smoke", *overrides, f"hydra.run.dir={tmp_path}")
-    assert done.returncode != 0
-    assert "Traceback" not in done.stderr
-    assert re.search(message, done.stderr), done.stderr
+    experiment = [] if any(option.startswith("exp=") for option in overrides) else ["exp=sft"]
+    with pytest.raises(MelensError, match=message):
+        job(tmp_path, *experiment, *overrides)
     assert not (tmp_path / "result.json").exists()
+
+
+def test_a_table_trains_what_is_missing_and_a_second_time_nothing(tmp_path, monkeypatch):
+    options = [
+        "exp=tables",
+        "table=7",
+        "scale=smoke",
+        "training.steps=3",
+        "training.seed=[0,1]",
+        "wemask.rate=[0.1,0.3]",
+    ]
+    monkeypatch.setenv("MELENS_CACHE", str(tmp_path / "cache"))
+    job(tmp_path / "first", *options)
+    scores = pd.read_parquet(tmp_path / "first" / "table_scores.parquet").query("task == 'induction'")
+    assert scores["mask"].tolist() == [
+        "base",
+        "SFT",
+        "SFT + WeMask rate=0.1 (TF)",
+        "SFT + WeMask rate=0.3 (TF)",
+        "WeMask rate=0.1 (SFT)",
+        "WeMask rate=0.3 (SFT)",
+        "gated attention, headwise (SFT)",
+        "gated attention, elementwise (SFT)",
+    ]
+    assert scores.set_index("mask")["n_seeds"].tolist() == [1] + 7 * [2]
+    assert scores.set_index("mask")["difference"].notna().tolist() == [True, False] + 6 * [True]
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("trainings/*/model/model.safetensors")}
+    assert len(kept) == 2 * 5
+    job(tmp_path / "second", *options)
+    assert kept == {path: path.stat().st_mtime_ns for path in kept}
+    pd.testing.assert_frame_equal(
+        pd.read_parquet(tmp_path / "second" / "table_scores.parquet"),
+        pd.read_parquet(tmp_path / "first" / "table_scores.parquet"),
+    )
+    assert (tmp_path / "first" / "table.tex").read_text().count("WeMask") == 4
+    trained = next(path.parent for path in kept if (path.parent / "wemask.json").is_file())
+    saved = [
+        "exp=benchmark",
+        "model=hub",
+        f"model.name={trained}",
+        "benchmark.masks=[off,saved]",
+        "benchmark.tasks=[copy]",
+    ]
+    job(tmp_path / "saved", *saved)
+    assert len(pd.read_parquet(tmp_path / "saved" / "benchmark_scores.parquet")["mask"].unique()) == 2

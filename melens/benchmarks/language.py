@@ -38,7 +38,7 @@ class Needle:
     """
 
     lengths: Sequence[int] = (256, 512)
-    depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    depths: Sequence[float | int] = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)

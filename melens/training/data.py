@@ -201,7 +201,7 @@ def format_rows(data: TrainingData, method: str, *, chat: bool) -> Dataset:
             return {"prompt": prompt, "answer": row["answer"]}
         if method == "dpo":
             return {"prompt": prompt, "chosen": reply(chosen), "rejected": reply(rejected)}
-        return {"prompt": prompt, "completion": reply(row["completion"] if "completion" in row else chosen)}
+        return {"prompt": prompt, "completion": reply(row.get("completion", chosen))}
 
     return data.rows.map(formatted, remove_columns=data.rows.column_names).filter(_is_answered)
 

@@ -145,6 +145,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+_TRACKERS = ("none", "tensorboard", "wandb", "trackio")
 _COUNT = "a whole number of at least 1"
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("method", lambda value: value in METHODS, f"one of {', '.join(METHODS)}"),
@@ -165,7 +166,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("gradient_checkpointing", lambda value: isinstance(value, bool), "true or false"),
     ("log_every", _is_count, _COUNT),
     ("save_every", lambda value: value == 0 or _is_count(value), f"{_COUNT}, or 0 for no checkpoints"),
-    ("report_to", lambda value: value in ("none", "tensorboard", "wandb", "trackio"), "none, tensorboard, wandb or trackio"),
+    ("report_to", lambda value: value in _TRACKERS, f"one of {', '.join(_TRACKERS)}"),
     ("seed", lambda value: value == 0 or _is_count(value), "a whole number"),
     ("trainer", lambda value: isinstance(value, Mapping), "fields of TRL's configuration by name"),
 )  # fmt: skip

@@ -83,8 +83,15 @@ def train(
     Raises:
         MelensError: a checkpoint of another training, or a loss that is no number.
     """
-    plan = {"recipe": asdict(recipe), "mask": None if mask is None else mask.told(), "rows": len(rows)}
-    plan["gate"] = sorted({tuple(gate.weight.shape) for gate in gates_of(open_network(model)).values()})
+    n_gates = sorted(
+        {weight.shape[0] for gate in gates_of(open_network(model)).values() for weight in gate.parameters()}
+    )
+    plan = {
+        "recipe": asdict(recipe),
+        "mask": None if mask is None else mask.told(),
+        "gate": n_gates,  # of a block
+        "rows": len(rows),
+    }
     checkpoint = _checkpoint(folder, json.loads(json.dumps(plan)), resume=resume)
     with nullcontext() if mask is None else mask.applied(model) as installed:
         trainer = _trainer(model, tokenizer, rows, recipe, folder)
@@ -124,9 +131,8 @@ def _checkpoint(folder: Path, plan: dict[str, Any], *, resume: bool) -> Path | N
         before = json.loads(path.read_text("utf-8"))
         other = next((key for key in ("mask", "gate", "rows", "recipe") if before.get(key) != plan[key]), None)
         if other is not None:
-            raise MelensError(
-                f"The checkpoint in {folder} was trained with another {other}: {_difference(before.get(other), plan[other])}."
-            )
+            changed = _difference(before.get(other), plan[other])
+            raise MelensError(f"The checkpoint in {folder} was trained with another {other}: {changed}.")
         return None if last is None else Path(last)
     if resume:
         raise MelensError(f"There is no training to go on with in {folder}.")
