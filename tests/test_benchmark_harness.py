@@ -244,7 +244,7 @@ def test_a_run_from_the_command_line_goes_on_where_it_stopped(tmp_path, data, mo
         (["benchmark.data_dir=/nowhere"], "there is no such folder"),
         (["benchmark.mode=chat"], "benchmark.mode is 'chat'; it must be loglikelihood or generate."),
         (["benchmark.limit=0"], "benchmark.limit is 0"),
-        (["wemask=random"], "from benchmark.masks"),
+        (["wemask=random"], "those of benchmark.masks"),
     ],
 )
 def test_wrong_options_are_told_before_anything_slow(tmp_path, overrides, message):

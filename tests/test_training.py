@@ -386,14 +386,7 @@ def test_a_mistake_is_told_in_a_sentence(tmp_path, overrides, message):
 
 
 def test_a_table_trains_what_is_missing_and_a_second_time_nothing(tmp_path, monkeypatch):
-    options = [
-        "exp=tables",
-        "table=7",
-        "scale=smoke",
-        "training.steps=3",
-        "training.seed=[0,1]",
-        "wemask.rate=[0.1,0.3]",
-    ]
+    options = ["exp=tables", "table=7", "training.steps=2", "wemask.rate=[0.1,0.3]", "benchmark.tasks=[induction]"]
     monkeypatch.setenv("MELENS_CACHE", str(tmp_path / "cache"))
     job(tmp_path / "first", *options)
     scores = pd.read_parquet(tmp_path / "first" / "table_scores.parquet").query("task == 'induction'")
@@ -407,10 +400,9 @@ def test_a_table_trains_what_is_missing_and_a_second_time_nothing(tmp_path, monk
         "gated attention, headwise (SFT)",
         "gated attention, elementwise (SFT)",
     ]
-    assert scores.set_index("mask")["n_seeds"].tolist() == [1] + 7 * [2]
     assert scores.set_index("mask")["difference"].notna().tolist() == [True, False] + 6 * [True]
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("trainings/*/model/model.safetensors")}
-    assert len(kept) == 2 * 5
+    assert len(kept) == 5
     job(tmp_path / "second", *options)
     assert kept == {path: path.stat().st_mtime_ns for path in kept}
     pd.testing.assert_frame_equal(
