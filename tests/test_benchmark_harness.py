@@ -208,6 +208,7 @@ ARGUMENTS = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_from_the_command_line_goes_on_where_it_stopped(tmp_path, data, monkeypatch):
     model = embedded_model_folder()
     monkeypatch.setenv("MELENS_CACHE", str(tmp_path / "cache"))

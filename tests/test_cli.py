@@ -181,7 +181,7 @@ def test_importing_melens_costs_little_more_than_importing_transformer_lens():
     assert min(seconds("melens") for _ in range(3)) < 1.5 * min(seconds("transformer_lens") for _ in range(3))
 
 
-@pytest.mark.parametrize("sweep", [False, True])
+@pytest.mark.parametrize("sweep", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_what_masks_do_to_the_embedded_model(tmp_path, short_prompts, sweep):
     grid = ["exp=wemask", "wemask.rate=0.1", "wemask.select=[weight,magnitude]", "data.n_texts=3", "data.n_tokens=48"]
     if sweep:

@@ -103,7 +103,7 @@ def test_nothing_flows_back_into_what_is_masked(tmp_path):
     assert seen[0][:, 0].abs().min() > 0
 
 
-@pytest.mark.parametrize(("gate", "lora"), [(None, None), ("elementwise", None), ("headwise", Lora(rank=4))])
+@pytest.mark.parametrize(("gate", "lora"), [("elementwise", None), ("headwise", Lora(rank=4))])
 def test_a_killed_training_goes_on_as_if_it_had_not_been(tmp_path, gate, lora):
     options = {"mask": MASK, "gate": gate, "lora": lora, "steps": 8, "save_every": 4}
     whole, _, _ = fit(tmp_path / "whole", **options)
