@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from melens.emergence import Criterion
 from melens.errors import MelensError
@@ -255,7 +256,9 @@ class InstalledMask:
     # --- A forward call -----------------------------------------------------------------------------------------------
 
     @torch.compiler.disable
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
         if module.training:  # perhaps with gradient checkpointing, which runs what is in a block once more
             while self._carriers:
                 block, carry = self._carriers.pop()
@@ -264,6 +267,18 @@ class InstalledMask:
         call = self._calls[threading.get_ident()] = self._finder.find(arguments)
         if call.where is None and not call.detect and not module.training:
             self.idle.add(threading.get_ident())
+        if module.training and self._hooks_are_repeated():
+            return args, {**kwargs, self.carried: call}
+        return None
+
+    def _hooks_are_repeated(self) -> bool:
+        """Tell whether gradient checkpointing repeats the hooks of a block too, as before transformers 5.23."""
+        parameters = self._signature.parameters.values()
+        return (
+            "__call__" in GradientCheckpointingLayer.__dict__
+            and any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+            and any(getattr(block, "gradient_checkpointing", False) for _, block in self._expected)
+        )
 
     @torch.compiler.disable
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -355,6 +370,8 @@ class _Hooks:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]] | None:
         """Send along with the block's arguments what is masked: the backward pass gets the same ones again."""
+        if self.mask.carried in kwargs:
+            return None
         if self._passes_on and module.training and getattr(module, "gradient_checkpointing", False):
             return args, {**kwargs, self.mask.carried: self.mask.call()}
         return None
