@@ -21,7 +21,7 @@ from experiments.training import fit, model_options, prepare_training
 from experiments.training_options import Planned
 from melens import Probe, WeMask, figures, load_model
 from melens.benchmarks.layout import lay_out
-from melens.benchmarks.scores import summarise
+from melens.benchmarks.scores import correct, summarise
 from melens.cache import store_for
 from melens.results import Picture, Result
 
@@ -59,7 +59,7 @@ def run(study: Study, options: DictConfig) -> Result:
         scores.append(summarise(of_part_items, rows.label(table.method.upper())).assign(dataset=part.dataset))
         looks += rows.looks
         notes.append(how_asked(study, asked_for(rows.cfg)))
-    together = pd.concat(scores, ignore_index=True)
+    together = correct(pd.concat(scores, ignore_index=True))  # over all parts, not each alone
     reference = f"{table.method.upper()} without a mask"
     layout = lay_out(together, study.trace.model["name"], " ".join(dict.fromkeys(notes)), reference)
     compared = together[together["shown"] & together["p_corrected"].notna()]

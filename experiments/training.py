@@ -45,8 +45,11 @@ def prepare_training(cfg: DictConfig, method: str, *, dataset: str | None = None
     Raises:
         MelensError: options, data or memory that do not allow the training.
     """
+    from melens.training.trainers import check_trainer
+
     disable_progress_bars()
     planned = planned_training(cfg, method, dataset=dataset).on(gpu=torch.cuda.is_available())
+    check_trainer(planned.recipe)
     _data(planned)
     options = model_options(cfg, planned)
     n_processes = PartialState().num_processes

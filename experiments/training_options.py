@@ -76,6 +76,10 @@ def planned_training(cfg: DictConfig, method: str, *, dataset: str | None = None
     for key, least in (("trace_every", 0), ("trace_prompts", 1)):
         if not (isinstance(node[key], int) and node[key] >= least):
             raise MelensError(f"training.{key} is {node[key]!r}; it must be a whole number of at least {least}.")
+    if not (isinstance(node["columns"], dict) and all(isinstance(name, str) for name in node["columns"].values())):
+        raise MelensError(f"training.columns is {node['columns']!r}; it must be like {{prompt: question}}.")
+    if not (node["data_dir"] is None or isinstance(node["data_dir"], str)):
+        raise MelensError(f"training.data_dir is {node['data_dir']!r}; it must be a folder.")
     limit = node["limit"]
     if limit is not None and not (isinstance(limit, int) and limit >= 1):
         raise MelensError(f"training.limit is {limit!r}; it must be a whole number of at least 1, or null.")
@@ -103,7 +107,8 @@ def planned_training(cfg: DictConfig, method: str, *, dataset: str | None = None
             raise MelensError(
                 "wemask.rate is a list, and a model is trained with one mask; -m wemask.rate=0.01,0.1 sweeps."
             )
-        preset = preset if preset.options["rate"] else None
+        if not preset.options["rate"]:
+            raise MelensError("wemask.rate is 0, which masks nothing; training.mask=off trains without a mask.")
     return Planned(
         recipe=recipe,
         dataset=dataset,

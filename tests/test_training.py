@@ -280,7 +280,7 @@ def test_answers_are_read_as_mathematics():
     assert reward_format([r"So \boxed{3}", "#### 3", "the answer is 3", "3 it was"]) == [1, 1, 1, 0]
 
 
-@pytest.mark.skipif("MELENS_DATA" not in os.environ, reason="MELENS_DATA names no folder with gsm8k.train.jsonl")
+@pytest.mark.data
 def test_real_solutions_are_rewarded_and_other_ones_not():
     lines = (Path(os.environ["MELENS_DATA"]) / "gsm8k.train.jsonl").read_text("utf-8").split("\n")[:300]
     rows = [json.loads(line) for line in lines]
@@ -367,6 +367,11 @@ def test_the_other_methods_as_experiments(tmp_path, method):
     [
         (["training.mask=papr"], "training.mask names 'papr'; allowed are"),
         (["training.dataset=gsm9k"], "the nearest known are gsm8k"),
+        (["training.lora.rank=0", "training.peft=lora"], "training.lora.rank is 0"),
+        (["training.columns=abc"], "training.columns is 'abc'"),
+        (["training.data_dir=5"], "training.data_dir is 5"),
+        (["training.mask=paper", "wemask.rate=0"], "masks nothing"),
+        (["+training.trainer.foo=1"], "training.trainer.foo is no field of TRL's SFTConfig"),
         (["training.gate=both"], "training.gate is 'both'"),
         (["training.mask=paper", "wemask.start=me+1"], "no ME layer to start from"),
         (["exp=tables"], "table is None; it must be one of"),
@@ -382,7 +387,7 @@ def test_a_mistake_is_told_in_a_sentence(tmp_path, overrides, message):
     experiment = [] if any(option.startswith("exp=") for option in overrides) else ["exp=sft"]
     with pytest.raises(MelensError, match=message):
         job(tmp_path, *experiment, *overrides)
-    assert not (tmp_path / "result.json").exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_table_trains_what_is_missing_and_a_second_time_nothing(tmp_path, monkeypatch):

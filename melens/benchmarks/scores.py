@@ -9,7 +9,7 @@ import pandas as pd
 
 from melens.statistics import bootstrap_mean, holm, mcnemar_p, paired_permutation_p
 
-__all__ = ["ALPHA", "best_rates", "summarise"]
+__all__ = ["ALPHA", "best_rates", "correct", "summarise"]
 
 ALPHA = 0.05
 """Below which corrected p-value a difference is called one."""
@@ -59,10 +59,13 @@ def summarise(items: pd.DataFrame, unmasked: str) -> pd.DataFrame:
             if mask != unmasked and unmasked in by_mask:
                 row |= _difference(by_mask[unmasked], values)
             rows.append(row)
-    table = pd.DataFrame(rows)
-    table["p_corrected"] = holm(table["p"].where(table["shown"]).to_numpy())
-    table["verdict"] = [_verdict(row) for row in table.to_dict("records")]
-    return table
+    return correct(pd.DataFrame(rows))
+
+
+def correct(scores: pd.DataFrame) -> pd.DataFrame:
+    """Correct the p-values of a table by Holm's method, over all differences of its shown metrics, and judge by them."""
+    scores = scores.assign(p_corrected=holm(scores["p"].where(scores["shown"]).to_numpy()))
+    return scores.assign(verdict=[_verdict(row) for row in scores.to_dict("records")])
 
 
 def _difference(unmasked: pd.DataFrame, masked: pd.DataFrame) -> dict[str, float]:

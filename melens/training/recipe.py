@@ -28,6 +28,15 @@ class Lora:
     alpha: float | int = 32
     dropout: float | int = 0.0
 
+    def __post_init__(self) -> None:
+        for name, is_allowed, allowed in (
+            ("rank", _is_count(self.rank), _COUNT),
+            ("alpha", _is_number(self.alpha) and self.alpha > 0, "a number over 0"),
+            ("dropout", _is_number(self.dropout) and 0 <= self.dropout < 1, "a number from 0 to under 1"),
+        ):
+            if not is_allowed:
+                raise MelensError(f"training.lora.{name} is {getattr(self, name)!r}; it must be {allowed}.")
+
 
 @dataclass(frozen=True)
 class Recipe:

@@ -30,7 +30,7 @@ from melens.training.recipe import Recipe
 from melens.training.rewards import reward_answer, reward_format
 from melens.wemask import WeMask
 
-__all__ = ["Trained", "train"]
+__all__ = ["Trained", "check_trainer", "train"]
 
 Watch = Callable[[int, Any, InstalledMask | None], None]
 """Called as `watch(step, model, mask)`."""
@@ -83,6 +83,7 @@ def train(
     Raises:
         MelensError: a checkpoint of another training, or a loss that is no number.
     """
+    check_trainer(recipe)
     n_gates = sorted(
         {weight.shape[0] for gate in gates_of(open_network(model)).values() for weight in gate.parameters()}
     )
@@ -152,14 +153,22 @@ def _difference(before: Any, now: Any) -> str:
 # --- TRL's trainers ---------------------------------------------------------------------------------------------------
 
 
-def _trainer(model: Any, tokenizer: Any, rows: Dataset, recipe: Recipe, folder: Path) -> Any:
+def check_trainer(recipe: Recipe) -> None:
+    """Raise a `MelensError` for a field that TRL's configuration does not have, or a batch that does not divide."""
+    config = {"sft": SFTConfig, "dpo": DPOConfig, "grpo": GRPOConfig}[recipe.method]
+    unknown = [name for name in recipe.trainer if name not in config.__dataclass_fields__]
+    if unknown:
+        raise MelensError(f"training.trainer.{unknown[0]} is no field of TRL's {config.__name__}.")
     n_processes = PartialState().num_processes
-    per_step = recipe.micro_batch_size * n_processes
-    if recipe.rows_per_step % per_step:
+    if recipe.rows_per_step % (recipe.micro_batch_size * n_processes):
         raise MelensError(
             f"training.batch_size makes steps of {recipe.rows_per_step} rows, which {n_processes} processes with micro "
             f"batches of {recipe.micro_batch_size} do not divide."
         )
+
+
+def _trainer(model: Any, tokenizer: Any, rows: Dataset, recipe: Recipe, folder: Path) -> Any:
+    per_step = recipe.micro_batch_size * PartialState().num_processes
     options = {
         "output_dir": str(folder),
         "per_device_train_batch_size": recipe.micro_batch_size,
@@ -197,9 +206,6 @@ def _trainer(model: Any, tokenizer: Any, rows: Dataset, recipe: Recipe, folder: 
     }
     kind, config = {"sft": (_Sft, SFTConfig), "dpo": (_Dpo, DPOConfig), "grpo": (_Grpo, GRPOConfig)}[recipe.method]
     options |= by_method[recipe.method] | dict(recipe.trainer)
-    unknown = [name for name in recipe.trainer if name not in config.__dataclass_fields__]
-    if unknown:
-        raise MelensError(f"training.trainer.{unknown[0]} is no field of TRL's {config.__name__}.")
     common = {
         "model": model,
         "args": config(**options),
