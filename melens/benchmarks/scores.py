@@ -63,7 +63,7 @@ def summarise(items: pd.DataFrame, unmasked: str) -> pd.DataFrame:
 
 
 def correct(scores: pd.DataFrame) -> pd.DataFrame:
-    """Correct the p-values of a table by Holm's method, over all differences of its shown metrics, and judge by them."""
+    """Correct the p-values of scores by Holm's method, over all differences of shown metrics, and judge."""
     scores = scores.assign(p_corrected=holm(scores["p"].where(scores["shown"]).to_numpy()))
     return scores.assign(verdict=[_verdict(row) for row in scores.to_dict("records")])
 
