@@ -272,7 +272,7 @@ _LOGGED = {
     "rewards/margins": "margin of rewards",
     "mean_token_accuracy": "token accuracy",
 }
-_SEEN = {"magnification_there": "magnification of the ME layer", "sink_mass": "sink mass behind the ME layer"}
+_SEEN = {"magnification_there": "magnification of block {me} (ME layer)", "sink_mass": "sink mass {where}"}
 
 
 def _pictures(
@@ -281,8 +281,10 @@ def _pictures(
     what = f"{planned.recipe.method.upper()} of {study.trace.model['name']} on {planned.dataset}"
     told = [name for name in _LOGGED if name in fitted.log and fitted.log[name].notna().any()]
     curves = {_LOGGED[name]: {"": _points(fitted.log, name)} for name in told}
+    me = study.me.layer
+    where = "of all blocks" if me is None else f"behind block {me}"
     seen = {
-        title: {
+        title.format(me=me, where=where): {
             "with the mask" if masked else "without the mask": _points(rows, name)
             for masked, rows in fitted.looks.groupby("masked")
         }

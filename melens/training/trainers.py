@@ -115,7 +115,7 @@ def train(
         "seconds": seconds,
         "step_seconds": record.median_step(),
         "tokens": tokens,
-        "tokens_per_second": None if new_tokens is None else new_tokens / seconds,
+        "tokens_per_second": None if new_tokens is None else new_tokens / max(record.in_steps(), 1e-9),
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None,
         "mean_loss": done.training_loss,
         "final_loss": float(log["loss"].dropna().iloc[-1]) if "loss" in log and log["loss"].notna().any() else None,
@@ -319,6 +319,10 @@ class _Record(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._look(state)
+
+    def in_steps(self) -> float:
+        """Return the seconds of all steps, without what looks, checkpoints and the start take."""
+        return sum(self._steps)
 
     def median_step(self) -> float | None:
         """Return the median seconds of a step."""
