@@ -51,13 +51,15 @@ def prepare_table(cfg: DictConfig) -> Planned:
 def run(study: Study, options: DictConfig) -> Result:
     """Train what is missing, score every row, and lay the table out."""
     table = asked_table(study.cfg)
-    scores, items, looks, notes = [], [], [], []
+    scores, items, notes = [], [], []
+    trainings: dict[str, list[pd.DataFrame]] = {}
     for part in table.parts:
         rows = _Rows(study, table, part)
         of_part_items = pd.concat(list(rows.items()), ignore_index=True)
         items.append(of_part_items.assign(dataset=part.dataset))
         scores.append(summarise(of_part_items, rows.label(table.method.upper())).assign(dataset=part.dataset))
-        looks += rows.looks
+        for kind, found in rows.trainings.items():
+            trainings.setdefault(kind, []).extend(found)
         notes.append(how_asked(study, asked_for(rows.cfg)))
     together = correct(pd.concat(scores, ignore_index=True))  # over all parts, not each alone
     reference = f"{table.method.upper()} without a mask"
@@ -82,8 +84,7 @@ def run(study: Study, options: DictConfig) -> Result:
         n_shown=n_shown,
     )
     tables = {"table_items": pd.concat(items, ignore_index=True), "table_scores": together}
-    if looks:
-        tables["training_trace"] = pd.concat(looks, ignore_index=True)
+    tables |= {kind: pd.concat(found, ignore_index=True) for kind, found in trainings.items() if found}
     documents = {"table.md": layout.markdown(), "table.tex": layout.latex()}
     return Result("tables", study.trace.model, metrics, tables, pictures, _findings(together, here, table), documents)
 
@@ -120,7 +121,7 @@ class _Rows:
         self._study, self._table, self._part = study, table, part
         self.cfg = of_part(study.cfg, part)
         self._asked = asked_for(self.cfg)
-        self.looks: list[pd.DataFrame] = []
+        self.trainings: dict[str, list[pd.DataFrame]] = {"training_trace": [], "training_log": []}
 
     def label(self, row: str) -> str:
         """Name a row; where parts share their benchmarks, by the dataset too."""
@@ -156,17 +157,19 @@ class _Rows:
         if not (folder / "model" / "training.json").is_file():
             fitted = fit(replace(self._study, model=base, cfg=cfg), planned, folder, resume=_was_begun(folder))
             fitted.looks.to_parquet(folder / "training_trace.parquet")
+            fitted.log.to_parquet(folder / "training_log.parquet")
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         del base
         mask = "none" if variant.rate is None else f"rate={variant.rate:g}"
-        looks = pd.read_parquet(folder / "training_trace.parquet")
         told_of: dict[str, Any] = {
             "dataset": self._part.dataset,
             "training_mask": mask,
             "gate": variant.gate or "none",
             "seed": seed,
         }
-        self.looks.append(looks.assign(**told_of))
+        for name in self.trainings:
+            table = pd.read_parquet(folder / f"{name}.parquet")
+            self.trainings[name].append(table.assign(**told_of))
         options = model_options(cfg, planned) | {"name": str(folder / "model"), "source": "hub", "hub_id": None}
         tokens = [torch.tensor(ids) for ids in self._study.tokens]
         return begin_study(load_model(**options), tokens, cfg, self._study.stage, self._study.folder)
