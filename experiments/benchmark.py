@@ -70,7 +70,7 @@ def run(study: Study, options: DictConfig) -> Result:
     masked = [(c.label, c.family, c.rate, c.mask.select) for of_task in cells.values() for c in of_task if c.mask]
     masks = pd.DataFrame(masked, columns=["mask", "family", "rate", "select"]).drop_duplicates()
     by_rate = best_rates(everything[everything["shown"]], masks, UNMASKED)
-    layout = lay_out(scores, study.trace.model["name"], how_asked(study, asked))
+    layout = lay_out(scores, study.trace.model["name"], how_asked(asked))
     metrics = study.metrics(
         tasks=[benchmark.name for benchmark in asked.benchmarks],
         left_out=list(asked.left_out),
@@ -309,8 +309,13 @@ class _Counter:
 # --- Telling ----------------------------------------------------------------------------------------------------------
 
 
-def how_asked(study: Study, asked: Asked) -> str:
-    how = "answers written" if asked.generates else "log-likelihoods"
+def how_asked(asked: Asked) -> str:
+    """Tell in sentences how a model was asked, for the caption of a table."""
+    if asked.generates:
+        how = "answers written"
+    else:
+        ways = {"answers written greedily" if each.generates else "log-likelihoods" for each in asked.benchmarks}
+        how = ", or ".join(sorted(ways, reverse=True))
     layers = {"auto": "all blocks from the start on for knowledge, the first alone for maths and safety"}
     where = layers.get(asked.layers, f"blocks: {asked.layers}")
     limit = "" if asked.limit is None else f" The first {asked.limit} items of each."

@@ -60,7 +60,7 @@ def run(study: Study, options: DictConfig) -> Result:
         scores.append(summarise(of_part_items, rows.label(table.method.upper())).assign(dataset=part.dataset))
         for kind, found in rows.trainings.items():
             trainings.setdefault(kind, []).extend(found)
-        notes.append(how_asked(study, asked_for(rows.cfg)))
+        notes.append(how_asked(asked_for(rows.cfg)))
     together = correct(pd.concat(scores, ignore_index=True))  # over all parts, not each alone
     reference = f"{table.method.upper()} without a mask"
     layout = lay_out(together, study.trace.model["name"], " ".join(dict.fromkeys(notes)), reference)
@@ -188,7 +188,7 @@ class _Rows:
                     mask = None if given is None else self._masked_cells(study, layers)[given]
                 cells.append(Cell(label, label, 0.0 if mask is None else float(mask.rate), mask))
             items = bench.run(benchmark, cells).items
-            found.append(items.assign(seed=1000 * seed + items["seed"]))
+            found.append(items.assign(training=seed))
         return pd.concat(found, ignore_index=True)
 
     def _preset(self) -> Any:

@@ -23,12 +23,22 @@ __all__ = [
 def bootstrap_mean(
     values: np.ndarray, *, confidence: float = 0.95, resamples: int = 2_000, seed: int = 0
 ) -> tuple[float, float]:
-    """Compute the percentile bootstrap interval of a mean over prompts; (nan, nan) below two values."""
+    """Compute the percentile bootstrap interval of a mean over prompts; (nan, nan) below two prompts.
+
+    Args:
+        values: [prompt]; or [prompt, training], where prompts and trainings are both drawn anew.
+        confidence, resamples, seed: of the bootstrap.
+    """
     if len(values) < 2:
         return (float("nan"), float("nan"))
-    rows = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
+    generator = np.random.default_rng(seed)
+    columns = np.asarray(values, dtype=float).reshape(len(values), -1).T
+    rows = generator.integers(len(values), size=(resamples, len(values)))
+    means = np.stack([column[rows].mean(axis=1) for column in columns], axis=1)
+    if len(columns) > 1:
+        means = np.take_along_axis(means, generator.integers(len(columns), size=means.shape), axis=1)
     tail = (1 - confidence) / 2
-    low, high = np.quantile(np.asarray(values, dtype=float)[rows].mean(axis=1), [tail, 1 - tail])
+    low, high = np.quantile(means.mean(axis=1), [tail, 1 - tail])
     return (float(low), float(high))
 
 

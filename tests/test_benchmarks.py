@@ -278,6 +278,28 @@ def test_a_loss_that_rises_is_worse_and_seeds_have_a_spread():
     assert seeds["sd"] == pytest.approx(np.std([0.75, 0.25], ddof=1))
 
 
+def test_a_difference_between_trainings_must_be_more_than_they_differ_among_themselves():
+    generator = np.random.default_rng(0)
+    plain = generator.normal(size=400)
+
+    def masked_by(*gains):  # a training each
+        found = [
+            items_of({"none": [plain], "masked": [plain + gain]}).assign(training=at) for at, gain in enumerate(gains)
+        ]
+        return summarise(pd.concat(found), "none").set_index("mask").loc["masked"]
+
+    for gains in ((0.3, 0.1, -0.1), (0.2, 0.1, 0.1)):
+        row = masked_by(*gains)
+        assert (row["difference"], row["n_trainings"], row["n_seeds"]) == (pytest.approx(np.mean(gains)), 3, 3)
+        assert row["p_corrected"] < 0.001  # over items, both are certain
+        assert (row["difference_low"], row["difference_high"]) == pytest.approx((min(gains), max(gains)))
+        assert row["verdict"] == ("better" if min(gains) > 0 else "no difference shown")
+    once = items_of({"none": [plain - 1]}).assign(training=0)
+    several = [items_of({"masked": [plain + gain]}).assign(training=at) for at, gain in enumerate((0.1, 0.2))]
+    of_one = summarise(pd.concat([once, *several]), "none").set_index("mask").loc["masked"]
+    assert (of_one["difference"], of_one["n_trainings"]) == (pytest.approx(1.15), 2)
+
+
 def test_the_best_rate_is_chosen_on_other_items_than_it_is_scored_on():
     found = []
     for seed in range(20):

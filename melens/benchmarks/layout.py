@@ -105,9 +105,10 @@ def lay_out(scores: pd.DataFrame, model: str, told: str = "", reference: str = "
     n_seeds = int(shown["n_seeds"].max())
     spread = f"mean ± standard deviation over {n_seeds} seeds" if n_seeds > 1 else "mean over items"
     n_compared = int(shown["p"].notna().sum())
+    beyond = ", and a 95% interval over items and trainings without 0" if shown["n_trainings"].max() > 1 else ""
     compared = (
         f"; in brackets the difference to {reference} on the same items, with † where it is shown (p < 0.05 "
-        f"after Holm's correction for {n_compared} comparisons); without † no difference is shown"
+        f"after Holm's correction for {n_compared} comparisons{beyond}); without † no difference is shown"
         if n_compared
         else ""
     )

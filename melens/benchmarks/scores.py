@@ -19,20 +19,24 @@ def summarise(items: pd.DataFrame, unmasked: str) -> pd.DataFrame:
     """Average the items of each benchmark, metric and mask, and compare them with those of the unmasked model.
 
     Args:
-        items: a row an item, with `task`, `mask`, `seed` and the columns of `harness.COLUMNS`.
+        items: a row an item, with `task`, `mask`, `seed` and the columns of `harness.COLUMNS`; and `training`, the seed
+            of each model's training, where several trainings are compared. What is of one training, or of none, is
+            compared with each of the other's.
         unmasked: the mask that stands for none.
 
     Returns:
-        A row a `task`, `metric` and `mask`: `n` items, `n_seeds`, `mean`, its bootstrap interval over items `low` and
-        `high`, `sd` of the seeds' means (NaN with one), `chance`, `higher_is_better`, `shown`; and, where the unmasked
-        model answered the same items, `difference`, `difference_low`, `difference_high`, `p` (exact McNemar for right
-        or wrong with one seed, else a paired permutation test), `p_corrected` (Holm, over all differences of the
-        shown metrics) and `verdict`.
+        A row a `task`, `metric` and `mask`: `n` items, `n_seeds` (of samples and trainings), `mean`, its bootstrap
+        interval over items `low` and `high`, `sd` of the seeds' means (NaN with one), `chance`, `higher_is_better`,
+        `shown`; and, where the unmasked model answered the same items, `difference`, `difference_low` and
+        `difference_high` (over items, and over trainings where there are several: `n_trainings`), `p` (exact McNemar
+        for right or wrong with one seed, else a paired permutation test over items), `p_corrected` (Holm, over all
+        differences of the shown metrics) and `verdict`.
     """
+    items = items if "training" in items else items.assign(training=0)
     rows = []
     for (task, metric), of_metric in items.groupby(["task", "metric"], sort=False):
         by_mask = {
-            mask: of_mask.pivot_table(index="item", columns="seed", values="value", sort=False)
+            mask: of_mask.pivot_table(index="item", columns=["training", "seed"], values="value", sort=False)
             for mask, of_mask in of_metric.groupby("mask", sort=False)
         }
         for mask, values in by_mask.items():
@@ -51,6 +55,7 @@ def summarise(items: pd.DataFrame, unmasked: str) -> pd.DataFrame:
                 "chance": float(of_metric["chance"].mean()),
                 "higher_is_better": bool(of_metric["higher_is_better"].iloc[0]),
                 "shown": bool(of_metric["shown"].iloc[0]),
+                "n_trainings": 1,
                 "difference": float("nan"),
                 "difference_low": float("nan"),
                 "difference_high": float("nan"),
@@ -68,22 +73,34 @@ def correct(scores: pd.DataFrame) -> pd.DataFrame:
     return scores.assign(verdict=[_verdict(row) for row in scores.to_dict("records")])
 
 
-def _difference(unmasked: pd.DataFrame, masked: pd.DataFrame) -> dict[str, float]:
-    both = unmasked.mean(axis=1).to_frame("unmasked").join(masked.mean(axis=1).rename("masked"), how="inner")
-    differences = (both["masked"] - both["unmasked"]).to_numpy()
+def _difference(unmasked: pd.DataFrame, masked: pd.DataFrame) -> dict[str, Any]:
+    items = unmasked.index.intersection(masked.index, sort=False)
+    before, after = (
+        values.loc[items].T.groupby(level="training").mean().T.to_numpy() for values in (unmasked, masked)
+    )  # [item, training], one of them perhaps of a single training
+    differences = after - before
     low, high = bootstrap_mean(differences)
-    is_right_or_wrong = both.isin([0.0, 1.0]).to_numpy().all()
-    if is_right_or_wrong and unmasked.shape[1] == 1:
-        p = mcnemar_p(int((differences > 0).sum()), int((differences < 0).sum()))
+    per_item = differences.mean(axis=1)
+    is_right_or_wrong = np.isin(before, (0.0, 1.0)).all() and np.isin(after, (0.0, 1.0)).all()
+    if is_right_or_wrong and unmasked.shape[1] == masked.shape[1] == 1:
+        p = mcnemar_p(int((per_item > 0).sum()), int((per_item < 0).sum()))
     else:
-        p = paired_permutation_p(differences)
-    return {"difference": float(differences.mean()), "difference_low": low, "difference_high": high, "p": p}
+        p = paired_permutation_p(per_item)
+    return {
+        "n_trainings": differences.shape[1],
+        "difference": float(per_item.mean()),
+        "difference_low": low,
+        "difference_high": high,
+        "p": p,
+    }
 
 
 def _verdict(row: Any) -> str:
+    """Judge a difference: with several trainings it must also be more than what these differ among themselves."""
     if np.isnan(row["p_corrected"]):
         return ""
-    if row["p_corrected"] >= ALPHA:
+    may_be_none = row["n_trainings"] > 1 and row["difference_low"] <= 0 <= row["difference_high"]
+    if row["p_corrected"] >= ALPHA or may_be_none:
         return "no difference shown"
     return "better" if (row["difference"] > 0) == row["higher_is_better"] else "worse"
 
