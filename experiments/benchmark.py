@@ -25,7 +25,7 @@ from melens.benchmarks.harness import Asking, HarnessTask, check_harness, evalua
 from melens.benchmarks.language import Needle, Questions, answered, ask
 from melens.benchmarks.layout import lay_out
 from melens.benchmarks.refusals import judged_refusals
-from melens.benchmarks.scores import best_rates, summarise
+from melens.benchmarks.scores import best_rates, count_verdicts, summarise
 from melens.benchmarks.scoring import Scorer
 from melens.cache import store_for
 from melens.networks import plain_twin
@@ -77,7 +77,7 @@ def run(study: Study, options: DictConfig) -> Result:
         table=asked.table,
         mode="generate" if asked.generates else "loglikelihood",
         runs_kept=sum(each.n_kept for each in done),
-        compared=_compared(scores, masks),
+        compared=count_verdicts(scores.merge(masks, on="mask"), "select"),
     )
     tables = {"benchmark_items": everything, "benchmark_scores": scores}
     if len(by_rate):
@@ -311,28 +311,18 @@ class _Counter:
 
 def how_asked(asked: Asked) -> str:
     """Tell in sentences how a model was asked, for the caption of a table."""
-    if asked.generates:
-        how = "answers written"
-    else:
-        ways = {"answers written greedily" if each.generates else "log-likelihoods" for each in asked.benchmarks}
-        how = ", or ".join(sorted(ways, reverse=True))
+    ways = set()
+    for benchmark in asked.benchmarks:
+        if asked.generates and benchmark.kind != "language":
+            ways.add("answers written")
+        else:
+            ways.add("answers written greedily" if benchmark.generates else "log-likelihoods")
+    how = ", or ".join(sorted(ways, reverse=True))
     layers = {"auto": "all blocks from the start on for knowledge, the first alone for maths and safety"}
     where = layers.get(asked.layers, f"blocks: {asked.layers}")
     limit = "" if asked.limit is None else f" The first {asked.limit} items of each."
     judge = "" if asked.judge is None else f" Refusals judged by {asked.judge}."
     return f"Zero-shot, {how}. Masked: {where}.{limit}{judge}"
-
-
-def _compared(scores: pd.DataFrame, masks: pd.DataFrame) -> dict[str, dict[str, int]]:
-    """Count how the comparisons turned out, by how a mask selects its dims."""
-    of_masks = scores[scores["p_corrected"].notna()].merge(masks, on="mask")
-    return {
-        str(select): {
-            "all": len(own),
-            **{verdict: int((own["verdict"] == verdict).sum()) for verdict in ("better", "worse")},
-        }
-        for select, own in of_masks.groupby("select", sort=False)
-    }
 
 
 def _pictures(study: Study, scores: pd.DataFrame, layout: Any) -> dict[str, Picture]:

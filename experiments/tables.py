@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -17,11 +17,12 @@ from experiments.benchmark_options import asked_for, read_presets
 from experiments.masks import masks_of, on_first_block
 from experiments.study import Study, begin_study
 from experiments.table_options import Part, Table, asked_table, of_part
-from experiments.training import fit, model_options, prepare_training
+from experiments.training import fit, model_options, prepare_training, what_is_learnt
 from experiments.training_options import Planned
+from experiments.training_report import Course, averaged, draw
 from melens import Probe, WeMask, figures, load_model
 from melens.benchmarks.layout import lay_out
-from melens.benchmarks.scores import correct, summarise
+from melens.benchmarks.scores import correct, count_verdicts, summarise
 from melens.cache import store_for
 from melens.results import Picture, Result
 
@@ -52,16 +53,18 @@ def run(study: Study, options: DictConfig) -> Result:
     """Train what is missing, score every row, and lay the table out."""
     table = asked_table(study.cfg)
     scores, items, notes = [], [], []
-    trainings: dict[str, list[pd.DataFrame]] = {}
+    courses: list[Course] = []
     for part in table.parts:
         rows = _Rows(study, table, part)
         of_part_items = pd.concat(list(rows.items()), ignore_index=True)
         items.append(of_part_items.assign(dataset=part.dataset))
-        scores.append(summarise(of_part_items, rows.label(table.method.upper())).assign(dataset=part.dataset))
-        for kind, found in rows.trainings.items():
-            trainings.setdefault(kind, []).extend(found)
+        kinds = of_part_items[["mask", "kind"]].drop_duplicates()
+        of_part_scores = summarise(of_part_items, rows.label(table.method.upper())).merge(kinds, on="mask")
+        scores.append(of_part_scores.assign(dataset=part.dataset))
+        courses += rows.courses
         notes.append(how_asked(asked_for(rows.cfg)))
     together = correct(pd.concat(scores, ignore_index=True))  # over all parts, not each alone
+    pairs = _pairs(items)
     reference = f"{table.method.upper()} without a mask"
     layout = lay_out(together, study.trace.model["name"], " ".join(dict.fromkeys(notes)), reference)
     compared = together[together["shown"] & together["p_corrected"].notna()]
@@ -75,6 +78,8 @@ def run(study: Study, options: DictConfig) -> Result:
     if len(compared):
         differences = figures.score_differences(compared, title=f"Differences to {reference}: {name}")
         pictures["table_differences"] = Picture(differences, f"table {table.number}", paper, here)
+    pictures |= draw(averaged(courses), f"table {table.number}, {name}", study.me.layer)
+    counts = count_verdicts(pd.concat([together, pairs]), "kind")
     metrics = study.metrics(
         table=table.number,
         method=table.method,
@@ -82,15 +87,45 @@ def run(study: Study, options: DictConfig) -> Result:
         left_out=list(table.left_out),
         n_compared=len(compared),
         n_shown=n_shown,
+        compared=counts,
     )
-    tables = {"table_items": pd.concat(items, ignore_index=True), "table_scores": together}
-    tables |= {kind: pd.concat(found, ignore_index=True) for kind, found in trainings.items() if found}
+    tables = {"table_items": pd.concat(items, ignore_index=True), "table_scores": together, "table_pairs": pairs}
+    tables["training_log"] = pd.concat([course.log for course in courses], ignore_index=True)
+    tables["training_trace"] = pd.concat([course.looks for course in courses], ignore_index=True)
     documents = {"table.md": layout.markdown(), "table.tex": layout.latex()}
-    return Result("tables", study.trace.model, metrics, tables, pictures, _findings(together, here, table), documents)
+    findings = _findings(together, here, counts, table)
+    return Result("tables", study.trace.model, metrics, tables, pictures, findings, documents)
 
 
-def _findings(scores: pd.DataFrame, here: str, table: Table) -> list[tuple[str, ...]]:
+_PAIRS = {"training over inference": "inference", "training over gates": "gates"}
+
+
+def _pairs(items: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Compare training with WeMask row by row with WeMask at inference of the same rate, and with gated attention.
+
+    Returns:
+        As `summarise`, with `kind` of `_PAIRS` and `reference`, what is compared with.
+    """
+    found = []
+    for own in items:
+        rows = own[["mask", "kind", "rate"]].drop_duplicates()
+        for aware in rows[rows["kind"] == "training"].itertuples():
+            for kind, other_kind in _PAIRS.items():
+                others = rows[(rows["kind"] == other_kind) & ((rows["rate"] == aware.rate) | (other_kind == "gates"))]
+                for other in others["mask"]:
+                    scores = summarise(own[own["mask"].isin([aware.mask, other])], other)
+                    found.append(scores[scores["mask"] == aware.mask].assign(kind=kind, reference=other))
+    return correct(pd.concat(found, ignore_index=True))
+
+
+def _findings(
+    scores: pd.DataFrame, here: str, counts: dict[str, dict[str, int]], table: Table
+) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("in all", here, "")]
+    for kind in _PAIRS:
+        if kind in counts:
+            count = counts[kind]
+            rows.append((kind, f"{count['better']} better and {count['worse']} worse of {count['all']}", ""))
     for row in scores[scores["shown"]].to_dict("records"):
         score = f"{row['mean']:.3f} ({row['low']:.3f} to {row['high']:.3f}; n={row['n']}, {row['n_seeds']} seeds)"
         told = ""
@@ -107,11 +142,12 @@ def _findings(scores: pd.DataFrame, here: str, table: Table) -> list[tuple[str, 
 
 
 @dataclass(frozen=True)
-class _Variant:
-    """A training: with a mask of this rate, or a gate, or neither."""
+class _Row:
+    """A row of a table: a model, with no mask, with WeMask of a rate, or with the mask that it was trained with."""
 
-    rate: float | int | None = None
-    gate: str | None = None
+    label: str
+    kind: Literal["base", "plain", "inference", "training", "gates"]
+    mask: float | int | WeMask | None = None
 
 
 class _Rows:
@@ -121,7 +157,7 @@ class _Rows:
         self._study, self._table, self._part = study, table, part
         self.cfg = of_part(study.cfg, part)
         self._asked = asked_for(self.cfg)
-        self.trainings: dict[str, list[pd.DataFrame]] = {"training_trace": [], "training_log": []}
+        self.courses: list[Course] = []
 
     def label(self, row: str) -> str:
         """Name a row; where parts share their benchmarks, by the dataset too."""
@@ -131,65 +167,74 @@ class _Rows:
         """Train and score row by row."""
         method = self._table.method.upper()
         self._masked_cells(self._study)  # a model without an ME layer is told now
-        yield self._scored(self._study, [(self.label(BASE), None)], seed=0)
+        yield self._scored(self._study, [_Row(self.label(BASE), "base")], seed=0)
         for seed in self._table.seeds:
-            plain = self._trained(_Variant(), seed)
-            free = [(self.label(f"{method} + WeMask rate={rate:g} (TF)"), rate) for rate in self._table.rates]
-            yield self._scored(plain, [(self.label(method), None), *free], seed)
+            plain = _Row(self.label(method), "plain")
+            free = [
+                _Row(self.label(f"{method} + WeMask rate={rate:g} (TF)"), "inference", rate)
+                for rate in self._table.rates
+            ]
+            yield self._scored(self._trained(plain.label, seed), [plain, *free], seed)
             for rate in self._table.rates:
-                aware = self._trained(_Variant(rate=rate), seed)
-                saved = WeMask.load(aware.trace.model["name"])
-                yield self._scored(aware, [(self.label(f"WeMask rate={rate:g} ({method})"), saved)], seed)
+                label = self.label(f"WeMask rate={rate:g} ({method})")
+                study = self._trained(label, seed, rate=rate)
+                saved = WeMask.load(study.trace.model["name"])
+                yield self._scored(study, [_Row(label, "training", saved)], seed)
             for gate in self._table.gates:
-                gated = self._trained(_Variant(gate=gate), seed)
-                yield self._scored(gated, [(self.label(f"gated attention, {gate} ({method})"), None)], seed)
+                label = self.label(f"gated attention, {gate} ({method})")
+                yield self._scored(self._trained(label, seed, gate=gate), [_Row(label, "gates")], seed)
 
-    def _trained(self, variant: _Variant, seed: int) -> Study:
-        """Return a study of the trained model, trained now if it is not kept."""
-        cfg = OmegaConf.merge(self.cfg, {"training": {"seed": seed, "mask": "off", "gate": variant.gate or "none"}})
-        if variant.rate is not None:
+    def _trained(self, label: str, seed: int, *, rate: float | None = None, gate: str = "none") -> Study:
+        """Return a study of the trained model, trained now if it is not kept: with a mask of this rate, or a gate."""
+        cfg = OmegaConf.merge(self.cfg, {"training": {"seed": seed, "mask": "off", "gate": gate}})
+        if rate is not None:
             cfg.training.mask = "paper"
-            cfg.wemask.rate = variant.rate
+            cfg.wemask.rate = rate
         planned = prepare_training(cfg, self._table.method, dataset=self._part.dataset)
         base = load_model(**model_options(cfg, planned))
-        told = [repr(replace(planned, trace_every=0, resume=None)), self._study.me.layer]
-        folder = store_for("trainings", base.original_model, *told).folder
-        if not (folder / "model" / "training.json").is_file():
-            fitted = fit(replace(self._study, model=base, cfg=cfg), planned, folder, resume=_was_begun(folder))
-            fitted.looks.to_parquet(folder / "training_trace.parquet")
-            fitted.log.to_parquet(folder / "training_log.parquet")
+        store = store_for(
+            "trainings", base.original_model, *what_is_learnt(planned, base.tokenizer), self._study.me.layer
+        )
+        folder = store.folder
+        if store.load_table("training_log") is None:  # which is written last
+            begun = (folder / "checkpoints" / "training.json").is_file()
+            fitted = fit(replace(self._study, model=base, cfg=cfg), planned, folder, resume=begun)
+            store.save_table("training_trace", fitted.looks)
+            store.save_table("training_log", fitted.log)
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         del base
-        mask = "none" if variant.rate is None else f"rate={variant.rate:g}"
-        told_of: dict[str, Any] = {
-            "dataset": self._part.dataset,
-            "training_mask": mask,
-            "gate": variant.gate or "none",
+        told: dict[str, Any] = {
+            "training_mask": "none" if rate is None else f"rate={rate:g}",
+            "gate": gate,
             "seed": seed,
         }
-        for name in self.trainings:
-            table = pd.read_parquet(folder / f"{name}.parquet")
-            self.trainings[name].append(table.assign(**told_of))
+        log, looks = (
+            pd.DataFrame(store.load_table(name)).assign(dataset=self._part.dataset, **told)
+            for name in ("training_log", "training_trace")
+        )
+        name = label if len(self._table.parts) == 1 or self._table.shares_tasks else f"{label}, {self._part.dataset}"
+        self.courses.append(Course(name, log, looks))
         options = model_options(cfg, planned) | {"name": str(folder / "model"), "source": "hub", "hub_id": None}
         tokens = [torch.tensor(ids) for ids in self._study.tokens]
         return begin_study(load_model(**options), tokens, cfg, self._study.stage, self._study.folder)
 
-    def _scored(self, study: Study, rows: Sequence[tuple[str, Any]], seed: int) -> pd.DataFrame:
-        """Score a model with masks: none, a rate of WeMask at inference, or the mask it was trained with."""
+    def _scored(self, study: Study, rows: Sequence[_Row], seed: int) -> pd.DataFrame:
+        """Score a model row by row; `training` is the seed, `kind` that of the row."""
         bench = Bench(study, self._asked, keep=bool(study.cfg.exp.keep))
         found = []
         for benchmark in self._asked.benchmarks:
+            layers = self._asked.layers_of(benchmark, self._preset()).get("layers", "all")
             cells = []
-            for label, given in rows:
-                layers = self._asked.layers_of(benchmark, self._preset()).get("layers", "all")
-                if isinstance(given, WeMask):
-                    mask: WeMask | None = given if layers == "all" else on_first_block(given)
+            for row in rows:
+                if isinstance(row.mask, WeMask):
+                    mask: WeMask | None = row.mask if layers == "all" else on_first_block(row.mask)
                 else:
-                    mask = None if given is None else self._masked_cells(study, layers)[given]
-                cells.append(Cell(label, label, 0.0 if mask is None else float(mask.rate), mask))
-            items = bench.run(benchmark, cells).items
-            found.append(items.assign(training=seed))
-        return pd.concat(found, ignore_index=True)
+                    mask = None if row.mask is None else self._masked_cells(study, layers)[row.mask]
+                cells.append(Cell(row.label, row.label, 0.0 if mask is None else float(mask.rate), mask))
+            found.append(bench.run(benchmark, cells).items)
+        kinds = {row.label: row.kind for row in rows}
+        items = pd.concat(found, ignore_index=True)
+        return items.assign(training=seed, kind=items["mask"].map(kinds))
 
     def _preset(self) -> Any:
         wemask = OmegaConf.merge(self.cfg.wemask, {"rate": list(self._table.rates)})
@@ -200,7 +245,3 @@ class _Rows:
         options = OmegaConf.create(self._preset().options | {"layers": layers})
         masks = [mask for mask in masks_of(options, study.me, study.model) if mask is not None]
         return dict(zip(self._table.rates, masks, strict=True))
-
-
-def _was_begun(folder: Any) -> bool:
-    return bool((folder / "checkpoints" / "training.json").is_file())

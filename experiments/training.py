@@ -20,15 +20,17 @@ import melens
 from experiments.masks import masks_of
 from experiments.study import Study
 from experiments.training_options import Planned, planned_training
-from melens import MelensError, Probe, WeMask, figures
+from experiments.training_report import Course, draw
+from melens import MelensError, Probe, WeMask
+from melens.cache import code_version
 from melens.gates import add_gates
 from melens.models import check_memory
 from melens.networks import bridged_twin, open_network, plain_twin
-from melens.results import Picture, Result
+from melens.results import Result
 from melens.sinks import sink_mass_by_layer
-from melens.training.data import TrainingData, format_rows, load_training_data
+from melens.training.data import TrainingData, format_rows, hash_rows, load_training_data
 
-__all__ = ["Fitted", "fit", "model_options", "prepare_training", "probes", "run"]
+__all__ = ["Fitted", "fit", "model_options", "prepare_training", "probes", "run", "what_is_learnt"]
 
 
 def probes(model: TransformerBridge, options: DictConfig) -> list[Probe]:
@@ -90,6 +92,12 @@ def _data(planned: Planned) -> TrainingData:
         planned.dataset, recipe.method, planned.data_dir, columns, planned.split, planned.limit, recipe.seed
     )
     return data
+
+
+def what_is_learnt(planned: Planned, tokenizer: Any) -> list[str]:
+    """Return what a trained model depends on besides the model that it was, for the key of a kept one."""
+    own = code_version(Path(__file__).parent)
+    return [own, repr(replace(planned, resume=None)), hash_rows(_data(planned).rows), str(tokenizer.chat_template)]
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------
@@ -221,9 +229,8 @@ class _Looks:
 
     def table(self) -> pd.DataFrame:
         columns = ["step", "masked", "me_layer", "magnification", "magnification_there", "sink_mass"]
-        return (
-            pd.DataFrame(self._rows, columns=columns).drop_duplicates(["step", "masked"]).astype({"me_layer": "Int64"})
-        )
+        kinds: dict[str, Any] = {"me_layer": "Int64", **dict.fromkeys(columns[3:], float)}
+        return pd.DataFrame(self._rows, columns=columns).drop_duplicates(["step", "masked"]).astype(kinds)
 
 
 # --- Telling ----------------------------------------------------------------------------------------------------------
@@ -234,7 +241,8 @@ def run(study: Study, options: DictConfig) -> Result:
     planned = planned_training(study.cfg, options.name).on(gpu=torch.cuda.is_available())
     folder = study.folder if planned.resume is None else planned.resume
     fitted = fit(study, planned, folder, resume=planned.resume is not None)
-    first, last = _ends(fitted.looks)
+    course = Course("", fitted.log, fitted.looks)
+    first, last = course.ends
     metrics = study.metrics(
         method=planned.recipe.method,
         dataset=planned.dataset,
@@ -251,108 +259,31 @@ def run(study: Study, options: DictConfig) -> Result:
         study.trace.model,
         metrics,
         tables,
-        _pictures(study, fitted, planned, first, last),
-        _findings(planned, fitted, first, last),
+        draw(
+            [course],
+            f"{planned.recipe.method.upper()} of {study.trace.model['name']} on {planned.dataset}",
+            study.me.layer,
+        ),
+        _findings(planned, fitted, course),
     )
 
 
-def _ends(looks: pd.DataFrame) -> tuple[dict[str, Any], dict[str, Any]]:
-    own = looks[~looks["masked"]].sort_values("step")
-    if not len(own):
-        return {}, {}
-    first, last = (
-        {str(key): None if pd.isna(value) else value for key, value in own.iloc[at].items()} for at in (0, -1)
-    )
-    return first, last
-
-
-_LOGGED = {
-    "loss": "loss",
-    "reward": "reward",
-    "rewards/margins": "margin of rewards",
-    "mean_token_accuracy": "token accuracy",
-}
-_SEEN = {"magnification_there": "magnification of block {me} (ME layer)", "sink_mass": "sink mass {where}"}
-
-
-def _pictures(
-    study: Study, fitted: Fitted, planned: Planned, first: dict[str, Any], last: dict[str, Any]
-) -> dict[str, Picture]:
-    what = f"{planned.recipe.method.upper()} of {study.trace.model['name']} on {planned.dataset}"
-    told = [name for name in _LOGGED if name in fitted.log and fitted.log[name].notna().any()]
-    curves = {_LOGGED[name]: {"": _points(fitted.log, name)} for name in told}
-    me = study.me.layer
-    where = "of all blocks" if me is None else f"behind block {me}"
-    seen = {
-        title.format(me=me, where=where): {
-            "with the mask" if masked else "without the mask": _points(rows, name)
-            for masked, rows in fitted.looks.groupby("masked")
-        }
-        for name, title in _SEEN.items()
-        if fitted.looks[name].notna().any()
-    }
-    source = "asked for by the project"
-    pictures = {}
-    if curves:
-        figure = figures.over_steps(curves, title=what)
-        pictures["training_loss"] = Picture(figure, source, "", _steps_in_words(fitted))
-    if seen:
-        figure = figures.over_steps(seen, title=f"{what}: massive activation and sinks", markers=True)
-        pictures["training_trace"] = Picture(figure, source, "", _moved(first, last))
-    return pictures
-
-
-def _points(table: pd.DataFrame, name: str) -> pd.DataFrame:
-    return table[["step", name]].dropna().rename(columns={name: "value"})
-
-
-def _steps_in_words(fitted: Fitted) -> str:
-    resumed = f", from step {fitted.metrics['resumed_at']} on" if fitted.metrics["resumed_at"] else ""
-    losses = f"{_number(_first(fitted.log))} to {_number(fitted.metrics['final_loss'])}"
-    return f"{fitted.metrics['steps']} steps{resumed}; loss from {losses}."
-
-
-def _first(log: pd.DataFrame) -> float | None:
-    return float(log["loss"].dropna().iloc[0]) if "loss" in log and log["loss"].notna().any() else None
-
-
-def _number(value: Any, digits: int = 4) -> str:
-    return "none" if value is None else f"{value:.{digits}g}"
-
-
-def _moved(first: dict[str, Any], last: dict[str, Any]) -> str:
-    if not first:
-        return "The model was sharded, so that it was not looked into."
-    if first["me_layer"] is None and last["me_layer"] is None:
-        layers = "no ME layer before or after"
-    elif first["me_layer"] == last["me_layer"]:
-        layers = f"the ME layer stays block {last['me_layer']}"
-    else:
-        layers = f"the ME layer goes from {_number(first['me_layer'])} to {_number(last['me_layer'])}"
-    sinks = f"{_number(first['sink_mass'], 3)} to {_number(last['sink_mass'], 3)}"
-    if first["magnification_there"] is None:
-        return f"Without the mask {layers}; the sink mass goes from {sinks}."
-    magnification = f"{_number(first['magnification_there'])} to {_number(last['magnification_there'])}"
-    return (
-        f"Without the mask {layers}; its magnification goes from {magnification}, the sink mass behind it from {sinks}."
-    )
-
-
-def _findings(planned: Planned, fitted: Fitted, first: dict[str, Any], last: dict[str, Any]) -> list[tuple[str, ...]]:
+def _findings(planned: Planned, fitted: Fitted, course: Course) -> list[tuple[str, ...]]:
     metrics = fitted.metrics
     mask = "none"
     if fitted.mask is not None and planned.mask is not None:
         mask = f"{planned.mask.name} rate={fitted.mask.rate:g} start={fitted.mask.start}"
     what = f"{planned.recipe.method} on {metrics['rows']} rows of {planned.dataset}"
-    speed = f"{metrics['seconds']:.0f} s, {_number(metrics['step_seconds'], 3)} s a step"
+    resumed = f", from step {metrics['resumed_at']} on" if metrics["resumed_at"] else ""
+    speed = f"{metrics['seconds']:.0f} s, {metrics['step_seconds'] or 0:.3g} s a step"
     if metrics["tokens_per_second"]:
         speed += f", {metrics['tokens_per_second']:,.0f} tokens a second"
     if metrics["peak_gb"]:
         speed += f", {metrics['peak_gb']:.1f} GB at most"
     return [
         ("training", f"{what}, mask {mask}, gate {planned.gate or 'none'}"),
-        ("steps", _steps_in_words(fitted)),
+        ("steps", f"{metrics['steps']}{resumed}; {course.learnt()}"),
         ("speed", speed),
-        ("massive activation", _moved(first, last)),
+        ("massive activation", course.moved()),
         ("saved", f"{fitted.folder}: model=hub model.name={fitted.folder} in any experiment"),
     ]

@@ -89,9 +89,9 @@ def store_for(kind: str, network: nn.Module, *told: object) -> Store:
 
 
 @cache
-def code_version() -> str:
-    """Hash the library's own source: what another version computed is not taken for this one's."""
+def code_version(folder: Path = Path(__file__).parent) -> str:
+    """Hash a package's source, by default the library's: what another version computed is not taken for this one's."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    for path in sorted(folder.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -101,9 +101,10 @@ def _section(name: str, picture: Picture) -> str:
     # "</" would end the script element that holds the figure.
     data = picture.figure.to_json().replace("</", "<\\/")
     heading = escape(_heading(picture))
+    paper = f"<b>Paper:</b> {escape(picture.paper)}<br>" if picture.paper else ""
     return (
         f'<section id="{name}" tabindex="-1"><h2>{heading} <small>{escape(picture.source)}</small></h2>'
-        f"<p><b>Paper:</b> {escape(picture.paper)}<br><b>Here:</b> {escape(picture.here)}</p>"
+        f"<p>{paper}<b>Here:</b> {escape(picture.here)}</p>"
         f'<div class="scroll"><div class="figure" role="img" aria-label="{heading}" '
         f'style="height:{picture.figure.layout.height or 600}px"></div></div>'
         f'<script type="application/json">{data}</script>'

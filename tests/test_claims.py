@@ -275,3 +275,16 @@ def test_what_the_paper_says_of_its_mask(claim, metrics, expected):
 )
 def test_claims_about_scores(claim, compared, expected):
     assert verdict("benchmark", claim, compared=compared) == expected
+
+
+@pytest.mark.parametrize(
+    ("compared", "expected"),
+    [
+        ({"training": {"all": 4, "better": 3, "worse": 0}}, "holds"),
+        ({"training": {"all": 4, "better": 3, "worse": 1}}, "holds in part"),
+        ({"training": {"all": 4, "better": 1, "worse": 1}}, "does not hold"),
+        ({"inference": {"all": 4, "better": 4, "worse": 0}}, "not measured"),
+    ],
+)
+def test_training_must_be_better_in_most_comparisons_and_worse_in_none(compared, expected):
+    assert verdict("tables", "training-over-none", compared=compared) == expected

@@ -406,6 +406,16 @@ def test_a_table_trains_what_is_missing_and_a_second_time_nothing(tmp_path, monk
         "gated attention, elementwise (SFT)",
     ]
     assert scores.set_index("mask")["difference"].notna().tolist() == [True, False] + 6 * [True]
+    pairs = pd.read_parquet(tmp_path / "first" / "table_pairs.parquet").query("task == 'induction'")
+    assert pairs[["kind", "mask", "reference"]].to_numpy().tolist() == [
+        row
+        for rate in (0.1, 0.3)
+        for row in (
+            ["training over inference", f"WeMask rate={rate} (SFT)", f"SFT + WeMask rate={rate} (TF)"],
+            ["training over gates", f"WeMask rate={rate} (SFT)", "gated attention, headwise (SFT)"],
+            ["training over gates", f"WeMask rate={rate} (SFT)", "gated attention, elementwise (SFT)"],
+        )
+    ]
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("trainings/*/model/model.safetensors")}
     assert len(kept) == 5
     job(tmp_path / "second", *options)

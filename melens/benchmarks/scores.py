@@ -9,7 +9,7 @@ import pandas as pd
 
 from melens.statistics import bootstrap_mean, holm, mcnemar_p, paired_permutation_p
 
-__all__ = ["ALPHA", "best_rates", "correct", "summarise"]
+__all__ = ["ALPHA", "best_rates", "correct", "count_verdicts", "summarise"]
 
 ALPHA = 0.05
 """Below which corrected p-value a difference is called one."""
@@ -103,6 +103,18 @@ def _verdict(row: Any) -> str:
     if row["p_corrected"] >= ALPHA or may_be_none:
         return "no difference shown"
     return "better" if (row["difference"] > 0) == row["higher_is_better"] else "worse"
+
+
+def count_verdicts(scores: pd.DataFrame, by: str) -> dict[str, dict[str, int]]:
+    """Count `all` compared scores, those `better` and those `worse`, for each value of a column."""
+    compared = scores[scores["shown"] & scores["p_corrected"].notna()]
+    return {
+        str(group): {
+            "all": len(own),
+            **{verdict: int((own["verdict"] == verdict).sum()) for verdict in ("better", "worse")},
+        }
+        for group, own in compared.groupby(by, sort=False)
+    }
 
 
 def best_rates(items: pd.DataFrame, rates: pd.DataFrame, unmasked: str, *, seed: int = 0) -> pd.DataFrame:

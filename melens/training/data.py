@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import random
 import re
@@ -16,7 +17,7 @@ from datasets import Dataset, load_dataset
 from melens.errors import MelensError
 from melens.training.recipe import known_datasets
 
-__all__ = ["TrainingData", "format_rows", "load_training_data"]
+__all__ = ["TrainingData", "format_rows", "hash_rows", "load_training_data"]
 
 _NEEDED: dict[str, tuple[frozenset[str], ...]] = {  # any of these sets is enough
     "sft": (frozenset({"prompt", "completion"}), frozenset({"messages"}), frozenset({"text"}), frozenset({"chosen"})),
@@ -204,6 +205,14 @@ def format_rows(data: TrainingData, method: str, *, chat: bool) -> Dataset:
         return {"prompt": prompt, "completion": reply(row.get("completion", chosen))}
 
     return data.rows.map(formatted, remove_columns=data.rows.column_names).filter(_is_answered)
+
+
+def hash_rows(rows: Dataset) -> str:
+    """Hash the content of rows, in their order."""
+    digest = hashlib.sha256()
+    for batch in rows.iter(1_000):
+        digest.update(json.dumps(batch, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
 
 
 def _is_answered(row: Mapping[str, Any]) -> bool:

@@ -26,6 +26,7 @@ from melens.errors import MelensError
 from melens.gates import GATE, gates_of
 from melens.masking import InstalledMask
 from melens.networks import open_network
+from melens.training.data import hash_rows
 from melens.training.recipe import Recipe
 from melens.training.rewards import reward_answer, reward_format
 from melens.wemask import WeMask
@@ -91,7 +92,7 @@ def train(
         "recipe": asdict(recipe),
         "mask": None if mask is None else mask.told(),
         "gate": n_gates,  # of a block
-        "rows": len(rows),
+        "data": {"rows": len(rows), "hash": hash_rows(rows)},
     }
     checkpoint = _checkpoint(folder, json.loads(json.dumps(plan)), resume=resume)
     with nullcontext() if mask is None else mask.applied(model) as installed:
@@ -130,7 +131,7 @@ def _checkpoint(folder: Path, plan: dict[str, Any], *, resume: bool) -> Path | N
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if resume and path.is_file():
         before = json.loads(path.read_text("utf-8"))
-        other = next((key for key in ("mask", "gate", "rows", "recipe") if before.get(key) != plan[key]), None)
+        other = next((key for key in ("mask", "gate", "data", "recipe") if before.get(key) != plan[key]), None)
         if other is not None:
             changed = _difference(before.get(other), plan[other])
             raise MelensError(f"The checkpoint in {folder} was trained with another {other}: {changed}.")
