@@ -86,7 +86,7 @@ def judge(results: Iterable[Any]) -> pd.DataFrame:
         by_model.setdefault(name, {}).update(parts)
         described[name] = model
     rows = [_row(name, claim, _judge_one(claim, measured)) for name, measured in by_model.items() for claim in CLAIMS]
-    if len({model["name"] for model in described.values()}) > 1:
+    if len(by_model) > 1:
         rows += [_row("all models", FAMILY_CLAIM, judgement) for judgement in _judge_families(by_model, described)]
     return pd.DataFrame(rows)
 
