@@ -59,7 +59,7 @@ def run_job(cfg: DictConfig, folder: Path) -> list[str]:
         load_tasks(cfg)
     if cfg.exp.name in METHODS:
         folder = shared_folder(folder)
-        config["model"] = model_options(cfg, prepare_training(cfg, cfg.exp.name))
+        config["model"] = model_options(cfg, prepare_training(cfg, cfg.exp.name, folder=folder))
     if cfg.exp.name == "tables":
         config["model"] = model_options(cfg, prepare_table(cfg))
     prompts = load_prompts(cfg.prompts.file, cfg.prompts.tasks)

@@ -12,7 +12,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from melens import Emergence, MelensError, WeMask
 from melens.wemask import FixedDims
 
-__all__ = ["check_masks", "masks_of", "on_first_block", "only_mask_of"]
+__all__ = ["check_masks", "masks_of", "on_blocks", "only_mask_of"]
 
 SAVED = "saved"
 """Of `wemask.select`: the mask that the model was trained with."""
@@ -51,18 +51,27 @@ def check_masks(options: DictConfig) -> None:
 
 
 def _saved(cell: dict[str, Any], model: TransformerBridge) -> WeMask:
-    """Return the mask beside a trained model, on all of its blocks or on the first alone."""
-    mask = WeMask.load(str(model.cfg.model_name)).on(model)
-    return on_first_block(mask) if cell["layers"] == "first" else mask
+    """Return the mask beside a trained model, on all of its blocks or on some."""
+    return on_blocks(WeMask.load(str(model.cfg.model_name)).on(model), cell["layers"])
 
 
-def on_first_block(mask: WeMask) -> WeMask:
-    """Leave a settled mask on the first of its blocks alone, as the paper does for maths and safety (appendix C)."""
+def on_blocks(mask: WeMask, layers: Any) -> WeMask:
+    """Leave a settled mask on `all` of its blocks, on the `first` (for maths and safety, appendix C), or on a list.
+
+    Raises:
+        MelensError: a list with a block that it does not mask.
+    """
     fixed = mask.fixed
     assert fixed is not None
-    first = fixed.blocks[0]
-    dims = None if fixed.dims is None else {first: fixed.dims[first]}
-    return replace(mask, layers=(first,), fixed=FixedDims(dims, (first,), fixed.model))
+    if layers == "all":
+        return mask
+    kept = fixed.blocks[:1] if layers == "first" else tuple(layers)
+    other = sorted(set(kept) - set(fixed.blocks))
+    if other:
+        blocks = ", ".join(map(str, fixed.blocks))
+        raise MelensError(f"The model was trained with a mask on the blocks {blocks}; block {other[0]} is not masked.")
+    dims = None if fixed.dims is None else {layer: fixed.dims[layer] for layer in kept}
+    return replace(mask, layers=kept, fixed=FixedDims(dims, kept, fixed.model))
 
 
 def _cells(options: DictConfig, *, n_layers: int) -> list[dict[str, Any]]:

@@ -93,10 +93,13 @@ def asked_table(cfg: DictConfig) -> Table:
         if OmegaConf.select(cfg, f"training.{key}") not in ("off", "none", False):
             raise MelensError(f"A table trains with masks and gates of its own: training.{key} is not for it.")
     rates = OmegaConf.to_container(cfg.wemask.rate) if OmegaConf.is_list(cfg.wemask.rate) else [cfg.wemask.rate]
-    if not rates or not all(isinstance(rate, int | float) and 0 < rate <= 1 for rate in rates):
-        raise MelensError(f"wemask.rate is {rates!r}; a table needs rates over 0 and at most 1.")
+    are_rates = all(isinstance(rate, int | float) and 0 < rate <= 1 for rate in rates)
+    if not rates or not are_rates or len(set(rates)) < len(rates):
+        raise MelensError(f"wemask.rate is {rates!r}; a table needs rates over 0 and at most 1, each once.")
     gates = ("headwise", "elementwise") if cfg.table == 7 else ()
-    seeds = cfg.training.seed if OmegaConf.is_list(cfg.training.seed) else [cfg.training.seed]
+    seeds = OmegaConf.to_container(cfg.training.seed) if OmegaConf.is_list(cfg.training.seed) else [cfg.training.seed]
+    if not seeds or not all(isinstance(seed, int) and seed >= 0 for seed in seeds) or len(set(seeds)) < len(seeds):
+        raise MelensError(f"training.seed is {seeds!r}; a table needs whole numbers, each once.")
     table = Table(cfg.table, method, parts, tuple(rates), gates, tuple(seeds), left_out)
     for part in parts:
         planned_training(of_part(cfg, part), method, dataset=part.dataset)

@@ -14,10 +14,10 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from experiments.benchmark import Bench, Cell, how_asked, load_tasks
 from experiments.benchmark_options import asked_for, read_presets
-from experiments.masks import masks_of, on_first_block
+from experiments.masks import masks_of, on_blocks
 from experiments.study import Study, begin_study
 from experiments.table_options import Part, Table, asked_table, of_part
-from experiments.training import fit, model_options, prepare_training, what_is_learnt
+from experiments.training import fit, free_memory, model_options, prepare_training, what_is_learnt
 from experiments.training_options import Planned
 from experiments.training_report import Course, averaged, draw
 from melens import Probe, WeMask, figures, load_model
@@ -166,7 +166,7 @@ class _Rows:
     def items(self) -> Iterator[pd.DataFrame]:
         """Train and score row by row."""
         method = self._table.method.upper()
-        self._masked_cells(self._study)  # a model without an ME layer is told now
+        self._masked_cells(self._study, "all")  # a model without an ME layer is told now
         yield self._scored(self._study, [_Row(self.label(BASE), "base")], seed=0)
         for seed in self._table.seeds:
             plain = _Row(self.label(method), "plain")
@@ -180,6 +180,7 @@ class _Rows:
                 study = self._trained(label, seed, rate=rate)
                 saved = WeMask.load(study.trace.model["name"])
                 yield self._scored(study, [_Row(label, "training", saved)], seed)
+                del study
             for gate in self._table.gates:
                 label = self.label(f"gated attention, {gate} ({method})")
                 yield self._scored(self._trained(label, seed, gate=gate), [_Row(label, "gates")], seed)
@@ -190,6 +191,7 @@ class _Rows:
         if rate is not None:
             cfg.training.mask = "paper"
             cfg.wemask.rate = rate
+        free_memory()
         planned = prepare_training(cfg, self._table.method, dataset=self._part.dataset)
         base = load_model(**model_options(cfg, planned))
         store = store_for(
@@ -203,6 +205,7 @@ class _Rows:
             store.save_table("training_log", fitted.log)
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         del base
+        free_memory()
         told: dict[str, Any] = {
             "training_mask": "none" if rate is None else f"rate={rate:g}",
             "gate": gate,
@@ -223,13 +226,16 @@ class _Rows:
         bench = Bench(study, self._asked, keep=bool(study.cfg.exp.keep))
         found = []
         for benchmark in self._asked.benchmarks:
-            layers = self._asked.layers_of(benchmark, self._preset()).get("layers", "all")
+            preset = self._preset()
+            layers = self._asked.layers_of(benchmark, preset).get("layers")  # None: the mask's own
             cells = []
             for row in rows:
                 if isinstance(row.mask, WeMask):
-                    mask: WeMask | None = row.mask if layers == "all" else on_first_block(row.mask)
+                    mask: WeMask | None = on_blocks(row.mask, layers or "all")
+                elif row.mask is None:
+                    mask = None
                 else:
-                    mask = None if row.mask is None else self._masked_cells(study, layers)[row.mask]
+                    mask = self._masked_cells(study, layers or preset.options["layers"])[row.mask]
                 cells.append(Cell(row.label, row.label, 0.0 if mask is None else float(mask.rate), mask))
             found.append(bench.run(benchmark, cells).items)
         kinds = {row.label: row.kind for row in rows}
@@ -241,7 +247,8 @@ class _Rows:
         (preset,) = read_presets(["paper"], wemask, {}, "the table's masks")
         return preset
 
-    def _masked_cells(self, study: Study, layers: Any = "all") -> dict[float | int, WeMask]:
+    def _masked_cells(self, study: Study, layers: Any) -> dict[float | int, WeMask]:
         options = OmegaConf.create(self._preset().options | {"layers": layers})
-        masks = [mask for mask in masks_of(options, study.me, study.model) if mask is not None]
+        me = self._study.me  # as it was before the training, where training with WeMask starts from too
+        masks = [mask for mask in masks_of(options, me, study.model) if mask is not None]
         return dict(zip(self._table.rates, masks, strict=True))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -17,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformer_lens.model_bridge import TransformerBridge
 
 import melens
-from experiments.masks import masks_of
+from experiments.masks import only_mask_of
 from experiments.study import Study
 from experiments.training_options import Planned, planned_training
 from experiments.training_report import Course, draw
@@ -25,12 +27,12 @@ from melens import MelensError, Probe, WeMask
 from melens.cache import code_version
 from melens.gates import add_gates
 from melens.models import check_memory
-from melens.networks import bridged_twin, open_network, plain_twin
-from melens.results import Result
+from melens.networks import bridged_twin, is_whole, open_network, plain_twin
+from melens.results import Result, write_text
 from melens.sinks import sink_mass_by_layer
 from melens.training.data import TrainingData, format_rows, hash_rows, load_training_data
 
-__all__ = ["Fitted", "fit", "model_options", "prepare_training", "probes", "run", "what_is_learnt"]
+__all__ = ["Fitted", "fit", "free_memory", "model_options", "prepare_training", "probes", "run", "what_is_learnt"]
 
 
 def probes(model: TransformerBridge, options: DictConfig) -> list[Probe]:
@@ -41,18 +43,29 @@ def probes(model: TransformerBridge, options: DictConfig) -> list[Probe]:
 # --- Before the model -------------------------------------------------------------------------------------------------
 
 
-def prepare_training(cfg: DictConfig, method: str, *, dataset: str | None = None) -> Planned:
+def prepare_training(
+    cfg: DictConfig, method: str, *, dataset: str | None = None, folder: Path | None = None
+) -> Planned:
     """Load the rows, and foresee the memory, before the model, which takes longer.
+
+    Args:
+        cfg: the whole configuration.
+        method: `sft`, `dpo` or `grpo`.
+        dataset: where the configuration names none.
+        folder: of the run, if it trains one model.
 
     Raises:
         MelensError: options, data or memory that do not allow the training.
     """
-    from melens.training.trainers import check_trainer
+    from melens.training.trainers import check_folder, check_trainer
 
     disable_progress_bars()
     planned = planned_training(cfg, method, dataset=dataset).on(gpu=torch.cuda.is_available())
-    check_trainer(planned.recipe)
-    _data(planned)
+    if folder is not None:
+        check_folder((planned.resume or folder) / "checkpoints", planned.recipe, resume=planned.resume is not None)
+    data = _data(planned)
+    check_trainer(planned.recipe, len(data.rows))
+    format_rows(data.first(8), method, chat=planned.chat is not False)  # what has no such form is told now
     options = model_options(cfg, planned)
     n_processes = PartialState().num_processes
     if torch.cuda.device_count() > 1 and n_processes == 1:
@@ -147,7 +160,7 @@ def fit(study: Study, planned: Planned, folder: Path, *, resume: bool) -> Fitted
     if planned.gate is not None:
         add_gates(open_network(model), planned.gate)
     rows = format_rows(_data(planned), planned.recipe.method, chat=chat)
-    looks = _Looks(study, planned, mask)
+    looks = _Looks(study, planned, mask, folder / "checkpoints" / "looks.json", resume=resume)
     progress = study.stage(f"steps of {planned.recipe.method}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of TRL and transformers among themselves
@@ -174,29 +187,34 @@ def fit(study: Study, planned: Planned, folder: Path, *, resume: bool) -> Fitted
 def _mask(study: Study, planned: Planned, model: Any) -> WeMask | None:
     if planned.mask is None:
         return None
-    (mask,) = masks_of(OmegaConf.create(planned.mask.options), study.me, study.model)
-    return None if mask is None else replace(mask, fixed=None).on(model)
+    mask = only_mask_of(OmegaConf.create(planned.mask.options), study.me, study.model)
+    return None if mask is None else mask.on(model)
 
 
 class _Looks:
-    """What becomes of the massive activation and the sinks, without the mask and with it, by step."""
+    """What becomes of the massive activation and the sinks, without the mask and with it, by step.
 
-    def __init__(self, study: Study, planned: Planned, mask: WeMask | None) -> None:
-        self._study, self._mask = study, mask
+    What was seen is kept beside the checkpoints, for a training that goes on from one.
+    """
+
+    def __init__(self, study: Study, planned: Planned, mask: WeMask | None, file: Path, *, resume: bool) -> None:
+        self._study, self._mask, self._file = study, mask, file
+        self._rows: list[dict[str, Any]] = json.loads(file.read_text("utf-8")) if resume and file.is_file() else []
         prompts = (study.distinct_carriers or study.trace.prompts["prompt"].tolist())[: planned.trace_prompts]
         self._tokens = [torch.tensor(study.tokens[prompt]) for prompt in prompts]
-        after = range((study.me.layer or 0) + 1, study.last_lasting + 1)
+        after = [] if study.me.layer is None else range(study.me.layer + 1, study.last_lasting + 1)
         self._after = list(after) or list(range(study.n_layers))
-        self._rows: list[dict[str, Any]] = []
 
     def look(self, step: int, model: Any, installed: Any) -> None:
-        try:
-            bridge = bridged_twin(model, self._study.trace.model["name"])
-        except MelensError:  # sharded
+        if not is_whole(model):
             return
+        bridge = bridged_twin(model, self._study.trace.model["name"])
+        self._rows = [row for row in self._rows if row["step"] < step]  # a stopped training may have seen more
         for masked in (False, True) if self._mask is not None else (False,):
             with self._mask.moved_to(bridge).applied(bridge) if masked and self._mask is not None else nullcontext():
                 self._rows.append({"step": step, "masked": masked} | self._seen(bridge))
+        if PartialState().is_main_process:
+            write_text(self._file, json.dumps(self._rows))
 
     def _seen(self, bridge: TransformerBridge) -> dict[str, Any]:
         study = self._study
@@ -229,8 +247,15 @@ class _Looks:
 
     def table(self) -> pd.DataFrame:
         columns = ["step", "masked", "me_layer", "magnification", "magnification_there", "sink_mass"]
-        kinds: dict[str, Any] = {"me_layer": "Int64", **dict.fromkeys(columns[3:], float)}
-        return pd.DataFrame(self._rows, columns=columns).drop_duplicates(["step", "masked"]).astype(kinds)
+        kinds: dict[str, Any] = {"step": int, "masked": bool, "me_layer": "Int64", **dict.fromkeys(columns[3:], float)}
+        return pd.DataFrame(self._rows, columns=columns).astype(kinds)
+
+
+def free_memory() -> None:
+    """Give back what a training left: trainer and optimiser hold each other until they are collected."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 # --- Telling ----------------------------------------------------------------------------------------------------------

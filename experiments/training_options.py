@@ -86,7 +86,7 @@ def planned_training(cfg: DictConfig, method: str, *, dataset: str | None = None
     if node["chat"] != "auto" and not isinstance(node["chat"], bool):
         raise MelensError(f"training.chat is {node['chat']!r}; allowed are auto, true and false.")
     seeds = node["seed"] if isinstance(node["seed"], list) else [node["seed"]]
-    if cfg.exp.name != "tables" and len(seeds) != 1:
+    if len(seeds) != 1 and (cfg.exp.name != "tables" or not seeds):
         raise MelensError("training.seed is a list, which only exp=tables takes; -m training.seed=0,1,2 sweeps.")
     options = training_conf(method, known_datasets().get(dataset, {}).get(method, {}), node)
     own = {key: value for key, value in options.items() if key in recipe_fields()}
@@ -103,10 +103,12 @@ def planned_training(cfg: DictConfig, method: str, *, dataset: str | None = None
     preset = None
     if mask not in ("none", "off"):
         (preset,) = read_presets([mask], cfg.wemask, {}, "training.mask")
-        if isinstance(preset.options["rate"], list):
-            raise MelensError(
-                "wemask.rate is a list, and a model is trained with one mask; -m wemask.rate=0.01,0.1 sweeps."
-            )
+        for name in ("rate", "select", "site", "start", "seed"):
+            if isinstance(preset.options[name], list) or preset.options[name] == "all_blocks":
+                raise MelensError(
+                    f"wemask.{name} is {preset.options[name]}, and a model is trained with one mask; "
+                    f"-m wemask.{name}=... sweeps."
+                )
         if not preset.options["rate"]:
             raise MelensError("wemask.rate is 0, which masks nothing; training.mask=off trains without a mask.")
     return Planned(

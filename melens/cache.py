@@ -74,14 +74,14 @@ def fingerprint(network: nn.Module) -> str:
 def store_for(kind: str, network: nn.Module, *told: object) -> Store:
     """Return where results of a kind are kept for a model and whatever else they depend on.
 
-    Nothing that another version of melens or torch, other weights or another device made is found there.
+    Nothing that another version of melens or torch, other weights or another kind of device made is found there.
 
     Args:
         kind: a folder in the cache.
         network: the transformers model, on its device.
         told: tensors of tokens, numbers, words.
     """
-    device = next(network.parameters()).device
+    device = next(network.parameters()).device.type
     digest = hashlib.sha256(f"{code_version()} {torch.__version__} {device} {fingerprint(network)}".encode())
     for part in told:
         digest.update(part.cpu().numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode())

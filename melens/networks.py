@@ -29,7 +29,7 @@ from melens.errors import MelensError
 from melens.gates import attach_gates, gates_of, is_of_gate
 from melens.normalization import read_module
 
-__all__ = ["Block", "Network", "Site", "bridged_twin", "open_network", "plain_twin"]
+__all__ = ["Block", "Network", "Site", "bridged_twin", "is_whole", "open_network", "plain_twin"]
 
 Site = Literal["attn_in", "ln1_in", "resid_pre"]
 """Where a mask takes hold: what comes out of `ln1`, what goes into it (for attention alone, the residual stream stays
@@ -152,15 +152,22 @@ def plain_twin(bridge: TransformerBridge) -> Any:
     return twin.eval()
 
 
+def is_whole(model: nn.Module) -> bool:
+    """Tell whether all weights of a model are in memory in full: not offloaded, nor sharded over processes."""
+    return all(map(_is_here, model.parameters()))
+
+
 def bridged_twin(model: Any, name: str) -> TransformerBridge:
     """Return a bridge around a twin of a transformers model, on the same weights: to look at a model in training.
 
+    Weights with adapters (PEFT's) on them are copied and merged; the model's own stay as they are.
+
     Raises:
-        MelensError: weights that are not here in full.
+        MelensError: weights that are not here in full, or do not fill a model of its class.
     """
-    twin = _twin(model, "eager") if all(map(_is_here, model.parameters())) else None
+    twin = _twin(model, "eager") if is_whole(model) else None
     if twin is None:
-        raise MelensError("This model's weights are sharded or offloaded, so that it cannot be looked into.")
+        raise MelensError("This model's weights are sharded, offloaded or not its own, so it cannot be looked into.")
     gates = gates_of(_of_plain(model, model.config))
     bridge = build_bridge_from_module(twin.eval(), type(twin).__name__, hf_config=twin.config, model_name=name)
     attach_gates(_of_bridge(bridge), gates)
@@ -169,17 +176,30 @@ def bridged_twin(model: Any, name: str) -> TransformerBridge:
 
 def _twin(network: Any, attention: str) -> Any:
     """Make a model of the same class on the same weights; None where its weights do not fill it."""
-    weights = {name.replace("_original_component.", ""): w for name, w in network.state_dict(keep_vars=True).items()}
     config = copy.deepcopy(network.config)
     config.output_attentions = False
     with init_empty_weights(include_buffers=False):
         twin = type(network)._from_config(config, attn_implementation=attention)
-    own = {name: weight for name, weight in weights.items() if not is_of_gate(name)}
-    missing = twin.load_state_dict(own, strict=False, assign=True).missing_keys
+    missing = twin.load_state_dict(_weights_of(network), strict=False, assign=True).missing_keys
     twin.tie_weights()
     if missing or any(weight.is_meta for weight in twin.parameters()):
         return None
     return twin.to(network.device)
+
+
+def _weights_of(network: nn.Module) -> dict[str, Tensor]:
+    """Return weights under the names that a model of the class has: without bridge, gates and adapters."""
+    weights = {
+        name.replace("_original_component.", "").replace(".base_layer.", "."): weight
+        for name, weight in network.state_dict().items()
+        if not is_of_gate(name)
+    }
+    for name, module in network.named_modules():
+        if hasattr(module, "get_delta_weight") and not module.merged:  # PEFT's
+            weight = f"{name}.weight"
+            for adapter in module.active_adapters:
+                weights[weight] = weights[weight] + module.get_delta_weight(adapter).to(weights[weight])
+    return weights
 
 
 def _is_here(weight: Tensor) -> bool:

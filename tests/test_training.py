@@ -13,7 +13,9 @@ import torch
 from datasets import Dataset
 from hydra import compose, initialize_config_dir
 
+from experiments.benchmark import Bench
 from experiments.job import run_job
+from experiments.masks import on_blocks
 from experiments.options import check_options
 from melens import MelensError, WeMask, load_model
 from melens.gates import add_gates, gates_of
@@ -50,15 +52,24 @@ def sums(method="sft", n=16):
     return format_rows(load_training_data("sums", method, limit=n), method, chat=True)
 
 
-def fit(folder, method="sft", *, mask=None, gate=None, resume=False, rows=None, **changes):
+def fit(folder, method="sft", *, mask=None, gate=None, rows=None, resume=False, progress=None, watch=None, **changes):
     model, tokenizer = tiny(gate)
     settled = None if mask is None else mask.on(model)
     rows = sums(method) if rows is None else rows
-    return (
-        train(model, tokenizer, rows, recipe(method, **changes), folder, mask=settled, resume=resume),
-        tokenizer,
-        settled,
-    )
+    watched = {"watch": watch, "watch_every": 0 if watch is None else 1}
+    own = recipe(method, **changes)
+    trained = train(model, tokenizer, rows, own, folder, mask=settled, resume=resume, progress=progress, **watched)
+    return trained, tokenizer, settled
+
+
+def stop_after(step):
+    """Kill a training when a step is done."""
+
+    def progress(done, total):
+        if done == step:
+            raise KeyboardInterrupt
+
+    return progress
 
 
 MASK = WeMask(rate=0.25, start=1)
@@ -107,18 +118,64 @@ def test_nothing_flows_back_into_what_is_masked(tmp_path):
 def test_a_killed_training_goes_on_as_if_it_had_not_been(tmp_path, gate, lora):
     options = {"mask": MASK, "gate": gate, "lora": lora, "steps": 8, "save_every": 4}
     whole, _, _ = fit(tmp_path / "whole", **options)
-    model, tokenizer = tiny(gate)
-
-    def stop(done, total):
-        if done == 5:
-            raise KeyboardInterrupt
-
-    changes = {key: options[key] for key in ("lora", "steps", "save_every")}
     with pytest.raises(KeyboardInterrupt):
-        train(model, tokenizer, sums(), recipe(**changes), tmp_path / "cut", mask=MASK.on(model), progress=stop)
+        fit(tmp_path / "cut", progress=stop_after(5), **options)
     resumed, _, _ = fit(tmp_path / "cut", resume=True, **options)
     assert resumed.metrics["resumed_at"] == 4
     pd.testing.assert_series_equal(resumed.log["loss"], whole.log["loss"], rtol=0, atol=1e-6)
+    assert resumed.metrics["tokens"] == whole.metrics["tokens"] > 0
+    assert resumed.metrics["tokens_per_second"] > 0
+
+
+def reward_digits(completions, **_):
+    """A reward that a random model can earn: the share of digits in what it wrote."""
+    texts = [completion[-1]["content"] for completion in completions]
+    return [sum(letter in "0123456789" for letter in text) / max(len(text), 1) for text in texts]
+
+
+@pytest.mark.parametrize("method", ["dpo", "grpo"])
+def test_it_goes_on_in_the_order_of_a_later_epoch_too(tmp_path, method, monkeypatch):
+    monkeypatch.setattr("melens.training.trainers.reward_answer", reward_digits)
+    options = {"mask": MASK, "steps": 7, "save_every": 5, "rows": sums(method, n=12)}  # three steps an epoch
+    whole, _, _ = fit(tmp_path / "whole", method, **options)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "cut", method, progress=stop_after(6), **options)
+    resumed, _, _ = fit(tmp_path / "cut", method, resume=True, **options)
+    assert resumed.metrics["resumed_at"] == 5
+    assert whole.log["grad_norm"].min() > 0
+    pd.testing.assert_series_equal(resumed.log["loss"], whole.log["loss"], rtol=0, atol=1e-6)
+
+
+def test_what_is_rewarded_is_learnt(tmp_path, monkeypatch):
+    monkeypatch.setattr("melens.training.trainers.reward_answer", reward_digits)
+    options = {"steps": 25, "batch_size": 8, "micro_batch_size": 32, "lr": 3e-3, "beta": 0.0, "max_new_tokens": 8}
+    trained, _, _ = fit(tmp_path, "grpo", **options)
+    reward = trained.log["reward"]
+    assert reward.tail(5).mean() > 2 * reward.head(5).mean()
+
+
+def test_a_training_that_is_done_is_not_gone_on_with(tmp_path):
+    fit(tmp_path, save_every=2)
+    resumed, _, _ = fit(tmp_path, save_every=2, resume=True)
+    assert resumed.metrics["steps"] == 4
+    assert len(resumed.log) == 4
+
+
+@pytest.mark.parametrize("lora", [None, Lora(rank=4)])
+def test_looking_into_a_model_does_not_change_its_training(tmp_path, lora):
+    seen = []
+
+    def watch(step, model, installed):
+        with torch.no_grad():
+            seen.append(bridged_twin(model, "tiny")(torch.arange(6)[None]))
+
+    for gate in (None, "headwise"):
+        alone, _, _ = fit(tmp_path / f"alone-{gate}", lora=lora, gate=gate, lr=0.1)
+        watched, _, _ = fit(tmp_path / f"watched-{gate}", lora=lora, gate=gate, lr=0.1, watch=watch)
+        pd.testing.assert_frame_equal(alone.log[["loss", "grad_norm"]], watched.log[["loss", "grad_norm"]])
+        with torch.no_grad():
+            logits = watched.model(torch.arange(6)[None]).logits
+        torch.testing.assert_close(seen[-1], logits, rtol=1e-4, atol=1e-4)  # with what the adapters have learnt
 
 
 def test_checkpoints_of_another_training_are_refused(tmp_path):
@@ -127,6 +184,10 @@ def test_checkpoints_of_another_training_are_refused(tmp_path):
         fit(tmp_path, mask=WeMask(rate=0.5, start=1), save_every=2, resume=True)
     with pytest.raises(MelensError, match=r"was trained with another mask: .* is none"):
         fit(tmp_path, save_every=2, resume=True)
+    with pytest.raises(MelensError, match=r"was trained with another data: hash was .* and is"):
+        fit(tmp_path, mask=MASK, save_every=2, resume=True, rows=sums().shuffle(seed=1))
+    with pytest.raises(MelensError, match="holds the checkpoints of a training"):
+        fit(tmp_path, save_every=2)
     with pytest.raises(MelensError, match="There is no training to go on with"):
         fit(tmp_path / "elsewhere", resume=True)
 
@@ -202,8 +263,21 @@ def test_a_loss_that_is_no_number_stops_with_step_batch_and_checkpoint(tmp_path)
         if done == 3:
             model.model.layers[0].mlp.down_proj.weight.data.fill_(float("nan"))
 
-    with pytest.raises(MelensError, match=r"no number in step 4, in a batch of 4 that begins with '.*checkpoint-2"):
+    with pytest.raises(MelensError, match=r"loss is no number in step 4, in a batch of 4 that begins .*checkpoint-2\."):
         train(model, tokenizer, sums(), recipe(steps=6, save_every=2), tmp_path, progress=spoil)
+
+
+def test_a_gradient_that_is_no_number_stops_before_it_is_saved(tmp_path):
+    model, tokenizer = tiny()
+    calls = []
+
+    def spoil(gradient):
+        calls.append(1)
+        return gradient * float("nan") if len(calls) == 4 else gradient
+
+    model.model.layers[0].mlp.down_proj.weight.register_hook(spoil)
+    with pytest.raises(MelensError, match=r"gradient is no number in step 4, .* good checkpoint is .*checkpoint-2\."):
+        train(model, tokenizer, sums(), recipe(steps=6, save_every=2), tmp_path)
 
 
 # --- Data and rewards -------------------------------------------------------------------------------------------------
@@ -229,6 +303,69 @@ def test_rows_become_conversations_or_text(tmp_path):
     assert (row["chosen"][0]["content"], row["rejected"][0]["content"]) == ("See you", "no")
     (row,) = format_rows(data, "dpo", chat=False)
     assert row["prompt"] + row["chosen"] == dialogue + "See you"
+
+
+def rows_of(tmp_path, method, *rows, chat=True, **options):
+    path = tmp_path / "own.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return list(format_rows(load_training_data(str(path), method, **options), method, chat=chat))
+
+
+USER, REPLY, OTHER = (
+    {"role": role, "content": text} for role, text in (("user", "Hi"), ("assistant", "Yes"), ("assistant", "No"))
+)
+
+
+@pytest.mark.parametrize(
+    ("method", "row", "options", "expected"),
+    [
+        ("sft", {"messages": [USER, REPLY]}, {}, {"prompt": [USER], "completion": [REPLY]}),
+        (
+            "sft",
+            {"instruction": "Hi", "output": "Yes", "text": "Hi Yes"},
+            {"columns": {"prompt": "instruction", "completion": "output"}},
+            {"prompt": [USER], "completion": [REPLY]},
+        ),
+        ("sft", {"text": "Hi Yes"}, {}, {"text": "Hi Yes"}),
+        ("sft", {"chosen": "\n\nHuman: Hi\n\nAssistant: Yes"}, {}, {"prompt": [USER], "completion": [REPLY]}),
+        (
+            "dpo",
+            {"chosen": [USER, REPLY], "rejected": [USER, OTHER]},
+            {},
+            {"prompt": [USER], "chosen": [REPLY], "rejected": [OTHER]},
+        ),
+        (
+            "dpo",
+            {"prompt": [USER], "chosen": [REPLY], "rejected": "No"},
+            {},
+            {"prompt": [USER], "chosen": [REPLY], "rejected": [OTHER]},
+        ),
+        ("grpo", {"prompt": "Hi", "answer": "So.\n#### 1,234"}, {}, {"prompt": [USER], "answer": "1234"}),
+        ("grpo", {"prompt": "Hi", "answer": "(3, 4)"}, {}, {"prompt": [USER], "answer": "(3, 4)"}),
+        ("grpo", {"prompt": "Hi", "answer": "[0,100)"}, {}, {"prompt": [USER], "answer": "[0,100)"}),
+    ],
+)
+def test_rows_of_every_form_become_conversations(tmp_path, method, row, options, expected):
+    assert rows_of(tmp_path, method, row, **options) == [expected]
+
+
+def test_pairs_that_reply_to_different_things_are_left_out(tmp_path):
+    same = {"chosen": "\n\nHuman: Hi\n\nAssistant: Yes", "rejected": "\n\nHuman: Hi\n\nAssistant: No"}
+    other = same | {"rejected": "\n\nHuman: Ho\n\nAssistant: No"}
+    assert len(rows_of(tmp_path, "dpo", other, same, other, limit=2)) == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "row", "chat", "message"),
+    [
+        ("sft", {"prompt": "Hi", "completion": None}, True, "None as completion is no text"),
+        ("dpo", {"chosen": "Yes", "rejected": "No"}, True, "without a prompt, rows need messages, or chosen"),
+        ("sft", {"messages": [USER, REPLY]}, False, "training.chat is false"),
+    ],
+)
+def test_rows_of_another_form_are_told(tmp_path, method, row, chat, message):
+    with pytest.raises(MelensError, match=message):
+        rows_of(tmp_path, method, row, chat=chat)
 
 
 def test_only_what_follows_the_prompt_is_learnt(tmp_path):
@@ -302,6 +439,10 @@ def test_real_solutions_are_rewarded_and_other_ones_not():
         ({"batch_size": 6, "micro_batch_size": 4}, "do not divide"),
         ({"precision": "half"}, "training.precision is 'half'"),
         ({"trainer": {"loss_typ": "nll"}}, "training.trainer.loss_typ is no field of TRL's SFTConfig"),
+        ({"trainer": {"max_grad_norm": "abc"}}, "training.trainer.max_grad_norm is 'abc'; it must be like 1.0"),
+        ({"method": "dpo", "beta": 0}, "training.beta is 0; of dpo it must be over 0"),
+        ({"method": "grpo", "batch_size": 32}, "There are 16 rows to train on; grpo needs at least 32"),
+        ({"max_length": 2}, "No row is left to train on"),
     ],
 )
 def test_wrong_options_are_told(tmp_path, changes, message):
@@ -319,7 +460,7 @@ def test_a_missing_package_is_told(monkeypatch):
 
 
 def job(folder, *overrides):
-    """What the command line does with these options, in this process."""
+    """What the command line does with these options, in this process; of `exp=`, the last."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("config", ["scale=smoke", *overrides])
     check_options(cfg)
@@ -353,13 +494,37 @@ def test_two_processes_train_as_one_does_and_go_on_as_two(tmp_path):
     run_twice_over(*options, f"training.resume={tmp_path / 'two'}", f"hydra.run.dir={tmp_path / 'again'}")
     assert json.loads((tmp_path / "again" / "result.json").read_text())["metrics"]["training_resumed_at"] == 3
     pd.testing.assert_series_equal(losses(tmp_path / "one"), losses(tmp_path / "again"), rtol=0, atol=1e-4)
+    again = pd.read_parquet(tmp_path / "again" / "training_trace.parquet")
+    assert again[["step", "masked"]].equals(looks[["step", "masked"]])  # also what was seen before it stopped
 
 
-@pytest.mark.parametrize("method", ["dpo", "grpo"])
-def test_the_other_methods_as_experiments(tmp_path, method):
-    job(tmp_path, f"exp={method}", "training.mask=paper")
+@pytest.mark.parametrize("options", [["exp=dpo"], ["exp=grpo"], ["exp=sft", "training.peft=lora"]])
+def test_the_other_methods_as_experiments(tmp_path, options):
+    job(tmp_path, *options, "training.mask=paper")
+    looks = pd.read_parquet(tmp_path / "training_trace.parquet")
+    assert looks["step"].tolist() == [0, 0, 20, 20]
     assert load_model(str(tmp_path / "model")).tokenizer is not None
     assert (tmp_path / "training_loss.html").is_file()
+
+
+def test_a_model_is_trained_on_with_the_mask_it_was_trained_with(tmp_path):
+    job(tmp_path / "first", "exp=sft", "training.mask=paper", "training.lr=0.05", "training.steps=5")
+    again = [f"model.name={tmp_path / 'first' / 'model'}", "training.mask=saved", "training.steps=1", "exp=sft"]
+    job(tmp_path / "second", "model=hub", *again)
+    first, second = (WeMask.load(tmp_path / name / "model") for name in ("first", "second"))
+    bridge = load_model(str(tmp_path / "first" / "model"))
+    assert first.fixed.dims == second.fixed.dims
+    assert first.fixed.dims != WeMask(rate=0.1, start=1).on(bridge).fixed.dims  # which the weights would choose now
+
+
+def test_a_saved_mask_is_kept_on_some_of_its_blocks():
+    model, _ = tiny()
+    mask = MASK.on(model)
+    assert on_blocks(mask, "all") == mask
+    assert on_blocks(mask, "first").fixed.dims == {1: mask.fixed.dims[1]}
+    assert on_blocks(mask, [2, 3]).fixed.blocks == (2, 3)
+    with pytest.raises(MelensError, match="on the blocks 1, 2, 3; block 0 is not masked"):
+        on_blocks(mask, [0, 1])
 
 
 @pytest.mark.parametrize(
@@ -375,6 +540,11 @@ def test_the_other_methods_as_experiments(tmp_path, method):
         (["training.gate=both"], "training.gate is 'both'"),
         (["training.mask=paper", "wemask.start=me+1"], "no ME layer to start from"),
         (["exp=tables"], "table is None; it must be one of"),
+        (["exp=tables", "table=7", "training.seed=[0,abc]"], r"training.seed is \[0, 'abc'\]; a table needs"),
+        (["exp=tables", "table=7", "wemask.rate=[0.1,0.1]"], "each once"),
+        (["training.mask=paper", "wemask.site=[attn_in,ln1_in]"], "a model is trained with one mask"),
+        (["training.mask=paper", "wemask.start=all_blocks"], "wemask.start is all_blocks"),
+        (["training.resume=."], "There is no training to go on with in checkpoints"),
         (["training.batch_size=0"], "training.batch_size is 0"),
         (["training.resume=/nowhere"], "there is no such folder"),
         (
@@ -424,6 +594,17 @@ def test_a_table_trains_what_is_missing_and_a_second_time_nothing(tmp_path, monk
         pd.read_parquet(tmp_path / "second" / "table_scores.parquet"),
         pd.read_parquet(tmp_path / "first" / "table_scores.parquet"),
     )
+    blocks = {}
+    run = Bench.run
+
+    def spy(self, benchmark, cells):
+        blocks.update({cell.label: cell.mask and cell.mask.fixed.blocks for cell in cells})
+        return run(self, benchmark, cells)
+
+    monkeypatch.setattr(Bench, "run", spy)
+    job(tmp_path / "third", *options, "benchmark.layers=[2]")
+    masked = {label: (2,) for label in scores["mask"] if "WeMask" in label}
+    assert {label: found for label, found in blocks.items() if found} == masked
     assert (tmp_path / "first" / "table.tex").read_text().count("WeMask") == 4
     trained = next(path.parent for path in kept if (path.parent / "wemask.json").is_file())
     saved = [

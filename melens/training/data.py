@@ -8,7 +8,7 @@ import json
 import random
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,10 @@ class TrainingData:
     name: str
     rows: Dataset
     are_dialogues: bool = False
+
+    def first(self, n_rows: int) -> TrainingData:
+        """Return the first rows alone."""
+        return replace(self, rows=self.rows.select(range(min(n_rows, len(self.rows)))))
 
 
 def load_training_data(
@@ -83,8 +87,18 @@ def load_training_data(
     named = {**{role: role for role in _ROLES if role in rows.column_names}, **of_preset, **(columns or {})}
     if preset is not None and not columns:
         named = of_preset
-    rows = _in_roles(rows, named, method, name, limit=limit, seed=seed)
-    return TrainingData(name, rows, are_dialogues=bool((preset or {}).get("dialogues")))
+    there = _columns_of_roles(rows, named, method, name)
+    are_dialogues = "prompt" not in there and _is_dialogue(rows[0].get(there.get("chosen", "")))
+    if are_dialogues:
+        compared = [there[role] for role in (("chosen", "rejected") if method == "dpo" else ("chosen",))]
+        rows = rows.filter(lambda row: _is_pair([row[column] for column in compared]))
+    if limit is not None and limit < len(rows):
+        rows = rows.shuffle(seed=seed).select(range(limit))
+
+    def in_roles(row: Mapping[str, Any]) -> dict[str, Any]:
+        return {role: _answer(row[column]) if role == "answer" else row[column] for role, column in there.items()}
+
+    return TrainingData(name, rows.map(in_roles, remove_columns=rows.column_names), are_dialogues)
 
 
 def _sums(n_rows: int, seed: int, method: str) -> Dataset:
@@ -145,12 +159,12 @@ def _from_hub(name: str, preset: Mapping[str, Any] | None, split: str) -> Datase
         ) from error
 
 
-def _in_roles(
-    rows: Dataset, named: Mapping[str, str], method: str, name: str, *, limit: int | None, seed: int
-) -> Dataset:
+def _columns_of_roles(rows: Dataset, named: Mapping[str, str], method: str, name: str) -> dict[str, str]:
     unknown = [role for role in named if role not in _ROLES]
     if unknown:
         raise MelensError(f"training.columns names the role {unknown[0]!r}; allowed are {', '.join(_ROLES)}.")
+    if not len(rows):
+        raise MelensError(f"{name} holds no rows.")
     there = {role: column for role, column in named.items() if column in rows.column_names}
     if not any(needed <= set(there) for needed in _NEEDED[method]):
         ways = " or ".join(" and ".join(sorted(needed)) for needed in _NEEDED[method])
@@ -158,18 +172,27 @@ def _in_roles(
             f"{name} has the columns {', '.join(rows.column_names)}; {method} needs {ways}: training.columns="
             "{prompt: question, ...} says which is which."
         )
-    if limit is not None and limit < len(rows):
-        rows = rows.shuffle(seed=seed).select(range(limit))
+    return there
 
-    def in_roles(row: Mapping[str, Any]) -> dict[str, Any]:
-        return {role: _answer(row[column]) if role == "answer" else row[column] for role, column in there.items()}
 
-    return rows.map(in_roles, remove_columns=rows.column_names)
+_NUMBER = re.compile(r"[-+$]*\d{1,3}(,\d{3})+(\.\d+)?%?")
 
 
 def _answer(value: Any) -> str:
-    """Return the answer alone, without the worked solution that may stand before it."""
-    return str(value).rpartition("####")[2].strip().replace(",", "")
+    """Return the answer alone, without the worked solution that may stand before it; a number without its commas."""
+    answer = str(value).rpartition("####")[2].strip()
+    return answer.replace(",", "") if _NUMBER.fullmatch(answer) else answer
+
+
+def _is_dialogue(value: Any) -> bool:
+    return isinstance(value, str) and _TURN.search(value) is not None
+
+
+def _is_pair(dialogues: list[Any]) -> bool:
+    """Tell whether dialogues end with a reply, and reply to the same."""
+    if not all(isinstance(dialogue, str) and _last_turn(dialogue)[1].strip() for dialogue in dialogues):
+        return False
+    return len({_before_last_turn(dialogue) for dialogue in dialogues}) == 1
 
 
 def format_rows(data: TrainingData, method: str, *, chat: bool) -> Dataset:
@@ -182,29 +205,69 @@ def format_rows(data: TrainingData, method: str, *, chat: bool) -> Dataset:
     """
 
     def formatted(row: Mapping[str, Any]) -> dict[str, Any]:
-        if method == "sft" and ("messages" in row or "text" in row):
-            return {key: row[key] for key in ("messages", "text") if key in row}
         if data.are_dialogues:
             turns, chosen = _last_turn(row["chosen"])
-            prompt = _conversation(turns) if chat else _before_last_turn(row["chosen"])
-            rejected = _last_turn(row["rejected"])[1] if "rejected" in row else ""
+            prompt: Any = _conversation(turns) if chat else _before_last_turn(row["chosen"])
+            reply = {"chosen": chosen, "rejected": _last_turn(row["rejected"])[1] if "rejected" in row else ""}
         else:
-            asked = [{"role": "user", "content": row["prompt"]}]
-            if row.get("system"):
-                asked.insert(0, {"role": "system", "content": row["system"]})
-            prompt = asked if chat else "\n".join(turn["content"] for turn in asked) + "\n"
-            chosen, rejected = row.get("chosen", ""), row.get("rejected", "")
-
-        def reply(text: str) -> Any:
-            return [{"role": "assistant", "content": text}] if chat else (" " if data.are_dialogues else "") + text
-
+            prompt, reply = _prompt_and_replies(row)
+            if not _is_conversation(prompt):
+                asked = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+                asked.append({"role": "user", "content": _text(prompt, "prompt")})
+                prompt = asked if chat else "\n".join(turn["content"] for turn in asked) + "\n"
+        if _is_conversation(prompt) and not chat:
+            raise MelensError(f"{data.name} holds conversations, which need the chat template: training.chat is false.")
         if method == "grpo":
             return {"prompt": prompt, "answer": row["answer"]}
-        if method == "dpo":
-            return {"prompt": prompt, "chosen": reply(chosen), "rejected": reply(rejected)}
-        return {"prompt": prompt, "completion": reply(row.get("completion", chosen))}
+        wanted = ("chosen", "rejected") if method == "dpo" else ("completion" if "completion" in reply else "chosen",)
+        before = " " if data.are_dialogues else ""
+        replies = [_reply(reply[role], role, before, chat=chat) for role in wanted]
+        return dict(zip(("prompt", *(wanted if method == "dpo" else ("completion",))), (prompt, *replies), strict=True))
 
-    return data.rows.map(formatted, remove_columns=data.rows.column_names).filter(_is_answered)
+    rows = data.rows
+    if method == "sft" and "text" in rows.column_names and not {"completion", "messages"} & set(rows.column_names):
+        return rows.select_columns(["text"])
+    try:
+        return rows.map(formatted, remove_columns=rows.column_names).filter(_is_answered)
+    except _OtherFormError as error:
+        raise MelensError(f"{data.name}: {error}") from None
+
+
+class _OtherFormError(ValueError):
+    """A row that is not what its role needs."""
+
+
+def _is_conversation(value: Any) -> bool:
+    """Tell whether a value is in TRL's conversational form, a list of messages."""
+    return isinstance(value, list) and all(
+        isinstance(turn, Mapping) and {"role", "content"} <= set(turn) for turn in value
+    )
+
+
+def _prompt_and_replies(row: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Take what is asked and what is answered from a row; without a prompt, from its conversations."""
+    replies = {role: row[role] for role in ("completion", "chosen", "rejected") if role in row}
+    if "prompt" in row:
+        return row["prompt"], replies
+    whole = row.get("messages") if "messages" in row else row.get("chosen")
+    if not (_is_conversation(whole) and whole):
+        raise _OtherFormError("without a prompt, rows need messages, or chosen (and rejected) as whole conversations.")
+    if "messages" in row:
+        replies["completion"] = whole
+    return whole[:-1], {role: turns[-1:] if _is_conversation(turns) else turns for role, turns in replies.items()}
+
+
+def _reply(value: Any, role: str, before: str, *, chat: bool) -> Any:
+    if _is_conversation(value):
+        return value
+    text = _text(value, role)
+    return [{"role": "assistant", "content": text}] if chat else before + text
+
+
+def _text(value: Any, role: str) -> str:
+    if not isinstance(value, str):
+        raise _OtherFormError(f"{value!r} as {role} is no text, nor a list of messages.")
+    return value
 
 
 def hash_rows(rows: Dataset) -> str:
@@ -218,7 +281,7 @@ def hash_rows(rows: Dataset) -> str:
 def _is_answered(row: Mapping[str, Any]) -> bool:
     """Tell whether there is anything to learn in a row: some dialogues end with the human."""
     texts = [row[key] for key in ("completion", "chosen", "rejected") if key in row]
-    return all((text if isinstance(text, str) else text[-1]["content"]).strip() for text in texts)
+    return all((text if isinstance(text, str) else (text[-1]["content"] or "")).strip() for text in texts)
 
 
 def _last_turn(dialogue: str) -> tuple[list[tuple[str, str]], str]:

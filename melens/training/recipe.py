@@ -89,6 +89,10 @@ class Recipe:
         for name, is_allowed, allowed in _RULES:
             if not is_allowed(getattr(self, name)):
                 raise MelensError(f"training.{name} is {getattr(self, name)!r}; it must be {allowed}.")
+        if self.method == "dpo" and not self.beta:
+            raise MelensError(
+                "training.beta is 0; of dpo it must be over 0, or nothing ties the model to its reference."
+            )
         if self.rows_per_step % self.micro_batch_size:
             raise MelensError(
                 f"training.batch_size makes steps of {self.rows_per_step} rows, which micro batches of "

@@ -6,7 +6,7 @@ import copy
 import json
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,14 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig
+from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from trl.models import prepare_fsdp
-from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
+from trl.trainer.utils import RepeatSampler, add_fused_lm_head, disable_dropout_in_model
 
+from melens.cache import fingerprint
 from melens.errors import MelensError
 from melens.gates import GATE, gates_of
 from melens.masking import InstalledMask
@@ -31,7 +33,7 @@ from melens.training.recipe import Recipe
 from melens.training.rewards import reward_answer, reward_format
 from melens.wemask import WeMask
 
-__all__ = ["Trained", "check_trainer", "train"]
+__all__ = ["Trained", "check_folder", "check_trainer", "train"]
 
 Watch = Callable[[int, Any, InstalledMask | None], None]
 """Called as `watch(step, model, mask)`."""
@@ -75,41 +77,45 @@ def train(
         tokenizer: of it.
         rows: in TRL's form, of `format_rows`.
         recipe: how.
-        folder: for checkpoints.
+        folder: for checkpoints; without `resume`, one that has none.
         mask: settled on the model; also on the reference model of DPO and GRPO.
         resume: go on from the last checkpoint in the folder, which must be of the same training.
         progress: called with the steps done and all of them.
         watch: called before the first step, each `watch_every` steps (0: not between), and after the last.
 
     Raises:
-        MelensError: a checkpoint of another training, or a loss that is no number.
+        MelensError: checkpoints of another training, rows that make no batch, or a loss that is no number.
     """
-    check_trainer(recipe)
+    check_trainer(recipe, len(rows))
     n_gates = sorted(
         {weight.shape[0] for gate in gates_of(open_network(model)).values() for weight in gate.parameters()}
     )
     plan = {
+        "model": fingerprint(model),
         "recipe": asdict(recipe),
         "mask": None if mask is None else mask.told(),
         "gate": n_gates,  # of a block
         "data": {"rows": len(rows), "hash": hash_rows(rows)},
     }
-    checkpoint = _checkpoint(folder, json.loads(json.dumps(plan)), resume=resume)
+    checkpoint = _checkpoint(folder, _as_written(plan), resume=resume)
     with nullcontext() if mask is None else mask.applied(model) as installed:
         trainer = _trainer(model, tokenizer, rows, recipe, folder)
+        if not len(trainer.train_dataset):
+            raise MelensError("No row is left to train on: training.max_length cuts off all that there is to learn.")
         record = _Record(trainer, installed, progress, watch, watch_every)
         trainer.add_callback(record)
         trainer.remove_callback(PrinterCallback)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        done = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with suppress(_NothingLeftError):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         seconds = time.perf_counter() - start
     state = trainer.state
     log = pd.DataFrame([row for row in state.log_history if "train_runtime" not in row])
-    tokens = float(log["num_tokens"].iloc[-1]) if "num_tokens" in log else None
+    losses = log["loss"].dropna() if "loss" in log else pd.Series(dtype=float)
     resumed_at = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
-    new_tokens = None if tokens is None else tokens - record.tokens_before
+    tokens, new_tokens = _count_tokens(log, resumed_at)
     metrics = {
         "steps": state.global_step,
         "processes": PartialState().num_processes,
@@ -118,30 +124,60 @@ def train(
         "tokens": tokens,
         "tokens_per_second": None if new_tokens is None else new_tokens / max(record.in_steps(), 1e-9),
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None,
-        "mean_loss": done.training_loss,
-        "final_loss": float(log["loss"].dropna().iloc[-1]) if "loss" in log and log["loss"].notna().any() else None,
+        "mean_loss": float(losses.mean()) if len(losses) else None,
+        "final_loss": float(losses.iloc[-1]) if len(losses) else None,
         "resumed_at": resumed_at,
     }
     return Trained(_unwrapped(trainer), log, metrics)
 
 
-def _checkpoint(folder: Path, plan: dict[str, Any], *, resume: bool) -> Path | None:
-    """Find the checkpoint to go on from, and write down what is trained here."""
-    path = folder / _PLAN
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if resume and path.is_file():
-        before = json.loads(path.read_text("utf-8"))
-        other = next((key for key in ("mask", "gate", "data", "recipe") if before.get(key) != plan[key]), None)
-        if other is not None:
-            changed = _difference(before.get(other), plan[other])
-            raise MelensError(f"The checkpoint in {folder} was trained with another {other}: {changed}.")
-        return None if last is None else Path(last)
-    if resume:
+def _count_tokens(log: pd.DataFrame, resumed_at: int) -> tuple[float | None, float | None]:
+    """Return how many tokens a training took, in all and since it was resumed: some trainers begin anew at 0 there."""
+    if "num_tokens" not in log:
+        return None, None
+    told = log.dropna(subset=["num_tokens"])
+    added = told["num_tokens"].diff().fillna(told["num_tokens"])
+    added = added.where(added >= 0, told["num_tokens"])
+    return float(added.sum()), float(added[told["step"] > resumed_at].sum())
+
+
+def check_folder(folder: Path, recipe: Recipe, *, resume: bool) -> None:
+    """Raise a `MelensError` for a folder of checkpoints that this training can neither begin nor go on in."""
+    _check_folder(folder, {"recipe": _as_written(asdict(recipe))}, resume=resume)
+
+
+def _check_folder(folder: Path, plan: dict[str, Any], *, resume: bool) -> None:
+    if not resume:
+        if folder.is_dir() and get_last_checkpoint(str(folder)) is not None:
+            raise MelensError(
+                f"{folder} holds the checkpoints of a training: training.resume={folder.parent} goes on with it, "
+                "another folder begins a new one."
+            )
+        return
+    if not (folder / _PLAN).is_file():
         raise MelensError(f"There is no training to go on with in {folder}.")
+    before = json.loads((folder / _PLAN).read_text("utf-8"))
+    other = next((key for key in plan if before.get(key) != plan[key]), None)
+    if other is not None:
+        changed = _difference(before.get(other), plan[other])
+        raise MelensError(f"The checkpoint in {folder} was trained with another {other}: {changed}.")
+
+
+def _checkpoint(folder: Path, plan: dict[str, Any], *, resume: bool) -> Path | None:
+    """Find the checkpoint to go on from, or write down what is trained here."""
+    _check_folder(folder, plan, resume=resume)
+    if resume:
+        last = get_last_checkpoint(str(folder))
+        return None if last is None else Path(last)
     if PartialState().is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(plan, indent=2))
+        (folder / _PLAN).write_text(json.dumps(plan, indent=2))
     return None
+
+
+def _as_written(plan: dict[str, Any]) -> dict[str, Any]:
+    written: dict[str, Any] = json.loads(json.dumps(plan))
+    return written
 
 
 def _difference(before: Any, now: Any) -> str:
@@ -154,18 +190,27 @@ def _difference(before: Any, now: Any) -> str:
 # --- TRL's trainers ---------------------------------------------------------------------------------------------------
 
 
-def check_trainer(recipe: Recipe) -> None:
-    """Raise a `MelensError` for a field that TRL's configuration does not have, or a batch that does not divide."""
-    config = {"sft": SFTConfig, "dpo": DPOConfig, "grpo": GRPOConfig}[recipe.method]
-    unknown = [name for name in recipe.trainer if name not in config.__dataclass_fields__]
-    if unknown:
-        raise MelensError(f"training.trainer.{unknown[0]} is no field of TRL's {config.__name__}.")
+def check_trainer(recipe: Recipe, n_rows: int) -> None:
+    """Raise a `MelensError` for what TRL's configuration does not take, or rows that make no batches."""
+    config = _CONFIGS[recipe.method]
+    for name, value in recipe.trainer.items():
+        field = config.__dataclass_fields__.get(name)
+        if field is None:
+            raise MelensError(f"training.trainer.{name} is no field of TRL's {config.__name__}.")
+        if isinstance(field.default, int | float) and not isinstance(value, int | float):
+            raise MelensError(f"training.trainer.{name} is {value!r}; it must be like {field.default!r}.")
     n_processes = PartialState().num_processes
     if recipe.rows_per_step % (recipe.micro_batch_size * n_processes):
         raise MelensError(
             f"training.batch_size makes steps of {recipe.rows_per_step} rows, which {n_processes} processes with micro "
             f"batches of {recipe.micro_batch_size} do not divide."
         )
+    least = recipe.batch_size if recipe.method == "grpo" else 1  # TRL leaves out a last batch that is not full
+    if n_rows < least:
+        raise MelensError(f"There are {n_rows} rows to train on; {recipe.method} needs at least {least} for a step.")
+
+
+_CONFIGS = {"sft": SFTConfig, "dpo": DPOConfig, "grpo": GRPOConfig}
 
 
 def _trainer(model: Any, tokenizer: Any, rows: Dataset, recipe: Recipe, folder: Path) -> Any:
@@ -205,11 +250,11 @@ def _trainer(model: Any, tokenizer: Any, rows: Dataset, recipe: Recipe, folder: 
             "reward_weights": [1.0, recipe.format_weight],
         },
     }
-    kind, config = {"sft": (_Sft, SFTConfig), "dpo": (_Dpo, DPOConfig), "grpo": (_Grpo, GRPOConfig)}[recipe.method]
+    kind: Any = {"sft": _Sft, "dpo": _Dpo, "grpo": _Grpo}[recipe.method]
     options |= by_method[recipe.method] | dict(recipe.trainer)
     common = {
         "model": model,
-        "args": config(**options),
+        "args": _configured(recipe, options),
         "train_dataset": rows,
         "processing_class": tokenizer,
         "peft_config": _lora(model, recipe),
@@ -220,6 +265,15 @@ def _trainer(model: Any, tokenizer: Any, rows: Dataset, recipe: Recipe, folder: 
     if recipe.method == "dpo":
         return kind(**common, ref_model=reference)
     return kind(**common, reward_funcs=[reward_answer, reward_format], reference=reference, beta=recipe.beta)
+
+
+def _configured(recipe: Recipe, options: dict[str, Any]) -> Any:
+    try:
+        return _CONFIGS[recipe.method](**options)
+    except (TypeError, ValueError) as error:
+        if recipe.trainer:
+            raise MelensError(f"TRL does not take training.trainer={dict(recipe.trainer)}: {error}") from error
+        raise
 
 
 def _lora(model: Any, recipe: Recipe) -> LoraConfig | None:
@@ -236,16 +290,21 @@ def _lora(model: Any, recipe: Recipe) -> LoraConfig | None:
 
 
 class _Checked:
-    """Stops a training whose loss is no number: what comes after would be worth nothing."""
+    """Stops a training whose loss or gradient is no number: what comes after would be worth nothing."""
+
+    _batch: Any = None
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        self._batch = inputs
         loss = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
         if not torch.isfinite(loss).all():
-            raise MelensError(self._explain(inputs))
+            raise MelensError(self.explain("loss"))
         return loss
 
-    def _explain(self, inputs: Any) -> str:
+    def explain(self, what: str) -> str:
+        """Say of which step and batch a quantity is no number, and from where to go on."""
         trainer: Any = self
+        inputs = self._batch
         tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
         if isinstance(inputs, dict) and "input_ids" in inputs:
             texts = tokenizer.batch_decode(inputs["input_ids"][:, :40], skip_special_tokens=True)
@@ -255,7 +314,7 @@ class _Checked:
         last = get_last_checkpoint(trainer.args.output_dir)
         kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
         step = trainer.state.global_step + 1
-        return f"The loss is no number in step {step}, in a batch of {len(texts)} that begins with {begins}; {kept}."
+        return f"The {what} is no number in step {step}, in a batch of {len(texts)} that begins with {begins}; {kept}."
 
 
 class _Sft(_Checked, SFTTrainer):
@@ -282,6 +341,23 @@ class _Grpo(_Checked, GRPOTrainer):
         else:
             self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
 
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        drawn = super()._get_train_sampler(dataset)
+        repeats = (drawn.mini_repeat_count, drawn.batch_size, drawn.repeat_count)
+        return _OrderByEpoch(drawn.data_source, *repeats, drawn.shuffle, drawn.seed)
+
+
+class _OrderByEpoch(RepeatSampler):
+    """Draws the order of an epoch from its number, so that a resumed training goes on as if it had not been stopped."""
+
+    def set_epoch(self, epoch: int) -> None:
+        if self.shuffle:
+            self.generator.manual_seed(self.seed + epoch)
+
+
+class _NothingLeftError(Exception):
+    """There is nothing left to train."""
+
 
 class _Record(TrainerCallback):
     """Shows how far a training is, and lets its model be looked at."""
@@ -298,12 +374,17 @@ class _Record(TrainerCallback):
         self._progress, self._watch, self._every = progress, watch, watch_every
         self._began: float | None = None
         self._steps: list[float] = []
-        self.tokens_before = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        told = [row["num_tokens"] for row in state.log_history if "num_tokens" in row]
-        self.tokens_before = float(told[-1]) if told else 0.0
         self._look(state)
+        if state.global_step >= state.max_steps:  # resumed at the end, where TRL would do one more step
+            raise _NothingLeftError
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        gradients = [weight.grad for weight in self._trainer.model.parameters() if weight.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not torch.isfinite(norm.full_tensor() if isinstance(norm, DTensor) else norm):
+            raise MelensError(self._trainer.explain("gradient"))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._began = time.perf_counter()
@@ -333,14 +414,9 @@ class _Record(TrainerCallback):
         if self._watch is None:
             return
         model = self._trainer.accelerator.unwrap_model(self._trainer.model)
-        adapted = hasattr(model, "merge_adapter")
-        if adapted:
-            model.merge_adapter()
-        try:
-            self._watch(state.global_step, model.get_base_model() if adapted else model, self._mask)
-        finally:
-            if adapted:
-                model.unmerge_adapter()
+        self._watch(
+            state.global_step, model.get_base_model() if hasattr(model, "get_base_model") else model, self._mask
+        )
 
 
 def _unwrapped(trainer: Any) -> Any:
