@@ -318,8 +318,9 @@ def how_asked(asked: Asked) -> str:
         else:
             ways.add("answers written greedily" if benchmark.generates else "log-likelihoods")
     how = ", or ".join(sorted(ways, reverse=True))
-    layers = {"auto": "all blocks from the start on for knowledge, the first alone for maths and safety"}
-    where = layers.get(asked.layers, f"blocks: {asked.layers}")
+    where = f"blocks: {asked.layers}"
+    if asked.layers == "auto":
+        where = "all blocks from the start on for knowledge, the first alone for maths and safety"
     limit = "" if asked.limit is None else f" The first {asked.limit} items of each."
     judge = "" if asked.judge is None else f" Refusals judged by {asked.judge}."
     return f"Zero-shot, {how}. Masked: {where}.{limit}{judge}"

@@ -404,7 +404,7 @@ class _Record(TrainerCallback):
 
     def in_steps(self) -> float:
         """Return the seconds of all steps, without what looks, checkpoints and the start take."""
-        return sum(self._steps)
+        return float(sum(self._steps))
 
     def median_step(self) -> float | None:
         """Return the median seconds of a step."""
