@@ -1,6 +1,7 @@
 """Shapes in the annotations are checked at run time while testing: the hook comes before any import of melens."""
 
 import os
+import sys
 
 from jaxtyping import install_import_hook
 
@@ -25,3 +26,13 @@ def embedded_trace(embedded):
     """A trace of the eight shortest prompts of the project on the embedded model."""
     prompts = sorted(melens.load_prompts(), key=lambda prompt: len(prompt.text))[:8]
     return melens.trace(embedded, prompts)
+
+
+@pytest.fixture(autouse=True)
+def unhashed_functions(monkeypatch):
+    """Datasets hash what maps them by its source; under the run-time type checks that takes seconds a function."""
+    if "datasets" in sys.modules:
+        from datasets.fingerprint import generate_random_fingerprint
+
+        for module in ("arrow_dataset", "fingerprint"):
+            monkeypatch.setattr(f"datasets.{module}.update_fingerprint", lambda *told: generate_random_fingerprint())
