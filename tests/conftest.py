@@ -29,10 +29,12 @@ def embedded_trace(embedded):
 
 
 @pytest.fixture(autouse=True)
-def unhashed_functions(monkeypatch):
+def unhashed_functions():
     """Datasets hash what maps them by its source; under the run-time type checks that takes seconds a function."""
-    if "datasets" in sys.modules:
-        from datasets.fingerprint import generate_random_fingerprint
+    with pytest.MonkeyPatch.context() as patch:
+        if "datasets" in sys.modules:
+            from datasets.fingerprint import generate_random_fingerprint
 
-        for module in ("arrow_dataset", "fingerprint"):
-            monkeypatch.setattr(f"datasets.{module}.update_fingerprint", lambda *told: generate_random_fingerprint())
+            for module in ("arrow_dataset", "fingerprint"):
+                patch.setattr(f"datasets.{module}.update_fingerprint", lambda *told: generate_random_fingerprint())
+        yield
