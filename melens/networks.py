@@ -6,6 +6,7 @@ Where a plain model keeps its blocks, norms and attention is read from Transform
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -29,7 +30,7 @@ from melens.errors import MelensError
 from melens.gates import attach_gates, gates_of, is_of_gate
 from melens.normalization import read_module
 
-__all__ = ["Block", "Network", "Site", "bridged_twin", "is_whole", "open_network", "plain_twin"]
+__all__ = ["Block", "Network", "Site", "bridged_twin", "gathered_twin", "is_whole", "open_network", "plain_twin"]
 
 Site = Literal["attn_in", "ln1_in", "resid_pre"]
 """Where a mask takes hold: what comes out of `ln1`, what goes into it (for attention alone, the residual stream stays
@@ -174,17 +175,22 @@ def bridged_twin(model: Any, name: str) -> TransformerBridge:
     return bridge.eval()
 
 
-def _twin(network: Any, attention: str) -> Any:
-    """Make a model of the same class on the same weights; None where its weights do not fill it."""
+def gathered_twin(model: Any, weights: Mapping[str, Tensor]) -> Any:
+    """Return a model of the class of one whose weights are sharded, on its gathered weights."""
+    return _twin(model, "eager", weights)
+
+
+def _twin(network: Any, attention: str, weights: Mapping[str, Tensor] | None = None) -> Any:
+    """Make a model of the same class on the same weights, or on others; None where they do not fill it."""
     config = copy.deepcopy(network.config)
     config.output_attentions = False
     with init_empty_weights(include_buffers=False):
         twin = type(network)._from_config(config, attn_implementation=attention)
-    missing = twin.load_state_dict(_weights_of(network), strict=False, assign=True).missing_keys
+    missing = twin.load_state_dict(weights or _weights_of(network), strict=False, assign=True).missing_keys
     twin.tie_weights()
     if missing or any(weight.is_meta for weight in twin.parameters()):
         return None
-    return twin.to(network.device)
+    return twin.to(network.device) if weights is None else twin
 
 
 def _weights_of(network: nn.Module) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import pandas as pd
 import planted
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from hydra import compose, initialize_config_dir
 
@@ -468,9 +469,9 @@ def job(folder, *overrides):
     assert run_job(cfg, folder) == []
 
 
-def run_twice_over(*overrides):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "experiments/run.py"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+def run_twice_over(*overrides, program="experiments/run.py", **told):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", program]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"} | told
     done = subprocess.run(
         [*launch, "scale=smoke", *overrides], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
@@ -496,6 +497,29 @@ def test_two_processes_train_as_one_does_and_go_on_as_two(tmp_path):
     pd.testing.assert_series_equal(losses(tmp_path / "one"), losses(tmp_path / "again"), rtol=0, atol=1e-4)
     again = pd.read_parquet(tmp_path / "again" / "training_trace.parquet")
     assert again[["step", "masked"]].equals(looks[["step", "masked"]])  # also what was seen before it stopped
+
+
+@pytest.mark.slow
+def test_a_sharded_model_trains_as_a_whole_one_does(tmp_path):
+    fsdp2 = yaml.safe_load((ROOT / "conf" / "training" / "accelerate" / "fsdp2.yaml").read_text())["fsdp_config"]
+    told = {"ACCELERATE_USE_FSDP": "true"} | {
+        name.upper(): str(value).lower() if isinstance(value, bool) else str(value) for name, value in fsdp2.items()
+    }
+    options = ["exp=sft", "training.mask=paper", "training.gate=headwise", "training.lr=0.1", "training.batch_size=8"]
+    options += ["training.steps=6", "training.save_every=3"]
+    job(tmp_path / "whole", *options)
+    run_twice_over(*options, f"hydra.run.dir={tmp_path / 'sharded'}", program="tests/sharded.py", **told)
+    pd.testing.assert_series_equal(losses(tmp_path / "whole"), losses(tmp_path / "sharded"), rtol=0, atol=1e-4)
+    assert not len(pd.read_parquet(tmp_path / "sharded" / "training_trace.parquet"))  # so it was sharded
+    (tmp_path / "sharded" / "checkpoints" / "checkpoint-6").rename(tmp_path / "gone")
+    again = [f"training.resume={tmp_path / 'sharded'}", f"hydra.run.dir={tmp_path / 'again'}"]
+    run_twice_over(*options, *again, program="tests/sharded.py", **told)
+    pd.testing.assert_series_equal(losses(tmp_path / "whole"), losses(tmp_path / "again"), rtol=0, atol=1e-4)
+    whole, sharded = (load_model(str(tmp_path / name / "model")) for name in ("whole", "sharded"))
+    tokens = torch.arange(9)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(whole(tokens), sharded(tokens), rtol=1e-3, atol=1e-3)
+    assert WeMask.load(tmp_path / "sharded" / "model").on(sharded).fixed is not None
 
 
 @pytest.mark.parametrize("options", [["exp=dpo"], ["exp=grpo"], ["exp=sft", "training.peft=lora"]])

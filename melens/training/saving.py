@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
 
 from melens.gates import is_of_gate, save_gates
+from melens.networks import gathered_twin
 from melens.wemask import WeMask
 
 __all__ = ["save_trained"]
@@ -40,7 +41,7 @@ def save_trained(model: Any, tokenizer: Any, folder: Path, *, mask: WeMask | Non
         if of_gates:
             save_gates(of_gates, partial)
         if mask is not None:
-            mask.save(partial) if sharded else mask.moved_to(model).save(partial)
+            mask.moved_to(gathered_twin(model, weights) if sharded else model).save(partial)
         (partial / "training.json").write_text(json.dumps(told, indent=2, default=str))
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
