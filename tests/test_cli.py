@@ -153,9 +153,13 @@ def test_the_traceback_is_there_for_those_who_want_it(tmp_path):
 
 
 def test_an_interrupt_ends_without_a_result(tmp_path):
-    process = subprocess.Popen(
-        command(f"hydra.run.dir={tmp_path}"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
+    try:
+        process = subprocess.Popen(
+            command(f"hydra.run.dir={tmp_path}"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     while not (tmp_path / ".hydra" / "overrides.yaml").exists():  # from here on the job runs
         assert process.poll() is None
         time.sleep(0.1)
