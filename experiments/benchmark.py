@@ -318,9 +318,14 @@ def how_asked(asked: Asked) -> str:
         else:
             ways.add("answers written greedily" if benchmark.generates else "log-likelihoods")
     how = ", or ".join(sorted(ways, reverse=True))
-    where = f"blocks: {asked.layers}"
-    if asked.layers == "auto":
-        where = "all blocks from the start on for knowledge, the first alone for maths and safety"
+    if isinstance(asked.layers, list):
+        where = f"block{'s' * (len(asked.layers) > 1)} {', '.join(map(str, asked.layers))}"
+    else:
+        where = {
+            "all": "all blocks from the start on",
+            "first": "the first block from the start on",
+            "auto": "all blocks from the start on for knowledge and language, the first alone for maths and safety",
+        }[asked.layers]
     limit = "" if asked.limit is None else f" The first {asked.limit} items of each."
     judge = "" if asked.judge is None else f" Refusals judged by {asked.judge}."
     return f"Zero-shot, {how}. Masked: {where}.{limit}{judge}"

@@ -330,10 +330,6 @@ def _scores_worse(metrics: Metrics) -> Judgement:
     return _of_comparisons(together, "worse", "better")
 
 
-def _table_better(rows: str) -> Callable[[Metrics], Judgement]:
-    return lambda metrics: _of_comparisons(metrics["compared"].get(rows), "better", "worse")
-
-
 def _of_comparisons(counts: Mapping[str, int] | None, claimed: str, other: str) -> Judgement:
     """Judge whether most comparisons turn out as claimed, and none the other way."""
     if counts is None or not counts["all"]:
@@ -353,6 +349,30 @@ def _start_specific(metrics: Metrics) -> Judgement:
     verdict: Verdict = "holds" if value >= 2 else "holds in part" if value > 1 else "does not hold"
     return Judgement(
         verdict, value, None, f"The strongest elsewhere is in block {metrics['start_strongest_elsewhere']}."
+    )
+
+
+def _claim_of_tables(
+    name: str,
+    claim: str,
+    statistic: str,
+    *,
+    rows: str,
+    figure: str = "table",
+    source: str = "section 5, tables 1 to 4, 6 and 7",
+) -> Claim:
+    """Make a claim about trainings, judged by how one kind of comparison in a table turned out."""
+    return Claim(
+        id=name,
+        claim=claim,
+        source=source,
+        experiment="tables",
+        figure=figure,
+        statistic=statistic,
+        criterion="> 0.5, and worse in none; in part: better in more than worse",
+        why="most is the least that 'consistently' can mean; shown is p < 0.05 after correction, and more than "
+        "trainings differ among themselves",
+        judge=lambda metrics: _of_comparisons(metrics["compared"].get(rows), "better", "worse"),
     )
 
 
@@ -682,50 +702,32 @@ CLAIMS: tuple[Claim, ...] = (
         why="as for the claim before",
         judge=_scores_worse,
     ),
-    Claim(
-        id="inference-over-none",
-        claim="Masking a trained model at inference alone improves its scores",
-        source="section 5, tables 1 to 4, 6 and 7",
-        experiment="tables",
+    _claim_of_tables(
+        "inference-over-none",
+        "Masking a trained model at inference alone improves its scores",
+        "share of the comparisons with plain training in which the same model under WeMask is shown better",
+        rows="inference",
         figure="table_differences",
-        statistic="share of the comparisons with plain training in which the same model under WeMask is shown better",
-        criterion="> 0.5, and worse in none; in part: better in more than worse",
-        why="most is the least that 'consistently' can mean; shown is p < 0.05 after correction, and more than "
-        "trainings differ among themselves",
-        judge=_table_better("inference"),
     ),
-    Claim(
-        id="training-over-none",
-        claim="Training with WeMask gives better scores than training without",
-        source="section 5, tables 1 to 4, 6 and 7",
-        experiment="tables",
+    _claim_of_tables(
+        "training-over-none",
+        "Training with WeMask gives better scores than training without",
+        "share of the comparisons with plain training in which training with WeMask is shown better",
+        rows="training",
         figure="table_differences",
-        statistic="share of the comparisons with plain training in which training with WeMask is shown better",
-        criterion="> 0.5, and worse in none; in part: better in more than worse",
-        why="as for the claim before",
-        judge=_table_better("training"),
     ),
-    Claim(
-        id="training-over-inference",
-        claim="Training with WeMask gives better scores than WeMask at inference alone",
-        source="section 5, tables 1 to 4, 6 and 7",
-        experiment="tables",
-        figure="table",
-        statistic="share of the comparisons at equal rates in which training with WeMask is shown better",
-        criterion="> 0.5, and worse in none; in part: better in more than worse",
-        why="as for the claim before",
-        judge=_table_better("training over inference"),
+    _claim_of_tables(
+        "training-over-inference",
+        "Training with WeMask gives better scores than WeMask at inference alone",
+        "share of the comparisons at equal rates in which training with WeMask is shown better",
+        rows="training over inference",
     ),
-    Claim(
-        id="training-over-gates",
-        claim="Training with WeMask gives better scores than training with gated attention",
+    _claim_of_tables(
+        "training-over-gates",
+        "Training with WeMask gives better scores than training with gated attention",
+        "share of the comparisons in which training with WeMask is shown better",
+        rows="training over gates",
         source="appendix G, table 7",
-        experiment="tables",
-        figure="table",
-        statistic="share of the comparisons in which training with WeMask is shown better",
-        criterion="> 0.5, and worse in none; in part: better in more than worse",
-        why="as for the claim before",
-        judge=_table_better("training over gates"),
     ),
 )
 """What the paper and its review say of one model, in the order of the paper."""
