@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
@@ -39,9 +38,8 @@ class Factors(Protocol):
         """Take from the model what was left there for this."""
 
 
-@dataclass
 class _Call:
-    """What a mask does in one forward call.
+    """What a mask does in one forward call. (No dataclass: FSDP copies those that it finds among a block's arguments.)
 
     Attributes:
         where: index of the tokens into `[batch, pos]`; None masks nothing.
@@ -49,10 +47,15 @@ class _Call:
         masked: the blocks that have been masked so far.
     """
 
-    where: tuple[Any, ...] | None = None
-    detect: bool = False
-    real: Bool[Tensor, "batch pos"] | None = None
-    masked: set[int] = field(default_factory=set)
+    def __init__(
+        self,
+        where: tuple[Any, ...] | None = None,
+        *,
+        detect: bool = False,
+        real: Bool[Tensor, "batch pos"] | None = None,
+    ) -> None:
+        self.where, self.detect, self.real = where, detect, real
+        self.masked: set[int] = set()
 
 
 class TokenFinder:

@@ -128,6 +128,17 @@ def test_a_killed_training_goes_on_as_if_it_had_not_been(tmp_path, gate, lora):
     assert resumed.metrics["tokens_per_second"] > 0
 
 
+def test_a_trained_model_is_trained_again_as_a_loaded_one_is(tmp_path):
+    mixed = recipe(precision="mixed", steps=2)
+    model, tokenizer = tiny()
+    trained = train(model, tokenizer, sums(), mixed, tmp_path / "first").model
+    loaded, _ = tiny()
+    loaded.load_state_dict(trained.state_dict())
+    again = train(trained, tokenizer, sums(), mixed, tmp_path / "again").log
+    anew = train(loaded, tokenizer, sums(), mixed, tmp_path / "anew").log
+    assert again["loss"].equals(anew["loss"])  # in bfloat16, both
+
+
 def reward_digits(completions, **_):
     """A reward that a random model can earn: the share of digits in what it wrote."""
     texts = [completion[-1]["content"] for completion in completions]

@@ -3,10 +3,12 @@ import json
 import pytest
 import torch
 from planted import FAMILIES, N_LAYERS, bridge, gains_apart, plain_model
+from torch.distributed.utils import _apply_to_tensors
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import melens
 from melens import MelensError, WeMask
+from melens.masking import InstalledMask
 
 TOKENS = torch.tensor([[5, 17, 101, 33, 8, 64, 150], [9, 2, 77, 120, 31, 6, 44]])
 SELECTS = ("weight", "weight_low", "random", "magnitude", "massive")
@@ -305,6 +307,21 @@ def test_gradient_checkpointing_repeats_each_forward_call_with_its_own_mask(fami
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_whose_arguments_are_cast_are_masked(monkeypatch):
+    """FSDP copies a block's arguments to cast them, and older transformers send what is masked among them."""
+    monkeypatch.setattr(InstalledMask, "_hooks_are_repeated", lambda self: True)
+    network = model_of("llama").train()
+
+    def cast(module, args, kwargs):
+        return _apply_to_tensors(torch.clone, args), _apply_to_tensors(torch.clone, kwargs)
+
+    with WeMask(0.3, start=1).applied(network):
+        expected = network(TOKENS).logits
+        for block in network.base_model.layers:
+            block.register_forward_pre_hook(cast, with_kwargs=True, prepend=True)
+        torch.testing.assert_close(network(TOKENS).logits, expected)
 
 
 def test_masked_dims_get_no_gradient():

@@ -424,5 +424,7 @@ def _unwrapped(trainer: Any) -> Any:
     model = trainer.accelerator.unwrap_model(trainer.model)
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
-    model.__dict__.pop("forward", None)  # TRL's, which leaves the head out
+    # TRL's forward, which leaves the head out, and accelerate's marks, by which another training would not prepare it
+    for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+        model.__dict__.pop(name, None)
     return model.eval()
