@@ -97,9 +97,9 @@ def attention_on_keys(
     batch, n_heads, n_pos, _ = query.shape
     if not keys:
         return logsumexp.new_empty((batch, n_heads, n_pos, 0), dtype=torch.float32)
-    wanted = torch.stack([key[:, :, position] for position in keys], dim=-1)
-    wanted = repeat(wanted, "batch kv d key -> (batch kv group) d key", group=n_heads // key.shape[1])
-    scores = _matmul_float32(query.flatten(0, 1), wanted).unflatten(0, (batch, n_heads))
+    group = n_heads // key.shape[1]
+    wanted = torch.stack([repeat(key[:, :, at], "batch kv d -> batch kv group d", group=group) for at in keys], dim=-1)
+    scores = _matmul_float32(query.flatten(0, 1), wanted.flatten(0, 2)).unflatten(0, (batch, n_heads))
     attention = scores.mul_(scale).sub_(logsumexp[..., None]).exp_()
     for column, position in enumerate(keys):
         if position > 0:

@@ -5,6 +5,8 @@ PyTorch's own median takes 0.30 ms for a hidden state of 4,096 × 2,560 in bf16 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -16,17 +18,18 @@ __all__ = ["count_magnitudes"]
 _BLOCK = 4096
 
 
-def count_magnitudes(values: Float[Tensor, " n"]) -> Int[Tensor, "3 64"]:
-    """Count the magnitudes of a bf16 or fp16 tensor as far as their median needs, without waiting for the GPU.
+def count_magnitudes(hiddens: Sequence[Float[Tensor, "_ d"]]) -> Int[Tensor, "hidden 3 64"]:
+    """Count the magnitudes of bf16 or fp16 tensors as far as their medians need, without waiting for the GPU.
 
     The magnitudes of floats are ordered like their 15 bits, taken as three digits of 5 bits. The first row counts the
     values by their first digit; the second by the second digit, among those that share the median's first; the third
     by the last, among those that share the median's first two. `metrics.median_of_counts` reads the median off.
     """
-    counts = torch.zeros((3, 64), dtype=torch.int32, device=values.device)
-    bits, n = values.view(torch.int16), values.numel()
-    for digit in range(3):
-        _count_digit[(triton.cdiv(n, _BLOCK),)](bits, n, (n - 1) // 2, counts, DIGIT=digit, BLOCK=_BLOCK)
+    counts = torch.zeros((len(hiddens), 3, 64), dtype=torch.int32, device=hiddens[0].device)
+    for hidden, of_hidden in zip(hiddens, counts, strict=True):
+        bits, n = hidden.flatten().view(torch.int16), hidden.numel()
+        for digit in range(3):
+            _count_digit[(triton.cdiv(n, _BLOCK),)](bits, n, (n - 1) // 2, of_hidden, DIGIT=digit, BLOCK=_BLOCK)
     return counts
 
 

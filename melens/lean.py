@@ -96,7 +96,8 @@ def lean_forward(
             ):
                 left_out.append(wrapper)
                 wrapper.parent._modules[wrapper.name] = wrapper.module
-                _keep_rim_hooks(wrapper, hooked, waiting, handles)
+                if not heard.isdisjoint(wrapper.rim):
+                    _keep_rim_hooks(wrapper, hooked, waiting, handles)
                 if wrapper.layer is not None and key_listener is not None:
                     handles.append(_listen_to_fused(wrapper, keys, partial(key_listener, wrapper.layer)))
             elif wrapper.layer is not None:
@@ -117,7 +118,8 @@ class _Wrapper:
         component, module: the bridge component and the transformers module that it wraps.
         parent, name: where in the transformers model it stands.
         hook_in, hook_out: its hooks at the rim, on what goes into and comes out of the wrapped module.
-        inside: the ids of its hooks that are not at the rim, which the wrapped module alone would not fire.
+        rim: their ids.
+        inside: the ids of its other hooks, which the wrapped module alone would not fire.
         can_be_left_out: whether the wrapped module computes the same.
         layer: of an attention component, its block.
     """
@@ -128,6 +130,7 @@ class _Wrapper:
     name: str
     hook_in: HookPoint
     hook_out: HookPoint
+    rim: frozenset[int]
     inside: frozenset[int]
     can_be_left_out: bool
     layer: int | None
@@ -173,7 +176,7 @@ def _add_part(
     module, hook_in, hook_out = component.original_component, component.hook_in, component.hook_out
     elsewhere = set(map(id, module.modules()))
     own = [part for part in component.modules() if id(part) not in elsewhere]
-    inside = set()
+    rim, inside = frozenset({id(hook_in), id(hook_out)}), set()
     for part in own:
         if isinstance(part, HookPoint):
             inside.add(id(part))
@@ -195,7 +198,8 @@ def _add_part(
             name,
             hook_in,
             hook_out,
-            frozenset(inside - {id(hook_in), id(hook_out)}),
+            rim,
+            frozenset(inside - rim),
             can_be_left_out and not is_needed,
             layer,
         )

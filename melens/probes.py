@@ -174,14 +174,16 @@ class LargestActivations(Probe):
         by_token = abs_max(activation)
         if min(batch.lengths) < activation.shape[1]:
             by_token = by_token.masked_fill(~batch.is_token.to(activation.device), -1)
-        largest, positions = by_token.topk(min(self.n_tokens, activation.shape[1]), dim=-1)
+        largest, positions = by_token.topk(min(self.n_tokens, activation.shape[1]), dim=-1, sorted=False)
         tokens = activation.gather(1, positions[..., None].expand(-1, -1, activation.shape[-1]))
         return {"largest": largest, "positions": positions, "tokens": tokens}
 
     def finish(self, reduced: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-        tokens = reduced["tokens"].float().masked_fill(reduced["largest"][..., None] < 0, float("nan"))  # padding
+        largest, order = reduced["largest"].sort(dim=-1, descending=True)
+        tokens = reduced["tokens"].take_along_dim(order[..., None], dim=-2).float()
+        tokens = tokens.masked_fill(largest[..., None] < 0, float("nan"))  # padding
         dims = tokens.abs().nan_to_num(-1).topk(min(self.n_dims, tokens.shape[-1]), dim=-1).indices
-        positions = reduced["positions"][..., None].expand_as(dims)
+        positions = reduced["positions"].take_along_dim(order, dim=-1)[..., None].expand_as(dims)
         entries = {"pos": positions, "dim": dims, "value": tokens.gather(-1, dims)}
         return {name: values.flatten(2) for name, values in entries.items()}
 
@@ -201,7 +203,7 @@ class AbsMedian(Probe):
             from melens.kernels import count_magnitudes
 
             self._dtype = activation.dtype
-            return {"counts": torch.stack([count_magnitudes(hidden.flatten()) for hidden in hiddens])}
+            return {"counts": count_magnitudes(hiddens)}
         return {"abs_median": torch.stack([abs_median(hidden) for hidden in hiddens])}
 
     def finish(self, reduced: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:

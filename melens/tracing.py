@@ -208,9 +208,10 @@ def _checked_tokens(model: TransformerBridge, row: int, ids: Any) -> list[int]:
     if not isinstance(ids, Tensor) or ids.ndim != 1 or ids.is_floating_point():
         raise MelensError(f"Prompt number {row} must be a [pos] tensor of integers, like the first one.")
     check_length(len(ids), f"number {row}", model.cfg.n_ctx)
-    tokens: list[int] = ids.tolist()
-    if not 0 <= min(tokens) <= max(tokens) < model.cfg.d_vocab:
+    on_cpu = ids.cpu()
+    if not 0 <= int(on_cpu.min()) <= int(on_cpu.max()) < model.cfg.d_vocab:
         raise MelensError(f"Prompt number {row} has token ids outside the vocabulary of {model.cfg.d_vocab:,}.")
+    tokens: list[int] = on_cpu.tolist()
     return tokens
 
 
@@ -245,7 +246,7 @@ def _batches(tokens: list[list[int]], max_batch_tokens: int, device: Any) -> Ite
 
 
 def _pad(tokens: list[list[int]], rows: list[int], device: Any) -> Batch:
-    of_batch = [torch.tensor(tokens[row]) for row in rows]
+    of_batch = [torch.from_numpy(np.array(tokens[row])) for row in rows]  # a fifth of the time of torch.tensor
     padded = torch.nn.utils.rnn.pad_sequence(of_batch, batch_first=True)
     return Batch(padded.to(device), tuple(len(ids) for ids in of_batch), tuple(rows))
 
@@ -253,7 +254,7 @@ def _pad(tokens: list[list[int]], rows: list[int], device: Any) -> Batch:
 # --- Listening --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class _Listener:
     """One probe at one site of one block."""
 
