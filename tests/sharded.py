@@ -16,6 +16,8 @@ def begin(self, *args, fsdp_plugin=None, **options):
     if self.__dict__.get("distributed_type") == DistributedType.MULTI_CPU:
         self.distributed_type = DistributedType.FSDP
         self.fsdp_plugin = fsdp_plugin or FullyShardedDataParallelPlugin()
+        if self._mixed_precision != "no":
+            self.fsdp_plugin.set_mixed_precision(self._mixed_precision)
 
 
 if __name__ == "__main__":
