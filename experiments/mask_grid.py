@@ -351,6 +351,8 @@ def _block_figure(grid: Grid, cells: pd.DataFrame, metrics: dict[str, Any], titl
     panels = []
     for quantity, text in {"sink_mass": "sink mass", **_BEHIND}.items():
         points = grid.by_block.rename(columns={quantity: "mean"})[["cell", "layer", "mean"]].dropna()
+        if not len(points):
+            continue
         curves = [Curve(name, points[points["cell"] == name], color) for name, color in lines]
         panels.append(Panel(text.capitalize(), text.split(" between")[0], curves, metrics.get("me_layer")))
     note = "Entropy and rank: the first two texts, 96 tokens. Cosines: mean over pairs of texts."

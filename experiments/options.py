@@ -69,8 +69,8 @@ def check_experiment_option(experiment: str, key: str, value: Any) -> None:
     allowed = None
     if key in ("log_scale", "keep", "report") and not isinstance(value, bool):
         allowed = "true or false"
-    elif key == "patterns" and value not in ("drawn", "all"):
-        allowed = "drawn or all"
+    elif key == "patterns" and value not in ("drawn", "all", "none"):
+        allowed = "drawn, all or none"
     elif key in LEAST and not (_is_count(value) and value >= LEAST[key]):
         allowed = f"a whole number of at least {LEAST[key]}"
     elif key == "top_share" and not _is_share(value):

@@ -43,9 +43,16 @@ def run(study: Study, options: DictConfig) -> Result:
     )
     store = store_for("masks", model.original_model, texts, options.texts_per_batch) if options.keep else None
     starts = {min(mask.blocks(model)) for mask in masks}
-    comparison = MaskComparison(model, texts, starts, texts_per_batch=options.texts_per_batch, store=store)
     shown = _shown(study, masks)
-    looked_at = masks if options.patterns == "all" else shown
+    looked_at = {"drawn": shown, "all": masks, "none": []}[options.patterns]
+    comparison = MaskComparison(
+        model,
+        texts,
+        starts,
+        texts_per_batch=options.texts_per_batch,
+        patterns=options.patterns != "none",
+        store=store,
+    )
     measured, kept = _measure(study, comparison, masks, store, looked_at)
     grid = _lay_out(study, comparison.unmasked, masks, measured)
     metrics = study.metrics(

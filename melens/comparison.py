@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +20,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from melens.cache import Store
 from melens.errors import MelensError
 from melens.lean import lean_forward
-from melens.metrics import pairwise_cosine
-from melens.probes import AttentionEntropy, AttentionSpectrum, Probe, TokenVectors
+from melens.metrics import has_triton, pairwise_cosine
+from melens.probes import AttentionEntropy, AttentionSpectrum, Probe
 from melens.replay import Replay, logits_of
 from melens.tracing import trace
 from melens.wemask import WeMask
@@ -32,7 +32,7 @@ _KEPT_BYTES = 2 * 2**30
 """Up to how much of the unmasked model's next-token probabilities is kept, if not a GPU has more to spare; beyond,
 each mask computes them again."""
 
-_ROWS = {"cpu": 64, "cuda": 1024}
+_ROWS = 64
 """Tokens whose logits are looked at together: on a CPU their rows stay in its cache."""
 
 
@@ -70,8 +70,16 @@ class _Predicted(NamedTuple):
     likeliest: Int[Tensor, "text pos"]
 
 
-class _Keys(TokenVectors):
-    name = "keys"
+class _Heard(NamedTuple):
+    """What was heard in one forward pass, by block."""
+
+    sink_mass: dict[int, Float[Tensor, "text head"]]
+    input: dict[int, Float[Tensor, "text d"]]
+    key: dict[int, Float[Tensor, "text d_keys"]]
+
+
+_OF_FIRST = {"input": "ln1.hook_out", "key": "attn.k.hook_out"}
+"""Where token 0's attention input and its key pass."""
 
 
 class MaskComparison:
@@ -91,6 +99,7 @@ class MaskComparison:
         texts_per_batch: int = 8,
         short_texts: int = 2,
         short_tokens: int = 96,
+        patterns: bool = True,
         store: Store | None = None,
     ) -> None:
         """Run the model without a mask, or find in the store that it was run before.
@@ -101,6 +110,7 @@ class MaskComparison:
             starts: first blocks of the masks to come.
             texts_per_batch: in a forward pass.
             short_texts, short_tokens: on how much of the texts the attention patterns are looked at.
+            patterns: look at them; then `measure` can too.
             store: where the unmasked run is kept, for these starts and texts of this model alone.
         """
         if texts.shape[1] < 3:
@@ -109,34 +119,43 @@ class MaskComparison:
         self._texts = texts.to(model.cfg.device)
         self._batches = self._texts.split(texts_per_batch)
         self._short = (min(short_texts, texts_per_batch, len(texts)), min(short_tokens, texts.shape[1]))
+        first_tokens = texts[:, 0].tolist()
+        self._distinct = [first_tokens.index(token) for token in dict.fromkeys(first_tokens)]
+        hook_dict = model.hook_dict
+        self._of_first = [
+            (name, layer, hook_dict[f"blocks.{layer}.{site}"])
+            for name, site in _OF_FIRST.items()
+            for layer in range(len(model.blocks))
+            if f"blocks.{layer}.{site}" in hook_dict
+        ]
         self._recorded = sorted({start - 1 for start in starts} - {-1})
         self._replays: list[Replay] = []
         self._finals: list[Tensor] = []
         self._kept: dict[int, _Predicted] = {}
-        name = "unmasked-" + "-".join(map(str, self._recorded))
+        name = "-".join(["unmasked", *map(str, self._recorded), *(["patterns"] if patterns else [])])
         found = None if store is None else store.load(name, model.cfg.device)
         self.shared = found is not None
         if found is not None:
             self._take(found)
         else:
-            self._run_unmasked()
+            self._run_unmasked(patterns=patterns)
             if store is not None:
                 store.save(name, self._to_keep())
 
     # --- Without a mask -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _run_unmasked(self) -> None:
-        sink_mass = []
+    def _run_unmasked(self, *, patterns: bool) -> None:
+        heard = []
         for tokens in self._batches:
             replay = Replay(self._model)
-            with replay.recording(self._recorded), self._hearing_sinks() as sinks:
+            with replay.recording(self._recorded), self._hearing(0) as of_batch:
                 output = self._model.original_model.base_model(input_ids=tokens, use_cache=False)
             self._finals.append(output.last_hidden_state)
             self._replays.append(replay)
-            sink_mass.append(sinks)
+            heard.append(of_batch)
         compared = self._against_unmasked(lambda number: logits_of(self._model.original_model, self._finals[number]))
-        self.unmasked = self._finish(compared, sink_mass, 0)
+        self.unmasked = self._finish(compared, heard, 0, patterns=patterns)
 
     def _to_keep(self) -> dict[str, Tensor]:
         """Return the unmasked run as tensors by name."""
@@ -193,18 +212,18 @@ class MaskComparison:
         start = min(mask.blocks(self._model))
         if start and start - 1 not in self._recorded:
             raise MelensError(f"The mask starts in block {start}, which is none of the starts of this comparison.")
-        sink_mass: list[dict[int, Tensor]] = []
+        heard: list[_Heard] = []
 
         def masked_logits(number: int) -> Tensor:
-            with self._starting(self._replays[number], start), self._hearing_sinks() as sinks:
+            with self._starting(self._replays[number], start), self._hearing(start) as of_batch:
                 output = self._model.original_model(input_ids=self._batches[number], use_cache=False)
-            sink_mass.append(sinks)
+            heard.append(of_batch)
             logits: Tensor = output.logits
             return logits
 
         with mask.applied(self._model):
             compared = self._against_unmasked(masked_logits)
-            return self._finish(compared, sink_mass, start, patterns=patterns)
+            return self._finish(compared, heard, start, patterns=patterns)
 
     @contextmanager
     def _starting(self, replay: Replay, start: int) -> Iterator[None]:
@@ -214,14 +233,22 @@ class MaskComparison:
             yield
 
     @contextmanager
-    def _hearing_sinks(self) -> Iterator[dict[int, Float[Tensor, "text head"]]]:
-        """Collect, block by block, the attention that the later tokens of each text pay to token 0."""
-        heard: dict[int, Tensor] = {}
+    def _hearing(self, start: int) -> Iterator[_Heard]:
+        """Collect, from a block on, the attention that later tokens pay to token 0, and token 0's input and key."""
+        heard, device = _Heard({}, {}, {}), self._texts.device
 
-        def hear(layer: int, attention: Float[Tensor, "text head query 1"]) -> None:
-            heard[layer] = attention[:, :, 1:, 0].mean(-1)
+        def hear_sinks(layer: int, attention: Float[Tensor, "text head query 1"]) -> None:
+            heard.sink_mass[layer] = attention[:, :, 1:, 0].mean(-1).to(device)
 
-        with lean_forward(self._model, keys=[0], key_listener=hear):
+        def hear_first(kept: dict[int, Tensor], layer: int, activation: Float[Tensor, "text pos *d"]) -> None:
+            kept[layer] = activation[:, 0].flatten(1).to(device, copy=True)
+
+        listeners = [
+            (hook_point, partial(hear_first, getattr(heard, name), layer))
+            for name, layer, hook_point in self._of_first
+            if layer >= start
+        ]
+        with lean_forward(self._model, listeners, keys=[0], key_listener=hear_sinks):
             yield heard
 
     @torch.no_grad()
@@ -231,26 +258,29 @@ class MaskComparison:
         for number, tokens in enumerate(self._batches):
             predictions = self._predictions(number)
             for text, logits, *before in zip(tokens, logits_of(number), *predictions, strict=True):
-                n_rows = _ROWS.get(logits.device.type, 64)
-                rows = (of_text.split(n_rows) for of_text in (logits[:-1], text[1:], *before))
-                parts = [_compare_rows(*each) for each in zip(*rows, strict=True)]
-                for values, each in zip(quantities.values(), zip(*parts, strict=True), strict=True):
-                    values.append(torch.cat(each).mean())
+                compared = _compare(logits[:-1], text[1:], *before)
+                for values, of_tokens in zip(quantities.values(), compared, strict=True):
+                    values.append(of_tokens.mean())
         return {name: torch.stack(values).cpu() for name, values in quantities.items()}
 
-    def _finish(
-        self, compared: dict[str, Tensor], sink_mass: Sequence[dict[int, Tensor]], start: int, *, patterns: bool = True
-    ) -> Measured:
+    def _finish(self, compared: dict[str, Tensor], heard: Sequence[_Heard], start: int, *, patterns: bool) -> Measured:
         """Put a run's quantities together; blocks before `start` are those of the unmasked run.
 
         Args:
             compared: what `_against_unmasked` returned.
-            sink_mass: of each batch, by block `[text, head]`.
+            heard: in each batch.
             start: the block that the run began with.
             patterns: as for `measure`.
         """
-        by_layer = {layer: torch.cat([batch[layer].float().cpu() for batch in sink_mass]).T for layer in sink_mass[0]}
-        own = {"sink_mass": self._stacked(by_layer), **self._rigidity(start)}
+        if not heard[0].sink_mass:
+            raise MelensError("No block of this model tells what its attention looks at.")
+        own = {"sink_mass": self._gathered([batch.sink_mass for batch in heard]).mT}
+        for name in _OF_FIRST:
+            of_first = self._gathered([getattr(batch, name) for batch in heard])
+            n = len(self._distinct)
+            cosines = pairwise_cosine(of_first[:, self._distinct])
+            own[f"{name}_cosine"] = (cosines.sum((1, 2)) - n) / max(1, n * (n - 1))
+        own["first_key"] = of_first[:, 0]
         if patterns:
             own |= self._patterns(start)
         for name, values in own.items():
@@ -260,11 +290,15 @@ class MaskComparison:
             own.setdefault(name, torch.full_like(own["sink_mass"][..., 0], float("nan")))
         return Measured(**compared, **own)
 
-    def _stacked(self, by_layer: dict[int, Tensor]) -> Tensor:
-        if not by_layer:
-            raise MelensError("No block of this model tells what its attention looks at.")
-        missing = torch.full_like(next(iter(by_layer.values())), float("nan"))
-        return torch.stack([by_layer.get(layer, missing) for layer in range(len(self._model.blocks))])
+    def _gathered(self, by_batch: Sequence[dict[int, Float[Tensor, "_ d"]]]) -> Float[Tensor, "layer text d"]:
+        """Bring what was heard of all texts to the CPU together; NaN in blocks where nothing was."""
+        n_layers, layers = len(self._model.blocks), list(by_batch[0])
+        if not layers:
+            return torch.full((n_layers, len(self._texts), 1), float("nan"))
+        values = torch.cat([torch.stack(list(of_batch.values())) for of_batch in by_batch], dim=1).float().cpu()
+        whole = torch.full((n_layers, *values.shape[1:]), float("nan"))
+        whole[layers] = values
+        return whole
 
     def _patterns(self, start: int) -> dict[str, Tensor]:
         """Look at the attention patterns of the first texts, cut short: `[layer, head]` of each quantity."""
@@ -288,53 +322,40 @@ class MaskComparison:
             "effective_rank": found.get("effective_rank", torch.full_like(entropy, float("nan"))),
         }
 
-    def _rigidity(self, start: int) -> dict[str, Tensor]:
-        """Compare token 0 between texts: it sees no other token, so two tokens of each are enough."""
-        first_token = self._texts[:, 0].tolist()
-        distinct = [first_token.index(token) for token in dict.fromkeys(first_token)]
-        short = list(self._texts[distinct, :2].cpu())
-        found, n, n_layers = {}, len(short), len(self._model.blocks)
-        probes: dict[str, Probe] = {
-            "input": TokenVectors([0], site="ln1.hook_out"),
-            "key": _Keys([0], site="attn.k.hook_out"),
-        }
-        heard = {
-            name: [at for at in range(start, n_layers) if f"blocks.{at}.{probe.sites[0]}" in self._model.hook_dict]
-            for name, probe in probes.items()
-        }
-        for name, probe in probes.items():
-            probe.layers = heard[name]
-        with self._starting(Replay.cut(self._model, self._replays, distinct, 2), start):
-            present = [probe for name, probe in probes.items() if heard[name]]
-            traced = trace(self._model, short, present, max_batch_tokens=2**31) if present else None
-        for name, probe in probes.items():
-            vectors = torch.full((n, n_layers, 1), float("nan"))
-            if traced is not None and heard[name]:
-                of_heard = traced.tensors[probe.name][:, :, 0]
-                vectors = torch.full((n, n_layers, of_heard.shape[-1]), float("nan"))
-                vectors[:, heard[name]] = of_heard
-            cosines = pairwise_cosine(vectors.transpose(0, 1))
-            found[f"{name}_cosine"] = (cosines.sum((1, 2)) - n) / max(1, n * (n - 1))
-        return found | {"first_key": vectors[0]}
-
-    @cached_property
+    @property
     def distinct_first_tokens(self) -> int:
         """Tell on how many different first tokens the cosines rest."""
-        return len(set(self._texts[:, 0].tolist()))
+        return len(self._distinct)
 
 
-def _compare_rows(
+def _compare(
     logits: Float[Tensor, "pos vocabulary"],
     targets: Int[Tensor, " pos"],
     unmasked: Float[Tensor, "pos vocabulary"],
     negentropy: Float[Tensor, " pos"],
     likeliest: Int[Tensor, " pos"],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Float[Tensor, " pos"], Float[Tensor, " pos"], Float[Tensor, " pos"]]:
     """Return loss, KL(unmasked ‖ these) and whether both predict the same, a token each."""
+    if logits.is_cuda and has_triton():
+        from melens.kernels import against_probabilities
+
+        normaliser, cross, own_likeliest = against_probabilities(logits, unmasked)
+        loss = normaliser - logits.gather(-1, targets[:, None])[:, 0].float()
+        kl = negentropy - cross + normaliser
+    else:
+        rows = zip(*(each.split(_ROWS) for each in (logits, targets, unmasked)), strict=True)
+        parts = zip(*(_compare_rows(*each) for each in rows), strict=True)
+        loss, cross, own_likeliest = (torch.cat(part) for part in parts)
+        kl = negentropy - cross
+    return loss, kl.clamp(min=0), (own_likeliest == likeliest).float()
+
+
+def _compare_rows(
+    logits: Float[Tensor, "pos vocabulary"], targets: Int[Tensor, " pos"], unmasked: Float[Tensor, "pos vocabulary"]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return loss, Σ p·log q against the unmasked probabilities p, and the likeliest next token."""
     own = logits.log_softmax(-1, dtype=torch.float32)
-    loss = -own.gather(-1, targets[:, None])[:, 0]
-    kl = (negentropy - _row_dots(unmasked, own)).clamp(min=0)
-    return loss, kl, (own.argmax(-1) == likeliest).float()
+    return -own.gather(-1, targets[:, None])[:, 0], _row_dots(unmasked, own), own.argmax(-1)
 
 
 def _row_dots(a: Float[Tensor, "*row d"], b: Float[Tensor, "*row d"]) -> Float[Tensor, "*row"]:

@@ -1,7 +1,4 @@
-"""The one kernel that PyTorch lacks: the exact median of |h| in three passes over the memory, without a sort.
-
-PyTorch's own median takes 0.30 ms for a hidden state of 4,096 × 2,560 in bf16 on an H200, this 0.07 ms.
-"""
+"""The kernels that PyTorch lacks, for GPUs: an exact median without a sort, and predictions compared in one pass."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["count_magnitudes"]
+__all__ = ["against_probabilities", "count_magnitudes"]
 
 _BLOCK = 4096
 
@@ -24,6 +21,8 @@ def count_magnitudes(hiddens: Sequence[Float[Tensor, "_ d"]]) -> Int[Tensor, "hi
     The magnitudes of floats are ordered like their 15 bits, taken as three digits of 5 bits. The first row counts the
     values by their first digit; the second by the second digit, among those that share the median's first; the third
     by the last, among those that share the median's first two. `metrics.median_of_counts` reads the median off.
+
+    PyTorch's own median takes 0.30 ms for a hidden state of 4,096 × 2,560 in bf16 on an H200, this 0.07 ms.
     """
     counts = torch.zeros((len(hiddens), 3, 64), dtype=torch.int32, device=hiddens[0].device)
     for hidden, of_hidden in zip(hiddens, counts, strict=True):
@@ -50,3 +49,62 @@ def _count_digit(bits, n, middle, counts, DIGIT: tl.constexpr, BLOCK: tl.constex
     counted = tl.histogram(tl.where(shares_prefix, (magnitude >> shift) & 31, 63), 64)
     is_digit = tl.arange(0, 64) < 32
     tl.atomic_add(counts + DIGIT * 64 + tl.arange(0, 64), counted, mask=is_digit & (counted > 0))
+
+
+def against_probabilities(
+    logits: Float[Tensor, "row vocabulary"], probabilities: Float[Tensor, "row vocabulary"]
+) -> tuple[Float[Tensor, " row"], Float[Tensor, " row"], Int[Tensor, " row"]]:
+    """Compare next-token logits with another model's probabilities p: log Σ exp(logits), Σ p·logits, and the argmax.
+
+    Each is read once, in whatever precision it is; what is computed from them is in float32.
+    """
+    logits, probabilities = logits.contiguous(), probabilities.contiguous()
+    n_rows, n_vocabulary = logits.shape
+    normaliser, cross = (torch.empty(n_rows, dtype=torch.float32, device=logits.device) for _ in range(2))
+    likeliest = torch.empty(n_rows, dtype=torch.int64, device=logits.device)
+    _against_row[(n_rows,)](
+        logits,
+        probabilities,
+        normaliser,
+        cross,
+        likeliest,
+        logits.stride(0),
+        probabilities.stride(0),
+        N=n_vocabulary,
+        BLOCK=_BLOCK,
+        num_warps=8,
+    )
+    return normaliser, cross, likeliest
+
+
+@triton.jit
+def _against_row(  # type: ignore[no-untyped-def]
+    logits,
+    probabilities,
+    normaliser,
+    cross,
+    likeliest,
+    logits_stride,
+    probabilities_stride,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    largest = float("-inf")
+    largest_at = 0
+    total = 0.0
+    product = 0.0
+    for start in range(0, N, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        within = offsets < N
+        x = tl.load(logits + row * logits_stride + offsets, mask=within, other=float("-inf")).to(tl.float32)
+        p = tl.load(probabilities + row * probabilities_stride + offsets, mask=within, other=0.0)
+        here, here_at = tl.max(x, 0, return_indices=True)
+        largest_at = tl.where(here > largest, start + here_at, largest_at)
+        total *= tl.exp(largest - tl.maximum(largest, here))
+        largest = tl.maximum(largest, here)
+        total += tl.sum(tl.exp(x - largest), 0)
+        product += tl.sum(tl.where(p > 0, p * x, 0.0), 0)
+    tl.store(normaliser + row, largest + tl.log(total))
+    tl.store(cross + row, product)
+    tl.store(likeliest + row, largest_at)

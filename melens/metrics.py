@@ -5,6 +5,9 @@ All reductions accumulate in float32 without a float32 copy of their input: bf16
 
 from __future__ import annotations
 
+import importlib.util
+from functools import cache
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -16,12 +19,19 @@ __all__ = [
     "effective_rank",
     "energy_share",
     "first_share",
+    "has_triton",
     "kl_to_gain",
     "l2_norm",
     "median_of_counts",
     "pairwise_cosine",
     "sink_mass",
 ]
+
+
+@cache
+def has_triton() -> bool:
+    """Whether `melens.kernels` can be imported."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def l2_norm(activation: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:

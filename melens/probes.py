@@ -16,11 +16,10 @@ A new probe is a class with a name, its sites and a `reduce`:
 
 from __future__ import annotations
 
-import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -35,6 +34,7 @@ from melens.metrics import (
     effective_rank,
     energy_share,
     first_share,
+    has_triton,
     kl_to_gain,
     l2_norm,
     median_of_counts,
@@ -199,7 +199,7 @@ class AbsMedian(Probe):
 
     def reduce(self, activation: Float[Tensor, "batch pos d"], batch: Batch) -> dict[str, Tensor]:
         hiddens = [hidden[:length] for hidden, length in zip(activation, batch.lengths, strict=True)]
-        if activation.is_cuda and activation.element_size() == 2 and _has_triton():
+        if activation.is_cuda and activation.element_size() == 2 and has_triton():
             from melens.kernels import count_magnitudes
 
             self._dtype = activation.dtype
@@ -210,11 +210,6 @@ class AbsMedian(Probe):
         if "counts" in reduced:
             return {"abs_median": median_of_counts(reduced["counts"], self._dtype)}
         return reduced
-
-
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 class TokenVectors(Probe):

@@ -12,6 +12,9 @@ import torch  # noqa: E402
 
 import melens  # noqa: E402
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # the kernels run in Triton's interpreter; read when Triton is imported
+
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 

@@ -209,7 +209,7 @@ def test_what_masks_do_to_the_embedded_model(tmp_path, short_prompts, sweep):
         ("wemask.rate=1.5", "The mask's rate is 1.5; it must be over 0 and at most 1."),
         ("wemask.select=wieght", "The mask's select is 'wieght'; allowed are weight"),
         ("data.n_tokens=2", "data.n_tokens is 2; it must be a whole number of at least 3."),
-        ("exp.patterns=none", "exp.patterns of wemask is 'none'; it must be drawn or all."),
+        ("exp.patterns=few", "exp.patterns of wemask is 'few'; it must be drawn, all or none."),
     ],
 )
 def test_a_wrong_mask_is_told_before_anything_slow(tmp_path, override, message):

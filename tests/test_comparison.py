@@ -19,10 +19,10 @@ def compared(model, starts=(1, 2), **options):
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("start", [0, 1, 2])
-def test_a_mask_is_measured_as_by_whole_forward_passes_in_eager_attention(family, start):
+@pytest.mark.parametrize(("start", "site"), [(0, "ln1_in"), (1, "attn_in"), (2, "resid_pre")])
+def test_a_mask_is_measured_as_by_whole_forward_passes_in_eager_attention(family, start, site):
     model = model_of(family)
-    mask = WeMask(0.3, site="ln1_in", start=start)
+    mask = WeMask(0.3, site=site, start=start)
     found = compared(model, [start]).measure(mask)
     unmasked = model(TEXTS)[:, :-1].log_softmax(-1)
     with mask.applied(model):
@@ -46,6 +46,20 @@ def test_a_mask_is_measured_as_by_whole_forward_passes_in_eager_attention(family
         torch.testing.assert_close(found.first_key[layer], vectors[0], rtol=1e-3, atol=1e-4)
 
 
+def test_without_patterns_all_else_is_the_same():
+    model, mask = model_of("gemma3"), WeMask(0.3, start=1)
+    whole, quick = compared(model), compared(model, patterns=False)
+    for with_them, without in (
+        (whole.unmasked, quick.unmasked),
+        (whole.measure(mask), quick.measure(mask, patterns=False)),
+    ):
+        for name in Measured.__dataclass_fields__:
+            if name in ("entropy", "effective_rank"):
+                assert getattr(without, name).isnan().all()
+            else:
+                assert torch.equal(getattr(with_them, name), getattr(without, name))
+
+
 def test_the_unmasked_model_differs_in_nothing_from_itself():
     unmasked = compared(model_of("llama")).unmasked
     assert (unmasked.kl == 0).all()
@@ -64,7 +78,7 @@ def test_the_blocks_before_a_mask_run_once_for_all_masks():
         comparison.measure(WeMask(rate, start=2))
     own = [after - before for after, before in zip(times, once, strict=True)]
     assert own[0] == own[1] == 0
-    assert own[2] == own[3] == 3 * (3 + 1 + 1)  # three batches, the patterns, token 0
+    assert own[2] == own[3] == 3 * (3 + 1)  # three batches, the patterns
 
 
 def test_a_run_that_was_kept_is_taken_and_leaves_the_same(tmp_path):

@@ -140,7 +140,8 @@ def grid_cost(plain: Any, start: int, add: Callable[..., None]) -> None:
     head = 1 - blocks / whole
     MaskComparison(bridge, texts[:2, :64], [start]).measure(masks[0])  # warms up
     comparison: list[MaskComparison] = []
-    seconds = seconds_of(lambda: comparison.append(MaskComparison(bridge, texts, [start], texts_per_batch=per_batch)))
+    options = {"texts_per_batch": per_batch, "patterns": False}
+    seconds = seconds_of(lambda: comparison.append(MaskComparison(bridge, texts, [start], **options)))
     seconds += sum(seconds_of(lambda mask=mask: comparison[0].measure(mask, patterns=False)) for mask in masks)
     share = (n_layers - start) / n_layers
     ideal = 1 + n_masks * share

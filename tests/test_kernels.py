@@ -1,0 +1,48 @@
+"""The kernels for GPUs, in Triton's interpreter where there is none."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+import melens
+from melens.metrics import abs_median, median_of_counts
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def kernels():
+    # Read past the hook that checks shapes, whose wrappers Triton cannot compile.
+    spec = importlib.util.spec_from_file_location("kernels", Path(melens.__file__).with_name("kernels.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_counted_medians_are_exact(kernels, dtype):
+    hidden = (torch.randn(2, 97, 96, generator=torch.Generator().manual_seed(0)) * 3).to(DEVICE, dtype)
+    hidden[0, 5, 7] = 20_000
+    of_both = [hidden[0], hidden[1, :50]]
+    found = median_of_counts(kernels.count_magnitudes(of_both), dtype)
+    assert found.tolist() == [abs_median(each).item() for each in of_both]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_predictions_are_compared_as_by_their_softmax(kernels, dtype):
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(5, 9001, generator=generator) * 4).to(DEVICE, dtype)
+    logits[:, 8500] = 30.5
+    logits[1, 100:200] = float("-inf")  # of a vocabulary cut short
+    unmasked = torch.randn(5, 9001, generator=generator).to(DEVICE).softmax(-1)
+    unmasked[1, 100:200] = 0
+    normaliser, cross, likeliest = kernels.against_probabilities(logits, unmasked)
+    exact = logits.double()
+    torch.testing.assert_close(normaliser, exact.logsumexp(-1).float())
+    torch.testing.assert_close(
+        cross, torch.where(unmasked > 0, unmasked * exact, 0).sum(-1).float(), rtol=1e-5, atol=1e-5
+    )
+    assert torch.equal(likeliest, logits.argmax(-1))
