@@ -63,8 +63,10 @@ class Measured:
 
 
 class _Predicted(NamedTuple):
-    """The unmasked model's next-token distribution on a batch: Σ p·log p beside p, as a mask's run needs both."""
+    """The unmasked model's next-token distribution p on a batch; Σ p·log p and the likeliest beside it, as each mask's
+    run needs them."""
 
+    loss: Float[Tensor, "text pos"]
     probabilities: Float[Tensor, "text pos vocabulary"]
     negentropy: Float[Tensor, "text pos"]
     likeliest: Int[Tensor, "text pos"]
@@ -154,7 +156,9 @@ class MaskComparison:
             self._finals.append(output.last_hidden_state)
             self._replays.append(replay)
             heard.append(of_batch)
-        compared = self._against_unmasked(lambda number: logits_of(self._model.original_model, self._finals[number]))
+        losses = [self._predictions(number).loss.mean(-1) for number in range(len(self._batches))]
+        compared = {"loss": torch.cat(losses).cpu(), "kl": torch.zeros(len(self._texts))}
+        compared["agreement"] = torch.ones(len(self._texts))
         self.unmasked = self._finish(compared, heard, 0, patterns=patterns)
 
     def _to_keep(self) -> dict[str, Tensor]:
@@ -185,9 +189,10 @@ class MaskComparison:
         log_probabilities = logits_of(self._model.original_model, self._finals[number])[:, :-1].log_softmax(
             -1, dtype=torch.float32
         )
+        loss = -log_probabilities.gather(-1, self._batches[number][:, 1:, None])[..., 0]
         likeliest = log_probabilities.argmax(-1)
         probabilities = log_probabilities.exp()
-        predicted = _Predicted(probabilities, _row_dots(probabilities, log_probabilities), likeliest)
+        predicted = _Predicted(loss, probabilities, _row_dots(probabilities, log_probabilities), likeliest)
         del log_probabilities
         limit = _KEPT_BYTES
         if probabilities.is_cuda:
@@ -256,7 +261,7 @@ class MaskComparison:
         """Compare the logits of each batch with what the unmasked model predicts: `[text]` means of each quantity."""
         quantities: dict[str, list[Tensor]] = {"loss": [], "kl": [], "agreement": []}
         for number, tokens in enumerate(self._batches):
-            predictions = self._predictions(number)
+            _, *predictions = self._predictions(number)
             for text, logits, *before in zip(tokens, logits_of(number), *predictions, strict=True):
                 compared = _compare(logits[:-1], text[1:], *before)
                 for values, of_tokens in zip(quantities.values(), compared, strict=True):
@@ -281,6 +286,7 @@ class MaskComparison:
             cosines = pairwise_cosine(of_first[:, self._distinct])
             own[f"{name}_cosine"] = (cosines.sum((1, 2)) - n) / max(1, n * (n - 1))
         own["first_key"] = of_first[:, 0]
+        own = {name: values.cpu() for name, values in own.items()}
         if patterns:
             own |= self._patterns(start)
         for name, values in own.items():
@@ -291,13 +297,13 @@ class MaskComparison:
         return Measured(**compared, **own)
 
     def _gathered(self, by_batch: Sequence[dict[int, Float[Tensor, "_ d"]]]) -> Float[Tensor, "layer text d"]:
-        """Bring what was heard of all texts to the CPU together; NaN in blocks where nothing was."""
-        n_layers, layers = len(self._model.blocks), list(by_batch[0])
+        """Put what was heard in each batch together; NaN in blocks where nothing was."""
+        n_layers, layers, device = len(self._model.blocks), list(by_batch[0]), self._texts.device
         if not layers:
-            return torch.full((n_layers, len(self._texts), 1), float("nan"))
-        values = torch.cat([torch.stack(list(of_batch.values())) for of_batch in by_batch], dim=1).float().cpu()
-        whole = torch.full((n_layers, *values.shape[1:]), float("nan"))
-        whole[layers] = values
+            return torch.full((n_layers, len(self._texts), 1), float("nan"), device=device)
+        values = torch.cat([torch.stack(list(of_batch.values())) for of_batch in by_batch], dim=1)
+        whole = torch.full((n_layers, *values.shape[1:]), float("nan"), device=device)
+        whole[layers] = values.float()
         return whole
 
     def _patterns(self, start: int) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from functools import cached_property, wraps
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
@@ -349,8 +349,11 @@ class _Hooks:
 
     def __init__(self, mask: InstalledMask, layer: int, block: Block) -> None:
         self.mask, self._layer, self._block = mask, layer, block
-        parameters = inspect.signature(block.module.forward).parameters.values()
-        self._passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+
+    @cached_property
+    def _passes_on(self) -> bool:
+        parameters = inspect.signature(self._block.module.forward).parameters.values()
+        return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
     # On a bridge
 

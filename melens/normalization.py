@@ -89,10 +89,8 @@ def read_module(module: nn.Module, name: str, d_model: int, device: torch.device
     # Large, so that epsilon does not count; of mean 0 and variance 1 but for the size, so that nothing is centred away.
     alternating = torch.ones(d_model, device=device)
     alternating[1::2] = -1
-    up, down, constant = (
-        type(module).forward(twin, 1e4 * h[None, None])[0, 0]  # past the hooks that others may have put on it
-        for h in (alternating, -alternating, torch.ones_like(alternating))
-    )
+    inputs = 1e4 * torch.stack([alternating, -alternating, torch.ones_like(alternating)])[None]
+    up, down, constant = type(module).forward(twin, inputs)[0]  # past the hooks that others may have put on it
     gain, bias = alternating * (up - down) / 2, (up + down) / 2
     is_centred = torch.linalg.vector_norm(constant - bias) < 0.5 * torch.linalg.vector_norm(gain)
     kind: Literal["RMSNorm", "LayerNorm"] = "LayerNorm" if is_centred else "RMSNorm"

@@ -60,10 +60,12 @@ def test_without_patterns_all_else_is_the_same():
                 assert torch.equal(getattr(with_them, name), getattr(without, name))
 
 
-def test_the_unmasked_model_differs_in_nothing_from_itself():
-    unmasked = compared(model_of("llama")).unmasked
-    assert (unmasked.kl == 0).all()
-    assert (unmasked.agreement == 1).all()
+def test_a_mask_that_takes_next_to_nothing_changes_next_to_nothing():
+    comparison = compared(model_of("llama"))
+    found = comparison.measure(WeMask(0.3, start=1, strength=1e-6))
+    assert found.kl.max() < 1e-6
+    assert (found.agreement == 1).all()
+    torch.testing.assert_close(found.loss, comparison.unmasked.loss)
 
 
 def test_the_blocks_before_a_mask_run_once_for_all_masks():
