@@ -186,14 +186,12 @@ class MaskComparison:
         """Return what the unmasked model predicts on a batch."""
         if number in self._kept:
             return self._kept[number]
-        log_probabilities = logits_of(self._model.original_model, self._finals[number])[:, :-1].log_softmax(
-            -1, dtype=torch.float32
-        )
-        loss = -log_probabilities.gather(-1, self._batches[number][:, 1:, None])[..., 0]
-        likeliest = log_probabilities.argmax(-1)
-        probabilities = log_probabilities.exp()
-        predicted = _Predicted(loss, probabilities, _row_dots(probabilities, log_probabilities), likeliest)
-        del log_probabilities
+        logits = logits_of(self._model.original_model, self._finals[number])[:, :-1]
+        probabilities = logits.softmax(-1, dtype=torch.float32)
+        rows = zip(logits, self._batches[number][:, 1:], probabilities, strict=True)
+        loss, negentropy, likeliest = map(torch.stack, zip(*(_predict(*row) for row in rows), strict=True))
+        predicted = _Predicted(loss, probabilities, negentropy, likeliest)
+        del logits
         limit = _KEPT_BYTES
         if probabilities.is_cuda:
             limit = max(limit, torch.cuda.mem_get_info(probabilities.device)[0] // 4)
@@ -261,11 +259,13 @@ class MaskComparison:
         """Compare the logits of each batch with what the unmasked model predicts: `[text]` means of each quantity."""
         quantities: dict[str, list[Tensor]] = {"loss": [], "kl": [], "agreement": []}
         for number, tokens in enumerate(self._batches):
-            _, *predictions = self._predictions(number)
-            for text, logits, *before in zip(tokens, logits_of(number), *predictions, strict=True):
-                compared = _compare(logits[:-1], text[1:], *before)
-                for values, of_tokens in zip(quantities.values(), compared, strict=True):
-                    values.append(of_tokens.mean())
+            predicted = self._predictions(number)
+            for text, logits, _, *before in zip(tokens, logits_of(number), *predicted, strict=True):
+                probabilities, negentropy, likeliest = before
+                loss, cross, own_likeliest = _predict(logits[:-1], text[1:], probabilities)
+                quantities["loss"].append(loss.mean())
+                quantities["kl"].append((negentropy - cross).clamp(min=0).mean())
+                quantities["agreement"].append((own_likeliest == likeliest).float().mean())
         return {name: torch.stack(values).cpu() for name, values in quantities.items()}
 
     def _finish(self, compared: dict[str, Tensor], heard: Sequence[_Heard], start: int, *, patterns: bool) -> Measured:
@@ -334,34 +334,23 @@ class MaskComparison:
         return len(self._distinct)
 
 
-def _compare(
-    logits: Float[Tensor, "pos vocabulary"],
-    targets: Int[Tensor, " pos"],
-    unmasked: Float[Tensor, "pos vocabulary"],
-    negentropy: Float[Tensor, " pos"],
-    likeliest: Int[Tensor, " pos"],
-) -> tuple[Float[Tensor, " pos"], Float[Tensor, " pos"], Float[Tensor, " pos"]]:
-    """Return loss, KL(unmasked ‖ these) and whether both predict the same, a token each."""
+def _predict(
+    logits: Float[Tensor, "pos vocabulary"], targets: Int[Tensor, " pos"], unmasked: Float[Tensor, "pos vocabulary"]
+) -> tuple[Float[Tensor, " pos"], Float[Tensor, " pos"], Int[Tensor, " pos"]]:
+    """Return the loss, Σ p·log q against the unmasked probabilities p, and the likeliest next token, a token each."""
     if logits.is_cuda and has_triton():
         from melens.kernels import against_probabilities
 
-        normaliser, cross, own_likeliest = against_probabilities(logits, unmasked)
-        loss = normaliser - logits.gather(-1, targets[:, None])[:, 0].float()
-        kl = negentropy - cross + normaliser
-    else:
-        rows = zip(*(each.split(_ROWS) for each in (logits, targets, unmasked)), strict=True)
-        parts = zip(*(_compare_rows(*each) for each in rows), strict=True)
-        loss, cross, own_likeliest = (torch.cat(part) for part in parts)
-        kl = negentropy - cross
-    return loss, kl.clamp(min=0), (own_likeliest == likeliest).float()
-
-
-def _compare_rows(
-    logits: Float[Tensor, "pos vocabulary"], targets: Int[Tensor, " pos"], unmasked: Float[Tensor, "pos vocabulary"]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return loss, Σ p·log q against the unmasked probabilities p, and the likeliest next token."""
-    own = logits.log_softmax(-1, dtype=torch.float32)
-    return -own.gather(-1, targets[:, None])[:, 0], _row_dots(unmasked, own), own.argmax(-1)
+        normaliser, cross, likeliest = against_probabilities(logits, unmasked)
+        return normaliser - logits.gather(-1, targets[:, None])[:, 0].float(), cross - normaliser, likeliest
+    parts = []
+    for some, their_targets, probabilities in zip(
+        *(each.split(_ROWS) for each in (logits, targets, unmasked)), strict=True
+    ):
+        own = some.log_softmax(-1, dtype=torch.float32)
+        parts.append((-own.gather(-1, their_targets[:, None])[:, 0], _row_dots(probabilities, own), own.argmax(-1)))
+    loss, cross, likeliest = map(torch.cat, zip(*parts, strict=True))
+    return loss, cross, likeliest
 
 
 def _row_dots(a: Float[Tensor, "*row d"], b: Float[Tensor, "*row d"]) -> Float[Tensor, "*row"]:

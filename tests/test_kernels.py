@@ -1,6 +1,9 @@
 """The kernels for GPUs, in Triton's interpreter where there is none."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +39,7 @@ def test_predictions_are_compared_as_by_their_softmax(kernels, dtype):
     generator = torch.Generator().manual_seed(0)
     logits = (torch.randn(5, 9001, generator=generator) * 4).to(DEVICE, dtype)
     logits[:, 8500] = 30.5
+    logits[2, 40] = logits[3, 8501] = 30.5  # of equals the first
     logits[1, 100:200] = float("-inf")  # of a vocabulary cut short
     unmasked = torch.randn(5, 9001, generator=generator).to(DEVICE).softmax(-1)
     unmasked[1, 100:200] = 0
@@ -46,3 +50,30 @@ def test_predictions_are_compared_as_by_their_softmax(kernels, dtype):
         cross, torch.where(unmasked > 0, unmasked * exact, 0).sum(-1).float(), rtol=1e-5, atol=1e-5
     )
     assert torch.equal(likeliest, logits.argmax(-1))
+
+
+COMPILE = """
+import sys, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from melens import kernels
+block = {"BLOCK": 4096}
+digit = {"bits": "*i16", "n": "i32", "middle": "i32", "counts": "*i32", "DIGIT": "constexpr", "BLOCK": "constexpr"}
+row = {name: "*fp32" for name in ("logits", "probabilities", "normaliser", "cross")} | {"likeliest": "*i64"}
+row |= {"logits_stride": "i32", "probabilities_stride": "i32", "N": "constexpr", "BLOCK": "constexpr"}
+for kernel, signature, constants in (
+    *((kernels._count_digit, digit, block | {"DIGIT": at}) for at in range(3)),
+    (kernels._against_row, row, block | {"N": 49152}),
+    (kernels._against_row, row | {"logits": "*bf16"}, block | {"N": 151936}),
+):
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+"""
+
+
+def test_the_kernels_compile_for_a_gpu(tmp_path):
+    """What the interpreter runs may be no Triton: the compiler needs no GPU."""
+    told = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    told["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=told, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
