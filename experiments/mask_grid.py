@@ -355,7 +355,9 @@ def _block_figure(grid: Grid, cells: pd.DataFrame, metrics: dict[str, Any], titl
             continue
         curves = [Curve(name, points[points["cell"] == name], color) for name, color in lines]
         panels.append(Panel(text.capitalize(), text.split(" between")[0], curves, metrics.get("me_layer")))
-    note = "Entropy and rank: the first two texts, 96 tokens. Cosines: mean over pairs of texts."
+    note = "Cosines: mean over pairs of texts."
+    if grid.by_block["entropy"].notna().any():
+        note = f"Entropy and rank: the first two texts, 96 tokens. {note}"
     return figures.curves_by_block(panels, title=title("Attention by block"), note=note)
 
 
