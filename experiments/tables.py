@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
 import torch
+from accelerate import PartialState
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -141,6 +145,25 @@ def _findings(
 # --- Rows -------------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def _taking_turns(folder: Path, tell: Callable[[], object]) -> Iterator[None]:
+    """Keep other runs out of a kept training's folder; wait, and tell so, while one is in it."""
+    if PartialState().num_processes > 1:  # of one run, all of which train
+        yield
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        tell()
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 @dataclass(frozen=True)
 class _Row:
     """A row of a table: a model, with no mask, with WeMask of a rate, or with the mask that it was trained with."""
@@ -198,12 +221,13 @@ class _Rows:
             "trainings", base.original_model, *what_is_learnt(planned, base.tokenizer), self._study.me.layer
         )
         folder = store.folder
-        if store.load_table("training_log") is None:  # which is written last
-            begun = (folder / "checkpoints" / "training.json").is_file()
-            fitted = fit(replace(self._study, model=base, cfg=cfg), planned, folder, resume=begun)
-            store.save_table("training_trace", fitted.looks)
-            store.save_table("training_log", fitted.log)
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        with _taking_turns(folder, lambda: self._study.stage(f"another run is at {label}")):
+            if store.load_table("training_log") is None:  # which is written last
+                begun = (folder / "checkpoints" / "training.json").is_file()
+                fitted = fit(replace(self._study, model=base, cfg=cfg), planned, folder, resume=begun)
+                store.save_table("training_trace", fitted.looks)
+                store.save_table("training_log", fitted.log)
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         del base
         free_memory()
         told: dict[str, Any] = {

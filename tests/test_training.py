@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pandas as pd
@@ -18,6 +19,7 @@ from experiments.benchmark import Bench
 from experiments.job import run_job
 from experiments.masks import on_blocks
 from experiments.options import check_options
+from experiments.tables import _taking_turns
 from melens import MelensError, WeMask, load_model
 from melens.gates import add_gates, gates_of
 from melens.networks import bridged_twin, open_network, plain_twin
@@ -451,6 +453,7 @@ def test_real_solutions_are_rewarded_and_other_ones_not():
         ({"batch_size": 6, "micro_batch_size": 4}, "do not divide"),
         ({"precision": "half"}, "training.precision is 'half'"),
         ({"trainer": {"loss_typ": "nll"}}, "training.trainer.loss_typ is no field of TRL's SFTConfig"),
+        ({"trainer": {"learning_rate": 1e-3}}, "training.trainer.learning_rate would contradict training.lr"),
         ({"trainer": {"max_grad_norm": "abc"}}, "training.trainer.max_grad_norm is 'abc'; it must be like 1.0"),
         ({"method": "dpo", "beta": 0}, "training.beta is 0; of dpo it must be over 0"),
         ({"method": "grpo", "batch_size": 32}, "There are 16 rows to train on; grpo needs at least 32"),
@@ -593,6 +596,22 @@ def test_a_mistake_is_told_in_a_sentence(tmp_path, overrides, message):
     with pytest.raises(MelensError, match=message):
         job(tmp_path, *experiment, *overrides)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_runs_take_turns_at_a_kept_training(tmp_path):
+    told, seen = threading.Event(), []
+
+    def other():
+        with _taking_turns(tmp_path / "trainings" / "a", told.set):
+            seen.append("other")
+
+    with _taking_turns(tmp_path / "trainings" / "a", pytest.fail):
+        waiting = threading.Thread(target=other)
+        waiting.start()
+        assert told.wait(10)
+        seen.append("first")
+    waiting.join(10)
+    assert seen == ["first", "other"]
 
 
 def test_a_table_trains_what_is_missing_and_a_second_time_nothing(tmp_path, monkeypatch):

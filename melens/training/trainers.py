@@ -194,6 +194,8 @@ def check_trainer(recipe: Recipe, n_rows: int) -> None:
     """Raise a `MelensError` for what TRL's configuration does not take, or rows that make no batches."""
     config = _CONFIGS[recipe.method]
     for name, value in recipe.trainer.items():
+        if name in _OWN_OPTIONS:
+            raise MelensError(f"training.trainer.{name} would contradict {_OWN_OPTIONS[name]}: give that instead.")
         field = config.__dataclass_fields__.get(name)
         if field is None:
             raise MelensError(f"training.trainer.{name} is no field of TRL's {config.__name__}.")
@@ -211,6 +213,33 @@ def check_trainer(recipe: Recipe, n_rows: int) -> None:
 
 
 _CONFIGS = {"sft": SFTConfig, "dpo": DPOConfig, "grpo": GRPOConfig}
+
+_OWN_OPTIONS = {
+    "output_dir": "hydra.run.dir",
+    "per_device_train_batch_size": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.batch_size",
+    "learning_rate": "training.lr",
+    "warmup_steps": "training.warmup",
+    "weight_decay": "training.weight_decay",
+    "num_train_epochs": "training.epochs",
+    "max_steps": "training.steps",
+    "seed": "training.seed",
+    "bf16": "training.precision",
+    "fp16": "training.precision",
+    "use_cpu": "model.device",
+    "gradient_checkpointing": "training.gradient_checkpointing",
+    "logging_steps": "training.log_every",
+    "save_strategy": "training.save_every",
+    "save_steps": "training.save_every",
+    "report_to": "training.report_to",
+    "max_length": "training.max_length",
+    "beta": "training.beta",
+    "max_completion_length": "training.max_new_tokens",
+    "num_generations": "training.rollouts",
+    "temperature": "training.temperature",
+    "reward_weights": "training.format_weight",
+}
+"""Fields of TRL's configurations that melens sets, by its own option for them."""
 
 
 def _trainer(model: Any, tokenizer: Any, rows: Dataset, recipe: Recipe, folder: Path) -> Any:
