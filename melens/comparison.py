@@ -280,12 +280,12 @@ class MaskComparison:
         if not heard[0].sink_mass:
             raise MelensError("No block of this model tells what its attention looks at.")
         own = {"sink_mass": self._gathered([batch.sink_mass for batch in heard]).mT}
-        for name in _OF_FIRST:
-            of_first = self._gathered([getattr(batch, name) for batch in heard])
-            n = len(self._distinct)
-            cosines = pairwise_cosine(of_first[:, self._distinct])
+        n = len(self._distinct)
+        of_first = {name: self._gathered([getattr(batch, name) for batch in heard]) for name in _OF_FIRST}
+        for name, vectors in of_first.items():
+            cosines = pairwise_cosine(vectors[:, self._distinct])
             own[f"{name}_cosine"] = (cosines.sum((1, 2)) - n) / max(1, n * (n - 1))
-        own["first_key"] = of_first[:, 0]
+        own["first_key"] = of_first["key"][:, 0]
         own = {name: values.cpu() for name, values in own.items()}
         if patterns:
             own |= self._patterns(start)
