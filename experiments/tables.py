@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -147,7 +148,7 @@ def _findings(
 
 @contextmanager
 def _taking_turns(folder: Path, tell: Callable[[], object]) -> Iterator[None]:
-    """Keep other runs out of a kept training's folder; wait, and tell so, while one is in it."""
+    """Let one run at a time into a kept training's folder; wait, and tell so. Of several processes all go in."""
     if PartialState().num_processes > 1:  # of one run, all of which train
         yield
         return
@@ -221,13 +222,15 @@ class _Rows:
             "trainings", base.original_model, *what_is_learnt(planned, base.tokenizer), self._study.me.layer
         )
         folder = store.folder
-        with _taking_turns(folder, lambda: self._study.stage(f"another run is at {label}")):
-            if store.load_table("training_log") is None:  # which is written last
-                begun = (folder / "checkpoints" / "training.json").is_file()
-                fitted = fit(replace(self._study, model=base, cfg=cfg), planned, folder, resume=begun)
-                store.save_table("training_trace", fitted.looks)
-                store.save_table("training_log", fitted.log)
-                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        kept = partial(store.load_table, "training_log")  # which is written last
+        if kept() is None:
+            with _taking_turns(folder, lambda: print(f"Another run trains {label} (seed {seed}): waiting for it.")):
+                if kept() is None:
+                    begun = (folder / "checkpoints" / "training.json").is_file()
+                    fitted = fit(replace(self._study, model=base, cfg=cfg), planned, folder, resume=begun)
+                    store.save_table("training_trace", fitted.looks)
+                    store.save_table("training_log", fitted.log)
+                    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         del base
         free_memory()
         told: dict[str, Any] = {

@@ -15,7 +15,7 @@ from melens.results import Picture, Result
 __all__ = ["Course", "averaged", "draw", "merge"]
 
 _LOGGED = {
-    "loss": "loss ({unit})",
+    "loss": "loss",
     "reward": "reward",
     "rewards/margins": "margin of rewards",
     "mean_token_accuracy": "token accuracy",
@@ -107,7 +107,7 @@ def draw(courses: Sequence[Course], title: str, me_layer: int | None) -> dict[st
     for course in courses:
         for column, quantity in _LOGGED.items():
             if column in course.log and course.log[column].notna().any():
-                learnt.setdefault(quantity.format(unit=_unit(course)), {})[course.name] = _points(course.log, column)
+                learnt.setdefault(quantity, {})[course.name] = _points(course.log, column)
         for column, quantity in _SEEN.items():
             wears_one = course.looks["masked"].any()
             for masked, rows in course.looks.groupby("masked"):
@@ -124,13 +124,6 @@ def draw(courses: Sequence[Course], title: str, me_layer: int | None) -> dict[st
         figure = figures.over_steps(seen, title=f"Massive activation and sinks in training: {title}", markers=True)
         pictures["training_trace"] = Picture(figure, source, "", _told(courses, [c.moved() for c in courses]))
     return pictures
-
-
-def _unit(course: Course) -> str:
-    """Say in what a method counts its loss: TRL tells of rewards' margins in DPO, of a reward in GRPO."""
-    if "rewards/margins" in course.log:
-        return "nats a pair"
-    return "surrogate of the reward" if "reward" in course.log else "nats a token"
 
 
 def _points(table: pd.DataFrame, name: str) -> pd.DataFrame:

@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from melens.cache import Store
 from melens.errors import MelensError
-from melens.lean import lean_forward
+from melens.lean import Listener, is_inside_attention, lean_forward
 from melens.metrics import has_triton, pairwise_cosine
 from melens.probes import AttentionEntropy, AttentionSpectrum, Probe
 from melens.replay import Replay, logits_of
@@ -32,8 +33,8 @@ _KEPT_BYTES = 2 * 2**30
 """Up to how much of the unmasked model's next-token probabilities is kept, if not a GPU has more to spare; beyond,
 each mask computes them again."""
 
-_ROWS = 64
-"""Tokens whose logits are looked at together: on a CPU their rows stay in its cache."""
+_ROWS = {"cpu": 64}
+"""Tokens whose logits are looked at together, elsewhere 1,024: on a CPU their rows stay in its cache."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,8 @@ class MaskComparison:
             for layer in range(len(model.blocks))
             if f"blocks.{layer}.{site}" in hook_dict
         ]
+        self._apart = {id(point) for *_, point in self._of_first if is_inside_attention(model, point)}
+        self._with_patterns = patterns
         self._recorded = sorted({start - 1 for start in starts} - {-1})
         self._replays: list[Replay] = []
         self._finals: list[Tensor] = []
@@ -156,6 +159,7 @@ class MaskComparison:
             self._finals.append(output.last_hidden_state)
             self._replays.append(replay)
             heard.append(of_batch)
+        self._hear_apart(heard, 0)
         losses = [self._predictions(number).loss.mean(-1) for number in range(len(self._batches))]
         compared = {"loss": torch.cat(losses).cpu(), "kl": torch.zeros(len(self._texts))}
         compared["agreement"] = torch.ones(len(self._texts))
@@ -186,7 +190,7 @@ class MaskComparison:
         """Return what the unmasked model predicts on a batch."""
         if number in self._kept:
             return self._kept[number]
-        logits = logits_of(self._model.original_model, self._finals[number])[:, :-1]
+        logits = logits_of(self._model.original_model, self._finals[number])[:, :-1].to(self._texts.device)
         probabilities = logits.softmax(-1, dtype=torch.float32)
         rows = zip(logits, self._batches[number][:, 1:], probabilities, strict=True)
         loss, negentropy, likeliest = map(torch.stack, zip(*(_predict(*row) for row in rows), strict=True))
@@ -202,16 +206,20 @@ class MaskComparison:
     # --- With one -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def measure(self, mask: WeMask, *, patterns: bool = True) -> Measured:
+    def measure(self, mask: WeMask, *, patterns: bool | None = None) -> Measured:
         """Measure the masked model.
 
         Args:
             mask: with its start a block, one of `starts`.
-            patterns: look at entropy and effective rank of attention, which take a GPU longer than all the rest.
+            patterns: look at entropy and effective rank of attention, which take a GPU longer than all the rest; by
+                default if the comparison does.
 
         Raises:
-            MelensError: a mask that the model cannot have.
+            MelensError: a mask that the model cannot have, or patterns where the comparison has none.
         """
+        patterns = self._with_patterns if patterns is None else patterns
+        if patterns and not self._with_patterns:
+            raise MelensError("This comparison was made without attention patterns.")
         start = min(mask.blocks(self._model))
         if start and start - 1 not in self._recorded:
             raise MelensError(f"The mask starts in block {start}, which is none of the starts of this comparison.")
@@ -222,10 +230,11 @@ class MaskComparison:
                 output = self._model.original_model(input_ids=self._batches[number], use_cache=False)
             heard.append(of_batch)
             logits: Tensor = output.logits
-            return logits
+            return logits.to(self._texts.device)
 
         with mask.applied(self._model):
             compared = self._against_unmasked(masked_logits)
+            self._hear_apart(heard, start)
             return self._finish(compared, heard, start, patterns=patterns)
 
     @contextmanager
@@ -238,21 +247,34 @@ class MaskComparison:
     @contextmanager
     def _hearing(self, start: int) -> Iterator[_Heard]:
         """Collect, from a block on, the attention that later tokens pay to token 0, and token 0's input and key."""
-        heard, device = _Heard({}, {}, {}), self._texts.device
+        heard = _Heard({}, {}, {})
 
         def hear_sinks(layer: int, attention: Float[Tensor, "text head query 1"]) -> None:
-            heard.sink_mass[layer] = attention[:, :, 1:, 0].mean(-1).to(device)
+            heard.sink_mass[layer] = attention[:, :, 1:, 0].mean(-1).to(self._texts.device)
 
-        def hear_first(kept: dict[int, Tensor], layer: int, activation: Float[Tensor, "text pos *d"]) -> None:
-            kept[layer] = activation[:, 0].flatten(1).to(device, copy=True)
-
-        listeners = [
-            (hook_point, partial(hear_first, getattr(heard, name), layer))
-            for name, layer, hook_point in self._of_first
-            if layer >= start
-        ]
+        listeners = self._listeners(heard, start, apart=False)
         with lean_forward(self._model, listeners, keys=[0], key_listener=hear_sinks):
             yield heard
+
+    def _hear_apart(self, heard: Sequence[_Heard], start: int) -> None:
+        """Hear what only eager attention tells, as the keys of joint projections: token 0 sees no other, so 2 do."""
+        if not self._apart:
+            return
+        for number, tokens in enumerate(self._batches):
+            replay = Replay.cut(self._model, [self._replays[number]], range(len(tokens)), 2)
+            listeners = self._listeners(heard[number], start, apart=True)
+            with self._starting(replay, start), lean_forward(self._model, listeners):
+                self._model.original_model.base_model(input_ids=tokens[:, :2], use_cache=False)
+
+    def _listeners(self, heard: _Heard, start: int, *, apart: bool) -> list[tuple[HookPoint, Listener]]:
+        def hear(kept: dict[int, Tensor], layer: int, activation: Float[Tensor, "text pos *d"]) -> None:
+            kept[layer] = activation[:, 0].flatten(1).to(self._texts.device, copy=True)
+
+        return [
+            (hook_point, partial(hear, getattr(heard, name), layer))
+            for name, layer, hook_point in self._of_first
+            if layer >= start and (id(hook_point) in self._apart) == apart
+        ]
 
     @torch.no_grad()
     def _against_unmasked(self, logits_of: Callable[[int], Float[Tensor, "text pos vocabulary"]]) -> dict[str, Tensor]:
@@ -341,12 +363,13 @@ def _predict(
     if logits.is_cuda and has_triton():
         from melens.kernels import against_probabilities
 
-        normaliser, cross, likeliest = against_probabilities(logits, unmasked)
-        return normaliser - logits.gather(-1, targets[:, None])[:, 0].float(), cross - normaliser, likeliest
+        log_total, cross, likeliest = against_probabilities(logits, unmasked)
+        largest, of_target = (logits.gather(-1, tokens[:, None])[:, 0].float() for tokens in (likeliest, targets))
+        return log_total + (largest - of_target), cross, likeliest
     parts = []
-    for some, their_targets, probabilities in zip(
-        *(each.split(_ROWS) for each in (logits, targets, unmasked)), strict=True
-    ):
+    n_rows = _ROWS.get(logits.device.type, 1024)
+    rows = zip(*(each.split(n_rows) for each in (logits, targets, unmasked)), strict=True)
+    for some, their_targets, probabilities in rows:
         own = some.log_softmax(-1, dtype=torch.float32)
         parts.append((-own.gather(-1, their_targets[:, None])[:, 0], _row_dots(probabilities, own), own.argmax(-1)))
     loss, cross, likeliest = map(torch.cat, zip(*parts, strict=True))

@@ -27,8 +27,9 @@ def count_magnitudes(hiddens: Sequence[Float[Tensor, "_ d"]]) -> Int[Tensor, "hi
     counts = torch.zeros((len(hiddens), 3, 64), dtype=torch.int32, device=hiddens[0].device)
     for hidden, of_hidden in zip(hiddens, counts, strict=True):
         bits, n = hidden.flatten().view(torch.int16), hidden.numel()
-        for digit in range(3):
-            _count_digit[(triton.cdiv(n, _BLOCK),)](bits, n, (n - 1) // 2, of_hidden, DIGIT=digit, BLOCK=_BLOCK)
+        with torch.cuda.device_of(hidden):  # else Triton takes the current one
+            for digit in range(3):
+                _count_digit[(triton.cdiv(n, _BLOCK),)](bits, n, (n - 1) // 2, of_hidden, DIGIT=digit, BLOCK=_BLOCK)
     return counts
 
 
@@ -54,34 +55,35 @@ def _count_digit(bits, n, middle, counts, DIGIT: tl.constexpr, BLOCK: tl.constex
 def against_probabilities(
     logits: Float[Tensor, "row vocabulary"], probabilities: Float[Tensor, "row vocabulary"]
 ) -> tuple[Float[Tensor, " row"], Float[Tensor, " row"], Int[Tensor, " row"]]:
-    """Compare next-token logits with another model's probabilities p: log Σ exp(logits), Σ p·logits, and the argmax.
+    """Compare next-token logits with another model's probabilities p: log Σ exp(logits - max), Σ p·log q, the argmax.
 
     Each is read once, in whatever precision it is; what is computed from them is in float32.
     """
     logits, probabilities = logits.contiguous(), probabilities.contiguous()
     n_rows, n_vocabulary = logits.shape
-    normaliser, cross = (torch.empty(n_rows, dtype=torch.float32, device=logits.device) for _ in range(2))
+    log_total, cross = (torch.empty(n_rows, dtype=torch.float32, device=logits.device) for _ in range(2))
     likeliest = torch.empty(n_rows, dtype=torch.int64, device=logits.device)
-    _against_row[(n_rows,)](
-        logits,
-        probabilities,
-        normaliser,
-        cross,
-        likeliest,
-        logits.stride(0),
-        probabilities.stride(0),
-        N=n_vocabulary,
-        BLOCK=_BLOCK,
-        num_warps=8,
-    )
-    return normaliser, cross, likeliest
+    with torch.cuda.device_of(logits):  # else Triton takes the current one
+        _against_row[(n_rows,)](
+            logits,
+            probabilities,
+            log_total,
+            cross,
+            likeliest,
+            logits.stride(0),
+            probabilities.stride(0),
+            N=n_vocabulary,
+            BLOCK=_BLOCK,
+            num_warps=8,
+        )
+    return log_total, cross, likeliest
 
 
 @triton.jit
 def _against_row(  # type: ignore[no-untyped-def]
     logits,
     probabilities,
-    normaliser,
+    log_total,
     cross,
     likeliest,
     logits_stride,
@@ -90,10 +92,11 @@ def _against_row(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    largest = float("-inf")
+    largest = -3.0e38
     largest_at = 0
-    total = 0.0
-    product = 0.0
+    total = 0.0  # of exp(x - largest)
+    mass = 0.0  # of p
+    product = 0.0  # of p (x - largest), small whatever the size of the logits
     for start in range(0, N, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
         within = offsets < N
@@ -101,10 +104,13 @@ def _against_row(  # type: ignore[no-untyped-def]
         p = tl.load(probabilities + row * probabilities_stride + offsets, mask=within, other=0.0)
         here, here_at = tl.max(x, 0, return_indices=True)
         largest_at = tl.where(here > largest, start + here_at, largest_at)
-        total *= tl.exp(largest - tl.maximum(largest, here))
+        before = largest
         largest = tl.maximum(largest, here)
-        total += tl.sum(tl.exp(x - largest), 0)
-        product += tl.sum(tl.where(p > 0, p * x, 0.0), 0)
-    tl.store(normaliser + row, largest + tl.log(total))
-    tl.store(cross + row, product)
+        total = total * tl.exp(before - largest) + tl.sum(tl.exp(x - largest), 0)
+        product += tl.where(mass > 0, mass * (before - largest), 0.0) + tl.sum(
+            tl.where(p > 0, p * (x - largest), 0.0), 0
+        )
+        mass += tl.sum(p, 0)
+    tl.store(log_total + row, tl.log(total))
+    tl.store(cross + row, product - mass * tl.log(total))
     tl.store(likeliest + row, largest_at)

@@ -36,7 +36,7 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 
 from melens.attention import FUSED, FUSED_BESIDE_EAGER, missing_as_zero
 
-__all__ = ["KeyListener", "Listener", "any_hooks", "lean_forward"]
+__all__ = ["KeyListener", "Listener", "any_hooks", "is_inside_attention", "lean_forward"]
 
 Listener = Callable[[Tensor], None]
 
@@ -230,6 +230,12 @@ def _keep_rim_hooks(
             handles.append(wrapper.module.register_forward_pre_hook(_hear_input(hear), with_kwargs=True))
         elif hear is not None:
             handles.append(wrapper.module.register_forward_hook(_hear_output(hear)))
+
+
+def is_inside_attention(model: TransformerBridge, hook_point: HookPoint) -> bool:
+    """Tell whether a hook at this point keeps the attention of its block in the bridge's eager form."""
+    attention = (wrapper for wrapper in _parts(model).wrappers if wrapper.layer is not None)
+    return any(id(hook_point) in wrapper.inside for wrapper in attention)
 
 
 def any_hooks(hook_point: HookPoint) -> bool:

@@ -87,7 +87,7 @@ def sink_mass(
         attention: each query's attention on the key.
         weights: of the queries: equal and of sum 1 after the key, 0 up to it and at padding.
     """
-    return (attention @ weights[..., None])[..., 0]
+    return (attention.float() @ weights.float()[..., None])[..., 0]
 
 
 def energy_share(activation: Float[Tensor, "*batch d"], dims: Bool[Tensor, " d"]) -> Float[Tensor, "*batch"]:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from planted import FAMILIES, bridge, gains_apart, plain_model
 
-from melens import MelensError, WeMask
+from melens import MelensError, WeMask, attention
 from melens.cache import Store, fingerprint
 from melens.comparison import MaskComparison, Measured
 
@@ -58,6 +58,26 @@ def test_without_patterns_all_else_is_the_same():
                 assert getattr(without, name).isnan().all()
             else:
                 assert torch.equal(getattr(with_them, name), getattr(without, name))
+
+
+def test_patterns_are_not_half_measured():
+    comparison = compared(model_of("llama"), patterns=False)
+    assert comparison.measure(WeMask(0.3, start=1)).entropy.isnan().all()
+    with pytest.raises(MelensError, match="was made without attention patterns"):
+        comparison.measure(WeMask(0.3, start=1), patterns=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_whole_texts_are_run_in_fused_attention_alone(family, monkeypatch):
+    model, lengths, fused = model_of(family), [], attention.causal_attention
+
+    def causal_attention(query, *args, **options):
+        lengths.append(query.shape[2])
+        return fused(query, *args, **options)
+
+    monkeypatch.setattr(attention, "causal_attention", causal_attention)
+    compared(model, patterns=False).measure(WeMask(0.3, start=1, site="resid_pre"))
+    assert lengths.count(12) == 3 * (4 + 3)  # batches, blocks of the unmasked run and of the masked one
 
 
 def test_a_mask_that_takes_next_to_nothing_changes_next_to_nothing():

@@ -43,9 +43,11 @@ def test_predictions_are_compared_as_by_their_softmax(kernels, dtype):
     logits[1, 100:200] = float("-inf")  # of a vocabulary cut short
     unmasked = torch.randn(5, 9001, generator=generator).to(DEVICE).softmax(-1)
     unmasked[1, 100:200] = 0
-    normaliser, cross, likeliest = kernels.against_probabilities(logits, unmasked)
-    exact = logits.double()
-    torch.testing.assert_close(normaliser, exact.logsumexp(-1).float())
+    logits[4, :8000] = float("-inf")
+    unmasked[4, :8000] = 0
+    log_total, cross, likeliest = kernels.against_probabilities(logits, unmasked)
+    exact = logits.double().log_softmax(-1)
+    torch.testing.assert_close(log_total, -exact.max(-1).values.float())
     torch.testing.assert_close(
         cross, torch.where(unmasked > 0, unmasked * exact, 0).sum(-1).float(), rtol=1e-5, atol=1e-5
     )
@@ -59,7 +61,7 @@ from triton.compiler import ASTSource
 from melens import kernels
 block = {"BLOCK": 4096}
 digit = {"bits": "*i16", "n": "i32", "middle": "i32", "counts": "*i32", "DIGIT": "constexpr", "BLOCK": "constexpr"}
-row = {name: "*fp32" for name in ("logits", "probabilities", "normaliser", "cross")} | {"likeliest": "*i64"}
+row = {name: "*fp32" for name in ("logits", "probabilities", "log_total", "cross")} | {"likeliest": "*i64"}
 row |= {"logits_stride": "i32", "probabilities_stride": "i32", "N": "constexpr", "BLOCK": "constexpr"}
 for kernel, signature, constants in (
     *((kernels._count_digit, digit, block | {"DIGIT": at}) for at in range(3)),

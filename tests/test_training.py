@@ -536,6 +536,17 @@ def test_a_sharded_model_trains_as_a_whole_one_does(tmp_path):
     assert WeMask.load(tmp_path / "sharded" / "model").on(sharded).fixed is not None
 
 
+@pytest.mark.slow
+def test_a_sharded_model_trains_in_mixed_precision(tmp_path):
+    options = ["exp=sft", "training.mask=paper", "training.precision=mixed", "training.gradient_checkpointing=true"]
+    options += ["training.batch_size=8", "training.steps=4"]
+    job(tmp_path / "whole", *options)
+    told = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
+    told |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+    run_twice_over(*options, f"hydra.run.dir={tmp_path / 'sharded'}", program="tests/sharded.py", **told)
+    pd.testing.assert_series_equal(losses(tmp_path / "whole"), losses(tmp_path / "sharded"), rtol=0, atol=0.03)
+
+
 @pytest.mark.parametrize("options", [["exp=dpo"], ["exp=grpo"], ["exp=sft", "training.peft=lora"]])
 def test_the_other_methods_as_experiments(tmp_path, options):
     job(tmp_path, *options, "training.mask=paper")

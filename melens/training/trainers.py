@@ -194,11 +194,11 @@ def check_trainer(recipe: Recipe, n_rows: int) -> None:
     """Raise a `MelensError` for what TRL's configuration does not take, or rows that make no batches."""
     config = _CONFIGS[recipe.method]
     for name, value in recipe.trainer.items():
-        if name in _OWN_OPTIONS:
-            raise MelensError(f"training.trainer.{name} would contradict {_OWN_OPTIONS[name]}: give that instead.")
         field = config.__dataclass_fields__.get(name)
         if field is None:
             raise MelensError(f"training.trainer.{name} is no field of TRL's {config.__name__}.")
+        if name in _OWN_OPTIONS:
+            raise MelensError(f"training.trainer.{name} would contradict {_OWN_OPTIONS[name]}: give that instead.")
         if isinstance(field.default, int | float) and not isinstance(value, int | float):
             raise MelensError(f"training.trainer.{name} is {value!r}; it must be like {field.default!r}.")
     n_processes = PartialState().num_processes
@@ -217,7 +217,11 @@ _CONFIGS = {"sft": SFTConfig, "dpo": DPOConfig, "grpo": GRPOConfig}
 _OWN_OPTIONS = {
     "output_dir": "hydra.run.dir",
     "per_device_train_batch_size": "training.micro_batch_size",
+    "auto_find_batch_size": "training.micro_batch_size",
     "gradient_accumulation_steps": "training.batch_size",
+    "generation_batch_size": "training.batch_size",
+    "steps_per_generation": "training.batch_size",
+    "resume_from_checkpoint": "training.resume",
     "learning_rate": "training.lr",
     "warmup_steps": "training.warmup",
     "weight_decay": "training.weight_decay",
@@ -239,7 +243,7 @@ _OWN_OPTIONS = {
     "temperature": "training.temperature",
     "reward_weights": "training.format_weight",
 }
-"""Fields of TRL's configurations that melens sets, by its own option for them."""
+"""Fields of TRL's configurations that melens has an option of its own for."""
 
 
 def _trainer(model: Any, tokenizer: Any, rows: Dataset, recipe: Recipe, folder: Path) -> Any:
