@@ -6,7 +6,7 @@ the unmasked run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -224,17 +224,15 @@ class MaskComparison:
         if start and start - 1 not in self._recorded:
             raise MelensError(f"The mask starts in block {start}, which is none of the starts of this comparison.")
         heard: list[_Heard] = []
-
-        def masked_logits(number: int) -> Tensor:
-            with self._starting(self._replays[number], start), self._hearing(start) as of_batch:
-                output = self._model.original_model(input_ids=self._batches[number], use_cache=False)
-            heard.append(of_batch)
-            logits: Tensor = output.logits
-            return logits.to(self._texts.device)
-
+        texts: list[Tensor] = []
         with mask.applied(self._model):
-            compared = self._against_unmasked(masked_logits)
+            for number, tokens in enumerate(self._batches):
+                with self._starting(self._replays[number], start), self._hearing(start) as of_batch:
+                    output = self._model.original_model(input_ids=tokens, use_cache=False)
+                heard.append(of_batch)
+                texts += self._against_unmasked(number, output.logits.to(self._texts.device))
             self._hear_apart(heard, start)
+            compared = dict(zip(("loss", "kl", "agreement"), torch.stack(texts, dim=1).cpu(), strict=True))
             return self._finish(compared, heard, start, patterns=patterns)
 
     @contextmanager
@@ -276,25 +274,23 @@ class MaskComparison:
             if layer >= start and (id(hook_point) in self._apart) == apart
         ]
 
-    @torch.no_grad()
-    def _against_unmasked(self, logits_of: Callable[[int], Float[Tensor, "text pos vocabulary"]]) -> dict[str, Tensor]:
-        """Compare the logits of each batch with what the unmasked model predicts: `[text]` means of each quantity."""
-        quantities: dict[str, list[Tensor]] = {"loss": [], "kl": [], "agreement": []}
-        for number, tokens in enumerate(self._batches):
-            predicted = self._predictions(number)
-            for text, logits, _, *before in zip(tokens, logits_of(number), *predicted, strict=True):
-                probabilities, negentropy, likeliest = before
-                loss, cross, own_likeliest = _predict(logits[:-1], text[1:], probabilities)
-                quantities["loss"].append(loss.mean())
-                quantities["kl"].append((negentropy - cross).clamp(min=0).mean())
-                quantities["agreement"].append((own_likeliest == likeliest).float().mean())
-        return {name: torch.stack(values).cpu() for name, values in quantities.items()}
+    def _against_unmasked(
+        self, number: int, logits: Float[Tensor, "text pos vocabulary"]
+    ) -> list[Float[Tensor, " quantity"]]:
+        """Compare the logits of a batch with what the unmasked model predicts: loss, KL and agreement of each text."""
+        found = []
+        for text, masked, *before in zip(self._batches[number], logits, *self._predictions(number)[1:], strict=True):
+            probabilities, negentropy, likeliest = before
+            loss, cross, own_likeliest = _predict(masked[:-1], text[1:], probabilities)
+            agreement = (own_likeliest == likeliest).float()
+            found.append(torch.stack([loss.mean(), (negentropy - cross).clamp(min=0).mean(), agreement.mean()]))
+        return found
 
     def _finish(self, compared: dict[str, Tensor], heard: Sequence[_Heard], start: int, *, patterns: bool) -> Measured:
         """Put a run's quantities together; blocks before `start` are those of the unmasked run.
 
         Args:
-            compared: what `_against_unmasked` returned.
+            compared: `loss`, `kl` and `agreement` of each text.
             heard: in each batch.
             start: the block that the run began with.
             patterns: as for `measure`.
