@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -202,7 +203,7 @@ class InstalledMask:
         self._signature = inspect.signature(network.base.forward)
         self._expected = [(layer, network.blocks[layer].module) for layer in self.layers]
         self._removers: list[Callable[[], None]] = [factors.remove]
-        self._carriers: list[tuple[nn.Module, Any]] = []
+        self._untrained: list[_Hooks] = []  # of blocks as they are until the model is trained
         torch.compiler.reset()  # code compiled without these hooks would go on without them
         try:
             self._attach(network, site)
@@ -237,11 +238,22 @@ class InstalledMask:
                 continue
             assert block.attention is not None
             assert block.ln1 is not None
-            self._carriers.append((block.module, hooks.carry))
-            if site == "ln1_in":
-                keep(block.ln1.register_forward_pre_hook(hooks.before_ln1))
-            mask = hooks.mask_input if site == "attn_in" else hooks.renormalise
-            keep(block.attention.register_forward_pre_hook(mask, with_kwargs=True))
+            self._untrained.append(hooks)
+            if site == "attn_in":
+                keep(block.attention.register_forward_pre_hook(hooks.mask_input, with_kwargs=True))
+            elif block.ln1_is_shared:
+                self._mask_for_attention(hooks)
+            else:
+                hooks.on_ln1 = block.ln1.register_forward_hook(hooks.mask_ln1)
+                keep(hooks.on_ln1)
+
+    def _mask_for_attention(self, hooks: _Hooks) -> None:
+        """Mask the input of a block's `ln1` where attention takes its output, which others may read as it is."""
+        ln1, attention = hooks.block.ln1, hooks.block.attention
+        assert ln1 is not None
+        assert attention is not None
+        self._keep(ln1.register_forward_pre_hook(hooks.before_ln1))
+        self._keep(attention.register_forward_pre_hook(hooks.renormalise, with_kwargs=True))
 
     def _keep(self, handle: Any) -> None:
         self._removers.append(handle.remove)
@@ -263,9 +275,12 @@ class InstalledMask:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]] | None:
         if module.training:  # perhaps with gradient checkpointing, which runs what is in a block once more
-            while self._carriers:
-                block, carry = self._carriers.pop()
-                self._keep(block.register_forward_pre_hook(carry, with_kwargs=True))
+            while self._untrained:
+                hooks = self._untrained.pop()
+                self._keep(hooks.block.module.register_forward_pre_hook(hooks.carry, with_kwargs=True))
+                if hooks.on_ln1 is not None:  # ln1 gets no arguments with which something could be carried
+                    hooks.on_ln1.remove()
+                    self._mask_for_attention(hooks)
         arguments = {**self._signature.bind_partial(*args).arguments, **kwargs} if args else kwargs
         call = self._calls[threading.get_ident()] = self._finder.find(arguments)
         if call.where is None and not call.detect and not module.training:
@@ -348,11 +363,12 @@ class _Hooks:
     """What runs around one masked block. (Methods, not closures: a deep copy of the model gets its own.)"""
 
     def __init__(self, mask: InstalledMask, layer: int, block: Block) -> None:
-        self.mask, self._layer, self._block = mask, layer, block
+        self.mask, self._layer, self.block = mask, layer, block
+        self.on_ln1: RemovableHandle | None = None
 
     @cached_property
     def _passes_on(self) -> bool:
-        parameters = inspect.signature(self._block.module.forward).parameters.values()
+        parameters = inspect.signature(self.block.module.forward).parameters.values()
         return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
     # On a bridge
@@ -390,6 +406,10 @@ class _Hooks:
         return _with_hidden(self.mask.masked(call, self._layer, _hidden(args, kwargs)), args, kwargs)
 
     @_hook
+    def mask_ln1(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        return self._normalised(self.mask.call(), module, args[0], output)
+
+    @_hook
     def before_ln1(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.mask.seen[threading.get_ident()] = (module, args[0])
 
@@ -397,14 +417,17 @@ class _Hooks:
     def renormalise(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]] | None:
-        """Give attention what `ln1` makes of the masked tokens; where the FFN reads `ln1` too, it reads them whole."""
+        """Give attention what `ln1` makes of the masked tokens; what else reads `ln1` reads them whole."""
         call = self.mask.call(kwargs)
         ln1, before = self.mask.seen.pop(threading.get_ident())
+        return _with_hidden(self._normalised(call, ln1, before, _hidden(args, kwargs)), args, kwargs)
+
+    def _normalised(self, call: _Call, ln1: nn.Module, before: Tensor, after: Tensor) -> Tensor | None:
+        """Return what `ln1` makes of a hidden state whose tokens are masked before it; None where there are none."""
         if call.where is None:
             return None
-        hidden = _hidden(args, kwargs)
         rows = self.mask.factored(call, self._layer, before[call.where])
-        return _with_hidden(_put(hidden, call.where, ln1.forward(rows[None])[0]), args, kwargs)
+        return _put(after, call.where, ln1.forward(rows[None])[0])
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -6,7 +6,7 @@ Where a plain model keeps its blocks, norms and attention is read from Transform
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -30,7 +30,16 @@ from melens.errors import MelensError
 from melens.gates import attach_gates, gates_of, is_of_gate
 from melens.normalization import read_module
 
-__all__ = ["Block", "Network", "Site", "bridged_twin", "gathered_twin", "is_whole", "open_network", "plain_twin"]
+__all__ = [
+    "Block",
+    "Network",
+    "Site",
+    "bridged_twin",
+    "gathered_twin",
+    "is_whole",
+    "open_network",
+    "plain_twin",
+]
 
 Site = Literal["attn_in", "ln1_in", "resid_pre"]
 """Where a mask takes hold: what comes out of `ln1`, what goes into it (for attention alone, the residual stream stays
@@ -46,6 +55,7 @@ class Block:
         ln1, attention: its normalisation before attention and its attention, None where it has none.
         query, output: the first and the last linear layer of attention, None where it has no such.
         ln1_name: the name of that normalisation in the model.
+        ln1_is_shared: whether more than attention reads it: the FFN of a parallel block, a state-space mixer.
     """
 
     module: nn.Module
@@ -54,6 +64,7 @@ class Block:
     query: nn.Module | None
     output: nn.Module | None
     ln1_name: str
+    ln1_is_shared: bool
 
 
 @dataclass(frozen=True)
@@ -114,12 +125,6 @@ class Network:
     def can_mask_attention(self, layer: int) -> bool:
         """Tell whether a block has attention with a normalisation of its own before it."""
         return self.blocks[layer].attention is not None and self.blocks[layer].ln1 is not None
-
-    def shares_ln1(self, layer: int) -> bool:
-        """Tell whether the FFN of a bridge's block reads the normalisation before attention, too."""
-        assert self.bridge is not None
-        parts = self.bridge.blocks[layer]._modules
-        return "ln2" not in parts and "mlp" in parts
 
     def hook_point(self, layer: int, name: str) -> HookPoint:
         """Return a hook point of a block of the bridge."""
@@ -255,7 +260,8 @@ def _of_bridge(model: TransformerBridge) -> Network:
         if query is None:
             query = getattr(getattr(parts["attn"], "qkv", None), "original_component", None)
         name = getattr(parts["ln1"], "name", "") or ""
-        blocks.append(Block(block.original_component, ln1, attention, query, output, name))
+        is_shared = _is_ln1_shared(block._modules)
+        blocks.append(Block(block.original_component, ln1, attention, query, output, name, is_shared))
     return _checked(model.original_model, tuple(blocks), str(model.cfg.architecture), int(model.cfg.d_model), model)
 
 
@@ -281,8 +287,20 @@ def _of_plain(model: nn.Module, config: Any) -> Network:
         attention = _part(module, names["attn"])
         query, joint, output = (_part(attention, names[part]) for part in ("q", "qkv", "o"))
         query = joint if query is None else query
-        blocks.append(Block(module, _part(module, names["ln1"]), attention, query, output, names["ln1"] or ""))
+        present = [
+            part
+            for part, component in described.submodules.items()
+            if component.name is None or _part(module, component.name) is not None
+        ]
+        ln1, name = _part(module, names["ln1"]), names["ln1"] or ""
+        blocks.append(Block(module, ln1, attention, query, output, name, _is_ln1_shared(present)))
     return _checked(model, tuple(blocks), architecture, int(cfg.d_model), None)
+
+
+def _is_ln1_shared(parts: Collection[str]) -> bool:
+    """Tell from the parts of a block, by TransformerLens's names, whether more than attention reads its `ln1`."""
+    beside_attention = {"mamba", "mixer", "laurel"}
+    return not beside_attention.isdisjoint(parts) or ("ln2" not in parts and "mlp" in parts)
 
 
 def _part(block: nn.Module | None, name: str | None) -> nn.Module | None:

@@ -253,11 +253,11 @@ class WeMask:
         if refresh and self.select not in FROM_WEIGHTS:
             raise MelensError(f"refresh chooses by the gains anew, which select={self.select} does not look at.")
         if network.bridge is not None and self.site != "resid_pre":
-            shared = [layer for layer in settled.blocks if network.shares_ln1(layer)]
+            shared = [layer for layer in settled.blocks if network.blocks[layer].ln1_is_shared]
             if shared:
                 raise MelensError(
-                    f"In block {shared[0]} of this bridge the FFN reads ln1 too, so that a mask there would not be on "
-                    "attention alone; mask the plain transformers model, or take site=resid_pre."
+                    f"In block {shared[0]} of this bridge more than attention reads ln1, so that a mask would not "
+                    "be on attention alone; mask the plain transformers model, or take site=resid_pre."
                 )
         factors = _Factors(self, network, settled, refresh=refresh)
         caches = bool(getattr(network.base.config, "use_cache", False))

@@ -459,28 +459,41 @@ def test_a_compiled_model_is_masked_whenever_it_was_compiled(when):
 
 
 @torch.no_grad()
-def test_attention_alone_is_masked_where_the_ffn_reads_the_same_norm():
-    config = AutoConfig.for_model("phi", vocab_size=200, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
-                                  num_attention_heads=4, max_position_embeddings=64)  # fmt: skip
+@pytest.mark.parametrize(("family", "reader"), [("phi", "mlp"), ("falcon_h1", "mamba")])
+def test_attention_alone_is_masked_where_others_read_the_same_norm(family, reader):
+    config = AutoConfig.for_model(family, vocab_size=200, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+                                  num_attention_heads=4, num_key_value_heads=4, pad_token_id=0)  # fmt: skip
     network = gains_apart(AutoModelForCausalLM.from_config(config, attn_implementation="eager")).eval()
     block = network.base_model.layers[1]
     for site in ("attn_in", "ln1_in"):
         mask, seen = WeMask(0.3, start=1, layers="first", site=site), {}
+
+        def spy(name, seen=seen):
+            return lambda module, args, kwargs: seen.update({name: args[0] if args else kwargs["hidden_states"]})
+
         with mask.applied(network):
-            spies = (
-                block.mlp.register_forward_pre_hook(lambda module, args, seen=seen: seen.update(ffn=args[0])),
-                block.self_attn.register_forward_pre_hook(
-                    lambda module, args, kwargs, seen=seen: seen.update(attention=kwargs["hidden_states"]),
-                    with_kwargs=True,
-                ),
-            )
+            spies = [
+                part.register_forward_pre_hook(spy(name), with_kwargs=True)
+                for name, part in (("other", getattr(block, reader)), ("attention", block.self_attn))
+            ]
             network(TOKENS)
-        for spy in spies:
-            spy.remove()
-        assert torch.equal(seen["ffn"][:, 1:], seen["attention"][:, 1:])
-        assert not torch.equal(seen["ffn"][:, 0], seen["attention"][:, 0])
-        with pytest.raises(MelensError, match="FFN reads ln1 too"):
+        for each in spies:
+            each.remove()
+        assert torch.equal(seen["other"][:, 1:], seen["attention"][:, 1:])
+        assert not torch.equal(seen["other"][:, 0], seen["attention"][:, 0])
+        with pytest.raises(MelensError, match="more than attention reads ln1"):
             mask.install(bridge(network))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("site", SITES)
+def test_a_mask_stays_the_same_in_training_and_after(site):
+    network = model_of("llama")
+    with WeMask(0.3, start=1, site=site).applied(network):
+        before, in_training, after = (network.train(mode)(TOKENS).logits for mode in (False, True, False))
+    torch.testing.assert_close(in_training, before)
+    torch.testing.assert_close(after, before)
+    assert not torch.allclose(network(TOKENS).logits, before)
 
 
 # --- Files and errors -------------------------------------------------------------------------------------------------
