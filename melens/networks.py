@@ -34,6 +34,7 @@ __all__ = [
     "Block",
     "Network",
     "Site",
+    "base_path",
     "bridged_twin",
     "gathered_twin",
     "is_whole",
@@ -280,6 +281,8 @@ def _of_plain(model: nn.Module, config: Any) -> Network:
         ) from error
     parts = {part: described.submodules.get(part) for part in ("ln1", "attn")}
     names = {part: getattr(component, "name", None) for part, component in parts.items()}
+    if not getattr(config, "do_layer_norm_before", True):  # OPT-350m: after attention
+        names["ln1"] = None
     of_attention = getattr(parts["attn"], "submodules", None) or {}
     names |= {part: getattr(of_attention.get(part), "name", None) for part in ("q", "qkv", "o")}
     blocks = []
@@ -316,4 +319,17 @@ def _checked(
     if not any(block.attention is not None for block in blocks) or getattr(model.config, "is_encoder_decoder", False):
         raise MelensError(f"{architecture} is no decoder with attention, so it cannot be masked.")
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    return Network(bridge, model.base_model, blocks, architecture, d_model, int(vocabulary))
+    base = model.get_submodule(base_path(model))
+    return Network(bridge, base, blocks, architecture, d_model, int(vocabulary))
+
+
+def base_path(network: nn.Module) -> str:
+    """Return the name of the part of a transformers model that every forward pass goes through: all but the head.
+
+    Where that part is a shell around one other (OPT's `model.decoder`), the head's model calls the other past it.
+    """
+    prefix = str(network.base_model_prefix)
+    if prefix not in network._modules:  # a model without a head
+        return ""
+    parts = list(network.get_submodule(prefix).named_children())
+    return f"{prefix}.{parts[0][0]}" if len(parts) == 1 else prefix

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from melens.networks import base_path
+
 __all__ = ["Replay", "logits_of"]
 
 
@@ -83,11 +85,13 @@ class _Given(nn.Module):
 @torch.no_grad()
 def logits_of(network: Any, final: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos vocabulary"]:
     """Let a transformers model's own head, soft caps and all, turn final hidden states into logits."""
-    base = network._modules[network.base_model_prefix]
-    network._modules[network.base_model_prefix] = _Given(final)
+    path, _, name = base_path(network).rpartition(".")
+    parts = network.get_submodule(path)._modules
+    base = parts[name]
+    parts[name] = _Given(final)
     try:
         tokens = torch.zeros(final.shape[:2], dtype=torch.long, device=final.device)
         logits: Tensor = network(input_ids=tokens, use_cache=False).logits
         return logits
     finally:
-        network._modules[network.base_model_prefix] = base
+        parts[name] = base

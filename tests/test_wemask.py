@@ -487,6 +487,24 @@ def test_attention_alone_is_masked_where_others_read_the_same_norm(family, reade
 
 @torch.no_grad()
 @pytest.mark.parametrize("site", SITES)
+def test_a_model_whose_head_calls_the_decoder_past_its_shell_is_masked(site):
+    # OPT: `model.model` never runs, `model.model.decoder` does.
+    config = AutoConfig.for_model("opt", vocab_size=200, hidden_size=64, ffn_dim=96, num_hidden_layers=3,
+                                  num_attention_heads=4, word_embed_proj_dim=64)  # fmt: skip
+    network = gains_apart(AutoModelForCausalLM.from_config(config)).eval()
+    unmasked, mask = network(TOKENS).logits, WeMask(0.3, start=1, site=site)
+    with mask.applied(network):
+        masked = network(TOKENS).logits
+        prefill = network(TOKENS[:, :4], use_cache=True)
+        rest = network(TOKENS[:, 4:], past_key_values=prefill.past_key_values).logits
+    assert not torch.allclose(masked, unmasked, atol=1e-3)
+    torch.testing.assert_close(torch.cat([prefill.logits, rest], dim=1), masked, rtol=1e-4, atol=1e-4)
+    with mask.applied(of_bridge := bridge(network)):
+        torch.testing.assert_close(of_bridge(TOKENS), masked, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("site", SITES)
 def test_a_mask_stays_the_same_in_training_and_after(site):
     network = model_of("llama")
     with WeMask(0.3, start=1, site=site).applied(network):
