@@ -9,7 +9,7 @@ import importlib.util
 from functools import cache
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 __all__ = [
@@ -22,7 +22,6 @@ __all__ = [
     "has_triton",
     "kl_to_gain",
     "l2_norm",
-    "median_of_counts",
     "pairwise_cosine",
     "sink_mass",
 ]
@@ -62,18 +61,6 @@ def abs_median(activation: Float[Tensor, "pos d"]) -> Float[Tensor, ""]:
     holder = (up_to <= middle).sum()
     held = magnitudes[upper == holder]
     return held.kthvalue(middle - int(up_to[holder]) + len(held) + 1).values.view(torch.float32)
-
-
-def median_of_counts(counts: Int[Tensor, "*batch 3 64"], dtype: torch.dtype) -> Float[Tensor, "*batch"]:
-    """Read the median of |h| off what `kernels.count_magnitudes` counted; `dtype` is that of h."""
-    rank = (counts[..., 0, :].sum(-1) - 1) // 2
-    magnitude = torch.zeros_like(rank)
-    for digit in range(3):
-        of_digit = counts[..., digit, :32]
-        is_below = of_digit.cumsum(-1) <= rank[..., None]
-        magnitude = (magnitude << 5) | is_below.sum(-1)
-        rank = rank - (of_digit * is_below).sum(-1)
-    return magnitude.to(torch.int16).view(dtype).float()
 
 
 def sink_mass(

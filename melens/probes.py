@@ -37,7 +37,6 @@ from melens.metrics import (
     has_triton,
     kl_to_gain,
     l2_norm,
-    median_of_counts,
     sink_mass,
 )
 
@@ -195,21 +194,14 @@ class AbsMedian(Probe):
 
     def __init__(self, sites: Sequence[str] = ("hook_resid_post",)):
         self.sites = tuple(sites)
-        self._dtype = torch.float32
 
     def reduce(self, activation: Float[Tensor, "batch pos d"], batch: Batch) -> dict[str, Tensor]:
         hiddens = [hidden[:length] for hidden, length in zip(activation, batch.lengths, strict=True)]
         if activation.is_cuda and activation.element_size() == 2 and has_triton():
-            from melens.kernels import count_magnitudes
+            from melens.kernels import abs_medians
 
-            self._dtype = activation.dtype
-            return {"counts": count_magnitudes(hiddens)}
+            return {"abs_median": abs_medians(hiddens)}
         return {"abs_median": torch.stack([abs_median(hidden) for hidden in hiddens])}
-
-    def finish(self, reduced: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-        if "counts" in reduced:
-            return {"abs_median": median_of_counts(reduced["counts"], self._dtype)}
-        return reduced
 
 
 class TokenVectors(Probe):

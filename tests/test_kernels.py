@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import melens
-from melens.metrics import abs_median, median_of_counts
+from melens.metrics import abs_median
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -26,12 +26,22 @@ def kernels():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_counted_medians_are_exact(kernels, dtype):
-    hidden = (torch.randn(2, 97, 96, generator=torch.Generator().manual_seed(0)) * 3).to(DEVICE, dtype)
-    hidden[0, 5, 7] = 20_000
-    of_both = [hidden[0], hidden[1, :50]]
-    found = median_of_counts(kernels.count_magnitudes(of_both), dtype)
-    assert found.tolist() == [abs_median(each).item() for each in of_both]
+def test_medians_are_exact(kernels, dtype):
+    generator = torch.Generator().manual_seed(0)
+    ordinary = torch.randn(97, 96, generator=generator) * 3
+    ordinary[0, 5] = 20_000
+    one_dim_alone = torch.zeros(97, 96)  # half of the others are 0: a guess may be far off
+    one_dim_alone[:, ::2] = 7 + torch.rand(97, 48, generator=generator)
+    tiny = torch.tensor([[3.0, -1.0], [-2.0, 5.0]])
+    hiddens = [each.to(DEVICE, dtype) for each in (ordinary, one_dim_alone, tiny, torch.zeros(3, 8), ordinary[:50])]
+    found = kernels.abs_medians(hiddens)
+    assert found.float().tolist() == [abs_median(each).item() for each in hiddens]
+
+
+def test_a_median_far_from_the_guess_is_exact_too(kernels):
+    hidden = torch.rand(128, 96, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
+    hidden.flatten()[:: hidden.numel() // kernels._SAMPLED | 1] = 1_000  # all that the guess sees
+    assert kernels.abs_medians([hidden]).item() == abs_median(hidden).item() < 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -59,12 +69,16 @@ import sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from melens import kernels
-block = {"BLOCK": 4096}
-digit = {"bits": "*i16", "n": "i32", "middle": "i32", "counts": "*i32", "DIGIT": "constexpr", "BLOCK": "constexpr"}
+block, window, sizes = {"BLOCK": 4096}, {"BLOCK": 4096, "WINDOW": 32}, dict.fromkeys(("WINDOW", "BLOCK"), "constexpr")
+guess = {"bits": "*i16", "n_sampled": "i32", "step": "i32", "space": "*i32"} | sizes
+count = {"bits": "*i16", "n": "i32", "space": "*i32"} | sizes
 row = {name: "*fp32" for name in ("logits", "probabilities", "log_total", "cross")} | {"likeliest": "*i64"}
 row |= {"logits_stride": "i32", "probabilities_stride": "i32", "N": "constexpr", "BLOCK": "constexpr"}
 for kernel, signature, constants in (
-    *((kernels._count_digit, digit, block | {"DIGIT": at}) for at in range(3)),
+    (kernels._guess_window, guess, window),
+    (kernels._count_window, count, window),
+    (kernels._count_window, count, window | {"WINDOW": 256}),
+    (kernels._settle_median, count, window),
     (kernels._against_row, row, block | {"N": 49152}),
     (kernels._against_row, row | {"logits": "*bf16"}, block | {"N": 151936}),
 ):

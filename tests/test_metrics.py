@@ -27,20 +27,6 @@ def test_abs_median_by_hand():
     assert metrics.abs_median(torch.tensor([[0.0, -0.0, 0.0, 9.0]])).item() == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("n", [1, 2, 7, 5001])
-def test_median_of_counts_reads_what_the_kernel_counts(dtype, n):
-    values = torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype)
-    magnitudes = (values.view(torch.int16) & 0x7FFF).long()
-    median = int(magnitudes.sort().values[(n - 1) // 2])
-    counts = torch.zeros((2, 3, 64), dtype=torch.int32)
-    for digit, shift in enumerate((10, 5, 0)):
-        shares_prefix = (magnitudes >> (shift + 5)) == (median >> (shift + 5))
-        counts[:, digit] = torch.bincount((magnitudes[shares_prefix] >> shift) & 31, minlength=64)
-    expected = values.abs().median().item()
-    assert metrics.median_of_counts(counts, dtype).tolist() == [expected, expected]
-
-
 def test_sink_mass_averages_the_later_queries_and_leaves_out_padding():
     batch = Batch(torch.zeros((2, 4), dtype=torch.long), lengths=(3, 1), prompts=(0, 1))
     attention = torch.tensor([[[1.0, 0.6, 0.2, 0.9]], [[1.0, 0.5, 0.5, 0.5]]])
