@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -77,26 +77,23 @@ def lean_forward(
     parts = _parts(model)
     hooked = {hook for hook, attached in parts.hooks if attached}
     captures = {handle.id for block in model.blocks for handle in getattr(block, "_capture_hook_handles", ())}
-    torch_hooked = {
-        part for part, attached in parts.torch_hooks if attached and not captures.issuperset(attached)
+    stay = {
+        number for number, attached in parts.torch_hooks if attached and not captures.issuperset(attached)
     }  # captures of the block's input only matter to forks
     waiting = {id(hook_point): (hook_point, listen) for hook_point, listen in listeners}
     heard = hooked | waiting.keys()
+    stay.update(parts.inside[hook] for hook in parts.inside.keys() & heard)
+    at_rim = {parts.rim[hook] for hook in parts.rim.keys() & heard}
     left_out: list[_Wrapper] = []
     handles: list[RemovableHandle] = []
     n_eager = 0
     with ExitStack() as stack:
         stack.callback(_put_back, left_out, handles)
         for number, wrapper in enumerate(parts.wrappers):
-            if (
-                can_be_lean
-                and wrapper.can_be_left_out
-                and heard.isdisjoint(wrapper.inside)
-                and number not in torch_hooked
-            ):
+            if can_be_lean and wrapper.can_be_left_out and number not in stay:
                 left_out.append(wrapper)
                 wrapper.parent._modules[wrapper.name] = wrapper.module
-                if not heard.isdisjoint(wrapper.rim):
+                if number in at_rim:
                     _keep_rim_hooks(wrapper, hooked, waiting, handles)
                 if wrapper.layer is not None and key_listener is not None:
                     handles.append(_listen_to_fused(wrapper, keys, partial(key_listener, wrapper.layer)))
@@ -106,7 +103,7 @@ def lean_forward(
                     _listen_to_pattern(wrapper, keys, partial(key_listener, wrapper.layer), stack)
         for hook_point, listen in waiting.values():
             _attach(hook_point, listen, stack)
-        _select_attention(model, FUSED_BESIDE_EAGER if n_eager else FUSED, stack)
+        _select_attention(parts, FUSED_BESIDE_EAGER if n_eager else FUSED, stack)
         yield
 
 
@@ -118,8 +115,6 @@ class _Wrapper:
         component, module: the bridge component and the transformers module that it wraps.
         parent, name: where in the transformers model it stands.
         hook_in, hook_out: its hooks at the rim, on what goes into and comes out of the wrapped module.
-        rim: their ids.
-        inside: the ids of its other hooks, which the wrapped module alone would not fire.
         can_be_left_out: whether the wrapped module computes the same.
         layer: of an attention component, its block.
     """
@@ -130,25 +125,29 @@ class _Wrapper:
     name: str
     hook_in: HookPoint
     hook_out: HookPoint
-    rim: frozenset[int]
-    inside: frozenset[int]
     can_be_left_out: bool
     layer: int | None
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Parts:
     """The components of a bridge that can be left out and all attention components, and where hooks on them are kept.
 
     Attributes:
         wrappers: the components.
+        rim: by the id of a hook point at the rim of a component, the component's number.
+        inside: the same of its other hook points, which the wrapped module alone would not fire.
         hooks: by the id of a hook point, what is attached to it: the same mappings as long as the model lives.
-        torch_hooks: by the number of a wrapper, PyTorch's own hooks on it and on what its module does not have.
+        torch_hooks: by the number of a component, PyTorch's own hooks on it and on what its module does not have.
+        configs: those of the model and of its attention, which say what computes it.
     """
 
-    wrappers: list[_Wrapper]
-    hooks: list[tuple[int, Mapping[int, Any]]]
-    torch_hooks: list[tuple[int, Mapping[int, Any]]]
+    wrappers: list[_Wrapper] = field(default_factory=list)
+    rim: dict[int, int] = field(default_factory=dict)
+    inside: dict[int, int] = field(default_factory=dict)
+    hooks: list[tuple[int, Mapping[int, Any]]] = field(default_factory=list)
+    torch_hooks: list[tuple[int, Mapping[int, Any]]] = field(default_factory=list)
+    configs: list[Any] = field(default_factory=list)
 
 
 _PARTS: WeakKeyDictionary[nn.Module, _Parts] = WeakKeyDictionary()
@@ -157,16 +156,19 @@ _PARTS: WeakKeyDictionary[nn.Module, _Parts] = WeakKeyDictionary()
 def _parts(model: TransformerBridge) -> _Parts:
     """List a model's parts; found once a model."""
     if model not in _PARTS:
+        parts = _PARTS[model] = _Parts()
         attention = {id(block._modules.get("attn")): layer for layer, block in enumerate(model.blocks)}
         # Some blocks reach into their components as they run; theirs must stay.
         needed = {id(part) for block in model.blocks if type(block) not in _PLAIN_BLOCKS for part in block.modules()}
-        _PARTS[model] = _Parts([], [], [])
         for parent in model.original_model.modules():
             if not isinstance(parent, GeneralizedComponent):
                 for name, component in parent._modules.items():
                     if type(component) in _TRANSPARENT or id(component) in attention:
                         layer = attention.get(id(component))
-                        _add_part(_PARTS[model], component, parent, name, layer, is_needed=id(component) in needed)
+                        _add_part(parts, component, parent, name, layer, is_needed=id(component) in needed)
+        attending = [wrapper.module for wrapper in parts.wrappers if wrapper.layer is not None]
+        configs = [module.config for module in (model.original_model, *attending) if hasattr(module, "config")]
+        parts.configs = list({id(config): config for config in configs}.values())
     return _PARTS[model]
 
 
@@ -176,34 +178,24 @@ def _add_part(
     module, hook_in, hook_out = component.original_component, component.hook_in, component.hook_out
     elsewhere = set(map(id, module.modules()))
     own = [part for part in component.modules() if id(part) not in elsewhere]
-    rim, inside = frozenset({id(hook_in), id(hook_out)}), set()
+    number = len(parts.wrappers)
+    parts.rim.update({id(hook_in): number, id(hook_out): number})
     for part in own:
         if isinstance(part, HookPoint):
-            inside.add(id(part))
+            if part is not hook_in and part is not hook_out:
+                parts.inside[id(part)] = number
             parts.hooks.extend([(id(part), part._forward_hooks), (id(part), part._backward_hooks)])
         else:
             kept_in = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks)
-            parts.torch_hooks.extend((len(parts.wrappers), attached) for attached in kept_in)
+            parts.torch_hooks.extend((number, attached) for attached in kept_in)
     if layer is not None:
         can_be_left_out = isinstance(component, _ATTENTION)
     elif isinstance(component, NormalizationBridge):
         can_be_left_out = component.use_native_layernorm_autograd
     else:
         can_be_left_out = not getattr(component, "_use_processed_weights", False)
-    parts.wrappers.append(
-        _Wrapper(
-            component,
-            module,
-            parent,
-            name,
-            hook_in,
-            hook_out,
-            rim,
-            frozenset(inside - rim),
-            can_be_left_out and not is_needed,
-            layer,
-        )
-    )
+    can_be_left_out = can_be_left_out and not is_needed
+    parts.wrappers.append(_Wrapper(component, module, parent, name, hook_in, hook_out, can_be_left_out, layer))
 
 
 def _put_back(left_out: list[_Wrapper], handles: list[RemovableHandle]) -> None:
@@ -234,8 +226,9 @@ def _keep_rim_hooks(
 
 def is_inside_attention(model: TransformerBridge, hook_point: HookPoint) -> bool:
     """Tell whether a hook at this point keeps the attention of its block in the bridge's eager form."""
-    attention = (wrapper for wrapper in _parts(model).wrappers if wrapper.layer is not None)
-    return any(id(hook_point) in wrapper.inside for wrapper in attention)
+    parts = _parts(model)
+    number = parts.inside.get(id(hook_point))
+    return number is not None and parts.wrappers[number].layer is not None
 
 
 def any_hooks(hook_point: HookPoint) -> bool:
@@ -297,10 +290,7 @@ def _attach(hook_point: HookPoint, listen: Listener, stack: ExitStack) -> None:
     stack.callback(handle.hook.remove)
 
 
-def _select_attention(model: TransformerBridge, name: str, stack: ExitStack) -> None:
-    modules = [model.original_model]
-    modules += [wrapper.module for wrapper in _parts(model).wrappers if wrapper.layer is not None]
-    configs = {id(module.config): module.config for module in modules if hasattr(module, "config")}
-    for config in configs.values():
+def _select_attention(parts: _Parts, name: str, stack: ExitStack) -> None:
+    for config in parts.configs:
         stack.callback(setattr, config, "_attn_implementation", config._attn_implementation)
         config._attn_implementation = name

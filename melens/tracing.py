@@ -12,12 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
@@ -148,14 +149,14 @@ def trace(
                 if progress is not None:
                     progress(recorder.n_tokens, total)
                 network(input_ids=batch.tokens, use_cache=False)
-            described = _describe_prompts(model, texts, tokens)  # while a GPU still computes
+            described = _describe(model), _describe_prompts(model, texts, tokens)  # while a GPU still computes
         recorder.end()
     if progress is not None:
         progress(recorder.n_tokens, total)
     heard = [probe for probe in probes if recorder.has(probe)]
     tables = {probe.name: partial(recorder.table, probe) for probe in heard if probe.kind == "table"}
     tensors = {probe.name: recorder.tensor(probe, len(tokens)) for probe in heard if probe.kind == "tensor"}
-    return Trace(_describe(model), described, _Tables(tables), tensors)
+    return Trace(*described, _Tables(tables), tensors)
 
 
 def default_probes(model: TransformerBridge) -> list[Probe]:
@@ -163,16 +164,11 @@ def default_probes(model: TransformerBridge) -> list[Probe]:
 
     A parallel block has no `ln2`, a state-space block no attention.
     """
-    hook_dict = _hook_dict(model)
+    places = _Places.of(model)
     probes: list[Probe] = [Norms(), LargestActivations(), AbsMedian(), TokenVectors(), SinkMass()]
     for probe in probes:
         probe.may_miss = True
-        names = {site: "attn.hook_out" if site == ATTENTION_ON_KEYS else site for site in probe.sites}
-        probe.sites = tuple(
-            site
-            for site, name in names.items()
-            if name in hook_dict or any(f"blocks.{layer}.{name}" in hook_dict for layer in range(len(model.blocks)))
-        )
+        probe.sites = tuple(site for site in probe.sites if places.of_site(site))
     return [probe for probe in probes if probe.sites]
 
 
@@ -195,36 +191,39 @@ class _Tables(Mapping[str, pd.DataFrame]):
         return len(self._make)
 
 
-def _as_tokens(model: TransformerBridge, prompts: Sequence[Any], bos: Bos) -> tuple[list[Prompt], list[list[int]]]:
+_Tokens = Int[Tensor, " _"]
+"""Token ids of one prompt, of whatever length, on the CPU."""
+
+
+def _as_tokens(model: TransformerBridge, prompts: Sequence[Any], bos: Bos) -> tuple[list[Prompt], list[_Tokens]]:
     if isinstance(prompts, str) or len(prompts) == 0:
         raise MelensError("A trace needs a list of at least one prompt.")
     if isinstance(prompts[0], Tensor):
         return [Prompt(text="") for _ in prompts], [_checked_tokens(model, row, ids) for row, ids in enumerate(prompts)]
     texts = [Prompt(text=prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-    return texts, tokenize(model, texts, bos=bos)
+    return texts, [torch.tensor(ids) for ids in tokenize(model, texts, bos=bos)]
 
 
-def _checked_tokens(model: TransformerBridge, row: int, ids: Any) -> list[int]:
+def _checked_tokens(model: TransformerBridge, row: int, ids: Any) -> _Tokens:
     if not isinstance(ids, Tensor) or ids.ndim != 1 or ids.is_floating_point():
         raise MelensError(f"Prompt number {row} must be a [pos] tensor of integers, like the first one.")
     check_length(len(ids), f"number {row}", model.cfg.n_ctx)
-    on_cpu = ids.cpu()
+    on_cpu = ids.long().cpu()
     if not 0 <= int(on_cpu.min()) <= int(on_cpu.max()) < model.cfg.d_vocab:
         raise MelensError(f"Prompt number {row} has token ids outside the vocabulary of {model.cfg.d_vocab:,}.")
-    tokens: list[int] = on_cpu.tolist()
-    return tokens
+    return on_cpu
 
 
-def _describe_prompts(model: TransformerBridge, texts: list[Prompt], tokens: list[list[int]]) -> pd.DataFrame:
-    tokenizer = model.tokenizer
+def _describe_prompts(model: TransformerBridge, texts: list[Prompt], tokens: list[_Tokens]) -> pd.DataFrame:
+    tokenizer, firsts = model.tokenizer, [int(ids[0]) for ids in tokens]
     return pd.DataFrame(
         {
             "prompt": np.arange(len(tokens), dtype=np.int32),
             "id": [prompt.id or str(row) for row, prompt in enumerate(texts)],
             "task": [prompt.task for prompt in texts],
             "n_tokens": [len(ids) for ids in tokens],
-            "first_token": [str(ids[0]) if tokenizer is None else tokenizer.decode(ids[:1]) for ids in tokens],
-            "first_token_id": [ids[0] for ids in tokens],
+            "first_token": [str(first) if tokenizer is None else tokenizer.decode([first]) for first in firsts],
+            "first_token_id": firsts,
         }
     )
 
@@ -232,7 +231,7 @@ def _describe_prompts(model: TransformerBridge, texts: list[Prompt], tokens: lis
 _MAX_PADDING = 0.25  # of a batch
 
 
-def _batches(tokens: list[list[int]], max_batch_tokens: int, device: Any) -> Iterator[Batch]:
+def _batches(tokens: list[_Tokens], max_batch_tokens: int, device: Any) -> Iterator[Batch]:
     """Group prompts of similar length, shortest first, so that little of a batch is padding."""
     rows: list[int] = []
     for row in sorted(range(len(tokens)), key=lambda row: len(tokens[row])):
@@ -245,8 +244,8 @@ def _batches(tokens: list[list[int]], max_batch_tokens: int, device: Any) -> Ite
     yield _pad(tokens, rows, device)
 
 
-def _pad(tokens: list[list[int]], rows: list[int], device: Any) -> Batch:
-    of_batch = [torch.from_numpy(np.array(tokens[row])) for row in rows]  # a fifth of the time of torch.tensor
+def _pad(tokens: list[_Tokens], rows: list[int], device: Any) -> Batch:
+    of_batch = [tokens[row] for row in rows]
     padded = torch.nn.utils.rnn.pad_sequence(of_batch, batch_first=True)
     return Batch(padded.to(device), tuple(len(ids) for ids in of_batch), tuple(rows))
 
@@ -264,7 +263,40 @@ class _Listener:
     hook_point: HookPoint | None  # None: the attention on the probe's keys
 
 
-def _listeners(model: TransformerBridge, hook_dict: dict[str, HookPoint], probe: Probe) -> list[_Listener]:
+class _Places:
+    """The hook points of a model by site, each looked up once: `model.hook_dict` alone takes a millisecond."""
+
+    _known: ClassVar[WeakKeyDictionary[TransformerBridge, _Places]] = WeakKeyDictionary()
+
+    def __init__(self, model: TransformerBridge) -> None:
+        self._mode = model.compatibility_mode  # with which the names change
+        self._hook_dict: dict[str, HookPoint] = model.hook_dict
+        self._n_layers = len(model.blocks)
+        self._found: dict[str, list[tuple[str, int, HookPoint | None]]] = {}
+
+    @classmethod
+    def of(cls, model: TransformerBridge) -> _Places:
+        if model not in cls._known or cls._known[model]._mode != model.compatibility_mode:
+            cls._known[model] = cls(model)
+        return cls._known[model]
+
+    def of_site(self, site: str) -> list[tuple[str, int, HookPoint | None]]:
+        """Return where a site is: its name in the block, the block (-1: in none), and the hook point, if it is one."""
+        if site not in self._found:
+            self._found[site] = self._find(site)
+        return self._found[site]
+
+    def _find(self, site: str) -> list[tuple[str, int, HookPoint | None]]:
+        if site in self._hook_dict:
+            block = re.fullmatch(r"blocks\.(\d+)\.(.*)", site)
+            return [(block[2] if block else site, int(block[1]) if block else -1, self._hook_dict[site])]
+        is_on_keys = site == ATTENTION_ON_KEYS
+        names = (f"blocks.{layer}.{'attn.hook_out' if is_on_keys else site}" for layer in range(self._n_layers))
+        found = ((layer, self._hook_dict.get(name)) for layer, name in enumerate(names))
+        return [(site, layer, None if is_on_keys else hook) for layer, hook in found if hook is not None]
+
+
+def _listeners(model: TransformerBridge, probe: Probe) -> list[_Listener]:
     n_layers = len(model.blocks)
     layers = range(n_layers) if probe.layers is None else probe.layers
     if any(not 0 <= layer < n_layers for layer in layers):
@@ -272,36 +304,26 @@ def _listeners(model: TransformerBridge, hook_dict: dict[str, HookPoint], probe:
             f"The probe {probe.name!r} listens in layers {list(layers)}; the model has 0 to {n_layers - 1}."
         )
     found: list[_Listener] = []
-    for site in probe.sites:
-        before = len(found)
-        if site == ATTENTION_ON_KEYS:
-            with_attention = (layer for layer in layers if f"blocks.{layer}.attn.hook_out" in hook_dict)
-            found += [_Listener(probe, site, layer, None) for layer in with_attention]
-        elif site in hook_dict:
-            block = re.fullmatch(r"blocks\.(\d+)\.(.*)", site)
-            found.append(_Listener(probe, block[2] if block else site, int(block[1]) if block else -1, hook_dict[site]))
-        else:
-            in_blocks = ((layer, f"blocks.{layer}.{site}") for layer in layers)
-            found += [_Listener(probe, site, layer, hook_dict[name]) for layer, name in in_blocks if name in hook_dict]
-        if len(found) == before:
+    wanted = {-1, *layers}
+    for site in probe.sites:  # one named with its block is wanted whatever the layers are
+        places = [place for place in _Places.of(model).of_site(site) if place[1] in wanted or place[0] != site]
+        if not places:
             raise MelensError(f"The probe {probe.name!r} listens at {site!r}, which no block of this model has.")
+        found += [_Listener(probe, *place) for place in places]
     return found
 
 
 @contextmanager
 def _listening(model: TransformerBridge, probes: Sequence[Probe], recorder: _Recorder) -> Iterator[None]:
     """Attach every probe and leave out of the forward pass what none of them, nor any other hook, listens to."""
-    hook_dict = _hook_dict(model)
-    hook_points: dict[int, HookPoint] = {}
-    at_hook: dict[int, list[_Listener]] = defaultdict(list)
+    at_hook: dict[HookPoint, list[_Listener]] = defaultdict(list)
     at_keys: dict[int, list[_Listener]] = defaultdict(list)
-    recorder.expected = [listener for probe in probes for listener in _listeners(model, hook_dict, probe)]
+    recorder.expected = [listener for probe in probes for listener in _listeners(model, probe)]
     for listener in recorder.expected:
         if listener.hook_point is None:
             at_keys[listener.layer].append(listener)
         else:
-            hook_points[id(listener.hook_point)] = listener.hook_point
-            at_hook[id(listener.hook_point)].append(listener)
+            at_hook[listener.hook_point].append(listener)
     keys = sorted({key for listeners in at_keys.values() for listener in listeners for key in listener.probe.keys})
 
     def hear_keys(layer: int, attention: Tensor) -> None:
@@ -311,19 +333,9 @@ def _listening(model: TransformerBridge, probes: Sequence[Probe], recorder: _Rec
             wanted = attention if all_of_them else torch.stack([attention[..., column] for column in columns], dim=-1)
             recorder.add(listener, wanted)
 
-    hear = [(hook_points[hook], partial(_listen, recorder, listeners)) for hook, listeners in at_hook.items()]
+    hear = [(hook_point, partial(_listen, recorder, listeners)) for hook_point, listeners in at_hook.items()]
     with lean_forward(model, hear, keys, hear_keys if at_keys else None):
         yield
-
-
-_HOOK_DICTS: WeakKeyDictionary[TransformerBridge, tuple[bool, dict[str, HookPoint]]] = WeakKeyDictionary()
-
-
-def _hook_dict(model: TransformerBridge) -> dict[str, HookPoint]:
-    """Return `model.hook_dict`, made once: it takes a millisecond and changes with the compatibility mode alone."""
-    if model not in _HOOK_DICTS or _HOOK_DICTS[model][0] != model.compatibility_mode:
-        _HOOK_DICTS[model] = (model.compatibility_mode, model.hook_dict)
-    return _HOOK_DICTS[model][1]
 
 
 def _listen(recorder: _Recorder, listeners: list[_Listener], activation: Tensor) -> None:
