@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -102,7 +101,7 @@ def variants(bridge: Any, plain: Any, tokens: torch.Tensor) -> dict[str, Run]:
 
 
 def measure_times(runs: dict[str, Run], repeats: int) -> dict[str, float]:
-    """Time the variants in turns, so that a busy machine slows all of them; the median of each, in seconds."""
+    """Time the variants in turns; the shortest of each, in seconds: what else runs on the machine only adds time."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):
         for name, run in runs.items():
@@ -110,7 +109,7 @@ def measure_times(runs: dict[str, Run], repeats: int) -> dict[str, float]:
             _run(run)
             if repeat > 0:
                 times[name].append(time.perf_counter() - start)
-    return {name: median(of_name) for name, of_name in times.items()}
+    return {name: min(of_name) for name, of_name in times.items()}
 
 
 def _run(run: Run) -> None:
