@@ -9,6 +9,7 @@ Sequences start at position 0 without a cache; padding, if any, is on the right,
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +23,14 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 from melens.errors import MelensError
 
-__all__ = ["FUSED", "FUSED_BESIDE_EAGER", "attention_on_keys", "causal_attention", "missing_as_zero"]
+__all__ = [
+    "FUSED",
+    "FUSED_BESIDE_EAGER",
+    "attention_on_keys",
+    "causal_attention",
+    "eager_function",
+    "missing_as_zero",
+]
 
 FUSED = "melens"
 """The attention implementation for transformers' config when every block runs fused: no mask is ever built."""
@@ -239,7 +247,7 @@ def _attention_function(
         value,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         keys=melens_keys,
-        window=sliding_window,
+        window=getattr(module, "sliding_window", None) if sliding_window is None else sliding_window,
         softcap=softcap,
         sink_logits=s_aux,
         mask=attention_mask,
@@ -250,21 +258,45 @@ def _attention_function(
 
 
 def _no_mask_where_causal(
-    *, allow_is_causal_skip: bool = True, allow_is_bidirectional_skip: bool = False, **kwargs: Any
+    *,
+    config: Any,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    **kwargs: Any,
 ) -> Tensor | None:
-    """Leave out the S × S mask wherever `causal_attention` knows it from its arguments."""
-    if allow_is_causal_skip and not allow_is_bidirectional_skip:
+    """Leave out the S × S mask where `causal_attention` knows it from its arguments; chunks (Llama 4) it does not."""
+    is_in_chunks = local_size is not None and local_size == getattr(config, "attention_chunk_size", None)
+    if allow_is_causal_skip and not allow_is_bidirectional_skip and not is_in_chunks:
         return None
     return sdpa_mask(allow_is_causal_skip=False, allow_is_bidirectional_skip=False, **kwargs)
 
 
-def _attention_without_mask(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    return _attention_function(module, query, key, value, None, **kwargs)
+def _attention_beside_eager(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    melens_eager: bool = False,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    eager = eager_function(module)
+    if melens_eager and eager is not None:
+        return eager(module, query, key, value, attention_mask, **kwargs)
+    is_in_chunks = getattr(module.config, "attention_chunk_size", None) is not None
+    return _attention_function(module, query, key, value, attention_mask if is_in_chunks else None, **kwargs)
+
+
+def eager_function(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """Return the eager function of a transformers attention module that lets its config choose; None if it does not."""
+    forward: Any = inspect.unwrap(type(module).forward)
+    chooses = "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names
+    return forward.__globals__.get("eager_attention_forward") if chooses else None
 
 
 AttentionInterface.register(FUSED, _attention_function)
 AttentionMaskInterface.register(FUSED, _no_mask_where_causal)
-AttentionInterface.register(FUSED_BESIDE_EAGER, _attention_without_mask)  # the mask is for the eager blocks
+AttentionInterface.register(FUSED_BESIDE_EAGER, _attention_beside_eager)  # the mask is for the eager blocks
 AttentionMaskInterface.register(FUSED_BESIDE_EAGER, eager_mask)

@@ -16,15 +16,18 @@ from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components import (
+    AttentionBridge,
     BlockBridge,
     GatedMLPBridge,
     JointGateUpMLPBridge,
+    JointQKVAttentionBridge,
     JointQKVPositionEmbeddingsAttentionBridge,
     LinearBridge,
     NormalizationBridge,
@@ -34,7 +37,7 @@ from transformer_lens.model_bridge.generalized_components import (
 )
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
-from melens.attention import FUSED, FUSED_BESIDE_EAGER, missing_as_zero
+from melens.attention import FUSED, FUSED_BESIDE_EAGER, eager_function, missing_as_zero
 
 __all__ = ["KeyListener", "Listener", "any_hooks", "is_inside_attention", "lean_forward"]
 
@@ -82,7 +85,9 @@ def lean_forward(
     }  # captures of the block's input only matter to forks
     waiting = {id(hook_point): (hook_point, listen) for hook_point, listen in listeners}
     heard = hooked | waiting.keys()
-    stay.update(parts.inside[hook] for hook in parts.inside.keys() & heard)
+    heard_inside = {parts.inside[hook] for hook in parts.inside.keys() & heard}
+    stay |= heard_inside
+    stay.update(number for number, joint in parts.joint if not joint.is_as_split())
     at_rim = {parts.rim[hook] for hook in parts.rim.keys() & heard}
     left_out: list[_Wrapper] = []
     handles: list[RemovableHandle] = []
@@ -97,8 +102,13 @@ def lean_forward(
                     _keep_rim_hooks(wrapper, hooked, waiting, handles)
                 if wrapper.layer is not None and key_listener is not None:
                     handles.append(_listen_to_fused(wrapper, keys, partial(key_listener, wrapper.layer)))
+            elif wrapper.layer is not None and wrapper.delegates and number not in heard_inside:
+                if key_listener is not None:
+                    handles.append(_listen_to_fused(wrapper, keys, partial(key_listener, wrapper.layer)))
             elif wrapper.layer is not None:
                 n_eager += 1
+                if wrapper.delegates:
+                    handles.append(_pass_on(wrapper.module, {"melens_eager": True}))
                 if key_listener is not None:
                     _listen_to_pattern(wrapper, keys, partial(key_listener, wrapper.layer), stack)
         for hook_point, listen in waiting.values():
@@ -117,6 +127,7 @@ class _Wrapper:
         hook_in, hook_out: its hooks at the rim, on what goes into and comes out of the wrapped module.
         can_be_left_out: whether the wrapped module computes the same.
         layer: of an attention component, its block.
+        delegates: whether an attention component lets the module compute it, and that its config choose how.
     """
 
     component: Any
@@ -127,6 +138,7 @@ class _Wrapper:
     hook_out: HookPoint
     can_be_left_out: bool
     layer: int | None
+    delegates: bool
 
 
 @dataclass
@@ -139,6 +151,8 @@ class _Parts:
         inside: the same of its other hook points, which the wrapped module alone would not fire.
         hooks: by the id of a hook point, what is attached to it: the same mappings as long as the model lives.
         torch_hooks: by the number of a component, PyTorch's own hooks on it and on what its module does not have.
+        joint: by number, the attention components that split a joint projection of the model's.
+        mode: whether the bridge was in its compatibility mode, in which it folds weights.
         configs: those of the model and of its attention, which say what computes it.
     """
 
@@ -147,16 +161,50 @@ class _Parts:
     inside: dict[int, int] = field(default_factory=dict)
     hooks: list[tuple[int, Mapping[int, Any]]] = field(default_factory=list)
     torch_hooks: list[tuple[int, Mapping[int, Any]]] = field(default_factory=list)
+    joint: list[tuple[int, _Joint]] = field(default_factory=list)
     configs: list[Any] = field(default_factory=list)
+    mode: bool = False
+
+
+class _Joint:
+    """The query, key and value projections into which a bridge splits a joint one: weights of their own, perhaps."""
+
+    def __init__(self, component: Any) -> None:
+        self._component = component
+        self._split = [getattr(component, name).original_component for name in ("q", "k", "v")]
+        self._versions: list[tuple[int, int]] = []
+        self._is_as_split = False
+
+    def is_as_split(self) -> bool:
+        """Tell whether they still are what the joint projection holds; compared anew when one has changed."""
+        weights = [
+            *self._component.original_component.parameters(),
+            *(w for part in self._split for w in part.parameters()),
+        ]
+        versions = [(id(weight), weight._version) for weight in weights]
+        if versions != self._versions:
+            self._versions = versions
+            self._is_as_split = any(weight.is_meta for weight in weights) or self._compare()  # offloaded: not edited
+        return self._is_as_split
+
+    @torch.no_grad()
+    def _compare(self) -> bool:
+        anew = self._component.split_qkv_matrix(self._component.original_component)
+        pairs = [
+            (now, then)
+            for part, parts in zip(self._split, anew, strict=True)
+            for now, then in zip(part.parameters(), parts.parameters(), strict=True)
+        ]
+        return all(now.data_ptr() == then.data_ptr() or torch.equal(now, then.to(now)) for now, then in pairs)
 
 
 _PARTS: WeakKeyDictionary[nn.Module, _Parts] = WeakKeyDictionary()
 
 
 def _parts(model: TransformerBridge) -> _Parts:
-    """List a model's parts; found once a model."""
-    if model not in _PARTS:
-        parts = _PARTS[model] = _Parts()
+    """List a model's parts; found once a model and compatibility mode."""
+    if model not in _PARTS or _PARTS[model].mode != model.compatibility_mode:
+        parts = _PARTS[model] = _Parts(mode=model.compatibility_mode)
         attention = {id(block._modules.get("attn")): layer for layer, block in enumerate(model.blocks)}
         # Some blocks reach into their components as they run; theirs must stay.
         needed = {id(part) for block in model.blocks if type(block) not in _PLAIN_BLOCKS for part in block.modules()}
@@ -188,14 +236,22 @@ def _add_part(
         else:
             kept_in = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks)
             parts.torch_hooks.extend((number, attached) for attached in kept_in)
+    delegates = False
     if layer is not None:
-        can_be_left_out = isinstance(component, _ATTENTION)
+        can_be_fused = eager_function(module) is not None and getattr(module, "is_causal", False)
+        delegates = type(component) is AttentionBridge and can_be_fused
+        is_joint = type(component) is JointQKVAttentionBridge and can_be_fused
+        can_be_left_out = isinstance(component, _ATTENTION) or delegates or is_joint
+        if can_be_left_out and isinstance(component, JointQKVAttentionBridge):
+            parts.joint.append((number, _Joint(component)))
     elif isinstance(component, NormalizationBridge):
         can_be_left_out = component.use_native_layernorm_autograd
     else:
         can_be_left_out = not getattr(component, "_use_processed_weights", False)
     can_be_left_out = can_be_left_out and not is_needed
-    parts.wrappers.append(_Wrapper(component, module, parent, name, hook_in, hook_out, can_be_left_out, layer))
+    parts.wrappers.append(
+        _Wrapper(component, module, parent, name, hook_in, hook_out, can_be_left_out, layer, delegates)
+    )
 
 
 def _put_back(left_out: list[_Wrapper], handles: list[RemovableHandle]) -> None:
@@ -258,12 +314,16 @@ def _hear_output(hear: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
 
 
 def _listen_to_fused(wrapper: _Wrapper, keys: Sequence[int], report: Listener) -> RemovableHandle:
-    wanted = {"melens_keys": tuple(keys), "melens_listener": report}
+    return _pass_on(wrapper.module, {"melens_keys": tuple(keys), "melens_listener": report})
+
+
+def _pass_on(attention: nn.Module, wanted: dict[str, Any]) -> RemovableHandle:
+    """Give a transformers attention module arguments more, which it passes on to its attention function."""
 
     def ask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        return args, kwargs | wanted  # transformers passes it on to the attention function
+        return args, kwargs | wanted
 
-    handle: RemovableHandle = wrapper.module.register_forward_pre_hook(ask, with_kwargs=True)
+    handle: RemovableHandle = attention.register_forward_pre_hook(ask, with_kwargs=True)
     return handle
 
 

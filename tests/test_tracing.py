@@ -74,6 +74,88 @@ def test_every_probe_equals_run_with_cache(family):
     check_against_cache(trace, prompts, caches, N_LAYERS)
 
 
+_SMALL = {"vocab_size": 200, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+          "pad_token_id": 0}  # fmt: skip
+_GPT2 = {"vocab_size": 200, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 64}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32}  # fmt: skip
+OTHERS = {
+    "gpt2": _GPT2,
+    "gpt2 with scaled layers": _GPT2 | {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
+    "opt": {"vocab_size": 200, "hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+            "word_embed_proj_dim": 64},
+    "gptj": _GPT2 | {"rotary_dim": 8},
+    "bloom": {"vocab_size": 200, "hidden_size": 64, "n_layer": 3, "n_head": 4},
+    "llama4_text in chunks": _SMALL | {"head_dim": 16, "num_local_experts": 2, "attention_chunk_size": 8,
+                                       "intermediate_size_mlp": 96},
+    "qwen2_moe with a window": _SMALL | _EXPERTS | {"use_sliding_window": True, "sliding_window": 8,
+                                                    "max_window_layers": 1},
+    "gpt_oss": _SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 8},
+}  # fmt: skip
+"""Architectures with attention of other kinds; prompts below are longer than their chunks and windows."""
+
+
+@pytest.mark.parametrize("others", [(), ("attn.hook_pattern",)], ids=["fused", "beside an eager block"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_attention_of_other_kinds_equals_run_with_cache(name, others):
+    model = melens.load_model("random", model_type=name.split()[0], config=OTHERS[name])
+    prompts = some_prompts((30, 12))
+    probes = [melens.Norms(("hook_resid_post",)), melens.SinkMass()]
+    maps = melens.AttentionEntropy()
+    maps.layers = [1]
+    trace = melens.trace(model, prompts, [*probes, maps] if others else probes)
+    with torch.no_grad():
+        caches = [model.run_with_cache(prompt[None])[1] for prompt in prompts]
+    for prompt, cache in enumerate(caches):
+        for layer in range(3):
+            at = {"prompt": prompt, "layer": layer}
+            close(rows(trace["norm"], **at).norm.to_numpy(), cache[f"blocks.{layer}.hook_resid_post"][0].norm(dim=-1))
+            pattern = cache[f"blocks.{layer}.attn.hook_pattern"][0]
+            close(rows(trace["sink_mass"], **at).sink_mass.to_numpy(), pattern[:, 1:, 0].mean(-1))
+            if others and layer == 1:
+                entropy = -torch.xlogy(pattern, pattern).sum(-1)[:, 1:].mean(-1)
+                close(rows(trace["attention_entropy"], **at).entropy.to_numpy(), entropy)
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("gpt_neox", "edit"),
+        ("gpt_neox", "replace"),
+        ("phi3", "compatibility"),
+        ("gpt2", "edit"),
+        ("gpt2", "compatibility"),
+    ],
+)
+def test_what_is_changed_in_a_bridge_after_a_trace_takes_effect(family, change):
+    """The bridge splits joint projections into weights of its own, and folds others in its compatibility mode."""
+    config = _GPT2 if family == "gpt2" else _SMALL
+    config = {key: value for key, value in config.items() if (family, key) != ("gpt_neox", "num_key_value_heads")}
+    model = melens.load_model("random", model_type=family, config=config)
+    with torch.no_grad():
+        for name, weight in model.original_model.named_parameters():
+            if "norm" in name or "ln_" in name:
+                weight.add_(torch.rand_like(weight))  # else there is nothing to fold
+    prompts = some_prompts((12,))
+    sites = ("ln2.hook_out", "hook_resid_post")
+    before = melens.trace(model, prompts, [melens.Norms(sites)])["norm"]
+    query = model.blocks[1].attn.q.original_component
+    with torch.no_grad():
+        if change == "edit":
+            query.weight.mul_(3)
+        elif change == "replace":
+            query.weight = torch.nn.Parameter(3 * query.weight)
+        else:
+            model.enable_compatibility_mode()
+        after = melens.trace(model, prompts, [melens.Norms(sites)])["norm"]
+        _, cache = model.run_with_cache(prompts[0][None])
+    for site in sites:
+        expected = torch.cat([cache[f"blocks.{layer}.{site}"][0].norm(dim=-1) for layer in range(3)])
+        close(rows(after, site=site).norm.to_numpy(), expected)
+    assert not np.allclose(after.norm, before.norm, rtol=1e-4)
+
+
 def test_every_probe_equals_run_with_cache_on_the_embedded_model(embedded):
     prompts = some_prompts((40, 12), vocabulary=40_000)
     trace = melens.trace(embedded, prompts, all_probes())
