@@ -20,6 +20,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from melens.errors import MelensError
 from melens.lean import lean_forward
 from melens.metrics import l2_norm
+from melens.networks import base_of
 from melens.normalization import has_normalization, read_normalization
 from melens.replay import Replay
 
@@ -151,7 +152,7 @@ class MassiveTokenRuns:
             if can_ablate(model, layer, "ffn"):
                 listeners.append((f"blocks.{layer}.hook_mlp_out", partial(ffn_of, layer)))
         with model.hooks(fwd_hooks=[*hooks, *listeners]), self._replay.starting_at(start), lean_forward(model):
-            model.original_model.base_model(input_ids=self._tokens, use_cache=False)
+            base_of(model.original_model)(input_ids=self._tokens, use_cache=False)
         self.block_evaluations += n_layers - start
         return norms, ffn
 

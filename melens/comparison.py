@@ -22,6 +22,7 @@ from melens.cache import Store
 from melens.errors import MelensError
 from melens.lean import Listener, is_inside_attention, lean_forward
 from melens.metrics import has_triton, pairwise_cosine
+from melens.networks import base_of
 from melens.probes import AttentionEntropy, AttentionSpectrum, Probe
 from melens.replay import Replay, logits_of
 from melens.tracing import trace
@@ -155,7 +156,7 @@ class MaskComparison:
         for tokens in self._batches:
             replay = Replay(self._model)
             with replay.recording(self._recorded), self._hearing(0) as of_batch:
-                output = self._model.original_model.base_model(input_ids=tokens, use_cache=False)
+                output = base_of(self._model.original_model)(input_ids=tokens, use_cache=False)
             self._finals.append(output.last_hidden_state)
             self._replays.append(replay)
             heard.append(of_batch)
@@ -262,7 +263,7 @@ class MaskComparison:
             replay = Replay.cut(self._model, [self._replays[number]], range(len(tokens)), 2)
             listeners = self._listeners(heard[number], start, apart=True)
             with self._starting(replay, start), lean_forward(self._model, listeners):
-                self._model.original_model.base_model(input_ids=tokens[:, :2], use_cache=False)
+                base_of(self._model.original_model)(input_ids=tokens[:, :2], use_cache=False)
 
     def _listeners(self, heard: _Heard, start: int, *, apart: bool) -> list[tuple[HookPoint, Listener]]:
         def hear(kept: dict[int, Tensor], layer: int, activation: Float[Tensor, "text pos *d"]) -> None:

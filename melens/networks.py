@@ -34,6 +34,7 @@ __all__ = [
     "Block",
     "Network",
     "Site",
+    "base_of",
     "base_path",
     "bridged_twin",
     "gathered_twin",
@@ -319,17 +320,22 @@ def _checked(
     if not any(block.attention is not None for block in blocks) or getattr(model.config, "is_encoder_decoder", False):
         raise MelensError(f"{architecture} is no decoder with attention, so it cannot be masked.")
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    base = model.get_submodule(base_path(model))
-    return Network(bridge, base, blocks, architecture, d_model, int(vocabulary))
+    return Network(bridge, base_of(model), blocks, architecture, d_model, int(vocabulary))
 
 
-def base_path(network: nn.Module) -> str:
-    """Return the name of the part of a transformers model that every forward pass goes through: all but the head.
+def base_of(network: nn.Module) -> nn.Module:
+    """Return the part of a transformers model that every forward pass goes through: all but the head."""
+    return network.get_submodule(base_path(network))
 
-    Where that part is a shell around one other (OPT's `model.decoder`), the head's model calls the other past it.
+
+def base_path(network: Any) -> str:
+    """Return the name of that part within the model.
+
+    Where the base model is but a shell around one other (OPT's), or not under its name (Llama 4's), it is what holds
+    the embedding.
     """
     prefix = str(network.base_model_prefix)
-    if prefix not in network._modules:  # a model without a head
-        return ""
-    parts = list(network.get_submodule(prefix).named_children())
-    return f"{prefix}.{parts[0][0]}" if len(parts) == 1 else prefix
+    if len(getattr(network._modules.get(prefix), "_modules", ())) > 1:
+        return prefix
+    embedding = network.get_input_embeddings()
+    return next(name for name, module in network.named_modules() if module is embedding).rpartition(".")[0]

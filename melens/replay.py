@@ -71,14 +71,26 @@ def _hand_on(output: Any, *args: Any, **kwargs: Any) -> Any:
     return output
 
 
+class _Output(BaseModelOutputWithPast):
+    """A final hidden state, and None for whatever else an architecture's head hands on (GPT-2's cross-attention)."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
 class _Given(nn.Module):
     """Stands where a model without its head stands, and returns a final hidden state that is known."""
 
-    def __init__(self, final: Float[Tensor, "batch pos d"]) -> None:
+    def __init__(self, final: Float[Tensor, "batch pos d"], base: nn.Module) -> None:
         super().__init__()
-        self._output = BaseModelOutputWithPast(last_hidden_state=final)
+        self.__dict__["_base"] = base  # no part of this one
+        self._output = _Output(last_hidden_state=final)
 
-    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_base"], name)  # a head may read what the model holds
+
+    def forward(self, *args: Any, **kwargs: Any) -> _Output:
         return self._output
 
 
@@ -87,8 +99,8 @@ def logits_of(network: Any, final: Float[Tensor, "batch pos d"]) -> Float[Tensor
     """Let a transformers model's own head, soft caps and all, turn final hidden states into logits."""
     path, _, name = base_path(network).rpartition(".")
     parts = network.get_submodule(path)._modules
-    base = parts[name]
-    parts[name] = _Given(final)
+    base: Any = parts[name]
+    parts[name] = _Given(final, base)
     try:
         tokens = torch.zeros(final.shape[:2], dtype=torch.long, device=final.device)
         logits: Tensor = network(input_ids=tokens, use_cache=False).logits

@@ -26,6 +26,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from melens.errors import MelensError
 from melens.lean import any_hooks, lean_forward
+from melens.networks import base_of
 from melens.probes import (
     ATTENTION_ON_KEYS,
     AbsMedian,
@@ -348,7 +349,7 @@ def _network(model: TransformerBridge, listeners: Sequence[_Listener]) -> Any:
     heard = {id(listener.hook_point) for listener in listeners}
     at_unembedding = [module for module in model.unembed.modules() if isinstance(module, HookPoint)]
     wants_logits = any(id(hook_point) in heard or any_hooks(hook_point) for hook_point in at_unembedding)
-    return model.original_model if wants_logits else model.original_model.base_model
+    return model.original_model if wants_logits else base_of(model.original_model)
 
 
 # --- Recording --------------------------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import melens
+
 N_LAYERS, D_MODEL, VOCABULARY = 4, 64, 200
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": D_MODEL, "intermediate_size": 96, "num_hidden_layers": N_LAYERS,
@@ -29,6 +31,51 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 16,
     },
 }
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 200,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+GPT2: dict[str, Any] = {"vocab_size": 200, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 64}
+_EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
+OTHERS: dict[str, dict[str, Any]] = {
+    "gpt2": GPT2,
+    "gpt2 with scaled layers": GPT2 | {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
+    "opt": {
+        "vocab_size": 200,
+        "hidden_size": 64,
+        "ffn_dim": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "word_embed_proj_dim": 64,
+    },
+    "gptj": GPT2 | {"rotary_dim": 8},
+    "bloom": {"vocab_size": 200, "hidden_size": 64, "n_layer": 3, "n_head": 4},
+    "llama4_text in chunks": SMALL
+    | {"head_dim": 16, "num_local_experts": 2, "attention_chunk_size": 8, "intermediate_size_mlp": 96},
+    "qwen2_moe with a window": SMALL
+    | _EXPERTS
+    | {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    "falcon_h1": SMALL,
+    "gpt_oss": SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 8},
+}
+"""Architectures with attention of other kinds, by `other_model`; chunks and windows are of 8 tokens."""
+
+
+def other_model(name: str) -> TransformerBridge:
+    """A bridge of one of the `OTHERS`."""
+    return melens.load_model("random", model_type=name.split()[0], config=OTHERS[name])
 
 
 def plain_model(family: str, seed: int = 0) -> Any:

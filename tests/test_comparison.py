@@ -1,6 +1,6 @@
 import pytest
 import torch
-from planted import FAMILIES, bridge, gains_apart, plain_model
+from planted import FAMILIES, OTHERS, bridge, gains_apart, other_model, plain_model
 
 from melens import MelensError, WeMask, attention
 from melens.cache import Store, fingerprint
@@ -44,6 +44,21 @@ def test_a_mask_is_measured_as_by_whole_forward_passes_in_eager_attention(family
             cosine = ((unit @ unit.T).sum() - 5) / 20
             torch.testing.assert_close(getattr(found, f"{name}_cosine")[layer], cosine, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(found.first_key[layer], vectors[0], rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_mask_is_measured_whatever_the_architecture_hands_to_its_head(name):
+    model, mask = other_model(name), WeMask(0.3, "random", "resid_pre", start=1)
+    found = compared(model, [1]).measure(mask)
+    network = model.original_model
+    unmasked = network(input_ids=TEXTS, use_cache=False).logits[:, :-1].log_softmax(-1)
+    with mask.applied(model):
+        masked = network(input_ids=TEXTS, use_cache=False).logits[:, :-1].log_softmax(-1)
+    kl = (unmasked.exp() * (unmasked - masked)).sum(-1).mean(1)
+    assert kl.min() > 1e-4
+    torch.testing.assert_close(found.kl, kl, rtol=1e-2, atol=1e-6)
+    torch.testing.assert_close(found.loss, -masked.gather(-1, TEXTS[:, 1:, None])[..., 0].mean(1))
 
 
 def test_without_patterns_all_else_is_the_same():

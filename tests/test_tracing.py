@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from planted import FAMILIES, N_LAYERS, VOCABULARY, bridge, gains_apart, plain_model
+from planted import FAMILIES, GPT2, N_LAYERS, OTHERS, SMALL, VOCABULARY, bridge, gains_apart, other_model, plain_model
 
 import melens
 from melens import MelensError, Probe
@@ -74,32 +74,10 @@ def test_every_probe_equals_run_with_cache(family):
     check_against_cache(trace, prompts, caches, N_LAYERS)
 
 
-_SMALL = {"vocab_size": 200, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
-          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
-          "pad_token_id": 0}  # fmt: skip
-_GPT2 = {"vocab_size": 200, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 64}
-_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
-            "shared_expert_intermediate_size": 32}  # fmt: skip
-OTHERS = {
-    "gpt2": _GPT2,
-    "gpt2 with scaled layers": _GPT2 | {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
-    "opt": {"vocab_size": 200, "hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
-            "word_embed_proj_dim": 64},
-    "gptj": _GPT2 | {"rotary_dim": 8},
-    "bloom": {"vocab_size": 200, "hidden_size": 64, "n_layer": 3, "n_head": 4},
-    "llama4_text in chunks": _SMALL | {"head_dim": 16, "num_local_experts": 2, "attention_chunk_size": 8,
-                                       "intermediate_size_mlp": 96},
-    "qwen2_moe with a window": _SMALL | _EXPERTS | {"use_sliding_window": True, "sliding_window": 8,
-                                                    "max_window_layers": 1},
-    "gpt_oss": _SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 8},
-}  # fmt: skip
-"""Architectures with attention of other kinds; prompts below are longer than their chunks and windows."""
-
-
 @pytest.mark.parametrize("others", [(), ("attn.hook_pattern",)], ids=["fused", "beside an eager block"])
 @pytest.mark.parametrize("name", OTHERS)
 def test_attention_of_other_kinds_equals_run_with_cache(name, others):
-    model = melens.load_model("random", model_type=name.split()[0], config=OTHERS[name])
+    model = other_model(name)
     prompts = some_prompts((30, 12))
     probes = [melens.Norms(("hook_resid_post",)), melens.SinkMass()]
     maps = melens.AttentionEntropy()
@@ -130,7 +108,7 @@ def test_attention_of_other_kinds_equals_run_with_cache(name, others):
 )
 def test_what_is_changed_in_a_bridge_after_a_trace_takes_effect(family, change):
     """The bridge splits joint projections into weights of its own, and folds others in its compatibility mode."""
-    config = _GPT2 if family == "gpt2" else _SMALL
+    config = GPT2 if family == "gpt2" else SMALL
     config = {key: value for key, value in config.items() if (family, key) != ("gpt_neox", "num_key_value_heads")}
     model = melens.load_model("random", model_type=family, config=config)
     with torch.no_grad():

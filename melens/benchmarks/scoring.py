@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from melens.errors import MelensError
+from melens.networks import base_of
 from melens.replay import logits_of
 
 __all__ = ["Request", "Scored", "Scorer"]
@@ -80,7 +81,7 @@ class Scorer:
                 whether this architecture gives the same numbers, and does it if so.
         """
         self._network = network
-        self._base = network.base_model
+        self._base = base_of(network)
         self._device = network.device
         self._max_batch_tokens = max_batch_tokens
         self._shares = share_contexts
