@@ -232,7 +232,7 @@ def _attention_function(
     attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
-    sliding_window: int | None = None,
+    sliding_window: int | None = 0,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     melens_keys: tuple[int, ...] = (),
@@ -247,7 +247,7 @@ def _attention_function(
         value,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         keys=melens_keys,
-        window=getattr(module, "sliding_window", None) if sliding_window is None else sliding_window,
+        window=getattr(module, "sliding_window", None) if sliding_window == 0 else sliding_window,  # 0: not told
         softcap=softcap,
         sink_logits=s_aux,
         mask=attention_mask,

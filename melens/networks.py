@@ -262,7 +262,7 @@ def _of_bridge(model: TransformerBridge) -> Network:
         if query is None:
             query = getattr(getattr(parts["attn"], "qkv", None), "original_component", None)
         name = getattr(parts["ln1"], "name", "") or ""
-        is_shared = _is_ln1_shared(block._modules)
+        is_shared = _is_ln1_shared(block._modules, model.original_model.config)
         blocks.append(Block(block.original_component, ln1, attention, query, output, name, is_shared))
     return _checked(model.original_model, tuple(blocks), str(model.cfg.architecture), int(model.cfg.d_model), model)
 
@@ -282,7 +282,7 @@ def _of_plain(model: nn.Module, config: Any) -> Network:
         ) from error
     parts = {part: described.submodules.get(part) for part in ("ln1", "attn")}
     names = {part: getattr(component, "name", None) for part, component in parts.items()}
-    if not getattr(config, "do_layer_norm_before", True):  # OPT-350m: after attention
+    if not getattr(config, "do_layer_norm_before", True) or config.model_type == "openai-gpt":  # after attention
         names["ln1"] = None
     of_attention = getattr(parts["attn"], "submodules", None) or {}
     names |= {part: getattr(of_attention.get(part), "name", None) for part in ("q", "qkv", "o")}
@@ -297,13 +297,15 @@ def _of_plain(model: nn.Module, config: Any) -> Network:
             if component.name is None or _part(module, component.name) is not None
         ]
         ln1, name = _part(module, names["ln1"]), names["ln1"] or ""
-        blocks.append(Block(module, ln1, attention, query, output, name, _is_ln1_shared(present)))
+        blocks.append(Block(module, ln1, attention, query, output, name, _is_ln1_shared(present, config)))
     return _checked(model, tuple(blocks), architecture, int(cfg.d_model), None)
 
 
-def _is_ln1_shared(parts: Collection[str]) -> bool:
+def _is_ln1_shared(parts: Collection[str], config: Any) -> bool:
     """Tell from the parts of a block, by TransformerLens's names, whether more than attention reads its `ln1`."""
     beside_attention = {"mamba", "mixer", "laurel"}
+    if getattr(config, "apply_residual_connection_post_layernorm", False):  # BLOOM's: the residual stream is ln1's
+        return True
     return not beside_attention.isdisjoint(parts) or ("ln2" not in parts and "mlp" in parts)
 
 
