@@ -286,7 +286,8 @@ def _attention_beside_eager(
     if melens_eager and eager is not None:
         return eager(module, query, key, value, attention_mask, **kwargs)
     is_in_chunks = getattr(module.config, "attention_chunk_size", None) is not None
-    return _attention_function(module, query, key, value, attention_mask if is_in_chunks else None, **kwargs)
+    needs_mask = is_in_chunks or not getattr(module, "is_causal", True)
+    return _attention_function(module, query, key, value, attention_mask if needs_mask else None, **kwargs)
 
 
 def eager_function(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:

@@ -38,6 +38,7 @@ from transformer_lens.model_bridge.generalized_components import (
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from melens.attention import FUSED, FUSED_BESIDE_EAGER, eager_function, missing_as_zero
+from melens.errors import MelensError
 
 __all__ = ["KeyListener", "Listener", "any_hooks", "is_inside_attention", "lean_forward"]
 
@@ -75,9 +76,14 @@ def lean_forward(
         listeners: what only listens, at most one a hook point, called with each activation that passes there.
         keys: key positions whose attention `key_listener` wants.
         key_listener: called once a block and forward pass, whichever way the block computes its attention.
+
+    Raises:
+        MelensError: within another lean forward pass of the same model.
     """
     can_be_lean = not any(getattr(model.cfg, option, False) for option in _INPUT_FORKS)
     parts = _parts(model)
+    if parts.is_in_use:
+        raise MelensError("This model is in a lean forward pass (a trace, a comparison) already: end it first.")
     hooked = {hook for hook, attached in parts.hooks if attached}
     captures = {handle.id for block in model.blocks for handle in getattr(block, "_capture_hook_handles", ())}
     stay = {
@@ -87,27 +93,34 @@ def lean_forward(
     heard = hooked | waiting.keys()
     heard_inside = {parts.inside[hook] for hook in parts.inside.keys() & heard}
     stay |= heard_inside
-    stay.update(number for number, joint in parts.joint if not joint.is_as_split())
+    stay.update(number for number, split in parts.splits if not split.is_of_joint())
     at_rim = {parts.rim[hook] for hook in parts.rim.keys() & heard}
+    staying: set[int | None] = {None}
     left_out: list[_Wrapper] = []
     handles: list[RemovableHandle] = []
     n_eager = 0
     with ExitStack() as stack:
+        parts.is_in_use = True
+        stack.callback(setattr, parts, "is_in_use", False)
         stack.callback(_put_back, left_out, handles)
         for number, wrapper in enumerate(parts.wrappers):
-            if can_be_lean and wrapper.can_be_left_out and number not in stay:
+            is_called_by_holder = number in at_rim and not staying.isdisjoint(wrapper.holders)
+            is_left_out = can_be_lean and wrapper.can_be_left_out and number not in stay and not is_called_by_holder
+            if is_left_out:
                 left_out.append(wrapper)
                 wrapper.parent._modules[wrapper.name] = wrapper.module
                 if number in at_rim:
                     _keep_rim_hooks(wrapper, hooked, waiting, handles)
-                if wrapper.layer is not None and key_listener is not None:
-                    handles.append(_listen_to_fused(wrapper, keys, partial(key_listener, wrapper.layer)))
-            elif wrapper.layer is not None and wrapper.delegates and number not in heard_inside:
+            else:
+                staying.add(number)
+            if wrapper.layer is None:
+                continue
+            if is_left_out or (wrapper.delegates and number not in heard_inside):
                 if key_listener is not None:
                     handles.append(_listen_to_fused(wrapper, keys, partial(key_listener, wrapper.layer)))
-            elif wrapper.layer is not None:
+            else:
                 n_eager += 1
-                if wrapper.delegates:
+                if eager_function(wrapper.module) is not None:
                     handles.append(_pass_on(wrapper.module, {"melens_eager": True}))
                 if key_listener is not None:
                     _listen_to_pattern(wrapper, keys, partial(key_listener, wrapper.layer), stack)
@@ -127,6 +140,8 @@ class _Wrapper:
         hook_in, hook_out: its hooks at the rim, on what goes into and comes out of the wrapped module.
         can_be_left_out: whether the wrapped module computes the same.
         layer: of an attention component, its block.
+        holders: numbers of the components that call this one themselves, None for one that is never left out: where
+            they stay, this one fires its hooks.
         delegates: whether an attention component lets the module compute it, and that its config choose how.
     """
 
@@ -138,6 +153,7 @@ class _Wrapper:
     hook_out: HookPoint
     can_be_left_out: bool
     layer: int | None
+    holders: tuple[int | None, ...]
     delegates: bool
 
 
@@ -151,9 +167,10 @@ class _Parts:
         inside: the same of its other hook points, which the wrapped module alone would not fire.
         hooks: by the id of a hook point, what is attached to it: the same mappings as long as the model lives.
         torch_hooks: by the number of a component, PyTorch's own hooks on it and on what its module does not have.
-        joint: by number, the attention components that split a joint projection of the model's.
-        mode: whether the bridge was in its compatibility mode, in which it folds weights.
+        splits: by number, the components that split a joint projection of the model's.
         configs: those of the model and of its attention, which say what computes it.
+        mode: whether the bridge was in its compatibility mode, and whether it had processed its weights.
+        is_in_use: whether a lean forward pass is under way.
     """
 
     wrappers: list[_Wrapper] = field(default_factory=list)
@@ -161,39 +178,42 @@ class _Parts:
     inside: dict[int, int] = field(default_factory=dict)
     hooks: list[tuple[int, Mapping[int, Any]]] = field(default_factory=list)
     torch_hooks: list[tuple[int, Mapping[int, Any]]] = field(default_factory=list)
-    joint: list[tuple[int, _Joint]] = field(default_factory=list)
+    splits: list[tuple[int, _Split]] = field(default_factory=list)
     configs: list[Any] = field(default_factory=list)
-    mode: bool = False
+    mode: tuple[bool, bool] = (False, False)
+    is_in_use: bool = False
 
 
-class _Joint:
-    """The query, key and value projections into which a bridge splits a joint one: weights of their own, perhaps."""
+class _Split:
+    """The projections into which a bridge's component splits a joint one: weights of their own, perhaps edited."""
 
-    def __init__(self, component: Any) -> None:
-        self._component = component
-        self._split = [getattr(component, name).original_component for name in ("q", "k", "v")]
-        self._versions: list[tuple[int, int]] = []
-        self._is_as_split = False
+    def __init__(self, component: Any, names: Sequence[str], split: Callable[[nn.Module], Sequence[nn.Module]]) -> None:
+        self._component, self._names, self._split = component, names, split
+        self._seen: list[tuple[int, int, int]] = []
+        self._is_of_joint = False
 
-    def is_as_split(self) -> bool:
-        """Tell whether they still are what the joint projection holds; compared anew when one has changed."""
-        weights = [
-            *self._component.original_component.parameters(),
-            *(w for part in self._split for w in part.parameters()),
-        ]
-        versions = [(id(weight), weight._version) for weight in weights]
-        if versions != self._versions:
-            self._versions = versions
-            self._is_as_split = any(weight.is_meta for weight in weights) or self._compare()  # offloaded: not edited
-        return self._is_as_split
+    def is_of_joint(self) -> bool:
+        """Tell whether they are what the joint projection holds; compared anew once one has changed.
+
+        Only a copy changed in place behind autograd's back (`weight.data.mul_`) goes unnoticed.
+        """
+        split = [getattr(self._component, name).original_component for name in self._names]
+        weights = [weight for part in (self._component.original_component, *split) for weight in part.parameters()]
+        seen = [(id(weight), weight.data_ptr(), weight._version) for weight in weights]
+        if seen != self._seen:
+            self._seen = seen
+            self._is_of_joint = any(weight.is_meta for weight in weights) or self._compare(
+                split
+            )  # offloaded: not edited
+        return self._is_of_joint
 
     @torch.no_grad()
-    def _compare(self) -> bool:
-        anew = self._component.split_qkv_matrix(self._component.original_component)
+    def _compare(self, split: Sequence[nn.Module]) -> bool:
+        anew = self._split(self._component.original_component)
         pairs = [
             (now, then)
-            for part, parts in zip(self._split, anew, strict=True)
-            for now, then in zip(part.parameters(), parts.parameters(), strict=True)
+            for part, of_joint in zip(split, anew, strict=True)
+            for now, then in zip(part.parameters(), of_joint.parameters(), strict=True)
         ]
         return all(now.data_ptr() == then.data_ptr() or torch.equal(now, then.to(now)) for now, then in pairs)
 
@@ -202,26 +222,50 @@ _PARTS: WeakKeyDictionary[nn.Module, _Parts] = WeakKeyDictionary()
 
 
 def _parts(model: TransformerBridge) -> _Parts:
-    """List a model's parts; found once a model and compatibility mode."""
-    if model not in _PARTS or _PARTS[model].mode != model.compatibility_mode:
-        parts = _PARTS[model] = _Parts(mode=model.compatibility_mode)
+    """List a model's parts; found once, and anew where the bridge has folded weights since."""
+    mode = (model.compatibility_mode, bool(getattr(model, "_weights_processed", False)))
+    if model not in _PARTS or _PARTS[model].mode != mode:
+        parts = _PARTS[model] = _Parts(mode=mode)
         attention = {id(block._modules.get("attn")): layer for layer, block in enumerate(model.blocks)}
         # Some blocks reach into their components as they run; theirs must stay.
         needed = {id(part) for block in model.blocks if type(block) not in _PLAIN_BLOCKS for part in block.modules()}
+        holders = _holders(model)
+        numbers: dict[int, int] = {}
         for parent in model.original_model.modules():
             if not isinstance(parent, GeneralizedComponent):
                 for name, component in parent._modules.items():
                     if type(component) in _TRANSPARENT or id(component) in attention:
                         layer = attention.get(id(component))
-                        _add_part(parts, component, parent, name, layer, is_needed=id(component) in needed)
+                        held_by = tuple(numbers.get(holder) for holder in holders.get(id(component), ()))
+                        numbers[id(component)] = len(parts.wrappers)
+                        is_needed = id(component) in needed
+                        _add_part(parts, component, parent, name, layer, held_by, is_needed=is_needed)
         attending = [wrapper.module for wrapper in parts.wrappers if wrapper.layer is not None]
         configs = [module.config for module in (model.original_model, *attending) if hasattr(module, "config")]
         parts.configs = list({id(config): config for config in configs}.values())
     return _PARTS[model]
 
 
+def _holders(model: TransformerBridge) -> dict[int, list[int]]:
+    """Find which components hold which, by id, but for blocks, which leave the calling to the module that they wrap."""
+    holders: dict[int, list[int]] = {}
+    inside_blocks = [part for block in model.blocks for part in block.modules()]
+    for holder in {id(part): part for part in (*model.original_model.modules(), *inside_blocks)}.values():
+        if isinstance(holder, GeneralizedComponent) and not isinstance(holder, BlockBridge):
+            for held in holder._modules.values():
+                holders.setdefault(id(held), []).append(id(holder))
+    return holders
+
+
 def _add_part(
-    parts: _Parts, component: Any, parent: nn.Module, name: str, layer: int | None, *, is_needed: bool
+    parts: _Parts,
+    component: Any,
+    parent: nn.Module,
+    name: str,
+    layer: int | None,
+    holders: tuple[int | None, ...],
+    *,
+    is_needed: bool,
 ) -> None:
     module, hook_in, hook_out = component.original_component, component.hook_in, component.hook_out
     elsewhere = set(map(id, module.modules()))
@@ -242,16 +286,26 @@ def _add_part(
         delegates = type(component) is AttentionBridge and can_be_fused
         is_joint = type(component) is JointQKVAttentionBridge and can_be_fused
         can_be_left_out = isinstance(component, _ATTENTION) or delegates or is_joint
-        if can_be_left_out and isinstance(component, JointQKVAttentionBridge):
-            parts.joint.append((number, _Joint(component)))
     elif isinstance(component, NormalizationBridge):
         can_be_left_out = component.use_native_layernorm_autograd
     else:
         can_be_left_out = not getattr(component, "_use_processed_weights", False)
     can_be_left_out = can_be_left_out and not is_needed
+    if can_be_left_out and isinstance(component, JointQKVAttentionBridge):
+        parts.splits.append((number, _Split(component, ("q", "k", "v"), component.split_qkv_matrix)))
+        _hear_inside(parts, number, component._modules.get("qkv"))
+    elif can_be_left_out and isinstance(component, JointGateUpMLPBridge):
+        parts.splits.append((number, _Split(component, ("gate", "in"), component.split_gate_up_matrix)))
+        _hear_inside(parts, number, component._modules.get("gate_up"))
     parts.wrappers.append(
-        _Wrapper(component, module, parent, name, hook_in, hook_out, can_be_left_out, layer, delegates)
+        _Wrapper(component, module, parent, name, hook_in, hook_out, can_be_left_out, layer, holders, delegates)
     )
+
+
+def _hear_inside(parts: _Parts, number: int, joint: Any) -> None:
+    """Count the hooks of a joint projection, which the bridge splits and never calls, as inside its component."""
+    if joint is not None:
+        parts.inside |= {id(joint.hook_in): number, id(joint.hook_out): number}
 
 
 def _put_back(left_out: list[_Wrapper], handles: list[RemovableHandle]) -> None:

@@ -256,7 +256,7 @@ def _of_bridge(model: TransformerBridge) -> Network:
     blocks = []
     for block in getattr(model, "blocks", ()):
         parts = {name: getattr(block, name, None) for name in ("ln1", "attn")}
-        ln1 = getattr(parts["ln1"], "original_component", None)
+        ln1 = None if _is_post_norm(model.original_model.config) else getattr(parts["ln1"], "original_component", None)
         attention = getattr(parts["attn"], "original_component", None)
         query, output = (getattr(getattr(parts["attn"], name, None), "original_component", None) for name in ("q", "o"))
         if query is None:
@@ -282,7 +282,7 @@ def _of_plain(model: nn.Module, config: Any) -> Network:
         ) from error
     parts = {part: described.submodules.get(part) for part in ("ln1", "attn")}
     names = {part: getattr(component, "name", None) for part, component in parts.items()}
-    if not getattr(config, "do_layer_norm_before", True) or config.model_type == "openai-gpt":  # after attention
+    if _is_post_norm(config):
         names["ln1"] = None
     of_attention = getattr(parts["attn"], "submodules", None) or {}
     names |= {part: getattr(of_attention.get(part), "name", None) for part in ("q", "qkv", "o")}
@@ -299,6 +299,11 @@ def _of_plain(model: nn.Module, config: Any) -> Network:
         ln1, name = _part(module, names["ln1"]), names["ln1"] or ""
         blocks.append(Block(module, ln1, attention, query, output, name, _is_ln1_shared(present, config)))
     return _checked(model, tuple(blocks), architecture, int(cfg.d_model), None)
+
+
+def _is_post_norm(config: Any) -> bool:
+    """Tell whether what TransformerLens calls `ln1` comes after attention: in OPT-350m and OpenAI's first GPT."""
+    return not getattr(config, "do_layer_norm_before", True) or config.model_type == "openai-gpt"
 
 
 def _is_ln1_shared(parts: Collection[str], config: Any) -> bool:

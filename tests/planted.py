@@ -68,6 +68,19 @@ OTHERS: dict[str, dict[str, Any]] = {
     | _EXPERTS
     | {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     "falcon_h1": SMALL,
+    "exaone4 with some windows": SMALL | {"sliding_window": 8, "sliding_window_pattern": 2},
+    "gemma3_text both ways": SMALL | {"head_dim": 16, "sliding_window": 8, "use_bidirectional_attention": True},
+    "jetmoe": {
+        "vocab_size": 200,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 2,
+        "kv_channels": 16,
+        "max_position_embeddings": 64,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
     "gpt_oss": SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 8},
 }
 """Architectures with attention of other kinds, by `other_model`; chunks and windows are of 8 tokens."""

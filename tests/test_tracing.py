@@ -74,15 +74,15 @@ def test_every_probe_equals_run_with_cache(family):
     check_against_cache(trace, prompts, caches, N_LAYERS)
 
 
-@pytest.mark.parametrize("others", [(), ("attn.hook_pattern",)], ids=["fused", "beside an eager block"])
+@pytest.mark.parametrize("beside_eager", [False, True])
 @pytest.mark.parametrize("name", OTHERS)
-def test_attention_of_other_kinds_equals_run_with_cache(name, others):
+def test_attention_of_other_kinds_equals_run_with_cache(name, beside_eager):
     model = other_model(name)
     prompts = some_prompts((30, 12))
     probes = [melens.Norms(("hook_resid_post",)), melens.SinkMass()]
-    maps = melens.AttentionEntropy()
-    maps.layers = [1]
-    trace = melens.trace(model, prompts, [*probes, maps] if others else probes)
+    entropies = melens.AttentionEntropy()
+    entropies.layers = [1]
+    trace = melens.trace(model, prompts, [*probes, entropies] if beside_eager else probes)
     with torch.no_grad():
         caches = [model.run_with_cache(prompt[None])[1] for prompt in prompts]
     for prompt, cache in enumerate(caches):
@@ -91,7 +91,7 @@ def test_attention_of_other_kinds_equals_run_with_cache(name, others):
             close(rows(trace["norm"], **at).norm.to_numpy(), cache[f"blocks.{layer}.hook_resid_post"][0].norm(dim=-1))
             pattern = cache[f"blocks.{layer}.attn.hook_pattern"][0]
             close(rows(trace["sink_mass"], **at).sink_mass.to_numpy(), pattern[:, 1:, 0].mean(-1))
-            if others and layer == 1:
+            if beside_eager and layer == 1:
                 entropy = -torch.xlogy(pattern, pattern).sum(-1)[:, 1:].mean(-1)
                 close(rows(trace["attention_entropy"], **at).entropy.to_numpy(), entropy)
 
@@ -102,6 +102,9 @@ def test_attention_of_other_kinds_equals_run_with_cache(name, others):
         ("gpt_neox", "edit"),
         ("gpt_neox", "replace"),
         ("phi3", "compatibility"),
+        ("phi3", "process"),
+        ("phi3", "replace the gate"),
+        ("phi3", "set data"),
         ("gpt2", "edit"),
         ("gpt2", "compatibility"),
     ],
@@ -124,6 +127,13 @@ def test_what_is_changed_in_a_bridge_after_a_trace_takes_effect(family, change):
             query.weight.mul_(3)
         elif change == "replace":
             query.weight = torch.nn.Parameter(3 * query.weight)
+        elif change == "set data":
+            query.weight.data = 3 * query.weight
+        elif change == "replace the gate":
+            gate = model.blocks[1].mlp.gate.original_component
+            gate.weight = torch.nn.Parameter(3 * gate.weight)
+        elif change == "process":
+            model.process_weights(fold_ln=True)
         else:
             model.enable_compatibility_mode()
         after = melens.trace(model, prompts, [melens.Norms(sites)])["norm"]
@@ -132,6 +142,53 @@ def test_what_is_changed_in_a_bridge_after_a_trace_takes_effect(family, change):
         expected = torch.cat([cache[f"blocks.{layer}.{site}"][0].norm(dim=-1) for layer in range(3)])
         close(rows(after, site=site).norm.to_numpy(), expected)
     assert not np.allclose(after.norm, before.norm, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "hook", "other"),
+    [
+        ("gpt2", "mlp.out.hook_out", None),
+        ("gpt2", "attn.o.hook_in", "attn.hook_pattern"),
+        ("gpt2", "attn.qkv.hook_out", None),  # which the bridge never calls
+        ("gpt_neox", "mlp.out.hook_out", None),
+        ("llama", "attn.o.hook_in", "attn.hook_pattern"),
+        ("llama", "attn.q.hook_out", "attn.hook_pattern"),
+        ("llama", "mlp.gate.hook_out", "mlp.hook_pre"),
+    ],
+)
+def test_a_hook_fires_as_often_as_in_the_bridge(family, hook, other):
+    config = GPT2 if family == "gpt2" else SMALL
+    config = {key: value for key, value in config.items() if (family, key) != ("gpt_neox", "num_key_value_heads")}
+    model = melens.load_model("random", model_type=family, config=config)
+    calls = []
+
+    def halve(activation, hook):
+        calls.append(hook.name)
+        return activation / 2
+
+    hooks = [(f"blocks.1.{hook}", halve)] + ([(f"blocks.1.{other}", lambda activation, hook: None)] if other else [])
+    (prompt,) = some_prompts((12,))
+    with torch.no_grad(), model.hooks(fwd_hooks=hooks):
+        _, cache = model.run_with_cache(prompt[None])
+        n_calls = len(calls)
+        trace = melens.trace(model, [prompt], [melens.Norms(("hook_resid_post",))])["norm"]
+    assert len(calls) == 2 * n_calls
+    close(rows(trace, layer=2).norm.to_numpy(), cache["blocks.2.hook_resid_post"][0].norm(dim=-1))
+
+
+def test_a_trace_within_a_trace_is_refused():
+    model = bridge(plain_model("llama"))
+    prompts = some_prompts((5,))
+
+    class Nested(melens.Probe):
+        name, sites = "nested", ("hook_resid_post",)
+
+        def reduce(self, activation, batch):
+            melens.trace(model, prompts)
+
+    with pytest.raises(MelensError, match="already: end it first"):
+        melens.trace(model, prompts, [Nested()])
+    assert len(melens.trace(model, prompts)["norm"]) > 0
 
 
 def test_every_probe_equals_run_with_cache_on_the_embedded_model(embedded):

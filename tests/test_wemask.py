@@ -514,6 +514,34 @@ def test_a_mask_stays_the_same_in_training_and_after(site):
     assert not torch.allclose(network(TOKENS).logits, before)
 
 
+@torch.no_grad()
+def test_where_ln1_makes_the_residual_stream_that_stays_whole_in_training_and_after():
+    config = AutoConfig.for_model("bloom", vocab_size=200, hidden_size=64, n_layer=3, n_head=4, hidden_dropout=0.0,
+                                  attention_dropout=0.0, apply_residual_connection_post_layernorm=True)  # fmt: skip
+    network = gains_apart(AutoModelForCausalLM.from_config(config)).eval()
+    block, seen = network.base_model.h[1], []
+    with WeMask(0.3, start=1, layers="first", site="ln1_in").applied(network):
+        spy = block.self_attention.register_forward_pre_hook(lambda module, args: seen.append(args))
+        before, in_training, after = (network.train(mode)(TOKENS).logits for mode in (False, True, False))
+        spy.remove()
+    torch.testing.assert_close(in_training, before)
+    torch.testing.assert_close(after, before)
+    for attended, residual in (args[:2] for args in seen):
+        assert torch.equal(attended[:, 1:], residual[:, 1:])
+        assert not torch.equal(attended[:, 0], residual[:, 0])
+    with pytest.raises(MelensError, match="more than attention reads ln1"):
+        WeMask(0.3, start=1).install(bridge(network))
+
+
+@pytest.mark.parametrize("site", ["attn_in", "ln1_in"])
+def test_a_normalisation_behind_attention_is_no_ln1(site):
+    config = AutoConfig.for_model("openai-gpt", vocab_size=200, n_embd=64, n_layer=3, n_head=4, n_positions=64)
+    network = AutoModelForCausalLM.from_config(config).eval()
+    for model in (network, bridge(network)):
+        with pytest.raises(MelensError, match="no normalisation ln1 of its own before it"):
+            WeMask(0.3, "random", start=1, site=site).install(model)
+
+
 # --- Files and errors -------------------------------------------------------------------------------------------------
 
 
