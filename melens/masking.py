@@ -45,6 +45,7 @@ class _Call:
     Attributes:
         where: index of the tokens into `[batch, pos]`; None masks nothing.
         detect: find massive tokens in what enters the first masked block, among `real` ones (None: all are).
+        n_tokens: how many tokens a row has in this call; None where `where` is for whatever a block gets.
         masked: the blocks that have been masked so far.
     """
 
@@ -54,9 +55,36 @@ class _Call:
         *,
         detect: bool = False,
         real: Bool[Tensor, "batch pos"] | None = None,
+        n_tokens: int | None = None,
     ) -> None:
-        self.where, self.detect, self.real = where, detect, real
+        self.where, self.detect, self.real, self.n_tokens = where, detect, real, n_tokens
         self.masked: set[int] = set()
+
+    def n_left_out(self, hidden: Float[Tensor, "batch pos d"]) -> int:
+        """Tell how many tokens a block is not given: with shared keys and values it may get the last few alone.
+
+        Raises:
+            MelensError: a hidden state of another form, in which token 0 cannot be told.
+        """
+        if self.n_tokens is None:
+            return 0
+        if hidden.ndim != 3 or hidden.shape[1] > self.n_tokens:
+            raise MelensError(
+                f"A masked block gets a hidden state of shape {list(hidden.shape)} for {self.n_tokens} tokens: a WeMask "
+                "cannot tell token 0 in it."
+            )
+        return self.n_tokens - hidden.shape[1]
+
+    def where_in(self, hidden: Float[Tensor, "batch pos d"]) -> tuple[Any, ...] | None:
+        """Index the tokens in what a block is given; None where it is given none of them."""
+        left_out = self.n_left_out(hidden)
+        if self.where is None or left_out == 0:
+            return self.where
+        rows, columns = self.where
+        if isinstance(columns, int):
+            return (rows, columns - left_out) if columns >= left_out else None
+        given = columns >= left_out
+        return (rows[given], columns[given] - left_out) if given.any() else None
 
 
 class TokenFinder:
@@ -85,7 +113,7 @@ class TokenFinder:
         if inputs is None:
             raise MelensError("A masked model needs input_ids or inputs_embeds.")
         n_rows, n_tokens = inputs.shape[:2]
-        cache = arguments.get("past_key_values")
+        cache = _cache_among(arguments)
         past = 0 if cache is None else int(cache.get_seq_length())
         if self._positions == "all":
             return _Call((slice(None),))
@@ -94,7 +122,8 @@ class TokenFinder:
         mask = arguments.get("attention_mask")
         if self.detects:
             is_decoding = past > 0 and n_tokens == 1
-            return _Call(detect=not is_decoding, real=None if is_decoding else _real(mask, past, n_tokens))
+            real = None if is_decoding else _real(mask, past, n_tokens)
+            return _Call(detect=not is_decoding, real=real, n_tokens=n_tokens)
         if past > 0 and past > self._started.get(cache, past) + self._offsets[-1]:
             return _Call()
         use_cache = arguments.get("use_cache")
@@ -103,7 +132,7 @@ class TokenFinder:
         starts = _starts(mask, position_ids, n_rows, n_tokens, past)
         if cache is not None and all(starts):
             self._started[cache] = max(max(of_row) for of_row in starts)
-        return _Call(self._places(starts, n_tokens, past, inputs.device))
+        return _Call(self._places(starts, n_tokens, past, inputs.device), n_tokens=n_tokens)
 
     def _places(
         self, starts: Sequence[Sequence[int]], n_tokens: int, past: int, device: torch.device
@@ -124,6 +153,27 @@ class TokenFinder:
         rows = [row for row, of_row in enumerate(columns) for _ in of_row]
         flat = [column for of_row in columns for column in of_row]
         return (torch.tensor(rows, device=device), torch.tensor(flat, device=device))
+
+
+def _cache_among(arguments: Mapping[str, Any]) -> Any:
+    """Return the cache of keys and values that a forward call is given, by whatever name; None without one.
+
+    (It is `cache` since transformers 5.24, and was `past_key_values`, `cache_params` or `layer_past` before.)
+
+    Raises:
+        MelensError: a cache that does not tell how many tokens it holds.
+    """
+    caches = [given for given in arguments.values() if hasattr(given, "get_seq_length")]
+    if caches:
+        return caches[0]
+    unknown = [name for name in _CACHE_NAMES if arguments.get(name) is not None]
+    if unknown:
+        kind = type(arguments[unknown[0]]).__name__
+        raise MelensError(f"A WeMask cannot read a cache of type {kind} ({unknown[0]}): give a transformers Cache.")
+    return None
+
+
+_CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "cache_params", "layer_past", "state")
 
 
 def _real_keys(mask: Any) -> Bool[Tensor, "batch key"] | None:
@@ -328,21 +378,28 @@ class InstalledMask:
         """Find the massive tokens of what enters the first masked block, where that is asked for."""
         if not call.detect:
             return
+        left_out = call.n_left_out(hidden)
         largest = abs_max(hidden).float()
-        real = torch.ones_like(largest, dtype=torch.bool) if call.real is None else call.real.to(largest.device)
+        real = torch.ones_like(largest, dtype=torch.bool)
+        if call.real is not None:
+            real = call.real[:, left_out:].to(largest.device)
         medians = torch.stack([abs_median(h[tokens]) for h, tokens in zip(hidden, real, strict=True)])
         massive = (largest > self._criterion.min_abs) & (largest > self._criterion.min_ratio * medians[:, None]) & real
-        call.where = massive.nonzero(as_tuple=True) if massive.any() else None
+        rows, columns = massive.nonzero(as_tuple=True)
+        call.where = (rows, columns + left_out) if len(rows) else None
 
     def masked(self, call: _Call, layer: int, hidden: Float[Tensor, "batch pos d"]) -> Tensor | None:
         """Mask the tokens of an activation; None where there are none."""
-        if call.where is None:
-            return None
-        return _put(hidden, call.where, self.factored(call, layer, hidden[call.where]))
+        where = self.reached(call, layer, hidden)
+        return None if where is None else _put(hidden, where, self.factored(layer, hidden[where]))
 
-    def factored(self, call: _Call, layer: int, rows: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
-        """Multiply the dims of chosen tokens by what the mask leaves of them."""
+    def reached(self, call: _Call, layer: int, hidden: Float[Tensor, "batch pos d"]) -> tuple[Any, ...] | None:
+        """Note that a block was reached, and index the tokens to mask in what it is given; None without any."""
         call.masked.add(layer)
+        return call.where_in(hidden)
+
+    def factored(self, layer: int, rows: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
+        """Multiply the dims of chosen tokens by what the mask leaves of them."""
         return rows * self._factors(layer, rows)
 
 
@@ -424,10 +481,11 @@ class _Hooks:
 
     def _normalised(self, call: _Call, ln1: nn.Module, before: Tensor, after: Tensor) -> Tensor | None:
         """Return what `ln1` makes of a hidden state whose tokens are masked before it; None where there are none."""
-        if call.where is None:
+        where = self.mask.reached(call, self._layer, before)
+        if where is None:
             return None
-        rows = self.mask.factored(call, self._layer, before[call.where])
-        return _put(after, call.where, ln1.forward(rows[None])[0])
+        rows = self.mask.factored(self._layer, before[where])
+        return _put(after, where, ln1.forward(rows[None])[0])
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from melens.caching import find_cache_by_any_name
 from melens.emergence import Emergence
 from melens.errors import MelensError
 from melens.masking import InstalledMask, TokenFinder
@@ -260,6 +261,8 @@ class WeMask:
                     "be on attention alone; mask the plain transformers model, or take site=resid_pre."
                 )
         factors = _Factors(self, network, settled, refresh=refresh)
+        if network.bridge is not None:
+            find_cache_by_any_name(network.bridge)
         caches = bool(getattr(network.base.config, "use_cache", False))
         finder = TokenFinder(self.positions, caches_by_default=caches)
         return InstalledMask(network, settled.blocks, self.site, finder, factors)

@@ -142,3 +142,17 @@ def plant(network: Any, *, block: int, token: int, dim: int, source_dim: int = 3
     norm_after = getattr(network.base_model.layers[block], "post_feedforward_layernorm", None)
     if norm_after is not None:  # Gemma normalises what the FFN writes: there the gain makes it massive
         norm_after.weight[dim] = 5_000
+
+
+def shared_keys_model(seed: int = 0) -> Any:
+    """A Gemma 4 whose last three blocks share keys and values: under `logits_to_keep` they get the last tokens alone."""
+    sharing = {
+        "num_hidden_layers": 6,
+        "num_kv_shared_layers": 3,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+    }
+    sizes = {"global_head_dim": 16, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY}
+    config = AutoConfig.for_model("gemma4_text", **_COMMON | sharing | sizes | {"sliding_window": 16})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()

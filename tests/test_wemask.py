@@ -2,13 +2,13 @@ import json
 
 import pytest
 import torch
-from planted import FAMILIES, N_LAYERS, bridge, gains_apart, plain_model
+from planted import FAMILIES, N_LAYERS, bridge, gains_apart, plain_model, shared_keys_model
 from torch.distributed.utils import _apply_to_tensors
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import melens
 from melens import MelensError, WeMask
-from melens.masking import InstalledMask
+from melens.masking import InstalledMask, TokenFinder
 
 TOKENS = torch.tensor([[5, 17, 101, 33, 8, 64, 150], [9, 2, 77, 120, 31, 6, 44]])
 SELECTS = ("weight", "weight_low", "random", "magnitude", "massive")
@@ -207,6 +207,30 @@ def test_a_bridge_generates_the_same_with_and_without_its_cache():
 
 def model_with_logits(model):
     return lambda tokens: type("Output", (), {"logits": model(tokens)})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("site", ["attn_in", "ln1_in", "resid_pre"])
+@pytest.mark.parametrize("positions", ["first", [0, 4]])
+def test_blocks_that_get_the_last_tokens_alone_are_masked_by_position(site, positions):
+    network = shared_keys_model()
+    tokens = TOKENS[:1]
+    with WeMask(0.5, "magnitude", site=site, start=1, positions=positions).applied(network):
+        whole = network(tokens).logits
+        for n_kept in (1, 3):
+            assert torch.allclose(network(tokens, logits_to_keep=n_kept).logits, whole[:, -n_kept:], atol=1e-4)
+    assert (network(tokens).logits - whole).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values", "cache_params"])
+def test_a_cache_is_found_by_whatever_name_it_comes(name):
+    cache = DynamicCache()
+    cache.update(*torch.zeros(2, 1, 2, 5, 16), layer_idx=0)
+    arguments = {"input_ids": TOKENS[:1, :1], name: cache}
+    assert TokenFinder("first").find(arguments).where is None
+    assert TokenFinder([5]).find(arguments).where == (slice(None), 0)
+    with pytest.raises(MelensError, match=r"cannot read a cache of type tuple"):
+        TokenFinder("first").find({"input_ids": TOKENS, name: ((1, 2),)})
 
 
 @torch.no_grad()
