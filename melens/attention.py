@@ -10,7 +10,7 @@ Sequences start at position 0 without a cache; padding, if any, is on the right,
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,7 +72,10 @@ def causal_attention(
         window = None
     wanted, keys = keys, [position for position in keys if position < n_pos]
     if softcap is None and sink_logits is None and mask is None:
-        fused = _fused_kernel(query, key, value, scale, window)
+        try:
+            fused = _fused_kernel(query, key, value, scale, window)
+        except RuntimeError:  # whichever shape, dtype or device the kernel does not take
+            fused = None
         if fused is not None:
             output, logsumexp = fused
             on_keys = attention_on_keys(query, key, logsumexp, keys=keys, scale=scale, window=window)
@@ -140,6 +143,8 @@ def _fused_kernel(
     On a GPU the kernel is the one that PyTorch itself would choose for this shape.
     """
     aten = torch.ops.aten
+    if query.shape[-1] != value.shape[-1]:  # latent attention
+        return None
     if query.device.type == "cpu" and window is None:
         return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, True, scale=scale)
     if query.device.type != "cuda":
@@ -191,7 +196,7 @@ def _chunked_attention(
     span = n_pos if window is None else min(2 * window, n_pos)
     rows = max(1, _CHUNK_BYTES // (4 * batch * n_heads * span))
     rows = min(rows, n_pos if window is None else window)
-    output = torch.empty_like(query)
+    output = query.new_empty((*query.shape[:-1], value.shape[-1]))
     on_keys = query.new_zeros((batch, n_heads, n_pos, len(keys)), dtype=torch.float32)
     grouped = rearrange(query, "b (kv group) pos d -> b kv group pos d", kv=kv_heads)
     for start in range(0, n_pos, rows):
@@ -235,12 +240,14 @@ def _attention_function(
     sliding_window: int | None = 0,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    dropout: float = 0.0,
     melens_keys: tuple[int, ...] = (),
     melens_listener: Callable[[Tensor], None] | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     if query.shape[2] != key.shape[2]:
         raise MelensError("A lean forward pass takes whole sequences: run it with use_cache=False.")
+    _refuse_unknown(others | {"dropout": dropout or None})
     output, on_keys = causal_attention(
         query,
         key,
@@ -255,6 +262,26 @@ def _attention_function(
     if melens_listener is not None:
         melens_listener(on_keys)
     return output.transpose(1, 2), None
+
+
+_WITHOUT_EFFECT = frozenset(
+    {
+        "cache", "cache_params", "cache_position", "logits_to_keep", "num_items_in_batch", "output_attentions",
+        "output_hidden_states", "output_router_logits", "past_key_values", "position_embeddings", "position_ids",
+        "return_dict", "use_cache",
+    }
+)  # fmt: skip
+"""What transformers hands every attention function and none of a whole sequence's depends on."""
+
+
+def _refuse_unknown(arguments: Mapping[str, Any]) -> None:
+    """Raise a `MelensError` that names an argument which could change the attention in a way that is not known here."""
+    for name, value in arguments.items():
+        is_default = value is None or (name == "is_causal" and value is True)
+        if not is_default and name not in _WITHOUT_EFFECT:
+            raise MelensError(
+                f"The fused attention of melens does not know the argument {name!r} that this model's attention takes."
+            )
 
 
 def _no_mask_where_causal(

@@ -38,6 +38,7 @@ from transformer_lens.model_bridge.generalized_components import (
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from melens.attention import FUSED, FUSED_BESIDE_EAGER, eager_function, missing_as_zero
+from melens.caching import cache_hooks
 from melens.errors import MelensError
 
 __all__ = ["KeyListener", "Listener", "any_hooks", "is_inside_attention", "lean_forward"]
@@ -85,10 +86,10 @@ def lean_forward(
     if parts.is_in_use:
         raise MelensError("This model is in a lean forward pass (a trace, a comparison) already: end it first.")
     hooked = {hook for hook, attached in parts.hooks if attached}
-    captures = {handle.id for block in model.blocks for handle in getattr(block, "_capture_hook_handles", ())}
-    stay = {
-        number for number, attached in parts.torch_hooks if attached and not captures.issuperset(attached)
-    }  # captures of the block's input only matter to forks
+    idle = {handle.id for block in model.blocks for handle in getattr(block, "_capture_hook_handles", ())}
+    idle.update(*(cache_hooks(wrapper.component) for wrapper in parts.wrappers if wrapper.layer is not None))
+    # Captures of a block's input only matter to forks, a cache's name only with a cache.
+    stay = {number for number, attached in parts.torch_hooks if attached and not idle.issuperset(attached)}
     waiting = {id(hook_point): (hook_point, listen) for hook_point, listen in listeners}
     heard = hooked | waiting.keys()
     heard_inside = {parts.inside[hook] for hook in parts.inside.keys() & heard}
@@ -105,7 +106,9 @@ def lean_forward(
         stack.callback(_put_back, left_out, handles)
         for number, wrapper in enumerate(parts.wrappers):
             is_called_by_holder = number in at_rim and not staying.isdisjoint(wrapper.holders)
-            is_left_out = can_be_lean and wrapper.can_be_left_out and number not in stay and not is_called_by_holder
+            has_own_forward = "forward" in wrapper.component.__dict__
+            must_stay = number in stay or is_called_by_holder or has_own_forward
+            is_left_out = can_be_lean and wrapper.can_be_left_out and not must_stay
             if is_left_out:
                 left_out.append(wrapper)
                 wrapper.parent._modules[wrapper.name] = wrapper.module
@@ -222,9 +225,9 @@ _PARTS: WeakKeyDictionary[nn.Module, _Parts] = WeakKeyDictionary()
 
 
 def _parts(model: TransformerBridge) -> _Parts:
-    """List a model's parts; found once, and anew where the bridge has folded weights since."""
+    """List a model's parts; found once, and anew where weights were folded or modules replaced since."""
     mode = (model.compatibility_mode, bool(getattr(model, "_weights_processed", False)))
-    if model not in _PARTS or _PARTS[model].mode != mode:
+    if model not in _PARTS or _PARTS[model].mode != mode or not _is_as_listed(_PARTS[model]):
         parts = _PARTS[model] = _Parts(mode=mode)
         attention = {id(block._modules.get("attn")): layer for layer, block in enumerate(model.blocks)}
         # Some blocks reach into their components as they run; theirs must stay.
@@ -244,6 +247,15 @@ def _parts(model: TransformerBridge) -> _Parts:
         configs = [module.config for module in (model.original_model, *attending) if hasattr(module, "config")]
         parts.configs = list({id(config): config for config in configs}.values())
     return _PARTS[model]
+
+
+def _is_as_listed(parts: _Parts) -> bool:
+    """Tell whether every component is still in its place, around the module that it was around."""
+    return parts.is_in_use or all(
+        wrapper.parent._modules.get(wrapper.name) is wrapper.component
+        and wrapper.component.original_component is wrapper.module
+        for wrapper in parts.wrappers
+    )
 
 
 def _holders(model: TransformerBridge) -> dict[int, list[int]]:
@@ -282,10 +294,12 @@ def _add_part(
             parts.torch_hooks.extend((number, attached) for attached in kept_in)
     delegates = False
     if layer is not None:
-        can_be_fused = eager_function(module) is not None and getattr(module, "is_causal", False)
-        delegates = type(component) is AttentionBridge and can_be_fused
-        is_joint = type(component) is JointQKVAttentionBridge and can_be_fused
-        can_be_left_out = isinstance(component, _ATTENTION) or delegates or is_joint
+        can_be_fused = eager_function(module) is not None
+        is_causal = getattr(module, "is_causal", False)
+        delegates = type(component) is AttentionBridge and can_be_fused and is_causal
+        is_joint = type(component) is JointQKVAttentionBridge and can_be_fused and is_causal
+        is_known = isinstance(component, _ATTENTION) and _is_of_transformer_lens(component)
+        can_be_left_out = (is_known and can_be_fused) or delegates or is_joint
     elif isinstance(component, NormalizationBridge):
         can_be_left_out = component.use_native_layernorm_autograd
     else:
@@ -300,6 +314,14 @@ def _add_part(
     parts.wrappers.append(
         _Wrapper(component, module, parent, name, hook_in, hook_out, can_be_left_out, layer, holders, delegates)
     )
+
+
+def _is_of_transformer_lens(component: nn.Module) -> bool:
+    """Tell whether an attention component follows transformers' module: somebody's own subclass may compute otherwise.
+
+    (That TransformerLens's subclasses do is what the self-check of `melens.verify` finds out.)
+    """
+    return type(component).__module__.startswith("transformer_lens.")
 
 
 def _hear_inside(parts: _Parts, number: int, joint: Any) -> None:
