@@ -1,20 +1,44 @@
-"""Where melens keeps what takes long to make, and how it knows that it still holds."""
+"""Where melens keeps what takes long to make, and how it knows that it still holds.
+
+A kept result is found again under a key of all that decides it:
+
+1. the model (`fingerprint`): the bytes of every weight and buffer in their order, its modules, config and generation
+   config, and what was hooked or patched onto it;
+2. where and by what it was computed: melens's own source, the versions of the libraries, the kind of device;
+3. what the caller tells (`hash_of`): tokens, masks, options, the tokenizer (`tokenizer_fingerprint`).
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from functools import cache
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
+from accelerate.utils import align_module_device
+from jaxtyping import Int
 from platformdirs import user_cache_path
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-__all__ = ["Store", "cache_folder", "code_version", "fingerprint", "store_for"]
+from melens.errors import MelensError
+
+__all__ = [
+    "Store",
+    "cache_folder",
+    "code_version",
+    "fingerprint",
+    "hash_of",
+    "store_for",
+    "tokenizer_fingerprint",
+]
 
 
 def cache_folder() -> Path:
@@ -61,37 +85,193 @@ class Store:
             partial.unlink(missing_ok=True)
 
 
-@torch.no_grad()
-def fingerprint(network: nn.Module) -> str:
-    """Hash a model's weights, by the exact sum of each one's bits: two models that differ have different hashes."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(network.state_dict().items()):
-        bits = weight.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()])
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)} {int(bits.sum(dtype=torch.int64))}".encode())
-    return digest.hexdigest()
-
-
-def store_for(kind: str, network: nn.Module, *told: object) -> Store:
+def store_for(kind: str, network: nn.Module, *told: object, libraries: tuple[str, ...] = ()) -> Store:
     """Return where results of a kind are kept for a model and whatever else they depend on.
 
-    Nothing that another version of melens or torch, other weights or another kind of device made is found there.
+    Nothing that another version of melens or of a library, another model or another kind of device made is found there.
 
     Args:
         kind: a folder in the cache.
         network: the transformers model, on its device.
-        told: tensors of tokens, numbers, words.
+        told: whatever `hash_of` takes.
+        libraries: whose inside decides the result too, besides torch, transformers and TransformerLens.
+
+    Raises:
+        MelensError: as `fingerprint`.
     """
-    device = next(network.parameters()).device.type
-    digest = hashlib.sha256(f"{code_version()} {torch.__version__} {device} {fingerprint(network)}".encode())
-    for part in told:
-        digest.update(part.cpu().numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode())
-    return Store(cache_folder() / kind / digest.hexdigest()[:24])
+    versions = {name: _version(name) for name in (*_LIBRARIES, *libraries)}
+    devices = sorted({weight.device.type for weight in network.parameters()})
+    made_by = [code_version(), versions, devices, torch.get_float32_matmul_precision()]
+    return Store(cache_folder() / kind / hash_of(made_by, fingerprint(network), told)[:24])
+
+
+_LIBRARIES = ("torch", "transformers", "transformer_lens", "tokenizers", "accelerate")
+
+
+def _version(library: str) -> str:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:  # of an extra that is not there
+        return "none"
 
 
 @cache
 def code_version(folder: Path = Path(__file__).parent) -> str:
     """Hash a package's source, by default the library's: what another version computed is not taken for this one's."""
+    return hash_of({str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.py"))})
+
+
+# --- What is told -----------------------------------------------------------------------------------------------------
+
+
+def hash_of(*parts: object) -> str:
+    """Hash values so that two calls agree only where every value, type, shape and nesting does.
+
+    Args:
+        parts: tensors, numbers, text, bytes, paths, None, and lists, dicts and dataclasses of these (without the fields
+            that begin with `_`).
+
+    Raises:
+        TypeError: a value of another type, whose `repr` may not tell all that it holds.
+    """
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        digest.update(path.read_bytes())
+    _tell(digest, parts)
     return digest.hexdigest()
+
+
+def _tell(digest: Any, part: Any) -> None:
+    """Add a value with its type and length before it, so that no two sequences of values give the same bytes."""
+    if isinstance(part, Tensor):
+        own = part.detach().cpu().contiguous()
+        _tell(digest, [str(own.dtype), list(own.shape), own.view(-1).view(torch.uint8).numpy().tobytes()])
+    elif isinstance(part, bytes):
+        digest.update(f"bytes {len(part)} ".encode() + part)
+    elif isinstance(part, Mapping):
+        _tell(digest, ["dict", *sorted(part.items(), key=lambda item: repr(item[0]))])
+    elif isinstance(part, list | tuple):
+        digest.update(f"list {len(part)} ".encode())
+        for each in part:
+            _tell(digest, each)
+    elif is_dataclass(part) and not isinstance(part, type):
+        own_fields = {field.name: getattr(part, field.name) for field in fields(part) if field.name[0] != "_"}
+        _tell(digest, [type(part).__qualname__, own_fields])
+    elif part is None or isinstance(part, str | bool | int | float | Path):
+        text = repr(part).encode()  # of a float all digits; of a text its quotes, so that 1 is not "1"
+        digest.update(f"value {len(text)} ".encode() + text)
+    else:
+        raise TypeError(f"{type(part).__name__} cannot be told in a key; tell what it holds.")
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Hash all by which a tokenizer makes tokens of a text or a chat: vocabulary, merges, special tokens, template."""
+    if tokenizer is None:
+        return hash_of(None)
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    rules: Any = tokenizer.get_vocab() if fast is None else json.loads(fast.to_str())
+    if fast is not None:  # what the last call asked for
+        rules = {key: value for key, value in rules.items() if key not in ("padding", "truncation")}
+    names = ("bos_token", "eos_token", "unk_token", "add_bos_token", "add_eos_token", "chat_template")
+    own = {name: str(getattr(tokenizer, name, None)) for name in names}
+    return hash_of(type(tokenizer).__qualname__, own, json.dumps(rules, sort_keys=True))
+
+
+# --- Which model ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def fingerprint(network: nn.Module) -> str:
+    """Hash all of a model that decides what it computes, the same on every device.
+
+    Weights are hashed where they are: only a sum a block of 128 KiB leaves a GPU. Offloaded ones are fetched one after
+    the other.
+
+    Raises:
+        MelensError: a weight on the meta device that accelerate would not fetch.
+    """
+    weights = []
+    sums: dict[int, tuple[Tensor, Tensor]] = {}  # by the identity of a weight, which is held so that it stays its own
+    for name, weight in _weights(network):
+        if id(weight) not in sums:  # tied ones are read once
+            sums[id(weight)] = weight, _block_sums(weight)
+        weights.append([name, str(weight.dtype), list(weight.shape), sums[id(weight)][1]])
+    return hash_of(weights, str(network), network.training, *_configs(network), list(_attached(network)))
+
+
+def _weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Go through all parameters and buffers, also those that no checkpoint holds: RoPE reads its frequencies there."""
+    for path, module in network.named_modules():
+        with align_module_device(module):
+            for name, weight in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                if weight.is_meta:
+                    raise MelensError(
+                        f"The weight {path}.{name} has no values here, so that results of this model cannot be kept: "
+                        "give exp.keep=false, or load the model with device_map."
+                    )
+                yield f"{path}.{name}", weight
+
+
+_BLOCK = 2**15
+"""Words of 32 bits in a block."""
+
+_BLOCKS = {"cpu": 1}
+"""Blocks that are multiplied together, elsewhere 128: on a CPU their products stay in its cache."""
+
+
+def _block_sums(weight: Tensor) -> Int[Tensor, " block"]:
+    """Hash each block of a tensor's bytes to Σ word · key mod 2⁶⁴, every place with a random key of its own.
+
+    Multilinear hashing (Lemire & Kaser 2014, "Strongly universal string hashing is fast"). With words of 32 bits and
+    keys of 64, whatever changes in a block, or changes places in it, changes its sum but for one choice of keys in
+    2³³. (With words of 64 bits it would not: two sign bits that flip would add 2⁶³ each, whatever the keys.)
+    """
+    raw = weight.detach().contiguous().view(-1).view(torch.uint8)
+    if len(raw) % 4 or raw.storage_offset() % 4:
+        raw = nn.functional.pad(raw, (0, -len(raw) % 4))  # a copy, which begins at a whole word
+    words, keys = raw.view(torch.int32), _keys(weight.device)
+    whole = len(words) // _BLOCK * _BLOCK
+    step = _BLOCKS.get(weight.device.type, 128)
+    sums = [(blocks * keys).sum(-1) for blocks in words[:whole].view(-1, _BLOCK).split(step)]
+    rest = words[whole:]
+    return torch.cat([*sums, (rest * keys[: len(rest)]).sum(-1, keepdim=True)])
+
+
+@cache
+def _keys(device: torch.device) -> Int[Tensor, " word"]:
+    random = hashlib.shake_256(b"melens").digest(8 * _BLOCK)  # the same with every version of every library
+    return torch.frombuffer(bytearray(random), dtype=torch.int64).to(device)
+
+
+def _configs(network: Any) -> Iterator[str | None]:
+    """Write a model's config and generation config out, without where the model lies and who wrote the file."""
+    for name in ("config", "generation_config"):
+        config: Any = getattr(network, name, None)
+        told = config.to_dict() if hasattr(config, "to_dict") else config
+        yield json.dumps(_without_origin(told), default=str)
+    yield getattr(getattr(network, "config", None), "_attn_implementation", None)
+
+
+def _without_origin(config: Any) -> Any:
+    if not isinstance(config, Mapping):
+        return config
+    return {
+        key: _without_origin(value)
+        for key, value in config.items()
+        if key not in ("_name_or_path", "transformers_version")
+    }
+
+
+def _attached(network: nn.Module) -> Iterator[list[str]]:
+    """Name the hooks on a model's modules, and the modules with a `forward` of their own."""
+    for path, module in network.named_modules():
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            yield [path, _name_of(hook)]
+        own = vars(module).get("forward")
+        if own is not None and "_hf_hook" not in vars(module):  # accelerate's brings weights, and changes no number
+            yield [path, _name_of(own)]
+
+
+def _name_of(function: Any) -> str:
+    """Name a function for a key: ours of a gate, whose weights are hashed; any other is known in this process alone."""
+    if getattr(function, "__module__", None) == "melens.gates":
+        return str(function.__qualname__)
+    return f"{function!r} at {id(function)} of process {os.getpid()}"
