@@ -26,6 +26,7 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
 
+from melens.devices import dispatch_like, has_all_weights, input_device, is_dispatched, weights_here
 from melens.errors import MelensError
 from melens.gates import attach_gates, gates_of, is_of_gate
 from melens.normalization import read_module
@@ -91,34 +92,43 @@ class Network:
         """Return the factors of a block's `ln1` that take effect, float32 `[d]`.
 
         Raises:
-            MelensError: no `ln1`, or weights that are not here in full: sharded or offloaded.
+            MelensError: no `ln1`, or weights that are not here in full and that accelerate would not fetch.
         """
         block = self.blocks[layer]
         if block.ln1 is None:
             raise MelensError(f"Block {layer} of this model has no normalisation before attention, so no gain.")
-        if not all(map(_is_here, block.ln1.parameters())):
-            raise MelensError("The model's weights are sharded or offloaded: install the mask before they are.")
-        device = next(block.ln1.parameters(), next(self.base.parameters())).device
-        return read_module(block.ln1, block.ln1_name, self.d_model, device).gain
+        with weights_here(block.ln1):
+            if not all(map(_is_here, block.ln1.parameters())):
+                raise MelensError("The model's weights are sharded or offloaded: install the mask before they are.")
+        return read_module(block.ln1, block.ln1_name, self.d_model).gain
 
     def gain_sizes(self) -> list[float | None]:
         """Return the mean |weight| of each block's `ln1`: as cheap as telling models apart by weights can be."""
         sizes: dict[int, Tensor] = {}
         for layer, block in enumerate(self.blocks):
-            weights = () if block.ln1 is None else block.ln1.parameters()
-            own = [weight for weight in weights if weight.shape == (self.d_model,) and _is_here(weight)]
-            if own:
-                sizes[layer] = own[0].detach().float().abs().mean()
+            if block.ln1 is None:
+                continue
+            with weights_here(block.ln1):
+                weights = block.ln1.parameters()
+                own = [weight for weight in weights if weight.shape == (self.d_model,) and _is_here(weight)]
+                if own:
+                    sizes[layer] = own[0].detach().float().abs().mean()
         device = next(iter(sizes.values())).device if sizes else None
         values = torch.stack([size.to(device) for size in sizes.values()]).tolist() if sizes else []
         known = dict(zip(sizes, values, strict=True))
         return [known.get(layer) for layer in range(len(self.blocks))]
 
     def gain_parameter(self, layer: int) -> tuple[nn.Parameter, float]:
-        """Return the weight that a block's gain is made of, and what is added to it: 1 in Gemma's RMSNorm."""
+        """Return the weight that a block's gain is made of, and what is added to it: 1 in Gemma's RMSNorm.
+
+        Raises:
+            MelensError: as `gain`; a gain that is no such weight, or one that is offloaded, which no training changes.
+        """
         gain = self.gain(layer)
         ln1 = self.blocks[layer].ln1
         for parameter in () if ln1 is None else ln1.parameters():
+            if parameter.is_meta:
+                raise MelensError(f"The gain of block {layer} is offloaded, so it cannot be read anew in each call.")
             for offset in (0.0, 1.0):
                 if parameter.shape == gain.shape and torch.allclose(parameter.float() + offset, gain, rtol=1e-3):
                     return parameter, offset
@@ -142,11 +152,10 @@ class Network:
 def plain_twin(bridge: TransformerBridge) -> Any:
     """Return the transformers model inside a bridge without the bridge: the same weights, its own fast modules.
 
-    A model that is spread over devices, or that cannot be taken apart so, comes as it is inside the bridge.
+    A model that is spread over devices has a twin that is spread alike; one that cannot be taken apart so comes as it
+    is inside the bridge.
     """
     network = bridge.original_model
-    if len(set((getattr(network, "hf_device_map", None) or {}).values())) > 1:
-        return network
     try:
         twin = _twin(network, "sdpa")
     except ValueError:  # an architecture without it
@@ -173,11 +182,12 @@ def bridged_twin(model: Any, name: str) -> TransformerBridge:
     Raises:
         MelensError: weights that are not here in full, or do not fill a model of its class.
     """
-    twin = _twin(model, "eager") if is_whole(model) else None
+    twin = _twin(model, "eager")
     if twin is None:
-        raise MelensError("This model's weights are sharded, offloaded or not its own, so it cannot be looked into.")
+        raise MelensError("This model's weights are sharded or not its own, so it cannot be looked into.")
     gates = gates_of(_of_plain(model, model.config))
-    bridge = build_bridge_from_module(twin.eval(), type(twin).__name__, hf_config=twin.config, model_name=name)
+    kind, device = type(twin).__name__, input_device(twin)
+    bridge = build_bridge_from_module(twin.eval(), kind, hf_config=twin.config, model_name=name, device=device)
     attach_gates(_of_bridge(bridge), gates)
     return bridge.eval()
 
@@ -188,14 +198,24 @@ def gathered_twin(model: Any, weights: Mapping[str, Tensor]) -> Any:
 
 
 def _twin(network: Any, attention: str, weights: Mapping[str, Tensor] | None = None) -> Any:
-    """Make a model of the same class on the same weights, or on others; None where they do not fill it."""
+    """Make a model of the same class on the same weights, or on others; None where they do not fill it.
+
+    Its own weights stay on the devices, in memory or on disk where they are.
+    """
+    if weights is None and any(map(_is_sharded, network.parameters())):
+        return None
     config = copy.deepcopy(network.config)
     config.output_attentions = False
     with init_empty_weights(include_buffers=False):
         twin = type(network)._from_config(config, attn_implementation=attention)
     missing = twin.load_state_dict(weights or _weights_of(network), strict=False, assign=True).missing_keys
     twin.tie_weights()
-    if missing or any(weight.is_meta for weight in twin.parameters()):
+    if missing:
+        return None
+    if weights is None and is_dispatched(network):
+        dispatch_like(twin, network)
+        return twin if has_all_weights(twin) else None
+    if not has_all_weights(twin):
         return None
     return twin.to(network.device) if weights is None else twin
 
@@ -217,7 +237,11 @@ def _weights_of(network: nn.Module) -> dict[str, Tensor]:
 
 def _is_here(weight: Tensor) -> bool:
     """Tell whether a weight is in memory in full: not offloaded, nor sharded over processes."""
-    return not (weight.is_meta or isinstance(weight, DTensor) or weight.numel() == 0)
+    return not (weight.is_meta or _is_sharded(weight))
+
+
+def _is_sharded(weight: Tensor) -> bool:
+    return isinstance(weight, DTensor) or weight.numel() == 0
 
 
 def open_network(model: Any) -> Network:

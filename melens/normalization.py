@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
+from melens.devices import weights_here
 from melens.errors import MelensError
 
 __all__ = ["Normalization", "has_normalization", "read_module", "read_normalization"]
@@ -74,18 +75,19 @@ def read_normalization(model: TransformerBridge, layer: int, site: str) -> Norma
     if not has_normalization(model, layer, site):
         raise MelensError(f"Block {layer} of this model has no normalisation {site!r}.")
     component = getattr(model.blocks[layer], site)
-    device = next(component.original_component.parameters(), next(model.original_model.parameters())).device
-    return read_module(component.original_component, component.name, model.cfg.d_model, device)
+    return read_module(component.original_component, component.name, model.cfg.d_model)
 
 
 @torch.no_grad()
-def read_module(module: nn.Module, name: str, d_model: int, device: torch.device) -> Normalization:
+def read_module(module: nn.Module, name: str, d_model: int) -> Normalization:
     """Do the same for a normalisation of a transformers model, given as the module."""
     twin = copy.copy(module)
-    twin._parameters = {
-        key: weight if weight is None else nn.Parameter(weight.float(), requires_grad=False)
-        for key, weight in module._parameters.items()
-    }
+    with weights_here(module):
+        twin._parameters = {
+            key: weight if weight is None else nn.Parameter(weight.float(), requires_grad=False)
+            for key, weight in module._parameters.items()
+        }
+    device = next((weight.device for weight in twin.parameters()), torch.device("cpu"))
     # Large, so that epsilon does not count; of mean 0 and variance 1 but for the size, so that nothing is centred away.
     alternating = torch.ones(d_model, device=device)
     alternating[1::2] = -1

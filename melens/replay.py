@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from melens.networks import base_path
 
-__all__ = ["Replay", "logits_of"]
+__all__ = ["Replay", "is_replayed", "logits_of"]
 
 
 class Replay:
@@ -42,14 +42,17 @@ class Replay:
     @contextmanager
     def starting_at(self, start: int) -> Iterator[None]:
         """Let the blocks before `start` hand on what block `start - 1` returned, instead of computing anything."""
-        modules = self._modules[:start]
+        blocks = [vars(module) for module in self._modules[:start]]
+        of_accelerate = [attributes.get("forward") for attributes in blocks]  # on a model that is spread over devices
         try:
-            for module in modules:
-                module.__dict__["forward"] = partial(_hand_on, self.outputs[start - 1])
+            for attributes in blocks:
+                attributes["forward"] = partial(_hand_on, self.outputs[start - 1])
             yield
         finally:
-            for module in modules:
-                module.__dict__.pop("forward", None)
+            for attributes, forward in zip(blocks, of_accelerate, strict=True):
+                del attributes["forward"]
+                if forward is not None:
+                    attributes["forward"] = forward
 
     @classmethod
     def cut(cls, model: TransformerBridge, replays: Sequence[Replay], rows: Sequence[int], n_tokens: int) -> Replay:
@@ -65,6 +68,11 @@ class Replay:
 
     def _record(self, layer: int, module: Any, args: Any, output: Any) -> None:
         self.outputs[layer] = output
+
+
+def is_replayed(block: nn.Module) -> bool:
+    """Tell whether a block hands on what was recorded, instead of computing."""
+    return getattr(block.forward, "func", None) is _hand_on
 
 
 def _hand_on(output: Any, *args: Any, **kwargs: Any) -> Any:

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from melens.devices import weights_here
 from melens.errors import MelensError
 from melens.normalization import has_normalization, read_normalization
 
@@ -102,8 +103,9 @@ def _score(model: TransformerBridge, layer: int) -> dict[str, Any]:
 
 def _read_neurons(model: TransformerBridge, layer: int) -> _Neurons:
     ffn = model.blocks[layer].mlp
-    up, down = ffn.W_in.detach(), ffn.W_out.detach()
-    gate = ffn.W_gate.detach() if getattr(ffn, "gate", None) is not None else None
+    with weights_here(ffn):
+        up, down = ffn.W_in.detach(), ffn.W_out.detach()
+        gate = ffn.W_gate.detach() if getattr(ffn, "gate", None) is not None else None
     if has_normalization(model, layer, "ln2"):
         gain = read_normalization(model, layer, "ln2").gain.to(up)[:, None]
         up, gate = up * gain, None if gate is None else gate * gain
@@ -124,7 +126,7 @@ def _response(model: TransformerBridge, layer: int, neurons: _Neurons, strength:
         favourites = gate + (gate * favourites).sum(0).sign() * favourites
     inputs = width**0.5 * torch.nn.functional.normalize(favourites, dim=0).T  # [input, d], in front of the gain
     if has_normalization(model, layer, "ln2"):
-        inputs = inputs * read_normalization(model, layer, "ln2").gain
+        inputs = inputs * read_normalization(model, layer, "ln2").gain.to(inputs.device)
     output = block.mlp.original_component(inputs[None].to(neurons.up))
     if (norm_after := getattr(block, "ln2_post", None)) is not None:
         output = norm_after.original_component(output)
