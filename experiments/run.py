@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from experiments.options import check_options
 from melens.errors import MelensError
+from melens.versions import warn_untried
 
 FAILED, WRONG_OPTION = 1, 2
 _failures: list[Exception] = []
@@ -66,12 +67,14 @@ def exit_code(error: BaseException) -> int:
 def quiet_other_processes() -> None:
     """Of several processes that accelerate starts, only the first has a folder and talks."""
     if int(os.environ.get("RANK", "0")) > 0:
+        warn_untried(lambda sentence: None)
         nowhere = tempfile.mkdtemp(prefix="melens-")
         sys.argv += [f"hydra.run.dir={nowhere}", "hydra.output_subdir=null", "hydra/job_logging=none"]
 
 
 if __name__ == "__main__":
     quiet_other_processes()
+    warn_untried(lambda sentence: print(f"Warning: {sentence}", file=sys.stderr))
     try:
         main()
     except KeyboardInterrupt:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from melens import versions
 from melens.claims import judge
 from melens.errors import MelensError
 from melens.statistics import with_interval
@@ -42,8 +42,6 @@ __all__ = [
     "write_tables_and_figures",
     "write_text",
 ]
-
-_PACKAGES = ("melens", "torch", "transformers", "transformer_lens", "numpy", "pandas", "plotly")
 
 
 @dataclass(frozen=True)
@@ -274,7 +272,8 @@ def _plain(value: Any) -> Any:
 
 def _environment(model: dict[str, Any], config: dict[str, Any], duration: float) -> dict[str, Any]:
     return {
-        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in _PACKAGES},
+        "versions": {"python": platform.python_version()} | versions.installed(),
+        "untried": versions.untried(),
         "device": model.get("device"),
         "dtype": model.get("dtype"),
         "seed": config.get("seed"),

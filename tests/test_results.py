@@ -1,4 +1,5 @@
 import json
+from importlib import metadata
 
 import numpy as np
 import pandas as pd
@@ -7,6 +8,7 @@ import pytest
 
 from melens import MelensError, results
 from melens.results import Picture, Result, combine, read_results, write_failure, write_result
+from melens.versions import untried
 
 CONFIG = {"exp": {"name": "emergence"}, "model": {"name": "tiny"}, "seed": 3}
 
@@ -26,6 +28,7 @@ def some_result(**changes):
     return Result(**(content | changes))
 
 
+@pytest.mark.newest
 def test_what_a_run_leaves(tmp_path):
     paths = write_result(some_result(), tmp_path / "run", config=CONFIG, duration=1.234)
     assert {path.name for path in paths} == {"norms.parquet", "norms.html", "result.json"}
@@ -38,9 +41,29 @@ def test_what_a_run_leaves(tmp_path):
     assert content["figures"] == {"norms": {"source": "figure 1", "paper": "A rise.", "here": "A rise as well."}}
     environment = content["environment"]
     assert (environment["device"], environment["dtype"], environment["seed"]) == ("cpu", "float32", 3)
-    assert {"melens", "torch", "transformer_lens"} <= set(environment["versions"])
+    assert {"python", "melens", "torch", "transformer_lens", "trl", "plotly"} <= set(environment["versions"])
+    assert environment["untried"] == untried()
     assert pd.read_parquet(tmp_path / "run" / "norms.parquet").norm.tolist() == [1.0, 2.0]
     assert '"plotly.min.js"' in (tmp_path / "run" / "norms.html").read_text()
+
+
+def test_a_library_of_another_version_than_was_tried_is_recorded(tmp_path, monkeypatch):
+    version = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "99.0" if name == "plotly" else version(name))
+    write_result(some_result(), tmp_path, config=CONFIG, duration=1.0)
+    environment = json.loads((tmp_path / "result.json").read_text())["environment"]
+    assert environment["untried"]["plotly"] == environment["versions"]["plotly"] == "99.0"
+
+
+def test_a_source_tree_that_was_not_installed_leaves_a_result_too(tmp_path, monkeypatch):
+    def not_found(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", not_found)
+    monkeypatch.setattr(metadata, "requires", not_found)
+    write_result(some_result(), tmp_path, config=CONFIG, duration=1.0)
+    environment = json.loads((tmp_path / "result.json").read_text())["environment"]
+    assert (list(environment["versions"]), environment["untried"]) == (["python"], {})
 
 
 def test_a_run_that_breaks_off_leaves_no_half_file(tmp_path):

@@ -1,0 +1,71 @@
+"""Which library versions melens was tried with: its own requirements that have an upper bound, extras included.
+
+melens reads and replaces what lies inside these libraries, where any release may change what a number means without an
+error. `pyproject.toml` is the only place that names them, and pip keeps to it; but a user, a cluster's image or a later
+`pip install` may put another version there. That is told once and recorded, not refused: most releases change nothing.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from importlib import metadata
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+__all__ = ["installed", "tried", "untried", "warn_untried"]
+
+_shown = False
+
+
+def tried() -> dict[str, SpecifierSet]:
+    """Return, by library, the versions that were tried; nothing for a source tree that pip did not install."""
+    try:
+        requirements = [Requirement(line) for line in metadata.requires("melens") or ()]
+    except metadata.PackageNotFoundError:
+        return {}
+    bounded = (
+        each for each in requirements if any(part.operator in ("<", "<=", "==", "~=") for part in each.specifier)
+    )
+    return {each.name.replace("-", "_"): each.specifier for each in bounded}
+
+
+def installed() -> dict[str, str]:
+    """Return melens's own version and those of the libraries in `tried` that are installed."""
+    versions = {}
+    for name in ("melens", *tried()):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # of an extra that is not there
+            continue
+    return versions
+
+
+def untried() -> dict[str, str]:
+    """Return the installed versions outside those that were tried, by library."""
+    versions = installed()
+    return {
+        name: versions[name]
+        for name, specifier in tried().items()
+        if name in versions and not specifier.contains(versions[name], prereleases=True)
+    }
+
+
+def warn_untried(show: Callable[[str], object] | None = None) -> None:
+    """Tell, once in a process, which installed versions were not tried; nothing where all were.
+
+    Args:
+        show: what to do with the sentence. By default it becomes a `UserWarning` at the caller's caller.
+    """
+    global _shown
+    if _shown or not (versions := untried()):
+        return
+    _shown = True
+    specifiers = tried()
+    found = ", ".join(f"{name} {version} (tried: {specifiers[name]})" for name, version in versions.items())
+    sentence = f"melens was not tried with {found}. For what was tried: pip install -c .ci/constraints.txt -e ."
+    if show is None:
+        warnings.warn(sentence, stacklevel=3)
+    else:
+        show(sentence)
