@@ -47,6 +47,7 @@ def network(embedded):
     return plain_twin(embedded)
 
 
+@pytest.mark.newest
 def test_the_harness_itself_comes_to_the_same_numbers(embedded, network, data, tmp_path):
     import lm_eval
     import yaml

@@ -78,6 +78,7 @@ def test_a_character_of_several_tokens_is_not_cut(embedded):
 # --- Both texts -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_cache_changes_nothing_masked_or_not(family):
     model = bridge(gains_apart(plain_model(family)))
@@ -94,6 +95,7 @@ def test_the_cache_changes_nothing_masked_or_not(family):
     assert write(model, ids, options)[0] == plain  # and gone
 
 
+@pytest.mark.newest
 def test_a_text_is_the_likeliest_tokens_one_by_one(embedded):
     ids = prompt(embedded).ids
     new, logits = write(embedded, ids, config().generate)

@@ -64,6 +64,7 @@ def check_against_cache(trace, prompts, caches, n_layers):
             close(rows(trace["sink_by_query"], **at).attention.to_numpy(), pattern[:, :, 2].mean(0))
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_probe_equals_run_with_cache(family):
     model = bridge(plain_model(family))
@@ -260,6 +261,7 @@ def test_attention_maps_are_the_patterns_of_the_blocks_asked_for():
     close(maps[0], torch.stack([cache[f"blocks.{layer}.attn.hook_pattern"][0] for layer in (1, 2)]))
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("family", FAMILIES)
 def test_norms_and_sinks_equal_those_of_transformers(family):
     network = plain_model(family)
@@ -483,7 +485,8 @@ def test_a_trace_survives_saving(tmp_path):
     [
         (lambda model: melens.trace(model, []), "at least one prompt"),
         (lambda model: melens.trace(model, ["a text"]), "no tokenizer"),
-        (lambda model: melens.trace(model, some_prompts(), [melens.Norms(), melens.Norms()]), "same name"),
+        (lambda model: melens.trace(model, some_prompts(), [melens.Norms(), melens.Norms()]), r"Norms|probe\.named\('norm_2'\)"),
+        (lambda model: melens.trace(model, some_prompts(), [melens.Norms(("attn.hook_v",))]), "its index \\['pos'\\] must name each"),
         (lambda model: melens.trace(model, some_prompts(), [melens.Norms(("hook_nope",))]), "'hook_nope'"),
         (lambda model: melens.trace(model, some_prompts(), max_batch_tokens=0), "at least 1"),
         (lambda model: melens.trace(model, some_prompts())["nope"], "no table 'nope'"),

@@ -78,6 +78,7 @@ def stop_after(step):
 MASK = WeMask(rate=0.25, start=1)
 
 
+@pytest.mark.newest
 def test_the_loss_falls_on_what_can_be_memorised_and_a_mask_changes_it(tmp_path):
     plain, _, _ = fit(tmp_path / "plain", steps=30, rows=sums(n=4), warmup=0.0, lr=3e-3)
     masked, _, _ = fit(tmp_path / "masked", steps=30, rows=sums(n=4), warmup=0.0, lr=3e-3, mask=MASK)

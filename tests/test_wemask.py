@@ -138,6 +138,7 @@ def test_padding_changes_nothing(family, site, positions):
             torch.testing.assert_close(padded[row][attention_mask[row] == 1], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.newest
 @torch.no_grad()
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("chunks", [(4, 3), (1, 1, 5), (2, 2, 2, 1)])
@@ -173,6 +174,7 @@ def greedy(network, prompt, n_tokens):
     return tokens[0, len(prompt) :].tolist()
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_padded_batch_generates_what_each_prompt_does_without_a_cache(family, cache):
@@ -192,6 +194,7 @@ def test_a_padded_batch_generates_what_each_prompt_does_without_a_cache(family, 
     assert expected != [greedy(network, prompt, 6) for prompt in prompts]
 
 
+@pytest.mark.newest
 def test_a_bridge_generates_the_same_with_and_without_its_cache():
     model = bridge(model_of("llama"))
     prompt = ragged("left")[0][0]
