@@ -224,10 +224,10 @@ def _agreement_in_words(study: Study, groups: pd.DataFrame) -> str:
     if least["agreement"] == 1:
         return f"Block {study.me.layer} in every prompt of every task type and length."
     elsewhere = groups[(groups["me_layer"] != study.me.layer).fillna(True)]["group"].tolist()
-    majority = f"another majority for {', '.join(elsewhere)}" if elsewhere else "in the majority of every group"
+    where = f"in every group but {', '.join(elsewhere)}" if elsewhere else "in every group"
     return (
-        f"Block {study.me.layer} {majority}; agreement is lowest for {least['group']}, {least['agreement']:.0%} of "
-        f"{least['n_prompts']} prompts."
+        f"Block {study.me.layer} is the most frequent {where}; agreement is lowest for {least['group']}, "
+        f"{least['agreement']:.0%} of {least['n_prompts']} prompts."
     )
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from melens.models import known_models, load_model
     from melens.normalization import read_normalization
     from melens.probes import (
+        AbsMax,
         AbsMedian,
         AttentionEntropy,
         AttentionMaps,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from melens.wemask import WeMask
 
 __all__ = [
+    "AbsMax",
     "AbsMedian",
     "AttentionEntropy",
     "AttentionMaps",

@@ -49,7 +49,8 @@ class Emergence:
     """Where and how the massive activation emerges. Layers are 0-based blocks.
 
     Attributes:
-        layer: the first block whose output holds a massive activation, by majority over prompts; None without one.
+        layer: the first block whose output holds a massive activation, in more prompts than any other block (of equally
+            many the earliest); None without one.
         reason: why `layer` is None, or how it was settled.
         kind: whether one block brings the massive activation, a few do, or the norm climbs slowly; None without one.
         magnification: ‖h_out‖ / ‖h_in‖ of the massive token at that block, mean over prompts (table 8).
@@ -94,21 +95,33 @@ class Emergence:
 
 
 def massive_activations(trace: Trace, criterion: Criterion | None = None) -> pd.DataFrame:
-    """List the massive entries of each block's output: `prompt`, `layer`, `pos`, `dim`, `value`, `abs_median`."""
+    """List the massive entries of each block's output: `prompt`, `layer`, `pos`, `dim`, `value`, `abs_median`.
+
+    A trace keeps some dims of the largest tokens (`LargestActivations`). Of every other massive token there is one row,
+    with its largest |h| as `value` and -1 as `dim`.
+    """
     criterion = criterion or Criterion()
-    largest = trace["largest"].query("site == 'hook_resid_post'")
+    kept = _massive(trace, "largest", "value", criterion)
+    tokens = _massive(trace, "abs_max", "abs_max", criterion).rename(columns={"abs_max": "value"}).assign(dim=-1)
+    place = ["prompt", "layer", "pos"]
+    is_kept = pd.MultiIndex.from_frame(tokens[place]).isin(pd.MultiIndex.from_frame(kept[place]))
+    return pd.concat([kept, tokens[~is_kept]], ignore_index=True)[[*place, "dim", "value", "abs_median"]]
+
+
+def _massive(trace: Trace, probe: str, column: str, criterion: Criterion) -> pd.DataFrame:
+    """Keep the rows of a probe's table whose |value| is massive."""
+    table = trace[probe]
+    large = table[(table["site"] == "hook_resid_post") & (table[column].abs() > criterion.min_abs)]
     medians = trace["abs_median"].query("site == 'hook_resid_post'")[["prompt", "layer", "abs_median"]]
-    entries = largest.merge(medians, on=["prompt", "layer"])
-    size = entries["value"].abs()
-    massive = (size > criterion.min_abs) & (size > criterion.min_ratio * entries["abs_median"])
-    return entries.loc[massive, ["prompt", "layer", "pos", "dim", "value", "abs_median"]].reset_index(drop=True)
+    entries = large.merge(medians, on=["prompt", "layer"])
+    return entries[entries[column].abs() > criterion.min_ratio * entries["abs_median"]]
 
 
 def find_me_layer(trace: Trace, criterion: Criterion | None = None) -> Emergence:
     """Find the massive emergence layer: the first block whose output holds a massive activation (section 3, table 8).
 
     Args:
-        trace: with the tables of `default_probes()`: `norm`, `largest` and `abs_median`.
+        trace: with the tables of `default_probes()`: `norm`, `largest`, `abs_max` and `abs_median`.
         criterion: see `Criterion`; held constant over models by default.
 
     Returns:
@@ -151,7 +164,7 @@ def find_me_layer(trace: Trace, criterion: Criterion | None = None) -> Emergence
         climb=climb,
         agreement=len(agreeing) / n_prompts,
         positions=tuple(entries["pos"].value_counts().index),
-        dims=tuple(entries["dim"].value_counts().index),
+        dims=tuple(entries.loc[entries["dim"] >= 0, "dim"].value_counts().index),
         **shared,
     )
 

@@ -106,8 +106,7 @@ def lean_forward(
         stack.callback(_put_back, left_out, handles)
         for number, wrapper in enumerate(parts.wrappers):
             is_called_by_holder = number in at_rim and not staying.isdisjoint(wrapper.holders)
-            has_own_forward = "forward" in wrapper.component.__dict__
-            must_stay = number in stay or is_called_by_holder or has_own_forward
+            must_stay = number in stay or is_called_by_holder or _is_patched(wrapper)
             is_left_out = can_be_lean and wrapper.can_be_left_out and not must_stay
             if is_left_out:
                 left_out.append(wrapper)
@@ -139,6 +138,7 @@ class _Wrapper:
 
     Attributes:
         component, module: the bridge component and the transformers module that it wraps.
+        kind: the component's class.
         parent, name: where in the transformers model it stands.
         hook_in, hook_out: its hooks at the rim, on what goes into and comes out of the wrapped module.
         can_be_left_out: whether the wrapped module computes the same.
@@ -150,6 +150,7 @@ class _Wrapper:
 
     component: Any
     module: Any
+    kind: type
     parent: nn.Module
     name: str
     hook_in: HookPoint
@@ -250,10 +251,11 @@ def _parts(model: TransformerBridge) -> _Parts:
 
 
 def _is_as_listed(parts: _Parts) -> bool:
-    """Tell whether every component is still in its place, around the module that it was around."""
+    """Tell whether every component is still in its place, of its class, and around the module that it was around."""
     return parts.is_in_use or all(
         wrapper.parent._modules.get(wrapper.name) is wrapper.component
         and wrapper.component.original_component is wrapper.module
+        and type(wrapper.component) is wrapper.kind
         for wrapper in parts.wrappers
     )
 
@@ -312,7 +314,19 @@ def _add_part(
         parts.splits.append((number, _Split(component, ("gate", "in"), component.split_gate_up_matrix)))
         _hear_inside(parts, number, component._modules.get("gate_up"))
     parts.wrappers.append(
-        _Wrapper(component, module, parent, name, hook_in, hook_out, can_be_left_out, layer, holders, delegates)
+        _Wrapper(
+            component,
+            module,
+            type(component),
+            parent,
+            name,
+            hook_in,
+            hook_out,
+            can_be_left_out,
+            layer,
+            holders,
+            delegates,
+        )
     )
 
 
@@ -328,6 +342,12 @@ def _hear_inside(parts: _Parts, number: int, joint: Any) -> None:
     """Count the hooks of a joint projection, which the bridge splits and never calls, as inside its component."""
     if joint is not None:
         parts.inside |= {id(joint.hook_in): number, id(joint.hook_out): number}
+
+
+def _is_patched(wrapper: _Wrapper) -> bool:
+    """Tell whether somebody gave a component or its module a `forward` of its own; accelerate's only brings weights."""
+    owners = (vars(wrapper.component), vars(wrapper.module))
+    return any("forward" in own and "_hf_hook" not in own for own in owners)
 
 
 def _put_back(left_out: list[_Wrapper], handles: list[RemovableHandle]) -> None:

@@ -16,11 +16,12 @@ A new probe is a class with a name, its sites and a `reduce`:
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -42,6 +43,7 @@ from melens.metrics import (
 
 __all__ = [
     "ATTENTION_ON_KEYS",
+    "AbsMax",
     "AbsMedian",
     "AttentionEntropy",
     "AttentionMaps",
@@ -79,6 +81,7 @@ class Batch:
     lengths: tuple[int, ...]
     prompts: tuple[int, ...]
     _weights_after: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _columns: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
     def is_token(self) -> Bool[Tensor, "batch pos"]:
@@ -94,12 +97,22 @@ class Batch:
             self._weights_after[key] = later / later.sum(dim=-1, keepdim=True)
         return self._weights_after[key]
 
+    def columns_of(self, positions: tuple[int, ...]) -> Int[Tensor, "batch position"]:
+        """The columns of positions, of which negative ones count from each prompt's own end; -1 where it has none."""
+        if positions not in self._columns:
+            ends = torch.tensor(self.lengths)[:, None]
+            wanted = torch.tensor(positions)[None, :]
+            columns = torch.where(wanted < 0, ends + wanted, wanted)
+            columns = torch.where((columns < 0) | (columns >= ends), -1, columns)
+            self._columns[positions] = columns.to(self.tokens.device)
+        return self._columns[positions]
+
 
 class Probe(ABC):
     """A reduction of activations, fed as they pass in `melens.trace`.
 
     Attributes:
-        name: of its table (or tensor) in the trace.
+        name: of its table (or tensor) in the trace; `named` gives another to a second probe of the class.
         sites: hook names within a block (`"hook_resid_post"`, `"ln2.hook_out"`), full hook names
             (`"blocks.0.hook_resid_pre"`), or `ATTENTION_ON_KEYS`.
         index: what the dimensions after the batch of each returned tensor run over: `"pos"` is the token's position,
@@ -110,7 +123,7 @@ class Probe(ABC):
         may_miss: a hook that does not fire in this model leaves a gap; otherwise it is an error.
     """
 
-    name: ClassVar[str]
+    name: str
     sites: tuple[str, ...]
     index: tuple[str, ...] = ()
     keys: tuple[int, ...] = ()
@@ -136,6 +149,12 @@ class Probe(ABC):
         """
         return reduced
 
+    def named(self, name: str) -> Probe:
+        """Return the probe under another name, so that two of one class can be traced together."""
+        probe = copy.copy(self)
+        probe.name = name
+        return probe
+
 
 class Norms(Probe):
     """L2 norm by layer and position: figures 1, 2, 5a, 10 and 11-20."""
@@ -151,7 +170,7 @@ class Norms(Probe):
         self.sites = tuple(sites)
         self.layers = layers
 
-    def reduce(self, activation: Float[Tensor, "batch pos d"], batch: Batch) -> dict[str, Tensor]:
+    def reduce(self, activation: Float[Tensor, "batch pos *d"], batch: Batch) -> dict[str, Tensor]:
         return {"norm": l2_norm(activation)}
 
 
@@ -187,6 +206,19 @@ class LargestActivations(Probe):
         return {name: values.flatten(2) for name, values in entries.items()}
 
 
+class AbsMax(Probe):
+    """The largest |h| of each token: by it every massive token is found, however many there are."""
+
+    name = "abs_max"
+    index = ("pos",)
+
+    def __init__(self, sites: Sequence[str] = ("hook_resid_post",)):
+        self.sites = tuple(sites)
+
+    def reduce(self, activation: Float[Tensor, "batch pos d"], batch: Batch) -> dict[str, Tensor]:
+        return {"abs_max": abs_max(activation)}
+
+
 class AbsMedian(Probe):
     """The median of |h| over all tokens and dims of a hidden state: the other half of the criterion for "massive"."""
 
@@ -207,7 +239,8 @@ class AbsMedian(Probe):
 class TokenVectors(Probe):
     """The vectors of chosen positions at one site, `[prompt, layer, pos, dim]`: figures 5b and 5c.
 
-    A prompt shorter than a position has NaN there; of keys, queries and values the heads come one after the other.
+    Negative positions count from each prompt's own end: -1 is its last token. A prompt shorter than a position has NaN
+    there; of keys, queries and values the heads come one after the other.
     """
 
     name = "token_vectors"
@@ -219,17 +252,14 @@ class TokenVectors(Probe):
         self.sites = (site,)
 
     def reduce(self, activation: Float[Tensor, "batch pos *d"], batch: Batch) -> dict[str, Tensor]:
-        last = activation.shape[1] - 1
-        vectors = [activation[:, min(position, last)].flatten(1) for position in self.positions]
-        return {"vector": torch.stack(vectors, dim=1)}
+        columns = batch.columns_of(self.positions).to(activation.device)
+        rows = torch.arange(len(columns), device=activation.device)[:, None]
+        return {"vector": activation[rows, columns].flatten(2)}
 
     def finish(self, reduced: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         vectors = reduced["vector"].float()
-        for row, length in enumerate(batch.lengths):
-            for column, position in enumerate(self.positions):
-                if position >= length:
-                    vectors[:, row, column] = float("nan")
-        return {"vector": vectors}
+        missing = (batch.columns_of(self.positions) < 0).to(vectors.device)
+        return {"vector": vectors.masked_fill(missing[None, :, :, None], float("nan"))}
 
 
 def _checked_keys(key: int) -> tuple[int, ...]:

@@ -24,11 +24,13 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
+from melens.batching import forget_longest, measured, rule_of
 from melens.errors import MelensError
 from melens.lean import any_hooks, lean_forward
 from melens.networks import base_of
 from melens.probes import (
     ATTENTION_ON_KEYS,
+    AbsMax,
     AbsMedian,
     Batch,
     LargestActivations,
@@ -127,7 +129,8 @@ def trace(
         prompts: texts, or token ids, one `[pos]` tensor each.
         probes: what to measure; by default all that `find_me_layer` needs, as far as the model has it.
         bos: whether to prepend BOS to texts: `"auto"` does as the model's own tokenizer.
-        max_batch_tokens: prompts of similar length share a forward pass up to this many tokens, padding included.
+        max_batch_tokens: prompts of similar length share a forward pass up to this many tokens, padding included, where
+            each then gets the numbers that it has alone (`melens.batching`).
         progress: called after each batch.
 
     Raises:
@@ -138,15 +141,21 @@ def trace(
         raise MelensError(f"max_batch_tokens is {max_batch_tokens}; it must be at least 1.")
     names = [probe.name for probe in probes]
     if len(set(names)) < len(names):
-        raise MelensError(f"Two probes have the same name: {', '.join(names)}.")
+        twice = next(name for name in names if names.count(name) > 1)
+        raise MelensError(f"Two probes have the name {twice!r}: give one another, probe.named('{twice}_2').")
     texts, tokens = _as_tokens(model, prompts, bos)
     recorder = _Recorder(probes)
     total = sum(map(len, tokens))
     with torch.no_grad():
+        rule = measured(model.original_model, rule_of(model.original_model))
+        groups = rule.groups([len(ids) for ids in tokens], max_batch_tokens=max_batch_tokens)
         with _listening(model, probes, recorder):
             network = _network(model, recorder.expected)
-            for batch in _batches(tokens, max_batch_tokens, device=model.cfg.device):
+            for rows in groups:
+                batch = _pad(tokens, rows, model.cfg.device)
                 recorder.begin(batch)
+                if rule.remembers:
+                    forget_longest(network)
                 if progress is not None:
                     progress(recorder.n_tokens, total)
                 network(input_ids=batch.tokens, use_cache=False)
@@ -166,7 +175,7 @@ def default_probes(model: TransformerBridge) -> list[Probe]:
     A parallel block has no `ln2`, a state-space block no attention.
     """
     places = _Places.of(model)
-    probes: list[Probe] = [Norms(), LargestActivations(), AbsMedian(), TokenVectors(), SinkMass()]
+    probes: list[Probe] = [Norms(), LargestActivations(), AbsMax(), AbsMedian(), TokenVectors(), SinkMass()]
     for probe in probes:
         probe.may_miss = True
         probe.sites = tuple(site for site in probe.sites if places.of_site(site))
@@ -227,22 +236,6 @@ def _describe_prompts(model: TransformerBridge, texts: list[Prompt], tokens: lis
             "first_token_id": firsts,
         }
     )
-
-
-_MAX_PADDING = 0.25  # of a batch
-
-
-def _batches(tokens: list[_Tokens], max_batch_tokens: int, device: Any) -> Iterator[Batch]:
-    """Group prompts of similar length, shortest first, so that little of a batch is padding."""
-    rows: list[int] = []
-    for row in sorted(range(len(tokens)), key=lambda row: len(tokens[row])):
-        padded = (len(rows) + 1) * len(tokens[row])
-        real = sum(len(tokens[r]) for r in (*rows, row))
-        if rows and (padded > max_batch_tokens or real < (1 - _MAX_PADDING) * padded):
-            yield _pad(tokens, rows, device)
-            rows = []
-        rows.append(row)
-    yield _pad(tokens, rows, device)
 
 
 def _pad(tokens: list[_Tokens], rows: list[int], device: Any) -> Batch:
@@ -395,9 +388,12 @@ class _Recorder:
                 continue
             probe, first = heard[0][0].probe, heard[0][1]
             device = next(iter(first.values())).device
+            _check_alike(probe, heard)
             stacked = {key: torch.stack([reduced[key].to(device) for _, reduced in heard]) for key in first}
             places = [(listener.site, listener.layer) for listener, _ in heard]
-            finished.append((name, places, probe.finish(stacked, batch)))
+            quantities = probe.finish(stacked, batch)
+            _check_dims(probe, quantities, len(places), batch)
+            finished.append((name, places, quantities))
             heard.clear()
         on_cpu = [{key: _start_transfer(values) for key, values in quantities.items()} for _, _, quantities in finished]
         for device in {values.device for _, _, quantities in finished for values in quantities.values()}:
@@ -435,6 +431,33 @@ class _Recorder:
         for chunk in chunks:
             whole[list(chunk.batch.prompts)] = torch.from_numpy(chunk.quantities[quantity]).float().transpose(0, 1)
         return whole
+
+
+def _check_alike(probe: Probe, heard: Sequence[tuple[_Listener, dict[str, Tensor]]]) -> None:
+    """Raise a `MelensError` where a probe's results at two places cannot lie in one table."""
+    first, of_first = heard[0]
+    for listener, reduced in heard[1:]:
+        for name, values in reduced.items():
+            if of_first[name].shape != values.shape:
+                raise MelensError(
+                    f"The probe {probe.name!r} returns {name!r} of shape {list(of_first[name].shape)} at {first.site!r} "
+                    f"in block {first.layer} and of shape {list(values.shape)} at {listener.site!r} in block "
+                    f"{listener.layer}: trace these places with a probe each."
+                )
+
+
+def _check_dims(probe: Probe, quantities: Mapping[str, Tensor], n_places: int, batch: Batch) -> None:
+    """Raise a `MelensError` where the dimensions of a probe's results are not those that its index names."""
+    n_rows, n_pos = batch.tokens.shape
+    for name, values in quantities.items():
+        named = dict(zip(probe.index, values.shape[2:], strict=False))
+        is_of_batch = tuple(values.shape[:2]) == (n_places, n_rows)
+        reaches_over_tokens = named.get("pos", n_pos) == n_pos or probe.kind == "tensor"
+        if values.ndim != 2 + len(probe.index) or not is_of_batch or not reaches_over_tokens:
+            raise MelensError(
+                f"The probe {probe.name!r} returns {name!r} of shape {list(values.shape[1:])} for {n_rows} prompts of "
+                f"up to {n_pos} tokens; its index {list(probe.index)} must name each dimension after the prompts'."
+            )
 
 
 def _start_transfer(values: Tensor) -> Tensor:

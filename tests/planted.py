@@ -43,6 +43,17 @@ SMALL: dict[str, Any] = {
     "pad_token_id": 0,
 }
 GPT2: dict[str, Any] = {"vocab_size": 200, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 64}
+FALCON: dict[str, Any] = {
+    "vocab_size": 200,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "multi_query": True,
+    "parallel_attn": True,
+    "alibi": False,
+    "bias": False,
+    "new_decoder_architecture": False,
+}
 _EXPERTS: dict[str, Any] = {
     "num_experts": 4,
     "num_experts_per_tok": 2,

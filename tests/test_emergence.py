@@ -49,6 +49,35 @@ def test_a_token_that_is_not_planted_stays_ordinary():
     assert melens.find_me_layer(melens.trace(bridge(network), prompts_with(TOKEN + 1, 0))).layer is None
 
 
+def test_all_massive_tokens_are_found_however_many():
+    network = plain_model("llama")
+    plant(network, block=2, token=TOKEN, dim=DIM)
+    (prompt,) = prompts_with(TOKEN, 0, n=1)
+    ordinary = [token for token in prompt.tolist() if token != TOKEN]
+    many = torch.tensor([TOKEN] * 12 + ordinary)
+    trace = melens.trace(bridge(network), [many])
+    me = melens.find_me_layer(trace)
+    massive = melens.massive_activations(trace).query("layer == 2")
+    assert sorted(massive["pos"].unique()) == sorted(me.positions) == list(range(12))
+    assert me.dims == (DIM,)
+    norms = trace["norm"].query("site == 'hook_resid_post'").pivot(index="layer", columns="pos", values="norm")
+    rises = (norms.loc[2] / norms.loc[1]).to_numpy()
+    assert me.relative_magnification == pytest.approx(me.magnification / rises[12:].mean(), rel=1e-5)
+    assert me.relative_magnification > 100
+
+
+def test_the_me_layer_is_the_most_frequent_block_also_without_a_majority():
+    network = plain_model("llama")
+    for block, token in ((1, 7), (2, 8), (3, 9)):
+        plant(network, block=block, token=token, dim=DIM, source_dim=block)
+    firsts = [7, 8, 8, 9, 7, 8, 9]
+    me = melens.find_me_layer(
+        melens.trace(bridge(network), [torch.tensor([first, 20, 30, 40, 50]) for first in firsts])
+    )
+    assert me.layer == 2
+    assert me.reason == "First massive at block 2 in 3 of 7 prompts (block 1 in 2, block 3 in 2)."
+
+
 def test_a_massive_activation_in_few_prompts_is_no_me_layer():
     network = plain_model("llama")
     plant(network, block=1, token=TOKEN, dim=DIM)

@@ -1,12 +1,28 @@
 """Every probe against the same quantity from `run_with_cache` on the eager bridge and from transformers itself."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
-from planted import FAMILIES, GPT2, N_LAYERS, OTHERS, SMALL, VOCABULARY, bridge, gains_apart, other_model, plain_model
+from peft import LoraConfig, inject_adapter_in_model
+from planted import (
+    FALCON,
+    FAMILIES,
+    GPT2,
+    N_LAYERS,
+    OTHERS,
+    SMALL,
+    VOCABULARY,
+    bridge,
+    gains_apart,
+    other_model,
+    plain_model,
+)
 
 import melens
 from melens import MelensError, Probe
+from melens.networks import plain_twin
 from melens.probes import ATTENTION_ON_KEYS
 
 LENGTHS = (23, 9, 16)
@@ -467,6 +483,113 @@ def test_logits_are_computed_when_a_probe_listens_to_them():
     assert melens.trace(bridge(network), [prompt], [Top()])["top"].token.tolist() == expected.tolist()
 
 
+class Total(Probe):
+    """Has a dimension less than its index says."""
+
+    name = "total"
+    sites = ("hook_resid_post",)
+    index = ("pos",)
+
+    def reduce(self, activation, batch):
+        return {"total": activation.sum((1, 2))}
+
+
+def test_two_probes_of_one_class_are_traced_together():
+    model, prompts = bridge(plain_model("llama")), some_prompts()
+    probes = [melens.Norms(("ln1.hook_out",)), melens.Norms(("ln2.hook_out",)).named("norm_2")]
+    both = melens.trace(model, prompts, probes)
+    for name, site in (("norm", "ln1.hook_out"), ("norm_2", "ln2.hook_out")):
+        alone = melens.trace(model, prompts, [melens.Norms((site,))])["norm"]
+        assert both[name].equals(alone)
+
+
+def test_negative_positions_count_from_each_prompts_own_end():
+    model, prompts = bridge(plain_model("llama")), some_prompts()
+    probe = melens.TokenVectors((0, -1, -12))
+    vectors = melens.trace(model, prompts, [probe]).tensors["token_vectors"]
+    for row, prompt in enumerate(prompts):
+        alone = melens.trace(model, [prompt], [melens.TokenVectors((0, len(prompt) - 1))]).tensors["token_vectors"][0]
+        close(vectors[row, :, :2], alone)
+    assert torch.isnan(vectors[1, :, 2]).all()  # of nine tokens
+    assert torch.isfinite(vectors[[0, 2], :, 2]).all()
+
+
+@torch.no_grad()
+def test_attention_that_calls_no_attention_function_stays_as_it_is():
+    model = melens.load_model("random", model_type="falcon", config=FALCON)
+    network = plain_twin(model)
+    prompts = some_prompts((30, 19))
+    trace = melens.trace(model, prompts, [melens.Norms(("hook_resid_post",)), melens.SinkMass()])
+    for prompt, ids in enumerate(prompts):
+        network.config._attn_implementation = "eager"
+        seen = network(ids[None], output_attentions=True, output_hidden_states=True)
+        states, attentions = seen.hidden_states[1:-1], seen.attentions[:-1]  # the last state is normalised
+        for layer, (state, attention) in enumerate(zip(states, attentions, strict=True)):
+            close(rows(trace["norm"], prompt=prompt, layer=layer).norm.to_numpy(), state[0].norm(dim=-1))
+            sinks = rows(trace["sink_mass"], prompt=prompt, layer=layer).sink_mass.to_numpy()
+            close(sinks, attention[0, :, 1:, 0].mean(-1))
+
+
+def add_adapter(model):
+    config = LoraConfig(r=4, target_modules=["down_proj._original_component"], init_lora_weights=False)
+    inject_adapter_in_model(config, model.original_model)
+
+
+def set_another_projection(model):
+    projection = copy.deepcopy(model.blocks[1].mlp.out.original_component)
+    projection.weight.data *= 2
+    model.blocks[1].mlp.out.set_original_component(projection)
+
+
+def override_forward(model):
+    projection = model.blocks[1].mlp.out  # a bridge hands what is set on a component on to its module
+    own = projection.original_component.forward
+    projection.forward = lambda *args, **kwargs: 2 * own(*args, **kwargs)
+
+
+def override_components_forward(model):
+    attention = model.blocks[1].attn
+    own = attention.forward
+
+    def doubled(*args, **kwargs):
+        output, *rest = own(*args, **kwargs)
+        return 2 * output, *rest
+
+    vars(attention)["forward"] = doubled
+
+
+def put_in_a_class_of_ones_own(model):
+    class Doubled(type(model.blocks[1].attn)):
+        def forward(self, *args, **kwargs):
+            output, *rest = super().forward(*args, **kwargs)
+            return 2 * output, *rest
+
+    model.blocks[1].attn.__class__ = Doubled
+
+
+@pytest.mark.parametrize(
+    "change",
+    [add_adapter, set_another_projection, override_forward, override_components_forward, put_in_a_class_of_ones_own],
+    ids=lambda change: change.__name__,
+)
+@pytest.mark.parametrize("is_traced_before", [True, False])
+def test_what_is_changed_in_a_model_is_what_a_trace_sees(change, is_traced_before):
+    model, (prompt,) = bridge(plain_model("llama")), some_prompts((15,))
+
+    def norms():
+        return melens.trace(model, [prompt], [melens.Norms(("hook_resid_post",))])["norm"]
+
+    before = norms() if is_traced_before else None
+    change(model)
+    with torch.no_grad():
+        _, cache = model.run_with_cache(prompt[None])
+    after = norms()
+    for layer in range(N_LAYERS):
+        close(rows(after, layer=layer).norm.to_numpy(), cache[f"blocks.{layer}.hook_resid_post"][0].norm(dim=-1))
+    if before is not None:
+        assert (rows(after, layer=1).norm / rows(before, layer=1).norm - 1).abs().max() > 0.01
+
+
 def test_a_trace_survives_saving(tmp_path):
     trace = melens.trace(bridge(plain_model("llama")), some_prompts())
     trace.save(tmp_path / "trace")
@@ -485,8 +608,13 @@ def test_a_trace_survives_saving(tmp_path):
     [
         (lambda model: melens.trace(model, []), "at least one prompt"),
         (lambda model: melens.trace(model, ["a text"]), "no tokenizer"),
-        (lambda model: melens.trace(model, some_prompts(), [melens.Norms(), melens.Norms()]), r"Norms|probe\.named\('norm_2'\)"),
-        (lambda model: melens.trace(model, some_prompts(), [melens.Norms(("attn.hook_v",))]), "its index \\['pos'\\] must name each"),
+        (lambda model: melens.trace(model, some_prompts(), [melens.Norms(), melens.Norms()]), r"named\('norm_2'\)"),
+        (lambda model: melens.trace(model, some_prompts(), [melens.Norms(("attn.hook_v",))]), "name each dimension"),
+        (lambda model: melens.trace(model, some_prompts(), [Total()]), "name each dimension"),
+        (
+            lambda model: melens.trace(model, some_prompts(), [melens.Norms(("attn.hook_q", "attn.hook_k"))]),
+            "trace these places with a probe each",
+        ),
         (lambda model: melens.trace(model, some_prompts(), [melens.Norms(("hook_nope",))]), "'hook_nope'"),
         (lambda model: melens.trace(model, some_prompts(), max_batch_tokens=0), "at least 1"),
         (lambda model: melens.trace(model, some_prompts())["nope"], "no table 'nope'"),
