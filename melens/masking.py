@@ -24,6 +24,7 @@ from melens.emergence import Criterion
 from melens.errors import MelensError
 from melens.metrics import abs_max, abs_median
 from melens.networks import Block, Network
+from melens.replay import is_replayed
 
 __all__ = ["Factors", "InstalledMask", "TokenFinder"]
 
@@ -70,19 +71,22 @@ class _Call:
             return 0
         if hidden.ndim != 3 or hidden.shape[1] > self.n_tokens:
             raise MelensError(
-                f"A masked block gets a hidden state of shape {list(hidden.shape)} for {self.n_tokens} tokens: a WeMask "
-                "cannot tell token 0 in it."
+                f"A masked block gets a hidden state of shape {list(hidden.shape)} for {self.n_tokens} tokens: a "
+                "WeMask cannot tell token 0 in it."
             )
         return self.n_tokens - hidden.shape[1]
 
     def where_in(self, hidden: Float[Tensor, "batch pos d"]) -> tuple[Any, ...] | None:
         """Index the tokens in what a block is given; None where it is given none of them."""
         left_out = self.n_left_out(hidden)
-        if self.where is None or left_out == 0:
+        if self.where is None or len(self.where) == 1:  # none, or all
             return self.where
         rows, columns = self.where
         if isinstance(columns, int):
             return (rows, columns - left_out) if columns >= left_out else None
+        rows, columns = rows.to(hidden.device), columns.to(hidden.device)  # of a model on several GPUs
+        if left_out == 0:
+            return rows, columns
         given = columns >= left_out
         return (rows[given], columns[given] - left_out) if given.any() else None
 
@@ -354,10 +358,9 @@ class InstalledMask:
         call = self._calls.pop(threading.get_ident(), None)
         if call is None or call.where is None or output is None:
             return
-        # A block whose forward is replaced, as when recorded outputs are replayed, has nothing to mask.
         missed = [
-            layer for layer, block in self._expected if layer not in call.masked and "forward" not in block.__dict__
-        ]
+            layer for layer, block in self._expected if layer not in call.masked and not is_replayed(block)
+        ]  # a block that hands on what was recorded has nothing to mask
         if missed:
             raise MelensError(
                 f"The mask did not reach block {missed[0]}, though it is installed there: its hooks were taken off, or "
