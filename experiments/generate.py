@@ -21,6 +21,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from experiments.masks import only_mask_of
 from experiments.study import Study
 from melens import MelensError, Probe, Prompt, WeMask
+from melens.devices import input_device
 from melens.prompts import tokenize
 from melens.results import Result
 
@@ -229,7 +230,7 @@ def write(
         The new tokens, and the float32 logits from which each was chosen.
     """
     network: Any = model.original_model
-    device = network.get_input_embeddings().weight.device
+    device = input_device(network)
     inputs = torch.tensor([ids], device=device)
     sample = generation.sample and forced is None
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

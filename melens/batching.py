@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from melens.devices import input_device
 from melens.networks import base_of
 
 __all__ = ["BatchRule", "forget_longest", "measured", "relative_error", "rule_of", "tolerance_of"]
@@ -146,10 +147,10 @@ def _measure(network: Any, rule: BatchRule) -> BatchRule:
     long = min(long, getattr(network.config.get_text_config(), "max_position_embeddings", None) or long)
     if not rule.may_share((short, long)):
         short = long
-    embedding = network.get_input_embeddings().weight
+    vocabulary = len(network.get_input_embeddings().weight)
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(len(embedding) // 2, (2, long), generator=generator)  # images' ids are among the last
-    base, tokens = base_of(network), tokens.to(embedding.device)
+    tokens = torch.randint(vocabulary // 2, (2, long), generator=generator)  # images' ids are among the last
+    base, tokens = base_of(network), tokens.to(input_device(network))
 
     def final(rows: Int[Tensor, "row pos"]) -> Float[Tensor, "row pos d"]:
         if rule.remembers:
