@@ -20,6 +20,7 @@ import melens
 from experiments.options import experiments_of
 from melens import Criterion, Emergence, MelensError, Probe, Prompt, Trace
 from melens.cache import store_for
+from melens.devices import placement
 from melens.normalization import has_normalization, read_normalization
 from melens.prompts import tokenize
 from melens.results import Result
@@ -167,7 +168,8 @@ def begin_study(
         if kept_in is not None:
             with suppress(OSError):  # another job was faster, or the cache cannot be written to
                 trace.save(kept_in)
-    trace = replace(trace, model=trace.model | {"family": cfg.model.get("family")})
+    told = {"family": cfg.model.get("family"), "placement": placement(model.original_model)}
+    trace = replace(trace, model=trace.model | told)
     me = melens.find_me_layer(trace, Criterion(**cfg.criterion))
     return Study(model, tokens, cfg, trace, me, stage, folder)
 

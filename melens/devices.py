@@ -18,6 +18,7 @@ from accelerate.utils import align_module_device, has_offloaded_params
 from torch import nn
 
 __all__ = [
+    "computing_device",
     "dispatch_like",
     "has_all_weights",
     "input_device",
@@ -45,9 +46,13 @@ def placement(network: Any) -> dict[str, float]:
 
 def input_device(network: Any) -> torch.device:
     """Return the device that token ids must be on: where the embedding is looked up."""
-    embedding = network.get_input_embeddings()
-    device: torch.device = next(embedding.parameters()).device
-    hooks = [vars(module)["_hf_hook"] for module in embedding.modules() if "_hf_hook" in vars(module)]
+    return computing_device(network.get_input_embeddings())
+
+
+def computing_device(module: nn.Module) -> torch.device:
+    """Return the device that a module computes on: its weights', or the one that they are fetched to."""
+    device: torch.device = next(module.parameters()).device
+    hooks = [vars(part)["_hf_hook"] for part in module.modules() if "_hf_hook" in vars(part)]
     return torch.device(hooks[0].execution_device) if device.type == "meta" and hooks else device
 
 
