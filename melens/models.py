@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -24,16 +26,21 @@ import psutil
 import torch
 import transformers
 import yaml
+from accelerate.utils import convert_file_size_to_int
 from filelock import FileLock
 from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformer_lens.model_bridge.sources._bridge_builder import detect_tokenizer_bos_eos
 from transformer_lens.model_bridge.sources._hf_format import determine_architecture_from_hf_config
+from transformer_lens.model_bridge.sources.transformers.helpers import get_hf_model_class_for_architecture
+from transformer_lens.utilities.multi_gpu import count_unique_devices
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import cached_file
 
 from melens.cache import cache_folder
+from melens.checkpoints import load_network
+from melens.devices import input_device
 from melens.errors import MelensError
 from melens.gates import GATE_FILE, load_gates
 from melens.networks import open_network
@@ -61,6 +68,9 @@ class ModelSpec:
         device: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`.
         dtype: `"auto"` (the checkpoint's), `"float32"`, `"bfloat16"`, `"float16"`.
         device_map: for a model larger than one GPU: `"auto"`, `"balanced"`, or a transformers device map.
+        max_memory: how much of each place the weights may take, by GPU number and `"cpu"`, as in
+            `{0: "40GB", "cpu": "90GB"}`; what fits nowhere stays on disk, and is read whenever it is needed.
+        offload_folder: where such weights are written that cannot be read from the checkpoint's own files.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run code that comes with the checkpoint.
         model_type, config, seed: of a random model: transformers' model type, its config's fields, and the seed.
@@ -75,6 +85,8 @@ class ModelSpec:
     device: str = "auto"
     dtype: str = "auto"
     device_map: str | dict[str, Any] | None = None
+    max_memory: dict[int | str, Any] | None = None
+    offload_folder: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
     model_type: str | None = None
@@ -164,6 +176,8 @@ def _resolve(name: str, overrides: dict[str, Any]) -> ModelSpec:
             f"There is no model {name!r}; the nearest known are {', '.join(close)}, "
             "or give a hub id (org/model) or a local folder."
         )
+    if spec.source == "random" and (spec.device_map is not None or spec.max_memory is not None):
+        raise MelensError("A random model is made on one device: leave model.device_map and model.max_memory out.")
     if spec.dtype != "auto" and spec.dtype not in DTYPES:
         raise MelensError(f"model.dtype is {spec.dtype!r}; allowed are auto, {', '.join(DTYPES)}.")
     return spec
@@ -191,17 +205,33 @@ def _dtype(name: str, config: PreTrainedConfig) -> torch.dtype:
 
 def _read_config(path: str, spec: ModelSpec) -> PreTrainedConfig:
     folder = Path(path).expanduser()
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise MelensError(f"The folder {folder} holds no transformers model (it has no config.json).")
     is_path = path.startswith(("/", ".", "~")) or path.count("/") > 1
     if is_path and not folder.is_dir():
         raise MelensError(f"There is no folder {folder}.")
     if not is_path and not folder.is_dir() and _must_fetch(path, spec.revision):
         raise MelensError(_HUB_NOT_REACHABLE.format(path=path))
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        _refuse_adapter(path, spec)
+        raise MelensError(f"The folder {folder} holds no transformers model (it has no config.json).")
     try:
-        return AutoConfig.from_pretrained(path, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            path, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
     except (OSError, ValueError, KeyError) as error:
         raise MelensError(_explain_loading_error(path, error)) from error
+    _refuse_adapter(path, spec)
+    return config
+
+
+def _refuse_adapter(path: str, spec: ModelSpec) -> None:
+    """Raise for PEFT's adapter, with which transformers would load a base model of its own choice, bridge unaware."""
+    if (file := _beside(path, "adapter_config.json", spec)) is None:
+        return
+    base = json.loads(file.read_text("utf-8")).get("base_model_name_or_path")
+    raise MelensError(
+        f"{path} holds an adapter for {base}, not a model: merge the two with PEFT's merge_and_unload(), save the "
+        "merged model, and give its folder."
+    )
 
 
 _HUB_NOT_REACHABLE = (
@@ -242,7 +272,7 @@ def _explain_loading_error(path: str, error: BaseException) -> str:
         return f"{path} is of a model type that the installed transformers does not know."
     if kinds & {"ConnectError", "ConnectTimeout", "OfflineModeIsEnabled", "LocalEntryNotFoundError", "ProxyError"}:
         return _HUB_NOT_REACHABLE.format(path=path)
-    return f"{path} could not be loaded: {str(error).splitlines()[0]}"
+    return f"{path} could not be loaded: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _check_architecture(config: PreTrainedConfig, name: str) -> None:
@@ -252,6 +282,19 @@ def _check_architecture(config: PreTrainedConfig, name: str) -> None:
         architecture = (config.architectures or [config.model_type])[0]
     if architecture not in SUPPORTED_ARCHITECTURES:
         raise MelensError(f"{name} has the architecture {architecture}, which TransformerLens does not support.")
+    described = getattr(getattr(transformers, architecture, None), "config_class", None)
+    if described is not None and not isinstance(config, described):  # each would be taken for a part of the loading
+        raise MelensError(
+            f"The config.json of {name} names the architecture {architecture}, but its model_type is "
+            f"{config.model_type!r}, which is another: correct the one that is wrong."
+        )
+    needed = SUPPORTED_ARCHITECTURES[architecture].required_libraries
+    if missing := [library for library in needed if importlib.util.find_spec(library) is None]:
+        install = f"pip install {' '.join(missing)} torch=={torch.__version__}"  # pip would take another torch
+        raise MelensError(
+            f"{name} has the architecture {architecture}, for which TransformerLens needs {' and '.join(missing)}; "
+            f"melens installs nothing: `{install}` does."
+        )
 
 
 def _check_memory(
@@ -259,10 +302,16 @@ def _check_memory(
 ) -> None:
     with torch.device("meta"):
         try:
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
+            kind = get_hf_model_class_for_architecture(determine_architecture_from_hf_config(config))
+            skeleton = kind.from_config(config, trust_remote_code=spec.trust_remote_code)
         except ValueError:  # not a plain causal language model: the bridge picks its own class
             return
     needed = sum(parameter.numel() for parameter in skeleton.parameters()) * bytes_per_weight
+    if spec.max_memory is not None:
+        _check_max_memory(spec.max_memory, needed, spec.name)
+        return
+    if isinstance(spec.device_map, Mapping) and "disk" in spec.device_map.values():
+        return
     if device.type == "cuda":
         devices = range(torch.cuda.device_count()) if spec.device_map is not None else [device]
         free = sum(torch.cuda.mem_get_info(d)[0] for d in devices)
@@ -271,8 +320,46 @@ def _check_memory(
     if needed > free:
         raise MelensError(
             f"{spec.name} needs {needed / 1e9:.1f} GB for {purpose}, but {device} has {free / 1e9:.1f} GB free: choose "
-            "a smaller dtype, a smaller model, or several GPUs."
+            "a smaller dtype, a smaller model or several GPUs, or leave a part elsewhere by model.max_memory."
         )
+
+
+def _check_max_memory(max_memory: Mapping[Any, Any], needed: float | int, name: str) -> None:
+    """Fill the places as accelerate does, one after the other; the disk takes what is left."""
+    for place, limit in _by_place(max_memory).items():
+        share = min(limit, needed)
+        if place != "disk" and share > (free := _free_bytes(place)):
+            raise MelensError(
+                f"{name} would take {share / 1e9:.1f} GB of {place if place == 'cpu' else f'GPU {place}'}, which has "
+                f"{free / 1e9:.1f} GB free: set model.max_memory.{place} to less; the rest stays on disk."
+            )
+        needed -= share
+
+
+def _free_bytes(place: int | str) -> int:
+    if isinstance(place, str):
+        return int(psutil.virtual_memory().available)
+    if place >= torch.cuda.device_count():
+        raise MelensError(f"model.max_memory names GPU {place}, but this machine has {torch.cuda.device_count()} GPUs.")
+    return int(torch.cuda.mem_get_info(place)[0])
+
+
+def _by_place(max_memory: Mapping[Any, Any]) -> dict[int | str, int]:
+    """Return bytes by GPU number, "cpu" and "disk", in accelerate's order: GPUs before the CPU.
+
+    Raises:
+        MelensError: another place, or no number of bytes.
+    """
+    by_place: dict[int | str, int] = {}
+    for key, limit in max_memory.items():
+        place = int(key) if str(key).isdecimal() else str(key)
+        if isinstance(place, str) and place not in ("cpu", "disk"):
+            raise MelensError(f"model.max_memory names {key!r}; allowed are GPU numbers, cpu and disk.")
+        try:
+            by_place[place] = convert_file_size_to_int(limit)
+        except (ValueError, AttributeError):
+            raise MelensError(f"model.max_memory.{key} is {limit!r}; give bytes, or a size as 40GB or 500MB.") from None
+    return dict(sorted(by_place.items(), key=lambda item: (isinstance(item[0], str), item[0])))
 
 
 # --- Loading ----------------------------------------------------------------------------------------------------------
@@ -281,21 +368,33 @@ def _check_memory(
 def _boot(
     path: str, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, spec: ModelSpec
 ) -> TransformerBridge:
-    options = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
-    place = {"device": device} if spec.device_map is None else {"device_map": spec.device_map}
+    architecture = determine_architecture_from_hf_config(config)
     try:
-        tokenizer = _own_tokenizer(path, options)
-        if tokenizer is None:
-            device_map = spec.device_map or {"": device}
-            network = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, device_map=device_map, attn_implementation="eager", **options
-            )
-            return _bridge_without_tokenizer(network, spec.name)
-        bridge = TransformerBridge.boot_transformers(path, dtype=dtype, **place, **options)
-    except (OSError, ValueError) as error:
+        tokenizer = _own_tokenizer(path, spec)
+        network = load_network(
+            path,
+            config,
+            architecture,
+            dtype=dtype,
+            revision=spec.revision,
+            trust_remote_code=spec.trust_remote_code,
+            **_placement(spec, device),
+        )
+        bridge = _bridge(network, architecture, spec.name)
+    except MelensError:
+        raise
+    except (OSError, ValueError, ImportError) as error:
         raise MelensError(_explain_loading_error(path, error)) from error
-    _attach_tokenizer(bridge, tokenizer)
+    if tokenizer is not None:
+        _attach_tokenizer(bridge, tokenizer)
     return bridge
+
+
+def _placement(spec: ModelSpec, device: torch.device) -> dict[str, Any]:
+    """Return where `from_pretrained` is to put the weights."""
+    limits = None if spec.max_memory is None else _by_place(spec.max_memory)
+    device_map = spec.device_map or ({"": device} if limits is None else "auto")
+    return {"device_map": device_map, "max_memory": limits, "offload_folder": spec.offload_folder}
 
 
 def _beside(path: str, file: str, spec: ModelSpec) -> Path | None:
@@ -307,11 +406,11 @@ def _beside(path: str, file: str, spec: ModelSpec) -> Path | None:
     return None if found is None else Path(found)
 
 
-def _own_tokenizer(path: str, options: dict[str, Any]) -> Any:
+def _own_tokenizer(path: str, spec: ModelSpec) -> Any:
     folder = Path(path).expanduser()
     if folder.is_dir() and not any(folder.glob("*token*")):
         return None
-    return AutoTokenizer.from_pretrained(path, **options)
+    return AutoTokenizer.from_pretrained(path, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
 
 
 def _attach_tokenizer(bridge: TransformerBridge, tokenizer: Any) -> None:
@@ -331,7 +430,7 @@ def _random_model(spec: ModelSpec, device: torch.device) -> TransformerBridge:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(spec.seed)
         network = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
-    bridge = _bridge_without_tokenizer(network.eval(), spec.name)
+    bridge = _bridge(network.eval(), determine_architecture_from_hf_config(config), spec.name)
     if tokenizer is not None:
         _attach_tokenizer(bridge, tokenizer)
     return bridge
@@ -379,9 +478,12 @@ def _causal_lm_class(config: PreTrainedConfig) -> str:
         raise MelensError(f"model.model_type is {config.model_type!r}, which is no causal language model.") from None
 
 
-def _bridge_without_tokenizer(network: Any, name: str) -> TransformerBridge:
-    architecture = determine_architecture_from_hf_config(network.config)
-    bridge = build_bridge_from_module(network, architecture, hf_config=network.config, model_name=name)
+def _bridge(network: Any, architecture: str, name: str) -> TransformerBridge:
+    """Put a transformers model into a bridge without a tokenizer, whose setter would have it prepend BOS."""
+    bridge = build_bridge_from_module(
+        network, architecture, hf_config=network.config, model_name=name, device=input_device(network)
+    )
+    bridge.cfg.n_devices = count_unique_devices(network)
     return bridge.eval()
 
 

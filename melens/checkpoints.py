@@ -1,0 +1,134 @@
+"""A transformers model from a checkpoint that fills it.
+
+transformers gives random values to the weights that a checkpoint lacks, and tells it in a log alone. TransformerLens's
+`boot_transformers` runs `pip install torchvision` where a multimodal model comes without a processor. So the model is
+loaded here, and put into a bridge by `build_bridge_from_module`, which installs nothing:
+
+1. Lay the model out on the meta device, which reads the headers of the checkpoint alone.
+2. Refuse it where a weight is missing or has another shape; warn where the checkpoint holds more than the model uses.
+3. Load it, and check again: a quantised model cannot be laid out first.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
+from transformer_lens.model_bridge.sources.transformers.helpers import get_hf_model_class_for_architecture
+from transformer_lens.utilities.multi_gpu import find_misplaced_modules
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from melens.errors import MelensError
+
+__all__ = ["load_network"]
+
+
+def load_network(
+    path: str,
+    config: PreTrainedConfig,
+    architecture: str,
+    *,
+    dtype: torch.dtype,
+    device_map: str | dict[str, Any],
+    max_memory: dict[int | str, int] | None = None,
+    offload_folder: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a transformers model with eager attention, all of whose weights are the checkpoint's.
+
+    Args:
+        path: hub id or local folder.
+        config: of the model.
+        architecture: TransformerLens's name of it.
+        dtype: of the weights.
+        device_map: as transformers takes it; `{"": device}` for one device.
+        max_memory, offload_folder: as transformers takes them, for weights that stay in memory or on disk.
+        revision, trust_remote_code: as transformers takes them.
+
+    Raises:
+        MelensError: a checkpoint that cannot be read, lacks weights or has them in other shapes, or a device map that a
+            bridge does not run on.
+        OSError, ValueError, ImportError: as transformers raises them.
+    """
+    options = {"config": config, "dtype": dtype, "attn_implementation": "eager", "revision": revision}
+    options["trust_remote_code"] = trust_remote_code
+    cfg = build_bridge_config_from_hf(config, architecture, path, dtype)
+    adapter = ArchitectureAdapterFactory.select_architecture_adapter(cfg)
+    adapter.prepare_loading(path, options)
+    kind = get_hf_model_class_for_architecture(architecture)
+    if getattr(config, "quantization_config", None) is None:  # a quantiser may need the device
+        _load(kind, path, {"": "meta"}, options)
+    network = _load(kind, path, device_map, options | {"max_memory": max_memory, "offload_folder": offload_folder})
+    _check_placement(network, is_stateful=bool(getattr(adapter.cfg, "is_stateful", False)))
+    return network
+
+
+def _load(kind: Any, path: str, device_map: str | dict[str, Any], options: dict[str, Any]) -> PreTrainedModel:
+    network: PreTrainedModel
+    try:
+        network, info = kind.from_pretrained(
+            path, device_map=device_map, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except (SafetensorError, UnpicklingError, EOFError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise MelensError(f"The weights in {path} cannot be read ({reason}): fetch or save them again.") from error
+    except RuntimeError as error:
+        if "conversion of the weights" not in str(error):
+            raise
+        raise MelensError(
+            f"The weights in {path} cannot be joined to those of the model that its config.json describes, because "
+            "some are missing or have other shapes: fetch or save the checkpoint again."
+        ) from error
+    is_layout = device_map == {"": "meta"}
+    _check_weights(network, info, path, warn=not is_layout)
+    return network
+
+
+def _check_weights(network: PreTrainedModel, info: dict[str, Any], path: str, *, warn: bool) -> None:
+    """Compare what a checkpoint holds with what its model needs; transformers has taken out tied and ignorable keys."""
+    buffers = dict(network.named_buffers())
+    missing = sorted(
+        name
+        for name in info["missing_keys"]
+        if name not in buffers or buffers[name].is_floating_point()  # masks and indices are made anew
+    )
+    shapes = sorted(f"{name} ({list(found)} for {list(wanted)})" for name, found, wanted in info["mismatched_keys"])
+    parts = [f"{len(missing)} weights are missing ({_first(missing)})"] if missing else []
+    parts += [f"{len(shapes)} have other shapes ({_first(shapes)})"] if shapes else []
+    if parts:
+        raise MelensError(
+            f"{path} does not hold the model that its config.json describes: {' and '.join(parts)}; fetch or save the "
+            "checkpoint again, or correct its config.json."
+        )
+    # No reason to refuse: sound checkpoints hold layers that predict further tokens, value heads, old masks.
+    if warn and (more := sorted(info["unexpected_keys"])):
+        warnings.warn(
+            f"{path} holds {len(more)} weights that the model of its config.json does not use ({_first(more)}): what "
+            "is measured is the model without them.",
+            stacklevel=2,
+        )
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _check_placement(network: PreTrainedModel, *, is_stateful: bool) -> None:
+    """Raise for a distribution over devices that TransformerLens refuses in its own loading."""
+    devices = set(getattr(network, "hf_device_map", {}).values())
+    if is_stateful and len(devices) > 1:
+        raise MelensError(
+            "TransformerLens keeps a state-space model on one device: give model.device for a device map."
+        )
+    if misplaced := find_misplaced_modules(network):
+        module, wanted, found = misplaced[0]
+        raise MelensError(
+            f"model.device_map puts {module} on {wanted}, but its weights, shared with another module, are on {found}: "
+            "put both on one device."
+        )
