@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from melens.devices import computing_device
 from melens.errors import MelensError
 
 if TYPE_CHECKING:
@@ -84,10 +85,8 @@ def add_gates(network: Network, kind: str) -> None:
     if gates_of(network):
         raise MelensError("This model has gates already: training goes on with them if training.gate is none.")
     gates = {}
-    for layer, block in enumerate(network.blocks):
-        if block.attention is None:
-            continue
-        like: Any = _projections(block, layer)[1].weight
+    for layer in sorted(_gated_layers(network)):
+        like: Any = _projections(network.blocks[layer], layer)[1].weight
         n_gates = like.shape[1] if kind == "elementwise" else _n_heads(network)
         gates[layer] = Gate(like.new_zeros(n_gates, network.d_model))
     attach_gates(network, gates)
@@ -125,7 +124,7 @@ def load_gates(network: Network, file: Path) -> None:
     """Put saved gates on a model.
 
     Raises:
-        MelensError: a file that holds no gates of this model.
+        MelensError: a file that is not of this model, or does not hold the gates of all its blocks with attention.
     """
     try:
         weights = load_file(file)
@@ -135,10 +134,24 @@ def load_gates(network: Network, file: Path) -> None:
     by_layer = {}
     for name, weight in weights.items():
         layers = [int(part) for part in name.split(".") if part.isdecimal()]
-        if len(layers) != 1 or layers[0] >= len(network.blocks) or weight.shape[1] != network.d_model:
+        if not is_of_gate(name) or len(layers) != 1 or not _fits(network, layers[0], weight):
             raise MelensError(f"{file} holds gates of another model: {name} of shape {list(weight.shape)}.")
-        by_layer[layers[0]] = Gate(weight.to(like))
+        query = _projections(network.blocks[layers[0]], layers[0])[0]
+        by_layer[layers[0]] = Gate(weight.to(computing_device(query), like.dtype))
+    if lacking := sorted(_gated_layers(network) - by_layer.keys()):
+        raise MelensError(f"{file} lacks the gates of blocks {', '.join(map(str, lacking))}: save the model again.")
     attach_gates(network, by_layer)
+
+
+def _gated_layers(network: Network) -> set[int]:
+    return {layer for layer, block in enumerate(network.blocks) if block.attention is not None}
+
+
+def _fits(network: Network, layer: int, weight: Tensor) -> bool:
+    if layer not in _gated_layers(network):
+        return False
+    like: Any = _projections(network.blocks[layer], layer)[1].weight
+    return weight.shape in {(n_gates, network.d_model) for n_gates in (_n_heads(network), like.shape[1])}
 
 
 def _projections(block: Block, layer: int) -> tuple[nn.Module, nn.Module]:
