@@ -72,7 +72,12 @@ LENGTHS = [5, 9, 9, 12, 16, 17, 17, 21, 40, 40]
 
 
 def model(name, seed=0):
-    options = SMALL | MODELS[name]
+    return model_of(MODELS[name], seed)
+
+
+def model_of(options, seed=0):
+    """A tiny transformers model with random weights, from a model type and what differs from `SMALL`."""
+    options = SMALL | options
     config = AutoConfig.for_model(options.pop("model_type"), **options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

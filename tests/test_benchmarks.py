@@ -8,16 +8,17 @@ import pandas as pd
 import pytest
 import torch
 from planted import FAMILIES, VOCABULARY, bridge, gains_apart, plain_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from test_batching import EXPERTS, MODELS, model_of
 
 from melens import MelensError, WeMask
+from melens.batching import forget_longest
 from melens.benchmarks.catalog import BENCHMARKS, benchmarks_of
 from melens.benchmarks.data import read_rows
 from melens.benchmarks.language import Needle, answered, ask
 from melens.benchmarks.layout import lay_out
 from melens.benchmarks.refusals import count_by_label, judged_refusals, refuses
 from melens.benchmarks.scores import best_rates, summarise
-from melens.benchmarks.scoring import Scorer
+from melens.benchmarks.scoring import Scorer, _Row
 from melens.networks import plain_twin
 from melens.statistics import mcnemar_p
 
@@ -69,18 +70,116 @@ def test_a_batch_gives_what_single_rows_give(mask):
         torch.testing.assert_close(one.log_p, other.log_p, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("model_type", "shares"), [("bloom", False), ("llama", True)])
-def test_an_architecture_whose_rows_cannot_be_shared_is_noticed(model_type, shares):
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCABULARY}
-    config = AutoConfig.for_model(model_type, **sizes)
-    network = AutoModelForCausalLM.from_config(config).eval()
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
+HYBRIDS = {
+    "bloom": {"model_type": "bloom"},  # ALiBi
+    "lfm2": MODELS["lfm2"],
+    "falcon_h1": MODELS["falcon_h1"],
+    "bamba": MAMBA | {"model_type": "bamba", "attn_layer_indices": [1]},
+    "jamba": EXPERTS
+    | {
+        "model_type": "jamba",
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "use_mamba_kernels": False,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+    },
+    "qwen3_next": EXPERTS
+    | {
+        "model_type": "qwen3_next",
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+    "recurrent_gemma": {"model_type": "recurrent_gemma", "attention_window_size": 64, "lru_width": 32},
+}
+"""Whose blocks do not all go by a mask."""
+SHORT_SIGHTED = {
+    "llama4_text in chunks": {
+        "model_type": "llama4_text",
+        "num_local_experts": 2,
+        "attention_chunk_size": 8,
+        "intermediate_size_mlp": 48,
+    },
+    "gemma3_text with windows in some blocks": {
+        "model_type": "gemma3_text",
+        "sliding_window": 8,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 16,
+    },
+    "gpt_oss": EXPERTS | {"model_type": "gpt_oss", "sliding_window": 8},
+}
+TOLD_APART = {name: options for name, options in MODELS.items() if "both ways" not in name}
+
+
+def with_a_blind_first_question():
+    """Requests whose first question has choices of one token, with which no layout fails, and some longer ones."""
+    blind, long = [1, 2, 3, 4, 5], list(range(1, 30))
+    of_long = [(long[:length], choice) for length in (29, 19, 16) for choice in ([5, 6, 7], [9, 8])]
+    return [(blind, [6]), (blind, [7]), *requests_of(n_contexts=6, n_choices=3), *of_long]
+
+
+@torch.no_grad()
+def alone(network, request):
+    context, continuation = request
+    forget_longest(network)
+    logits = network(torch.tensor([[*context, *continuation[:-1]]])).logits[0].log_softmax(-1)
+    return logits[len(context) - 1 :][range(len(continuation)), continuation]
+
+
+@pytest.mark.parametrize(
+    "options", (found := HYBRIDS | SHORT_SIGHTED | TOLD_APART).values(), ids=[name.replace(" ", "-") for name in found]
+)
+def test_every_model_scores_choices_as_each_alone(options):
+    network, requests = model_of(options), with_a_blind_first_question()
+    together = Scorer(network, max_length=64).score(requests)
+    for request, scored in zip(requests, together, strict=True):
+        torch.testing.assert_close(scored.log_p, alone(network, request), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*HYBRIDS, "llama"])
+def test_a_model_whose_choices_cannot_share_a_row_is_noticed_by_choices_of_one_token_in_bf16(name):
+    network = model_of((HYBRIDS | MODELS)[name]).to(torch.bfloat16)
     scorer = Scorer(network, max_length=64)
-    requests = requests_of()
-    tried = scorer.score(requests)
-    assert scorer._shares is shares
-    apart = Scorer(network, max_length=64, share_contexts=False).score(requests)
-    for one, other in zip(tried, apart, strict=True):
-        torch.testing.assert_close(one.log_p, other.log_p, rtol=1e-4, atol=1e-4)
+    context = tuple(range(1, 12))
+    scorer.score([(context, [6]), (context, [7])])
+    rows = [_Row(context, [(6,), (7,)], [0, 1])]
+    assert len(scorer._laid_out(rows)) == (1 if name == "llama" else 2)
+
+
+@pytest.mark.parametrize("name", ["phi3 with longrope", "llama with dynamic rope"])
+def test_choices_on_both_sides_of_a_length_limit_score_as_each_alone(name):
+    network, long = model_of(MODELS[name]), list(range(1, 30))
+    requests = [(long, [5, 6, 7, 8]), (long, [8, 7, 6, 5])]  # which may share a row
+    requests += [(long[:12], [5, 6]), (long[:12], list(range(9, 18)))]
+    for request, scored in zip(requests, Scorer(network, max_length=64).score(requests), strict=True):
+        torch.testing.assert_close(scored.log_p, alone(network, request), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", SHORT_SIGHTED.values(), ids=["llama4", "gemma3", "gpt_oss"])
+def test_choices_share_a_row_within_chunks_and_windows(options):
+    rows = [_Row(tuple(range(1, length)), [(5, 6, 7), (7, 6, 5)], [0, 1]) for length in (5, 20)]
+    laid_out = Scorer(model_of(options), max_length=64)._laid_out(rows)
+    assert [len(row.requests) for row in laid_out] == [2, 1, 1]
+
+
+def test_a_longer_row_is_tried_anew():
+    network = model_of(MODELS["llama"])
+
+    def leak(module, args, output):
+        return output.cumsum(1) if output.shape[1] > 26 else output
+
+    network.model.layers[1].register_forward_hook(leak)
+    scorer = Scorer(network, max_length=64)
+    for length in (4, 30):
+        requests = [(list(range(1, length)), [5, 6, 7, 8]), (list(range(1, length)), [8, 7, 6, 5])]
+        for request, scored in zip(requests, scorer.score(requests), strict=True):
+            torch.testing.assert_close(scored.log_p, alone(network, request), rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_too_long_loses_tokens_on_the_left():
