@@ -102,10 +102,13 @@ def _check_weights(network: PreTrainedModel, info: dict[str, Any], path: str, *,
     parts = [f"{len(missing)} weights are missing ({_first(missing)})"] if missing else []
     parts += [f"{len(shapes)} have other shapes ({_first(shapes)})"] if shapes else []
     if parts:
-        raise MelensError(
+        told = (
             f"{path} does not hold the model that its config.json describes: {' and '.join(parts)}; fetch or save the "
             "checkpoint again, or correct its config.json."
         )
+        if getattr(network.config, "quantization_config", None) is None:
+            raise MelensError(told)
+        warnings.warn(told, stacklevel=2)  # a quantiser makes weights under names that no checkpoint has
     # No reason to refuse: sound checkpoints hold layers that predict further tokens, value heads, old masks.
     if warn and (more := sorted(info["unexpected_keys"])):
         warnings.warn(

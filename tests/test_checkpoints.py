@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import melens
-from melens import MelensError, models
+from melens import MelensError, checkpoints, models
 from melens.gates import GATE_FILE, add_gates, gates_of, load_gates, save_gates
 from melens.networks import open_network
 from melens.prompts import byte_tokenizer
@@ -214,6 +214,14 @@ def test_what_an_architecture_itself_ignores_is_not_told(tmp_path):
     }
     resave(tmp_path, lambda weights: weights.update(old))
     load(tmp_path)
+
+
+def test_a_quantised_checkpoint_is_told_of_and_not_refused(tmp_path):
+    network = plain_model("llama")
+    network.config.quantization_config = {"quant_method": "any"}
+    info = {"missing_keys": {"model.layers.0.mlp.scale"}, "mismatched_keys": set(), "unexpected_keys": set()}
+    with pytest.warns(UserWarning, match=r"1 weights are missing \(model.layers.0.mlp.scale\)"):
+        checkpoints._check_weights(network, info, str(tmp_path), warn=True)
 
 
 @pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", None])
