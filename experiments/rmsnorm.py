@@ -86,7 +86,8 @@ def _weight_norms(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _at_me_layer(study: Study, table: pd.DataFrame, options: DictConfig) -> dict[str, Any]:
-    at_ln2 = table[table["site"] == "ln2.hook_out"]
+    n_tokens = table["prompt"].map(study.trace.prompts.set_index("prompt")["n_tokens"])
+    at_ln2 = table[(table["site"] == "ln2.hook_out") & (n_tokens > 1)]  # else there are no other tokens
     here = at_ln2[at_ln2["layer"] == study.me.layer]
     if here.empty:
         return {}

@@ -62,7 +62,8 @@ def run(study: Study, options: DictConfig) -> Result:
 def _sink_mass_metrics(study: Study, sink_mass: pd.DataFrame) -> dict[str, Any]:
     if study.me.layer is None:
         return {}
-    mass = sink_mass.groupby(["layer", "prompt"])["sink_mass"].mean()
+    of_several = sink_mass[sink_mass["prompt"].map(study.trace.prompts.set_index("prompt")["n_tokens"]) > 1]
+    mass = of_several.groupby(["layer", "prompt"])["sink_mass"].mean()  # no later token pays attention in the others
     layers = mass.index.get_level_values("layer")
     metrics: dict[str, Any] = {}
     for name, layer in (("at_me_layer", study.me.layer), ("after", study.me.layer + 1)):

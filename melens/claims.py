@@ -115,6 +115,8 @@ def _judge_one(claim: Claim, measured: Mapping[str, Metrics]) -> Judgement:
         judged = claim.judge(metrics)
     except KeyError as missing:
         return Judgement("not measured", note=f"The result has no metric {missing}.")
+    except _NotANumberError as broken:  # every comparison with NaN is false, which would read as "does not hold"
+        return Judgement("not measured", note=f"The result's {broken} is no number (NaN).")
     notes = [judged.note, *_changed_settings(claim, metrics)]
     of_one_state = metrics.get("massive_position", 0) == 0 and metrics.get("distinct_first_tokens") == 1
     if of_one_state and claim.experiment != "predict" and judged.verdict in ("holds", "holds in part"):
@@ -152,17 +154,30 @@ def _changed_settings(claim: Claim, metrics: Metrics) -> list[str]:
 # --- Thresholds -------------------------------------------------------------------------------------------------------
 
 
+class _NotANumberError(Exception):
+    """A metric that a claim rests on is NaN, or null where JSON has no NaN."""
+
+
+def _number(value: Any, name: str) -> float | int:
+    if value is None or math.isnan(value):
+        raise _NotANumberError(name)
+    number: float | int = value
+    return number
+
+
 def _interval(metrics: Metrics, name: str) -> tuple[float, float] | None:
-    """Read an interval, as an experiment returns it or as JSON holds it: there NaN is null."""
+    """Read an interval, as an experiment returns it or as JSON holds it: there NaN is null. One prompt has none."""
     low, high = metrics.get(f"{name}_interval") or (None, None)
-    return None if low is None or high is None or math.isnan(low) else (float(low), float(high))
+    if low is None or high is None or math.isnan(low) or math.isnan(high):
+        return None
+    return float(low), float(high)
 
 
 def _at_least(metrics: Metrics, name: str, enough: float | int, *, partly: float | int | None = None) -> Judgement:
     """Judge a mean over prompts: its whole interval must reach `enough`; in part its mean, or `partly`."""
-    value, interval = metrics.get(name), _interval(metrics, name)
-    if value is None or math.isnan(value):
+    if metrics.get(name) is None:
         return Judgement("not measured", note=metrics.get("why_not", f"The result has no {name}."))
+    value, interval = _number(metrics[name], name), _interval(metrics, name)
     low = value if interval is None else interval[0]
     if low >= enough:
         verdict: Verdict = "holds"
@@ -173,9 +188,9 @@ def _at_least(metrics: Metrics, name: str, enough: float | int, *, partly: float
 
 def _at_most(metrics: Metrics, name: str, enough: float | int, *, partly: float | int | None = None) -> Judgement:
     """Judge the other way round: the whole interval must stay at or below `enough`."""
-    value, interval = metrics.get(name), _interval(metrics, name)
-    if value is None or math.isnan(value):
+    if metrics.get(name) is None:
         return Judgement("not measured", note=metrics.get("why_not", f"The result has no {name}."))
+    value, interval = _number(metrics[name], name), _interval(metrics, name)
     mirrored = {name: -value, f"{name}_interval": None if interval is None else (-interval[1], -interval[0])}
     judged = _at_least(mirrored, name, -enough, partly=None if partly is None else -partly)
     return Judgement(judged.verdict, value, interval)
@@ -236,6 +251,9 @@ def _persists_smaller(metrics: Metrics) -> Judgement:
     over_others: Mapping[str, float] = metrics["over_others_without_norm"]
     if not left:
         return Judgement("not measured", note="This model has no normalisation before the FFN.")
+    for sense in left:
+        _number(left[sense], f"left_without_norm, {sense},")
+        _number(over_others[sense], f"over_others_without_norm, {sense},")
     agree = [sense for sense in left if left[sense] <= 0.5 and over_others[sense] >= 10]
     note = ", ".join(f"{sense}: {share:.3g} of intact" for sense, share in left.items())
     verdict: Verdict = "holds" if len(agree) == len(left) else "holds in part" if agree else "does not hold"
@@ -263,6 +281,7 @@ def _second_massive(metrics: Metrics) -> Judgement:
     last, between = metrics.get("ffn_last_blocks"), metrics.get("ffn_between")
     if last is None or between is None:
         return Judgement("not measured", note="No blocks lie between the ME layer and the last two.")
+    last, between = _number(last, "ffn_last_blocks"), _number(between, "ffn_between")
     verdict: Verdict = "does not hold" if last < 0.1 else "holds" if between < 0.1 else "holds in part"
     return Judgement(verdict, last, None, f"In the blocks between, at most {between:.2g}.")
 
@@ -291,7 +310,7 @@ def _predicted(metrics: Metrics) -> Judgement:
 def _weakens(metrics: Metrics) -> Judgement:
     if "sink_why_not" in metrics:
         return Judgement("not measured", note=metrics["sink_why_not"])
-    ratio, interval = metrics["sink_ratio"], _interval(metrics, "sink_ratio")
+    ratio, interval = _number(metrics["sink_ratio"], "sink_ratio"), _interval(metrics, "sink_ratio")
     low, high = interval or (ratio, ratio)
     verdict: Verdict = "holds" if low >= 0.1 and high <= 0.9 else "does not hold"
     if verdict != "holds" and low >= 0.1 and high < 1:
@@ -313,7 +332,7 @@ def _harmless(metrics: Metrics) -> Judgement:
 def _moderate(metrics: Metrics) -> Judgement:
     if "moderation_why_not" in metrics:
         return Judgement("not measured", note=metrics["moderation_why_not"])
-    value, interval = metrics["best_dloss"], _interval(metrics, "best_dloss")
+    value, interval = _number(metrics["best_dloss"], "best_dloss"), _interval(metrics, "best_dloss")
     verdict: Verdict = "does not hold"
     if value < 0 and not metrics["best_rate_is_largest"]:
         verdict = "holds" if interval is not None and interval[1] < 0 else "holds in part"
@@ -345,7 +364,7 @@ def _of_comparisons(counts: Mapping[str, int] | None, claimed: str, other: str) 
 def _start_specific(metrics: Metrics) -> Judgement:
     if "start_why_not" in metrics:
         return Judgement("not measured", note=metrics["start_why_not"])
-    value = metrics["start_effect_ratio"]
+    value = _number(metrics["start_effect_ratio"], "start_effect_ratio")
     verdict: Verdict = "holds" if value >= 2 else "holds in part" if value > 1 else "does not hold"
     return Judgement(
         verdict, value, None, f"The strongest elsewhere is in block {metrics['start_strongest_elsewhere']}."

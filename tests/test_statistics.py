@@ -22,11 +22,6 @@ def test_means_are_taken_by_group_without_what_is_missing():
     assert 1 <= summary.low[0] < summary.high[0] <= 3
 
 
-def test_an_array_is_laid_out_without_its_nan():
-    table = statistics.tidy(np.array([[1.0, np.nan], [2.0, 3.0]]), "norm", "effect")
-    assert table.to_dict("list") == {"prompt": [0, 1, 1], "effect": [0, 0, 1], "norm": [1, 2, 3]}
-
-
 def test_a_number_is_written_with_its_interval_if_it_has_one():
     assert statistics.with_interval(1.638, (1.6, 1.7)) == "1.64 (1.6 to 1.7)"
     assert statistics.with_interval(0.021, None, ".1%") == "2.1%"
