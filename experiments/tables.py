@@ -22,13 +22,12 @@ from experiments.benchmark_options import asked_for, read_presets
 from experiments.masks import masks_of, on_blocks
 from experiments.study import Study, begin_study
 from experiments.table_options import Part, Table, asked_table, of_part
-from experiments.training import fit, free_memory, model_options, prepare_training, what_is_learnt
+from experiments.training import fit, free_memory, kept_training, model_options, prepare_training
 from experiments.training_options import Planned
 from experiments.training_report import Course, averaged, draw
 from melens import Probe, WeMask, figures, load_model
 from melens.benchmarks.layout import lay_out
 from melens.benchmarks.scores import correct, count_verdicts, summarise
-from melens.cache import store_for
 from melens.results import Picture, Result
 
 BASE = "base"
@@ -218,9 +217,7 @@ class _Rows:
         free_memory()
         planned = prepare_training(cfg, self._table.method, dataset=self._part.dataset)
         base = load_model(**model_options(cfg, planned))
-        store = store_for(
-            "trainings", base.original_model, *what_is_learnt(planned, base.tokenizer), self._study.me.layer
-        )
+        store = kept_training(self._study, planned, base)
         folder = store.folder
         kept = partial(store.load_table, "training_log")  # which is written last
         if kept() is None:

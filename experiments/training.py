@@ -24,7 +24,8 @@ from experiments.study import Study
 from experiments.training_options import Planned, planned_training
 from experiments.training_report import Course, draw
 from melens import MelensError, Probe, WeMask
-from melens.cache import code_version
+from melens.cache import Store, code_version, store_for, tokenizer_fingerprint
+from melens.devices import is_dispatched
 from melens.gates import add_gates
 from melens.models import check_memory
 from melens.networks import bridged_twin, is_whole, open_network, plain_twin
@@ -32,7 +33,12 @@ from melens.results import Result, write_text
 from melens.sinks import sink_mass_by_layer
 from melens.training.data import TrainingData, format_rows, hash_rows, load_training_data
 
-__all__ = ["Fitted", "fit", "free_memory", "model_options", "prepare_training", "probes", "run", "what_is_learnt"]
+__all__ = ["Fitted", "fit", "free_memory", "kept_training", "model_options", "prepare_training", "probes", "run"]
+
+_SPREAD = (
+    "model.device_map and model.max_memory spread a model for looking into it, not for training: leave them out, or "
+    "shard it over GPUs with accelerate launch --config_file conf/training/accelerate/fsdp2.yaml experiments/run.py ..."
+)
 
 
 def probes(model: TransformerBridge, options: DictConfig) -> list[Probe]:
@@ -59,6 +65,8 @@ def prepare_training(
     """
     from melens.training.trainers import check_folder, check_trainer
 
+    if cfg.model.device_map is not None or cfg.model.max_memory is not None:
+        raise MelensError(_SPREAD)
     disable_progress_bars()
     planned = planned_training(cfg, method, dataset=dataset).on(gpu=torch.cuda.is_available())
     if folder is not None:
@@ -107,10 +115,20 @@ def _data(planned: Planned) -> TrainingData:
     return data
 
 
-def what_is_learnt(planned: Planned, tokenizer: Any) -> list[str]:
-    """Return what a trained model depends on besides the model that it was, for the key of a kept one."""
-    own = code_version(Path(__file__).parent)
-    return [own, repr(replace(planned, resume=None)), hash_rows(_data(planned).rows), str(tokenizer.chat_template)]
+def kept_training(study: Study, planned: Planned, base: TransformerBridge) -> Store:
+    """Return where a trained model is kept, for all that it, its log and its looks depend on.
+
+    Args:
+        study: of the model before any training, by which the mask starts and on whose prompts the training is watched.
+        planned: the training.
+        base: the model that is trained.
+    """
+    learnt = [replace(planned, resume=None), hash_rows(_data(planned).rows), tokenizer_fingerprint(base.tokenizer)]
+    me = [study.me.layer, study.me.dims, study.me.criterion]
+    watched = [study.tokens, study.distinct_carriers, study.position, study.cfg.max_batch_tokens]
+    own = [code_version(Path(__file__).parent), PartialState().num_processes, str(PartialState().distributed_type)]
+    libraries = ("trl", "peft", "datasets")
+    return store_for("trainings", base.original_model, learnt, me, watched, own, libraries=libraries)
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------
@@ -153,6 +171,8 @@ def fit(study: Study, planned: Planned, folder: Path, *, resume: bool) -> Fitted
     chat = bool(tokenizer.chat_template) if planned.chat is None else planned.chat
     if chat and not tokenizer.chat_template:
         raise MelensError("training.chat is true, but this model's tokenizer has no chat template.")
+    if is_dispatched(study.model.original_model):
+        raise MelensError(_SPREAD)
     model = plain_twin(study.model)
     if model is study.model.original_model:
         raise MelensError("This model cannot be taken out of its bridge, so it cannot be trained.")

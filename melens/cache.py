@@ -37,6 +37,7 @@ __all__ = [
     "fingerprint",
     "hash_of",
     "store_for",
+    "store_for_kind",
     "tokenizer_fingerprint",
 ]
 
@@ -75,6 +76,17 @@ class Store:
         """Write a table, as `save` does tensors."""
         self._write(self.folder / f"{name}.parquet", lambda path: table.to_parquet(path, index=False))
 
+    def load_text(self, name: str) -> str | None:
+        """Read a text that was saved under a name; None as in `load`."""
+        try:
+            return (self.folder / f"{name}.json").read_text("utf-8")
+        except (OSError, UnicodeDecodeError):
+            return None
+
+    def save_text(self, name: str, text: str) -> None:
+        """Write a text, as `save` does tensors."""
+        self._write(self.folder / f"{name}.json", lambda path: path.write_text(text, "utf-8"))
+
     def _write(self, path: Path, write: Callable[[Path], object]) -> None:
         partial = self.folder / f".{path.name}.{os.getpid()}.partial"
         try:
@@ -99,10 +111,24 @@ def store_for(kind: str, network: nn.Module, *told: object, libraries: tuple[str
     Raises:
         MelensError: as `fingerprint`.
     """
+    return Store(cache_folder() / kind / hash_of(_made_by(network, *libraries), fingerprint(network), told)[:24])
+
+
+def store_for_kind(kind: str, network: nn.Module, *told: object) -> Store:
+    """Return where is kept what holds of all models of one class, config and precision, whatever their weights.
+
+    Args:
+        kind, network, told: as for `store_for`.
+    """
+    dtypes = sorted({str(weight.dtype) for weight in network.parameters()})
+    own = [type(network).__qualname__, dtypes, *_configs(network)]
+    return Store(cache_folder() / kind / hash_of(_made_by(network), own, told)[:24])
+
+
+def _made_by(network: nn.Module, *libraries: str) -> list[object]:
     versions = {name: _version(name) for name in (*_LIBRARIES, *libraries)}
     devices = sorted({weight.device.type for weight in network.parameters()})
-    made_by = [code_version(), versions, devices, torch.get_float32_matmul_precision()]
-    return Store(cache_folder() / kind / hash_of(made_by, fingerprint(network), told)[:24])
+    return [code_version(), versions, devices, torch.get_float32_matmul_precision()]
 
 
 _LIBRARIES = ("torch", "transformers", "transformer_lens", "tokenizers", "accelerate")
@@ -148,6 +174,9 @@ def _tell(digest: Any, part: Any) -> None:
         digest.update(f"bytes {len(part)} ".encode() + part)
     elif isinstance(part, Mapping):
         _tell(digest, ["dict", *sorted(part.items(), key=lambda item: repr(item[0]))])
+    elif isinstance(part, list | tuple) and part and all(type(each) is int for each in part):
+        text = repr(list(part)).encode()  # at once: texts have a million token ids
+        digest.update(f"integers {len(text)} ".encode() + text)
     elif isinstance(part, list | tuple):
         digest.update(f"list {len(part)} ".encode())
         for each in part:
@@ -189,11 +218,13 @@ def fingerprint(network: nn.Module) -> str:
         MelensError: a weight on the meta device that accelerate would not fetch.
     """
     weights = []
-    sums: dict[int, tuple[Tensor, Tensor]] = {}  # by the identity of a weight, which is held so that it stays its own
+    here = {id(weight): weight for weight in network.parameters() if not weight.is_meta}
+    sums: dict[int, Tensor] = {}  # of these alone: to hold those that are fetched would fill the memory
     for name, weight in _weights(network):
-        if id(weight) not in sums:  # tied ones are read once
-            sums[id(weight)] = weight, _block_sums(weight)
-        weights.append([name, str(weight.dtype), list(weight.shape), sums[id(weight)][1]])
+        of_blocks = sums[id(weight)] if id(weight) in sums else _block_sums(weight)
+        if id(weight) in here:  # tied ones are read once
+            sums[id(weight)] = of_blocks
+        weights.append([name, str(weight.dtype), list(weight.shape), of_blocks])
     return hash_of(weights, str(network), network.training, *_configs(network), list(_attached(network)))
 
 
@@ -261,17 +292,19 @@ def _without_origin(config: Any) -> Any:
 
 
 def _attached(network: nn.Module) -> Iterator[list[str]]:
-    """Name the hooks on a model's modules, and the modules with a `forward` of their own."""
+    """Name what was hooked onto a model, and each `forward` put in place of a module's own.
+
+    What a user's function does cannot be read from it, so it is told by its address, as known in this process alone.
+    """
     for path, module in network.named_modules():
-        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
-            yield [path, _name_of(hook)]
-        own = vars(module).get("forward")
-        if own is not None and "_hf_hook" not in vars(module):  # accelerate's brings weights, and changes no number
-            yield [path, _name_of(own)]
+        functions = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        if "_hf_hook" not in vars(module):  # accelerate's own forward brings weights, and changes no number
+            functions += [function for name, function in vars(module).items() if name == "forward"]
+        for function in functions:
+            if not str(getattr(function, "__module__", None)).startswith(_PART_OF_MODEL):
+                yield [path, f"{function!r} at {id(function)} of process {os.getpid()}"]
 
 
-def _name_of(function: Any) -> str:
-    """Name a function for a key: ours of a gate, whose weights are hashed; any other is known in this process alone."""
-    if getattr(function, "__module__", None) == "melens.gates":
-        return str(function.__qualname__)
-    return f"{function!r} at {id(function)} of process {os.getpid()}"
+_PART_OF_MODEL = ("transformers.", "transformer_lens.model_bridge.", "melens.gates", "melens.caching")
+"""Where functions come from that a model has for good, some since its first forward pass: code and weights tell them.
+(What a user hooks to a bridge comes from `transformer_lens.hook_points`.)"""

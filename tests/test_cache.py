@@ -2,6 +2,7 @@
 
 import copy
 import json
+import weakref
 from dataclasses import dataclass, field
 
 import pytest
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+import melens
 from melens import MelensError, WeMask, cache
 from melens.cache import Store, fingerprint, hash_of, store_for, tokenizer_fingerprint
 from melens.gates import add_gates, gates_of
@@ -186,6 +188,14 @@ def test_a_user_s_hook_on_a_bridge_gives_another_key():
     assert fingerprint(model.original_model) == before
 
 
+def test_what_a_bridge_attaches_in_its_first_forward_pass_is_no_change():
+    model = bridge(plain_model("llama"))
+    before = fingerprint(model.original_model)
+    model.run_with_cache(torch.arange(5)[None])
+    melens.trace(model, [torch.arange(1, 6)])
+    assert fingerprint(model.original_model) == before
+
+
 @pytest.mark.parametrize("offload", ["memory", "disk"])
 def test_offloaded_weights_are_fetched(tmp_path, offload):
     def offloaded(network):
@@ -202,6 +212,20 @@ def test_offloaded_weights_are_fetched(tmp_path, offload):
     assert offloaded(plain) == alone
     assert offloaded(other) != alone
     assert plain.lm_head.weight.is_meta
+
+
+def test_a_fetched_weight_is_let_go_of_before_the_next(monkeypatch):
+    network, held, block_sums = plain_model("llama"), [], cache._block_sums
+    cpu_offload(network, execution_device="cpu")
+
+    def spy(weight):
+        held.append(weakref.ref(weight))
+        assert sum(ref() is not None for ref in held) <= 3  # what the module itself has
+        return block_sums(weight)
+
+    monkeypatch.setattr(cache, "_block_sums", spy)
+    fingerprint(network)
+    assert len(held) > 30
 
 
 def test_a_weight_without_values_is_refused_by_name():

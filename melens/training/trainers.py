@@ -23,7 +23,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTr
 from trl.models import prepare_fsdp
 from trl.trainer.utils import RepeatSampler, add_fused_lm_head, disable_dropout_in_model
 
-from melens.cache import fingerprint
+from melens.cache import fingerprint, tokenizer_fingerprint
 from melens.errors import MelensError
 from melens.gates import GATE, gates_of
 from melens.masking import InstalledMask
@@ -92,6 +92,7 @@ def train(
     )
     plan = {
         "model": fingerprint(model),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
         "recipe": asdict(recipe),
         "mask": None if mask is None else mask.told(),
         "gate": n_gates,  # of a block
