@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -25,12 +23,12 @@ from melens.benchmarks.harness import Asking, HarnessTask, check_harness, evalua
 from melens.benchmarks.language import Needle, Questions, answered, ask
 from melens.benchmarks.layout import lay_out
 from melens.benchmarks.refusals import judged_refusals
-from melens.benchmarks.scores import best_rates, count_verdicts, summarise
-from melens.benchmarks.scoring import Scorer
-from melens.cache import store_for
+from melens.benchmarks.scores import best_rates, check_scores, count_verdicts, summarise
+from melens.benchmarks.scoring import Request, Scored, Scorer
+from melens.cache import Store, code_version, fingerprint, hash_of, store_for, tokenizer_fingerprint
 from melens.networks import plain_twin
 from melens.results import Picture, Result
-from melens.texts import cut_texts, read_text
+from melens.texts import bos_prefix, cut_texts, read_text
 
 UNMASKED = "no mask"
 
@@ -149,8 +147,8 @@ class Bench:
         self._study, self._asked = study, asked
         self._tokenizer = study.model.tokenizer
         self._network = plain_twin(study.model)
-        self._store = store_for("benchmarks", study.model.original_model) if keep else None
         self._judge = self._load_judge()
+        self._store = self._kept() if keep else None
         self._check_chat()
 
     def _load_judge(self) -> TransformerBridge | None:
@@ -162,6 +160,15 @@ class Bench:
                 f"The judge {self._asked.judge} has no chat template; benchmark.judge must be a chat model."
             )
         return judge
+
+    def _kept(self) -> Store:
+        """Return where the items of this model are kept, for all that every benchmark's depend on."""
+        judge = None if self._judge is None else fingerprint(self._judge.original_model)
+        judge_reads = None if self._judge is None else tokenizer_fingerprint(self._judge.tokenizer)
+        reads = tokenizer_fingerprint(self._tokenizer)
+        own = code_version(Path(__file__).parent)
+        told = [own, reads, self._max_length, self._study.cfg.max_batch_tokens, judge, judge_reads]
+        return store_for("benchmarks", self._study.model.original_model, *told, libraries=("lm_eval",))
 
     def _check_chat(self) -> None:
         for benchmark in self._asked.benchmarks:
@@ -230,6 +237,7 @@ class Bench:
             self._texts,
             ids,
             vocabulary=int(self._study.model.cfg.d_vocab),
+            bos=bos_prefix(self._tokenizer, self._study.cfg.prompts.bos),
             limit=self._asked.limit,
             seed=self._study.cfg.seed,
             needle=Needle(*self._asked.needle),
@@ -253,7 +261,8 @@ class Bench:
     def _items(self, task: HarnessTask | Questions, seed: int, progress: _Counter) -> pd.DataFrame:
         most = self._study.cfg.max_batch_tokens
         if isinstance(task, Questions):
-            scorer = Scorer(self._network, max_length=self._max_length, max_batch_tokens=most)
+            scorer = _NamedScorer(self._network, max_length=self._max_length, max_batch_tokens=most)
+            scorer.questions = task
             return answered(scorer, task, progress)
         asking, limit = self._asking(task), self._asked.limit
         return evaluate(
@@ -268,12 +277,9 @@ class Bench:
         )
 
     def _key(self, benchmark: Benchmark, task: HarnessTask | Questions, cell: Cell, seed: int) -> str:
-        """Name a run by all that its items depend on, besides the model."""
-        mask = None if cell.mask is None else {k: v for k, v in asdict(cell.mask).items() if not k.startswith("_")}
-        tokenizer = [len(self._tokenizer), self._tokenizer.chat_template] if self._tokenizer is not None else []
-        told = [mask, self._asked.limit, seed, str(self._asked.judge), *tokenizer]
-        told += [repr(task)] if isinstance(task, Questions) else [task.identity, repr(self._asking(task))]
-        return f"{benchmark.name}-{hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest()[:24]}"
+        """Name a run by what its items depend on besides what all runs of the store share."""
+        asked = [task] if isinstance(task, Questions) else [task.benchmark, task.identity, self._asking(task)]
+        return f"{benchmark.name}-{hash_of(cell.mask, self._asked.limit, seed, *asked)[:24]}"
 
     def _judged(self, items: pd.DataFrame, task: HarnessTask | Questions, judge: TransformerBridge) -> pd.DataFrame:
         """Let the judge say which replies refuse, instead of the phrases."""
@@ -288,6 +294,21 @@ class Bench:
             for refusal, metric in zip(refused, items["metric"], strict=True)
         ]
         return items.assign(value=counted)
+
+
+class _NamedScorer(Scorer):
+    """A scorer that knows which items it scores, to name one whose log-likelihood is no number.
+
+    Their values would not tell: where the logits are NaN, no token is the likeliest, and an accuracy is 0.
+    """
+
+    questions: Questions
+
+    def score(self, requests: Sequence[Request], progress: Any = None) -> list[Scored]:
+        scored = super().score(requests, progress)
+        log_p = [float(each.log_p.sum()) for each in scored]
+        check_scores(self.questions.benchmark.name, self.questions.items, log_p, "log-likelihood")
+        return scored
 
 
 class _Counter:

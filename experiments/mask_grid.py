@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from melens import figures
+from melens import MelensError, figures
+from melens.cache import hash_of
 from melens.figures import COLORS, FIRST, OTHERS, SINK, Curve, Heatmap, Panel
 from melens.results import Picture, Result
 from melens.statistics import bootstrap_mean, holm, paired_permutation_p, with_interval
@@ -60,13 +61,18 @@ _OF_MODEL = (
 
 
 def merge(jobs: dict[Path, dict[str, Any]]) -> list[Result]:
-    """Put what a sweep's jobs measured together: a `Result` for each model and text, as one job would have given."""
-    alike: dict[tuple[Any, ...], list[tuple[Path, dict[str, Any]]]] = {}
+    """Put what a sweep's jobs measured together: a `Result` for each model and text, as one job would have given.
+
+    Jobs that differ in any other option than their masks, as in dtype or seed, are not of one grid.
+    """
+    alike: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
     for folder, result in jobs.items():
         if result["experiment"] == "wemask" and result["status"] == "ok":
-            same = (result["model"]["name"], *(result["metrics"][name] for name in _TEXTS))
+            options = {name: node for name, node in result["config"].items() if name != "wemask"}
+            same = hash_of(result["model"], [result["metrics"][name] for name in _TEXTS], options)
             alike.setdefault(same, []).append((folder, result))
-    merged = []
+    merged: list[Result] = []
+    named: set[tuple[Any, ...]] = set()
     for found in alike.values():
         tables = {
             name: pd.concat([pd.read_parquet(folder / f"{name}.parquet") for folder, _ in found], ignore_index=True)
@@ -79,7 +85,11 @@ def merge(jobs: dict[Path, dict[str, Any]]) -> list[Result]:
         )
         result = found[0][1]
         shared = {name: value for name, value in result["metrics"].items() if name in (*_TEXTS, *_OF_MODEL)}
-        merged.append(report(grid, result["model"], shared, {}, []))
+        model = result["model"]
+        if (model["name"], *(shared[name] for name in _TEXTS)) in named:  # as in another dtype: its first job tells
+            model = model | {"name": f"{model['name']} (job {found[0][0].name})"}
+        named.add((model["name"], *(shared[name] for name in _TEXTS)))
+        merged.append(report(grid, model, shared, {}, []))
     return merged
 
 
@@ -129,10 +139,17 @@ class _Title:
 
 
 def _summarise(grid: Grid, sink_layers: Sequence[int]) -> pd.DataFrame:
-    """Add to each cell its means over texts, the paired difference to the unmasked model, and p-values."""
+    """Add to each cell its means over texts, the paired difference to the unmasked model, and p-values.
+
+    Raises:
+        MelensError: a loss or a sink mass that is no number, by cell and text.
+    """
+    _check_texts(grid.by_text)
     unmasked = grid.by_text[grid.by_text["cell"] == UNMASKED].set_index("text")
     of_cell = dict(list(grid.by_text.groupby("cell")))
+    # NaN, which these means leave out, is a block without attention or what was not asked for: `Measured` has no other
     behind = grid.by_block[grid.by_block["layer"].isin(list(sink_layers))].groupby("cell").mean(numeric_only=True)
+    has_sinks = bool(unmasked["sink_mass"].notna().all())
     rows = []
     for cell in grid.cells.to_dict("records"):
         texts = of_cell[cell["cell"]].set_index("text")
@@ -140,7 +157,7 @@ def _summarise(grid: Grid, sink_layers: Sequence[int]) -> pd.DataFrame:
         ratio = (texts["sink_mass"] / unmasked["sink_mass"]).to_numpy()
         low, high = bootstrap_mean(dloss)
         kl_low, kl_high = bootstrap_mean(texts["kl"].to_numpy())
-        ratio_low, ratio_high = bootstrap_mean(ratio)
+        ratio_low, ratio_high = bootstrap_mean(ratio) if has_sinks else (float("nan"), float("nan"))
         rows.append(
             cell
             | {
@@ -166,6 +183,19 @@ def _summarise(grid: Grid, sink_layers: Sequence[int]) -> pd.DataFrame:
     cells = pd.DataFrame(rows)
     cells.insert(list(cells).index("p") + 1, "p_holm", holm(cells["p"].to_numpy()))
     return cells
+
+
+def _check_texts(by_text: pd.DataFrame) -> None:
+    has_sinks = by_text["sink_mass"].notna().any()  # else no block behind the start has attention
+    names = ["loss", "kl", "agreement", *(["sink_mass"] if has_sinks else [])]
+    is_finite = np.isfinite(by_text[names].to_numpy(dtype=float)).all(axis=1)
+    broken = by_text[~is_finite]
+    for row in broken.to_dict("records"):
+        told = ", ".join(f"{name} {row[name]:g}" for name in names)
+        raise MelensError(
+            f"wemask, {row['cell']}, text {row['text']}: {told}; look for NaN in the model's weights, or load it in "
+            "float32."
+        )
 
 
 _BEHIND = {
@@ -206,6 +236,8 @@ def _sink_metrics(of_paper: pd.DataFrame) -> dict[str, Any]:
     if not len(of_paper):
         return {"sink_why_not": "The grid has no mask as the paper's (wemask=paper)."}
     cell = of_paper.iloc[(of_paper["rate"] - PAPER_RATE).abs().argmin()]
+    if np.isnan(cell["sink_ratio"]):
+        return {"sink_why_not": "No block behind the ME layer has attention."}
     return {
         "paper_rate": float(cell["rate"]),
         "sink_ratio": float(cell["sink_ratio"]),
@@ -256,7 +288,7 @@ def _moderation_metrics(of_paper: pd.DataFrame) -> dict[str, Any]:
 
 def _start_metrics(first_only: pd.DataFrame, me_layer: int) -> dict[str, Any]:
     """Compare the mask in the block behind the ME layer alone with the same mask in each other block alone."""
-    for _, group in first_only.groupby(["select", "site", "rate", "seed"], sort=False):
+    for _, group in first_only.dropna(subset=["sink_ratio"]).groupby(["select", "site", "rate", "seed"], sort=False):
         effect = (1 - group.set_index("start")["sink_ratio"]).abs()
         if me_layer + 1 in effect.index and len(effect) >= 4:
             others = effect.drop(me_layer + 1).sort_values(ascending=False)

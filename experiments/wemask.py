@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import pandas as pd
@@ -21,7 +18,7 @@ from experiments.mask_grid import ARGUMENTS, UNMASKED, Grid, drawn, report
 from experiments.masks import masks_of
 from experiments.study import Study
 from melens import AttentionMaps, Probe, WeMask, figures
-from melens.cache import Store, store_for
+from melens.cache import Store, hash_of, store_for
 from melens.comparison import MaskComparison, Measured
 from melens.results import Picture, Result
 from melens.sinks import SINK_THRESHOLD
@@ -98,11 +95,8 @@ def _measure(
     progress = study.stage("masks")
     measured, kept = [], []
     for done, mask in enumerate(masks, 1):
-        arguments = {name: value for name, value in asdict(mask).items() if name[0] != "_"}
         patterns = mask in looked_at
-        name = (
-            f"mask-{hashlib.sha256(json.dumps(arguments).encode()).hexdigest()[:24]}{'-patterns' if patterns else ''}"
-        )
+        name = f"mask-{hash_of(mask, patterns)[:24]}"
         found = None if store is None else store.load(name)
         if found is not None:
             measured.append(Measured(**found))
@@ -133,10 +127,11 @@ def _sink_layers(study: Study) -> list[int]:
 def _lay_out(study: Study, unmasked: Measured, masks: Sequence[WeMask], measured: Sequence[Measured]) -> Grid:
     names = [UNMASKED, *map(mask_name, masks)]
     sink_layers = _sink_layers(study)
+    attending = set((~unmasked.sink_mass.isnan()).flatten(1).any(1).nonzero()[:, 0].tolist())  # blocks with attention
     by_text, by_block = [], []
     for name, of_cell in zip(names, [unmasked, *measured], strict=True):
         of_texts = {"loss": of_cell.loss, "kl": of_cell.kl, "agreement": of_cell.agreement}
-        of_texts["sink_mass"] = of_cell.sink_mass[sink_layers].nanmean((0, 1))
+        of_texts["sink_mass"] = of_cell.sink_mass[[layer for layer in sink_layers if layer in attending]].mean((0, 1))
         columns = {key: values.numpy() for key, values in of_texts.items()}
         by_text.append(pd.DataFrame({"cell": name, "text": range(len(of_cell.loss)), **columns}))
         by_head = of_cell.sink_mass.mean(-1)

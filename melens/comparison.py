@@ -18,7 +18,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-from melens.cache import Store
+from melens.cache import Store, hash_of
 from melens.errors import MelensError
 from melens.lean import Listener, is_inside_attention, lean_forward
 from melens.metrics import has_triton, pairwise_cosine
@@ -115,7 +115,10 @@ class MaskComparison:
             texts_per_batch: in a forward pass.
             short_texts, short_tokens: on how much of the texts the attention patterns are looked at.
             patterns: look at them; then `measure` can too.
-            store: where the unmasked run is kept, for these starts and texts of this model alone.
+            store: where the unmasked run is kept, for this model alone, as `store_for` gives one.
+
+        Raises:
+            MelensError: texts that are too short, or a loss or attention that is NaN or infinite.
         """
         if texts.shape[1] < 3:
             raise MelensError(f"The texts have {texts.shape[1]} tokens each; at least 3 are needed.")
@@ -138,7 +141,7 @@ class MaskComparison:
         self._replays: list[Replay] = []
         self._finals: list[Tensor] = []
         self._kept: dict[int, _Predicted] = {}
-        name = "-".join(["unmasked", *map(str, self._recorded), *(["patterns"] if patterns else [])])
+        name = f"unmasked-{hash_of(texts, self._recorded, texts_per_batch, self._short, patterns)[:24]}"
         found = None if store is None else store.load(name, model.cfg.device)
         self.shared = found is not None
         if found is not None:
@@ -164,6 +167,7 @@ class MaskComparison:
         losses = [self._predictions(number).loss.mean(-1) for number in range(len(self._batches))]
         compared = {"loss": torch.cat(losses).cpu(), "kl": torch.zeros(len(self._texts))}
         compared["agreement"] = torch.ones(len(self._texts))
+        _check_finite(compared, "the unmasked model")
         self.unmasked = self._finish(compared, heard, 0, patterns=patterns)
 
     def _to_keep(self) -> dict[str, Tensor]:
@@ -216,7 +220,8 @@ class MaskComparison:
                 default if the comparison does.
 
         Raises:
-            MelensError: a mask that the model cannot have, or patterns where the comparison has none.
+            MelensError: a mask that the model cannot have, patterns where the comparison has none, or a loss, a KL or
+                attention that is NaN or infinite.
         """
         patterns = self._with_patterns if patterns is None else patterns
         if patterns and not self._with_patterns:
@@ -234,6 +239,7 @@ class MaskComparison:
                 texts += self._against_unmasked(number, output.logits.to(self._texts.device))
             self._hear_apart(heard, start)
             compared = dict(zip(("loss", "kl", "agreement"), torch.stack(texts, dim=1).cpu(), strict=True))
+            _check_finite(compared, f"the mask select={mask.select} rate={mask.rate:g}")
             return self._finish(compared, heard, start, patterns=patterns)
 
     @contextmanager
@@ -322,6 +328,10 @@ class MaskComparison:
             return torch.full((n_layers, len(self._texts), 1), float("nan"), device=device)
         values = torch.cat([torch.stack(list(of_batch.values())) for of_batch in by_batch], dim=1)
         whole = torch.full((n_layers, *values.shape[1:]), float("nan"), device=device)
+        broken = ~values.isfinite().flatten(1).all(1)
+        if broken.any():  # else it would pass for a block where nothing was heard
+            layer = layers[int(broken.nonzero()[0])]
+            raise MelensError(f"What attention reads or makes in block {layer} is NaN or infinite: {_LOOK}")
         whole[layers] = values.float()
         return whole
 
@@ -337,6 +347,8 @@ class MaskComparison:
         found = {}
         for name, table in (("entropy", "attention_entropy"), ("effective_rank", "attention_spectrum")):
             if table in traced.tables:
+                if not traced[table][name].notna().all():  # which the mean over texts would leave out
+                    raise MelensError(f"The {name} of an attention pattern is NaN; {_LOOK}")
                 wide = traced[table].groupby(["layer", "head"])[name].mean().unstack()
                 values = wide.reindex(range(len(self._model.blocks))).to_numpy()
                 found[name] = torch.tensor(values, dtype=torch.float32)
@@ -351,6 +363,16 @@ class MaskComparison:
     def distinct_first_tokens(self) -> int:
         """Tell on how many different first tokens the cosines rest."""
         return len(self._distinct)
+
+
+_LOOK = "look for NaN in the model's weights, or load it in float32."
+
+
+def _check_finite(compared: dict[str, Tensor], whose: str) -> None:
+    """Raise a `MelensError` for the first text whose loss or KL is no number: one NaN or -inf logit is enough."""
+    for name in ("loss", "kl"):
+        for text in (~compared[name].isfinite()).nonzero()[:1]:
+            raise MelensError(f"Text {int(text)}: the {name} of {whose} is {float(compared[name][text])}; {_LOOK}")
 
 
 def _predict(

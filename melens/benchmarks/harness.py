@@ -9,8 +9,9 @@ from __future__ import annotations
 import importlib.util
 import logging
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -19,10 +20,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from melens.benchmarks.catalog import Benchmark, Metric
 from melens.benchmarks.data import harness_row, read_rows
+from melens.benchmarks.scores import check_scores
 from melens.benchmarks.scoring import Scorer
+from melens.devices import input_device
 from melens.errors import MelensError
 
 __all__ = ["Asking", "HarnessTask", "Progress", "check_harness", "evaluate", "load_task"]
@@ -63,7 +67,7 @@ class HarnessTask:
         tasks: the harness's own, by name: several for MMLU.
         metrics: what is counted.
         generates: whether the model writes.
-        identity: tells it from what is not the same: versions, prompts, data.
+        identity: tells it from what is not the same: versions, the whole definition, data.
     """
 
     benchmark: Benchmark
@@ -117,13 +121,15 @@ def load_task(benchmark: Benchmark, data_dir: Path | None = None, *, generates: 
             tasks = _hub_tasks(benchmark)
             if writes_letters:
                 tasks = {name: _asking_letters(name, _as_rows(task)) for name, task in tasks.items()}
-        told = [
-            f"{name} {task.VERSION} {task.config.doc_to_text} {task.config.doc_to_choice} {_told(task.eval_docs)}"
-            for name, task in tasks.items()
-        ]
+        told = [f"{name} {task.VERSION} {_definition(task)} {_told(task.eval_docs)}" for name, task in tasks.items()]
     metrics = (Metric("exact_match", "letter"),) if writes_letters else benchmark.metrics
     identity = f"lm_eval {metadata.version('lm_eval')} {told}"
     return HarnessTask(benchmark, tasks, metrics, writes_letters or benchmark.generates, identity)
+
+
+def _definition(task: Any) -> str:
+    """Write a task's whole definition out: prompts, choices, filters, metrics, what ends a reply."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(task.dump_config()))  # where a function lies; its code goes by version
 
 
 def _told(docs: Any) -> str:
@@ -215,10 +221,22 @@ def _language_model(network: Any, tokenizer: Any, asking: Asking, max_batch_toke
     from lm_eval.models.huggingface import HFLM
 
     class MelensLM(HFLM):
+        @property
+        def device(self) -> torch.device:
+            return input_device(network)
+
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
-            return super().loglikelihood(requests, disable_tqdm=True)
+            found = super().loglikelihood(requests, disable_tqdm=True)
+            _check_requests(requests, [log_p for log_p, _ in found])  # before a metric makes 0 or 1 of it
+            return found
+
+        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
+            found = super().loglikelihood_rolling(requests, disable_tqdm=True)
+            _check_requests(requests, found)
+            return found
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
+            self._task = requests[0].task_name
             return super().generate_until(requests, disable_tqdm=True)
 
         def _loglikelihood_tokens(
@@ -229,11 +247,32 @@ def _language_model(network: Any, tokenizer: Any, asking: Asking, max_batch_toke
             return [(float(each.log_p.sum()), bool(each.greedy.all())) for each in scored]
 
         def _model_generate(self, context: Any, max_length: int, stop: list[str], **arguments: Any) -> Any:
-            generated = super()._model_generate(context, max_length, stop, **arguments)
+            check = _FiniteLogits(self._task, context, self.tokenizer)
+            generated = super()._model_generate(context, max_length, stop, logits_processor=[check], **arguments)
             progress(len(context))
             return generated
 
     return MelensLM(pretrained=network, tokenizer=tokenizer, backend="causal", batch_size=asking.batch_size)
+
+
+def _check_requests(requests: Sequence[Any], log_p: Sequence[float]) -> None:
+    for request, score in zip(requests, log_p, strict=True):
+        check_scores(request.task_name, [request.doc_id], [score], "log-likelihood")
+
+
+class _FiniteLogits:
+    """Stops a generation whose logits hold NaN: greedy decoding would take its place for the likeliest token."""
+
+    def __init__(self, task: str, context: Tensor, tokenizer: Any) -> None:
+        self._task, self._context, self._tokenizer = task, context, tokenizer
+
+    def __call__(self, tokens: Tensor, logits: Tensor) -> Tensor:
+        broken = logits.isnan().any(-1).nonzero()
+        if len(broken):
+            prompt = self._tokenizer.decode(self._context[int(broken[0])], skip_special_tokens=True)
+            item = f"that begins {' '.join(prompt.split())[:50]!r}"
+            check_scores(self._task, [item], [float("nan")], "logit of a next token")
+        return logits
 
 
 def evaluate(
@@ -260,20 +299,22 @@ def evaluate(
 
     Returns:
         A row an item and metric, in the columns `COLUMNS`.
+
+    Raises:
+        MelensError: a log-likelihood, a logit or a score that is NaN or infinite, by task and item.
     """
     from lm_eval.evaluator import evaluate as run
 
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    with _quiet():
+    with _quiet(), ExitStack() as stack:
         lm = _language_model(network, tokenizer, asking, max_batch_tokens, progress)
         for of_harness in task.tasks.values():
             of_harness.set_config("num_fewshot", 0)
             of_harness.set_fewshot_seed(seed)
             if task.generates:
-                own = _generation(of_harness, asking, lm.max_length)
-                of_harness.set_config("generation_kwargs", own, update=True)
+                stack.enter_context(_generating(of_harness, asking, lm.max_length))
         results = run(
             lm,
             {"tasks": task.tasks, "groups": {}},
@@ -282,16 +323,25 @@ def evaluate(
             apply_chat_template=asking.chat,
         )
     rows = [row for name, samples in results["samples"].items() for row in _rows(name, samples, task)]
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    items = pd.DataFrame(rows, columns=list(COLUMNS))
+    check_scores(task.benchmark.name, items["item"], items["value"], "score")
+    return items
 
 
-def _generation(of_harness: Any, asking: Asking, max_length: int) -> dict[str, Any]:
-    own = dict(of_harness.config.generation_kwargs or {})
+@contextmanager
+def _generating(of_harness: Any, asking: Asking, max_length: int) -> Iterator[None]:
+    """Let a task be answered as asked; its own arguments come back, as the next model or job may be asked otherwise."""
+    before = of_harness.config.generation_kwargs
+    own = dict(before or {})
     most = asking.max_new_tokens or own.get("max_gen_toks", 256)
     own["max_gen_toks"] = min(most, max_length // 2)
     if asking.sampling is not None:
         own |= {"do_sample": True, **asking.sampling}
-    return own
+    of_harness.set_config("generation_kwargs", own)
+    try:
+        yield
+    finally:
+        of_harness.set_config("generation_kwargs", before)
 
 
 def _rows(name: str, samples: Sequence[Mapping[str, Any]], task: HarnessTask) -> Iterator[dict[str, Any]]:

@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from melens.errors import MelensError
 from melens.statistics import bootstrap_mean, holm, mcnemar_p, paired_permutation_p
 
-__all__ = ["ALPHA", "best_rates", "correct", "count_verdicts", "summarise"]
+__all__ = ["ALPHA", "best_rates", "check_scores", "correct", "count_verdicts", "summarise"]
 
 ALPHA = 0.05
 """Below which corrected p-value a difference is called one."""
+
+
+def check_scores(task: str, items: Iterable[object], scores: Iterable[float], what: str) -> None:
+    """Raise a `MelensError` that names the first item whose score is NaN or infinite.
+
+    NaN is neither likely nor unlikely: among choices `argmax` would take it for the likeliest, and greedy decoding for
+    the wrong token, so that a broken model would score as one that guesses.
+
+    Args:
+        task: the benchmark.
+        items, scores: one to one.
+        what: the score is, as "log-likelihood".
+    """
+    for item, score in zip(items, scores, strict=True):
+        if not math.isfinite(score):
+            raise MelensError(
+                f"{task}, item {item}: the {what} is {score}; look for NaN in the model's weights, or load it in "
+                "float32."
+            )
 
 
 def summarise(items: pd.DataFrame, unmasked: str) -> pd.DataFrame:
@@ -31,13 +53,16 @@ def summarise(items: pd.DataFrame, unmasked: str) -> pd.DataFrame:
         `difference_high` (over items, and over trainings where there are several: `n_trainings`), `p` (exact McNemar
         for right or wrong with one seed, else a paired permutation test over items), `p_corrected` (Holm, over all
         differences of the shown metrics) and `verdict`.
+
+    Raises:
+        MelensError: an item whose value is NaN or infinite, or that some seeds or trainings of a mask lack.
     """
     items = items if "training" in items else items.assign(training=0)
+    _check_items(items)
     rows = []
     for (task, metric), of_metric in items.groupby(["task", "metric"], sort=False):
         by_mask = {
-            mask: of_mask.pivot_table(index="item", columns=["training", "seed"], values="value", sort=False)
-            for mask, of_mask in of_metric.groupby("mask", sort=False)
+            mask: _by_item(of_mask, ["training", "seed"]) for mask, of_mask in of_metric.groupby("mask", sort=False)
         }
         for mask, values in by_mask.items():
             per_item = values.mean(axis=1)
@@ -52,7 +77,7 @@ def summarise(items: pd.DataFrame, unmasked: str) -> pd.DataFrame:
                 "low": low,
                 "high": high,
                 "sd": float(values.mean().std()),
-                "chance": float(of_metric["chance"].mean()),
+                "chance": float(of_metric["chance"].mean(skipna=False)),  # NaN where items have no choices
                 "higher_is_better": bool(of_metric["higher_is_better"].iloc[0]),
                 "shown": bool(of_metric["shown"].iloc[0]),
                 "n_trainings": 1,
@@ -67,6 +92,23 @@ def summarise(items: pd.DataFrame, unmasked: str) -> pd.DataFrame:
     return correct(pd.DataFrame(rows))
 
 
+def _check_items(items: pd.DataFrame) -> None:
+    for (task, mask), own in items.groupby(["task", "mask"], sort=False):
+        check_scores(f"{task}, {mask}", own["item"], own["value"], "score")
+
+
+def _by_item(items: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    """Lay one metric's values out, `[item, columns]`; a `MelensError` names an item that some columns lack."""
+    wide = items.pivot_table(index="item", columns=columns, values="value", sort=False)
+    incomplete = wide.index[wide.isna().any(axis=1)]
+    if len(incomplete):
+        raise MelensError(
+            f"{items['task'].iloc[0]}, item {incomplete[0]}: it was not answered under every {' and '.join(columns)}, "
+            "so that their means cannot be compared; score the same items each time."
+        )
+    return wide
+
+
 def correct(scores: pd.DataFrame) -> pd.DataFrame:
     """Correct the p-values of scores by Holm's method, over all differences of shown metrics, and judge."""
     scores = scores.assign(p_corrected=holm(scores["p"].where(scores["shown"]).to_numpy()))
@@ -74,7 +116,7 @@ def correct(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def _difference(unmasked: pd.DataFrame, masked: pd.DataFrame) -> dict[str, Any]:
-    items = unmasked.index.intersection(masked.index, sort=False)
+    items = unmasked.index.intersection(masked.index, sort=False)  # those that both answered
     before, after = (
         values.loc[items].T.groupby(level="training").mean().T.to_numpy() for values in (unmasked, masked)
     )  # [item, training], one of them perhaps of a single training
@@ -132,10 +174,14 @@ def best_rates(items: pd.DataFrame, rates: pd.DataFrame, unmasked: str, *, seed:
         A row a `task`, `metric`, `family` and `selection` (`held-out half`, `same items`): `rate` and `mask` chosen,
         `n` items scored on, `mean`, `difference` to the unmasked model on these, `low` and `high` of it. Families
         with one rate are left out.
+
+    Raises:
+        MelensError: as `summarise`.
     """
+    _check_items(items)
     rows = []
     for (task, metric), of_metric in items.groupby(["task", "metric"], sort=False):
-        per_item = of_metric.pivot_table(index="item", columns="mask", values="value", sort=False)
+        per_item = _by_item(of_metric, ["mask"])
         sign = 1 if of_metric["higher_is_better"].iloc[0] else -1
         order = np.random.default_rng(seed).permutation(len(per_item))
         chosen_on, scored_on = (per_item.iloc[part] for part in np.array_split(order, 2))
