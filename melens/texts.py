@@ -14,7 +14,7 @@ from torch import Tensor
 from melens.errors import MelensError
 from melens.prompts import Bos, random_tokens
 
-__all__ = ["cut_texts", "read_text"]
+__all__ = ["bos_prefix", "cut_texts", "read_text"]
 
 
 def read_text(source: str | None = None, *, split: str = "test", column: str = "text") -> str:
@@ -64,6 +64,27 @@ def _read_file(path: Path, column: str) -> str:
     return "\n\n".join(texts)
 
 
+def bos_prefix(tokenizer: Any, bos: Bos = "auto") -> list[int]:
+    """Return the token ids that every text begins with: BOS, or none.
+
+    Args:
+        tokenizer: of a model; None for a model that has none, whose texts begin with nothing.
+        bos: as for prompts: `"auto"` whatever the tokenizer itself puts before a text, `"true"` BOS, `"false"` nothing.
+
+    Raises:
+        MelensError: no BOS token.
+    """
+    if tokenizer is None or bos == "false":
+        return []
+    if bos == "true":
+        if tokenizer.bos_token_id is None:
+            raise MelensError("prompts.bos is 'true', but this model's tokenizer has no BOS token.")
+        return [tokenizer.bos_token_id]
+    with_special, own = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (True, False))
+    begin = next(at for at in range(len(with_special)) if with_special[at : at + len(own)] == own)
+    return with_special[:begin]
+
+
 def cut_texts(
     model: Any, text: str, *, n_texts: int, n_tokens: int, bos: Bos = "auto", seed: int = 0
 ) -> Int[Tensor, "text pos"]:
@@ -85,10 +106,7 @@ def cut_texts(
     if tokenizer is None:
         return torch.stack(random_tokens(n_texts, n_tokens, model.cfg.d_vocab, seed=seed))
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    own_bos = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-    if bos == "true" and tokenizer.bos_token_id is None:
-        raise MelensError("prompts.bos is 'true', but this model's tokenizer has no BOS token.")
-    prefix = [tokenizer.bos_token_id] if bos == "true" or (bos == "auto" and own_bos) else []
+    prefix = bos_prefix(tokenizer, bos)
     length = n_tokens - len(prefix)
     stride = len(ids) // n_texts
     if stride < length:

@@ -274,6 +274,27 @@ def test_perplexity_and_copying_are_read_off_a_whole_forward_pass():
     assert values("copy") == pytest.approx((twice.argmax(-1) == texts).float().mean(1).tolist())
 
 
+@pytest.mark.parametrize("bos", [[], [3], [3, 4]])
+def test_every_benchmark_begins_with_bos_and_says_it_once(embedded, bos):
+    """With a prefix of two tokens, as GLM's tokenizer has."""
+    tokenizer = embedded.tokenizer
+    texts = torch.tensor([[*bos, *range(10 + row, 110 + row)] for row in range(3)])
+    long_text = tokenizer("one two three " * 300)["input_ids"]
+    for name in ("perplexity", "copy", "induction", "needle"):
+        asked = ask(BENCHMARKS[name], tokenizer, texts, long_text, vocabulary=9, bos=bos, needle=Needle([90], [0, 1]))
+        for context, continuation in asked.requests:
+            assert context[: len(bos)] == bos
+            assert not {*context[len(bos) :], *continuation} & set(bos)
+            if name in ("copy", "induction"):
+                assert context[len(bos) :] == continuation
+                assert len(continuation) == 64
+            if name == "needle":
+                assert len(context) + len(continuation) == 90
+            if name == "perplexity":
+                assert [*context, *continuation] in texts.tolist()
+                assert len(context) == max(1, len(bos))
+
+
 def test_a_needle_lies_where_it_was_hidden(embedded):
     tokenizer = embedded.tokenizer
     text = tokenizer("The quick brown fox jumps over the lazy dog. " * 60)["input_ids"]

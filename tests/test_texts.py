@@ -1,11 +1,14 @@
+import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from planted import bridge, plain_model
+from tokenizers.processors import TemplateProcessing
 
 from melens import MelensError
-from melens.texts import cut_texts, read_text
+from melens.texts import bos_prefix, cut_texts, read_text
 
 
 def test_every_machine_has_a_text():
@@ -45,3 +48,21 @@ def test_a_model_without_a_tokenizer_gets_random_tokens():
     texts = cut_texts(bridge(plain_model("llama")), "", n_texts=5, n_tokens=9, seed=1)
     assert texts.shape == (5, 9)
     assert len(set(texts[:, 0].tolist())) == 5
+
+
+def test_texts_begin_as_prompts_do(embedded):
+    tokenizer = copy.deepcopy(embedded.tokenizer)
+    first, second = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert bos_prefix(tokenizer, "auto") == bos_prefix(tokenizer, "false") == bos_prefix(None, "true") == []
+    assert bos_prefix(tokenizer, "true") == [first]
+    special = [(tokenizer.bos_token, first), (tokenizer.eos_token, second)]
+    for template, prefix in (("{0} $A", [first]), ("{0} {1} $A", [first, second]), ("{0} $A {1}", [first])):
+        single = template.format(tokenizer.bos_token, tokenizer.eos_token)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=special)
+        assert bos_prefix(tokenizer, "auto") == prefix
+        assert bos_prefix(tokenizer, "false") == []
+    model = SimpleNamespace(tokenizer=tokenizer, cfg=embedded.cfg)
+    assert set(cut_texts(model, read_text(), n_texts=3, n_tokens=9)[:, 0].tolist()) == {first}
+    tokenizer.bos_token = None
+    with pytest.raises(MelensError, match="no BOS token"):
+        bos_prefix(tokenizer, "true")

@@ -1,4 +1,7 @@
-"""Benchmarks that need no data: loss on a text, induction, copying, and a needle in a long context."""
+"""Benchmarks that need no data: loss on a text, induction, copying, and a needle in a long context.
+
+All of them begin with BOS where the prompts do: token 0, on which masks and attention sinks rest, is the same in each.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ class Needle:
     """Where a fact is hidden.
 
     Attributes:
-        lengths: tokens of the context.
+        lengths: tokens of the context, BOS included.
         depths: how deep in it, from 0 (the beginning) to 1.
     """
 
@@ -63,6 +66,7 @@ def ask(
     long_text: Sequence[int],
     *,
     vocabulary: int,
+    bos: Sequence[int] = (),
     limit: int | None = None,
     seed: int = 0,
     needle: Needle | None = None,
@@ -72,9 +76,10 @@ def ask(
     Args:
         benchmark: perplexity, induction, copy or needle.
         tokenizer: of the model; only the needle needs one.
-        texts: token ids, for perplexity and copying.
-        long_text: token ids, to hide a needle in.
+        texts: token ids, for perplexity and copying, each beginning with `bos`.
+        long_text: token ids without it, to hide a needle in.
         vocabulary: of the model, for random tokens.
+        bos: token ids that every context begins with, of `melens.texts.bos_prefix`.
         limit: at most so many items.
         seed: of random tokens and numbers.
         needle: where.
@@ -84,20 +89,33 @@ def ask(
     """
     n = N_SEQUENCES if limit is None else min(limit, N_SEQUENCES)
     if benchmark.name == "needle":
-        return _needles(benchmark, tokenizer, long_text, needle or Needle(), n if limit else None, seed)
+        return _needles(benchmark, tokenizer, long_text, needle or Needle(), n if limit else None, seed, bos)
     if benchmark.name == "induction":
+        drawn = torch.tensor([token for token in range(vocabulary) if token not in bos])
         generator = torch.Generator().manual_seed(seed)
-        random = torch.randint(vocabulary, (n, HALF), generator=generator).tolist()
-        return Questions(benchmark, [(row, row) for row in random], [str(at) for at in range(n)])
+        random = drawn[torch.randint(len(drawn), (n, HALF), generator=generator)].tolist()
+        return _repetitions(benchmark, random, bos)
     rows = texts[: limit or len(texts)].tolist()
     if benchmark.name == "copy":
-        repeated = [row[: min(HALF, len(row))] for row in rows]
-        return Questions(benchmark, [(row, row) for row in repeated], [str(at) for at in range(len(rows))])
-    return Questions(benchmark, [(row[:1], row[1:]) for row in rows], [str(at) for at in range(len(rows))])
+        return _repetitions(benchmark, [row[len(bos) :][:HALF] for row in rows], bos)
+    n_given = max(1, len(bos))
+    requests = [(row[:n_given], row[n_given:]) for row in rows]
+    return Questions(benchmark, requests, [str(at) for at in range(len(rows))])
+
+
+def _repetitions(benchmark: Benchmark, rows: Sequence[Sequence[int]], bos: Sequence[int]) -> Questions:
+    """Ask for rows that were seen once; BOS begins the context, and is no part of what comes again."""
+    return Questions(benchmark, [([*bos, *row], row) for row in rows], [str(at) for at in range(len(rows))])
 
 
 def _needles(
-    benchmark: Benchmark, tokenizer: Any, long_text: Sequence[int], needle: Needle, limit: int | None, seed: int
+    benchmark: Benchmark,
+    tokenizer: Any,
+    long_text: Sequence[int],
+    needle: Needle,
+    limit: int | None,
+    seed: int,
+    bos: Sequence[int],
 ) -> Questions:
     if tokenizer is None:
         raise MelensError("needle needs a tokenizer, and this model has none.")
@@ -124,9 +142,9 @@ def _needles(
                     f" {number}",
                 )
             )
-            hay = list(long_text[begin : begin + length - len(fact) - len(question) - len(answer)])
+            hay = list(long_text[begin : begin + length - len(bos) - len(fact) - len(question) - len(answer)])
             at = round(depth * len(hay))
-            requests.append(([*hay[:at], *fact, *hay[at:], *question], answer))
+            requests.append(([*bos, *hay[:at], *fact, *hay[at:], *question], answer))
             items.append(f"{length} tokens, depth {depth:g}, {repeat}")
     kept = range(len(items)) if limit is None else torch.linspace(0, len(items) - 1, limit).round().int().tolist()
     return Questions(benchmark, [requests[at] for at in kept], [items[at] for at in kept])
