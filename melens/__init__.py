@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     )
     from melens.prompts import Prompt, load_prompts
     from melens.tracing import Trace, default_probes, trace
+    from melens.verification import Verification, verify
     from melens.weights import score_blocks
     from melens.wemask import WeMask
 
@@ -54,6 +55,7 @@ __all__ = [
     "Spectrum",
     "TokenVectors",
     "Trace",
+    "Verification",
     "WeMask",
     "ablated",
     "default_probes",
@@ -66,11 +68,12 @@ __all__ = [
     "read_normalization",
     "score_blocks",
     "trace",
+    "verify",
 ]
 
 _MODULES = (
-    "errors", "prompts", "probes", "tracing", "emergence", "models", "claims", "normalization", "ablation", "weights",
-    "wemask",
+    "errors", "prompts", "probes", "verification", "tracing", "emergence", "models", "claims", "normalization",
+    "ablation", "weights", "wemask",
 )  # fmt: skip
 
 

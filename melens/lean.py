@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from jaxtyping import Float
@@ -41,7 +41,16 @@ from melens.attention import FUSED, FUSED_BESIDE_EAGER, eager_function, missing_
 from melens.caching import cache_hooks
 from melens.errors import MelensError
 
-__all__ = ["KeyListener", "Listener", "any_hooks", "is_inside_attention", "lean_forward"]
+__all__ = [
+    "KeyListener",
+    "Listener",
+    "any_hooks",
+    "hear_input",
+    "hear_output",
+    "is_inside_attention",
+    "keep_whole",
+    "lean_forward",
+]
 
 Listener = Callable[[Tensor], None]
 
@@ -81,7 +90,7 @@ def lean_forward(
     Raises:
         MelensError: within another lean forward pass of the same model.
     """
-    can_be_lean = not any(getattr(model.cfg, option, False) for option in _INPUT_FORKS)
+    can_be_lean = model not in _WHOLE and not any(getattr(model.cfg, option, False) for option in _INPUT_FORKS)
     parts = _parts(model)
     if parts.is_in_use:
         raise MelensError("This model is in a lean forward pass (a trace, a comparison) already: end it first.")
@@ -130,6 +139,14 @@ def lean_forward(
             _attach(hook_point, listen, stack)
         _select_attention(parts, FUSED_BESIDE_EAGER if n_eager else FUSED, stack)
         yield
+
+
+_WHOLE: WeakSet[TransformerBridge] = WeakSet()
+
+
+def keep_whole(model: TransformerBridge) -> None:
+    """Leave nothing out of this bridge's forward passes from now on: its own modules give other numbers."""
+    _WHOLE.add(model)
 
 
 @dataclass(frozen=True)
@@ -254,8 +271,8 @@ def _is_as_listed(parts: _Parts) -> bool:
     """Tell whether every component is still in its place, of its class, and around the module that it was around."""
     return parts.is_in_use or all(
         wrapper.parent._modules.get(wrapper.name) is wrapper.component
-        and wrapper.component.original_component is wrapper.module
         and type(wrapper.component) is wrapper.kind
+        and wrapper.component._modules.get("_original_component") is wrapper.module
         for wrapper in parts.wrappers
     )
 
@@ -371,9 +388,9 @@ def _keep_rim_hooks(
         elif id(hook_point) in waiting:
             hear = hook_point if hook_point.hook_conversion is not None else waiting.pop(id(hook_point))[1]
         if hear is not None and is_input:
-            handles.append(wrapper.module.register_forward_pre_hook(_hear_input(hear), with_kwargs=True))
+            handles.append(wrapper.module.register_forward_pre_hook(hear_input(hear), with_kwargs=True))
         elif hear is not None:
-            handles.append(wrapper.module.register_forward_hook(_hear_output(hear)))
+            handles.append(wrapper.module.register_forward_hook(hear_output(hear)))
 
 
 def is_inside_attention(model: TransformerBridge, hook_point: HookPoint) -> bool:
@@ -388,7 +405,9 @@ def any_hooks(hook_point: HookPoint) -> bool:
     return bool(hook_point._forward_hooks or hook_point._backward_hooks)
 
 
-def _hear_input(hear: Callable[[Tensor], Tensor | None]) -> Callable[..., tuple[Any, Any] | None]:
+def hear_input(hear: Callable[[Tensor], Tensor | None]) -> Callable[..., tuple[Any, Any] | None]:
+    """Make PyTorch's forward pre-hook (with kwargs) of what hears, and may replace, a module's hidden states."""
+
     def fire(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         changed = hear(args[0] if args else kwargs["hidden_states"])
         if changed is None:
@@ -398,7 +417,9 @@ def _hear_input(hear: Callable[[Tensor], Tensor | None]) -> Callable[..., tuple[
     return fire
 
 
-def _hear_output(hear: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
+def hear_output(hear: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
+    """Make PyTorch's forward hook of what hears, and may replace, the first of a module's outputs."""
+
     def fire(module: nn.Module, args: Any, output: Any) -> Any:
         changed = hear(output[0] if isinstance(output, tuple) else output)
         return (changed, *output[1:]) if changed is not None and isinstance(output, tuple) else changed

@@ -37,11 +37,13 @@ __all__ = [
     "Site",
     "base_of",
     "base_path",
+    "bridge_around",
     "bridged_twin",
     "gathered_twin",
     "is_whole",
     "open_network",
     "plain_twin",
+    "twin_of",
 ]
 
 Site = Literal["attn_in", "ln1_in", "resid_pre"]
@@ -157,9 +159,9 @@ def plain_twin(bridge: TransformerBridge) -> Any:
     """
     network = bridge.original_model
     try:
-        twin = _twin(network, "sdpa")
+        twin = twin_of(network, "sdpa")
     except ValueError:  # an architecture without it
-        twin = _twin(network, "eager")
+        twin = twin_of(network, "eager")
     if twin is None:
         return network
     attach_gates(_of_plain(twin, twin.config), gates_of(_of_bridge(bridge)))
@@ -182,22 +184,27 @@ def bridged_twin(model: Any, name: str) -> TransformerBridge:
     Raises:
         MelensError: weights that are not here in full, or do not fill a model of its class.
     """
-    twin = _twin(model, "eager")
+    twin = twin_of(model, "eager")
     if twin is None:
         raise MelensError("This model's weights are sharded or not its own, so it cannot be looked into.")
-    gates = gates_of(_of_plain(model, model.config))
-    kind, device = type(twin).__name__, input_device(twin)
-    bridge = build_bridge_from_module(twin.eval(), kind, hf_config=twin.config, model_name=name, device=device)
-    attach_gates(_of_bridge(bridge), gates)
+    bridge = bridge_around(twin, name)
+    attach_gates(_of_bridge(bridge), gates_of(_of_plain(model, model.config)))
+    return bridge
+
+
+def bridge_around(network: Any, name: str) -> TransformerBridge:
+    """Build a bridge into a transformers model in memory, whose modules are the bridge's from then on."""
+    kind, device = type(network).__name__, input_device(network)
+    bridge = build_bridge_from_module(network, kind, hf_config=network.config, model_name=name, device=device)
     return bridge.eval()
 
 
 def gathered_twin(model: Any, weights: Mapping[str, Tensor]) -> Any:
     """Return a model of the class of one whose weights are sharded, on its gathered weights."""
-    return _twin(model, "eager", weights)
+    return twin_of(model, "eager", weights)
 
 
-def _twin(network: Any, attention: str, weights: Mapping[str, Tensor] | None = None) -> Any:
+def twin_of(network: Any, attention: str, weights: Mapping[str, Tensor] | None = None) -> Any:
     """Make a model of the same class on the same weights, or on others; None where they do not fill it.
 
     Its own weights stay on the devices, in memory or on disk where they are.

@@ -40,6 +40,7 @@ from melens.metrics import (
     l2_norm,
     sink_mass,
 )
+from melens.places import ATTENTION_ON_KEYS, RESID_PRE_0
 
 __all__ = [
     "ATTENTION_ON_KEYS",
@@ -59,12 +60,6 @@ __all__ = [
     "Spectrum",
     "TokenVectors",
 ]
-
-ATTENTION_ON_KEYS = "attn.on_keys"
-"""A site of melens's own: the attention on the probe's `keys`, `[batch, head, query, key]`, without the pattern."""
-
-RESID_PRE_0 = "blocks.0.hook_resid_pre"
-"""The embeddings, as the first block sees them; everywhere else a block's input is the output of the one before."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,8 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,12 +22,12 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-from melens.batching import forget_longest, measured, rule_of
+from melens.batching import forget_longest
 from melens.errors import MelensError
 from melens.lean import any_hooks, lean_forward
 from melens.networks import base_of
+from melens.places import Places
 from melens.probes import (
-    ATTENTION_ON_KEYS,
     AbsMax,
     AbsMedian,
     Batch,
@@ -40,6 +38,7 @@ from melens.probes import (
     TokenVectors,
 )
 from melens.prompts import Bos, Prompt, check_length, tokenize
+from melens.verification import Verification, verified
 
 __all__ = ["Trace", "default_probes", "trace"]
 
@@ -52,7 +51,8 @@ class Trace:
     """What the probes saw: plain tidy data.
 
     Attributes:
-        model: name, architecture, n_layers, d_model, n_heads, dtype and device.
+        model: name, architecture, n_layers, d_model, n_heads, dtype, device, and `verified`: how far a trace of this
+            kind of model agrees with transformers (`melens.verify`).
         prompts: a row a prompt: `prompt`, `id`, `task`, `n_tokens`, `first_token`, `first_token_id`.
         tables: by probe, a row for each prompt, layer, site and whatever the probe's index runs over. `layer` is the
             0-based block, -1 outside the blocks.
@@ -134,7 +134,9 @@ def trace(
         progress: called after each batch.
 
     Raises:
-        MelensError: an empty, too short or too long prompt, two probes of one name, or a site the model does not have.
+        MelensError: an empty, too short or too long prompt, two probes of one name, a site the model does not have, a
+            probe's result of other dimensions than its index names, or a model on which no way to run it agrees with
+            transformers (`melens.verify`).
     """
     probes = default_probes(model) if probes is None else list(probes)
     if max_batch_tokens < 1:
@@ -144,12 +146,13 @@ def trace(
         twice = next(name for name in names if names.count(name) > 1)
         raise MelensError(f"Two probes have the name {twice!r}: give one another, probe.named('{twice}_2').")
     texts, tokens = _as_tokens(model, prompts, bos)
-    recorder = _Recorder(probes)
+    recorder = _Recorder(probes, [listener for probe in probes for listener in _listeners(model, probe)])
+    checked = verified(model, [site for probe in probes for site in probe.sites])
     total = sum(map(len, tokens))
     with torch.no_grad():
-        rule = measured(model.original_model, rule_of(model.original_model))
+        rule = checked.rule
         groups = rule.groups([len(ids) for ids in tokens], max_batch_tokens=max_batch_tokens)
-        with _listening(model, probes, recorder):
+        with _listening(model, recorder):
             network = _network(model, recorder.expected)
             for rows in groups:
                 batch = _pad(tokens, rows, model.cfg.device)
@@ -159,7 +162,7 @@ def trace(
                 if progress is not None:
                     progress(recorder.n_tokens, total)
                 network(input_ids=batch.tokens, use_cache=False)
-            described = _describe(model), _describe_prompts(model, texts, tokens)  # while a GPU still computes
+            described = _describe(model, checked), _describe_prompts(model, texts, tokens)  # while a GPU still computes
         recorder.end()
     if progress is not None:
         progress(recorder.n_tokens, total)
@@ -174,7 +177,7 @@ def default_probes(model: TransformerBridge) -> list[Probe]:
 
     A parallel block has no `ln2`, a state-space block no attention.
     """
-    places = _Places.of(model)
+    places = Places.of(model)
     probes: list[Probe] = [Norms(), LargestActivations(), AbsMax(), AbsMedian(), TokenVectors(), SinkMass()]
     for probe in probes:
         probe.may_miss = True
@@ -257,39 +260,6 @@ class _Listener:
     hook_point: HookPoint | None  # None: the attention on the probe's keys
 
 
-class _Places:
-    """The hook points of a model by site, each looked up once: `model.hook_dict` alone takes a millisecond."""
-
-    _known: ClassVar[WeakKeyDictionary[TransformerBridge, _Places]] = WeakKeyDictionary()
-
-    def __init__(self, model: TransformerBridge) -> None:
-        self._mode = model.compatibility_mode  # with which the names change
-        self._hook_dict: dict[str, HookPoint] = model.hook_dict
-        self._n_layers = len(model.blocks)
-        self._found: dict[str, list[tuple[str, int, HookPoint | None]]] = {}
-
-    @classmethod
-    def of(cls, model: TransformerBridge) -> _Places:
-        if model not in cls._known or cls._known[model]._mode != model.compatibility_mode:
-            cls._known[model] = cls(model)
-        return cls._known[model]
-
-    def of_site(self, site: str) -> list[tuple[str, int, HookPoint | None]]:
-        """Return where a site is: its name in the block, the block (-1: in none), and the hook point, if it is one."""
-        if site not in self._found:
-            self._found[site] = self._find(site)
-        return self._found[site]
-
-    def _find(self, site: str) -> list[tuple[str, int, HookPoint | None]]:
-        if site in self._hook_dict:
-            block = re.fullmatch(r"blocks\.(\d+)\.(.*)", site)
-            return [(block[2] if block else site, int(block[1]) if block else -1, self._hook_dict[site])]
-        is_on_keys = site == ATTENTION_ON_KEYS
-        names = (f"blocks.{layer}.{'attn.hook_out' if is_on_keys else site}" for layer in range(self._n_layers))
-        found = ((layer, self._hook_dict.get(name)) for layer, name in enumerate(names))
-        return [(site, layer, None if is_on_keys else hook) for layer, hook in found if hook is not None]
-
-
 def _listeners(model: TransformerBridge, probe: Probe) -> list[_Listener]:
     n_layers = len(model.blocks)
     layers = range(n_layers) if probe.layers is None else probe.layers
@@ -300,7 +270,7 @@ def _listeners(model: TransformerBridge, probe: Probe) -> list[_Listener]:
     found: list[_Listener] = []
     wanted = {-1, *layers}
     for site in probe.sites:  # one named with its block is wanted whatever the layers are
-        places = [place for place in _Places.of(model).of_site(site) if place[1] in wanted or place[0] != site]
+        places = [place for place in Places.of(model).of_site(site) if place[1] in wanted or place[0] != site]
         if not places:
             raise MelensError(f"The probe {probe.name!r} listens at {site!r}, which no block of this model has.")
         found += [_Listener(probe, *place) for place in places]
@@ -308,11 +278,10 @@ def _listeners(model: TransformerBridge, probe: Probe) -> list[_Listener]:
 
 
 @contextmanager
-def _listening(model: TransformerBridge, probes: Sequence[Probe], recorder: _Recorder) -> Iterator[None]:
+def _listening(model: TransformerBridge, recorder: _Recorder) -> Iterator[None]:
     """Attach every probe and leave out of the forward pass what none of them, nor any other hook, listens to."""
     at_hook: dict[HookPoint, list[_Listener]] = defaultdict(list)
     at_keys: dict[int, list[_Listener]] = defaultdict(list)
-    recorder.expected = [listener for probe in probes for listener in _listeners(model, probe)]
     for listener in recorder.expected:
         if listener.hook_point is None:
             at_keys[listener.layer].append(listener)
@@ -360,9 +329,9 @@ class _Chunk:
 class _Recorder:
     """Lets probes reduce what passes, and lays their results out as tables."""
 
-    def __init__(self, probes: Sequence[Probe]) -> None:
+    def __init__(self, probes: Sequence[Probe], expected: list[_Listener]) -> None:
         self.n_tokens = 0
-        self.expected: list[_Listener] = []
+        self.expected = expected
         self._batch: Batch | None = None
         self._reduced: dict[str, list[tuple[_Listener, dict[str, Tensor]]]] = {probe.name: [] for probe in probes}
         self._chunks: dict[str, list[_Chunk]] = {probe.name: [] for probe in probes}
@@ -440,9 +409,9 @@ def _check_alike(probe: Probe, heard: Sequence[tuple[_Listener, dict[str, Tensor
         for name, values in reduced.items():
             if of_first[name].shape != values.shape:
                 raise MelensError(
-                    f"The probe {probe.name!r} returns {name!r} of shape {list(of_first[name].shape)} at {first.site!r} "
-                    f"in block {first.layer} and of shape {list(values.shape)} at {listener.site!r} in block "
-                    f"{listener.layer}: trace these places with a probe each."
+                    f"The probe {probe.name!r} returns {name!r} of shape {list(of_first[name].shape)} at "
+                    f"{first.site!r} in block {first.layer} and of shape {list(values.shape)} at {listener.site!r} in "
+                    f"block {listener.layer}: trace these places with a probe each."
                 )
 
 
@@ -490,7 +459,7 @@ def _along(values: np.ndarray, axis: int, n_axes: int) -> np.ndarray:
     return values.reshape([-1 if i == axis else 1 for i in range(n_axes)])
 
 
-def _describe(model: TransformerBridge) -> dict[str, Any]:
+def _describe(model: TransformerBridge, checked: Verification) -> dict[str, Any]:
     cfg = model.cfg
     return {
         "name": cfg.model_name,
@@ -500,4 +469,5 @@ def _describe(model: TransformerBridge) -> dict[str, Any]:
         "n_heads": int(getattr(cfg, "n_heads", None) or 0),
         "dtype": str(next(model.original_model.parameters()).dtype).removeprefix("torch."),
         "device": str(cfg.device),
+        "verified": checked.summary(),
     }

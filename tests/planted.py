@@ -156,7 +156,7 @@ def plant(network: Any, *, block: int, token: int, dim: int, source_dim: int = 3
 
 
 def shared_keys_model(seed: int = 0) -> Any:
-    """A Gemma 4 whose last three blocks share keys and values: under `logits_to_keep` they get the last tokens alone."""
+    """A Gemma 4 whose last three blocks share keys and values: with `logits_to_keep` they get a few tokens."""
     sharing = {
         "num_hidden_layers": 6,
         "num_kv_shared_layers": 3,
