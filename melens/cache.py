@@ -244,9 +244,6 @@ def _weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
 _BLOCK = 2**15
 """Words of 32 bits in a block."""
 
-_BLOCKS = {"cpu": 1}
-"""Blocks that are multiplied together, elsewhere 128: on a CPU their products stay in its cache."""
-
 
 def _block_sums(weight: Tensor) -> Int[Tensor, " block"]:
     """Hash each block of a tensor's bytes to Σ word · key mod 2⁶⁴, every place with a random key of its own.
@@ -260,7 +257,7 @@ def _block_sums(weight: Tensor) -> Int[Tensor, " block"]:
         raw = nn.functional.pad(raw, (0, -len(raw) % 4))  # a copy, which begins at a whole word
     words, keys = raw.view(torch.int32), _keys(weight.device)
     whole = len(words) // _BLOCK * _BLOCK
-    step = _BLOCKS.get(weight.device.type, 128)
+    step = torch.get_num_threads() if weight.device.type == "cpu" else 128  # on a CPU the products stay in its caches
     sums = [(blocks * keys).sum(-1) for blocks in words[:whole].view(-1, _BLOCK).split(step)]
     rest = words[whole:]
     return torch.cat([*sums, (rest * keys[: len(rest)]).sum(-1, keepdim=True)])
