@@ -14,9 +14,10 @@ tells of that, `measured` tries the rest on the model itself, and `BatchRule.gro
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -119,12 +120,12 @@ def _ropes_of(config: Any) -> Iterator[Mapping[str, Any]]:
 # --- What no config tells ---------------------------------------------------------------------------------------------
 
 
-_MEASURED: WeakKeyDictionary[nn.Module, tuple[BatchRule, BatchRule]] = WeakKeyDictionary()
-"""By model, the rule that was narrowed and what it became."""
+_MEASURED: WeakKeyDictionary[nn.Module, dict[tuple[BatchRule, str], BatchRule]] = WeakKeyDictionary()
+"""By model, what rules became that were narrowed, for padding on either side."""
 
 
 @torch.no_grad()
-def measured(network: Any, rule: BatchRule) -> BatchRule:
+def measured(network: Any, rule: BatchRule, *, padding: Literal["right", "left"] = "right") -> BatchRule:
     """Narrow a rule by what a model does: run two rows of a few tokens together and alone.
 
     If the longer row gives other numbers beside the shorter one, each row is run alone; if only the shorter one does,
@@ -134,15 +135,15 @@ def measured(network: Any, rule: BatchRule) -> BatchRule:
     Args:
         network: a causal language model of transformers.
         rule: of `rule_of`.
+        padding: on the right, without an attention mask, or on the left with one, as for generation.
     """
-    before, narrowed = _MEASURED.get(network, (None, rule))
-    if before != rule:
-        narrowed = _measure(network, rule)
-        _MEASURED[network] = rule, narrowed
-    return narrowed
+    known = _MEASURED.setdefault(network, {})
+    if (rule, padding) not in known:
+        known[rule, padding] = _measure(network, rule, on_left=padding == "left")
+    return known[rule, padding]
 
 
-def _measure(network: Any, rule: BatchRule) -> BatchRule:
+def _measure(network: Any, rule: BatchRule, *, on_left: bool) -> BatchRule:
     short, long = _TRIED
     long = min(long, getattr(network.config.get_text_config(), "max_position_embeddings", None) or long)
     if not rule.may_share((short, long)):
@@ -152,17 +153,25 @@ def _measure(network: Any, rule: BatchRule) -> BatchRule:
     tokens = torch.randint(vocabulary // 2, (2, long), generator=generator)  # images' ids are among the last
     base, tokens = base_of(network), tokens.to(input_device(network))
 
-    def final(rows: Int[Tensor, "row pos"]) -> Float[Tensor, "row pos d"]:
+    own = slice(long - short, None) if on_left else slice(short)  # of the first row; its other tokens are its padding
+    is_real = torch.ones_like(tokens)
+    is_real[0] = 0
+    is_real[0, own] = 1
+
+    def final(rows: Int[Tensor, "row pos"], **arguments: Tensor) -> Float[Tensor, "row pos d"]:
         if rule.remembers:
             forget_longest(network)
-        output: Tensor = base(input_ids=rows, use_cache=False).last_hidden_state
+        output: Tensor = base(input_ids=rows, use_cache=False, **arguments).last_hidden_state
         return output
 
-    together = final(tokens)  # what follows the first row's short beginning stands for its padding
+    masked = {"attention_mask": is_real}
+    if "position_ids" in inspect.signature(base.forward).parameters:
+        masked["position_ids"] = (is_real.cumsum(-1) - 1).clamp(min=0)
+    together = final(tokens, **masked) if on_left else final(tokens)
     tolerance = tolerance_of(together.dtype)
     if relative_error(together[1:], final(tokens[1:])) > tolerance:
         return replace(rule, alone=True)
-    if relative_error(together[:1, :short], final(tokens[:1, :short])) > tolerance:
+    if relative_error(together[:1, own], final(tokens[:1, own])) > tolerance:
         return replace(rule, equal_beyond=0) if short < long else replace(rule, alone=True)
     return rule
 

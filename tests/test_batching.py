@@ -185,3 +185,15 @@ def test_what_no_config_tells_is_measured_once(monkeypatch, disturb, rule, dtype
     assert measured(network, BatchRule()) == rule
     monkeypatch.setattr(batching, "_measure", None)  # a second time, nothing is run
     assert measured(network, BatchRule()) == rule
+
+
+RECURRENT = {"model_type": "recurrent_gemma", "attention_window_size": 64, "lru_width": 32}
+
+
+@pytest.mark.parametrize(
+    ("options", "on_left"), [(RECURRENT, BatchRule(equal_beyond=0)), (MODELS["falcon_h1"], BatchRule())]
+)
+def test_a_model_that_sees_padding_on_its_left_is_noticed(options, on_left):
+    network = model_of(options)
+    assert measured(network, BatchRule()) == BatchRule()
+    assert measured(network, BatchRule(), padding="left") == on_left

@@ -7,6 +7,7 @@ import sys
 import pandas as pd
 import pytest
 import torch
+from test_batching import LONGROPE, MODELS, model_of
 from test_cli import ROOT, run
 
 from melens import MelensError, WeMask, load_model
@@ -15,6 +16,7 @@ from melens.benchmarks.catalog import BENCHMARKS
 from melens.benchmarks.harness import Asking, evaluate, load_task
 from melens.models import embedded_model_folder
 from melens.networks import plain_twin
+from melens.prompts import byte_tokenizer
 
 PIQA = [
     ("How do you open a jar?", ["Turn the lid", "Turn the jar into a very old and rusty tractor"], 0),
@@ -90,6 +92,31 @@ def test_prompts_padded_in_a_batch_are_answered_as_alone(embedded, network, data
     together = responses(3)
     assert together == responses(1)
     assert any(together)
+
+
+LENGTH_TELLERS = {
+    "longrope": MODELS["phi3 with longrope"]
+    | {"rope_parameters": LONGROPE | {"original_max_position_embeddings": 30}, "original_max_position_embeddings": 30},
+    "deepseek_v4": MODELS["deepseek_v4"],
+}
+
+
+@pytest.mark.parametrize("name", LENGTH_TELLERS)
+def test_prompts_whose_lengths_the_model_tells_apart_are_answered_as_alone(tmp_path, name):
+    tokenizer = byte_tokenizer()
+    network = model_of(LENGTH_TELLERS[name] | {"vocab_size": len(tokenizer)})
+    questions = ["What?", "Who is?!", "What is one and one, once more?"]
+    rows = [json.dumps({"question": question, "answer": "2"}) + "\n" for question in questions]
+    (tmp_path / "gsm8k.test.jsonl").write_text("".join(rows))
+    task = load_task(BENCHMARKS["gsm8k"], tmp_path)
+
+    def responses(batch_size):
+        asking = Asking(max_new_tokens=8, batch_size=batch_size)
+        return evaluate(network, tokenizer, task, asking)["response"].tolist()
+
+    together = responses(3)
+    assert together == responses(1)
+    assert len(set(together)) > 1
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """EleutherAI's lm-evaluation-harness over a loaded model: its task definitions, prompts, filters and metrics.
 
 The harness pads in two ways, on the right without an attention mask for log-likelihoods and on the left with one for
-generation; a `WeMask` finds token 0 in both.
+generation; a `WeMask` finds token 0 in both, and rows that would change each other's numbers are not put together.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import importlib.util
 import logging
 import random
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from melens.batching import forget_longest, measured, rule_of
 from melens.benchmarks.catalog import Benchmark, Metric
 from melens.benchmarks.data import harness_row, read_rows
 from melens.benchmarks.scores import check_scores
@@ -246,13 +248,32 @@ def _language_model(network: Any, tokenizer: Any, asking: Asking, max_batch_toke
             scored = scorer.score([(context, continuation) for _, context, continuation in requests], progress)
             return [(float(each.log_p.sum()), bool(each.greedy.all())) for each in scored]
 
-        def _model_generate(self, context: Any, max_length: int, stop: list[str], **arguments: Any) -> Any:
-            check = _FiniteLogits(self._task, context, self.tokenizer)
-            generated = super()._model_generate(context, max_length, stop, logits_processor=[check], **arguments)
-            progress(len(context))
-            return generated
+        def _model_generate(
+            self, context: Tensor, max_length: int, stop: list[str], *, attention_mask: Tensor, **arguments: Any
+        ) -> Tensor:
+            width = context.shape[1]
+            written = context.new_full((len(context), max_length), self.tokenizer.pad_token_id)
+            written[:, :width] = context
+            for rows, length in _alike(network, attention_mask.sum(-1).tolist(), max_length - width):
+                forget_longest(network)
+                own, mask = context[rows, width - length :], attention_mask[rows, width - length :]
+                arguments["logits_processor"] = [_FiniteLogits(self._task, own, self.tokenizer)]
+                most = max_length - width + length
+                found = super()._model_generate(own, most, stop, attention_mask=mask, **arguments)[:, length:]
+                written[rows, width : width + found.shape[1]] = found
+                progress(len(rows))
+            return written
 
     return MelensLM(pretrained=network, tokenizer=tokenizer, backend="causal", batch_size=asking.batch_size)
+
+
+def _alike(network: Any, lengths: Sequence[int], n_new: int) -> list[tuple[list[int], int]]:
+    """Group prompts that may be generated from together, padded on the left, each group with its longest's tokens."""
+    rule = measured(network, rule_of(network), padding="left")
+    if not rule.may_share([min(lengths), max(lengths) + n_new]):  # rows grow, and pass a limit one by one
+        rule = replace(rule, equal_beyond=0)
+    groups = rule.groups(lengths, max_batch_tokens=sys.maxsize, max_padding=1.0, longest_first=True)
+    return [(rows, max(lengths[row] for row in rows)) for rows in groups]
 
 
 def _check_requests(requests: Sequence[Any], log_p: Sequence[float]) -> None:
