@@ -147,12 +147,14 @@ def _prepare(study: Study, options: DictConfig) -> _Bench:
             f"All massive tokens stand at position {options.max_position} or later; raise exp.max_position."
         )
     prompts, positions = usable["prompt"].tolist(), usable["pos"].astype(int).tolist()
-    runs = MassiveTokenRuns(study.model, [study.tokens[prompt] for prompt in prompts], positions)
     norms = (
         study.trace["norm"]
         .query("site == 'hook_resid_post'")
         .merge(usable[["prompt", "pos"]].rename(columns={"pos": "massive"}), on="prompt")
     )
+    traced = norms[norms["pos"] == norms["massive"]].pivot(index="prompt", columns="layer", values="norm").loc[prompts]
+    tokens = [study.tokens[prompt] for prompt in prompts]
+    runs = MassiveTokenRuns(study.model, tokens, positions, torch.from_numpy(traced.to_numpy()))
     others = norms[norms["pos"] != norms["massive"]].groupby("layer")["norm"].mean()
     return _Bench(study, runs, study.me.layer, others.reindex(range(study.n_layers)).to_numpy(dtype=float))
 

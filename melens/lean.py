@@ -270,9 +270,9 @@ def _parts(model: TransformerBridge) -> _Parts:
 def _is_as_listed(parts: _Parts) -> bool:
     """Tell whether every component is still in its place, of its class, and around the module that it was around."""
     return parts.is_in_use or all(
-        wrapper.parent._modules.get(wrapper.name) is wrapper.component
-        and type(wrapper.component) is wrapper.kind
+        type(wrapper.component) is wrapper.kind
         and wrapper.component._modules.get("_original_component") is wrapper.module
+        and wrapper.parent._modules.get(wrapper.name) is wrapper.component
         for wrapper in parts.wrappers
     )
 

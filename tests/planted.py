@@ -42,6 +42,18 @@ SMALL: dict[str, Any] = {
     "max_position_embeddings": 64,
     "pad_token_id": 0,
 }
+LONGROPE: dict[str, Any] = SMALL | {
+    "max_position_embeddings": 64,
+    "original_max_position_embeddings": 24,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "factor": 2.6,
+        "short_factor": [1.0] * 8,
+        "long_factor": [4.0] * 8,
+        "original_max_position_embeddings": 24,
+    },
+}
 GPT2: dict[str, Any] = {"vocab_size": 200, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 64}
 FALCON: dict[str, Any] = {
     "vocab_size": 200,

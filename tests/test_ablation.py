@@ -5,7 +5,7 @@ from typing import get_args
 
 import pytest
 import torch
-from planted import FAMILIES, N_LAYERS, VOCABULARY, bridge, gains_apart, plain_model, plant
+from planted import FAMILIES, LONGROPE, N_LAYERS, VOCABULARY, bridge, gains_apart, plain_model, plant
 
 import melens
 from melens import MassiveTokenRuns, MelensError
@@ -130,3 +130,35 @@ def test_mistakes_are_told():
     mamba = melens.load_model("random", model_type="mamba", config={"hidden_size": 32, "num_hidden_layers": 1})
     with pytest.raises(MelensError, match="no block 0 with the part 'attention'"):
         ablation(mamba, 0, "attention")
+
+
+def test_prompts_whose_cut_would_change_them_are_run_whole(monkeypatch):
+    """Beyond 24 tokens this model turns its keys by other angles, also token 3's."""
+    model = melens.load_model("random", model_type="phi3", config=LONGROPE)
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(1, 199, (length,), generator=generator) for length in (40, 30, 10)]
+    at = [3, 5, 2]
+    table = melens.trace(model, prompts)["norm"].query("site == 'hook_resid_post'")
+    norms = torch.tensor(
+        [table[(table["prompt"] == row) & (table["pos"] == pos)]["norm"].tolist() for row, pos in enumerate(at)]
+    )
+    tokens = [prompt.tolist() for prompt in prompts]
+    cut, whole = MassiveTokenRuns(model, tokens, at), MassiveTokenRuns(model, tokens, at, norms)
+    assert (cut.is_cut, whole.is_cut) == (True, False)
+    assert not torch.allclose(cut.intact[:2], norms[:2], rtol=1e-3)
+    torch.testing.assert_close(whole.intact, norms, rtol=1e-4, atol=0)
+    hooks = ablation(model, 1, "ffn")
+    replayed, anew = whole.run(hooks, start=1), whole.run(hooks)
+    torch.testing.assert_close(replayed[:, 1:], anew[:, 1:])
+    with pytest.raises(MelensError, match="not those of the trace"):
+        MassiveTokenRuns(model, tokens, at, norms + 1)
+
+
+def test_prompts_of_several_lengths_are_each_as_alone():
+    model = bridge(plain_model("gemma3"))
+    tokens = [ids[:length] for ids, length in zip(TOKENS.tolist(), (3, 6, 8), strict=False)]
+    at = [2, 4, 1][: len(tokens)]
+    runs = MassiveTokenRuns(model, tokens, at)
+    for row, (ids, position) in enumerate(zip(tokens, at, strict=True)):
+        alone = MassiveTokenRuns(model, [ids], [position])
+        torch.testing.assert_close(runs.intact[row], alone.intact[0], rtol=1e-5, atol=1e-5)
