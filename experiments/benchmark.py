@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from melens.benchmarks.refusals import judged_refusals
 from melens.benchmarks.scores import best_rates, check_scores, count_verdicts, summarise
 from melens.benchmarks.scoring import Request, Scored, Scorer
 from melens.cache import Store, code_version, fingerprint, hash_of, store_for, tokenizer_fingerprint
+from melens.generation import verify_generation
 from melens.networks import plain_twin
 from melens.results import Picture, Result
 from melens.texts import bos_prefix, cut_texts, read_text
@@ -210,13 +211,14 @@ class Bench:
         n_requests = len(task.requests) if isinstance(task, Questions) else task.n_requests(asked.limit)
         progress = _Counter(self._study.stage(benchmark.name), n_requests * len(cells) * len(seeds))
         found, n_kept = [], 0
+        batch_sizes = {cell.label: self._batch_size(cell.mask) for cell in cells} if generates else {}
         for at, (cell, seed) in enumerate((cell, seed) for cell in cells for seed in seeds):
             name = self._key(benchmark, task, cell, seed)
             items = None if self._store is None else self._store.load_table(name)
             n_kept += items is not None
             if items is None:
                 with nullcontext() if cell.mask is None else cell.mask.applied(self._network):
-                    items = self._items(task, seed, progress)
+                    items = self._items(task, seed, progress, batch_sizes.get(cell.label))
                 if benchmark.kind == "safety" and self._judge is not None:
                     items = self._judged(items, task, self._judge)
                 if self._store is not None:
@@ -258,13 +260,26 @@ class Bench:
             batch_size=asked.batch_size,
         )
 
-    def _items(self, task: HarnessTask | Questions, seed: int, progress: _Counter) -> pd.DataFrame:
+    def _batch_size(self, mask: WeMask | None) -> int:
+        """Return how many prompts may be written from together, as tried on this model under this mask."""
+        found = verify_generation(self._network, mask)
+        if not found.use_cache:
+            raise MelensError(
+                "With a cache of keys and values this model writes something else than without, and the harness writes "
+                "with one: give benchmark.mode=loglikelihood, and tasks that are scored so."
+            )
+        return self._asked.batch_size if found.together else 1
+
+    def _items(
+        self, task: HarnessTask | Questions, seed: int, progress: _Counter, batch_size: int | None
+    ) -> pd.DataFrame:
         most = self._study.cfg.max_batch_tokens
         if isinstance(task, Questions):
             scorer = _NamedScorer(self._network, max_length=self._max_length, max_batch_tokens=most)
             scorer.questions = task
             return answered(scorer, task, progress)
         asking, limit = self._asking(task), self._asked.limit
+        asking = asking if batch_size is None else replace(asking, batch_size=batch_size)
         return evaluate(
             self._network,
             self._tokenizer,

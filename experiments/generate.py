@@ -22,6 +22,8 @@ from experiments.masks import only_mask_of
 from experiments.study import Study
 from melens import MelensError, Probe, Prompt, WeMask
 from melens.devices import input_device
+from melens.caching import find_cache_by_any_name
+from melens.generation import verify_generation
 from melens.prompts import tokenize
 from melens.results import Result
 
@@ -42,15 +44,19 @@ def run(study: Study, options: DictConfig) -> Result:
     if mask is None:
         raise MelensError("wemask.rate is 0: without a mask there is nothing to compare; give a rate over 0.")
     prompts = _prompts(study)
+    ways = [verify_generation(study.model), verify_generation(study.model, mask)]
+    use_cache = all(way.use_cache for way in ways)
     seeds = list(generation.seeds) if generation.sample else [generation.seeds[0]]
     progress = study.stage("texts written with and without the mask")
     pairs: list[Pair] = []
     for prompt in prompts:
         for seed in seeds:
-            pairs.append(compare(study.model, mask, prompt, generation, seed=seed))
+            pairs.append(compare(study.model, mask, prompt, generation, seed=seed, use_cache=use_cache))
             progress(len(pairs), len(prompts) * len(seeds))
     metrics = study.metrics(
         mask=_mask_in_words(mask, study.model),
+        use_cache=use_cache,
+        cache_error=max(way.error for way in ways),
         written_prompts=len(prompts),
         n_pairs=len(pairs),
         identical_share=sum(pair.parted_at is None for pair in pairs) / len(pairs),
@@ -167,7 +173,15 @@ class Pair:
     kl: float
 
 
-def compare(model: TransformerBridge, mask: WeMask, prompt: Given, generation: DictConfig, *, seed: int) -> Pair:
+def compare(
+    model: TransformerBridge,
+    mask: WeMask,
+    prompt: Given,
+    generation: DictConfig,
+    *,
+    seed: int,
+    use_cache: bool = True,
+) -> Pair:
     """Continue a prompt without a mask and with it, both sides drawing with the same random numbers.
 
     Args:
@@ -176,13 +190,14 @@ def compare(model: TransformerBridge, mask: WeMask, prompt: Given, generation: D
         prompt: what to continue.
         generation: the options of the node `generate`.
         seed: of the sample.
+        use_cache: keep keys and values, as `verify_generation` allows.
     """
-    ids, logits = write(model, prompt.ids, generation, seed=seed)
+    ids, logits = write(model, prompt.ids, generation, seed=seed, use_cache=use_cache)
     with mask.applied(model):
-        masked_ids, masked_logits = write(model, prompt.ids, generation, seed=seed)
+        masked_ids, masked_logits = write(model, prompt.ids, generation, seed=seed, use_cache=use_cache)
         at = first_difference(ids, masked_ids)
         if at is not None:  # the masked model on the unmasked text, in calls like those that wrote its own
-            _, masked_logits = write(model, prompt.ids, generation, forced=ids)
+            _, masked_logits = write(model, prompt.ids, generation, forced=ids, use_cache=use_cache)
     before, after = logits.log_softmax(-1), masked_logits.log_softmax(-1)
     kl = float((before.exp() * (before - after)).sum(-1).mean())
 
@@ -229,6 +244,7 @@ def write(
     Returns:
         The new tokens, and the float32 logits from which each was chosen.
     """
+    find_cache_by_any_name(model)
     network: Any = model.original_model
     device = input_device(network)
     inputs = torch.tensor([ids], device=device)

@@ -269,12 +269,13 @@ def _parts(model: TransformerBridge) -> _Parts:
 
 def _is_as_listed(parts: _Parts) -> bool:
     """Tell whether every component is still in its place, of its class, and around the module that it was around."""
-    return parts.is_in_use or all(
-        type(wrapper.component) is wrapper.kind
-        and wrapper.component._modules.get("_original_component") is wrapper.module
-        and wrapper.parent._modules.get(wrapper.name) is wrapper.component
-        for wrapper in parts.wrappers
-    )
+
+    def is_in_place(wrapper: _Wrapper) -> bool:
+        component: Any = wrapper.parent._modules.get(wrapper.name)
+        is_same = component is wrapper.component and type(component) is wrapper.kind
+        return is_same and component.original_component is wrapper.module
+
+    return parts.is_in_use or all(map(is_in_place, parts.wrappers))
 
 
 def _holders(model: TransformerBridge) -> dict[int, list[int]]:

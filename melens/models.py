@@ -30,21 +30,19 @@ from accelerate.utils import convert_file_size_to_int
 from filelock import FileLock
 from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformer_lens.model_bridge.sources._bridge_builder import detect_tokenizer_bos_eos
 from transformer_lens.model_bridge.sources._hf_format import determine_architecture_from_hf_config
 from transformer_lens.model_bridge.sources.transformers.helpers import get_hf_model_class_for_architecture
-from transformer_lens.utilities.multi_gpu import count_unique_devices
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import cached_file
 
 from melens.cache import cache_folder
 from melens.checkpoints import load_network
-from melens.devices import input_device
 from melens.errors import MelensError
 from melens.gates import GATE_FILE, load_gates
-from melens.networks import open_network
+from melens.networks import bridge_around, open_network
 from melens.prompts import byte_tokenizer
+from melens.versions import warn_untried
 
 __all__ = ["ModelSpec", "check_memory", "embedded_model_folder", "known_models", "load_model"]
 
@@ -111,6 +109,7 @@ def load_model(name: str, **overrides: Any) -> TransformerBridge:
     """
     spec = _resolve(name, overrides)
     device = _device(spec)
+    warn_untried()
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     if spec.source == "random":
@@ -380,7 +379,7 @@ def _boot(
             trust_remote_code=spec.trust_remote_code,
             **_placement(spec, device),
         )
-        bridge = _bridge(network, architecture, spec.name)
+        bridge = bridge_around(network, spec.name, architecture)
     except MelensError:
         raise
     except (OSError, ValueError, ImportError) as error:
@@ -430,7 +429,7 @@ def _random_model(spec: ModelSpec, device: torch.device) -> TransformerBridge:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(spec.seed)
         network = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
-    bridge = _bridge(network.eval(), determine_architecture_from_hf_config(config), spec.name)
+    bridge = bridge_around(network, spec.name, determine_architecture_from_hf_config(config))
     if tokenizer is not None:
         _attach_tokenizer(bridge, tokenizer)
     return bridge
@@ -476,15 +475,6 @@ def _causal_lm_class(config: PreTrainedConfig) -> str:
         return AutoModelForCausalLM._model_mapping[type(config)].__name__
     except KeyError:
         raise MelensError(f"model.model_type is {config.model_type!r}, which is no causal language model.") from None
-
-
-def _bridge(network: Any, architecture: str, name: str) -> TransformerBridge:
-    """Put a transformers model into a bridge without a tokenizer, whose setter would have it prepend BOS."""
-    bridge = build_bridge_from_module(
-        network, architecture, hf_config=network.config, model_name=name, device=input_device(network)
-    )
-    bridge.cfg.n_devices = count_unique_devices(network)
-    return bridge.eval()
 
 
 # --- The embedded model -----------------------------------------------------------------------------------------------

@@ -25,7 +25,9 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
+from transformer_lens.utilities.multi_gpu import count_unique_devices
 
+from melens.caching import find_cache_by_any_name
 from melens.devices import dispatch_like, has_all_weights, input_device, is_dispatched, weights_here
 from melens.errors import MelensError
 from melens.gates import attach_gates, gates_of, is_of_gate
@@ -192,10 +194,18 @@ def bridged_twin(model: Any, name: str) -> TransformerBridge:
     return bridge
 
 
-def bridge_around(network: Any, name: str) -> TransformerBridge:
-    """Build a bridge into a transformers model in memory, whose modules are the bridge's from then on."""
-    kind, device = type(network).__name__, input_device(network)
-    bridge = build_bridge_from_module(network, kind, hf_config=network.config, model_name=name, device=device)
+def bridge_around(network: Any, name: str, architecture: str | None = None) -> TransformerBridge:
+    """Build a bridge without a tokenizer into a transformers model in memory, whose modules are the bridge's then.
+
+    Args:
+        network: the model.
+        name: what to call it.
+        architecture: as TransformerLens names it; by default the model's class.
+    """
+    architecture, device = architecture or type(network).__name__, input_device(network)
+    bridge = build_bridge_from_module(network, architecture, hf_config=network.config, model_name=name, device=device)
+    bridge.cfg.n_devices = count_unique_devices(network)
+    find_cache_by_any_name(bridge)
     return bridge.eval()
 
 

@@ -113,7 +113,8 @@ def write_result(
     content = {
         "experiment": result.experiment,
         "status": "ok",
-        "model": result.model,
+        "model": {name: value for name, value in result.model.items() if name != "verified"},
+        "verified": result.model.get("verified"),
         "metrics": result.metrics,
         "claims": claims_of(result).drop(columns="model").to_dict("records"),
         "figures": {

@@ -44,7 +44,7 @@ from melens.lean import hear_input, hear_output, keep_whole, lean_forward
 from melens.networks import base_of, bridge_around, twin_of
 from melens.places import ATTENTION_ON_KEYS, Places
 
-__all__ = ["Verification", "verified", "verify"]
+__all__ = ["Verification", "two_prompts", "verified", "verify"]
 
 Way = Literal["fast", "bridge"]
 """How a trace runs: transformers' own modules wherever nobody listens inside, or TransformerLens's components."""
@@ -192,7 +192,7 @@ def _verify(model: TransformerBridge, sites: Sequence[str]) -> Verification:
         rule = replace(rule_of(network), equal_beyond=0)
         return Verification("fast", rule, _table({}), tuple(sites), why_not)
     rule = measured(twin.eval(), rule_of(twin))
-    prompts = _prompts(twin)
+    prompts = two_prompts(twin)
     expected = _Expected(network, twin, prompts, _plain_places(model, sites))
     fresh = bridge_around(twin, "verification")  # what is hooked onto the model, or patched, is not asked here
     complaints: list[str] = []
@@ -246,12 +246,17 @@ def _table(errors: Mapping[_Place, tuple[float, float]]) -> pd.DataFrame:
     return pd.DataFrame([(*place, *measured) for place, measured in errors.items()], columns=list(_COLUMNS))
 
 
-def _prompts(network: Any) -> list[_Tokens]:
-    """Draw two prompts of unequal length, the longer one beyond a window or chunk, as far as that is near."""
+def two_prompts(network: Any, *, room: int = 0) -> list[_Tokens]:
+    """Draw two prompts of unequal length, the longer one beyond a window or chunk, as far as that is near.
+
+    Args:
+        network: a transformers model.
+        room: tokens of its context to leave.
+    """
     config = network.config.get_text_config()
     spans = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]
     near = [span for span in spans if isinstance(span, int) and span <= _FAR]
-    most = getattr(config, "max_position_embeddings", None) or _LONG
+    most = (getattr(config, "max_position_embeddings", None) or _FAR + _LONG) - room
     long = min(max([_LONG, *(span + _SHORT for span in near)]), most)
     vocabulary = network.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)

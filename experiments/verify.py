@@ -1,0 +1,100 @@
+"""Does melens give transformers' own numbers on this kind of model? Every place with its error, and generation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+from omegaconf import DictConfig
+from transformer_lens.model_bridge import TransformerBridge
+
+from experiments.study import Study
+from melens import Probe, Verification, figures, verify
+from melens.batching import BatchRule
+from melens.figures import COLORS, Curve, Panel
+from melens.generation import Generation, verify_generation
+from melens.results import Picture, Result
+
+
+def probes(model: TransformerBridge, options: DictConfig) -> list[Probe]:
+    """The check runs prompts of its own."""
+    return []
+
+
+def run(study: Study, options: DictConfig) -> Result:
+    """Check a trace and a generation, and lay the errors out by site and block."""
+    checked = verify(study.model)
+    written = verify_generation(study.model) if study.model.original_model.can_generate() else None
+    worst = checked.worst
+    metrics = study.metrics(
+        way=checked.way,
+        why_not=checked.why_not or None,
+        largest_error=None if worst is None else worst["error"],
+        limit=None if worst is None else worst["limit"],
+        site=None if worst is None else worst["site"],
+        layer=None if worst is None else worst["layer"],
+        use_cache=None if written is None else written.use_cache,
+        cache_error=None if written is None else written.error,
+    )
+    findings = [
+        *_by_site(checked.errors),
+        ("a trace runs", checked.why_not or _WAYS[checked.way]),
+        ("prompts of a trace", _sharing_in_words(checked.rule)),
+        ("generation", _writing_in_words(written)),
+    ]
+    name = study.trace.model["name"]
+    pictures = {} if worst is None else {"verification": _picture(checked, name)}
+    return Result("verify", study.trace.model, metrics, {"verification": checked.errors}, pictures, findings)
+
+
+_WAYS = {
+    "fast": "transformers' own modules, wherever no hook listens inside",
+    "bridge": "TransformerLens's components, which takes more time and memory",
+}
+
+
+def _by_site(errors: pd.DataFrame) -> list[tuple[str, str]]:
+    """Tell of each site the block where it is furthest off."""
+    worst = errors.loc[errors.groupby("site", sort=False)["error"].idxmax()]
+    return [
+        (row["site"], f"off by {row['error']:.1e} at most (limit {row['limit']:.1e}), {_block(row['layer'])}")
+        for row in worst.to_dict("records")
+    ]
+
+
+def _block(layer: int) -> str:
+    return f"in block {layer}" if layer >= 0 else "outside the blocks"
+
+
+def _sharing_in_words(rule: BatchRule) -> str:
+    if rule.alone:
+        return "run one by one: they would change each other's numbers"
+    words = []
+    if rule.equal_beyond is not None:
+        of_length = f"of more than {rule.equal_beyond} tokens " if rule.equal_beyond else ""
+        words.append(f"those {of_length}share a forward pass only if they are equally long")
+    if rule.limits:
+        words.append(f"those of up to {', '.join(map(str, rule.limits))} tokens share none with longer ones")
+    return "; ".join(words) or "share forward passes"
+
+
+def _writing_in_words(written: Generation | None) -> str:
+    if written is None:
+        return "this model writes no text"
+    cache = "with a cache" if written.use_cache else "without a cache, which is off"
+    batch = "several prompts in a batch" if written.together else "one prompt at a time"
+    return f"{cache}, {batch}: off by {written.error:.1e} of the largest logit against the whole sequence"
+
+
+def _picture(checked: Verification, name: str) -> Picture:
+    by_site = checked.errors[checked.errors["layer"] >= 0].rename(columns={"error": "mean"}).groupby("site", sort=False)
+    curves = [
+        Curve(str(site), points[["layer", "mean"]], COLORS[number % len(COLORS)])
+        for number, (site, points) in enumerate(by_site)
+    ]
+    panel = Panel("", "relative error of the worst token", curves, None, log_scale=True)
+    note = "Of attention: the largest difference of a probability."
+    figure = figures.curves_by_block([panel], title=f"How far a trace is from transformers' own: {name}", note=note)
+    worst: Any = checked.worst
+    here = f"At most {worst['error']:.1e}, at {worst['site']} {_block(worst['layer'])}; limit {worst['limit']:.0e}."
+    return Picture(figure, "melens's self-check", "The paper runs transformers itself.", here)
