@@ -18,6 +18,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
+from melens.batching import forget_longest
 from melens.cache import Store, hash_of
 from melens.errors import MelensError
 from melens.lean import Listener, is_inside_attention, lean_forward
@@ -26,6 +27,7 @@ from melens.networks import base_of
 from melens.probes import AttentionEntropy, AttentionSpectrum, Probe
 from melens.replay import Replay, logits_of
 from melens.tracing import trace
+from melens.verification import verified
 from melens.wemask import WeMask
 
 __all__ = ["MaskComparison", "Measured"]
@@ -123,6 +125,8 @@ class MaskComparison:
         if texts.shape[1] < 3:
             raise MelensError(f"The texts have {texts.shape[1]} tokens each; at least 3 are needed.")
         self._model = model
+        self._rule = verified(model, ["hook_resid_post"]).rule
+        texts_per_batch = 1 if self._rule.alone else texts_per_batch
         self._texts = texts.to(model.cfg.device)
         self._batches = self._texts.split(texts_per_batch)
         self._short = (min(short_texts, texts_per_batch, len(texts)), min(short_tokens, texts.shape[1]))
@@ -159,6 +163,7 @@ class MaskComparison:
         for tokens in self._batches:
             replay = Replay(self._model)
             with replay.recording(self._recorded), self._hearing(0) as of_batch:
+                forget_longest(self._model.original_model)
                 output = base_of(self._model.original_model)(input_ids=tokens, use_cache=False)
             self._finals.append(output.last_hidden_state)
             self._replays.append(replay)
@@ -234,6 +239,7 @@ class MaskComparison:
         with mask.applied(self._model):
             for number, tokens in enumerate(self._batches):
                 with self._starting(self._replays[number], start), self._hearing(start) as of_batch:
+                    forget_longest(self._model.original_model)
                     output = self._model.original_model(input_ids=tokens, use_cache=False)
                 heard.append(of_batch)
                 texts += self._against_unmasked(number, output.logits.to(self._texts.device))
@@ -265,11 +271,17 @@ class MaskComparison:
         """Hear what only eager attention tells, as the keys of joint projections: token 0 sees no other, so 2 do."""
         if not self._apart:
             return
+        n_tokens = 2 if self._can_be_cut_to(2) else self._texts.shape[1]
         for number, tokens in enumerate(self._batches):
-            replay = Replay.cut(self._model, [self._replays[number]], range(len(tokens)), 2)
+            replay = Replay.cut(self._model, [self._replays[number]], range(len(tokens)), n_tokens)
             listeners = self._listeners(heard[number], start, apart=True)
             with self._starting(replay, start), lean_forward(self._model, listeners):
-                base_of(self._model.original_model)(input_ids=tokens[:, :2], use_cache=False)
+                forget_longest(self._model.original_model)
+                base_of(self._model.original_model)(input_ids=tokens[:, :n_tokens], use_cache=False)
+
+    def _can_be_cut_to(self, n_tokens: int) -> bool:
+        """Tell whether texts give the same numbers cut short: rotary frequencies may depend on the length."""
+        return self._rule.may_share([n_tokens, self._texts.shape[1]])
 
     def _listeners(self, heard: _Heard, start: int, *, apart: bool) -> list[tuple[HookPoint, Listener]]:
         def hear(kept: dict[int, Tensor], layer: int, activation: Float[Tensor, "text pos *d"]) -> None:
@@ -342,7 +354,8 @@ class MaskComparison:
             probe.may_miss = True
             probe.layers = range(start, len(self._model.blocks))
         n_rows, n_tokens = self._short
-        with self._starting(Replay.cut(self._model, self._replays[:1], range(n_rows), n_tokens), start):
+        replay_from = start if self._can_be_cut_to(n_tokens) else 0
+        with self._starting(Replay.cut(self._model, self._replays[:1], range(n_rows), n_tokens), replay_from):
             traced = trace(self._model, list(self._texts[:n_rows, :n_tokens].cpu()), probes, max_batch_tokens=2**31)
         found = {}
         for name, table in (("entropy", "attention_entropy"), ("effective_rank", "attention_spectrum")):

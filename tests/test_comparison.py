@@ -1,7 +1,8 @@
 import pytest
 import torch
-from planted import FAMILIES, OTHERS, bridge, gains_apart, other_model, plain_model
+from planted import FAMILIES, LONGROPE, OTHERS, bridge, gains_apart, other_model, plain_model
 
+import melens
 from melens import MelensError, WeMask, attention
 from melens.cache import Store
 from melens.comparison import MaskComparison, Measured
@@ -101,6 +102,16 @@ def test_a_mask_that_takes_next_to_nothing_changes_next_to_nothing():
     assert found.kl.max() < 1e-6
     assert (found.agreement == 1).all()
     torch.testing.assert_close(found.loss, comparison.unmasked.loss)
+
+
+def test_patterns_of_short_texts_do_not_start_from_long_ones_where_the_length_matters():
+    """Beyond 24 tokens this model turns its queries and keys by other angles."""
+    model = melens.load_model("random", model_type="phi3", config=LONGROPE | {"initializer_range": 0.3})
+    texts = torch.randint(1, 199, (3, 40), generator=torch.Generator().manual_seed(0))
+    comparison = MaskComparison(model, texts, [1, 2], short_tokens=16)
+    found = comparison.measure(WeMask(0.3, start=2, strength=1e-6))
+    torch.testing.assert_close(found.entropy, comparison.unmasked.entropy, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.loss, comparison.unmasked.loss, rtol=1e-4, atol=1e-5)
 
 
 def test_the_blocks_before_a_mask_run_once_for_all_masks():
