@@ -21,8 +21,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from experiments.masks import only_mask_of
 from experiments.study import Study
 from melens import MelensError, Probe, Prompt, WeMask
-from melens.devices import input_device
 from melens.caching import find_cache_by_any_name
+from melens.devices import input_device
 from melens.generation import verify_generation
 from melens.prompts import tokenize
 from melens.results import Result
