@@ -154,7 +154,7 @@ def _prepare(study: Study, options: DictConfig) -> _Bench:
     )
     traced = norms[norms["pos"] == norms["massive"]].pivot(index="prompt", columns="layer", values="norm").loc[prompts]
     tokens = [study.tokens[prompt] for prompt in prompts]
-    runs = MassiveTokenRuns(study.model, tokens, positions, torch.from_numpy(traced.to_numpy()))
+    runs = MassiveTokenRuns(study.model, tokens, positions, torch.tensor(traced.to_numpy()))
     others = norms[norms["pos"] != norms["massive"]].groupby("layer")["norm"].mean()
     return _Bench(study, runs, study.me.layer, others.reindex(range(study.n_layers)).to_numpy(dtype=float))
 
