@@ -273,7 +273,7 @@ def _is_as_listed(parts: _Parts) -> bool:
     def is_in_place(wrapper: _Wrapper) -> bool:
         component: Any = wrapper.parent._modules.get(wrapper.name)
         is_same = component is wrapper.component and type(component) is wrapper.kind
-        return is_same and component.original_component is wrapper.module
+        return is_same and component._modules.get("_original_component") is wrapper.module
 
     return parts.is_in_use or all(map(is_in_place, parts.wrappers))
 
@@ -364,8 +364,8 @@ def _hear_inside(parts: _Parts, number: int, joint: Any) -> None:
 
 def _is_patched(wrapper: _Wrapper) -> bool:
     """Tell whether somebody gave a component or its module a `forward` of its own; accelerate's only brings weights."""
-    owners = (vars(wrapper.component), vars(wrapper.module))
-    return any("forward" in own and "_hf_hook" not in own for own in owners)
+    own, inner = wrapper.component.__dict__, wrapper.module.__dict__
+    return ("forward" in own and "_hf_hook" not in own) or ("forward" in inner and "_hf_hook" not in inner)
 
 
 def _put_back(left_out: list[_Wrapper], handles: list[RemovableHandle]) -> None:

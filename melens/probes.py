@@ -247,6 +247,10 @@ class TokenVectors(Probe):
         self.sites = (site,)
 
     def reduce(self, activation: Float[Tensor, "batch pos *d"], batch: Batch) -> dict[str, Tensor]:
+        if min(self.positions) >= 0:  # the same column in every row
+            last = activation.shape[1] - 1
+            vectors = [activation[:, min(position, last)].flatten(1) for position in self.positions]
+            return {"vector": torch.stack(vectors, dim=1)}
         columns = batch.columns_of(self.positions).to(activation.device)
         rows = torch.arange(len(columns), device=activation.device)[:, None]
         return {"vector": activation[rows, columns].flatten(2)}

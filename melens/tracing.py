@@ -469,5 +469,5 @@ def _describe(model: TransformerBridge, checked: Verification) -> dict[str, Any]
         "n_heads": int(getattr(cfg, "n_heads", None) or 0),
         "dtype": str(next(model.original_model.parameters()).dtype).removeprefix("torch."),
         "device": str(cfg.device),
-        "verified": checked.summary(),
+        "verified": checked.summary,
     }

@@ -98,8 +98,9 @@ class Verification:
         """Whether every place that was checked is within its limit; a NaN is not."""
         return bool((self.errors["error"] <= self.errors["limit"]).all())
 
+    @cached_property
     def summary(self) -> dict[str, Any]:
-        """Return the answer in short, ready for JSON."""
+        """The answer in short, ready for JSON."""
         by_site = self.errors.groupby("site", sort=False)["error"].max().to_dict()
         return {
             "checked": not self.why_not,
