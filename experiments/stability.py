@@ -134,9 +134,9 @@ def _beginnings(study: Study, options: DictConfig) -> pd.DataFrame:
     bodies = [ids[: options.max_tokens] for ids in shortest]
     variants = _variants(study, bodies, options)
     flat = [torch.tensor(ids[: study.model.cfg.n_ctx]) for sequences in variants.values() for ids in sequences]
-    trace = melens.trace(
-        study.model, flat, max_batch_tokens=study.cfg.max_batch_tokens, progress=study.stage("other beginnings: tokens")
-    )
+    probes = melens.default_probes(study.model, min_abs=study.me.criterion.min_abs)
+    progress = study.stage("other beginnings: tokens")
+    trace = melens.trace(study.model, flat, probes, max_batch_tokens=study.cfg.max_batch_tokens, progress=progress)
     found = melens.find_me_layer(trace, study.me.criterion).per_prompt
     found["beginning"] = [name for name, sequences in variants.items() for _ in sequences]
     rows = []

@@ -152,7 +152,8 @@ def begin_study(
     wanted = [probe for name, options in experiments_of(cfg).items() for probe in _probes(model, name, options)]
     kept_in = None
     if cfg.exp.get("keep") and not wanted:  # the jobs of a sweep need not trace the same prompts again
-        store = store_for("traces", model.original_model, model.cfg.model_name, tokens, texts, cfg.max_batch_tokens)
+        told = [model.cfg.model_name, tokens, texts, cfg.max_batch_tokens, cfg.criterion.min_abs]
+        store = store_for("traces", model.original_model, *told)
         kept_in = store.folder
     if kept_in is not None and kept_in.is_dir():
         trace = Trace.load(kept_in)
@@ -160,7 +161,7 @@ def begin_study(
         trace = melens.trace(
             model,
             prompts,
-            [*melens.default_probes(model), *wanted],
+            [*melens.default_probes(model, min_abs=cfg.criterion.min_abs), *wanted],
             bos=cfg.prompts.bos,
             max_batch_tokens=cfg.max_batch_tokens,
             progress=stage("tokens traced"),
@@ -168,8 +169,8 @@ def begin_study(
         if kept_in is not None:
             with suppress(OSError):  # another job was faster, or the cache cannot be written to
                 trace.save(kept_in)
-    told = {"family": cfg.model.get("family"), "placement": placement(model.original_model)}
-    trace = replace(trace, model=trace.model | told)
+    of_run = {"family": cfg.model.get("family"), "placement": placement(model.original_model)}
+    trace = replace(trace, model=trace.model | of_run)
     me = melens.find_me_layer(trace, Criterion(**cfg.criterion))
     return Study(model, tokens, cfg, trace, me, stage, folder)
 

@@ -238,7 +238,8 @@ class _Looks:
 
     def _seen(self, bridge: TransformerBridge) -> dict[str, Any]:
         study = self._study
-        trace = melens.trace(bridge, self._tokens, max_batch_tokens=study.cfg.max_batch_tokens)
+        probes = melens.default_probes(bridge, min_abs=study.me.criterion.min_abs)
+        trace = melens.trace(bridge, self._tokens, probes, max_batch_tokens=study.cfg.max_batch_tokens)
         me = melens.find_me_layer(trace, study.me.criterion)
         sinks = sink_mass_by_layer(trace)
         return {

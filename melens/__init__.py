@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from melens.models import known_models, load_model
     from melens.normalization import read_normalization
     from melens.probes import (
-        AbsMax,
         AbsMedian,
         AttentionEntropy,
         AttentionMaps,
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
     from melens.wemask import WeMask
 
 __all__ = [
-    "AbsMax",
     "AbsMedian",
     "AttentionEntropy",
     "AttentionMaps",

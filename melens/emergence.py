@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from melens.errors import MelensError
+from melens.probes import LargestActivations
 from melens.statistics import bootstrap_mean
 from melens.tracing import Trace
 
@@ -97,31 +98,42 @@ class Emergence:
 def massive_activations(trace: Trace, criterion: Criterion | None = None) -> pd.DataFrame:
     """List the massive entries of each block's output: `prompt`, `layer`, `pos`, `dim`, `value`, `abs_median`.
 
-    A trace keeps some dims of the largest tokens (`LargestActivations`). Of every other massive token there is one row,
+    A trace keeps some dims of the largest tokens (`LargestActivations`); of every other massive token there is one row,
     with its largest |h| as `value` and -1 as `dim`.
+
+    Raises:
+        MelensError: a trace that may not hold all massive tokens of this criterion.
     """
     criterion = criterion or Criterion()
-    kept = _massive(trace, "largest", "value", criterion)
-    tokens = _massive(trace, "abs_max", "abs_max", criterion).rename(columns={"abs_max": "value"}).assign(dim=-1)
-    place = ["prompt", "layer", "pos"]
-    is_kept = pd.MultiIndex.from_frame(tokens[place]).isin(pd.MultiIndex.from_frame(kept[place]))
-    return pd.concat([kept, tokens[~is_kept]], ignore_index=True)[[*place, "dim", "value", "abs_median"]]
-
-
-def _massive(trace: Trace, probe: str, column: str, criterion: Criterion) -> pd.DataFrame:
-    """Keep the rows of a probe's table whose |value| is massive."""
-    table = trace[probe]
-    large = table[(table["site"] == "hook_resid_post") & (table[column].abs() > criterion.min_abs)]
+    largest = trace["largest"]
+    entries = largest[(largest["site"] == "hook_resid_post") & (largest["value"].abs() > criterion.min_abs)]
     medians = trace["abs_median"].query("site == 'hook_resid_post'")[["prompt", "layer", "abs_median"]]
-    entries = large.merge(medians, on=["prompt", "layer"])
-    return entries[entries[column].abs() > criterion.min_ratio * entries["abs_median"]]
+    entries = entries.merge(medians, on=["prompt", "layer"])
+    massive = entries[entries["value"].abs() > criterion.min_ratio * entries["abs_median"]]
+    _check_all_are_kept(trace, massive, criterion)
+    return massive[["prompt", "layer", "pos", "dim", "value", "abs_median"]].reset_index(drop=True)
+
+
+def _check_all_are_kept(trace: Trace, massive: pd.DataFrame, criterion: Criterion) -> None:
+    """Raise a `MelensError` where all tokens that were kept are massive, and others, smaller, may be as well."""
+    if criterion.min_abs >= LargestActivations().min_abs:
+        return
+    state = ["prompt", "layer"]
+    kept = trace["largest"].query("site == 'hook_resid_post' and pos >= 0").groupby(state)["pos"].nunique()
+    n_massive = massive.groupby(state)["pos"].nunique().reindex(kept.index, fill_value=0)
+    lengths = trace.prompts.set_index("prompt")["n_tokens"].reindex(kept.index.get_level_values("prompt")).to_numpy()
+    if ((n_massive == kept) & (kept < lengths)).any():
+        raise MelensError(
+            f"With a criterion of min_abs {criterion.min_abs:g} more tokens are massive than the trace keeps: trace "
+            f"with melens.default_probes(model, min_abs={criterion.min_abs:g})."
+        )
 
 
 def find_me_layer(trace: Trace, criterion: Criterion | None = None) -> Emergence:
     """Find the massive emergence layer: the first block whose output holds a massive activation (section 3, table 8).
 
     Args:
-        trace: with the tables of `default_probes()`: `norm`, `largest`, `abs_max` and `abs_median`.
+        trace: with the tables of `default_probes()`: `norm`, `largest` and `abs_median`.
         criterion: see `Criterion`; held constant over models by default.
 
     Returns:

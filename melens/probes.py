@@ -44,7 +44,6 @@ from melens.places import ATTENTION_ON_KEYS, RESID_PRE_0
 
 __all__ = [
     "ATTENTION_ON_KEYS",
-    "AbsMax",
     "AbsMedian",
     "AttentionEntropy",
     "AttentionMaps",
@@ -173,45 +172,53 @@ class LargestActivations(Probe):
     """The largest |h| of each hidden state with their positions and dims: the criterion for "massive".
 
     Of the `n_tokens` tokens with the largest |h|, the `n_dims` largest entries each; rank 0 is the largest of all.
+    Where more tokens have an entry over `min_abs`, each of the others adds a row: its largest |h|, no sign, dim -1.
     """
 
     name = "largest"
     index = ("rank",)
 
-    def __init__(self, n_tokens: int = 8, n_dims: int = 8, sites: Sequence[str] = ("hook_resid_post",)):
+    def __init__(
+        self,
+        n_tokens: int = 8,
+        n_dims: int = 8,
+        sites: Sequence[str] = ("hook_resid_post",),
+        min_abs: float | int = 100,
+    ):
         self.n_tokens = n_tokens
         self.n_dims = n_dims
         self.sites = tuple(sites)
+        self.min_abs = min_abs
 
     def reduce(self, activation: Float[Tensor, "batch pos d"], batch: Batch) -> dict[str, Tensor]:
         by_token = abs_max(activation)
         if min(batch.lengths) < activation.shape[1]:
             by_token = by_token.masked_fill(~batch.is_token.to(activation.device), -1)
-        largest, positions = by_token.topk(min(self.n_tokens, activation.shape[1]), dim=-1, sorted=False)
+        positions = by_token.topk(min(self.n_tokens, activation.shape[1]), dim=-1, sorted=False).indices
         tokens = activation.gather(1, positions[..., None].expand(-1, -1, activation.shape[-1]))
-        return {"largest": largest, "positions": positions, "tokens": tokens}
+        return {"by_token": by_token, "positions": positions, "tokens": tokens}
 
     def finish(self, reduced: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-        largest, order = reduced["largest"].sort(dim=-1, descending=True)
+        by_token, positions = reduced["by_token"], reduced["positions"]
+        largest, order = by_token.gather(-1, positions).sort(dim=-1, descending=True)
         tokens = reduced["tokens"].take_along_dim(order[..., None], dim=-2).float()
         tokens = tokens.masked_fill(largest[..., None] < 0, float("nan"))  # padding
         dims = tokens.abs().nan_to_num(-1).topk(min(self.n_dims, tokens.shape[-1]), dim=-1).indices
-        positions = reduced["positions"].take_along_dim(order, dim=-1)[..., None].expand_as(dims)
-        entries = {"pos": positions, "dim": dims, "value": tokens.gather(-1, dims)}
-        return {name: values.flatten(2) for name, values in entries.items()}
+        at = positions.take_along_dim(order, dim=-1)[..., None].expand_as(dims)
+        entries = {"pos": at, "dim": dims, "value": tokens.gather(-1, dims)}
+        others = self._others(by_token.scatter(-1, positions, -1))
+        return {name: torch.cat([values.flatten(2), others[name]], dim=-1) for name, values in entries.items()}
 
-
-class AbsMax(Probe):
-    """The largest |h| of each token: by it every massive token is found, however many there are."""
-
-    name = "abs_max"
-    index = ("pos",)
-
-    def __init__(self, sites: Sequence[str] = ("hook_resid_post",)):
-        self.sites = tuple(sites)
-
-    def reduce(self, activation: Float[Tensor, "batch pos d"], batch: Batch) -> dict[str, Tensor]:
-        return {"abs_max": abs_max(activation)}
+    def _others(self, by_token: Float[Tensor, "place batch pos"]) -> dict[str, Tensor]:
+        """List the other tokens with an entry over `min_abs`, in as many rows as the fullest hidden state needs."""
+        n_rows = int((by_token > self.min_abs).sum(-1).max())
+        values, positions = by_token.topk(n_rows, dim=-1)
+        is_large = values > self.min_abs
+        return {
+            "pos": positions.where(is_large, -1),
+            "dim": torch.full_like(positions, -1),
+            "value": values.float().masked_fill(~is_large, float("nan")),
+        }
 
 
 class AbsMedian(Probe):

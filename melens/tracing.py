@@ -28,7 +28,6 @@ from melens.lean import any_hooks, lean_forward
 from melens.networks import base_of
 from melens.places import Places
 from melens.probes import (
-    AbsMax,
     AbsMedian,
     Batch,
     LargestActivations,
@@ -172,13 +171,17 @@ def trace(
     return Trace(*described, _Tables(tables), tensors)
 
 
-def default_probes(model: TransformerBridge) -> list[Probe]:
+def default_probes(model: TransformerBridge, *, min_abs: float | int = 100) -> list[Probe]:
     """Return what `find_me_layer` and the emergence figures need, as far as the model has it.
 
     A parallel block has no `ln2`, a state-space block no attention.
+
+    Args:
+        model: a bridge.
+        min_abs: the criterion's, down to which all tokens are kept.
     """
     places = Places.of(model)
-    probes: list[Probe] = [Norms(), LargestActivations(), AbsMax(), AbsMedian(), TokenVectors(), SinkMass()]
+    probes: list[Probe] = [Norms(), LargestActivations(min_abs=min_abs), AbsMedian(), TokenVectors(), SinkMass()]
     for probe in probes:
         probe.may_miss = True
         probe.sites = tuple(site for site in probe.sites if places.of_site(site))

@@ -66,6 +66,20 @@ def test_all_massive_tokens_are_found_however_many():
     assert me.relative_magnification > 100
 
 
+def test_a_lower_criterion_than_the_trace_was_made_for_is_not_answered_in_part():
+    model = bridge(plain_model("llama"))
+    (prompt,) = prompts_with(TOKEN, 0, n=1)
+    everything = Criterion(min_abs=0, min_ratio=0)
+    prompts = [torch.cat([prompt, prompt])]
+    with pytest.raises(MelensError, match=r"trace with melens\.default_probes\(model, min_abs=0\)"):
+        melens.massive_activations(melens.trace(model, prompts), everything)
+    trace = melens.trace(model, prompts, melens.default_probes(model, min_abs=0))
+    found = melens.massive_activations(trace, everything).query("layer == 1")
+    assert sorted(found["pos"].unique()) == list(range(16))
+    short = melens.massive_activations(melens.trace(model, [prompt]), everything)  # eight tokens: all are kept
+    assert sorted(short["pos"].unique()) == list(range(8))
+
+
 def test_the_me_layer_is_the_most_frequent_block_also_without_a_majority():
     network = plain_model("llama")
     for block, token in ((1, 7), (2, 8), (3, 9)):

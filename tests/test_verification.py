@@ -95,9 +95,21 @@ def test_prompts_that_change_each_other_are_run_alone(monkeypatch):
 
 
 def test_a_model_on_which_no_way_agrees_is_refused(monkeypatch):
-    monkeypatch.setattr(verification, "_error", lambda site, found, expected: 0.5)
+    monkeypatch.setattr(verification, "_error", lambda site, found, expected, share: 0.5)
     with pytest.raises(MelensError, match=r"off by 0\.5 at .*, block \d.*No slower way agrees either"):
         melens.trace(model_of("llama"), PROMPTS)
+
+
+def test_single_tokens_that_go_to_another_expert_are_no_fault_in_reduced_precision():
+    plain = torch.randn(1, 10, 8, generator=torch.Generator().manual_seed(0))
+    rerouted = plain.clone()
+    rerouted[0, [2, 5, 7]] *= 2
+    assert verification._error("hook_mlp_out", rerouted, plain) == pytest.approx(1, abs=1e-5)
+    assert verification._error("hook_mlp_out", rerouted, plain, 0.7) == 0
+    rerouted[0, 9] *= 3
+    assert verification._error("hook_mlp_out", rerouted, plain, 0.7) == pytest.approx(1, abs=1e-5)
+    rerouted[0, 9] = float("nan")
+    assert not verification._error("hook_mlp_out", rerouted, plain, 0.7) <= 10
 
 
 def test_a_value_that_is_no_number_never_agrees():
