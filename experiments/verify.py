@@ -42,8 +42,7 @@ def run(study: Study, options: DictConfig) -> Result:
         ("prompts of a trace", _sharing_in_words(checked.rule)),
         ("generation", _writing_in_words(written)),
     ]
-    name = study.trace.model["name"]
-    pictures = {} if worst is None else {"verification": _picture(checked, name)}
+    pictures = {} if worst is None else {"verification": _picture(checked, study)}
     return Result("verify", study.trace.model, metrics, {"verification": checked.errors}, pictures, findings)
 
 
@@ -86,15 +85,36 @@ def _writing_in_words(written: Generation | None) -> str:
     return f"{cache}, {batch}: off by {written.error:.1e} of the largest logit against the whole sequence"
 
 
-def _picture(checked: Verification, name: str) -> Picture:
-    by_site = checked.errors[checked.errors["layer"] >= 0].rename(columns={"error": "mean"}).groupby("site", sort=False)
-    curves = [
-        Curve(str(site), points[["layer", "mean"]], COLORS[number % len(COLORS)])
-        for number, (site, points) in enumerate(by_site)
-    ]
-    panel = Panel("", "relative error of the worst token", curves, None, log_scale=True)
-    note = "Of attention: the largest difference of a probability."
-    figure = figures.curves_by_block([panel], title=f"How far a trace is from transformers' own: {name}", note=note)
+_PARTS = {
+    "residual stream": ("hook_resid",),
+    "normalisations": ("ln",),
+    "attention": ("attn.", "hook_attn"),
+    "FFN": ("mlp.", "hook_mlp"),
+}
+"""What the sites' names begin with, by the part of a block that they belong to."""
+
+
+def _picture(checked: Verification, study: Study) -> Picture:
+    is_drawn = (checked.errors["layer"] >= 0) & (checked.errors["error"] > 0)  # a logarithmic axis has no 0
+    points = checked.errors[is_drawn].rename(columns={"error": "mean"})
+    panels = []
+    for part, beginnings in _PARTS.items():
+        by_site = points[points["site"].str.startswith(beginnings)].groupby("site", sort=False)
+        curves = [
+            Curve(str(site), own[["layer", "mean"]], color) for (site, own), color in zip(by_site, COLORS, strict=False)
+        ]
+        panels.append(Panel(part, "error", curves, study.me.layer, log_scale=True))
     worst: Any = checked.worst
+    name = study.trace.model["name"]
+    note = (
+        "Of the worst token, relative to its vector; of attention, the largest difference of a probability. "
+        f"Limit {worst['limit']:.0e}."
+    )
+    title = f"How far a trace is from transformers' own eager modules: {name}, 2 prompts"
     here = f"At most {worst['error']:.1e}, at {worst['site']} {_block(worst['layer'])}; limit {worst['limit']:.0e}."
-    return Picture(figure, "melens's self-check", "The paper runs transformers itself.", here)
+    return Picture(
+        figures.curves_by_block(panels, title=title, note=note),
+        "melens's self-check",
+        "The paper does not ask this.",
+        here,
+    )

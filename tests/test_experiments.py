@@ -1,5 +1,7 @@
 """Every experiment on planted models, where the truth is known, and on architectures where some do not apply."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -188,3 +190,22 @@ def test_an_experiment_that_breaks_does_not_lose_the_others(monkeypatch):
     assert broken.metrics["failed"]
     assert "ZeroDivisionError" in broken.metrics["not_applicable"]
     assert whole.metrics["ranks"]["response"] == 1
+
+
+def test_what_was_checked_is_shown_by_site_and_block_and_written_with_every_result(tmp_path):
+    with initialize_config_dir(CONF, version_base="1.3"):
+        cfg = compose("config", ["exp=verify", "model=random"])
+    begun = begin_study(planted_model("qwen3"), prompts_of(), cfg, lambda name: lambda done, total: None)
+    (result,) = run_experiments(begun)
+    errors = result.tables["verification"]
+    assert (errors["error"] <= errors["limit"]).all()
+    assert sorted(errors[errors["site"] == "hook_resid_post"]["layer"]) == list(range(N_LAYERS))
+    assert result.metrics["largest_error"] == pytest.approx(errors["error"].max())
+    assert (result.metrics["way"], result.metrics["use_cache"]) == ("fast", True)
+    told = dict(result.findings)
+    assert re.fullmatch(r"off by \d\.\de-0\d at most \(limit 1\.0e-03\), in block \d", told["hook_resid_post"])
+    assert told["prompts of a trace"] == "share forward passes"
+    results.write_result(result, tmp_path, config={}, duration=1.0)
+    written = json.loads((tmp_path / "result.json").read_text())["verified"]
+    assert (written["checked"], written["way"]) == (True, "fast")
+    assert max(written["largest_error_by_site"].values()) < written["limit"]
