@@ -110,7 +110,7 @@ class Verification:
             "largest_error_by_site": by_site,
             "limit": None if self.errors.empty else float(self.errors["limit"].max()),
             "unchecked_sites": list(self.unchecked),
-            "prompts_share_passes": asdict(self.rule),
+            "prompts_share_passes": asdict(self.rule) | {"limits": list(self.rule.limits)},
         }
 
 
