@@ -90,7 +90,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     "qwen2_moe with a window": SMALL
     | _EXPERTS
     | {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
-    "falcon_h1": SMALL,
+    "falcon_h1": SMALL
+    | {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 16},
     "exaone4 with some windows": SMALL | {"sliding_window": 8, "sliding_window_pattern": 2},
     "gemma3_text both ways": SMALL | {"head_dim": 16, "sliding_window": 8, "use_bidirectional_attention": True},
     "jetmoe": {

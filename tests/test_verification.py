@@ -44,7 +44,7 @@ def test_rounding_is_no_fault(monkeypatch):
         assert melens.verify(model_of("qwen2", torch.bfloat16)).way == "bridge"
 
 
-@pytest.mark.parametrize("name", [name for name in OTHERS if name != "falcon_h1"])  # whose own code takes seconds
+@pytest.mark.parametrize("name", OTHERS)
 def test_other_architectures_agree_with_transformers(name):
     found = melens.verify(other_model(name))
     assert (found.way, found.unchecked) == ("fast", ())
