@@ -6,13 +6,16 @@ Where a plain model keeps its blocks, norms and attention is read from Transform
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from accelerate import init_empty_weights
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -51,6 +54,9 @@ __all__ = [
 Site = Literal["attn_in", "ln1_in", "resid_pre"]
 """Where a mask takes hold: what comes out of `ln1`, what goes into it (for attention alone, the residual stream stays
 whole), or the residual stream itself before the block."""
+
+_SKETCH = 8
+"""Numbers that a weight is told by: one pair in ten million looks a tenth as far apart as it is, or less."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +112,13 @@ class Network:
                 raise MelensError("The model's weights are sharded or offloaded: install the mask before they are.")
         return read_module(block.ln1, block.ln1_name, self.d_model).gain
 
-    def gain_sizes(self) -> list[float | None]:
-        """Return the mean |weight| of each block's `ln1`: as cheap as telling models apart by weights can be."""
-        sizes: dict[int, Tensor] = {}
+    def gain_sketches(self) -> list[list[float] | None]:
+        """Return a few random projections of the weight of each block's `ln1`: enough to tell models apart.
+
+        They nearly keep the distance between two weights (Johnson and Lindenstrauss 1984): that of a shuffled one is
+        large, that of a rounded one small. None without `ln1`, or where the weight is not here in full.
+        """
+        found: dict[int, Tensor] = {}
         for layer, block in enumerate(self.blocks):
             if block.ln1 is None:
                 continue
@@ -116,11 +126,13 @@ class Network:
                 weights = block.ln1.parameters()
                 own = [weight for weight in weights if weight.shape == (self.d_model,) and _is_here(weight)]
                 if own:
-                    sizes[layer] = own[0].detach().float().abs().mean()
-        device = next(iter(sizes.values())).device if sizes else None
-        values = torch.stack([size.to(device) for size in sizes.values()]).tolist() if sizes else []
-        known = dict(zip(sizes, values, strict=True))
-        return [known.get(layer) for layer in range(len(self.blocks))]
+                    found[layer] = own[0].detach().double()
+        if not found:
+            return [None] * len(self.blocks)
+        device = next(iter(found.values())).device
+        weights = torch.stack([weight.to(device) for weight in found.values()]).cpu()  # waits for a GPU once
+        sketches = dict(zip(found, (weights @ _projections(self.d_model)).tolist(), strict=True))
+        return [sketches.get(layer) for layer in range(len(self.blocks))]
 
     def gain_parameter(self, layer: int) -> tuple[nn.Parameter, float]:
         """Return the weight that a block's gain is made of, and what is added to it: 1 in Gemma's RMSNorm.
@@ -151,6 +163,13 @@ class Network:
         assert self.bridge is not None
         hook_points: dict[str, HookPoint] = self.bridge.hook_dict  # put together anew at each look
         return hook_points
+
+
+@cache
+def _projections(d_model: int) -> Float[Tensor, "d sketch"]:
+    """Return random directions, scaled so that a sketch is about as long as the weight's root mean square."""
+    drawn = np.random.RandomState(0).standard_normal((d_model, _SKETCH))  # the one generator that numpy never changes
+    return torch.from_numpy(drawn / math.sqrt(d_model * _SKETCH))
 
 
 def plain_twin(bridge: TransformerBridge) -> Any:

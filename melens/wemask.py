@@ -39,9 +39,8 @@ largest |values| of the token itself at the mask's site, the massive dims; or, a
 FROM_WEIGHTS = ("weight", "weight_low")
 FROM_VALUES = ("magnitude", "batch_magnitude")
 _FILE = "wemask.json"
-_SAME_GAINS = (
-    0.01  # relative difference of the mean |weight| of ln1 by block, up to which a model counts as the one saved
-)
+_SAME_GAINS = 0.01
+"""Relative distance of the weights of ln1 in a block up to which a model is the one saved: bfloat16 rounds by 0.002."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,8 @@ class FixedDims:
     Attributes:
         dims: by block; None where they depend on the token.
         blocks: which are masked.
-        model: what tells the model: `architecture`, `n_layers`, `d_model`, `vocabulary`, and `gains`, the mean
-            |weight| of `ln1` by block (null without one).
+        model: what tells the model: `architecture`, `n_layers`, `d_model`, `vocabulary`, and `gain_sketches` of
+            `ln1` by block (see `melens.networks.Network`).
     """
 
     dims: dict[int, tuple[int, ...]] | None
@@ -300,20 +299,26 @@ class WeMask:
         """Read what `save` wrote: a mask with its dims settled, for that model alone.
 
         Raises:
-            MelensError: no such file, or one that `save` did not write.
+            MelensError: no such file, or one that this version's `save` did not write.
         """
         path = Path(folder) / _FILE
         try:
             content = json.loads(path.read_text("utf-8"))
             dims = content["dims"]
             by_block = None if dims is None else {int(layer): tuple(chosen) for layer, chosen in dims.items()}
-            fixed = FixedDims(by_block, tuple(content["blocks"]), content["model"])
+            fixed = FixedDims(by_block, tuple(content["blocks"]), dict(content["model"]))
             arguments = content["wemask"] | {"massive_dims": tuple(content["wemask"]["massive_dims"])}
-            return cls(**arguments, fixed=fixed)
+            mask = cls(**arguments, fixed=fixed)
         except OSError as error:
             raise MelensError(f"There is no mask {path}.") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise MelensError(f"{path} is no mask that melens saved.") from error
+        if "gain_sketches" not in fixed.model:
+            raise MelensError(
+                f"{path} is of an earlier melens, which took a model with shuffled weights for the same: put the mask "
+                "on its model and save it anew."
+            )
+        return mask
 
 
 class _Factors:
@@ -373,7 +378,7 @@ def _identity(network: Network) -> dict[str, Any]:
         "n_layers": len(network.blocks),
         "d_model": network.d_model,
         "vocabulary": network.vocabulary,
-        "gains": network.gain_sizes(),
+        "gain_sketches": network.gain_sketches(),
     }
 
 
@@ -384,11 +389,16 @@ def _check_same(saved: Mapping[str, Any], model: Mapping[str, Any]) -> None:
             raise MelensError(
                 f"This mask is of another model: its {name} is {saved.get(name)!r}, this model's is {model[name]!r}."
             )
-    for layer, (of_saved, of_model) in enumerate(zip(saved["gains"], model["gains"], strict=True)):
-        if of_saved is not None and not math.isclose(
-            of_saved, of_model or 0, rel_tol=_SAME_GAINS, abs_tol=_SAME_GAINS / 10
-        ):
+    for layer, (of_saved, of_model) in enumerate(zip(saved["gain_sketches"], model["gain_sketches"], strict=True)):
+        if of_saved is not None and not _are_same_gains(of_saved, of_model):
             raise MelensError(f"This mask is of another model: the weights of ln1 in block {layer} differ.")
+
+
+def _are_same_gains(saved: Sequence[float], model: Sequence[float] | None) -> bool:
+    if model is None:
+        return False
+    least = 0.1  # of the size that the tolerance is relative to: weights that a model begins with may be 0
+    return math.dist(saved, model) <= _SAME_GAINS * max(math.hypot(*saved), least)
 
 
 # --- What is allowed --------------------------------------------------------------------------------------------------

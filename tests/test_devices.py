@@ -177,7 +177,7 @@ def test_weights_on_disk_are_read(pair, family):
     whole, parted = pair(family)
     networks = [open_network(model) for model in (whole, parted)]
     is_close(*(network.gain(3) for network in networks))
-    is_close(*(torch.tensor(network.gain_sizes()) for network in networks))
+    is_close(*(torch.tensor(network.gain_sketches()) for network in networks))
     for part in ("gain", "bias"):
         is_close(*(getattr(read_normalization(model, 3, "ln2"), part) for model in (whole, parted)))
     pd.testing.assert_frame_equal(score_blocks(whole), score_blocks(parted), rtol=1e-5)

@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -599,6 +600,36 @@ def test_a_saved_mask_comes_back_for_its_model_alone(tmp_path):
         WeMask.load(tmp_path)
     with pytest.raises(MelensError, match="There is no mask"):
         WeMask.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("spread", [0.02, 0.3])
+@pytest.mark.parametrize("select", ["weight", "random"])
+def test_a_saved_mask_is_not_that_of_a_model_whose_gains_are_shuffled(tmp_path, spread, select):
+    network = plain_model("llama").eval()
+    norms = [block.input_layernorm for block in network.base_model.layers]
+    generator = torch.Generator().manual_seed(0)
+    for norm in norms:
+        norm.weight.data = 1 + spread * torch.randn(norm.weight.shape, generator=generator)
+    WeMask(0.1, select, start=1).on(network).save(tmp_path)
+    loaded = WeMask.load(tmp_path)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        loaded.on(copy.deepcopy(network).to(dtype))
+    for layer, norm in enumerate(norms):
+        weight = norm.weight.data
+        norm.weight.data = weight[torch.randperm(len(weight), generator=generator)]
+        with pytest.raises(MelensError, match=f"the weights of ln1 in block {layer} differ"):
+            loaded.on(network)
+        loaded.moved_to(network).on(network)
+        norm.weight.data = weight
+
+
+def test_a_mask_of_an_earlier_version_is_refused(tmp_path):
+    WeMask(0.1, start=1).on(model_of("llama")).save(tmp_path)
+    content = json.loads((tmp_path / "wemask.json").read_text())
+    content["model"]["gains"] = [1.0 for _ in content["model"].pop("gain_sketches")]
+    (tmp_path / "wemask.json").write_text(json.dumps(content))
+    with pytest.raises(MelensError, match=r"is of an earlier melens, .*: put the mask on its model and save it anew"):
+        WeMask.load(tmp_path)
 
 
 def test_the_me_layer_tells_where_to_start():
