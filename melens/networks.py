@@ -130,8 +130,8 @@ class Network:
         if not found:
             return [None] * len(self.blocks)
         device = next(iter(found.values())).device
-        weights = torch.stack([weight.to(device) for weight in found.values()]).cpu()  # waits for a GPU once
-        sketches = dict(zip(found, (weights @ _projections(self.d_model)).tolist(), strict=True))
+        stacked = torch.stack([weight.to(device) for weight in found.values()]).cpu()  # waits for a GPU once
+        sketches = dict(zip(found, (stacked @ _projections(self.d_model)).tolist(), strict=True))
         return [sketches.get(layer) for layer in range(len(self.blocks))]
 
     def gain_parameter(self, layer: int) -> tuple[nn.Parameter, float]:
@@ -229,8 +229,15 @@ def bridge_around(network: Any, name: str, architecture: str | None = None) -> T
 
 
 def gathered_twin(model: Any, weights: Mapping[str, Tensor]) -> Any:
-    """Return a model of the class of one whose weights are sharded, on its gathered weights."""
-    return twin_of(model, "eager", weights)
+    """Return a model of the class of one whose weights are sharded, on its gathered weights.
+
+    Raises:
+        MelensError: weights that do not fill a model of its class.
+    """
+    twin = twin_of(model, "eager", weights)
+    if twin is None:
+        raise MelensError(f"The weights gathered from all processes do not fill a {type(model).__name__}.")
+    return twin
 
 
 def twin_of(network: Any, attention: str, weights: Mapping[str, Tensor] | None = None) -> Any:

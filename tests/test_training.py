@@ -14,6 +14,7 @@ import torch
 import yaml
 from datasets import Dataset
 from hydra import compose, initialize_config_dir
+from safetensors.torch import load_file, save_file
 
 from experiments.benchmark import Bench
 from experiments.job import run_job
@@ -22,7 +23,7 @@ from experiments.options import check_options
 from experiments.tables import _taking_turns
 from melens import MelensError, WeMask, load_model
 from melens.gates import add_gates, gates_of
-from melens.networks import bridged_twin, open_network, plain_twin
+from melens.networks import bridged_twin, gathered_twin, open_network, plain_twin
 from melens.training.data import format_rows, load_training_data
 from melens.training.recipe import Lora, Recipe, check_extra
 from melens.training.rewards import reward_answer, reward_format
@@ -207,6 +208,30 @@ def test_checkpoints_of_another_training_are_refused(tmp_path):
         fit(tmp_path / "elsewhere", resume=True)
 
 
+@pytest.mark.parametrize(
+    ("lora", "weights", "lost"),
+    [
+        (None, "model.safetensors", ["layers.1.mlp.up_proj", "embed_tokens", "melens_gate"]),
+        (Lora(rank=4), "adapter_model.safetensors", ["layers.1.mlp.up_proj.lora_A", "melens_gate"]),
+    ],
+)
+def test_a_checkpoint_with_a_part_missing_is_not_gone_on_from(tmp_path, lora, weights, lost):
+    options = {"save_every": 1, "lora": lora, "gate": "headwise", "rows": sums(n=4)}
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path, progress=stop_after(2), **options)
+    saved = tmp_path / "checkpoint-1"
+    kept = load_file(saved / weights)
+    for part in lost:
+        name = next(name for name in kept if part in name)
+        save_file({other: weight for other, weight in kept.items() if other != name}, saved / weights, {"format": "pt"})
+        with pytest.raises(MelensError, match=f"The checkpoint to go on from lacks .*{name}.*: remove it"):
+            fit(tmp_path, resume=True, **options)
+    save_file(kept, saved / weights, {"format": "pt"})
+    (saved / "scheduler.pt").unlink()
+    with pytest.raises(MelensError, match="The checkpoint to go on from lacks the scheduler's state"):
+        fit(tmp_path, resume=True, **options)
+
+
 def test_mixed_precision_and_checkpointing_mask_alike(tmp_path):
     usual, _, _ = fit(tmp_path / "usual", mask=MASK)
     again, _, _ = fit(tmp_path / "again", mask=MASK, gradient_checkpointing=True)
@@ -226,6 +251,15 @@ def test_a_trained_model_is_loaded_with_its_gates_and_its_mask(tmp_path):
     saved = WeMask.load(folder)
     assert saved.on(bridge).fixed.dims == settled.fixed.dims
     assert not (tmp_path / ".model.partial").exists()
+
+
+def test_gathered_weights_that_fill_no_model_are_told():
+    model, _ = tiny()
+    weights = dict(model.state_dict())
+    assert gathered_twin(model, weights).get_input_embeddings().weight.equal(model.get_input_embeddings().weight)
+    del weights["model.norm.weight"]
+    with pytest.raises(MelensError, match="The weights gathered from all processes do not fill a LlamaForCausalLM"):
+        gathered_twin(model, weights)
 
 
 def test_an_ungated_model_saves_no_gates(tmp_path):

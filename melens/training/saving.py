@@ -28,6 +28,9 @@ def save_trained(model: Any, tokenizer: Any, folder: Path, *, mask: WeMask | Non
         folder: to make.
         mask: that it was trained with.
         told: what to remember of the training, in `training.json`.
+
+    Raises:
+        MelensError: a mask, and weights gathered from several processes that do not fill the model it is to be for.
     """
     sharded = any(isinstance(weight, DTensor) for weight in model.parameters())
     accelerator = Accelerator()

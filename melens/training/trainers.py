@@ -9,13 +9,15 @@ from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -84,7 +86,8 @@ def train(
         watch: called before the first step, each `watch_every` steps (0: not between), and after the last.
 
     Raises:
-        MelensError: checkpoints of another training, rows that make no batch, or a loss that is no number.
+        MelensError: checkpoints of another training or with parts missing, rows that make no batch, or a loss that is
+            no number.
     """
     check_trainer(recipe, len(rows))
     n_gates = sorted(
@@ -351,15 +354,52 @@ class _Checked:
         return f"The {what} is no number in step {step}, in a batch of {len(texts)} that begins with {begins}; {kept}."
 
 
-class _Sft(_Checked, SFTTrainer):
+class _Resumed:
+    """Goes on only from a checkpoint that holds all that was trained, where transformers logs what is missing."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        adapters = Path(resume_from_checkpoint) / SAFETENSORS_WEIGHTS_NAME
+        if adapters.is_file():  # PEFT looks for the adapters' own keys alone, and only warns
+            trainer: Any = self
+            unwrapped = trainer.accelerator.unwrap_model(trainer.model if model is None else model)
+            with safe_open(adapters, "pt") as file:
+                present = set(file.keys())
+            _check_complete(set(get_peft_model_state_dict(unwrapped, save_embedding_layers=False)) - present)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        weights = dict(cast(Any, self).model.named_parameters(remove_duplicate=False))
+        missing = set(load_result.missing_keys)
+        loaded = {id(weight) for name, weight in weights.items() if name not in missing}
+        _check_complete({name for name in missing if id(weights.get(name)) not in loaded})  # tied ones are written once
+        super()._issue_warnings_after_load(load_result)  # type: ignore[misc]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and not cast(Any, self).is_deepspeed_enabled:
+            folder = Path(checkpoint)
+            _check_complete(
+                {f"the {name}'s state" for name in ("optimizer", "scheduler") if not [*folder.glob(f"{name}*")]}
+            )
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+
+
+def _check_complete(missing: set[str]) -> None:
+    if missing:
+        raise MelensError(
+            f"The checkpoint to go on from lacks {', '.join(sorted(missing)[:3])}"
+            f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}: remove it, to go on from the one before."
+        )
+
+
+class _Sft(_Checked, _Resumed, SFTTrainer):
     pass
 
 
-class _Dpo(_Checked, DPOTrainer):
+class _Dpo(_Checked, _Resumed, DPOTrainer):
     pass
 
 
-class _Grpo(_Checked, GRPOTrainer):
+class _Grpo(_Checked, _Resumed, GRPOTrainer):
     """GRPO whose reference is a model at hand, where TRL would load one by its name."""
 
     def __init__(self, *, reference: Any, beta: float, **options: Any) -> None:
