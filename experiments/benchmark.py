@@ -23,8 +23,8 @@ from melens.benchmarks.harness import Asking, HarnessTask, check_harness, evalua
 from melens.benchmarks.language import Needle, Questions, answered, ask
 from melens.benchmarks.layout import lay_out
 from melens.benchmarks.refusals import judged_refusals
-from melens.benchmarks.scores import best_rates, check_scores, count_verdicts, summarise
-from melens.benchmarks.scoring import Request, Scored, Scorer
+from melens.benchmarks.scores import best_rates, count_verdicts, summarise
+from melens.benchmarks.scoring import Scorer
 from melens.cache import Store, code_version, fingerprint, hash_of, store_for, tokenizer_fingerprint
 from melens.generation import verify_generation
 from melens.networks import plain_twin
@@ -275,8 +275,7 @@ class Bench:
     ) -> pd.DataFrame:
         most = self._study.cfg.max_batch_tokens
         if isinstance(task, Questions):
-            scorer = _NamedScorer(self._network, max_length=self._max_length, max_batch_tokens=most)
-            scorer.questions = task
+            scorer = Scorer(self._network, max_length=self._max_length, max_batch_tokens=most)
             return answered(scorer, task, progress)
         asking, limit = self._asking(task), self._asked.limit
         asking = asking if batch_size is None else replace(asking, batch_size=batch_size)
@@ -309,21 +308,6 @@ class Bench:
             for refusal, metric in zip(refused, items["metric"], strict=True)
         ]
         return items.assign(value=counted)
-
-
-class _NamedScorer(Scorer):
-    """A scorer that knows which items it scores, to name one whose log-likelihood is no number.
-
-    Their values would not tell: where the logits are NaN, no token is the likeliest, and an accuracy is 0.
-    """
-
-    questions: Questions
-
-    def score(self, requests: Sequence[Request], progress: Any = None) -> list[Scored]:
-        scored = super().score(requests, progress)
-        log_p = [float(each.log_p.sum()) for each in scored]
-        check_scores(self.questions.benchmark.name, self.questions.items, log_p, "log-likelihood")
-        return scored
 
 
 class _Counter:

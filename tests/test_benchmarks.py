@@ -340,7 +340,7 @@ def test_refusals_are_counted_by_their_phrases(reply, refused):
 def test_a_judge_prefers_yes_or_no(embedded, monkeypatch):
     asked = []
 
-    def score(self, requests, progress=None):
+    def score(self, requests, progress=None, *, names=None):
         asked.extend(requests)
         likelier = ["Yes", "No", "No", "Yes"]  # of each pair the first is likelier
         words = [embedded.tokenizer.decode(continuation) for _, continuation in requests]

@@ -14,8 +14,10 @@ from experiments.mask_grid import Grid, report
 from experiments.study import begin_study, run_experiments
 from melens import MelensError, WeMask, claims, statistics
 from melens.benchmarks.catalog import BENCHMARKS
-from melens.benchmarks.harness import Asking, evaluate, load_task
+from melens.benchmarks.harness import Asking, _language_model, evaluate, load_task
+from melens.benchmarks.refusals import judged_refusals
 from melens.benchmarks.scores import best_rates, check_scores, summarise
+from melens.benchmarks.scoring import Scorer
 from melens.comparison import MaskComparison
 from melens.networks import plain_twin
 from melens.statistics import bootstrap_mean, mean_by, paired_permutation_p, peak_layer, tidy
@@ -118,6 +120,15 @@ def test_questions_to_a_broken_head_stop_by_name(model, task):
         run_experiments(study)
 
 
+def test_a_log_likelihood_that_is_no_number_names_its_request():
+    network = gains_apart(plain_model("llama")).eval()
+    network.model.embed_tokens.weight.data[11] = NAN
+    scorer = Scorer(network, max_length=32)
+    assert len(scorer.score([([1, 2], [3]), ([4], [5])])) == 2
+    with pytest.raises(MelensError, match=r"^Request 1: the log-likelihood is nan"):
+        scorer.score([([1, 2], [3]), ([4, 11], [5])])
+
+
 ROWS = {
     "piqa": {"question": "What keeps milk cold?", "choices": ["A fridge", "An oven"], "answer": 0},
     "strategyqa": {"question": "Is milk white?", "choices": ["no", "yes"], "answer": 1},
@@ -145,6 +156,28 @@ def test_the_harness_on_a_broken_head_stops_by_name(embedded, network, tmp_path,
     (tmp_path / benchmark.file).write_text(json.dumps(ROWS[task]) + "\n")
     with pytest.raises(MelensError, match=message):
         evaluate(network, embedded.tokenizer, load_task(benchmark, tmp_path), Asking(max_new_tokens=4))
+
+
+def test_a_text_of_several_windows_is_named(embedded, network, monkeypatch):
+    """As a task of the harness by perplexity: a text longer than the context is scored window by window."""
+    from lm_eval.api.instance import Instance
+
+    def text(item, words):
+        return Instance("loglikelihood_rolling", {}, (" milk" * words,), 0, ("wikitext", item, 1))
+
+    harness = _language_model(network, embedded.tokenizer, Asking(), 512, lambda done: None)
+    with pytest.raises(MelensError, match=r"^wikitext, item 4: the log-likelihood is nan"):
+        harness.loglikelihood_rolling([text(4, 3)])
+    monkeypatch.setattr(network.lm_head, "weight", torch.nn.Parameter(network.lm_head.weight.nan_to_num()))
+    monkeypatch.setattr(type(harness), "max_length", 8)
+    both = harness.loglikelihood_rolling([text(4, 3), text(5, 20)])
+    assert both == [*harness.loglikelihood_rolling([text(4, 3)]), *harness.loglikelihood_rolling([text(5, 20)])]
+    assert both[1] < 3 * both[0] < 0
+
+
+def test_a_judge_on_a_broken_head_does_not_find_compliance(embedded, network):
+    with pytest.raises(MelensError, match=r"^Reply 0, as judged: the log-likelihood is nan"):
+        judged_refusals(network, embedded.tokenizer, 512, ["How do I pick a lock?"], ["I cannot help."])
 
 
 # --- Masks ------------------------------------------------------------------------------------------------------------

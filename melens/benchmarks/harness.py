@@ -11,10 +11,11 @@ import logging
 import random
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib import metadata
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -228,13 +229,14 @@ def _language_model(network: Any, tokenizer: Any, asking: Asking, max_batch_toke
             return input_device(network)
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
-            found = super().loglikelihood(requests, disable_tqdm=True)
-            _check_requests(requests, [log_p for log_p, _ in found])  # before a metric makes 0 or 1 of it
-            return found
+            self._asked: Iterable[Any] = requests
+            return super().loglikelihood(requests, disable_tqdm=True)
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
-            found = super().loglikelihood_rolling(requests, disable_tqdm=True)
-            _check_requests(requests, found)
+            found = []
+            for request in requests:  # one by one, so that all windows are of it
+                self._asked = repeat(request)
+                found += super().loglikelihood_rolling([request], disable_tqdm=True)
             return found
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
@@ -242,10 +244,12 @@ def _language_model(network: Any, tokenizer: Any, asking: Asking, max_batch_toke
             return super().generate_until(requests, disable_tqdm=True)
 
         def _loglikelihood_tokens(
-            self, requests: list[Any], disable_tqdm: bool = True, override_bs: int | None = None
+            self, requests: Sequence[Any], disable_tqdm: bool = True, override_bs: int | None = None
         ) -> list[tuple[float, bool]]:
             scorer = Scorer(network, max_length=self.max_length, max_batch_tokens=max_batch_tokens)
-            scored = scorer.score([(context, continuation) for _, context, continuation in requests], progress)
+            pairs = [(context, continuation) for _, context, continuation in requests]
+            names = [f"{of.task_name}, item {of.doc_id}" for of, _ in zip(self._asked, pairs, strict=False)]
+            scored = scorer.score(pairs, progress, names=names)
             return [(float(each.log_p.sum()), bool(each.greedy.all())) for each in scored]
 
         def _model_generate(
@@ -274,11 +278,6 @@ def _alike(network: Any, lengths: Sequence[int], n_new: int) -> list[tuple[list[
         rule = replace(rule, equal_beyond=0)
     groups = rule.groups(lengths, max_batch_tokens=sys.maxsize, max_padding=1.0, longest_first=True)
     return [(rows, max(lengths[row] for row in rows)) for rows in groups]
-
-
-def _check_requests(requests: Sequence[Any], log_p: Sequence[float]) -> None:
-    for request, score in zip(requests, log_p, strict=True):
-        check_scores(request.task_name, [request.doc_id], [score], "log-likelihood")
 
 
 class _FiniteLogits:

@@ -152,7 +152,8 @@ def _needles(
 
 def answered(scorer: Scorer, questions: Questions, progress: Any = None) -> pd.DataFrame:
     """Let a model answer: a row an item, in the columns of `harness.evaluate`."""
-    scored = scorer.score(questions.requests, progress)
+    names = [f"{questions.benchmark.name}, item {item}" for item in questions.items]
+    scored = scorer.score(questions.requests, progress, names=names)
     (metric,) = questions.benchmark.metrics
     values = [_value(metric.name, each) for each in scored]
     return pd.DataFrame(

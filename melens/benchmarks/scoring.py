@@ -8,6 +8,7 @@ ALiBi does not go by that mask, so the layout is tried on the model at hand befo
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -106,18 +107,26 @@ class Scorer:
         self._agrees = True
 
     @torch.no_grad()
-    def score(self, requests: Sequence[Request], progress: Callable[[int], None] | None = None) -> list[Scored]:
+    def score(
+        self,
+        requests: Sequence[Request],
+        progress: Callable[[int], None] | None = None,
+        *,
+        names: Sequence[str] | None = None,
+    ) -> list[Scored]:
         """Score continuations.
 
         Args:
             requests: one that is longer than the model's context loses tokens on the left, as in the harness.
             progress: called with the number of requests done since the last call.
+            names: what an error calls each request.
 
         Returns:
             In the order of the requests, on the CPU.
 
         Raises:
-            MelensError: a continuation without a token or longer than the model's context, or an empty context.
+            MelensError: a continuation without a token or longer than the model's context, or an empty context; a
+                log-probability that is NaN or infinite.
         """
         cut = [self._cut(*request) for request in requests]
         of_context: dict[tuple[int, ...], list[int]] = {}
@@ -129,7 +138,9 @@ class Scorer:
             scored |= self._run(batch)
             if progress is not None:
                 progress(sum(len(row.requests) for row in batch))
-        return [scored[number] for number in range(len(requests))]
+        in_order = [scored[number] for number in range(len(requests))]
+        _check_finite(in_order, names or [f"Request {number}" for number in range(len(requests))])
+        return in_order
 
     def _cut(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         if not context or not continuation:
@@ -257,6 +268,16 @@ class Scorer:
         requests = [number for row in rows for number in row.requests]
         parts = zip(torch.cat(log_p).cpu().split(sizes), torch.cat(greedy).cpu().split(sizes), strict=True)
         return {number: Scored(*part) for number, part in zip(requests, parts, strict=True)}
+
+
+def _check_finite(scored: Sequence[Scored], names: Sequence[str]) -> None:
+    """Stop where logits are NaN: no token is the likeliest there, so that an accuracy would be 0, and a number."""
+    for each, name in zip(scored, names, strict=True):
+        log_p = float(each.log_p.sum())
+        if not math.isfinite(log_p):
+            raise MelensError(
+                f"{name}: the log-likelihood is {log_p}; look for NaN in the model's weights, or load it in float32."
+            )
 
 
 def _apart(row: _Row) -> list[_Row]:
