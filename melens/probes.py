@@ -115,6 +115,7 @@ class Probe(ABC):
         layers: blocks to listen in; None for all.
         kind: `"table"`, or `"tensor"` for wide results, kept as `[prompt, layer, *index]`.
         may_miss: a hook that does not fire in this model leaves a gap; otherwise it is an error.
+        waits: `finish` waits for the GPU, so that every other probe's is called before.
     """
 
     name: str
@@ -124,6 +125,7 @@ class Probe(ABC):
     layers: Sequence[int] | None = None
     kind: Literal["table", "tensor"] = "table"
     may_miss: bool = False
+    waits: bool = False
 
     @abstractmethod
     def reduce(self, activation: Tensor, batch: Batch) -> dict[str, Tensor]:
@@ -177,6 +179,7 @@ class LargestActivations(Probe):
 
     name = "largest"
     index = ("rank",)
+    waits = True
 
     def __init__(
         self,

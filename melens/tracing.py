@@ -355,9 +355,8 @@ class _Recorder:
         assert batch is not None
         self._check_each_heard_once()
         finished = []
-        for name, heard in self._reduced.items():
-            if not heard:
-                continue
+        of_probes = [heard for heard in self._reduced.values() if heard]
+        for heard in sorted(of_probes, key=lambda heard: heard[0][0].probe.waits):
             probe, first = heard[0][0].probe, heard[0][1]
             device = next(iter(first.values())).device
             _check_alike(probe, heard)
@@ -365,14 +364,13 @@ class _Recorder:
             places = [(listener.site, listener.layer) for listener, _ in heard]
             quantities = probe.finish(stacked, batch)
             _check_dims(probe, quantities, len(places), batch)
-            finished.append((name, places, quantities))
+            on_cpu = {key: _start_transfer(values) for key, values in quantities.items()}
+            finished.append((probe.name, places, on_cpu, device))
             heard.clear()
-        on_cpu = [{key: _start_transfer(values) for key, values in quantities.items()} for _, _, quantities in finished]
-        for device in {values.device for _, _, quantities in finished for values in quantities.values()}:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-        for (name, places, _), quantities in zip(finished, on_cpu, strict=True):
-            arrays = {key: values.numpy() for key, values in quantities.items()}
+        for device in {device for *_, device in finished if device.type == "cuda"}:
+            torch.cuda.synchronize(device)
+        for name, places, on_cpu, _ in finished:
+            arrays = {key: values.numpy() for key, values in on_cpu.items()}
             self._chunks[name].append(_Chunk(batch, places, arrays))
         self.n_tokens += sum(batch.lengths)
 
