@@ -17,6 +17,9 @@ __all__ = ["Criterion", "Emergence", "find_me_layer", "massive_activations"]
 
 Kind = Literal["one block", "a few blocks", "slow climb"]
 
+_SITES = ("hook_resid_pre", "hook_resid_post")
+"""Of the embeddings, and of every block's output."""
+
 
 @dataclass(frozen=True)
 class Criterion:
@@ -58,7 +61,7 @@ class Emergence:
         magnification_interval: its 95% bootstrap interval over prompts, of which those that share a massive first token
             count once (they share its every state); None for a single one.
         relative_magnification: the same divided by the mean magnification of the prompt's other tokens in that block
-            (block 0 lifts every token).
+            (block 0 lifts every token), mean over the prompts that have some; NaN where none has.
         share_of_peak: how much of the token's peak norm that one block brings, (‖h_out‖ - ‖h_in‖) / peak.
         share_of_peak_interval: its interval, in the same way.
         climb: first and last block of the climb from 10% to 90% of the peak norm (median over prompts).
@@ -102,11 +105,13 @@ def massive_activations(trace: Trace, criterion: Criterion | None = None) -> pd.
     with its largest |h| as `value` and -1 as `dim`.
 
     Raises:
-        MelensError: a trace that may not hold all massive tokens of this criterion.
+        MelensError: a trace that may not hold all massive tokens of this criterion, or holds NaN.
     """
     criterion = criterion or Criterion()
     largest = trace["largest"]
-    entries = largest[(largest["site"] == "hook_resid_post") & (largest["value"].abs() > criterion.min_abs)]
+    kept = largest[largest["pos"] >= 0]  # a hidden state with fewer massive tokens than another has empty rows
+    _check_finite(trace, value=kept, abs_median=trace["abs_median"])
+    entries = kept[(kept["site"] == "hook_resid_post") & (kept["value"].abs() > criterion.min_abs)]
     medians = trace["abs_median"].query("site == 'hook_resid_post'")[["prompt", "layer", "abs_median"]]
     entries = entries.merge(medians, on=["prompt", "layer"])
     massive = entries[entries["value"].abs() > criterion.min_ratio * entries["abs_median"]]
@@ -138,9 +143,12 @@ def find_me_layer(trace: Trace, criterion: Criterion | None = None) -> Emergence
 
     Returns:
         An `Emergence`; without massive activations its `layer` is None and its `reason` says so.
+
+    Raises:
+        MelensError: a trace without those tables, or with NaN or infinite values in them.
     """
     criterion = criterion or Criterion()
-    _check_finite(trace)
+    _check_finite(trace, norm=trace["norm"])
     massive = massive_activations(trace, criterion)
     per_prompt = _per_prompt(trace, massive, criterion)
     n_prompts = len(per_prompt)
@@ -185,14 +193,17 @@ def _interval(values: pd.Series) -> tuple[float, float] | None:
     return bootstrap_mean(values.to_numpy()) if len(values) > 1 else None
 
 
-def _check_finite(trace: Trace) -> None:
-    norms = trace["norm"].query("site == 'hook_resid_post'")
-    broken = norms[~np.isfinite(norms["norm"])]
+def _check_finite(trace: Trace, **tables: pd.DataFrame) -> None:
+    """Raise a `MelensError` for the first block with NaN in a table's column, which `max` and `>` would pass by."""
+    read = [table[table["site"].isin(_SITES) & ~np.isfinite(table[column])] for column, table in tables.items()]
+    broken = pd.concat(read)
     if not broken.empty:
-        first = broken[broken["layer"] == broken["layer"].min()]
+        after = broken["layer"].where(broken["site"] == "hook_resid_post", -1)
+        first = broken.loc[(after == after.min()).to_numpy(), "prompt"].unique()
+        what = "the embeddings" if after.min() < 0 else f"block {after.min()}"
         raise MelensError(
-            f"The output of block {first['layer'].iloc[0]} is not finite in {first['prompt'].nunique()} of "
-            f"{len(trace.prompts)} prompts ({trace.model.get('dtype')}): load the model in bfloat16 or float32."
+            f"The output of {what} is not finite in {len(first)} of {len(trace.prompts)} prompts, first in prompt "
+            f"{min(first)} ({trace.model.get('dtype')}): load the model in bfloat16 or float32."
         )
 
 
@@ -244,7 +255,8 @@ def _rise(
 ) -> dict[str, float | int]:
     """Describe how a prompt's massive token rises; `norms` is `[embeddings and blocks, pos]`."""
     norm_in, norm_out = norms[layer], norms[layer + 1]
-    others = [other for other in range(norms.shape[1]) if other not in massive_positions]
+    ordinary = [at for at in range(norms.shape[1]) if at not in massive_positions]
+    others = [at for at in ordinary if norm_in[at] > 0]  # a padding token's embedding may be 0
     magnification = float(norm_out[position] / norm_in[position])
     token = norms[1:, position]
     peak = float(token[: max(layer + 1, len(token) - criterion.trailing_blocks)].max())
@@ -273,10 +285,10 @@ class _LayerNorms:
 
 def _norms_by_layer(trace: Trace) -> _LayerNorms:
     table = trace["norm"]
-    table = table[table["site"].isin(["hook_resid_pre", "hook_resid_post"])]
+    table = table[table["site"].isin(_SITES)]
     layers = table["layer"].where(table["site"] == "hook_resid_post", -1)
     wide = table.assign(layer=layers).pivot(index="layer", columns=["prompt", "pos"], values="norm").sort_index(axis=1)
-    if list(wide.index) != list(range(-1, trace.model["n_layers"])):
+    if list(wide.index) != list(range(-1, trace.model["n_layers"])) or wide.isna().any(axis=None):
         raise MelensError("find_me_layer needs the norms of the embeddings and of every block's output.")
     lengths = trace.prompts["n_tokens"].to_numpy()
     return _LayerNorms(wide.to_numpy(dtype=float), np.cumsum(lengths) - lengths, np.cumsum(lengths))

@@ -1,3 +1,6 @@
+import math
+
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -182,6 +185,41 @@ def test_a_model_that_overflows_is_told():
         network.base_model.layers[2].mlp.down_proj.weight[3, 3] = float("nan")
     with pytest.raises(MelensError, match="block 2 is not finite in 2 of 2 prompts"):
         melens.find_me_layer(melens.trace(bridge(network), prompts_with(TOKEN, 0, n=2)))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("table", "row", "message"),
+    [
+        ("norm", {"site": "hook_resid_pre", "pos": 1}, "The output of the embeddings is not finite"),
+        ("norm", {"site": "hook_resid_post", "layer": 1, "pos": 1}, "The output of block 1 is not finite"),
+        ("largest", {"layer": 2}, "The output of block 2 is not finite"),
+        ("abs_median", {"layer": 0}, "The output of block 0 is not finite"),
+    ],
+)
+def test_nothing_that_is_read_may_be_no_number(table, row, message, value):
+    trace = trace_by_hand(1.0, 2.0, 2.0, 1000.0)
+    place = np.logical_and.reduce([trace[table][name] == at for name, at in row.items()])
+    trace[table].loc[place, trace[table].columns[-1]] = value
+    with pytest.raises(MelensError, match=f"{message} in 1 of 1 prompts, first in prompt 0"):
+        melens.find_me_layer(trace)
+
+
+def test_a_norm_that_the_trace_lacks_is_no_smaller_than_another():
+    trace = trace_by_hand(1, 2, 2, 1000)
+    trace.tables["norm"] = trace["norm"].drop(index=4)
+    with pytest.raises(MelensError, match="needs the norms of the embeddings and of every block's output"):
+        melens.find_me_layer(trace)
+
+
+def test_a_token_whose_embedding_is_zero_is_not_compared_with():
+    trace = trace_by_hand(1, 1000, 1000, 1000)
+    norms = trace["norm"]
+    norms.loc[(norms["site"] == "hook_resid_pre") & (norms["pos"] == 2), "norm"] = 0.0
+    me = melens.find_me_layer(trace)
+    assert (me.magnification, me.relative_magnification) == (1000, 1000)
+    norms.loc[norms["site"] == "hook_resid_pre", "norm"] = [1.0, 0.0, 0.0]
+    assert math.isnan(melens.find_me_layer(trace).relative_magnification)
 
 
 @pytest.mark.parametrize("wrong", [{"min_ratio": -1}, {"one_block": float("nan")}])
