@@ -23,6 +23,7 @@ from experiments.options import check_options
 from experiments.tables import _taking_turns
 from melens import MelensError, WeMask, load_model
 from melens.gates import add_gates, gates_of
+from melens.generation import Generation
 from melens.networks import bridged_twin, gathered_twin, open_network, plain_twin
 from melens.training.data import format_rows, load_training_data
 from melens.training.recipe import Lora, Recipe, check_extra
@@ -160,6 +161,21 @@ def test_it_goes_on_in_the_order_of_a_later_epoch_too(tmp_path, method, monkeypa
     assert resumed.metrics["resumed_at"] == 5
     assert whole.log["grad_norm"].min() > 0
     pd.testing.assert_series_equal(resumed.log["loss"], whole.log["loss"], rtol=0, atol=1e-6)
+
+
+def test_rollouts_that_a_cache_would_change_are_refused(tmp_path, monkeypatch):
+    asked = []
+
+    def without_a_cache(model, mask):
+        asked.append(mask)
+        return Generation(use_cache=False, together=False, error=0.0)
+
+    monkeypatch.setattr("melens.training.trainers.verify_generation", without_a_cache)
+    with pytest.raises(MelensError, match="it cannot be trained with grpo"):
+        fit(tmp_path, "grpo", mask=MASK)
+    fit(tmp_path / "sft", "sft", mask=MASK, steps=1)
+    assert len(asked) == 1
+    assert asked[0].select == MASK.select
 
 
 def test_what_is_rewarded_is_learnt(tmp_path, monkeypatch):

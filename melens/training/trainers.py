@@ -28,6 +28,7 @@ from trl.trainer.utils import RepeatSampler, add_fused_lm_head, disable_dropout_
 from melens.cache import fingerprint, tokenizer_fingerprint
 from melens.errors import MelensError
 from melens.gates import GATE, gates_of
+from melens.generation import verify_generation
 from melens.masking import InstalledMask
 from melens.networks import open_network
 from melens.training.data import hash_rows
@@ -86,8 +87,8 @@ def train(
         watch: called before the first step, each `watch_every` steps (0: not between), and after the last.
 
     Raises:
-        MelensError: checkpoints of another training or with parts missing, rows that make no batch, or a loss that is
-            no number.
+        MelensError: checkpoints of another training or with parts missing, rows that make no batch, a loss that is no
+            number, or for GRPO a model that does not write in a batch with a cache what it writes alone without one.
     """
     check_trainer(recipe, len(rows))
     n_gates = sorted(
@@ -102,6 +103,13 @@ def train(
         "data": {"rows": len(rows), "hash": hash_rows(rows)},
     }
     checkpoint = _checkpoint(folder, _as_written(plan), resume=resume)
+    if recipe.method == "grpo":
+        written = verify_generation(model, mask)
+        if not (written.use_cache and written.together):
+            raise MelensError(
+                "With a cache of keys and values, or in a batch, this model writes something else than alone and "
+                "without one, and TRL's rollouts use both: it cannot be trained with grpo."
+            )
     with nullcontext() if mask is None else mask.applied(model) as installed:
         trainer = _trainer(model, tokenizer, rows, recipe, folder)
         if not len(trainer.train_dataset):
