@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from melens import attention
+from melens import MelensError, attention
 from melens.attention import causal_attention
 
 
@@ -63,3 +63,43 @@ def test_a_given_mask_alone_decides_what_is_seen(qkv, additive):
 
 def test_no_keys_gives_an_empty_column(qkv):
     assert causal_attention(*qkv, scale=1.0)[1].shape == (2, 6, 37, 0)
+
+
+def test_a_fused_kernel_that_raises_is_replaced_by_chunks(qkv, monkeypatch):
+    def raises(*shapes):
+        raise RuntimeError("no kernel for this shape")
+
+    monkeypatch.setattr(attention, "_fused_kernel", raises)
+    output, on_keys = causal_attention(*qkv, scale=0.7, keys=(0,))
+    expected, pattern = reference(*qkv, scale=0.7)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(on_keys, pattern[..., [0]], rtol=1e-5, atol=1e-6)
+
+
+def test_values_of_another_width_than_the_keys_keep_it(qkv):
+    query, key, value = qkv
+    narrow = value[..., :12]
+    output, _ = causal_attention(query, key, narrow, scale=0.7)
+    torch.testing.assert_close(output, reference(query, key, narrow, scale=0.7)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "is_known"),
+    [
+        ({"position_ids": torch.arange(37), "use_cache": False, "is_causal": True, "position_bias": None}, True),
+        ({"dropout": 0.0}, True),
+        ({"dropout": 0.1}, False),
+        ({"position_bias": torch.zeros(1)}, False),
+        ({"is_causal": False}, False),
+        ({"indices": torch.zeros(1)}, False),
+    ],
+)
+def test_arguments_that_could_change_the_attention_are_refused_by_name(qkv, arguments, is_known):
+    module = torch.nn.Module()
+    if is_known:
+        output, _ = attention._attention_function(module, *qkv, None, scaling=0.7, **arguments)
+        torch.testing.assert_close(output.transpose(1, 2), reference(*qkv, scale=0.7)[0], rtol=1e-5, atol=1e-5)
+    else:
+        (name,) = arguments
+        with pytest.raises(MelensError, match=f"does not know the argument '{name}'"):
+            attention._attention_function(module, *qkv, None, scaling=0.7, **arguments)
