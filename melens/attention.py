@@ -44,7 +44,7 @@ _CHUNK_BYTES = 64 * 2**20  # what the scores of one chunk of queries may take wh
 def causal_attention(
     query: Float[Tensor, "batch head pos d_head"],
     key: Float[Tensor, "batch kv_head pos d_head"],
-    value: Float[Tensor, "batch kv_head pos d_head"],
+    value: Float[Tensor, "batch kv_head pos d_value"],
     *,
     scale: float,
     keys: Sequence[int] = (),
@@ -52,7 +52,7 @@ def causal_attention(
     softcap: float | None = None,
     sink_logits: Float[Tensor, " head"] | None = None,
     mask: Tensor | None = None,
-) -> tuple[Float[Tensor, "batch head pos d_head"], Float[Tensor, "batch head pos key"]]:
+) -> tuple[Float[Tensor, "batch head pos d_value"], Float[Tensor, "batch head pos key"]]:
     """Compute causal self-attention and the attention paid to some keys, without the S × S pattern.
 
     Args:
