@@ -48,20 +48,34 @@ class _Bench:
     me_layer: int
     others: np.ndarray  # [layer], mean norm of the other tokens, intact
 
-    def left(self, norms: Float[Tensor, "prompt layer"]) -> np.ndarray:
-        """Average ‖h‖ / ‖h intact‖ of each prompt's massive token over the blocks where it should last."""
-        lasting = list(self.study.lasting) or [self.me_layer]
-        ratio: np.ndarray = (norms / self.runs.intact)[:, lasting].nanmean(dim=1).numpy()
+    @property
+    def lasting(self) -> list[int]:
+        """The blocks where the massive token should last."""
+        return list(self.study.lasting) or [self.me_layer]
+
+    def left(self, norms: Float[Tensor, "prompt layer"], start: int = 0) -> np.ndarray:
+        """Average ‖h‖ / ‖h intact‖ of each prompt's massive token over the blocks from `start` where it should last."""
+        blocks = [layer for layer in self.lasting if layer >= start]
+        ratio: np.ndarray = (norms / self.runs.intact)[:, blocks].mean(dim=1).numpy()
         return ratio
 
     def over_others(self, norms: Float[Tensor, "prompt layer"]) -> float:
         """Compare with the other tokens of the intact run over the same blocks."""
-        lasting = list(self.study.lasting) or [self.me_layer]
-        return float(np.nanmean(norms.numpy()[:, lasting] / self.others[lasting]))
+        return float((norms.numpy()[:, self.lasting] / self.others[self.lasting]).mean())
 
     def without(self, *parts: tuple[int, Part]) -> Float[Tensor, "prompt layer"]:
         hooks = [hook for layer, part in parts for hook in ablation(self.study.model, layer, part)]
-        return self.runs.run(hooks, start=min(layer for layer, _ in parts))
+        return self.run(hooks, min(layer for layer, _ in parts))
+
+    def run(self, hooks: Sequence[Hook], start: int) -> Float[Tensor, "prompt layer"]:
+        """Run from a block on, and measure the massive tokens' norms; NaN before."""
+        norms = self.runs.run(hooks, start)
+        for prompt, after in (~norms[:, start:].isfinite()).nonzero()[:1].tolist():
+            raise MelensError(
+                f"With a part of block {start} changed, the massive token's norm after block {start + after} is "
+                f"{float(norms[prompt, start + after])}: load the model in bfloat16 or float32."
+            )
+        return norms
 
 
 def run(study: Study, options: DictConfig) -> Result:
@@ -184,7 +198,8 @@ def _removed_table(bench: _Bench, removed: dict[Part, Float[Tensor, "prompt laye
     lines = {"intact": bench.runs.intact, **{TEXTS[part]: norms for part, norms in removed.items()}}
     tables = []
     for name, norms in lines.items():
-        from_start = torch.where(norms.isnan(), bench.runs.intact, norms)  # before the ME layer nothing changed
+        from_start = bench.runs.intact.clone()  # before the ME layer nothing changed
+        from_start[:, bench.me_layer :] = norms[:, bench.me_layer :]
         tables.append(mean_by(tidy(from_start.numpy(), "norm"), "norm").assign(removed=name))
     return pd.concat(tables, ignore_index=True)
 
@@ -249,8 +264,8 @@ def _causality(bench: _Bench) -> tuple[pd.DataFrame, pd.DataFrame]:
         ratio = norms / bench.runs.intact
         by_effect = mean_by(tidy(ratio.numpy(), "ratio", "effect"), "ratio", ("effect",))
         tables.append(by_effect.assign(part=part, cause=cause))
-        left = bench.left(norms)
-        if not np.isnan(left).all():  # a later block leaves nothing to measure
+        if cause <= bench.lasting[-1]:  # a later block leaves nothing to measure
+            left = bench.left(norms, cause)
             causes.append((part, cause, float(left.mean()), *bootstrap_mean(left)))
         progress(done, len(jobs))
     columns = ["part", "layer", "mean", "low", "high"]
@@ -321,9 +336,9 @@ def _patching(bench: _Bench) -> pd.DataFrame:
         without: Sequence[Hook] = ablation(model, removed, "ffn")
         _, ablated_ffn = runs.run_with_ffn(without, start=removed)
         for patched in (layer for layer in blocks if layer >= removed):
-            restored = runs.run([*without, runs.patch_ffn(patched, runs.ffn[patched])], start=removed)
+            restored = bench.run([*without, runs.patch_ffn(patched, runs.ffn[patched])], removed)
             written = torch.zeros_like(ablated_ffn[patched]) if patched == removed else ablated_ffn[patched]
-            carried = runs.run([runs.patch_ffn(patched, written)], start=patched)
+            carried = bench.run([runs.patch_ffn(patched, written)], patched)
             for direction, norms in (("restored", restored), ("carried", carried)):
                 left = bench.left(norms)
                 rows.append((direction, removed, patched, float(left.mean()), *bootstrap_mean(left)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from omegaconf import DictConfig
 from transformer_lens.model_bridge import TransformerBridge
@@ -100,11 +101,16 @@ def _amplification(study: Study) -> pd.DataFrame:
     """Compute ‖FFN output‖ / ‖FFN input‖ of token 0: `prompt`, `layer`, `amplification`."""
     norms = study.trace["norm"]
     norms = norms[norms["prompt"].isin(study.distinct_carriers)]
-    of_first = norms[norms["pos"] == 0].pivot(index=["prompt", "layer"], columns="site", values="norm")
-    if "ln2.hook_out" not in of_first:  # a parallel block: the FFN reads what attention reads
-        return pd.DataFrame(columns=["prompt", "layer", "amplification"])
-    ratio = of_first["hook_mlp_out"] / of_first["ln2.hook_out"]
-    return ratio.rename("amplification").dropna().reset_index()
+    of_first = norms[norms["pos"] == 0].set_index(["prompt", "layer"])
+    written, read = (of_first.loc[of_first["site"] == site, "norm"] for site in ("hook_mlp_out", "ln2.hook_out"))
+    has_both = written.index.intersection(read.index)  # a parallel block's FFN reads what attention reads
+    table = (written[has_both] / read[has_both]).rename("amplification").reset_index()
+    for row in table[~np.isfinite(table["amplification"])].head(1).to_dict("records"):
+        raise MelensError(
+            f"The FFN of block {row['layer']} amplifies token 0 by {row['amplification']} in prompt {row['prompt']}: "
+            "look for NaN in the model's weights, or load it in float32."
+        )
+    return table
 
 
 def _amplification_metrics(study: Study, amplification: pd.DataFrame, by_block: pd.DataFrame) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from omegaconf import DictConfig
@@ -15,7 +16,7 @@ from experiments.study import Study
 from melens import AttentionMaps, AttentionSpectrum, MelensError, Probe, Spectrum, figures
 from melens.figures import COLORS, FIRST, SINK, Curve, Heatmap, Panel
 from melens.results import Picture, Result
-from melens.sinks import SINK_THRESHOLD, find_sink_onset, sink_mass_by_layer
+from melens.sinks import SINK_THRESHOLD, find_sink_onset, sink_mass_by_head, sink_mass_by_layer
 from melens.statistics import bootstrap_mean, mean_by, with_interval
 from melens.tracing import Progress
 
@@ -34,7 +35,7 @@ def run(study: Study, options: DictConfig) -> Result:
     of_carriers = study.of_carriers(study.trace["sink_mass"])
     trace = replace(study.trace, tables={"sink_mass": of_carriers})
     by_layer = sink_mass_by_layer(trace)
-    by_head = of_carriers.groupby(["layer", "head"])["sink_mass"].mean().reset_index()
+    by_head = sink_mass_by_head(trace)
     onset = find_sink_onset(trace, trailing_blocks=study.me.criterion.trailing_blocks)
     ranks = _ranks(study, options)
     metrics = study.metrics(
@@ -62,8 +63,7 @@ def run(study: Study, options: DictConfig) -> Result:
 def _sink_mass_metrics(study: Study, sink_mass: pd.DataFrame) -> dict[str, Any]:
     if study.me.layer is None:
         return {}
-    of_several = sink_mass[sink_mass["prompt"].map(study.trace.prompts.set_index("prompt")["n_tokens"]) > 1]
-    mass = of_several.groupby(["layer", "prompt"])["sink_mass"].mean()  # no later token pays attention in the others
+    mass = sink_mass.groupby(["layer", "prompt"])["sink_mass"].mean()
     layers = mass.index.get_level_values("layer")
     metrics: dict[str, Any] = {}
     for name, layer in (("at_me_layer", study.me.layer), ("after", study.me.layer + 1)):
@@ -162,9 +162,21 @@ def _ranks(study: Study, options: DictConfig) -> pd.DataFrame:
     columns = ["prompt", "layer", "effective_rank", "first_share"]
     tables = [trace["spectrum"][columns].assign(of="hidden states")]
     if "attention_spectrum" in trace.tables:
-        by_head = trace["attention_spectrum"].groupby(["prompt", "layer"])[columns[2:]].mean().reset_index()
-        tables.append(by_head.assign(of="attention"))
-    return pd.concat(tables, ignore_index=True)
+        attention = trace["attention_spectrum"]
+        _check_ranks(attention)  # before a mean over heads leaves NaN out
+        by_prompt = attention.groupby(["prompt", "layer"])[columns[2:]].mean().reset_index()
+        tables.append(by_prompt.assign(of="attention"))
+    ranks = pd.concat(tables, ignore_index=True)
+    _check_ranks(ranks)
+    return ranks
+
+
+def _check_ranks(ranks: pd.DataFrame) -> None:
+    for row in ranks[~np.isfinite(ranks["effective_rank"])].head(1).to_dict("records"):
+        raise MelensError(
+            f"The effective rank of block {row['layer']} is {row['effective_rank']} in prompt {row['prompt']}: look "
+            "for NaN in the model's weights, or load it in float32."
+        )
 
 
 def _across_tasks(study: Study, options: DictConfig) -> list[int]:
@@ -197,8 +209,8 @@ def _rank_metrics(study: Study, ranks: pd.DataFrame) -> dict[str, Any]:
         is_after = table["layer"] >= first_after
         after = table[is_after].groupby("prompt")["effective_rank"].mean()
         before = table[~is_after].groupby("prompt")["effective_rank"].mean()
-        ratio = (after / before).dropna().to_numpy(dtype=float)
-        if len(ratio):
+        if len(after) and len(before):  # a massive activation of block 0 leaves no block before
+            ratio = (after / before).to_numpy(dtype=float)
             metrics |= {
                 f"{name}_rank_before": float(before.mean()),
                 f"{name}_rank_after": float(after.mean()),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from melens import figures
+from melens import MelensError, figures
 from melens.results import Picture, Result
 
 __all__ = ["Course", "averaged", "draw", "merge"]
@@ -81,16 +81,37 @@ def _number(value: Any, digits: int = 4) -> str:
 
 
 def averaged(courses: Sequence[Course]) -> list[Course]:
-    """Average those of one name, trained with different seeds; an ME layer in which they differ is left out."""
+    """Average what is drawn of those of one name, trained with different seeds.
+
+    An ME layer in which they differ is left out.
+
+    Raises:
+        MelensError: a number that some of them lack at a step, and others have.
+    """
     found = []
     for name in dict.fromkeys(course.name for course in courses):
         same = [course for course in courses if course.name == name]
-        log = pd.concat([course.log for course in same]).groupby("step", as_index=False).mean(numeric_only=True)
+        log = _mean([course.log for course in same], ["step"], _LOGGED, name)
+        looks = _mean([course.looks for course in same], ["step", "masked"], _SEEN, name)
         by_step = pd.concat([course.looks for course in same]).groupby(["step", "masked"])
         layers = by_step["me_layer"].first().where(by_step["me_layer"].nunique(dropna=False) == 1)
-        looks = by_step.mean(numeric_only=True).reset_index().assign(me_layer=layers.astype("Int64").array)
-        found.append(Course(name, log, looks))
+        found.append(Course(name, log, looks.assign(me_layer=layers.astype("Int64").array)))
     return found
+
+
+def _mean(tables: Sequence[pd.DataFrame], by: list[str], columns: Iterable[str], name: str) -> pd.DataFrame:
+    """Average columns over trainings; what none of them has at a step, as some numbers are told rarely, stays NaN."""
+    together = pd.concat(tables)
+    groups = together.groupby(by)[[column for column in columns if column in together]]
+    n_have = groups.count()
+    for column, of_column in n_have.items():
+        some_have = of_column[(of_column > 0) & (of_column < len(tables))]
+        for step in some_have.index.get_level_values("step")[:1]:
+            raise MelensError(
+                f"{name}: at step {step} only {some_have.iloc[0]} of {len(tables)} trainings have a number as "
+                f"{column}, so that there is no mean of it: look for NaN in the others."
+            )
+    return groups.mean().reset_index()
 
 
 def draw(courses: Sequence[Course], title: str, me_layer: int | None) -> dict[str, Picture]:

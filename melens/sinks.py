@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
+from melens.errors import MelensError
 from melens.tracing import Trace
 
-__all__ = ["SINK_THRESHOLD", "SinkOnset", "find_sink_onset", "sink_mass_by_layer"]
+__all__ = ["SINK_THRESHOLD", "SinkOnset", "find_sink_onset", "sink_mass_by_head", "sink_mass_by_layer"]
 
 SINK_THRESHOLD = 0.3
 """A head, or a block on average, has a sink where later tokens pay more than this to the key (Gu et al. 2024)."""
@@ -29,12 +31,30 @@ class SinkOnset:
     threshold: float
 
 
+def sink_mass_by_head(trace: Trace) -> pd.DataFrame:
+    """Average the sink mass over prompts: `layer`, `head`, `sink_mass`.
+
+    Raises:
+        MelensError: NaN, which pandas would leave out of the mean; every prompt of a trace has a later token.
+    """
+    table = trace["sink_mass"]
+    for row in table[~np.isfinite(table["sink_mass"])].head(1).to_dict("records"):
+        raise MelensError(
+            f"The sink mass of block {row['layer']}, head {row['head']} is {row['sink_mass']} in prompt "
+            f"{row['prompt']}: look for NaN in the model's weights, or load it in float32."
+        )
+    return table.groupby(["layer", "head"])["sink_mass"].mean().reset_index()
+
+
 def sink_mass_by_layer(trace: Trace) -> pd.DataFrame:
-    """Summarise the sink mass by block: its `mean`, `low` and `high` (10% and 90% of heads), and `share_of_heads`."""
+    """Summarise the sink mass by block: its `mean`, `low` and `high` (10% and 90% of heads), and `share_of_heads`.
+
+    Raises:
+        MelensError: as `sink_mass_by_head`.
+    """
     if "sink_mass" not in trace.tables:  # a model without attention
         return pd.DataFrame(columns=["layer", "mean", "low", "high", "share_of_heads"])
-    by_head = trace["sink_mass"].groupby(["layer", "head"])["sink_mass"].mean()
-    by_layer = by_head.groupby("layer")
+    by_layer = sink_mass_by_head(trace).groupby("layer")["sink_mass"]
     return pd.DataFrame(
         {
             "mean": by_layer.mean(),
@@ -52,6 +72,9 @@ def find_sink_onset(trace: Trace, *, threshold: float = SINK_THRESHOLD, trailing
         trace: with the table of the probe `SinkMass`; without it there is no onset.
         threshold: on the sink mass, averaged over prompts and heads.
         trailing_blocks: last blocks that need not have a sink.
+
+    Raises:
+        MelensError: as `sink_mass_by_head`.
     """
     by_layer = sink_mass_by_layer(trace).set_index("layer")["mean"]
     over = (by_layer > threshold).to_numpy()

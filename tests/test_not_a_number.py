@@ -6,12 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from planted import VOCABULARY, bridge, gains_apart, plain_model
+from planted import VOCABULARY, bridge, gains_apart, plain_model, plant
 from test_mask_grid import configuration, study_of
 
 import melens
 from experiments.mask_grid import Grid, report
 from experiments.study import begin_study, run_experiments
+from experiments.training_report import Course, averaged
 from melens import MelensError, WeMask, claims, statistics
 from melens.benchmarks.catalog import BENCHMARKS
 from melens.benchmarks.harness import Asking, _language_model, evaluate, load_task
@@ -252,6 +253,92 @@ def test_blocks_without_attention_are_left_out_and_no_others():
     without.by_text["sink_mass"] = without.by_block["sink_mass"] = NAN
     metrics = report(without, {"name": "tiny"}, told, {}, []).metrics
     assert metrics["sink_why_not"] == "No block behind the ME layer has attention."
+
+
+# --- Analyses ---------------------------------------------------------------------------------------------------------
+
+
+def spoilt(probe, column, at):
+    """A trace's number that is NaN, of the probe's table."""
+
+    def spoil(study, monkeypatch):
+        table = study.trace[probe]
+        table.loc[table.query(at).index[0], column] = NAN
+
+    return spoil
+
+
+def spoilt_rank(study, monkeypatch):
+    monkeypatch.setattr(melens.AttentionSpectrum, "reduce", _with_one_nan(melens.AttentionSpectrum.reduce))
+
+
+def spoilt_ablation(study, monkeypatch):
+    run = melens.MassiveTokenRuns.run
+
+    def with_nan(self, hooks=(), start=0):
+        norms = run(self, hooks, start)
+        norms[0, -1] = NAN
+        return norms
+
+    monkeypatch.setattr(melens.MassiveTokenRuns, "run", with_nan)
+
+
+def _with_one_nan(reduce):
+    def reduce_to_nan(self, activation, batch):
+        found = reduce(self, activation, batch)
+        found["effective_rank"][0, 2] = NAN
+        return found
+
+    return reduce_to_nan
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "message"),
+    [
+        (
+            "ffn",
+            spoilt("norm", "norm", "site == 'ln2.hook_out' and pos == 0 and layer == 2"),
+            "The FFN of block 2 amplifies token 0 by nan in prompt 0",
+        ),
+        (
+            "sinks",
+            spoilt("sink_mass", "sink_mass", "layer == 3 and head == 1"),
+            "The sink mass of block 3, head 1 is nan in prompt 0",
+        ),
+        ("sinks", spoilt_rank, r"The effective rank of block \d is nan in prompt 0"),
+        (
+            "ablation",
+            spoilt_ablation,
+            "With a part of block 1 changed, the massive token's norm after block 3 is nan",
+        ),
+    ],
+    ids=["ffn", "sinks", "rank", "ablation"],
+)
+def test_no_analysis_leaves_out_what_is_no_number(name, spoil, message, monkeypatch):
+    network = gains_apart(plain_model("llama"))
+    plant(network, block=1, token=7, dim=21)
+    tokens = [torch.tensor([7, *range(10 + row, 22 + row)]) for row in range(3)]
+    options = ["exp=all", f"exp.experiments=[{name}]", "exp.sinks.rank_tokens=12"]
+    study = begin_study(bridge(network), tokens, configuration(*options), lambda name: lambda done, total: None)
+    spoil(study, monkeypatch)
+    with pytest.raises(MelensError, match=message):
+        run_experiments(study)
+
+
+def test_seeds_are_averaged_only_where_all_have_a_number():
+    def course(*losses, sink_mass=0.5):
+        log = pd.DataFrame({"step": [1, 2, 2], "loss": [*losses, NAN], "reward": [NAN, NAN, 1.0]})
+        looks = pd.DataFrame({"step": [0, 2], "masked": False, "me_layer": [1, None], "sink_mass": [0.5, sink_mass]})
+        return Course("plain", log, looks.assign(magnification_there=NAN))
+
+    (mean,) = averaged([course(3.0, 2.0), course(1.0, 1.0)])
+    assert mean.log["loss"].tolist() == [2.0, 1.5]
+    assert mean.log["reward"].tolist()[1:] == [1.0]
+    assert mean.looks["me_layer"].tolist() == [1, pd.NA]
+    with pytest.raises(MelensError, match="plain: at step 2 only 1 of 2 trainings have a number as loss"):
+        averaged([course(3.0, 2.0), course(1.0, NAN)])
+    with pytest.raises(MelensError, match="plain: at step 2 only 1 of 2 trainings have a number as sink_mass"):
+        averaged([course(3.0, 2.0), course(1.0, 1.0, sink_mass=NAN)])
 
 
 # --- Claims -----------------------------------------------------------------------------------------------------------

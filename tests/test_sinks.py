@@ -2,6 +2,7 @@ import pandas as pd
 import pytest
 
 import melens
+from melens import MelensError
 from melens.sinks import find_sink_onset, sink_mass_by_layer
 
 
@@ -36,6 +37,14 @@ def test_the_summary_counts_heads_with_a_sink():
     summary = sink_mass_by_layer(trace_with(0.25, 0.5, 0.1))
     assert summary["mean"].tolist() == pytest.approx([0.25, 0.5, 0.1])
     assert summary["share_of_heads"].tolist() == [0.5, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_head_whose_sink_mass_is_no_number_is_named(value):
+    trace = trace_with(0.5, 0.5, 0.5, 0.5)
+    trace["sink_mass"].loc[3, "sink_mass"] = value
+    with pytest.raises(MelensError, match=f"The sink mass of block 1, head 1 is {value} in prompt 0"):
+        find_sink_onset(trace)
 
 
 def test_sinks_of_the_embedded_model_start_right_after_its_me_layer(embedded_trace):
