@@ -45,6 +45,8 @@ def run(study: Study, options: DictConfig) -> Result:
         raise MelensError("wemask.rate is 0: without a mask there is nothing to compare; give a rate over 0.")
     prompts = _prompts(study)
     ways = [verify_generation(study.model), verify_generation(study.model, mask)]
+    if any(math.isnan(way.error) for way in ways):
+        raise MelensError("The logits of this model are NaN, so it has no text to write.")
     use_cache = all(way.use_cache for way in ways)
     seeds = list(generation.seeds) if generation.sample else [generation.seeds[0]]
     progress = study.stage("texts written with and without the mask")

@@ -10,6 +10,7 @@ used: first several prompts in a batch, then the cache. The answer is kept in th
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -45,7 +46,8 @@ class Generation:
     Attributes:
         use_cache: with a cache of keys and values.
         together: prompts of unequal length in a batch, padded on the left.
-        error: of the logits, relative to the largest, in the way that is taken.
+        error: of the logits, relative to the largest, in the way that is taken; NaN where the model's own logits are,
+            which is no fault of the way.
     """
 
     use_cache: bool
@@ -64,7 +66,7 @@ def verify_generation(model: Any, mask: WeMask | None = None) -> Generation:
         mask: to be put on; one on `every_call` masks each new token, which no whole sequence does, and is not tried.
 
     Raises:
-        MelensError: no way agrees with the whole sequence, or the logits are no numbers.
+        MelensError: no way agrees with the whole sequence.
     """
     if isinstance(model, TransformerBridge):
         find_cache_by_any_name(model)
@@ -79,7 +81,8 @@ def verify_generation(model: Any, mask: WeMask | None = None) -> Generation:
         with torch.random.fork_rng(devices=[]), nullcontext() if mask is None else mask.applied(model):
             found = _try(network, masked=mask is not None) if kept is None else Generation(**json.loads(kept))
         known[key] = found
-        store.save_text("generation", json.dumps(asdict(known[key])))
+        if not math.isnan(found.error):
+            store.save_text("generation", json.dumps(asdict(found)))
     return known[key]
 
 
@@ -92,7 +95,7 @@ def _try(network: Any, *, masked: bool) -> Generation:
     for use_cache, together in _WAYS:
         error, limit = _error(network, use_cache=use_cache, together=together)
         errors.append(error)
-        if error <= limit:
+        if error <= limit or math.isnan(limit):
             if not together:
                 warnings.warn(f"{_complaint(network, errors[0], masked)} {_INSTEAD[use_cache]}", stacklevel=4)
             return Generation(use_cache, together, error)
@@ -115,7 +118,10 @@ def _complaint(network: Any, error: float, masked: bool) -> str:
 
 @torch.no_grad()
 def _error(network: Any, *, use_cache: bool, together: bool) -> tuple[float, float]:
-    """Return how far the logits of a few steps are from those of the whole sequence, and how far they may be."""
+    """Return how far the logits of a few steps are from those of the whole sequence, and how far they may be.
+
+    Both are NaN where the whole sequence's logits are.
+    """
     errors: list[Tensor] = []
     dtype = torch.float32
     both = two_prompts(network, room=_NEW)
@@ -125,6 +131,8 @@ def _error(network: Any, *, use_cache: bool, together: bool) -> tuple[float, flo
             sequence = sequences[row, -len(prompt) - _NEW :]
             whole = network(input_ids=sequence[None, :-1], use_cache=False).logits[0, len(prompt) - 1 :]
             dtype = whole.dtype
+            if whole.isnan().any():
+                return float("nan"), float("nan")
             apart = (logits[:, row].float() - whole.float()).abs().amax(-1)
             errors.append(apart / whole.float().abs().amax())
     of_steps = torch.stack(errors)

@@ -80,7 +80,7 @@ class Verification:
         errors: a row a place: `site`, `layer` (-1 outside the blocks), `error` (of the worst token: the L2 norm of the
             difference over that of its vector; of attention, the largest difference of a probability), `limit`.
         unchecked: sites that plain modules do not tell.
-        why_not: why nothing could be checked; empty if it was.
+        why_not: why not everything could be checked; empty if it was.
     """
 
     way: Way
@@ -150,7 +150,8 @@ def verified(model: TransformerBridge, sites: Sequence[str]) -> Verification:
         store = store_for_kind("verified", model.original_model, told)
         known[told] = _read(store) or verify(model, told)
         _act_upon(model, known[told])
-        _write(store, known[told])
+        if not known[told].why_not:  # else it tells of this model, not of its kind
+            _write(store, known[told])
     return known[told]
 
 
@@ -205,7 +206,8 @@ def _verify(model: TransformerBridge, sites: Sequence[str]) -> Verification:
             complaints.append(str(error))
             continue
         unchecked = [site for site in sites if not any(place[:2] in errors for place in Places.of(model).of_site(site))]
-        found = Verification(way, its_rule, _table(errors), tuple(unchecked))
+        why_not = "" if expected.is_finite else "The model's own numbers are not all finite."
+        found = Verification(way, its_rule, _table(errors), tuple(unchecked), why_not)
         if found.agrees:
             if complaints:
                 warnings.warn(f"{complaints[0]} {_INSTEAD[way]}", stacklevel=4)
@@ -347,12 +349,19 @@ class _Expected:
                 whole[ATTENTION_ON_KEYS, layer] = pattern[..., :1]
         return whole
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether the model's own numbers are, all of them."""
+        return all(bool(values.isfinite().all()) for seen in self._eager for values in seen.values())
+
     def errors_of(self, found: Sequence[_Seen]) -> dict[_Place, tuple[float, float]]:
         """Return the error at each place that both tell, and its limit, of the prompt where it is worse."""
         errors: dict[_Place, tuple[float, float]] = {}
         for row, own in enumerate(found):
             eager = self._eager[row]
             for place in sorted(own.keys() & eager.keys(), key=lambda place: (place[1], place[0])):
+                if not eager[place].isfinite().all() and not own[place].isfinite().all():
+                    continue  # the model's own doing, whichever way it runs
                 error, limit = _error(place[0], own[place], eager[place], self._share), self.limit
                 if self._is_reduced and not error <= limit:
                     rounding = _error(place[0], self._rounded[row][place], eager[place], self._share)

@@ -1,5 +1,7 @@
 """The check before writing agrees where the cache is used, and finds a cache, or a batch, that is not."""
 
+import math
+
 import pytest
 import torch
 from planted import FAMILIES, bridge, other_model, plain_model, shared_keys_model
@@ -64,11 +66,24 @@ def test_a_model_whose_tokens_see_what_follows_writes_nothing():
         verify_generation(plain_twin(other_model("gemma3_text both ways")))
 
 
-def test_logits_that_are_no_numbers_agree_with_nothing():
+def test_logits_that_are_no_numbers_are_the_models_own_fault_and_no_answer_is_kept(tmp_path):
     network = plain_model("llama")
     network.lm_head.weight.data[3] = float("nan")
+    found = verify_generation(network)
+    assert (found.use_cache, found.together, math.isnan(found.error)) == (True, True, True)
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_step_that_is_no_number_agrees_with_nothing(monkeypatch):
+    own = generation._write
+
+    def broken(network, prompts, **options):
+        sequences, logits = own(network, prompts, **options)
+        return sequences, logits * float("nan")
+
+    monkeypatch.setattr(generation, "_write", broken)
     with pytest.raises(MelensError, match="off by nan"):
-        verify_generation(network)
+        verify_generation(plain_model("llama"))
 
 
 def test_the_authors_mask_which_masks_each_new_token_is_not_tried():

@@ -119,6 +119,18 @@ def test_a_value_that_is_no_number_never_agrees():
     assert found.worst["site"] == "b"
 
 
+def test_a_broken_model_is_not_blamed_on_the_way_it_runs_nor_kept_as_an_answer(tmp_path):
+    network = plain_model("llama")
+    network.base_model.layers[2].mlp.down_proj.weight.data[3, 3] = float("nan")
+    found = verified(bridge(network), ["hook_resid_post"])
+    assert found.why_not == "The model's own numbers are not all finite."
+    assert sorted(found.errors["layer"]) == [0, 1]
+    assert found.agrees
+    assert not list(tmp_path.rglob("*.json"))
+    healthy = verified(bridge(plain_model("llama")), ["hook_resid_post"])
+    assert (healthy.why_not, sorted(healthy.errors["layer"])) == ("", [0, 1, 2, 3])
+
+
 def test_an_answer_is_kept_for_the_kind_of_model(monkeypatch):
     sites = ["hook_resid_post"]
     first = verified(model_of("llama"), sites)
