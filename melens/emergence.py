@@ -109,7 +109,7 @@ def massive_activations(trace: Trace, criterion: Criterion | None = None) -> pd.
     """
     criterion = criterion or Criterion()
     largest = trace["largest"]
-    kept = largest[largest["pos"] >= 0]  # a hidden state with fewer massive tokens than another has empty rows
+    kept = largest[largest["pos"] >= 0]  # elsewhere rows are empty: prompts have fewer tokens, or fewer massive ones
     _check_finite(trace, value=kept, abs_median=trace["abs_median"])
     entries = kept[(kept["site"] == "hook_resid_post") & (kept["value"].abs() > criterion.min_abs)]
     medians = trace["abs_median"].query("site == 'hook_resid_post'")[["prompt", "layer", "abs_median"]]

@@ -175,6 +175,7 @@ class LargestActivations(Probe):
 
     Of the `n_tokens` tokens with the largest |h|, the `n_dims` largest entries each; rank 0 is the largest of all.
     Where more tokens have an entry over `min_abs`, each of the others adds a row: its largest |h|, no sign, dim -1.
+    Rows for which a prompt has no token have pos -1 and NaN.
     """
 
     name = "largest"
@@ -207,7 +208,7 @@ class LargestActivations(Probe):
         tokens = reduced["tokens"].take_along_dim(order[..., None], dim=-2).float()
         tokens = tokens.masked_fill(largest[..., None] < 0, float("nan"))  # padding
         dims = tokens.abs().nan_to_num(-1).topk(min(self.n_dims, tokens.shape[-1]), dim=-1).indices
-        at = positions.take_along_dim(order, dim=-1)[..., None].expand_as(dims)
+        at = positions.take_along_dim(order, dim=-1).masked_fill(largest < 0, -1)[..., None].expand_as(dims)
         entries = {"pos": at, "dim": dims, "value": tokens.gather(-1, dims)}
         others = self._others(by_token.scatter(-1, positions, -1))
         return {name: torch.cat([values.flatten(2), others[name]], dim=-1) for name, values in entries.items()}

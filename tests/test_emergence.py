@@ -232,3 +232,14 @@ def test_a_trace_without_the_norms_of_every_block_is_told():
     probes = [melens.Norms(layers=(1, 2)), melens.LargestActivations(), melens.AbsMedian()]
     with pytest.raises(MelensError, match="every block's output"):
         melens.find_me_layer(melens.trace(bridge(plain_model("llama")), prompts_with(TOKEN, 0), probes))
+
+
+def test_prompts_of_fewer_tokens_than_are_kept_have_an_me_layer_too():
+    network = plain_model("llama")
+    plant(network, block=1, token=TOKEN, dim=DIM)
+    prompts = [torch.tensor([TOKEN, *range(20, 25)]), torch.tensor([TOKEN, *range(40, 46)])]  # in one batch
+    trace = melens.trace(bridge(network), prompts)
+    empty = trace["largest"].query("prompt == 0 and pos < 0")
+    assert len(empty) == N_LAYERS * 8  # of the seventh token, with eight dims
+    assert empty["value"].isna().all()
+    assert melens.find_me_layer(trace).layer == 1
