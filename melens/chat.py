@@ -1,0 +1,278 @@
+"""How a conversation becomes a prompt, and what of a reply is the answer.
+
+1. A chat template is known by what it writes (`chat_of`): whether an argument of its own turns thinking on and off, and
+   whether the prompt that it writes opens a thought. The name of a model, or of a variable in the template, is no proof.
+2. A conversation that a template does not take, or of which it leaves a message out, is refused
+   (`check_conversations`).
+3. A reply is read without its thoughts (`read_reply`), and one that ends inside a thought is no answer.
+
+    chat = chat_of(model.tokenizer, thinking=None, option="benchmark.thinking")
+    ids = prompt_ids(model.tokenizer, [{"role": "user", "content": "2 + 2?"}], chat)
+    reply = read_reply(decode_reply(model.tokenizer, written), chat.opened)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from melens.errors import MelensError
+
+__all__ = [
+    "PLAIN",
+    "Chat",
+    "Message",
+    "Reply",
+    "chat_of",
+    "check_conversations",
+    "decode_reply",
+    "prompt_ids",
+    "prompt_text",
+    "read_reply",
+]
+
+Message = Mapping[str, Any]
+"""A turn of a conversation: `role` and `content`, and whatever else a dataset has there."""
+
+_SWITCHES = ("enable_thinking", "thinking", "reasoning")
+"""Arguments of chat templates that turn thinking on and off: of Qwen3, GLM, Gemma 4 and most others; of DeepSeek-V3.1
+and Granite; of Command A Reasoning."""
+
+_THOUGHTS = (
+    ("<think>", "</think>"),  # Qwen3, DeepSeek-R1, GLM, SmolLM3, Nemotron and most others
+    ("<thinking>", "</thinking>"),
+    ("<thought>", "</thought>"),
+    ("<|channel>thought", "<channel|>"),  # Gemma 4
+    ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),  # gpt-oss
+    ("to=self<|message|>", "to=user<|message|>"),  # Muse
+    ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A Reasoning
+    ("[THINK]", "[/THINK]"),  # Magistral
+    ("<seed:think>", "</seed:think>"),  # Seed-OSS
+    ("◁think▷", "◁/think▷"),  # Kimi-VL
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),  # OpenThinker, Sky-T1
+    ("Here is my thought process:", "Here is my response:"),  # Granite 3.2
+)
+"""Where a thought begins and ends, by family."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """How a tokenizer's chat template puts a question.
+
+    Attributes:
+        switch: the template's argument that turns thinking on and off; None where it has none.
+        thinking: which way; None where there is no switch.
+        opened: the mark of the thought that the prompt itself opens, so that a reply begins inside it; else empty.
+    """
+
+    switch: str | None = None
+    thinking: bool | None = None
+    opened: str = ""
+
+    @property
+    def arguments(self) -> dict[str, bool]:
+        """What the template is given besides the conversation."""
+        return {} if self.switch is None or self.thinking is None else {self.switch: self.thinking}
+
+    def in_words(self) -> str:
+        """Say whether the model is to think, and by what."""
+        if self.switch is not None:
+            return f"{'on' if self.thinking else 'off'} ({self.switch}={str(self.thinking).lower()})"
+        return "on (the chat template opens a thought)" if self.opened else "as the model likes (no switch)"
+
+
+PLAIN = Chat()
+"""Of a question that is put without a chat template."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model wrote.
+
+    Attributes:
+        answer: what it says once it has thought; empty where it ends inside a thought.
+        thoughts: what came before, without its marks.
+        is_finished: False where it ends inside a thought.
+    """
+
+    answer: str
+    thoughts: str = ""
+    is_finished: bool = True
+
+
+# --- Prompts ----------------------------------------------------------------------------------------------------------
+
+_QUESTION: tuple[Message, ...] = ({"role": "user", "content": "melens asks"},)
+
+
+def chat_of(tokenizer: Any, thinking: bool | None = None, *, option: str = "thinking") -> Chat:
+    """Find out how a tokenizer's chat template turns thinking on and off, by what it writes either way.
+
+    Args:
+        tokenizer: with a chat template.
+        thinking: let the model think, or not; None: not, where there is a switch, as a small budget of tokens would hold
+            thoughts alone.
+        option: what an error calls `thinking`.
+
+    Raises:
+        MelensError: the template takes no question, has no such switch, or marks thoughts in a way that is not known.
+    """
+    if why := _why_not_taken(tokenizer, _QUESTION):
+        raise MelensError(f"This model's chat template does not take a single message of a user ({why}).")
+    switch = next((name for name in _SWITCHES if _is_switch(tokenizer, name)), None)
+    if switch is None and thinking is not None:
+        effort = ""
+        if _writes_otherwise(tokenizer, "reasoning_effort", "low", "high"):
+            effort = "; its reasoning_effort says how long the model thinks, not whether"
+        raise MelensError(
+            f"{option} is {str(thinking).lower()}, but this model's chat template has no switch for thinking{effort}: "
+            f"leave it at auto. Looked for are {', '.join(_SWITCHES)}."
+        )
+    taken = None if switch is None else bool(thinking)
+    if taken and not any(mark in str(tokenizer.chat_template) for pair in _THOUGHTS for mark in pair):
+        raise MelensError(
+            f"{option} is true, but by which marks this model's thoughts begin and end is not known, so that they would "
+            f"be read as answers. Known are {', '.join(begin for begin, _ in _THOUGHTS)}."
+        )
+    written = _written(tokenizer, _QUESTION, **({} if switch is None else {switch: taken}))
+    behind = written.rpartition(_QUESTION[0]["content"])[2]
+    opened = next((begin for begin, end in _THOUGHTS if behind.rfind(begin) > behind.rfind(end)), "")
+    return Chat(switch, taken, opened)
+
+
+def prompt_text(tokenizer: Any, messages: Sequence[Message], chat: Chat) -> str:
+    """Put a conversation into the chat template, up to where the model's reply begins.
+
+    Raises:
+        MelensError: the template does not take it.
+    """
+    try:
+        return _written(tokenizer, messages, **chat.arguments)
+    except _RefusalError as error:
+        raise MelensError(f"This model's chat template does not take {_roles(messages)} ({error}).") from error
+
+
+def prompt_ids(tokenizer: Any, messages: Sequence[Message], chat: Chat) -> list[int]:
+    """Return the tokens of `prompt_text`; the template itself writes BOS where the model wants it."""
+    return list(tokenizer(prompt_text(tokenizer, messages, chat), add_special_tokens=False)["input_ids"])
+
+
+class _RefusalError(Exception):
+    """A chat template does not take a conversation."""
+
+
+def _written(tokenizer: Any, messages: Sequence[Message], *, replied: bool = False, **arguments: Any) -> str:
+    try:
+        text: str = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=not replied, **arguments
+        )
+    except Exception as error:  # whatever a template of anybody's does with a conversation that it was not made for
+        raise _RefusalError(" ".join(str(error).split())[:120] or type(error).__name__) from error
+    return text
+
+
+def _is_switch(tokenizer: Any, name: str) -> bool:
+    return _writes_otherwise(tokenizer, name, True, False)
+
+
+def _writes_otherwise(tokenizer: Any, name: str, *values: Any) -> bool:
+    """Tell whether an argument changes what a template writes; one that does not know it leaves it alone, or fails."""
+    try:
+        return len({_written(tokenizer, _QUESTION, **{name: value}) for value in values}) > 1
+    except _RefusalError:
+        return False
+
+
+# --- Conversations of a dataset ---------------------------------------------------------------------------------------
+
+
+def check_conversations(tokenizer: Any, conversations: Iterable[Sequence[Message]], name: str) -> None:
+    """Raise a `MelensError` for the first conversation that a chat template refuses, or of which it drops a message.
+
+    One of each sequence of roles is tried, with texts of its own: a template that knows no system message may refuse it,
+    or write all but it.
+
+    Args:
+        tokenizer: with a chat template.
+        conversations: each with the reply, if it has one.
+        name: of the data, for the error.
+    """
+    tried = set()
+    for number, messages in enumerate(conversations, 1):
+        kind = tuple((*sorted(message), message["role"], type(message["content"]).__name__) for message in messages)
+        if kind in tried:
+            continue
+        tried.add(kind)
+        if why := _why_not_taken(tokenizer, messages):
+            begins = " ".join(str(messages[0]["content"]).split())[:40] if messages else ""
+            raise MelensError(
+                f"{name}, row {number} of those that are used, which begins {begins!r}: this model's chat template does "
+                f"not take {_roles(messages)} ({why}). {_what_to_do(messages)}"
+            )
+
+
+def _why_not_taken(tokenizer: Any, messages: Sequence[Message]) -> str:
+    marks = [f"melens-{at}-says" for at in range(len(messages))]
+    marked = [
+        {**message, "content": mark} if isinstance(message["content"], str) else message
+        for message, mark in zip(messages, marks, strict=True)
+    ]
+    try:
+        written = _written(tokenizer, marked, replied=bool(messages) and messages[-1]["role"] == "assistant")
+    except _RefusalError as error:
+        return str(error)
+    for message, mark in zip(marked, marks, strict=True):
+        if message["content"] == mark and mark not in written:
+            return f"it leaves the {message['role']} message out"
+    return ""
+
+
+def _roles(messages: Sequence[Message]) -> str:
+    return f"the roles {', '.join(str(message['role']) for message in messages)}"
+
+
+def _what_to_do(messages: Sequence[Message]) -> str:
+    if any(message["role"] == "system" for message in messages):
+        return "Put the system message's text at the beginning of the first user message."
+    return "Let user and assistant take turns in the data, beginning with the user."
+
+
+# --- Replies ----------------------------------------------------------------------------------------------------------
+
+
+def read_reply(text: str, opened: str = "") -> Reply:
+    """Take the thoughts out of a reply.
+
+    Args:
+        text: what a model wrote, of `decode_reply`.
+        opened: of `Chat`: the mark of the thought in which it begins.
+    """
+    rest = opened + text
+    thoughts: list[str] = []
+    for begin, end in _THOUGHTS:
+        if begin not in rest and end not in rest:
+            continue
+        closed = re.compile(re.escape(begin) + "(.*?)" + re.escape(end), re.DOTALL)
+        thoughts += closed.findall(rest)
+        rest = closed.sub("", rest)
+        before, lone_end, after = rest.rpartition(end)  # of a thought whose beginning is not seen
+        if lone_end:
+            thoughts.append(before)
+            rest = after
+        rest, cut_off, unfinished = rest.partition(begin)
+        if cut_off:
+            return Reply("", "\n".join([*thoughts, unfinished]).strip(), is_finished=False)
+    return Reply(rest.lstrip() if thoughts else text, "\n".join(thoughts).strip())
+
+
+def decode_reply(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Decode a reply without special tokens, but for those that mark a thought: some families' marks are special."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {number: str(token) for number, token in added.items() if token.special}
+    marks = {number for number, token in special.items() if any(token in mark for pair in _THOUGHTS for mark in pair)}
+    if not marks.intersection(ids):
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+    kept = [number for number in ids if number not in special or number in marks]
+    return str(tokenizer.decode(kept, skip_special_tokens=False))
