@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from planted import bridge, gains_apart, plain_model, plant
@@ -163,14 +164,18 @@ def test_a_task_is_told_by_its_whole_definition(gsm8k, change, monkeypatch):
 
 
 def test_how_a_task_was_asked_does_not_stay_on_it(embedded, gsm8k):
-    """A sweep loads a task once: a short limit, or sampling, would be the next job's too."""
+    """A sweep loads a task once: a short limit, sampling, or a seed would be the next job's too."""
     task = load_task(BENCHMARKS["gsm8k"], gsm8k)
     (of_harness,) = task.tasks.values()
-    before = json.dumps(of_harness.config.generation_kwargs)
+    before = json.dumps(of_harness.config.generation_kwargs), random_state()
     asking = Asking(max_new_tokens=2, sampling={"temperature": 0.5, "top_p": 0.9})
     items = evaluate(plain_twin(embedded), embedded.tokenizer, task, asking)
     assert len(items) == 2
-    assert json.dumps(of_harness.config.generation_kwargs) == before
+    assert (json.dumps(of_harness.config.generation_kwargs), random_state()) == before
+
+
+def random_state():
+    return np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 
 
 # --- Trainings --------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import random
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +18,6 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -31,6 +29,7 @@ from melens.benchmarks.scores import check_scores
 from melens.benchmarks.scoring import Scorer
 from melens.devices import input_device
 from melens.errors import MelensError
+from melens.seeding import seeded
 
 __all__ = ["Asking", "HarnessTask", "Progress", "check_harness", "evaluate", "load_task"]
 
@@ -325,10 +324,7 @@ def evaluate(
     """
     from lm_eval.evaluator import evaluate as run
 
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    with _quiet(), ExitStack() as stack:
+    with _quiet(), seeded(seed), ExitStack() as stack:
         lm = _language_model(network, tokenizer, asking, max_batch_tokens, progress)
         for of_harness in task.tasks.values():
             of_harness.set_config("num_fewshot", 0)
