@@ -15,7 +15,7 @@ from melens.batching import forget_longest
 from melens.benchmarks.catalog import BENCHMARKS, benchmarks_of
 from melens.benchmarks.data import read_rows
 from melens.benchmarks.language import Needle, answered, ask
-from melens.benchmarks.layout import lay_out
+from melens.benchmarks.layout import Layout, lay_out
 from melens.benchmarks.refusals import count_by_label, judged_refusals, refuses
 from melens.benchmarks.scores import best_rates, summarise
 from melens.benchmarks.scoring import Scorer, _Row
@@ -447,3 +447,34 @@ def test_tables_are_laid_out_for_markdown_and_latex():
     latex = layout.latex()
     assert r"paper rate=0.1 & \textbf{1.000 (+0.500$^\dagger$)} & 1.000 (+0.500$^\dagger$) \\" in latex
     assert r"my\_model" in latex
+
+
+@pytest.mark.parametrize(
+    ("text", "written"),
+    [
+        ("\\", r"\textbackslash{}"),
+        ("{", r"\{"),
+        ("}", r"\}"),
+        ("^", r"\textasciicircum{}"),
+        ("~", r"\textasciitilde{}"),
+        ("$", r"\$"),
+        ("&", r"\&"),
+        ("%", r"\%"),
+        ("#", r"\#"),
+        ("_", r"\_"),
+        (r"\{}^~$&%#_", r"\textbackslash{}\{\}\textasciicircum{}\textasciitilde{}\$\&\%\#\_"),
+        ("p < 0.05 | n > 1", r"p \textless{} 0.05 \textbar{} n \textgreater{} 1"),
+        ("−0.1†", r"$-$0.1$^\dagger$"),
+    ],
+)
+def test_latex_prints_a_text_as_it_is(text, written):
+    layout = Layout([text], [text], [[text]], [[False]], text)
+    assert f" & {written} \\\\\n" in layout.latex()
+    assert f"\n{written} & {written} \\\\\n" in layout.latex()
+    assert rf"\caption{{{written}}}" in layout.latex()
+
+
+def test_a_bar_in_a_name_ends_no_cell_of_a_markdown_table():
+    lines = Layout(["a|b"], ["c|d"], [["1"]], [[False]], "").markdown().splitlines()
+    assert lines[0] == r"| | a\|b |"
+    assert lines[2] == r"| c\|d | 1 |"

@@ -41,10 +41,11 @@ class Layout:
 
     def markdown(self) -> str:
         """Return the table in Markdown."""
-        lines = ["| |" + "".join(f" {column} |" for column in self.columns), "| --- |" + " --- |" * len(self.columns)]
+        columns = [_in_a_cell(column) for column in self.columns]
+        lines = ["| |" + "".join(f" {column} |" for column in columns), "| --- |" + " --- |" * len(columns)]
         for name, cells, best in zip(self.rows, self.cells, self.best, strict=True):
             shown = [f"**{cell}**" if is_best else cell for cell, is_best in zip(cells, best, strict=True)]
-            lines.append("".join(["| ", " | ".join([name, *shown]), " |"]))
+            lines.append("".join(["| ", " | ".join([_in_a_cell(name), *shown]), " |"]))
         return "\n".join([*lines, "", self.caption, ""])
 
     def latex(self) -> str:
@@ -67,14 +68,24 @@ class Layout:
         return "\n".join(lines)
 
 
+_IN_LATEX = str.maketrans(
+    {character: f"\\{character}" for character in "&%$#_{}"}
+    | {
+        "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+        "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",  # which the old fonts have elsewhere
+        "±": r"$\pm$", "×": r"$\times$", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "−": "$-$", "†": r"$^\dagger$",
+    }
+)  # fmt: skip
+
+
 def _escaped(text: str) -> str:
-    for character in "&%_#":
-        text = text.replace(character, f"\\{character}")
-    for character, command in (
-        ("±", r"$\pm$"), ("↑", r"$\uparrow$"), ("↓", r"$\downarrow$"), ("−", "$-$"), ("†", r"$^\dagger$"),
-    ):  # fmt: skip
-        text = text.replace(character, command)
-    return text
+    """Write text so that LaTeX prints it as it is: all characters at once, as what replaces one has others in it."""
+    return text.translate(_IN_LATEX)
+
+
+def _in_a_cell(text: str) -> str:
+    """Write text so that it does not end a cell of a Markdown table."""
+    return text.replace("|", r"\|").replace("\n", " ")
 
 
 def lay_out(scores: pd.DataFrame, model: str, told: str = "", reference: str = "the unmasked model") -> Layout:
