@@ -28,6 +28,7 @@ import transformers
 import yaml
 from accelerate.utils import convert_file_size_to_int
 from filelock import FileLock
+from safetensors import SafetensorError
 from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import detect_tokenizer_bos_eos
@@ -42,6 +43,7 @@ from melens.errors import MelensError
 from melens.gates import GATE_FILE, load_gates
 from melens.networks import bridge_around, open_network
 from melens.prompts import byte_tokenizer
+from melens.seeding import seeded
 from melens.versions import warn_untried
 
 __all__ = ["ModelSpec", "check_memory", "embedded_model_folder", "known_models", "load_model"]
@@ -426,8 +428,7 @@ def _random_model(spec: ModelSpec, device: torch.device) -> TransformerBridge:
     tokenizer = _byte_tokenizer(spec, config)
     dtype = _dtype(spec.dtype, config)
     _check_memory(config, dtype.itemsize, "its weights", device, spec)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
-        torch.manual_seed(spec.seed)
+    with seeded(spec.seed), device:
         network = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
     bridge = bridge_around(network, spec.name, determine_architecture_from_hf_config(config))
     if tokenizer is not None:
@@ -507,8 +508,11 @@ def embedded_model_folder() -> Path:
                     _tell(f"{folder} is damaged and will be made anew.")
                     shutil.rmtree(folder)
                 _build_embedded_model(folder)
-    except OSError as error:
-        raise MelensError(f"The embedded model cannot be stored in {cache_folder} ({error}).") from error
+    except (OSError, SafetensorError) as error:  # the second one of a full disk
+        raise MelensError(
+            f"The embedded model cannot be stored in {kept_in} ({error}): set MELENS_CACHE to a folder that "
+            "can be written to."
+        ) from error
     return folder
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from planted import plain_model
+from safetensors import SafetensorError
 
 import melens
 from melens import MelensError, models
@@ -220,6 +221,20 @@ def test_a_failed_download_is_told_and_leaves_nothing(small_cache, monkeypatch):
     with pytest.raises(MelensError, match="no network"):
         models.embedded_model_folder()
     assert [path.name for path in (small_cache / "cache").iterdir() if path.is_dir()] == []
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), SafetensorError("I/O error: full")], ids=type
+)
+def test_a_full_disk_is_told_with_the_folder_and_leaves_nothing(small_cache, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(models, "_dequantise", fail)
+    kept_in = small_cache / "cache"
+    with pytest.raises(MelensError, match=rf"cannot be stored in {kept_in} \(.*\): set MELENS_CACHE to a folder"):
+        models.embedded_model_folder()
+    assert [path.name for path in kept_in.iterdir() if path.is_dir()] == []
 
 
 def make_in_another_process(folder):
