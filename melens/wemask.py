@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, SupportsIndex, get_args
 
 import numpy as np
 import torch
@@ -110,16 +111,18 @@ class WeMask:
 
     # --- Which blocks and dims ----------------------------------------------------------------------------------------
 
-    def at(self, me: Emergence | int) -> WeMask:
+    def at(self, me: Emergence | SupportsIndex | None) -> WeMask:
         """Return the mask with its start counted from an ME layer.
 
         Args:
-            me: what `find_me_layer` found (its dims become those of `select="massive"`), or the ME layer itself.
+            me: what `find_me_layer` found (its dims become those of `select="massive"`), or the ME layer
+                itself: a block of any kind of integer, None without one.
 
         Raises:
             MelensError: the model has no ME layer.
         """
-        layer = me if isinstance(me, int) else me.layer
+        found = me.layer if isinstance(me, Emergence) else me
+        layer = None if found is None else operator.index(found)
         if layer is None and (isinstance(self.start, str) or self.select == "massive"):
             raise MelensError("This model has no ME layer to start from: give wemask.start as a block.")
         start, dims = self.start, self.massive_dims

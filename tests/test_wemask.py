@@ -1,6 +1,7 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from planted import FAMILIES, N_LAYERS, bridge, gains_apart, plain_model, shared_keys_model
@@ -644,6 +645,14 @@ def test_the_me_layer_tells_where_to_start():
     trace = melens.trace(bridge(network), [torch.tensor(row) for row in TOKENS.tolist()])
     with pytest.raises(MelensError, match="no ME layer"):
         WeMask().at(melens.find_me_layer(trace))
+    with pytest.raises(MelensError, match="no ME layer"):
+        WeMask().at(None)
+
+
+@pytest.mark.parametrize("layer", [np.int64(3), np.uint8(3), torch.tensor(3)], ids=["int64", "uint8", "tensor"])
+def test_an_me_layer_is_an_integer_of_any_kind(layer):
+    assert WeMask().at(layer) == WeMask().at(3)
+    assert json.dumps(WeMask().at(layer).told()["start"]) == "4"
 
 
 @pytest.mark.parametrize(
