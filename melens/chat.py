@@ -1,7 +1,7 @@
 """How a conversation becomes a prompt, and what of a reply is the answer.
 
-1. A chat template is known by what it writes (`chat_of`): whether an argument of its own turns thinking on and off, and
-   whether the prompt that it writes opens a thought. The name of a model, or of a variable in the template, is no proof.
+1. A chat template is known by what it writes (`chat_of`): whether an argument of its own turns thinking on and off,
+   and whether the prompt that it writes opens a thought. The name of a model, or of a variable, is no proof.
 2. A conversation that a template does not take, or of which it leaves a message out, is refused
    (`check_conversations`).
 3. A reply is read without its thoughts (`read_reply`), and one that ends inside a thought is no answer.
@@ -112,8 +112,8 @@ def chat_of(tokenizer: Any, thinking: bool | None = None, *, option: str = "thin
 
     Args:
         tokenizer: with a chat template.
-        thinking: let the model think, or not; None: not, where there is a switch, as a small budget of tokens would hold
-            thoughts alone.
+        thinking: let the model think, or not; None: not, where there is a switch, as a small budget of tokens would
+            hold thoughts alone.
         option: what an error calls `thinking`.
 
     Raises:
@@ -133,8 +133,8 @@ def chat_of(tokenizer: Any, thinking: bool | None = None, *, option: str = "thin
     taken = None if switch is None else bool(thinking)
     if taken and not any(mark in str(tokenizer.chat_template) for pair in _THOUGHTS for mark in pair):
         raise MelensError(
-            f"{option} is true, but by which marks this model's thoughts begin and end is not known, so that they would "
-            f"be read as answers. Known are {', '.join(begin for begin, _ in _THOUGHTS)}."
+            f"{option} is true, but by which marks this model's thoughts begin and end is not known: they would be read "
+            f"as answers. Known are {', '.join(begin for begin, _ in _THOUGHTS)}."
         )
     written = _written(tokenizer, _QUESTION, **({} if switch is None else {switch: taken}))
     behind = written.rpartition(_QUESTION[0]["content"])[2]
@@ -191,8 +191,8 @@ def _writes_otherwise(tokenizer: Any, name: str, *values: Any) -> bool:
 def check_conversations(tokenizer: Any, conversations: Iterable[Sequence[Message]], name: str) -> None:
     """Raise a `MelensError` for the first conversation that a chat template refuses, or of which it drops a message.
 
-    One of each sequence of roles is tried, with texts of its own: a template that knows no system message may refuse it,
-    or write all but it.
+    One of each sequence of roles is tried, with texts of its own: a template that knows no system message may refuse
+    it, or write all but it.
 
     Args:
         tokenizer: with a chat template.
@@ -208,8 +208,8 @@ def check_conversations(tokenizer: Any, conversations: Iterable[Sequence[Message
         if why := _why_not_taken(tokenizer, messages):
             begins = " ".join(str(messages[0]["content"]).split())[:40] if messages else ""
             raise MelensError(
-                f"{name}, row {number} of those that are used, which begins {begins!r}: this model's chat template does "
-                f"not take {_roles(messages)} ({why}). {_what_to_do(messages)}"
+                f"{name}, row {number} of those that are used, which begins {begins!r}: this model's chat template "
+                f"does not take {_roles(messages)} ({why}). {_what_to_do(messages)}"
             )
 
 
