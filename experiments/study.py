@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import logging
+import shutil
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from transformer_lens.model_bridge import TransformerBridge
 import melens
 from experiments.options import experiments_of
 from melens import Criterion, Emergence, MelensError, Probe, Prompt, Trace
-from melens.cache import store_for
+from melens.cache import if_it_can_be_kept, store_for
 from melens.devices import placement
 from melens.normalization import has_normalization, read_normalization
 from melens.prompts import tokenize
@@ -153,11 +153,9 @@ def begin_study(
     kept_in = None
     if cfg.exp.get("keep") and not wanted:  # the jobs of a sweep need not trace the same prompts again
         told = [model.cfg.model_name, tokens, texts, cfg.max_batch_tokens, cfg.criterion.min_abs]
-        store = store_for("traces", model.original_model, *told)
-        kept_in = store.folder
-    if kept_in is not None and kept_in.is_dir():
-        trace = Trace.load(kept_in)
-    else:
+        kept_in = store_for("traces", model.original_model, *told).folder
+    trace = None if kept_in is None else _kept_trace(kept_in)
+    if trace is None:
         trace = melens.trace(
             model,
             prompts,
@@ -167,12 +165,22 @@ def begin_study(
             progress=stage("tokens traced"),
         )
         if kept_in is not None:
-            with suppress(OSError):  # another job was faster, or the cache cannot be written to
-                trace.save(kept_in)
+            with if_it_can_be_kept():
+                trace.save(kept_in, replace=False)  # another job, that was faster, has readers by now
     of_run = {"family": cfg.model.get("family"), "placement": placement(model.original_model)}
     trace = replace(trace, model=trace.model | of_run)
     me = melens.find_me_layer(trace, Criterion(**cfg.criterion))
     return Study(model, tokens, cfg, trace, me, stage, folder)
+
+
+def _kept_trace(folder: Path) -> Trace | None:
+    if not folder.is_dir():
+        return None
+    try:
+        return Trace.load(folder)
+    except Exception:  # damaged: traced anew
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
 
 
 def _probes(model: TransformerBridge, name: str, options: DictConfig) -> list[Probe]:

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import cache
 from importlib import metadata
@@ -29,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from melens.errors import MelensError
+from melens.whole import whole_file
 
 __all__ = [
     "Store",
@@ -36,6 +39,7 @@ __all__ = [
     "code_version",
     "fingerprint",
     "hash_of",
+    "if_it_can_be_kept",
     "store_for",
     "store_for_kind",
     "tokenizer_fingerprint",
@@ -61,7 +65,7 @@ class Store:
             return None
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write tensors; a folder that cannot be written to keeps nothing."""
+        """Write tensors; a folder that cannot be written to keeps nothing, which is told once."""
         contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
         self._write(self.folder / f"{name}.safetensors", lambda path: save_file(contiguous, path))
 
@@ -88,13 +92,26 @@ class Store:
         self._write(self.folder / f"{name}.json", lambda path: path.write_text(text, "utf-8"))
 
     def _write(self, path: Path, write: Callable[[Path], object]) -> None:
-        partial = self.folder / f".{path.name}.{os.getpid()}.partial"
-        try:
+        with if_it_can_be_kept():
             self.folder.mkdir(parents=True, exist_ok=True)
-            write(partial)
-            partial.replace(path)
-        except OSError:
-            partial.unlink(missing_ok=True)
+            with whole_file(path) as partial:
+                write(partial)
+
+
+@contextmanager
+def if_it_can_be_kept() -> Iterator[None]:
+    """Write to the cache; where that fails, as in a read-only folder or on a full disk, say so once and go on."""
+    try:
+        yield
+    except OSError as error:
+        _tell_not_kept(cache_folder(), error.strerror or str(error))
+
+
+@cache
+def _tell_not_kept(folder: Path, why: str) -> None:
+    logging.getLogger(__name__).warning(
+        "Nothing can be kept in %s (%s): the next run computes it anew. MELENS_CACHE names another folder.", folder, why
+    )
 
 
 def store_for(kind: str, network: nn.Module, *told: object, libraries: tuple[str, ...] = ()) -> Store:

@@ -27,6 +27,7 @@ from melens import versions
 from melens.claims import judge
 from melens.errors import MelensError
 from melens.statistics import with_interval
+from melens.whole import whole_file
 
 __all__ = [
     "Picture",
@@ -242,13 +243,8 @@ def write_text(path: Path, text: str) -> Path:
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> Path:
-    """Write under another name and rename: a killed run leaves no half file."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with whole_file(path) as partial:
         write(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,6 +36,7 @@ from melens.probes import (
 )
 from melens.prompts import Bos, Prompt, check_length, tokenize
 from melens.verification import Verification, verified
+from melens.whole import whole_folder
 
 __all__ = ["Trace", "default_probes", "trace"]
 
@@ -69,30 +68,28 @@ class Trace:
             raise MelensError(f"The trace has no table {probe!r}; it has {', '.join(sorted(self.tables)) or 'none'}.")
         return self.tables[probe]
 
-    def save(self, folder: str | Path) -> Path:
-        """Write the trace as a folder of parquet tables, safetensors and JSON; an existing one is replaced whole."""
+    def save(self, folder: str | Path, *, replace: bool = True) -> Path:
+        """Write the trace as a folder of parquet tables, safetensors and JSON, which is whole or not there.
+
+        Args:
+            folder: to make.
+            replace: where a saved trace is there, put this one in its place; else that one stays.
+
+        Raises:
+            MelensError: a folder that holds anything but a saved trace.
+            OSError: a folder that cannot be written to.
+        """
         folder = Path(folder).resolve()
-        if (
-            folder.exists()
-            and not (folder / "model.json").is_file()
-            and not (folder.is_dir() and not any(folder.iterdir()))
-        ):
-            raise MelensError(f"{folder} exists and holds no saved trace: it will not be replaced.")
-        partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-        partial.mkdir(parents=True)
-        try:
+        _check_replaceable(folder)
+        with whole_folder(folder, replace=replace) as partial:
             self.prompts.to_parquet(partial / "prompts.parquet")
             for name, table in self.tables.items():
                 table.to_parquet(partial / f"{name}.table.parquet")
-            save_file(
-                {name: tensor.contiguous() for name, tensor in self.tensors.items()}, partial / "tensors.safetensors"
-            )
-            (partial / "model.json").write_text(json.dumps(self.model, indent=2))
-            if folder.exists():
-                shutil.rmtree(folder)
-            partial.rename(folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
+            save_file(tensors, partial / "tensors.safetensors")
+            (partial / "model.json").write_text(json.dumps(self.model, indent=2), "utf-8")
+            files = sorted(path.name for path in partial.iterdir())
+            (partial / _MARK).write_text(json.dumps({"written_by": _WRITER, "files": files}, indent=2), "utf-8")
         return folder
 
     @classmethod
@@ -103,11 +100,37 @@ class Trace:
             raise MelensError(f"{folder} holds no saved trace (it has no model.json).")
         tables = {path.name.removesuffix(".table.parquet"): path for path in sorted(folder.glob("*.table.parquet"))}
         return cls(
-            model=json.loads((folder / "model.json").read_text()),
+            model=json.loads((folder / "model.json").read_text("utf-8")),
             prompts=pd.read_parquet(folder / "prompts.parquet"),
             tables={name: pd.read_parquet(path) for name, path in tables.items()},
             tensors=load_file(folder / "tensors.safetensors"),
         )
+
+
+_MARK = "melens_trace.json"
+"""In the folder of a saved trace: which of its files are the trace's."""
+
+_WRITER = "melens.Trace.save"
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Raise a `MelensError` for a folder with files in it that no `Trace.save` wrote."""
+    if folder.exists() and not folder.is_dir():
+        raise MelensError(f"A trace is saved in a folder, and {folder} is a file: give another name.")
+    there = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if others := sorted(there - _files_of_trace(folder)):
+        raise MelensError(
+            f"{folder} holds {others[0]!r}, which is no part of a saved trace, so that it will not be replaced: save "
+            "into another folder."
+        )
+
+
+def _files_of_trace(folder: Path) -> set[str]:
+    try:
+        mark = json.loads((folder / _MARK).read_text("utf-8"))
+        return {_MARK, *mark["files"]} if mark["written_by"] == _WRITER else set()
+    except (OSError, ValueError, LookupError, TypeError):  # it is not there, or somebody else's
+        return set()
 
 
 def trace(

@@ -12,6 +12,7 @@ from test_cache import tokenizer
 from test_mask_grid import configuration, study_of
 from test_not_a_number import grid
 
+import melens
 from experiments import benchmark, mask_grid, training
 from experiments.benchmark import Bench, Cell
 from experiments.benchmark_options import asked_for
@@ -58,6 +59,20 @@ def test_another_rms_norm_eps_on_the_same_weights_is_measured_anew():
     assert loss != loss_before
     assert norms != norms_before
     assert measured(10.0) == (True, loss, norms)
+
+
+def test_a_kept_trace_is_found_again_and_one_that_is_damaged_is_made_anew(tmp_path, monkeypatch):
+    model, traced = model_of(), []
+    trace_of, load = melens.trace, melens.Trace.load
+    monkeypatch.setattr(melens, "trace", lambda *told, **options: traced.append(told) or trace_of(*told, **options))
+    norms = study_of(model).trace["norm"]
+    (folder,) = (tmp_path / "cache" / "traces").iterdir()
+    assert study_of(model).trace["norm"].equals(norms)
+    assert len(traced) == 1
+    (folder / "norm.table.parquet").write_bytes(b"half")
+    assert study_of(model).trace["norm"].equals(norms)
+    assert len(traced) == 2
+    assert load(folder)["norm"].equals(norms)
 
 
 @pytest.mark.parametrize(

@@ -422,11 +422,44 @@ def test_a_probe_may_return_half_precision():
     assert melens.trace(bridge(plain_model("llama")), some_prompts(), [Mean()])["mean"]["mean"].notna().all()
 
 
-def test_saving_replaces_no_folder_of_the_users(tmp_path):
-    (tmp_path / "thesis.txt").write_text("three years")
-    with pytest.raises(MelensError, match="will not be replaced"):
-        melens.trace(bridge(plain_model("llama")), some_prompts()).save(tmp_path)
-    assert (tmp_path / "thesis.txt").read_text() == "three years"
+@pytest.mark.parametrize("beside", ["thesis.txt", "model.json", "config.json"])
+def test_saving_replaces_no_folder_of_the_users(tmp_path, beside):
+    trace = melens.trace(bridge(plain_model("llama")), some_prompts())
+    (tmp_path / "model.json").write_text("{}")  # of somebody's model
+    (tmp_path / beside).write_text("three years")
+    with pytest.raises(MelensError, match="no part of a saved trace, so that it will not be replaced: save into"):
+        trace.save(tmp_path)
+    assert (tmp_path / beside).read_text() == "three years"
+    for not_ours in (
+        '["model.json"]',
+        '{"written_by": "somebody", "files": ["model.json", "thesis.txt", "config.json"]}',
+    ):
+        (tmp_path / "melens_trace.json").write_text(not_ours)
+        with pytest.raises(MelensError, match="will not be replaced"):
+            trace.save(tmp_path)
+    with pytest.raises(MelensError, match="is a file"):
+        trace.save(tmp_path / beside)
+    assert (tmp_path / beside).read_text() == "three years"
+
+
+def test_a_note_beside_a_saved_trace_is_not_removed_with_it(tmp_path):
+    trace = melens.trace(bridge(plain_model("llama")), some_prompts())
+    trace.save(tmp_path)
+    (tmp_path / "notes.md").write_text("three years")
+    with pytest.raises(MelensError, match=r"holds 'notes.md'"):
+        trace.save(tmp_path)
+    assert (tmp_path / "notes.md").read_text() == "three years"
+
+
+def test_a_kept_trace_stays_where_another_was_faster(tmp_path):
+    first, second = (melens.trace(bridge(plain_model("llama", seed)), some_prompts()) for seed in (0, 1))
+    first.save(tmp_path / "trace", replace=False)
+    files = {path.name: path.stat().st_ino for path in (tmp_path / "trace").iterdir()}
+    second.save(tmp_path / "trace", replace=False)
+    assert {path.name: path.stat().st_ino for path in (tmp_path / "trace").iterdir()} == files
+    second.save(tmp_path / "trace")
+    assert melens.Trace.load(tmp_path / "trace")["norm"].equals(second["norm"])
+    assert [path.name for path in tmp_path.iterdir()] == ["trace"]
 
 
 def test_a_probe_of_ten_lines():

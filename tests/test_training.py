@@ -266,7 +266,25 @@ def test_a_trained_model_is_loaded_with_its_gates_and_its_mask(tmp_path):
     assert all(gate.weight.abs().max() > 0 for gate in gates_of(open_network(bridge)).values())
     saved = WeMask.load(folder)
     assert saved.on(bridge).fixed.dims == settled.fixed.dims
-    assert not (tmp_path / ".model.partial").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "model"}
+
+
+def test_a_trained_model_takes_the_place_of_another_and_of_nothing_else(tmp_path, monkeypatch):
+    model, tokenizer = tiny()
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "notes.md").write_text("three years")
+    with pytest.warns(UserWarning, match=r"model held no trained model: what it held is in .*model\.1 now"):
+        save_trained(model, tokenizer, folder, mask=None, told={"run": 1})
+    assert (tmp_path / "model.1" / "notes.md").read_text() == "three years"
+    monkeypatch.setattr(tokenizer, "save_pretrained", lambda partial: 1 / 0)  # the disk is full, or a mistake of ours
+    with pytest.raises(ZeroDivisionError):
+        save_trained(model, tokenizer, folder, mask=None, told={"run": 2})
+    monkeypatch.undo()
+    assert json.loads((folder / "training.json").read_text()) == {"run": 1}
+    save_trained(model, tokenizer, folder, mask=None, told={"run": 3})
+    assert json.loads((folder / "training.json").read_text()) == {"run": 3}
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "model.1"}
 
 
 def test_gathered_weights_that_fill_no_model_are_told():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
+import warnings
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,18 @@ from torch.distributed.tensor import DTensor
 from melens.gates import is_of_gate, save_gates
 from melens.networks import gathered_twin
 from melens.wemask import WeMask
+from melens.whole import whole_folder
 
 __all__ = ["save_trained"]
+
+_TOLD = "training.json"
 
 
 def save_trained(model: Any, tokenizer: Any, folder: Path, *, mask: WeMask | None, told: dict[str, Any]) -> Path:
     """Write a model that `load_model` reads: weights, tokenizer, `wemask.json` if masked, `gate.safetensors` if gated.
 
-    The folder is whole or not there. Of several processes the first writes; all must call.
+    The folder is whole or not there, and takes the place of an earlier training's; anything else there is put aside.
+    Of several processes the first writes; all must call.
 
     Args:
         model: as `train` returns it.
@@ -36,17 +41,23 @@ def save_trained(model: Any, tokenizer: Any, folder: Path, *, mask: WeMask | Non
     accelerator = Accelerator()
     weights = accelerator.get_state_dict(model) if sharded else model.state_dict()
     if accelerator.is_main_process:
-        partial = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
         of_gates = {name: weight for name, weight in weights.items() if is_of_gate(name)}
-        model.save_pretrained(partial, state_dict={name: w for name, w in weights.items() if name not in of_gates})
-        tokenizer.save_pretrained(partial)
-        if of_gates:
-            save_gates(of_gates, partial)
-        if mask is not None:
-            mask.moved_to(gathered_twin(model, weights) if sharded else model).save(partial)
-        (partial / "training.json").write_text(json.dumps(told, indent=2, default=str))
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        _put_aside(folder)
+        with whole_folder(folder, replace=True) as partial:
+            model.save_pretrained(partial, state_dict={name: w for name, w in weights.items() if name not in of_gates})
+            tokenizer.save_pretrained(partial)
+            if of_gates:
+                save_gates(of_gates, partial)
+            if mask is not None:
+                mask.moved_to(gathered_twin(model, weights) if sharded else model).save(partial)
+            (partial / _TOLD).write_text(json.dumps(told, indent=2, default=str), "utf-8")
     accelerator.wait_for_everyone()
     return folder
+
+
+def _put_aside(folder: Path) -> None:
+    """Move what no training wrote out of the way: it is not ours, and hours of training should not end at it."""
+    if folder.exists() and not (folder / _TOLD).is_file():
+        aside = next(path for n in count(1) if not (path := folder.with_name(f"{folder.name}.{n}")).exists())
+        folder.rename(aside)
+        warnings.warn(f"{folder} held no trained model: what it held is in {aside} now.", stacklevel=2)

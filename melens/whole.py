@@ -1,0 +1,109 @@
+"""Files and folders that are whole or not there: written beside their place under another name, then renamed.
+
+An error or an interrupt removes what was written so far. What a killed process left behind goes when something is next
+written beside it.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+from safetensors import SafetensorError
+
+__all__ = ["whole_file", "whole_folder"]
+
+_PARTIAL = re.compile(r"\..+\.(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{8}\.partial")
+_A_DAY = 24 * 3600.0
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Lend a name to write a file under; at the end it takes the file's place.
+
+    Args:
+        path: in a folder that exists.
+
+    Raises:
+        OSError: it cannot be written, as on a full or read-only disk.
+    """
+    _remove_leftovers(path.parent)
+    partial = _beside(path)
+    try:
+        yield partial
+        partial.replace(path)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(folder: Path, *, replace: bool) -> Iterator[Path]:
+    """Lend an empty folder to write in; at the end it takes the place of another.
+
+    Args:
+        folder: to make; those above it are made too.
+        replace: also where there is one with files in it, which is then removed. Else that one stays, and nobody who
+            reads it is disturbed.
+
+    Raises:
+        OSError: as `whole_file`.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(folder.parent)
+    partial, before = _beside(folder), _beside(folder)
+    partial.mkdir()
+    try:
+        yield partial
+        if replace and folder.exists():
+            folder.rename(before)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if before.exists():
+                before.rename(folder)
+            if replace or not folder.is_dir():
+                raise
+    except SafetensorError as error:
+        raise OSError(f"{folder} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(before, ignore_errors=True)
+
+
+def _beside(path: Path) -> Path:
+    """Name a new file beside a path; its name tells which process writes it."""
+    return path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what processes that have ended left in a folder."""
+    for path in [path for path in folder.iterdir() if path.name.endswith(".partial")]:
+        with suppress(OSError):  # another process was faster, or this one may not
+            named = _PARTIAL.fullmatch(path.name)
+            if named is None or not _has_ended(named["host"], int(named["pid"]), path.stat().st_mtime):
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def _has_ended(host: str, pid: int, last_written: float) -> bool:
+    """Tell whether a process has ended; of one on another machine, by a day without a word from it."""
+    if host != platform.node():
+        return time.time() - last_written > _A_DAY
+    try:
+        return psutil.Process(pid).create_time() > last_written  # another, with the same number
+    except psutil.NoSuchProcess:
+        return True
