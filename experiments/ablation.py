@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from omegaconf import DictConfig
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from experiments.options.schema import AblationOptions
 from experiments.study import Study, named_normalization
 from melens import MassiveTokenRuns, MelensError, Probe, figures
 from melens.ablation import Hook, Part, ablation, can_ablate
@@ -34,7 +34,7 @@ TEXTS: dict[Part, str] = {
 CAUSES: tuple[Part, ...] = ("ffn", "ln2_no_gain", "attention")
 
 
-def probes(model: TransformerBridge, options: DictConfig) -> list[Probe]:
+def probes(model: TransformerBridge, options: AblationOptions) -> list[Probe]:
     """Everything is in the default probes."""
     return []
 
@@ -78,7 +78,7 @@ class _Bench:
         return norms
 
 
-def run(study: Study, options: DictConfig) -> Result:
+def run(study: Study, options: AblationOptions) -> Result:
     """Remove, restore and patch, always from the first block that changes."""
     bench = _prepare(study, options)
     model, me_layer = study.model, bench.me_layer
@@ -150,7 +150,7 @@ def run(study: Study, options: DictConfig) -> Result:
     )
 
 
-def _prepare(study: Study, options: DictConfig) -> _Bench:
+def _prepare(study: Study, options: AblationOptions) -> _Bench:
     if study.me.layer is None:
         raise MelensError(f"There is no massive activation whose causes could be removed: {study.me.reason}")
     born = study.me.per_prompt

@@ -11,11 +11,12 @@ from typing import Any
 
 import pandas as pd
 import torch
-from omegaconf import DictConfig, OmegaConf
 from transformer_lens.model_bridge import TransformerBridge
 
-from experiments.benchmark_options import Asked, asked_for
 from experiments.masks import masks_of
+from experiments.options import Options
+from experiments.options.benchmark import Asked, asked_for
+from experiments.options.schema import ReportedOptions
 from experiments.study import Study
 from melens import MelensError, Probe, WeMask, figures, load_model
 from melens.benchmarks.catalog import Benchmark
@@ -34,12 +35,12 @@ from melens.texts import bos_prefix, cut_texts, read_text
 UNMASKED = "no mask"
 
 
-def probes(model: TransformerBridge, options: DictConfig) -> list[Probe]:
+def probes(model: TransformerBridge, options: ReportedOptions) -> list[Probe]:
     """The masks only need the ME layer, which the default probes find."""
     return []
 
 
-def load_tasks(cfg: DictConfig) -> None:
+def load_tasks(cfg: Options) -> None:
     """Load the definitions and the data of all benchmarks that have some: before the model, which takes longer.
 
     Raises:
@@ -58,10 +59,10 @@ def _harness_task(benchmark: Benchmark, data_dir: str | None, generates: bool) -
     return load_task(benchmark, None if data_dir is None else Path(data_dir).expanduser(), generates=generates)
 
 
-def run(study: Study, options: DictConfig) -> Result:
+def run(study: Study, options: ReportedOptions) -> Result:
     """Let the model answer each benchmark under each mask, and compare with the answers that it gives without."""
     asked = asked_for(study.cfg)
-    bench = Bench(study, asked, keep=bool(options.keep))
+    bench = Bench(study, asked, keep=options.keep)
     cells = {benchmark.name: _cells(study, asked, benchmark) for benchmark in asked.benchmarks}
     done = [bench.run(benchmark, cells[benchmark.name]) for benchmark in asked.benchmarks]
     everything = pd.concat([each.items for each in done], ignore_index=True)
@@ -119,7 +120,7 @@ def _cells(study: Study, asked: Asked, benchmark: Benchmark) -> list[Cell]:
     """Put the masks of a benchmark together: which blocks they mask depends on what it asks for (appendix C)."""
     cells: dict[str, Cell] = {}
     for preset in asked.masks:
-        options = OmegaConf.create(preset.options | asked.layers_of(benchmark, preset))
+        options = preset.options.model_copy(update={"layers": asked.layers_of(benchmark, preset)})
         found = masks_of(options, study.me, study.model)
         if None in found:
             cells[UNMASKED] = Cell(UNMASKED, "", 0, None)

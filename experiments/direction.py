@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from omegaconf import DictConfig
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from experiments.options.schema import PlainOptions
 from experiments.study import Study
 from melens import Probe, figures
 from melens.figures import COLORS, FIRST, OTHERS, Curve, Heatmap, Panel
@@ -22,12 +22,12 @@ from melens.statistics import bootstrap_mean, mean_by, tidy
 TRIVIAL = "trivial by construction: all prompts share their first token"
 
 
-def probes(model: TransformerBridge, options: DictConfig) -> list[Probe]:
+def probes(model: TransformerBridge, options: PlainOptions) -> list[Probe]:
     """Everything is in the default probes."""
     return []
 
 
-def run(study: Study, options: DictConfig) -> Result:
+def run(study: Study, options: PlainOptions) -> Result:
     """Compare token 0's states between prompts, and between blocks."""
     vectors = study.trace.tensors["token_vectors"][:, :, 0]  # [prompt, layer, d]
     states = vectors[study.distinct_carriers]

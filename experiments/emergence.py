@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from omegaconf import DictConfig
 from transformer_lens.model_bridge import TransformerBridge
 
+from experiments.jobs import Job
+from experiments.options.schema import EmergenceOptions, ModelOptions
 from experiments.study import Study, named_normalization
 from melens import Emergence, Probe, Trace, figures, sinks
 from melens.figures import FIRST, OTHERS, SINK, Curve, Panel
@@ -24,12 +24,12 @@ TABLE8 = (
 )  # fmt: skip
 
 
-def probes(model: TransformerBridge, options: DictConfig) -> list[Probe]:
+def probes(model: TransformerBridge, options: EmergenceOptions) -> list[Probe]:
     """Everything is in the default probes."""
     return []
 
 
-def run(study: Study, options: DictConfig) -> Result:
+def run(study: Study, options: EmergenceOptions) -> Result:
     """Draw norms, largest dims and sink mass by block, and put the ME layer in figures."""
     trace, me = study.trace, study.me
     onset = sinks.find_sink_onset(trace, trailing_blocks=me.criterion.trailing_blocks)
@@ -70,7 +70,7 @@ def run(study: Study, options: DictConfig) -> Result:
                 _largest_dim_in_words(dims),
             ),
             "top_dims_surface": Picture(
-                figures.dims_surface(dims, title=title),
+                figures.dims_surface(dims, me_layer=me.layer, title=title),
                 "the authors' 3-D plot",
                 "The same dims stand out in every block from the ME layer on.",
                 "The data of the figure before, as a surface.",
@@ -177,27 +177,29 @@ def _largest_dim_in_words(dims: pd.DataFrame) -> str:
     )
 
 
-def merge(jobs: dict[Path, dict[str, Any]]) -> Result:
-    """Merge the jobs of a sweep over models: table 8, grouped by family, and the norm curves side by side.
-
-    Args:
-        jobs: each job's `result.json` by its folder, the failed ones among them.
-    """
+def merge(jobs: Sequence[Job]) -> Result:
+    """Merge the jobs of a sweep over models: table 8, grouped by family, and the norm curves side by side."""
     rows: list[dict[Any, Any]] = []
     curves, me_layers = {}, {}
-    for folder, result in jobs.items():
-        model = result["config"]["model"]
-        if result["status"] == "failed":
-            rows.append({"model": model["name"], "family": model.get("family"), "error": result["error"]})
+    swept = dict.fromkeys(key for job in jobs for key in job.swept)
+    for job in jobs:
+        told = {key: str(value) for key, value in job.swept.items()}
+        if not job.is_ok:
+            family = job.result["config"]["model"].get("family")
+            rows.append({"model": job.model, "family": family, "error": job.result["error"], **told})
             continue
-        if not (folder / "table8.parquet").is_file():  # exp=all without this experiment
+        if not (job.folder / "table8.parquet").is_file():  # exp=all without this experiment
             continue
-        rows.append(pd.read_parquet(folder / "table8.parquet").iloc[0].to_dict())
-        label = model["name"] if model["name"] not in curves else f"{model['name']} (job {folder.name})"
-        curves[label] = pd.read_parquet(folder / "norm_by_block.parquet")
+        rows.append(pd.read_parquet(job.folder / "table8.parquet").iloc[0].to_dict() | told)
+        label = job.name if job.swept else job.model
+        curves[label] = pd.read_parquet(job.folder / "norm_by_block.parquet")
         me_layer = rows[-1]["me_layer"]
         me_layers[label] = None if pd.isna(me_layer) else int(me_layer)
-    table8 = pd.DataFrame(rows, columns=TABLE8).sort_values("family", kind="stable").reset_index(drop=True)
+    table8 = (
+        pd.DataFrame(rows, columns=[*TABLE8[:1], *swept, *TABLE8[1:]])
+        .sort_values("family", kind="stable")
+        .reset_index(drop=True)
+    )
     table8 = table8.astype({name: "Int64" for name in TABLE8 if name.endswith("_layer") or name == "n_layers"})
     return Result(
         experiment="table 8",
@@ -242,11 +244,11 @@ def _top_dims(trace: Trace, n_dims: int) -> pd.DataFrame:
     return wide.melt("layer", var_name="dim", value_name="abs_activation")
 
 
-def _table8_row(model_cfg: DictConfig, trace: Trace, me: Emergence, onset: sinks.SinkOnset) -> dict[str, Any]:
+def _table8_row(model_cfg: ModelOptions, trace: Trace, me: Emergence, onset: sinks.SinkOnset) -> dict[str, Any]:
     low, high = me.magnification_interval or (None, None)
     return {
         "model": trace.model["name"],
-        "family": model_cfg.get("family"),
+        "family": model_cfg.family,
         "n_layers": trace.model["n_layers"],
         "me_layer": me.layer,
         "magnification": me.magnification,
@@ -257,7 +259,7 @@ def _table8_row(model_cfg: DictConfig, trace: Trace, me: Emergence, onset: sinks
         "kind": me.kind,
         "agreement": me.agreement,
         "sink_onset_layer": onset.layer,
-        "paper_me_layer": model_cfg.get("paper_me_layer"),
+        "paper_me_layer": model_cfg.paper_me_layer,
         "error": None,
     }
 

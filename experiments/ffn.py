@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from omegaconf import DictConfig
 from transformer_lens.model_bridge import TransformerBridge
 
+from experiments.options.schema import PlainOptions
 from experiments.study import Study
 from melens import Concentration, MelensError, Probe, figures
 from melens.results import Picture, Result
@@ -29,7 +29,7 @@ def projections(model: TransformerBridge, layer: int) -> dict[str, str]:
     return sites | {"down": DOWN} if has[DOWN] else sites
 
 
-def probes(model: TransformerBridge, options: DictConfig) -> list[Probe]:
+def probes(model: TransformerBridge, options: PlainOptions) -> list[Probe]:
     """Concentration after each projection."""
     by_layer = {layer: projections(model, layer) for layer in range(len(model.blocks))}
     if not any(by_layer.values()):
@@ -39,7 +39,7 @@ def probes(model: TransformerBridge, options: DictConfig) -> list[Probe]:
     return [probe]
 
 
-def run(study: Study, options: DictConfig) -> Result:
+def run(study: Study, options: PlainOptions) -> Result:
     """Set token 0's concentration against the others', and what the FFN makes of its norm."""
     probes(study.model, options)  # says why, where there is nothing to measure
     table = study.of_carriers(study.trace["concentration"])

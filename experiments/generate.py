@@ -13,12 +13,12 @@ from typing import Any
 import pandas as pd
 import torch
 from jaxtyping import Float
-from omegaconf import DictConfig
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from experiments.masks import only_mask_of
+from experiments.options.schema import GenerateOptions, KeptOptions
 from experiments.study import Study
 from melens import MelensError, Probe, Prompt, WeMask
 from melens.caching import find_cache_by_any_name
@@ -30,12 +30,12 @@ from melens.results import Result
 N_PROMPTS = 4  # where the user gives none
 
 
-def probes(model: TransformerBridge, options: DictConfig) -> list[Probe]:
+def probes(model: TransformerBridge, options: KeptOptions) -> list[Probe]:
     """The mask only needs the ME layer, which the default probes find."""
     return []
 
 
-def run(study: Study, options: DictConfig) -> Result:
+def run(study: Study, options: KeptOptions) -> Result:
     """Continue each prompt without the mask and with it, and find where the two texts part."""
     generation = study.cfg.generate
     if study.model.tokenizer is None:
@@ -179,7 +179,7 @@ def compare(
     model: TransformerBridge,
     mask: WeMask,
     prompt: Given,
-    generation: DictConfig,
+    generation: GenerateOptions,
     *,
     seed: int,
     use_cache: bool = True,
@@ -226,7 +226,7 @@ class _Forced(LogitsProcessor):
 def write(
     model: TransformerBridge,
     ids: Sequence[int],
-    generation: DictConfig,
+    generation: GenerateOptions,
     *,
     seed: int = 0,
     forced: Sequence[int] | None = None,

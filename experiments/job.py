@@ -10,24 +10,21 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor
 
 from experiments.benchmark import load_tasks
-from experiments.masks import check_masks
-from experiments.options import experiments_of
+from experiments.options import Options
+from experiments.options.masks_asked import mask_in_words, masks_asked
 from experiments.study import begin_study, run_experiments
 from experiments.tables import prepare_table
 from experiments.training import model_options, prepare_training
-from melens import Criterion, MelensError, Prompt, load_model, load_prompts
-from melens.prompts import Bos, random_tokens, tokenize
+from melens import load_model, load_prompts
+from melens.prompts import choose_prompts
 from melens.report import write_report
 from melens.results import check_png, combine, show_result, write_result
 from melens.training.recipe import METHODS
@@ -35,7 +32,7 @@ from melens.training.recipe import METHODS
 __all__ = ["run_job"]
 
 
-def run_job(cfg: DictConfig, folder: Path) -> list[str]:
+def run_job(cfg: Options, folder: Path) -> list[str]:
     """Load model and prompts, run the experiments, write and show their result.
 
     Args:
@@ -50,12 +47,9 @@ def run_job(cfg: DictConfig, folder: Path) -> list[str]:
     if cfg.png:
         check_png()
         logging.getLogger("choreographer").setLevel(logging.WARNING)  # it tells of every temporary folder
-    if cfg.prompts.bos not in get_args(Bos):
-        raise MelensError(f"prompts.bos is {cfg.prompts.bos!r}; allowed are {', '.join(get_args(Bos))}.")
-    Criterion(**cfg.criterion)  # these two complain now, not after the trace
-    check_masks(cfg.wemask)
-    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)
-    if "benchmark" in experiments_of(cfg):
+    masks = masks_asked(cfg)
+    config = cfg.plain() | {"masks": {name: mask.model_dump() for name, mask in masks.items()}}
+    if "benchmark" in cfg.experiments:
         load_tasks(cfg)
     if cfg.exp.name in METHODS:
         folder = shared_folder(folder)
@@ -64,16 +58,22 @@ def run_job(cfg: DictConfig, folder: Path) -> list[str]:
         config["model"] = model_options(cfg, prepare_table(cfg))
     prompts = load_prompts(cfg.prompts.file, cfg.prompts.tasks)
     console = Console(quiet=not is_first_process())
+    for name, mask in masks.items():
+        console.print(f"mask {name}: {mask_in_words(mask)}", markup=False, highlight=False)
     with console.status(f"Loading {cfg.model.name}"):
         model = load_model(**config["model"])
     with _stages(console) as stage:
-        study = begin_study(model, choose_prompts(model, prompts, cfg), cfg, stage, folder)
+        given = cfg.prompts
+        chosen = choose_prompts(
+            model, prompts, bos=given.bos, max_tokens=given.max_tokens, are_own=given.file is None, seed=cfg.seed
+        )
+        study = begin_study(model, chosen, cfg, stage, folder)
         results = run_experiments(study)
     result = results[0] if len(results) == 1 else combine(results)
     if not is_first_process():
         return []
     paths = write_result(result, folder, config=config, duration=time.perf_counter() - start, png=cfg.png)
-    if len(results) > 1 or cfg.exp.get("report"):
+    if len(results) > 1 or cfg.exp.has_report:
         paths.append(write_report(combine(results), folder, command=" ".join(["python", *sys.argv])))
     show_result(result, paths, console)
     return [part.experiment for part in results if part.metrics.get("failed")]
@@ -111,16 +111,3 @@ def _stages(console: Console) -> Iterator[Callable[[str], Callable[[int, int], N
             return lambda done, total: bars.update(bar, completed=done, total=total)
 
         yield stage
-
-
-def choose_prompts(model: Any, prompts: list[Prompt], cfg: DictConfig) -> list[Prompt] | list[Tensor]:
-    """Keep the prompts of the wanted length; a model without a tokenizer gets random tokens in their place."""
-    if model.tokenizer is None:
-        n_prompts, n_tokens = min(len(prompts), model.cfg.d_vocab), min(128, model.cfg.n_ctx)
-        return random_tokens(n_prompts, n_tokens, model.cfg.d_vocab, seed=cfg.seed)
-    lengths = [len(tokens) for tokens in tokenize(model, prompts, bos=cfg.prompts.bos)]
-    most = cfg.prompts.max_tokens or max(lengths)
-    kept = [prompt for prompt, length in zip(prompts, lengths, strict=True) if length <= most]
-    if not kept:
-        raise MelensError(f"prompts.max_tokens is {most}, but the shortest prompt has {min(lengths)} tokens.")
-    return kept

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from experiments.jobs import Job
 from melens import MelensError, figures
 from melens.cache import hash_of
 from melens.figures import COLORS, FIRST, OTHERS, SINK, Curve, Heatmap, Panel
@@ -60,22 +60,24 @@ _OF_MODEL = (
 )  # fmt: skip
 
 
-def merge(jobs: dict[Path, dict[str, Any]]) -> list[Result]:
+def merge(jobs: Sequence[Job]) -> list[Result]:
     """Put what a sweep's jobs measured together: a `Result` for each model and text, as one job would have given.
 
     Jobs that differ in any other option than their masks, as in dtype or seed, are not of one grid.
     """
-    alike: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
-    for folder, result in jobs.items():
-        if result["experiment"] == "wemask" and result["status"] == "ok":
-            options = {name: node for name, node in result["config"].items() if name != "wemask"}
-            same = hash_of(result["model"], [result["metrics"][name] for name in _TEXTS], options)
-            alike.setdefault(same, []).append((folder, result))
+    alike: dict[str, list[Job]] = {}
+    for job in jobs:
+        if job.result["experiment"] == "wemask" and job.is_ok:
+            options = {
+                name: node for name, node in job.result["config"].items() if name not in ("wemask", "masks", "given")
+            }
+            same = hash_of(job.result["model"], [job.result["metrics"][name] for name in _TEXTS], options)
+            alike.setdefault(same, []).append(job)
     merged: list[Result] = []
     named: set[tuple[Any, ...]] = set()
     for found in alike.values():
         tables = {
-            name: pd.concat([pd.read_parquet(folder / f"{name}.parquet") for folder, _ in found], ignore_index=True)
+            name: pd.concat([pd.read_parquet(job.folder / f"{name}.parquet") for job in found], ignore_index=True)
             for name in ("cells", "by_text", "by_block")
         }
         grid = Grid(
@@ -83,14 +85,24 @@ def merge(jobs: dict[Path, dict[str, Any]]) -> list[Result]:
             tables["by_text"].drop_duplicates(["cell", "text"], ignore_index=True),
             tables["by_block"].drop_duplicates(["cell", "layer"], ignore_index=True),
         )
-        result = found[0][1]
+        result = found[0].result
         shared = {name: value for name, value in result["metrics"].items() if name in (*_TEXTS, *_OF_MODEL)}
         model = result["model"]
-        if (model["name"], *(shared[name] for name in _TEXTS)) in named:  # as in another dtype: its first job tells
-            model = model | {"name": f"{model['name']} (job {found[0][0].name})"}
+        if len(alike) > 1:  # as in another dtype
+            model = model | {"name": found[0].named_by([key for key in found[0].swept if not is_of_mask(key)])}
+        if (model["name"], *(shared[name] for name in _TEXTS)) in named:
+            model = model | {"name": f"{model['name']} (job {found[0].folder.name})"}
         named.add((model["name"], *(shared[name] for name in _TEXTS)))
         merged.append(report(grid, model, shared, {}, []))
     return merged
+
+
+_MASK_NODES = ("wemask", "masks", "given")
+
+
+def is_of_mask(key: str) -> bool:
+    """Tell whether a swept option is of the masks, which are the rows of one grid."""
+    return key.split(".")[0] == "wemask"
 
 
 def report(

@@ -6,20 +6,20 @@ import itertools
 from dataclasses import replace
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
 from transformer_lens.model_bridge import TransformerBridge
 
+from experiments.options.schema import MaskOptions
 from melens import Emergence, MelensError, WeMask
 from melens.wemask import FixedDims
 
-__all__ = ["check_masks", "masks_of", "on_blocks", "only_mask_of"]
+__all__ = ["masks_of", "on_blocks", "only_mask_of"]
 
 SAVED = "saved"
 """Of `wemask.select`: the mask that the model was trained with."""
 _LISTS = ("rate", "select", "site", "start", "seed")
 
 
-def masks_of(options: DictConfig, me: Emergence, model: TransformerBridge) -> list[WeMask | None]:
+def masks_of(options: MaskOptions, me: Emergence, model: TransformerBridge) -> list[WeMask | None]:
     """Return the masks of a grid with their dims settled, None for a rate of 0; each once.
 
     Raises:
@@ -35,19 +35,12 @@ def masks_of(options: DictConfig, me: Emergence, model: TransformerBridge) -> li
     return masks
 
 
-def only_mask_of(options: DictConfig, me: Emergence, model: TransformerBridge) -> WeMask | None:
+def only_mask_of(options: MaskOptions, me: Emergence, model: TransformerBridge) -> WeMask | None:
     """Return the one mask of an experiment that takes no grid, None for a rate of 0."""
     masks = masks_of(options, me, model)
     if len(masks) != 1:
         raise MelensError(f"This experiment takes one mask, but wemask gives {len(masks)}: no lists here.")
     return masks[0]
-
-
-def check_masks(options: DictConfig) -> None:
-    """Raise a `MelensError` for what no model allows, before there is one."""
-    for cell in _cells(options, n_layers=1):
-        if cell["rate"] and cell["select"] != SAVED:
-            WeMask(**cell)
 
 
 def _saved(cell: dict[str, Any], model: TransformerBridge) -> WeMask:
@@ -74,16 +67,13 @@ def on_blocks(mask: WeMask, layers: Any) -> WeMask:
     return replace(mask, layers=kept, fixed=FixedDims(dims, kept, fixed.model))
 
 
-def _cells(options: DictConfig, *, n_layers: int) -> list[dict[str, Any]]:
+def _cells(options: MaskOptions, *, n_layers: int) -> list[dict[str, Any]]:
     """Combine what is given as lists: arguments of `WeMask`, with a rate of 0 for no mask."""
-    plain: Any = OmegaConf.to_container(options, resolve=True)
+    plain = options.model_dump()
     lists = {name: plain[name] if isinstance(plain[name], list) else [plain[name]] for name in _LISTS}
     layers = plain["layers"]
     are_blocks = isinstance(layers, list) and all(isinstance(block, int) for block in layers)
     lists["layers"] = layers if isinstance(layers, list) and not are_blocks else [layers]
-    for name, values in lists.items():
-        if not values:
-            raise MelensError(f"wemask.{name} is an empty list.")
     lists["start"] = [
         start
         for given in lists["start"]
@@ -93,6 +83,4 @@ def _cells(options: DictConfig, *, n_layers: int) -> list[dict[str, Any]]:
     for cell in cells:
         if cell["select"] != "random":
             cell["seed"] = 0  # else the same mask would count more than once
-        if cell["rate"] is False:
-            raise MelensError("wemask.rate is False; it must be a number from 0 to 1.")
     return cells

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pandas as pd
-from omegaconf import DictConfig
 from transformer_lens.model_bridge import TransformerBridge
 
+from experiments.options.schema import PlainOptions
 from experiments.study import Study
 from melens import Probe, figures
 from melens.figures import COLORS, Curve, Panel
@@ -16,12 +16,12 @@ from melens.statistics import peak_layer
 from melens.weights import SCORES, rank_of, score_blocks
 
 
-def probes(model: TransformerBridge, options: DictConfig) -> list[Probe]:
+def probes(model: TransformerBridge, options: PlainOptions) -> list[Probe]:
     """The trace only says which block is right."""
     return []
 
 
-def run(study: Study, options: DictConfig) -> Result:
+def run(study: Study, options: PlainOptions) -> Result:
     """Score every block by its weights, and see where the measured ME layer ranks."""
     scores = score_blocks(study.model)
     lasting = scores[scores["layer"] <= study.last_lasting]

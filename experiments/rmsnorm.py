@@ -7,9 +7,9 @@ from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
-from omegaconf import DictConfig
 from transformer_lens.model_bridge import TransformerBridge
 
+from experiments.options.schema import RmsnormOptions
 from experiments.study import Study, named_normalization
 from melens import GainAlignment, MelensError, Probe, figures
 from melens.figures import COLORS, FIRST, OTHERS, Curve, Panel
@@ -20,7 +20,7 @@ from melens.statistics import bootstrap_mean, mean_by, peak_layer, with_interval
 SITES = ("ln2", "ln1")
 
 
-def probes(model: TransformerBridge, options: DictConfig) -> list[Probe]:
+def probes(model: TransformerBridge, options: RmsnormOptions) -> list[Probe]:
     """Norm, share on the top gains and KL to the gain of every normalisation's output."""
     gains = {
         (site, layer): read_normalization(model, layer, site).gain
@@ -35,7 +35,7 @@ def probes(model: TransformerBridge, options: DictConfig) -> list[Probe]:
     return [probe]
 
 
-def run(study: Study, options: DictConfig) -> Result:
+def run(study: Study, options: RmsnormOptions) -> Result:
     """Set token 0 against the others at each normalisation, by block."""
     probes(study.model, options)  # says why, where there is nothing to measure
     table = study.of_carriers(study.trace["gain_alignment"])
@@ -85,7 +85,7 @@ def _weight_norms(table: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(summaries, ignore_index=True)
 
 
-def _at_me_layer(study: Study, table: pd.DataFrame, options: DictConfig) -> dict[str, Any]:
+def _at_me_layer(study: Study, table: pd.DataFrame, options: RmsnormOptions) -> dict[str, Any]:
     n_tokens = table["prompt"].map(study.trace.prompts.set_index("prompt")["n_tokens"])
     at_ln2 = table[(table["site"] == "ln2.hook_out") & (n_tokens > 1)]  # else there are no other tokens
     here = at_ln2[at_ln2["layer"] == study.me.layer]
@@ -176,7 +176,7 @@ def _weight_norm_in_words(metrics: dict[str, Any]) -> str:
     return f"At block {metrics['me_layer']} token 0's norm is ×{ratio} the others'; twice theirs first at {where}."
 
 
-def _alignment_in_words(metrics: dict[str, Any], options: DictConfig) -> str:
+def _alignment_in_words(metrics: dict[str, Any], options: RmsnormOptions) -> str:
     if "delta_frac" not in metrics:
         return "Without an ME layer, or without a normalisation before its FFN, there is no block to compare at."
     frac = with_interval(metrics["delta_frac"], metrics["delta_frac_interval"], "+.3f")

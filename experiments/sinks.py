@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from omegaconf import DictConfig
 from transformer_lens.model_bridge import TransformerBridge
 
 import melens
+from experiments.options.schema import SinksOptions
 from experiments.study import Study
 from melens import AttentionMaps, AttentionSpectrum, MelensError, Probe, Spectrum, figures
 from melens.figures import COLORS, FIRST, SINK, Curve, Heatmap, Panel
@@ -23,12 +23,12 @@ from melens.tracing import Progress
 PATTERN = "attn.hook_pattern"
 
 
-def probes(model: TransformerBridge, options: DictConfig) -> list[Probe]:
+def probes(model: TransformerBridge, options: SinksOptions) -> list[Probe]:
     """Everything that needs all prompts is in the default probes."""
     return []
 
 
-def run(study: Study, options: DictConfig) -> Result:
+def run(study: Study, options: SinksOptions) -> Result:
     """Find the sinks by block and head, draw the maps of the blocks around the ME layer, and measure ranks."""
     if "sink_mass" not in study.trace.tables:
         raise MelensError("No block of this model lets its attention be heard, so there are no sinks to look for.")
@@ -93,7 +93,7 @@ def _sink_mass_picture(study: Study, by_head: pd.DataFrame, by_layer: pd.DataFra
     return Picture(figure, "section 6", "Sinks start in the block after the ME layer, in many heads at once.", here)
 
 
-def _maps_picture(study: Study, options: DictConfig) -> Picture | None:
+def _maps_picture(study: Study, options: SinksOptions) -> Picture | None:
     """Draw figure 7 for the shortest prompt with enough tokens, cut to `exp.map_tokens`."""
     blocks = _map_blocks(study)
     lengths = [len(ids) for ids in study.tokens]
@@ -143,7 +143,7 @@ def _token_labels(study: Study, tokens: list[int]) -> list[str]:
 # --- Rank -------------------------------------------------------------------------------------------------------------
 
 
-def _ranks(study: Study, options: DictConfig) -> pd.DataFrame:
+def _ranks(study: Study, options: SinksOptions) -> pd.DataFrame:
     """Measure effective ranks on prompts cut to one length: `prompt`, `layer`, `of`, `effective_rank`, `first_share`.
 
     A rank grows with the number of tokens, so prompts that are shorter stay out.
@@ -179,7 +179,7 @@ def _check_ranks(ranks: pd.DataFrame) -> None:
         )
 
 
-def _across_tasks(study: Study, options: DictConfig) -> list[int]:
+def _across_tasks(study: Study, options: SinksOptions) -> list[int]:
     """Choose `exp.rank_prompts` prompts of enough tokens, one task type after the other."""
     prompts = study.of_carriers(study.trace.prompts)
     prompts = prompts[prompts["n_tokens"] >= options.rank_tokens]
@@ -220,7 +220,7 @@ def _rank_metrics(study: Study, ranks: pd.DataFrame) -> dict[str, Any]:
     return metrics
 
 
-def _rank_picture(study: Study, summary: pd.DataFrame, metrics: dict[str, Any], options: DictConfig) -> Picture:
+def _rank_picture(study: Study, summary: pd.DataFrame, metrics: dict[str, Any], options: SinksOptions) -> Picture:
     texts = {"effective_rank": "effective rank", "first_share": "share of the first singular value"}
     panels = []
     for of, color in zip(("attention", "hidden states"), COLORS, strict=False):

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from omegaconf import DictConfig
 from transformer_lens.model_bridge import TransformerBridge
 
 import melens
+from experiments.options.schema import StabilityOptions
 from experiments.study import Study
 from melens import Probe, figures
 from melens.figures import COLORS, Curve, Panel
@@ -22,12 +22,12 @@ PREFIXES = ("In other words, ", "Please read this carefully. ", "\n\n")
 DELIMITERS = (".", ",", "\n", ":")
 
 
-def probes(model: TransformerBridge, options: DictConfig) -> list[Probe]:
+def probes(model: TransformerBridge, options: StabilityOptions) -> list[Probe]:
     """Everything is in the default probes."""
     return []
 
 
-def run(study: Study, options: DictConfig) -> Result:
+def run(study: Study, options: StabilityOptions) -> Result:
     """Group the prompts by task and length, then change how some of them begin."""
     edges = list(options.length_bins)
     prompts = study.trace.prompts.merge(study.me.per_prompt, on="prompt")
@@ -123,7 +123,7 @@ def _least_agreement(study: Study, groups: pd.DataFrame) -> dict[str, Any]:
 # --- Other beginnings -------------------------------------------------------------------------------------------------
 
 
-def _beginnings(study: Study, options: DictConfig) -> pd.DataFrame:
+def _beginnings(study: Study, options: StabilityOptions) -> pd.DataFrame:
     """Change how the shortest prompts begin, and see where their massive token is then.
 
     Returns:
@@ -156,7 +156,7 @@ def _beginnings(study: Study, options: DictConfig) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _variants(study: Study, bodies: list[list[int]], options: DictConfig) -> dict[str, list[list[int]]]:
+def _variants(study: Study, bodies: list[list[int]], options: StabilityOptions) -> dict[str, list[list[int]]]:
     tokenizer, vocabulary = study.model.tokenizer, study.model.cfg.d_vocab
     generator = torch.Generator().manual_seed(study.cfg.seed)
     firsts = torch.randint(vocabulary, (options.n_first_tokens,), generator=generator).tolist()

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pandas as pd
-from omegaconf import DictConfig
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 import melens
-from experiments.options import experiments_of
+from experiments.options import Options
 from melens import Criterion, Emergence, MelensError, Probe, Prompt, Trace
 from melens.cache import if_it_can_be_kept, store_for
 from melens.devices import placement
@@ -46,7 +45,7 @@ class Study:
 
     model: TransformerBridge
     tokens: list[list[int]]
-    cfg: DictConfig
+    cfg: Options
     trace: Trace
     me: Emergence
     stage: Callable[[str], Progress]
@@ -122,10 +121,10 @@ def named_normalization(model: TransformerBridge, site: str) -> str | None:
 class Experiment(Protocol):
     """A module in `experiments/`: measure, draw, and say what is seen."""
 
-    def probes(self, model: TransformerBridge, options: DictConfig) -> list[Probe]:
+    def probes(self, model: TransformerBridge, options: Any) -> list[Probe]:
         """Return what it wants measured in the shared trace, beyond the default probes."""
 
-    def run(self, study: Study, options: DictConfig) -> Result:
+    def run(self, study: Study, options: Any) -> Result:
         """Return what it found; a `MelensError` says why it does not apply to this model."""
 
 
@@ -138,7 +137,7 @@ def _module(name: str) -> Experiment:
 def begin_study(
     model: TransformerBridge,
     prompts: Sequence[Prompt] | Sequence[Tensor],
-    cfg: DictConfig,
+    cfg: Options,
     stage: Callable[[str], Progress],
     folder: Path = Path(),
 ) -> Study:
@@ -149,9 +148,9 @@ def begin_study(
         if texts
         else [ids.tolist() for ids in prompts if isinstance(ids, Tensor)]
     )
-    wanted = [probe for name, options in experiments_of(cfg).items() for probe in _probes(model, name, options)]
+    wanted = [probe for name, options in cfg.experiments.items() for probe in _probes(model, name, options)]
     kept_in = None
-    if cfg.exp.get("keep") and not wanted:  # the jobs of a sweep need not trace the same prompts again
+    if cfg.exp.is_kept and not wanted:  # the jobs of a sweep need not trace the same prompts again
         told = [model.cfg.model_name, tokens, texts, cfg.max_batch_tokens, cfg.criterion.min_abs]
         kept_in = store_for("traces", model.original_model, *told).folder
     trace = None if kept_in is None else _kept_trace(kept_in)
@@ -167,9 +166,9 @@ def begin_study(
         if kept_in is not None:
             with if_it_can_be_kept():
                 trace.save(kept_in, replace=False)  # another job, that was faster, has readers by now
-    of_run = {"family": cfg.model.get("family"), "placement": placement(model.original_model)}
+    of_run = {"family": cfg.model.family, "placement": placement(model.original_model)}
     trace = replace(trace, model=trace.model | of_run)
-    me = melens.find_me_layer(trace, Criterion(**cfg.criterion))
+    me = melens.find_me_layer(trace, Criterion(**cfg.criterion.model_dump()))
     return Study(model, tokens, cfg, trace, me, stage, folder)
 
 
@@ -183,7 +182,7 @@ def _kept_trace(folder: Path) -> Trace | None:
         return None
 
 
-def _probes(model: TransformerBridge, name: str, options: DictConfig) -> list[Probe]:
+def _probes(model: TransformerBridge, name: str, options: Any) -> list[Probe]:
     try:
         return _module(name).probes(model, options)
     except Exception:  # it does not apply or is broken, which its run will say
@@ -192,13 +191,13 @@ def _probes(model: TransformerBridge, name: str, options: DictConfig) -> list[Pr
 
 def run_experiments(study: Study) -> list[Result]:
     """Run every experiment of the configuration; one of several that does not apply, or fails, tells in its metrics."""
-    chosen = experiments_of(study.cfg)
+    chosen = study.cfg.experiments
     if len(chosen) == 1:
         return [_module(name).run(study, options) for name, options in chosen.items()]
     return [_run_one_of_several(study, name, options) for name, options in chosen.items()]
 
 
-def _run_one_of_several(study: Study, name: str, options: DictConfig) -> Result:
+def _run_one_of_several(study: Study, name: str, options: Any) -> Result:
     try:
         return _module(name).run(study, options)
     except MelensError as error:

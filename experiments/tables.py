@@ -14,16 +14,18 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 from filelock import FileLock, Timeout
-from omegaconf import DictConfig, OmegaConf
 from transformer_lens.model_bridge import TransformerBridge
 
 from experiments.benchmark import Bench, Cell, how_asked, load_tasks
-from experiments.benchmark_options import asked_for, read_presets
 from experiments.masks import masks_of, on_blocks
+from experiments.options import Options
+from experiments.options.benchmark import asked_for
+from experiments.options.masks import Preset, presets_of
+from experiments.options.schema import ReportedOptions
+from experiments.options.table import Part, Table, asked_table, of_part
+from experiments.options.training import Planned
 from experiments.study import Study, begin_study
-from experiments.table_options import Part, Table, asked_table, of_part
 from experiments.training import fit, free_memory, kept_training, model_options, prepare_training
-from experiments.training_options import Planned
 from experiments.training_report import Course, averaged, draw
 from melens import Probe, WeMask, figures, load_model
 from melens.benchmarks.layout import lay_out
@@ -33,12 +35,12 @@ from melens.results import Picture, Result
 BASE = "base"
 
 
-def probes(model: TransformerBridge, options: DictConfig) -> list[Probe]:
+def probes(model: TransformerBridge, options: ReportedOptions) -> list[Probe]:
     """The masks only need the ME layer, which the default probes find."""
     return []
 
 
-def prepare_table(cfg: DictConfig) -> Planned:
+def prepare_table(cfg: Options) -> Planned:
     """Load all data before the model, and foresee the memory; return the first training.
 
     Raises:
@@ -53,7 +55,7 @@ def prepare_table(cfg: DictConfig) -> Planned:
     return planned[0]
 
 
-def run(study: Study, options: DictConfig) -> Result:
+def run(study: Study, options: ReportedOptions) -> Result:
     """Train what is missing, score every row, and lay the table out."""
     table = asked_table(study.cfg)
     scores, items, notes = [], [], []
@@ -210,10 +212,10 @@ class _Rows:
 
     def _trained(self, label: str, seed: int, *, rate: float | None = None, gate: str = "none") -> Study:
         """Return a study of the trained model, trained now if it is not kept: with a mask of this rate, or a gate."""
-        cfg = OmegaConf.merge(self.cfg, {"training": {"seed": seed, "mask": "off", "gate": gate}})
+        mask = "off" if rate is None else "paper"
+        cfg = self.cfg.changed(training={"seed": [seed], "mask": mask, "gate": gate})
         if rate is not None:
-            cfg.training.mask = "paper"
-            cfg.wemask.rate = rate
+            cfg = cfg.changed(wemask={"rate": rate})
         free_memory()
         planned = prepare_training(cfg, self._table.method, dataset=self._part.dataset)
         base = load_model(**model_options(cfg, planned))
@@ -247,32 +249,32 @@ class _Rows:
 
     def _scored(self, study: Study, rows: Sequence[_Row], seed: int) -> pd.DataFrame:
         """Score a model row by row; `training` is the seed, `kind` that of the row."""
-        bench = Bench(study, self._asked, keep=bool(study.cfg.exp.keep))
+        bench = Bench(study, self._asked, keep=study.cfg.exp.is_kept)
         found = []
         for benchmark in self._asked.benchmarks:
             preset = self._preset()
-            layers = self._asked.layers_of(benchmark, preset).get("layers")  # None: the mask's own
+            layers = self._asked.layers_of(benchmark, preset)
             cells = []
             for row in rows:
                 if isinstance(row.mask, WeMask):
-                    mask: WeMask | None = on_blocks(row.mask, layers or "all")
+                    mask: WeMask | None = on_blocks(row.mask, layers)
                 elif row.mask is None:
                     mask = None
                 else:
-                    mask = self._masked_cells(study, layers or preset.options["layers"])[row.mask]
+                    mask = self._masked_cells(study, layers)[row.mask]
                 cells.append(Cell(row.label, row.label, 0.0 if mask is None else float(mask.rate), mask))
             found.append(bench.run(benchmark, cells).items)
         kinds = {row.label: row.kind for row in rows}
         items = pd.concat(found, ignore_index=True)
         return items.assign(training=seed, kind=items["mask"].map(kinds))
 
-    def _preset(self) -> Any:
-        wemask = OmegaConf.merge(self.cfg.wemask, {"rate": list(self._table.rates)})
-        (preset,) = read_presets(["paper"], wemask, {}, "the table's masks")
+    def _preset(self) -> Preset:
+        cfg = self.cfg.changed(wemask={"rate": list(self._table.rates)})
+        (preset,) = presets_of(["paper"], cfg, key="the table")
         return preset
 
     def _masked_cells(self, study: Study, layers: Any) -> dict[float | int, WeMask]:
-        options = OmegaConf.create(self._preset().options | {"layers": layers})
+        options = self._preset().options.model_copy(update={"layers": layers})
         me = self._study.me  # as it was before the training, where training with WeMask starts from too
         masks = [mask for mask in masks_of(options, me, study.model) if mask is not None]
         return dict(zip(self._table.rates, masks, strict=True))

@@ -15,13 +15,14 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 from datasets import disable_progress_bars
-from omegaconf import DictConfig, OmegaConf
 from transformer_lens.model_bridge import TransformerBridge
 
 import melens
 from experiments.masks import only_mask_of
+from experiments.options import Options
+from experiments.options.schema import PlainOptions
+from experiments.options.training import Planned, planned_training
 from experiments.study import Study
-from experiments.training_options import Planned, planned_training
 from experiments.training_report import Course, draw
 from melens import MelensError, Probe, WeMask
 from melens.cache import Store, code_version, store_for, tokenizer_fingerprint
@@ -41,7 +42,7 @@ _SPREAD = (
 )
 
 
-def probes(model: TransformerBridge, options: DictConfig) -> list[Probe]:
+def probes(model: TransformerBridge, options: PlainOptions) -> list[Probe]:
     """The mask only needs the ME layer, which the default probes find."""
     return []
 
@@ -49,9 +50,7 @@ def probes(model: TransformerBridge, options: DictConfig) -> list[Probe]:
 # --- Before the model -------------------------------------------------------------------------------------------------
 
 
-def prepare_training(
-    cfg: DictConfig, method: str, *, dataset: str | None = None, folder: Path | None = None
-) -> Planned:
+def prepare_training(cfg: Options, method: str, *, dataset: str | None = None, folder: Path | None = None) -> Planned:
     """Load the rows, and foresee the memory, before the model, which takes longer.
 
     Args:
@@ -87,9 +86,9 @@ def prepare_training(
     return planned
 
 
-def model_options(cfg: DictConfig, planned: Planned) -> dict[str, Any]:
+def model_options(cfg: Options, planned: Planned) -> dict[str, Any]:
     """Return what to load the model with: its weights in the precision that they are trained in."""
-    options: dict[str, Any] = OmegaConf.to_container(cfg.model, resolve=True)
+    options = cfg.model.model_dump(exclude_unset=True)
     return options | {"dtype": "bfloat16" if planned.recipe.precision == "bfloat16" else "float32"}
 
 
@@ -207,7 +206,7 @@ def fit(study: Study, planned: Planned, folder: Path, *, resume: bool) -> Fitted
 def _mask(study: Study, planned: Planned, model: Any) -> WeMask | None:
     if planned.mask is None:
         return None
-    mask = only_mask_of(OmegaConf.create(planned.mask.options), study.me, study.model)
+    mask = only_mask_of(planned.mask.options, study.me, study.model)
     return None if mask is None else mask.on(model)
 
 
@@ -282,7 +281,7 @@ def free_memory() -> None:
 # --- Telling ----------------------------------------------------------------------------------------------------------
 
 
-def run(study: Study, options: DictConfig) -> Result:
+def run(study: Study, options: PlainOptions) -> Result:
     """Train, save, and tell what became of the model."""
     planned = planned_training(study.cfg, options.name).on(gpu=torch.cuda.is_available())
     folder = study.folder if planned.resume is None else planned.resume

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from experiments.jobs import Job
 from melens import MelensError, figures
 from melens.results import Picture, Result
 
@@ -156,29 +156,22 @@ def _told(courses: Sequence[Course], texts: Sequence[str]) -> str:
     return " ".join(text if text.endswith(".") else f"{text}." for text in said)
 
 
-def merge(jobs: dict[Path, dict[str, Any]], names: dict[Path, str]) -> Result | None:
-    """Draw the trainings of a sweep side by side; None where it has none.
-
-    Args:
-        jobs: each job's `result.json` by its folder.
-        names: what tells each job from the others.
-    """
-    trained = [
-        folder for folder in jobs if (folder / "training_trace.parquet").is_file() and _is_training(jobs[folder])
-    ]
+def merge(jobs: Sequence[Job]) -> Result | None:
+    """Draw the trainings of a sweep side by side; None where it has none."""
+    trained = [job for job in jobs if (job.folder / "training_trace.parquet").is_file() and _is_training(job)]
     courses = [
-        Course(names[folder], *(pd.read_parquet(folder / f"training_{kind}.parquet") for kind in ("log", "trace")))
-        for folder in trained
+        Course(job.name, *(pd.read_parquet(job.folder / f"training_{kind}.parquet") for kind in ("log", "trace")))
+        for job in trained
     ]
     if not courses:
         return None
-    me_layers = {jobs[folder]["metrics"]["me_layer"] for folder in trained}
-    methods = sorted({jobs[folder]["experiment"].upper() for folder in trained})
+    me_layers = {job.result["metrics"]["me_layer"] for job in trained}
+    methods = sorted({job.result["experiment"].upper() for job in trained})
     title = f"{len(courses)} of {' and '.join(methods)}"
     findings = [(course.name, f"{course.learnt()}. {course.moved()}") for course in courses]
     pictures = draw(courses, title, me_layers.pop() if len(me_layers) == 1 else None)
     return Result("trainings", model={}, metrics={}, pictures=pictures, findings=findings)
 
 
-def _is_training(result: dict[str, Any]) -> bool:
-    return result["status"] == "ok" and result["experiment"] in ("sft", "dpo", "grpo")
+def _is_training(job: Job) -> bool:
+    return job.is_ok and job.result["experiment"] in ("sft", "dpo", "grpo")

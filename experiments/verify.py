@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pandas as pd
-from omegaconf import DictConfig
 from transformer_lens.model_bridge import TransformerBridge
 
+from experiments.options.schema import PlainOptions
 from experiments.study import Study
 from melens import Probe, Verification, figures, verify
 from melens.batching import BatchRule
@@ -16,12 +16,12 @@ from melens.generation import Generation, verify_generation
 from melens.results import Picture, Result
 
 
-def probes(model: TransformerBridge, options: DictConfig) -> list[Probe]:
+def probes(model: TransformerBridge, options: PlainOptions) -> list[Probe]:
     """The check runs prompts of its own."""
     return []
 
 
-def run(study: Study, options: DictConfig) -> Result:
+def run(study: Study, options: PlainOptions) -> Result:
     """Check a trace and a generation, and lay the errors out by site and block."""
     checked = verify(study.model)
     written = verify_generation(study.model) if study.model.original_model.can_generate() else None

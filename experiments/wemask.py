@@ -9,13 +9,13 @@ from typing import Any
 import pandas as pd
 import torch
 from jaxtyping import Int
-from omegaconf import DictConfig
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 import melens
 from experiments.mask_grid import ARGUMENTS, UNMASKED, Grid, drawn, report
 from experiments.masks import masks_of
+from experiments.options.schema import WemaskOptions
 from experiments.study import Study
 from melens import AttentionMaps, Probe, WeMask, figures
 from melens.cache import Store, hash_of, store_for
@@ -25,12 +25,12 @@ from melens.sinks import SINK_THRESHOLD
 from melens.texts import cut_texts, read_text
 
 
-def probes(model: TransformerBridge, options: DictConfig) -> list[Probe]:
+def probes(model: TransformerBridge, options: WemaskOptions) -> list[Probe]:
     """The default probes find the ME layer; the rest is measured on the texts."""
     return []
 
 
-def run(study: Study, options: DictConfig) -> Result:
+def run(study: Study, options: WemaskOptions) -> Result:
     """Measure every mask of the grid on the same tokens, each from the first block that it changes."""
     model, data = study.model, study.cfg.data
     masks = [mask for mask in masks_of(study.cfg.wemask, study.me, model) if mask is not None]
@@ -167,7 +167,7 @@ def _cell(mask: WeMask, massive: tuple[int, ...]) -> dict[str, Any]:
     }
 
 
-def _figure_8(study: Study, mask: WeMask, texts: Int[Tensor, "text pos"], options: DictConfig) -> Picture | None:
+def _figure_8(study: Study, mask: WeMask, texts: Int[Tensor, "text pos"], options: WemaskOptions) -> Picture | None:
     """Draw the attention of the first masked block, without the mask and with it."""
     block = min(mask.blocks(study.model))
     if f"blocks.{block}.attn.hook_pattern" not in study.model.hook_dict:

@@ -670,7 +670,7 @@ def dims_heatmap(activations: pd.DataFrame, *, me_layer: int | None, title: str)
     return figure
 
 
-def dims_surface(activations: pd.DataFrame, *, title: str) -> go.Figure:
+def dims_surface(activations: pd.DataFrame, *, me_layer: int | None, title: str) -> go.Figure:
     """Draw the same as a 3-D surface, as the authors do; arguments as for `dims_heatmap`."""
     wide = _by_block_and_dim(activations).sort_index()
     figure = go.Figure(
@@ -683,6 +683,14 @@ def dims_surface(activations: pd.DataFrame, *, title: str) -> go.Figure:
             hovertemplate="block %{x}: |h| = %{z:.4g}<extra></extra>",
         )
     )
+    if me_layer is not None:
+        along = {
+            "x": [me_layer] * len(wide),
+            "y": np.arange(len(wide)),
+            "z": wide[me_layer] + 0.01 * wide.to_numpy().max(),
+        }
+        me_line = {"mode": "lines", "line": {"color": "#d62728", "width": 5}, "hoverinfo": "skip"}
+        figure.add_scatter3d(**along, **me_line, name=f"ME layer {me_layer}", showlegend=True)
     figure.update_layout(
         **_LAYOUT,
         title=_title(title),

@@ -10,7 +10,7 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
 from transformer_lens.utilities.multi_gpu import count_unique_devices
 
+from melens.adapters import register_adapters
 from melens.caching import find_cache_by_any_name
 from melens.devices import dispatch_like, has_all_weights, input_device, is_dispatched, weights_here
 from melens.errors import MelensError
@@ -39,7 +40,6 @@ from melens.normalization import read_module
 __all__ = [
     "Block",
     "Network",
-    "Site",
     "base_of",
     "base_path",
     "bridge_around",
@@ -51,9 +51,7 @@ __all__ = [
     "twin_of",
 ]
 
-Site = Literal["attn_in", "ln1_in", "resid_pre"]
-"""Where a mask takes hold: what comes out of `ln1`, what goes into it (for attention alone, the residual stream stays
-whole), or the residual stream itself before the block."""
+register_adapters()
 
 _SKETCH = 8
 """Numbers that a weight is told by: one pair in ten million looks a tenth as far apart as it is, or less."""

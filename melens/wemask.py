@@ -9,33 +9,29 @@ from __future__ import annotations
 
 import json
 import math
-import operator
-import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, SupportsIndex, get_args
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from pydantic import PlainValidator
 from torch import Tensor
 
+from melens.allowed import Flag, Layers, Positions, Rate, Select, Share, Site, Start, Whole, check_fields
 from melens.caching import find_cache_by_any_name
+from melens.checked import Folder, as_integer, checked, must_be
 from melens.emergence import Emergence
 from melens.errors import MelensError
 from melens.masking import InstalledMask, TokenFinder
-from melens.networks import Network, Site, open_network
+from melens.networks import Network, open_network
 
-__all__ = ["FixedDims", "Select", "WeMask"]
-
-Select = Literal["weight", "weight_low", "random", "magnitude", "massive", "batch_magnitude"]
-"""How a block's dims are chosen: the largest |gain of ln1| (the paper), the smallest (a control), at random, the
-largest |values| of the token itself at the mask's site, the massive dims; or, as the authors' code does, the largest
-|values| averaged over the batch."""
+__all__ = ["FixedDims", "WeMask"]
 
 FROM_WEIGHTS = ("weight", "weight_low")
 FROM_VALUES = ("magnitude", "batch_magnitude")
@@ -60,14 +56,23 @@ class FixedDims:
     model: dict[str, Any]
 
 
+def _me_layer(me: Any) -> Emergence | int | None:
+    """Take what `find_me_layer` found, or a block of any kind of integer."""
+    layer = as_integer(me)
+    if not (me is None or isinstance(me, Emergence) or (isinstance(layer, int) and layer is not True and layer >= 0)):
+        raise must_be("what melens.find_me_layer(trace) found, or a block, counted from 0")
+    return layer
+
+
 @dataclass(frozen=True)
 class WeMask:
     """A mask on some dims of a few tokens, in some blocks.
 
     Attributes:
-        rate: share of the width that is masked, over 0 to 1: k = floor(rate · d) dims.
-        select: how they are chosen, one of `Select`.
-        site: where the mask takes hold, one of `melens.networks.Site`.
+        rate: share of the width that is masked, from 0 to 1: k = floor(rate · d) dims. A rate over 0 that is too small
+            for one dim is refused where the width is known (the authors' code would mask nothing, without a word).
+        select: how they are chosen, as `melens.allowed.Select` tells.
+        site: where the mask takes hold, as `melens.allowed.Site` tells.
         start: the first masked block (0-based), or `"me"`, `"me+1"`, `"me-2"`: counted from the ME layer, once
             `at(me)` has told which it is. `me+1` is the first block whose attention sees the massive activation.
         layers: `"all"` (every block from `start` on), `"first"` (only `start`), or the blocks themselves.
@@ -83,35 +88,27 @@ class WeMask:
         MelensError: a value that is not allowed.
     """
 
-    rate: float | int = 0.1
-    select: str = "weight"
-    site: str = "attn_in"
-    start: int | str = "me+1"
-    layers: str | Sequence[int] = "all"
-    positions: str | Sequence[int] = "first"
-    strength: float | int = 1.0
-    seed: int = 0
+    rate: Rate = 0.1
+    select: Select = "weight"
+    site: Site = "attn_in"
+    start: Start = "me+1"
+    layers: Layers = "all"
+    positions: Positions = "first"
+    strength: Share = 1.0
+    seed: Whole = 0
     massive_dims: tuple[int, ...] = ()
     fixed: FixedDims | None = field(default=None, repr=False)
     _last: dict[str, FixedDims] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        _check_number("rate", self.rate)
-        _check_number("strength", self.strength)
-        _check_word("select", self.select, get_args(Select))
-        _check_word("site", self.site, get_args(Site))
-        _check_list("layers", self.layers, ("all", "first"))
-        _check_list("positions", self.positions, ("first", "massive", "all", "every_call"))
+        check_fields(self, "The mask's {}")
         object.__setattr__(self, "layers", _as_tuple(self.layers))
         object.__setattr__(self, "positions", _as_tuple(self.positions))
-        if not (_is_count(self.start) or (isinstance(self.start, str) and re.fullmatch(_ME, self.start))):
-            raise MelensError(f"The mask's start is {self.start!r}; allowed are a block, me, me+1, me-2 and the like.")
-        if not _is_count(self.seed):
-            raise MelensError(f"The mask's seed is {self.seed!r}; it must be a whole number of at least 0.")
 
     # --- Which blocks and dims ----------------------------------------------------------------------------------------
 
-    def at(self, me: Emergence | SupportsIndex | None) -> WeMask:
+    @checked
+    def at(self, me: Annotated[Emergence | int | None, PlainValidator(_me_layer)]) -> WeMask:
         """Return the mask with its start counted from an ME layer.
 
         Args:
@@ -121,8 +118,7 @@ class WeMask:
         Raises:
             MelensError: the model has no ME layer.
         """
-        found = me.layer if isinstance(me, Emergence) else me
-        layer = None if found is None else operator.index(found)
+        layer = me.layer if isinstance(me, Emergence) else me
         if layer is None and (isinstance(self.start, str) or self.select == "massive"):
             raise MelensError("This model has no ME layer to start from: give wemask.start as a block.")
         start, dims = self.start, self.massive_dims
@@ -165,8 +161,13 @@ class WeMask:
         return self._on(open_network(model))
 
     def moved_to(self, model: Any) -> WeMask:
-        """Return a settled mask with the same dims for a model whose weights have changed since, as in training."""
-        assert self.fixed is not None
+        """Return a settled mask with the same dims for a model whose weights have changed since, as in training.
+
+        Raises:
+            MelensError: the mask was never settled on a model.
+        """
+        if self.fixed is None:
+            raise MelensError("This mask has no dims to move yet: call mask.on(model) first.")
         return replace(self, fixed=replace(self.fixed, model=_identity(open_network(model))))
 
     def told(self) -> dict[str, Any]:
@@ -222,7 +223,8 @@ class WeMask:
 
     def _choose_dims(self, network: Network, layer: int) -> Int[Tensor, " k"]:
         if self.select == "massive":
-            if not self.massive_dims or max(self.massive_dims) >= network.d_model:
+            are_dims = all(isinstance(dim, int) and 0 <= dim < network.d_model for dim in self.massive_dims)
+            if not self.massive_dims or not are_dims:
                 raise MelensError(
                     f"select=massive has the dims {list(self.massive_dims)}: mask.at(melens.find_me_layer(trace)) "
                     f"gives those of this model, whose width is {network.d_model}."
@@ -239,7 +241,8 @@ class WeMask:
 
     # --- On a model ---------------------------------------------------------------------------------------------------
 
-    def install(self, model: Any, *, refresh: bool = False) -> InstalledMask:
+    @checked
+    def install(self, model: Any, *, refresh: Flag = False) -> InstalledMask:
         """Mask a model until `remove()` is called on what is returned.
 
         Args:
@@ -280,7 +283,8 @@ class WeMask:
 
     # --- Beside a checkpoint ------------------------------------------------------------------------------------------
 
-    def save(self, folder: str | Path) -> Path:
+    @checked
+    def save(self, folder: Folder) -> Path:
         """Write `wemask.json` into a folder, with the dims as they were settled on the model last masked.
 
         Raises:
@@ -298,7 +302,8 @@ class WeMask:
         return write_text(folder / _FILE, json.dumps(content, indent=2) + "\n")
 
     @classmethod
-    def load(cls, folder: str | Path) -> WeMask:
+    @checked
+    def load(cls, folder: Folder) -> WeMask:
         """Read what `save` wrote: a mask with its dims settled, for that model alone.
 
         Raises:
@@ -402,33 +407,6 @@ def _are_same_gains(saved: Sequence[float], model: Sequence[float] | None) -> bo
         return False
     least = 0.1  # of the size that the tolerance is relative to: weights that a model begins with may be 0
     return math.dist(saved, model) <= _SAME_GAINS * max(math.hypot(*saved), least)
-
-
-# --- What is allowed --------------------------------------------------------------------------------------------------
-
-_ME = r"me([+-]\d+)?"
-
-
-def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-        raise MelensError(f"The mask's {name} is {value!r}; it must be over 0 and at most 1.")
-
-
-def _check_word(name: str, value: Any, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise MelensError(f"The mask's {name} is {value!r}; allowed are {', '.join(allowed)}.")
-
-
-def _check_list(name: str, value: Any, words: Sequence[str]) -> None:
-    is_list = (
-        isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0 and all(map(_is_count, value))
-    )
-    if not is_list and not (isinstance(value, str) and value in words):
-        raise MelensError(f"The mask's {name} is {value!r}; allowed are {', '.join(words)}, and a list of numbers.")
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _as_tuple(value: Any) -> Any:

@@ -10,13 +10,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from planted import FAMILIES, bridge, gains_apart, plant
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import melens
 from experiments.job import run_job
-from experiments.options import check_options
+from experiments.options import compose_options
 from melens import MelensError, WeMask
 from melens.ablation import MassiveTokenRuns, ablation
 from melens.comparison import MaskComparison
@@ -305,9 +304,7 @@ def test_gates_lie_where_their_block_computes(folder, tmp_path, pair):
 
 
 def job(folder, *overrides):
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("config", ["scale=smoke", *overrides])
-    check_options(cfg)
+    cfg = compose_options("scale=smoke", *overrides)
     folder.mkdir(parents=True, exist_ok=True)
     assert run_job(cfg, folder) == []
     return json.loads((folder / "result.json").read_text())

@@ -2,27 +2,23 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from planted import FAMILIES, N_LAYERS, VOCABULARY, bridge, gains_apart, plain_model, plant
 
 import melens
-from experiments.options import check_options
+from experiments.options import compose_options
 from experiments.study import begin_study, run_experiments
 from melens import results
 from melens.claims import CLAIMS
 from melens.results import combine
 
 TOKEN, DIM, BLOCK = 7, 21, 1
-CONF = str(Path(__file__).parents[1] / "conf")
 
 
 def study(model, prompts, *overrides):
-    with initialize_config_dir(CONF, version_base="1.3"):
-        cfg = compose("config", ["exp=all", "model=random", "exp.sinks.rank_tokens=12", *overrides])
+    cfg = compose_options("exp=all", "model=random", "exp.sinks.rank_tokens=12", *overrides)
     return begin_study(model, prompts, cfg, lambda name: lambda done, total: None)
 
 
@@ -172,9 +168,7 @@ def test_a_layernorm_model_with_a_massive_activation_can_be_ablated():
     "name", ["emergence", "rmsnorm", "ffn", "direction", "sinks", "ablation", "stability", "predict"]
 )
 def test_each_experiment_runs_alone(name):
-    with initialize_config_dir(CONF, version_base="1.3"):
-        cfg = compose("config", [f"exp={name}", "model=random"])
-    check_options(cfg)
+    cfg = compose_options(f"exp={name}", "model=random")
     (result,) = run_experiments(begin_study(planted_model(), prompts_of(), cfg, lambda name: lambda done, total: None))
     assert result.experiment == name
     assert result.metrics["me_layer"] == BLOCK
@@ -193,8 +187,7 @@ def test_an_experiment_that_breaks_does_not_lose_the_others(monkeypatch):
 
 
 def test_what_was_checked_is_shown_by_site_and_block_and_written_with_every_result(tmp_path):
-    with initialize_config_dir(CONF, version_base="1.3"):
-        cfg = compose("config", ["exp=verify", "model=random"])
+    cfg = compose_options("exp=verify", "model=random")
     begun = begin_study(planted_model("qwen3"), prompts_of(), cfg, lambda name: lambda done, total: None)
     (result,) = run_experiments(begun)
     errors = result.tables["verification"]

@@ -68,7 +68,10 @@ def test_the_largest_dim_comes_first_in_the_heatmap():
     heatmap = figures.dims_heatmap(activations, me_layer=1, title="A model").data[0]
     assert list(heatmap.y) == ["4", "9"]
     assert heatmap.z.tolist() == [[0, 4], [0, 1]]
-    assert figures.dims_surface(activations, title="A model").data[0].z.max() == 10_000
+    surface, me_line = figures.dims_surface(activations, me_layer=1, title="A model").data
+    assert surface.z.max() == 10_000
+    assert (set(me_line.x), me_line.name) == ({1}, "ME layer 1")
+    assert len(figures.dims_surface(activations, me_layer=None, title="A model").data) == 1
 
 
 def test_ratios_are_coloured_by_their_logarithm_and_shown_as_they_are():

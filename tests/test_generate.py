@@ -10,13 +10,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from planted import FAMILIES, bridge, gains_apart, plain_model
 from rich.console import Console
 
 from experiments import generate
 from experiments.generate import Given, Pair, Side, compare, first_difference, parts, render, write
-from experiments.options import check_options
+from experiments.options import compose_options
 from experiments.study import begin_study
 from melens import MelensError, Prompt, WeMask
 from melens.results import Result, combine, show_result, write_result
@@ -27,10 +26,7 @@ RANDOM_DIMS = WeMask(rate=0.3, select="random", site="resid_pre", start=12)
 
 
 def config(*overrides):
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("config", ["exp=generate", "prompts=short", "generate.max_new_tokens=4", *overrides])
-    check_options(cfg)
-    return cfg
+    return compose_options("exp=generate", "prompts=short", "generate.max_new_tokens=4", *overrides)
 
 
 def study(model, *overrides, prompts=PROMPTS):

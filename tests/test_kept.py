@@ -15,7 +15,8 @@ from test_not_a_number import grid
 import melens
 from experiments import benchmark, mask_grid, training
 from experiments.benchmark import Bench, Cell
-from experiments.benchmark_options import asked_for
+from experiments.jobs import jobs_of
+from experiments.options.benchmark import asked_for
 from experiments.study import begin_study
 from experiments.training import kept_training
 from melens import WeMask, cache
@@ -99,13 +100,14 @@ def test_jobs_of_other_options_are_not_put_into_one_grid(tmp_path, monkeypatch):
         measured = grid()
         for table in (measured.cells, measured.by_text, measured.by_block):
             table["cell"] = table["cell"].replace("a", cell)
-        config = {"model": {"name": "tiny", "dtype": dtype}, "wemask": {"rate": number}}
+        given = {"model.dtype": dtype, "wemask.rate": number}
+        config = {"model": {"name": "tiny", "dtype": dtype}, "wemask": {"rate": number}, "given": given}
         folder = tmp_path / str(number)
         write_result(mask_grid.report(measured, {"name": "tiny"}, told, {}, []), folder, config=config, duration=0.0)
         jobs[folder] = json.loads((folder / "result.json").read_text())
-    merged = mask_grid.merge(jobs)
+    merged = mask_grid.merge(jobs_of(jobs))
     assert [each.tables["cells"]["cell"].tolist() for each in merged] == [["a", "b"], ["a"]]
-    assert [each.model["name"] for each in merged] == ["tiny", "tiny (job 2)"]
+    assert [each.model["name"] for each in merged] == ["tiny, model.dtype=float32", "tiny, model.dtype=bfloat16"]
 
 
 # --- Benchmarks -------------------------------------------------------------------------------------------------------

@@ -1,29 +1,27 @@
 """exp=wemask on planted models: the grid, what it keeps, how a sweep's jobs are put together."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from planted import VOCABULARY, bridge, gains_apart, plain_model, plant
 
 import melens
+from experiments.jobs import jobs_of
 from experiments.mask_grid import UNMASKED, merge
-from experiments.masks import check_masks, masks_of
+from experiments.masks import masks_of
+from experiments.options import compose_options
 from experiments.study import begin_study, run_experiments
 from melens import MelensError
 from melens.results import write_result
 
 TOKEN, DIM, BLOCK = 7, 21, 1
-CONF = str(Path(__file__).parents[1] / "conf")
 
 
 def configuration(*overrides):
-    with initialize_config_dir(CONF, version_base="1.3"):
-        return compose("config", ["exp=wemask", "model=random", "data.n_texts=6", "data.n_tokens=12", *overrides])
+    return compose_options("exp=wemask", "model=random", "data.n_texts=6", "data.n_tokens=12", *overrides)
 
 
 @pytest.fixture
@@ -116,7 +114,7 @@ def test_the_jobs_of_a_sweep_make_the_tables_of_one_run(model, tmp_path):
         folder = tmp_path / str(number)
         write_result(result, folder, config={"model": {"name": "tiny"}}, duration=0.0)
         jobs[folder] = json.loads((folder / "result.json").read_text())
-    (merged,) = merge(jobs)
+    (merged,) = merge(jobs_of(jobs))
     pd.testing.assert_frame_equal(merged.tables["cells"], whole.tables["cells"])
     for name in ("sink_ratio", "unmasked_loss", "cells"):
         assert merged.metrics[name] == whole.metrics[name]
@@ -125,16 +123,16 @@ def test_the_jobs_of_a_sweep_make_the_tables_of_one_run(model, tmp_path):
 
 def test_what_no_model_allows_is_told_before_there_is_one():
     for override, message in (
-        ("wemask.rate=[0.1,2]", "rate is 2; it must be over 0"),
-        ("wemask.rate=false", "wemask.rate is False"),
-        ("wemask.select=[weight,wieght]", "select is 'wieght'"),
-        ("wemask.site=[]", "wemask.site is an empty list"),
-        ("wemask.layers=[first,some]", "layers is 'some'"),
+        ("wemask.rate=[0.1,2]", r"wemask.rate is \[0.1, 2\]; it must be a number from 0 \(no mask\) to 1, or a list"),
+        ("wemask.rate=false", "wemask.rate is false; it must be a number"),
+        ("wemask.select=[weight,wieght]", "'wieght'\\]; it must be weight, "),
+        ("wemask.site=[]", r"wemask.site is \[\]; it must be attn_in, ln1_in or resid_pre, or a list of them"),
+        ("wemask.layers=[first,some]", r"wemask.layers is \['first', 'some'\]; it must be all, first or a list"),
     ):
         with pytest.raises(MelensError, match=message):
-            check_masks(configuration(override).wemask)
+            configuration(override)
     for preset in ("paper", "random", "magnitude", "released", "off", "grid"):
-        check_masks(configuration(f"wemask={preset}").wemask)
+        assert configuration(f"wemask={preset}").given["wemask"] == preset
 
 
 def test_a_list_of_blocks_is_one_mask_and_a_list_of_words_several(model):

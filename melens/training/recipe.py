@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import yaml
+from pydantic import Field
 
+from melens.allowed import Count, Flag, Number, Positive, Said, Whole, check_fields
 from melens.errors import MelensError
 
 __all__ = ["METHODS", "Lora", "Recipe", "check_extra", "known_datasets", "training_conf"]
 
 METHODS = ("sft", "dpo", "grpo")
+_UnderOne = Annotated[Number, Field(lt=1), Said("a number from 0 to under 1")]
 BYTES_PER_WEIGHT = {"auto": 4, "float32": 4, "mixed": 4, "bfloat16": 2}
 
 
@@ -24,18 +26,12 @@ BYTES_PER_WEIGHT = {"auto": 4, "float32": 4, "mixed": 4, "bfloat16": 2}
 class Lora:
     """Low-rank adapters on every linear layer of the blocks, in place of training all weights."""
 
-    rank: int = 16
-    alpha: float | int = 32
-    dropout: float | int = 0.0
+    rank: Count = 16
+    alpha: Positive = 32
+    dropout: _UnderOne = 0.0
 
     def __post_init__(self) -> None:
-        for name, is_allowed, allowed in (
-            ("rank", _is_count(self.rank), _COUNT),
-            ("alpha", _is_number(self.alpha) and self.alpha > 0, "a number over 0"),
-            ("dropout", _is_number(self.dropout) and 0 <= self.dropout < 1, "a number from 0 to under 1"),
-        ):
-            if not is_allowed:
-                raise MelensError(f"training.lora.{name} is {getattr(self, name)!r}; it must be {allowed}.")
+        check_fields(self, "training.lora.{}")
 
 
 @dataclass(frozen=True)
@@ -62,33 +58,35 @@ class Recipe:
         trainer: further fields of TRL's configuration of the method, by its names.
     """
 
-    method: str
-    batch_size: int
-    lr: float | int
-    epochs: float | int = 1
-    steps: int | None = None
-    micro_batch_size: int = 8
-    warmup: float | int = 0.03
-    weight_decay: float | int = 0.0
-    max_length: int | None = None
-    max_new_tokens: int = 256
-    rollouts: int = 4
-    temperature: float | int = 1.0
-    beta: float | int = 0.0
-    format_weight: float | int = 0.0
-    precision: str = "float32"
-    gradient_checkpointing: bool = False
+    method: Annotated[Literal["sft", "dpo", "grpo"], Said("sft, dpo or grpo")]
+    batch_size: Count
+    lr: Positive
+    epochs: Positive = 1
+    steps: Annotated[Count | None, Said("a whole number of at least 1, or null for all of the epochs'")] = None
+    micro_batch_size: Count = 8
+    warmup: _UnderOne = 0.03
+    weight_decay: Number = 0.0
+    max_length: Annotated[Count | None, Said("a whole number of at least 1, or null")] = None
+    max_new_tokens: Count = 256
+    rollouts: Annotated[int, Field(strict=True, ge=2), Said("a whole number of at least 2")] = 4
+    temperature: Positive = 1.0
+    beta: Number = 0.0
+    format_weight: Number = 0.0
+    precision: Annotated[Literal["auto", "float32", "mixed", "bfloat16"], Said("auto, float32, mixed or bfloat16")] = (
+        "float32"
+    )
+    gradient_checkpointing: Flag = False
     lora: Lora | None = None
-    log_every: int = 1
-    save_every: int = 100
-    report_to: str = "none"
-    seed: int = 0
-    trainer: Mapping[str, Any] = field(default_factory=dict)
+    log_every: Count = 1
+    save_every: Whole = 100
+    report_to: Annotated[
+        Literal["none", "tensorboard", "wandb", "trackio"], Said("none, tensorboard, wandb or trackio")
+    ] = "none"
+    seed: Whole = 0
+    trainer: Annotated[Mapping[str, Any], Said("fields of TRL's configuration by name")] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, is_allowed, allowed in _RULES:
-            if not is_allowed(getattr(self, name)):
-                raise MelensError(f"training.{name} is {getattr(self, name)!r}; it must be {allowed}.")
+        check_fields(self, "training.{}")
         if self.method == "dpo" and not self.beta:
             raise MelensError(
                 "training.beta is 0; of dpo it must be over 0, or nothing ties the model to its reference."
@@ -117,7 +115,7 @@ class Recipe:
 def training_conf(name: str, default: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a method: what the user gives, else the dataset's, else the paper's for the method."""
     preset = yaml.safe_load((_conf() / f"{name}.yaml").read_text("utf-8"))
-    return {**preset, **default, **{key: value for key, value in given.items() if value is not None}}
+    return {**preset, **default, **given}
 
 
 @cache
@@ -148,38 +146,3 @@ def _conf() -> Path:
     package = Path(__file__).resolve().parents[1]
     in_wheel = package / "conf" / "training"
     return in_wheel if in_wheel.is_dir() else package.parent / "conf" / "training"
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-_TRACKERS = ("none", "tensorboard", "wandb", "trackio")
-_COUNT = "a whole number of at least 1"
-_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("method", lambda value: value in METHODS, f"one of {', '.join(METHODS)}"),
-    ("batch_size", _is_count, _COUNT),
-    ("micro_batch_size", _is_count, _COUNT),
-    ("steps", lambda value: value is None or _is_count(value), f"{_COUNT}, or null for all of the epochs'"),
-    ("max_length", lambda value: value is None or _is_count(value), f"{_COUNT}, or null"),
-    ("max_new_tokens", _is_count, _COUNT),
-    ("rollouts", lambda value: _is_count(value) and value > 1, "a whole number of at least 2"),
-    ("lr", lambda value: _is_number(value) and value > 0, "a number over 0"),
-    ("epochs", lambda value: _is_number(value) and value > 0, "a number over 0"),
-    ("warmup", lambda value: _is_number(value) and 0 <= value < 1, "a share of the steps, from 0 to under 1"),
-    ("weight_decay", lambda value: _is_number(value) and value >= 0, "a number of at least 0"),
-    ("temperature", lambda value: _is_number(value) and value > 0, "a number over 0"),
-    ("beta", lambda value: _is_number(value) and value >= 0, "a number of at least 0"),
-    ("format_weight", lambda value: _is_number(value) and value >= 0, "a number of at least 0"),
-    ("precision", lambda value: value in BYTES_PER_WEIGHT, f"one of {', '.join(BYTES_PER_WEIGHT)}"),
-    ("gradient_checkpointing", lambda value: isinstance(value, bool), "true or false"),
-    ("log_every", _is_count, _COUNT),
-    ("save_every", lambda value: value == 0 or _is_count(value), f"{_COUNT}, or 0 for no checkpoints"),
-    ("report_to", lambda value: value in _TRACKERS, f"one of {', '.join(_TRACKERS)}"),
-    ("seed", lambda value: value == 0 or _is_count(value), "a whole number"),
-    ("trainer", lambda value: isinstance(value, Mapping), "fields of TRL's configuration by name"),
-)  # fmt: skip

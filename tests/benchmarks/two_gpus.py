@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
 from trace_cost import QWEN3_4B
@@ -36,7 +35,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from planted import plant  # noqa: E402
 
 from experiments.job import run_job  # noqa: E402
-from experiments.options import check_options  # noqa: E402
+from experiments.options import compose_options  # noqa: E402
 from melens import MelensError  # noqa: E402
 from melens.prompts import byte_tokenizer  # noqa: E402
 
@@ -123,10 +122,8 @@ def job(folder: Path, run: str, *options: str) -> tuple[Path, float]:
     """Run an experiment as the command line does; return where its result is, and how long it took."""
     of_run = folder / run
     of_run.mkdir(exist_ok=True)
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        own = ["model=hub", f"model.name={folder / 'model'}", f"prompts.file={folder / 'prompts.txt'}"]
-        cfg = compose("config", [*own, *options])
-    check_options(cfg)
+    own = ["model=hub", f"model.name={folder / 'model'}", f"prompts.file={folder / 'prompts.txt'}"]
+    cfg = compose_options(*own, *options)
     start = time.perf_counter()
     with redirect_stdout(io.StringIO()):
         failed = run_job(cfg, of_run)

@@ -1,0 +1,107 @@
+"""The command line: prepare what was typed, let Hydra run the jobs, and tell what goes wrong."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from experiments.interrupts import INTERRUPTED, leave_in_order
+from experiments.options import read_options
+from experiments.options.command_line import check_command, prepare_command
+from experiments.options.help import help_text
+from experiments.options.reading import CONF, OptionError, given_options
+from melens.errors import MelensError
+from melens.versions import warn_untried
+
+os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, we tell
+FAILED, WRONG_OPTION = 1, 2
+_failures: list[Exception] = []
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def main(cfg: DictConfig) -> None:
+    """Run one job; what goes wrong is told here, and in a sweep recorded, so that it does not end the others."""
+    hydra_cfg = HydraConfig.get()
+    folder = Path(hydra_cfg.runtime.output_dir)
+    config: Any = OmegaConf.to_container(cfg)
+    config["given"] = given_options(config, hydra_cfg.overrides.task)
+    try:
+        options = read_options(cfg, hydra_cfg.overrides.task)
+        config = options.plain()
+        if not os.access(folder, os.W_OK):
+            raise MelensError(f"The output folder {folder} cannot be written to.")
+        from experiments.job import run_job  # takes seconds, which a mistake need not
+
+        leave_in_order()
+        if failed := run_job(options, folder):
+            _failures.append(MelensError(f"exp={', '.join(failed)} failed; the other results are written."))
+    except Exception as error:
+        _failures.append(error)
+        message = tell(error, verbose=bool(hydra_cfg.verbose))
+        if hydra_cfg.mode == RunMode.MULTIRUN:
+            from melens.results import write_failure
+
+            write_failure(message, folder, config=config)
+
+
+def tell(error: BaseException, *, verbose: bool) -> str:
+    """Print an error in a sentence, with its traceback for those who want it or where it is no user's mistake."""
+    expected = (MelensError, HydraException, OmegaConfBaseException, OSError)
+    if verbose or not isinstance(error, expected):
+        traceback.print_exception(error)
+    message = str(error) if isinstance(error, expected) else f"{type(error).__name__}: {error}"
+    message = _ADVICE.sub("", message)
+    if isinstance(error, OSError) and error.filename is not None:
+        message = f"{error.filename}: {error.strerror}."
+    print(f"Error: {message}", file=sys.stderr)
+    return message
+
+
+_ADVICE = re.compile(r"\n?To append to your .* use \+.*")
+"""Hydra's, for options of its own that do not exist: with a plus they would do nothing."""
+
+
+def exit_code(error: BaseException) -> int:
+    """Return 2 for a wrong option, 1 for anything else."""
+    wrong = isinstance(error, OptionError | HydraException | OmegaConfBaseException)
+    return WRONG_OPTION if wrong else FAILED
+
+
+def quiet_other_processes() -> None:
+    """Of several processes that accelerate starts, only the first has a folder and talks."""
+    if int(os.environ.get("RANK", "0")) > 0:
+        warn_untried(lambda sentence: None)
+        nowhere = tempfile.mkdtemp(prefix="melens-")
+        sys.argv += [f"hydra.run.dir={nowhere}", "hydra.output_subdir=null", "hydra/job_logging=none"]
+
+
+def run_command() -> int:
+    """Run what was typed, and return the exit code."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(help_text())
+        return 0
+    quiet_other_processes()
+    warn_untried(lambda sentence: print(f"Warning: {sentence}", file=sys.stderr))
+    try:
+        sys.argv[1:] = prepare_command(sys.argv[1:])
+        check_command(sys.argv[1:])
+        main()
+    except KeyboardInterrupt:
+        print("Interrupted: no result was written.", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:  # before any job: a wrong option, or no place for the output
+        tell(error, verbose="hydra.verbose=true" in sys.argv)
+        return exit_code(error)
+    return exit_code(_failures[0]) if _failures else 0

@@ -1,0 +1,74 @@
+"""The jobs of a sweep as they ended, each under the name of what tells it from the others."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from melens.results import read_results
+
+__all__ = ["Job", "jobs_of", "read_jobs"]
+
+_TOLD_ELSEWHERE = ("model", "model.name", "exp")
+"""Swept options that have a column of their own in every merged table: the model's name, the experiment's."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job of a sweep.
+
+    Attributes:
+        folder: where it wrote.
+        result: its `result.json`.
+        swept: the options that the user gave, in which the jobs differ, beside model and experiment.
+        name: its model, if the jobs have several, and those options; the job's number where that is nothing.
+    """
+
+    folder: Path
+    result: dict[str, Any]
+    swept: dict[str, Any]
+    name: str
+
+    @property
+    def model(self) -> str:
+        name: str = self.result["config"]["model"]["name"]
+        return name
+
+    @property
+    def is_ok(self) -> bool:
+        return bool(self.result["status"] == "ok")
+
+    def named_by(self, keys: Sequence[str]) -> str:
+        """Name the model with some of the swept options."""
+        return in_words(self.model, {key: value for key, value in self.swept.items() if key in keys})
+
+
+def read_jobs(folder: Path) -> list[Job]:
+    """Read every job of a sweep's folder, the failed ones among them, in order."""
+    return jobs_of(read_results(folder))
+
+
+def jobs_of(results: Mapping[Path, dict[str, Any]]) -> list[Job]:
+    """Tell results by folder from each other by what the user swept."""
+    given = [result["config"].get("given", {}) for result in results.values()]
+    keys = dict.fromkeys(key for options in given for key in options if key not in _TOLD_ELSEWHERE)
+    differing = [key for key in keys if len({repr(options.get(key)) for options in given}) > 1]
+    models = Counter(result["config"]["model"]["name"] for result in results.values())
+    jobs = []
+    for (folder, result), options in zip(results.items(), given, strict=True):
+        swept = {key: options.get(key) for key in differing}
+        model = result["config"]["model"]["name"] if len(models) > 1 else ""
+        jobs.append(Job(folder, result, swept, in_words(model, swept) or f"job {folder.name}"))
+    doubles = Counter(job.name for job in jobs)  # the same command twice, or two experiments
+    return [
+        job if doubles[job.name] == 1 else Job(job.folder, job.result, job.swept, f"{job.name} (job {job.folder.name})")
+        for job in jobs
+    ]
+
+
+def in_words(model: str, swept: Mapping[str, Any]) -> str:
+    """Name a model with options: "qwen3-4b, model.dtype=float32"."""
+    return ", ".join(filter(None, [model, *(f"{key}={value}" for key, value in swept.items())]))

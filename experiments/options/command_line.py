@@ -1,0 +1,133 @@
+"""What was typed, made ready for Hydra, and checked before Hydra makes a folder for it.
+
+Hydra's grammar reads numbers, lists and sweeps out of values, and asks for a `+` before what it does not know. Here a
+text is a text as it was typed, an option is known or refused by `schema`, and `+` is never needed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.errors import HydraException
+
+from experiments.options.masks_asked import masks_asked
+from experiments.options.reading import CONF, OptionError, choose_from, compose_options, is_group
+from experiments.options.schema import AS_TYPED, options_of
+
+__all__ = ["check_command", "prepare_command"]
+
+_MULTIRUN = ("-m", "--multirun", "hydra.mode=MULTIRUN")
+_KEY_AND_VALUE = re.compile(r"(?P<prefix>\+{0,2})(?P<key>[^=\s]+)=(?P<value>.*)", re.DOTALL)
+_FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")
+
+
+def prepare_command(arguments: Sequence[str]) -> list[str]:
+    """Write the arguments of the command line as Hydra reads them.
+
+    Raises:
+        OptionError: an argument that is no `key=value`, or chooses a file of `conf/` that is not there.
+    """
+    sweeps = any(argument in _MULTIRUN for argument in arguments)
+    return [
+        argument if argument.startswith("-") or before in _WITH_VALUE else _prepare(argument, sweeps=sweeps)
+        for before, argument in zip(["", *arguments], arguments, strict=False)
+    ]
+
+
+_WITH_VALUE = ("--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "-c", "--cfg")
+"""Flags of Hydra's that are followed by a value of theirs."""
+
+
+def _prepare(argument: str, *, sweeps: bool) -> str:
+    if argument.startswith("~"):
+        raise OptionError(f"{argument}: options cannot be taken out; most have a value for that, as null, off or none.")
+    found = _KEY_AND_VALUE.fullmatch(argument)
+    if found is None:
+        raise OptionError(f"{argument!r} is no option; options are written as name=value, as exp=sinks.")
+    key, value = found["key"], found["value"]
+    if key in _texts() or key in _FOLDERS:
+        value = _as_text(value, sweeps=sweeps)
+    try:
+        override = OverridesParser.create().parse_override(f"{key}={value}")
+    except HydraException as error:
+        why = str(error).splitlines()[0]
+        raise OptionError(f"The value of {argument} cannot be read ({why}); quotes help, as {key}=\"'...'\".") from None
+    if key.startswith(("hydra.", "hydra/")) or "/" in key or "@" in key:
+        return argument if key not in _FOLDERS else f"{key}={value}"
+    if is_group(override):
+        _check_choice(override)
+        return f"{key}={value}"
+    return f"++{key}={value}"
+
+
+def _texts() -> set[str]:
+    return {key for key, field in options_of() if AS_TYPED in field.metadata}
+
+
+def _as_text(value: str, *, sweeps: bool) -> str:
+    """Quote a text, or each one of a sweep, unless it is quoted, null, or a list or a function of Hydra's."""
+    if value == "null" or _is_list_or_function(value):
+        return value
+    several = sweeps and "," in value and not Path(value).expanduser().exists()
+    return ",".join(map(_quoted, value.split(",") if several else [value]))
+
+
+def _is_list_or_function(value: str) -> bool:
+    if not re.match(r"""\[|['"]|(choice|glob|range|sort|shuffle)\(""", value):
+        return False
+    try:
+        OverridesParser.create().parse_override(f"key={value}")
+    except HydraException:
+        return False
+    return not Path(value).expanduser().exists()
+
+
+def _quoted(text: str) -> str:
+    already = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return text if already else QuotedString(text, Quote.single).with_quotes()
+
+
+def _check_choice(override: Override) -> None:
+    """Refuse a choice that `conf/` has no file for; Hydra would show its search path."""
+    group = override.key_or_group
+    names = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    values = list(override.sweep_iterator()) if override.is_choice_sweep() else [override.value()]
+    for name in values:
+        if isinstance(name, str) and name not in names:
+            raise OptionError(f"There is no {group}={name}{choose_from(names, name)}")
+
+
+def check_command(arguments: Sequence[str]) -> None:
+    """Compose and check what a prepared command asks for, of a sweep each value once.
+
+    Raises:
+        OptionError: a sentence for each wrong option.
+    """
+    own = [argument for argument in arguments if argument not in _MULTIRUN]
+    if any(argument.startswith(("-", "hydra/sweeper=", "hydra.searchpath=")) for argument in own):
+        return  # Hydra composes something else than conf/, or nothing: the job checks its own options
+    parser = OverridesParser.create()
+    overrides = [parser.parse_override(one) for one in own if not one.startswith(("hydra.", "hydra/"))]
+    for variant in _variants(overrides):
+        masks_asked(compose_options(*variant))
+
+
+def _variants(overrides: Sequence[Override]) -> Iterator[list[str]]:
+    """Yield overrides without sweeps: the first values together, then each other value beside the first ones."""
+    values = [_values(override) for override in overrides]
+    first = [several[0] for several in values]
+    yield first
+    for place, several in enumerate(values):
+        for value in several[1:]:
+            yield [*first[:place], value, *first[place + 1 :]]
+
+
+def _values(override: Override) -> list[str]:
+    if not override.is_discrete_sweep():
+        return [str(override.input_line)]
+    key = override.get_key_element()
+    return [f"{key}={value}" for value in override.sweep_string_iterator()]

@@ -1,0 +1,126 @@
+"""`--help`: every option of `conf/` with its default and the comment that stands beside it there."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from experiments.options.reading import CONF
+
+__all__ = ["Line", "help_text", "lines_of"]
+
+_INTRODUCTION = """\
+melens measures massive activations, attention sinks and WeMask on any language model.
+
+  python experiments/run.py model=qwen3-4b exp=sinks exp.map_tokens=60     one run
+  python experiments/run.py -m exp=wemask wemask.rate=0.01,0.1             a run for each value, merged
+  python experiments/run.py ... hydra.run.dir=folder                       where to write (--hydra-help: more of Hydra)
+"""
+_GROUPS = {
+    "exp": "What is measured: exp=",
+    "model": "The model: model=",
+    "prompts": "The prompts: prompts=",
+    "wemask": "The mask: wemask=",
+    "scale": "How much of it, for trainings and tables: scale=",
+}
+_WIDEST = 34
+
+
+@dataclass(frozen=True)
+class Line:
+    """An option, or a node of options, as a file of `conf/` has it.
+
+    Attributes:
+        key: dotted, within the file.
+        default: as it stands in the file; None of a node.
+        comment: beside it.
+    """
+
+    key: str
+    default: str | None
+    comment: str
+
+
+def help_text() -> str:
+    """Return all config groups with their choices and options, then the options of `conf/config.yaml`."""
+    parts = [_INTRODUCTION]
+    for group, title in _GROUPS.items():
+        parts.append(title)
+        for path in sorted((CONF / group).glob("*.yaml")):
+            header, lines = lines_of(path)
+            parts.append(_entry(f"  {path.stem}", header))
+            if group == "exp":
+                parts += [_option(f"exp.{line.key}", line, indent=4) for line in lines if _is_own(line)]
+        if group in ("prompts", "wemask"):
+            shown = "default" if group == "prompts" else "paper"
+            parts += [_option(f"{group}.{line.key}", line) for line in lines_of(CONF / group / f"{shown}.yaml")[1]]
+        parts.append("")
+    _, lines = lines_of(CONF / "config.yaml")
+    for line in lines:
+        if line.key.split(".")[0] in ("defaults", "hydra"):
+            continue
+        if line.default is None and "." not in line.key:
+            parts.append("")
+        parts.append(_option(line.key, line))
+    return "\n".join(parts)
+
+
+def _is_own(line: Line) -> bool:
+    return line.key not in ("name", "defaults")
+
+
+def _option(key: str, line: Line, indent: int = 2) -> str:
+    given = f"{key}={line.default}" if line.default is not None else f"{key}.<name>="
+    return _entry(" " * indent + given, line.comment)
+
+
+def _entry(name: str, text: str) -> str:
+    """Set a text in a column beside its name, or below where the name is long."""
+    width = max(shutil.get_terminal_size().columns, 80) - 1
+    lines = textwrap.wrap(text, width - _WIDEST) or [""]
+    first = f"{name:<{_WIDEST - 1}} {lines[0]}" if len(name) < _WIDEST else f"{name}\n{'':{_WIDEST}}{lines[0]}"
+    return "\n".join([first.rstrip(), *(f"{'':{_WIDEST}}{line}" for line in lines[1:])])
+
+
+def lines_of(path: Path) -> tuple[str, list[Line]]:
+    """Read a file of `conf/`: the comment at its head, and its options with theirs."""
+    text = path.read_text("utf-8")
+    rows = text.splitlines()
+    head = []
+    for row in rows:
+        if not row.startswith("#"):
+            break
+        if not row.startswith("# @"):
+            head.append(row.lstrip("# "))
+    node = yaml.compose(text)
+    return " ".join(head), list(_lines(node, text, rows, ""))
+
+
+def _lines(node: yaml.Node | None, text: str, rows: list[str], prefix: str) -> Iterator[Line]:
+    assert isinstance(node, yaml.MappingNode)
+    for key, value in node.value:
+        name = f"{prefix}{key.value}"
+        if isinstance(value, yaml.MappingNode) and not value.flow_style:
+            yield Line(name, None, _comment(rows, key.end_mark))
+            yield from _lines(value, text, rows, f"{name}.")
+        elif isinstance(value, yaml.SequenceNode) and not value.flow_style:
+            yield Line(name, "", _comment(rows, key.end_mark))
+        else:
+            default = text[value.start_mark.index : value.end_mark.index]
+            yield Line(name, default, _comment(rows, value.end_mark))
+
+
+def _comment(rows: list[str], mark: yaml.Mark) -> str:
+    """Return the comment behind a mark, with the lines below it that are nothing else."""
+    _, found, comment = rows[mark.line][mark.column :].partition("#")
+    below = []
+    for row in rows[mark.line + 1 :]:
+        if not row.lstrip().startswith("#"):
+            break
+        below.append(row.lstrip(" #"))
+    return " ".join([comment.strip(), *below]) if found else ""

@@ -1,0 +1,63 @@
+"""The presets of `conf/wemask/` by name, with what the user says otherwise: for benchmarks, trainings and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from experiments.options.reading import CONF, OptionError
+from experiments.options.schema import MaskOptions, Options
+
+__all__ = ["Preset", "presets_of"]
+
+_MASKS = CONF / "wemask"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A preset of `conf/wemask/`, with the user's own options of the node `wemask` over it."""
+
+    name: str
+    options: MaskOptions
+    has_own_layers: bool
+
+
+def presets_of(
+    names: Sequence[str], options: Options, *, key: str, rates: Sequence[float] | None = None
+) -> list[Preset]:
+    """Read presets by name.
+
+    Args:
+        names: files of `conf/wemask/`.
+        options: of the run; what it was given of the node `wemask` holds for all presets.
+        key: the option that names the presets.
+        rates: of a table, where neither preset nor user says another.
+
+    Raises:
+        OptionError: no such preset, or a choice of dims beside that of the presets.
+    """
+    chosen = options.given.get("wemask", "paper")
+    if chosen != "paper" or "wemask.select" in options.given:
+        told = "wemask.select" if chosen == "paper" else f"wemask={chosen}"
+        raise OptionError(f"The masks are those of {key}, as off, paper or random; {told} is not for it.")
+    given = {name: value for name, value in options.wemask if f"wemask.{name}" in options.given}
+    known = sorted(path.stem for path in _MASKS.glob("*.yaml"))
+    presets = []
+    for name in names:
+        if name not in known:
+            raise OptionError(f"{key} names {name!r}; allowed are {', '.join(known)}.")
+        own = _read(name)
+        values = _read("paper") | ({} if rates is None else {"rate": list(rates)}) | own | given
+        if own.get("rate") == 0:
+            values["rate"] = 0  # no mask has no other rate
+        presets.append(Preset(name, MaskOptions.model_validate(values), "layers" in own or "layers" in given))
+    return presets
+
+
+def _read(name: str) -> dict[str, Any]:
+    values: dict[str, Any] = yaml.safe_load((_MASKS / f"{name}.yaml").read_text("utf-8"))
+    values.pop("defaults", None)
+    return values

@@ -1,0 +1,34 @@
+"""Which masks a run is asked for in the end, presets and the user's options put together."""
+
+from __future__ import annotations
+
+from experiments.options.benchmark import asked_for
+from experiments.options.schema import MaskOptions, Options
+from experiments.options.table import asked_table
+from experiments.options.training import planned_training
+from melens.allowed import in_words
+
+__all__ = ["mask_in_words", "masks_asked"]
+
+
+def masks_asked(options: Options) -> dict[str, MaskOptions]:
+    """Return the masks that a run will use by the name of their preset; of none, that alone is told."""
+    masks: dict[str, MaskOptions] = {}
+    for name in options.experiments:
+        if name in ("wemask", "generate"):
+            masks[str(options.given.get("wemask", "paper"))] = options.wemask
+        elif name == "benchmark":
+            masks |= {preset.name: preset.options for preset in asked_for(options).masks}
+        elif name in ("sft", "dpo", "grpo"):
+            preset = planned_training(options, name).mask
+            masks |= {} if preset is None else {preset.name: preset.options}
+        elif name == "tables":
+            masks["paper"] = options.wemask.model_copy(update={"rate": list(asked_table(options).rates)})
+    return masks
+
+
+def mask_in_words(mask: MaskOptions) -> str:
+    """Write a mask's options in a line, as one types them."""
+    if mask.rate == 0:
+        return "no mask"
+    return " ".join(f"{name}={in_words(value).replace(chr(39), '')}" for name, value in mask)

@@ -1,0 +1,131 @@
+"""Make `Options` of what Hydra composed, and a sentence of every option that is wrong."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+from pydantic import ValidationError
+
+from experiments.options.schema import Options, options_of
+from melens.allowed import in_words, why_not
+from melens.errors import MelensError
+
+__all__ = ["CONF", "OptionError", "choose_from", "compose_options", "given_options", "is_group", "read_options"]
+
+CONF = Path(__file__).parents[2] / "conf"
+_CHOSEN_BY = {"model": "source", "exp": "name"}
+"""The key of a node by which one of several types is chosen for it; pydantic puts its value into an error's place."""
+_SETTLED = ("exp.name", "model.source")
+"""Options by which a choice tells what it is: nobody gives them."""
+
+
+class OptionError(MelensError):
+    """An option that does not exist, or that cannot have the value that it was given."""
+
+
+def compose_options(*overrides: str) -> Options:
+    """Compose `conf/` with overrides as they are typed, and check the result."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return read_options(compose("config", list(overrides)), overrides)
+
+
+def read_options(cfg: DictConfig, overrides: Sequence[str] = ()) -> Options:
+    """Check a configuration.
+
+    Args:
+        cfg: what Hydra composed.
+        overrides: what the user typed, each `key=value`: these win over the presets of tables and masks.
+
+    Raises:
+        OptionError: a sentence for each option that is not known, or has a value that is not allowed.
+    """
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    plain.pop("hydra", None)
+    try:
+        return Options.model_validate(plain | {"given": given_options(plain, overrides)})
+    except ValidationError as error:
+        known = [key for key, _ in options_of(plain) if key not in _SETTLED]
+        raise OptionError("\n".join(_sentences(error, known))) from None
+
+
+def given_options(plain: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return what the user said with its value: options as they are now, config groups with what was chosen."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    chosen = {one.key_or_group: one.value() for one in parsed if is_group(one)}
+    keys = [one.key_or_group for one in parsed if not is_group(one)]
+    if chosen.get("scale"):
+        keys += _leaves(yaml.safe_load((CONF / "scale" / f"{chosen['scale']}.yaml").read_text("utf-8")))
+    return chosen | {key: _at(plain, key) for key in keys if not key.startswith(("hydra.", "defaults"))}
+
+
+def is_group(override: Override) -> bool:
+    """Tell whether an override chooses a file of a folder of `conf/`, as `model=qwen3-4b`."""
+    return (CONF / override.key_or_group.split("@")[0]).is_dir()
+
+
+def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _at(plain: Any, key: str) -> Any:
+    for name in key.split("."):
+        plain = plain.get(name) if isinstance(plain, Mapping) else None
+    return plain
+
+
+# --- Sentences --------------------------------------------------------------------------------------------------------
+
+
+def _sentences(error: ValidationError, known: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(_sentence(one, known) for one in error.errors()))
+
+
+def _sentence(error: Mapping[str, Any], known: Sequence[str]) -> str:
+    places = list(error["loc"])
+    if len(places) > 1 and places[0] in _CHOSEN_BY:
+        del places[1]
+    key = ".".join(map(str, places))
+    if error["type"] == "extra_forbidden":
+        return f"There is no option {key}{_nearest(key, known)}"
+    if error["type"] == "value_error":  # a rule of several options, which tells itself
+        return str(error["ctx"]["error"])
+    if error["type"] == "missing":
+        return f"{key} is not given, and this needs it."
+    if error["type"] in ("model_type", "model_attributes_type"):
+        return f"{key} is {in_words(error['input'])}; it is a group of options, as {key}.<name>=..."
+    if error["type"] == "union_tag_invalid":
+        key = f"{key}.{_CHOSEN_BY[key]}"
+        return f"{key} cannot be changed: choose with {key.split('.')[0]}=."
+    return f"{key} is {in_words(error['input'])}; {why_not(error)}."
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
+    """Name the known options that a wrong one may have been meant for, or those that stand where it stands."""
+    same_name = [other for other in known if other.rpartition(".")[2] == key.rpartition(".")[2]]
+    if same_name:
+        return f"; did you mean {' or '.join(same_name[:3])}?"
+    node = key.rpartition(".")[0]
+    beside = [other for other in known if other.rpartition(".")[0] == node]
+    nodes = dict.fromkeys(other.partition(".")[0] for other in known)
+    return choose_from([*known, *nodes], key, beside if node else list(nodes))
+
+
+def choose_from(known: Sequence[str], wrong: str, allowed: Sequence[str] | None = None) -> str:
+    """End a sentence about a wrong name with the known ones that are near, or else with those that are allowed."""
+    close = difflib.get_close_matches(wrong, known, n=2, cutoff=0.7)
+    if close:
+        return f"; did you mean {' or '.join(close)}?"
+    allowed = known if allowed is None else allowed
+    return f"; allowed are {', '.join(allowed)}." if allowed else "; --help shows all."

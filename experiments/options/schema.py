@@ -1,0 +1,489 @@
+"""Every option of the command line with its type: what `conf/` composes is checked against this before anything slow.
+
+What an option means, and its default, stand in `conf/`, whose comments `--help` prints. An option that is not here is
+refused, wherever it was given; a new one needs a field here, and a line with a comment there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
+
+from melens.allowed import Count, Flag, Name, Number, Positive, Rate, Said, Select, Share, Site, Start, Whole
+from melens.errors import MelensError
+
+__all__ = [
+    "AS_TYPED",
+    "AllOptions",
+    "BenchmarkOptions",
+    "ExperimentOptions",
+    "GenerateOptions",
+    "MaskOptions",
+    "ModelOptions",
+    "Node",
+    "Options",
+    "TrainingOptions",
+    "options_of",
+]
+
+
+class Node(BaseModel):
+    """A group of options."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class _AsTyped:
+    """Marks an option that is a text: no number, list or sweep is read out of it."""
+
+
+AS_TYPED = _AsTyped()
+
+
+def _listed(value: Any) -> Any:
+    """Let one thing stand for a list of one."""
+    return value if value is None or isinstance(value, list) else [value]
+
+
+def _off(value: Any) -> Any:
+    """Undo what YAML makes of off."""
+    return "off" if value is False else value
+
+
+def _word(value: Any) -> Any:
+    """Undo what YAML makes of true and false."""
+    return str(value).lower() if isinstance(value, bool) else value
+
+
+AtLeast2 = Annotated[int, Field(strict=True, ge=2), Said("a whole number of at least 2")]
+AtLeast3 = Annotated[int, Field(strict=True, ge=3), Said("a whole number of at least 3")]
+OptionalCount = Annotated[Count | None, Said("a whole number of at least 1, or null")]
+OptionalPositive = Annotated[Positive | None, Said("a number over 0, or null")]
+OptionalNumber = Annotated[Number | None, Said("a number of at least 0, or null")]
+OptionalShare = Annotated[Share | None, Said("a number over 0 and at most 1, or null")]
+Text = Annotated[Name, AS_TYPED, Said("a text")]
+OptionalText = Annotated[Name | None, AS_TYPED, Said("a text, or null")]
+Names = Annotated[
+    Annotated[list[Name], Field(min_length=1)] | None,
+    BeforeValidator(_listed),
+    Said("a list of names, as [a,b], or null"),
+]
+_Seeds = Annotated[list[Whole], Field(min_length=1)]
+Seeds = Annotated[_Seeds, BeforeValidator(_listed), Said("a list of whole numbers, as [0,1]")]
+AutoFlag = Annotated[Literal["auto"] | Flag, Said("auto, true or false")]
+
+
+# --- What is looked at ------------------------------------------------------------------------------------------------
+
+
+class ModelOptions(Node):
+    """A model of the hub, of a folder, or the embedded one: fields of `melens.models.ModelSpec`."""
+
+    name: Text
+    source: Literal["hub", "embedded"]
+    hub_id: OptionalText
+    family: OptionalText
+    paper_me_layer: Annotated[Whole | None, Said("a block, or null")]
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$"), Said("auto, cpu, mps, cuda or cuda:1")]
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Said("auto, float32, bfloat16 or float16")]
+    device_map: Annotated[str | dict[str, Any] | None, Said("auto, balanced, a device map or null")]
+    max_memory: Annotated[dict[int | str, Any] | None, Said("like {0: 40GB, cpu: 90GB}, or null")]
+    offload_folder: OptionalText
+    revision: OptionalText
+    trust_remote_code: Flag
+
+    @model_validator(mode="after")
+    def _is_named(self) -> ModelOptions:
+        if self.name == "???":
+            raise MelensError("model=hub needs model.name: a hub id (org/model) or a local transformers folder.")
+        return self
+
+
+class RandomModelOptions(ModelOptions):
+    """A model with random weights, of any architecture and size."""
+
+    source: Literal["random"]  # type: ignore[assignment]
+    model_type: Name
+    tokenizer: Annotated[Literal["bytes"] | None, Said("bytes, or null for none")]
+    seed: Whole
+    config: Annotated[dict[str, Any], Said("fields of transformers' configuration by name")]
+
+
+class PromptOptions(Node):
+    file: OptionalText
+    tasks: Names
+    max_tokens: Annotated[AtLeast2 | None, Said("a whole number of at least 2, or null")]
+    bos: Annotated[Literal["auto", "true", "false"], BeforeValidator(_word), Said("auto, true or false")]
+
+    @model_validator(mode="after")
+    def _is_there(self) -> PromptOptions:
+        if self.file is not None and not Path(self.file).expanduser().exists():
+            raise MelensError(f"There is no prompt file {self.file}.")
+        return self
+
+
+class CriterionOptions(Node):
+    """Fields of `melens.Criterion`."""
+
+    min_abs: Number
+    min_ratio: Number
+    min_prompts: Rate
+    trailing_blocks: Whole
+    one_block: Number
+    few_blocks: Whole
+
+
+class DataOptions(Node):
+    text: OptionalText
+    split: Text
+    column: Text
+    n_texts: Count
+    n_tokens: AtLeast3
+
+
+# --- Masks ------------------------------------------------------------------------------------------------------------
+
+_AnySelect = Select | Literal["saved"]
+_AnyStart = Start | Literal["all_blocks"]
+_Rule = Literal["all", "first"]
+_SomeBlocks = Annotated[list[Whole], Field(min_length=1)]
+
+
+class MaskOptions(Node):
+    """Arguments of `melens.WeMask`, or lists of them: every combination is a mask of `exp=wemask`."""
+
+    rate: Annotated[
+        Rate | Annotated[list[Rate], Field(min_length=1)], Said("a number from 0 (no mask) to 1, or a list of them")
+    ]
+    select: Annotated[
+        _AnySelect | Annotated[list[_AnySelect], Field(min_length=1)],
+        Said("weight, weight_low, random, magnitude, massive, batch_magnitude or saved, or a list of them"),
+    ]
+    site: Annotated[
+        Site | Annotated[list[Site], Field(min_length=1)], Said("attn_in, ln1_in or resid_pre, or a list of them")
+    ]
+    start: Annotated[
+        _AnyStart | Annotated[list[_AnyStart], Field(min_length=1)],
+        Said("a block, me, me+1, me-2 and the like, or all_blocks, or a list of them"),
+    ]
+    layers: Annotated[
+        _Rule | _SomeBlocks | Annotated[list[_Rule | _SomeBlocks], Field(min_length=1)],
+        Said("all, first or a list of blocks, as [12,13], or a list of those"),
+    ]
+    positions: Annotated[
+        Literal["first", "massive", "all", "every_call"] | _SomeBlocks,
+        Said("first, massive, all, every_call or a list of positions, as [0,5]"),
+    ]
+    strength: Share
+    seed: Annotated[
+        Whole | Annotated[list[Whole], Field(min_length=1)], Said("a whole number of at least 0, or a list of them")
+    ]
+
+
+# --- What is asked of a model -----------------------------------------------------------------------------------------
+
+
+class GenerateOptions(Node):
+    prompt: Annotated[
+        Annotated[list[Name], Field(min_length=1)] | Name | None,
+        AS_TYPED,
+        Said("a text that is not empty, a list of them, or null"),
+    ]
+    max_new_tokens: Count
+    chat: Flag
+    sample: Flag
+    temperature: Positive
+    top_p: Share
+    seeds: Seeds
+
+
+class NeedleOptions(Node):
+    lengths: Annotated[
+        list[Annotated[int, Field(strict=True, ge=64)]],
+        Field(min_length=1),
+        Said("a list of whole numbers of at least 64 tokens"),
+    ]
+    depths: Annotated[list[Rate], Field(min_length=1), Said("a list of numbers from 0 to 1")]
+
+
+class BenchmarkOptions(Node):
+    tasks: Names
+    masks: Annotated[
+        Annotated[list[Annotated[Name, BeforeValidator(_off)]], Field(min_length=1)] | None,
+        BeforeValidator(_listed),
+        Said("a list of presets, as [off,paper], or null"),
+    ]
+    table: Annotated[Literal[1, 2, 5, 6, 7] | None, Said("1, 2, 5, 6, 7 or null")]
+    mode: Annotated[Literal["loglikelihood", "generate"] | None, Said("loglikelihood, generate or null")]
+    layers: Annotated[Literal["auto", "all", "first"] | _SomeBlocks, Said("auto, all, first or a list of blocks")]
+    limit: OptionalCount
+    seeds: Seeds
+    data_dir: OptionalText
+    chat: AutoFlag
+    temperature: OptionalPositive
+    top_p: OptionalShare
+    max_new_tokens: Annotated[Literal["auto"] | Count, Said("a whole number of at least 1, or auto")]
+    batch_size: Count
+    judge: OptionalText
+    needle: NeedleOptions
+
+    @model_validator(mode="after")
+    def _is_there(self) -> BenchmarkOptions:
+        if self.data_dir is not None and not Path(self.data_dir).expanduser().is_dir():
+            raise MelensError(f"benchmark.data_dir is {self.data_dir!r}; there is no such folder.")
+        return self
+
+
+class LoraOptions(Node):
+    """Fields of `melens.training.recipe.Lora`."""
+
+    rank: Count
+    alpha: Positive
+    dropout: Annotated[Number, Field(lt=1), Said("a number from 0 to under 1")]
+
+
+class TrainingOptions(Node):
+    """What is learnt, and fields of `melens.training.recipe.Recipe`: null for what the paper says of them."""
+
+    dataset: OptionalText
+    data_dir: OptionalText
+    columns: Annotated[dict[str, Name], Said("like {prompt: question, completion: solution}")]
+    split: Text
+    limit: OptionalCount
+    chat: AutoFlag
+    mask: Annotated[Name, BeforeValidator(_off), Said("a preset of conf/wemask, or off")]
+    gate: Annotated[Literal["none", "headwise", "elementwise"], Said("none, headwise or elementwise")]
+    peft: Annotated[Literal["none", "lora"], Said("none or lora")]
+    lora: LoraOptions
+    batch_size: OptionalCount
+    micro_batch_size: Count
+    lr: OptionalPositive
+    epochs: OptionalPositive
+    steps: OptionalCount
+    warmup: Annotated[Number, Field(lt=1), Said("a share of the steps, from 0 to under 1")]
+    weight_decay: Number
+    max_length: OptionalCount
+    max_new_tokens: OptionalCount
+    rollouts: Annotated[AtLeast2 | None, Said("a whole number of at least 2, or null")]
+    temperature: Positive
+    beta: OptionalNumber
+    format_weight: Number
+    precision: Annotated[Literal["auto", "float32", "mixed", "bfloat16"], Said("auto, float32, mixed or bfloat16")]
+    gradient_checkpointing: Flag
+    trace_every: Whole
+    trace_prompts: Count
+    log_every: Count
+    save_every: Whole
+    resume: OptionalText
+    report_to: Annotated[
+        Literal["none", "tensorboard", "wandb", "trackio"], Said("none, tensorboard, wandb or trackio")
+    ]
+    seed: Seeds
+    trainer: Annotated[dict[str, Any], Said("fields of TRL's configuration by name")]
+
+    @model_validator(mode="after")
+    def _is_there(self) -> TrainingOptions:
+        if self.resume is not None and not Path(self.resume).expanduser().is_dir():
+            raise MelensError(f"training.resume is {self.resume!r}; there is no such folder.")
+        return self
+
+
+# --- Experiments ------------------------------------------------------------------------------------------------------
+
+
+class Experiment(Node):
+    @property
+    def is_kept(self) -> bool:
+        """Whether what takes long is kept in the user's cache."""
+        return bool(getattr(self, "keep", False))
+
+    @property
+    def has_report(self) -> bool:
+        """Whether `report.html` is wanted."""
+        return bool(getattr(self, "report", False))
+
+
+class PlainOptions(Experiment):
+    """Of an experiment that has no option of its own."""
+
+    name: Literal["ffn", "direction", "predict", "verify", "sft", "dpo", "grpo"]
+
+
+class EmergenceOptions(Experiment):
+    name: Literal["emergence"]
+    log_scale: Flag
+    top_dims: Count
+
+
+class RmsnormOptions(Experiment):
+    name: Literal["rmsnorm"]
+    top_share: Annotated[Share, Said("a share of the width, over 0 and at most 1")]
+    other_shares: Annotated[list[Share], Said("a list of shares of the width, each over 0 and at most 1")]
+
+
+class SinksOptions(Experiment):
+    name: Literal["sinks"]
+    map_tokens: AtLeast2
+    rank_tokens: AtLeast2
+    rank_prompts: Count
+
+
+class AblationOptions(Experiment):
+    name: Literal["ablation"]
+    max_position: Count
+
+
+def _rising(bins: list[int]) -> list[int]:
+    if bins != sorted(set(bins)):
+        raise ValueError
+    return bins
+
+
+class StabilityOptions(Experiment):
+    name: Literal["stability"]
+    length_bins: Annotated[list[Count], AfterValidator(_rising), Said("a list of rising whole numbers of tokens")]
+    n_prompts: Count
+    max_tokens: AtLeast2
+    n_first_tokens: Count
+
+
+class WemaskOptions(Experiment):
+    name: Literal["wemask"]
+    texts_per_batch: Count
+    map_tokens: AtLeast2
+    patterns: Annotated[Literal["drawn", "all", "none"], Said("drawn, all or none")]
+    keep: Flag
+
+
+class KeptOptions(Experiment):
+    name: Literal["generate"]
+    keep: Flag
+
+
+class ReportedOptions(Experiment):
+    name: Literal["benchmark", "tables"]
+    keep: Flag
+    report: Flag
+
+
+_Part = Literal[
+    "emergence", "rmsnorm", "ffn", "direction", "sinks", "ablation", "stability", "predict", "wemask", "benchmark"
+]
+
+
+class AllOptions(Experiment):
+    """Of several experiments in one run, each with a node of its own."""
+
+    name: Literal["all"]
+    experiments: Annotated[
+        Annotated[list[_Part], Field(min_length=1)],
+        BeforeValidator(_listed),
+        Said(
+            "a list of at least one of emergence, rmsnorm, ffn, direction, sinks, ablation, stability, predict, wemask "
+            "and benchmark"
+        ),
+    ]
+    emergence: EmergenceOptions
+    rmsnorm: RmsnormOptions
+    ffn: PlainOptions
+    direction: PlainOptions
+    sinks: SinksOptions
+    ablation: AblationOptions
+    stability: StabilityOptions
+    predict: PlainOptions
+    wemask: WemaskOptions
+    benchmark: ReportedOptions
+
+
+ExperimentOptions = (
+    PlainOptions
+    | EmergenceOptions
+    | RmsnormOptions
+    | SinksOptions
+    | AblationOptions
+    | StabilityOptions
+    | WemaskOptions
+    | KeptOptions
+    | ReportedOptions
+    | AllOptions
+)
+
+
+# --- All --------------------------------------------------------------------------------------------------------------
+
+
+class Options(Node):
+    """All options of one run.
+
+    Attributes:
+        given: what the user said, by option or config group (`wemask.rate`, `exp`), on the command line or by `scale=`;
+            it wins over the presets of tables and masks also where it is what they say.
+        The others are the nodes and keys of `conf/config.yaml`.
+    """
+
+    model: Annotated[ModelOptions | RandomModelOptions, Field(discriminator="source")]
+    exp: Annotated[ExperimentOptions, Field(discriminator="name")]
+    prompts: PromptOptions
+    wemask: MaskOptions
+    criterion: CriterionOptions
+    data: DataOptions
+    generate: GenerateOptions
+    benchmark: BenchmarkOptions
+    training: TrainingOptions
+    table: Annotated[Literal[1, 2, 3, 4, 6, 7] | None, Said("1, 2, 3, 4, 6 or 7 (5 is exp=benchmark's), or null")]
+    max_batch_tokens: Count
+    seed: Whole
+    png: Flag
+    given: Mapping[str, Any] = {}
+
+    @property
+    def experiments(self) -> dict[str, Any]:
+        """The options of each experiment that is asked for, in order."""
+        if isinstance(self.exp, AllOptions):
+            return {name: getattr(self.exp, name) for name in self.exp.experiments}
+        return {self.exp.name: self.exp}
+
+    def changed(self, **nodes: Mapping[str, Any]) -> Options:
+        """Return the options with others in some nodes, as if the user had given them."""
+        values = {node: getattr(self, node).model_copy(update=dict(own)) for node, own in nodes.items()}
+        given = {f"{node}.{key}": value for node, own in nodes.items() for key, value in own.items()}
+        return self.model_copy(update=values | {"given": {**self.given, **given}})
+
+    def plain(self) -> dict[str, Any]:
+        """Return the options as `conf/` has them, with what was given, ready for JSON."""
+        return self.model_dump(exclude_unset=True)
+
+
+def options_of(
+    plain: Mapping[str, Any] | None = None, schema: type[BaseModel] = Options, prefix: str = ""
+) -> Iterator[tuple[str, FieldInfo]]:
+    """Yield every option by its dotted name.
+
+    Args:
+        plain: a configuration, whose model and experiment choose among the options; None for those of all.
+        schema, prefix: of the node to begin at.
+    """
+    for name, field in schema.model_fields.items():
+        inside = None if plain is None else plain.get(name)
+        nodes = _nodes(field, inside if isinstance(inside, Mapping) else None)
+        for node in nodes:
+            yield from options_of(inside if isinstance(inside, Mapping) else None, node, f"{prefix}{name}.")
+        if not nodes and name != "given":
+            yield f"{prefix}{name}", field
+
+
+def _nodes(field: FieldInfo, plain: Mapping[str, Any] | None) -> list[type[BaseModel]]:
+    """Return the types that a node may have: of several, the one that a configuration chooses, if it does."""
+    kinds = [
+        kind
+        for kind in (field.annotation, *get_args(field.annotation))
+        if isinstance(kind, type) and issubclass(kind, BaseModel)
+    ]
+    by = field.discriminator
+    if plain is None or not isinstance(by, str):
+        return kinds
+    return [kind for kind in kinds if plain.get(by) in get_args(kind.model_fields[by].annotation)]
