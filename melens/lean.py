@@ -422,8 +422,9 @@ def hear_output(hear: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
     """Make PyTorch's forward hook of what hears, and may replace, the first of a module's outputs."""
 
     def fire(module: nn.Module, args: Any, output: Any) -> Any:
-        changed = hear(output[0] if isinstance(output, tuple) else output)
-        return (changed, *output[1:]) if changed is not None and isinstance(output, tuple) else changed
+        is_several = isinstance(output, tuple | list)
+        changed = hear(output[0] if is_several else output)
+        return type(output)((changed, *output[1:])) if changed is not None and is_several else changed
 
     return fire
 

@@ -34,6 +34,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import detect_tokenizer_bos_eos
 from transformer_lens.model_bridge.sources._hf_format import determine_architecture_from_hf_config
 from transformer_lens.model_bridge.sources.transformers.helpers import get_hf_model_class_for_architecture
+from transformer_lens.utilities.heterogeneous_config import het_safe_view, safe_config_get
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import cached_file
 
@@ -452,7 +453,7 @@ def _random_config(spec: ModelSpec) -> PreTrainedConfig:
         config = AutoConfig.for_model(spec.model_type or "llama", **_known_fields(spec))
     except (ValueError, TypeError, huggingface_hub.errors.StrictDataclassError) as error:
         raise MelensError(f"model=random: {' '.join(str(error).split())[:300]}") from error
-    n_heads, n_kv_heads = (getattr(config, f"num_{name}_heads", None) for name in ("attention", "key_value"))
+    n_heads, n_kv_heads = (safe_config_get(config, f"num_{name}_heads") for name in ("attention", "key_value"))
     if isinstance(n_heads, int) and isinstance(n_kv_heads, int) and n_heads % n_kv_heads:
         raise MelensError(f"model=random: {n_heads} attention heads cannot share {n_kv_heads} key-value heads evenly.")
     config.architectures = config.architectures or [_causal_lm_class(config)]
@@ -464,7 +465,7 @@ def _known_fields(spec: ModelSpec) -> dict[str, Any]:
     """Leave out the default sizes that an architecture's config does not know; what the user gave must be known."""
     blank = AutoConfig.for_model(spec.model_type or "llama")
     defaults = known_models()["random"]["config"]
-    unknown = [name for name in spec.config if not hasattr(blank, name)]
+    unknown = [name for name in spec.config if not hasattr(het_safe_view(blank), name)]
     wrong = [name for name in unknown if spec.config[name] != defaults.get(name)]
     if wrong:
         raise MelensError(f"model.config.{wrong[0]} is no field of the configuration of {blank.model_type!r}.")
