@@ -11,21 +11,26 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import BeforeValidator
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
+from melens.allowed import Said
+from melens.arguments import Bridge, TokenLists, check_layer, check_vocabulary
 from melens.batching import forget_longest
+from melens.checked import Layer, PositionList, checked, must_be
 from melens.devices import input_device
 from melens.errors import MelensError
 from melens.lean import lean_forward
 from melens.metrics import l2_norm
 from melens.networks import base_of
 from melens.normalization import has_normalization, read_normalization
+from melens.places import Places
 from melens.replay import Replay
 from melens.verification import verified
 
@@ -66,8 +71,9 @@ def ablation(model: TransformerBridge, layer: int, part: str) -> list[Hook]:
     """
     if part not in get_args(Part):
         raise MelensError(f"The part is {part!r}; allowed are {', '.join(get_args(Part))}.")
-    if not 0 <= layer < len(model.blocks) or not can_ablate(model, layer, part):
-        raise MelensError(f"This model has no block {layer} with the part {part!r}.")
+    check_layer(model, layer)
+    if not can_ablate(model, layer, part):
+        raise MelensError(f"Block {layer} of this model has no part {part!r} that TransformerLens tells apart.")
     if part in _WRITES:
         return [(f"blocks.{layer}.{_WRITES[part]}", _zero)]
     normalization = read_normalization(model, layer, "ln2")
@@ -86,11 +92,21 @@ def _zero(written: Tensor, hook: HookPoint) -> Tensor:
     return torch.zeros_like(written)
 
 
+def _a_pair(part: Any) -> Any:
+    if not isinstance(part, tuple | list) or len(part) != 2:
+        raise must_be("a pair (layer, part): melens.ablated(model, (3, 'ffn'), (4, 'attention'))")
+    return tuple(part)
+
+
+@checked
 @contextmanager
-def ablated(model: TransformerBridge, *parts: tuple[int, str]) -> Iterator[None]:
+def ablated(model: Bridge, *parts: Annotated[tuple[Layer, Part], BeforeValidator(_a_pair)]) -> Iterator[None]:
     """Switch parts of blocks off, each given as `(layer, part)`, for as long as the context lasts.
 
     `melens.trace`, `run_with_cache` and plain calls inside it see the ablated model.
+
+    Raises:
+        MelensError: as `ablation`, or what is no such pair.
     """
     with model.hooks(fwd_hooks=[hook for layer, part in parts for hook in ablation(model, layer, part)]):
         yield
@@ -113,6 +129,10 @@ class _Rows:
     replay: Replay
 
 
+PromptsByLayers = Annotated[Float[Tensor, "prompt layer"], Said("a float tensor [prompt, layer]")]
+HookList = Annotated[Sequence[Hook], Said("a list of (name of a hook point, function of an activation and the hook)")]
+
+
 class MassiveTokenRuns:
     """Runs of the prompts up to their massive token, intact and with hooks, each from the first block they change.
 
@@ -126,12 +146,13 @@ class MassiveTokenRuns:
     intact: Float[Tensor, "prompt layer"]
     ffn: Float[Tensor, "layer prompt d"]
 
+    @checked
     def __init__(
         self,
-        model: TransformerBridge,
-        tokens: Sequence[Sequence[int]],
-        positions: Sequence[int],
-        norms: Float[Tensor, "prompt layer"] | None = None,
+        model: Bridge,
+        tokens: TokenLists,
+        positions: PositionList,
+        norms: PromptsByLayers | None = None,
     ):
         """Run the prompts intact and record what the others start from.
 
@@ -144,10 +165,23 @@ class MassiveTokenRuns:
                 prompts are run.
 
         Raises:
-            MelensError: a position beyond its prompt, or norms that whole prompts do not give either.
+            MelensError: no prompts of token ids, a position beyond its prompt or missing, or norms of other prompts or
+                that whole prompts do not give either.
         """
-        if any(not 0 <= at < len(ids) for at, ids in zip(positions, tokens, strict=True)):
-            raise MelensError("A massive token's position is beyond its prompt.")
+        tokens = cast(Sequence[Tensor], tokens)  # which they are once they are checked
+        if len(positions) != len(tokens):
+            raise MelensError(f"{len(tokens)} prompts need as many positions; {len(positions)} are given.")
+        for number, (at, ids) in enumerate(zip(positions, tokens, strict=True)):
+            check_vocabulary(model, ids, number)
+            if not 0 <= at < len(ids):
+                raise MelensError(
+                    f"The massive token's position {at} is beyond its prompt, number {number}, of {len(ids)} tokens."
+                )
+        if norms is not None and tuple(norms.shape) != (len(tokens), len(model.blocks)):
+            raise MelensError(
+                f"The norms are of {norms.shape[0]} prompts and {norms.shape[1]} blocks; "
+                f"here are {len(tokens)} prompts and {len(model.blocks)} blocks."
+            )
         self._model = model
         self._rule = verified(model, ["hook_resid_post"]).rule
         self.block_evaluations = 0
@@ -159,11 +193,11 @@ class MassiveTokenRuns:
             if not self._agrees_with(norms):
                 raise MelensError("The massive tokens' norms are not those of the trace: were hooks on the model then?")
 
-    def _run_intact(self, tokens: Sequence[Sequence[int]], positions: Sequence[int]) -> None:
+    def _run_intact(self, tokens: Sequence[Int[Tensor, " _"]], positions: Sequence[int]) -> None:
         lengths, device = [len(ids) for ids in tokens], input_device(self._model.original_model)
         self._groups = []
         for prompts in self._rule.groups(lengths, max_batch_tokens=sys.maxsize, max_padding=1.0):
-            padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(tokens[row]) for row in prompts], batch_first=True)
+            padded = torch.nn.utils.rnn.pad_sequence([tokens[row] for row in prompts], batch_first=True)
             at = torch.tensor([positions[row] for row in prompts])
             self._groups.append(_Rows(prompts, padded.to(device), at, Replay(self._model)))
         self._now = self._groups[0]
@@ -174,19 +208,27 @@ class MassiveTokenRuns:
         tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 3e-2
         return bool(((self.intact - norms).abs() <= tolerance * norms.abs()).all())
 
-    def run(self, hooks: Sequence[Hook] = (), start: int = 0) -> Float[Tensor, "prompt layer"]:
+    @checked
+    def run(self, hooks: HookList = (), start: Layer = 0) -> Float[Tensor, "prompt layer"]:
         """Measure ‖h‖ of the massive token after each block, with hooks on; NaN before `start`.
 
         Args:
             hooks: what to change.
             start: the first block that the hooks change; the blocks before replay their intact output.
+
+        Raises:
+            MelensError: no pairs of a hook point's name and a function, or a block that the model does not have.
         """
         return self.run_with_ffn(hooks, start)[0]
 
+    @checked
     def run_with_ffn(
-        self, hooks: Sequence[Hook] = (), start: int = 0
+        self, hooks: HookList = (), start: Layer = 0
     ) -> tuple[Float[Tensor, "prompt layer"], Float[Tensor, "layer prompt d"]]:
         """Do what `run` does, and return what each block's FFN writes at the massive token besides."""
+        check_layer(self._model, start)
+        for name in (name for name, _ in hooks if not Places.of(self._model).of_site(name)):
+            raise MelensError(f"This model has no hook point {name!r}, as 'blocks.3.hook_mlp_out' would be one.")
         return self._run(hooks, start)
 
     @torch.no_grad()
@@ -223,8 +265,20 @@ class MassiveTokenRuns:
         """Select the massive token of each prompt in the forward pass that is under way."""
         return activation[torch.arange(len(self._now.at)), self._now.at.to(activation.device)]
 
-    def patch_ffn(self, layer: int, values: Float[Tensor, "prompt d"]) -> Hook:
-        """Return the hook that lets a block's FFN write given values at the massive token."""
+    @checked
+    def patch_ffn(
+        self, layer: Layer, values: Annotated[Float[Tensor, "prompt d"], Said("a float tensor [prompt, d]")]
+    ) -> Hook:
+        """Return the hook that lets a block's FFN write given values at the massive token.
+
+        Raises:
+            MelensError: a block without an FFN to patch, or values of other dimensions.
+        """
+        check_layer(self._model, layer)
+        if not can_ablate(self._model, layer, "ffn"):
+            raise MelensError(f"Block {layer} of this model has no FFN that TransformerLens tells apart.")
+        if (shape := tuple(values.shape)) != (wanted := tuple(self.ffn.shape[1:])):
+            raise MelensError(f"The values are {list(shape)}; here are {wanted[0]} prompts of width {wanted[1]}.")
 
         def patch(output: Tensor, hook: HookPoint) -> Tensor:
             patched = output.clone()

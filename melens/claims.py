@@ -9,6 +9,9 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from melens.checked import given
+from melens.errors import MelensError
+
 __all__ = ["CLAIMS", "Claim", "Judgement", "Verdict", "judge"]
 
 Verdict = Literal["holds", "holds in part", "does not hold", "trivial here", "not measured"]
@@ -63,21 +66,23 @@ class Claim:
     blocks_after: int | None = None
 
 
-def judge(results: Iterable[Any]) -> pd.DataFrame:
+def judge(results: Any) -> pd.DataFrame:
     """Judge every claim on every model.
 
     Args:
-        results: `Result`s that experiments returned, or the content of their `result.json`; those of one model (by
-            name) belong together. With several models the claim about families is judged as well.
+        results: `Result`s that experiments returned, or the content of their `result.json`, or one of them; those of
+            one model (by name) belong together. With several models the claim about families is judged as well.
 
     Returns:
         A row for each model and claim: `model`, `id`, `claim`, `source`, `experiment`, `figure`, `statistic`,
         `criterion`, `why`, `value`, `low`, `high`, `verdict`, `note`.
+
+    Raises:
+        MelensError: what is no result.
     """
     by_model: dict[str, dict[str, Metrics]] = {}
     described: dict[str, dict[str, Any]] = {}
-    for result in results:
-        content = result if isinstance(result, Mapping) else vars(result)
+    for content in _contents(results):
         if content.get("status", "ok") != "ok":
             continue
         model = content["model"]
@@ -88,15 +93,40 @@ def judge(results: Iterable[Any]) -> pd.DataFrame:
     rows = [_row(name, claim, _judge_one(claim, measured)) for name, measured in by_model.items() for claim in CLAIMS]
     if len(by_model) > 1:
         rows += [_row("all models", FAMILY_CLAIM, judgement) for judgement in _judge_families(by_model, described)]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["model", *_TOLD, "value", "low", "high", "verdict", "note"])
+
+
+def _contents(results: Any) -> list[Mapping[str, Any]]:
+    """Read results, of which one may come alone, as what their `result.json` holds."""
+    is_one = isinstance(results, Mapping) or hasattr(results, "experiment")
+    if isinstance(results, str) or not (is_one or isinstance(results, Iterable)):
+        raise MelensError(
+            f"judge: results is {given(results)}; it must be results, or what json.loads reads from their result.json."
+        )
+    contents = []
+    for number, result in enumerate([results] if is_one else results):
+        content = result if isinstance(result, Mapping) else getattr(result, "__dict__", {})
+        needed = ("experiment", "model", "metrics") if content.get("status", "ok") == "ok" else ()
+        lacking = [name for name in needed if name not in content]
+        lacking += [name for name in needed if name != "experiment" and not isinstance(content.get(name), Mapping)]
+        if not lacking and "name" not in content.get("model", {"name": ""}):
+            lacking = ["model.name"]
+        if lacking:
+            raise MelensError(
+                f"judge: results[{number}] is {given(result)}; it must be a result, which has a field {lacking[0]!r}."
+            )
+        contents.append(content)
+    return contents
+
+
+_TOLD = ("id", "claim", "source", "experiment", "figure", "statistic", "criterion", "why")
 
 
 def _row(model: str, claim: Claim, judgement: Judgement) -> dict[str, Any]:
     low, high = judgement.interval or (None, None)
-    told = ("id", "claim", "source", "experiment", "figure", "statistic", "criterion", "why")
     return {
         "model": model,
-        **{name: getattr(claim, name) for name in told},
+        **{name: getattr(claim, name) for name in _TOLD},
         "value": judgement.value,
         "low": low,
         "high": high,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
+from pydantic import InstanceOf
 
+from melens.allowed import Said
+from melens.checked import checked
 from melens.errors import MelensError
 from melens.probes import LargestActivations
 from melens.statistics import bootstrap_mean
@@ -98,7 +101,12 @@ class Emergence:
         return {"me_layer": values.pop("layer"), **values}
 
 
-def massive_activations(trace: Trace, criterion: Criterion | None = None) -> pd.DataFrame:
+TraceGiven = Annotated[Trace, InstanceOf(), Said("a Trace: melens.trace(model, prompts) returns one")]
+CriterionGiven = Annotated[Criterion, InstanceOf(), Said("a Criterion, such as melens.Criterion(min_abs=100)")]
+
+
+@checked
+def massive_activations(trace: TraceGiven, criterion: CriterionGiven | None = None) -> pd.DataFrame:
     """List the massive entries of each block's output: `prompt`, `layer`, `pos`, `dim`, `value`, `abs_median`.
 
     A trace keeps some dims of the largest tokens (`LargestActivations`); of every other massive token there is one row,
@@ -134,7 +142,8 @@ def _check_all_are_kept(trace: Trace, massive: pd.DataFrame, criterion: Criterio
         )
 
 
-def find_me_layer(trace: Trace, criterion: Criterion | None = None) -> Emergence:
+@checked
+def find_me_layer(trace: TraceGiven, criterion: CriterionGiven | None = None) -> Emergence:
     """Find the massive emergence layer: the first block whose output holds a massive activation (section 3, table 8).
 
     Args:

@@ -7,17 +7,24 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
+from melens.allowed import Said
+from melens.arguments import Bridge, check_layer
+from melens.checked import Layer, checked
 from melens.devices import weights_here
 from melens.errors import MelensError
 
 __all__ = ["Normalization", "has_normalization", "read_module", "read_normalization"]
+
+
+NormSite = Annotated[str, Field(pattern="^ln[12]$"), Said("ln1 or ln2")]
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,8 @@ def has_normalization(model: TransformerBridge, layer: int, site: str) -> bool:
     return getattr(getattr(model.blocks[layer], site, None), "original_component", None) is not None
 
 
-def read_normalization(model: TransformerBridge, layer: int, site: str) -> Normalization:
+@checked
+def read_normalization(model: Bridge, layer: Layer, site: NormSite) -> Normalization:
     """Read a normalisation's kind, gain and bias off its answers to two known inputs.
 
     Args:
@@ -70,8 +78,9 @@ def read_normalization(model: TransformerBridge, layer: int, site: str) -> Norma
         site: `"ln1"` (before attention) or `"ln2"` (before the FFN).
 
     Raises:
-        MelensError: the block has no such normalisation.
+        MelensError: no such block, or one without that normalisation.
     """
+    check_layer(model, layer)
     if not has_normalization(model, layer, site):
         raise MelensError(f"Block {layer} of this model has no normalisation {site!r}.")
     component = getattr(model.blocks[layer], site)

@@ -21,12 +21,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
+from pydantic import Field
 from torch import Tensor
 
+from melens.allowed import Count, Name, Number, Said
+from melens.checked import LayerList, Position, PositionList, ShareList, SiteList, checked
 from melens.errors import MelensError
 from melens.metrics import (
     abs_max,
@@ -145,7 +148,8 @@ class Probe(ABC):
         """
         return reduced
 
-    def named(self, name: str) -> Probe:
+    @checked
+    def named(self, name: Name) -> Probe:
         """Return the probe under another name, so that two of one class can be traced together."""
         probe = copy.copy(self)
         probe.name = name
@@ -158,10 +162,11 @@ class Norms(Probe):
     name = "norm"
     index = ("pos",)
 
+    @checked
     def __init__(
         self,
-        sites: Sequence[str] = (RESID_PRE_0, "ln2.hook_out", "hook_mlp_out", "hook_resid_post"),
-        layers: Sequence[int] | None = None,
+        sites: SiteList = (RESID_PRE_0, "ln2.hook_out", "hook_mlp_out", "hook_resid_post"),
+        layers: LayerList | None = None,
     ):
         self.sites = tuple(sites)
         self.layers = layers
@@ -182,12 +187,13 @@ class LargestActivations(Probe):
     index = ("rank",)
     waits = True
 
+    @checked
     def __init__(
         self,
-        n_tokens: int = 8,
-        n_dims: int = 8,
-        sites: Sequence[str] = ("hook_resid_post",),
-        min_abs: float | int = 100,
+        n_tokens: Count = 8,
+        n_dims: Count = 8,
+        sites: SiteList = ("hook_resid_post",),
+        min_abs: Number = 100,
     ):
         self.n_tokens = n_tokens
         self.n_dims = n_dims
@@ -230,7 +236,8 @@ class AbsMedian(Probe):
 
     name = "abs_median"
 
-    def __init__(self, sites: Sequence[str] = ("hook_resid_post",)):
+    @checked
+    def __init__(self, sites: SiteList = ("hook_resid_post",)):
         self.sites = tuple(sites)
 
     def reduce(self, activation: Float[Tensor, "batch pos d"], batch: Batch) -> dict[str, Tensor]:
@@ -253,7 +260,8 @@ class TokenVectors(Probe):
     index = ("pos", "dim")
     kind = "tensor"
 
-    def __init__(self, positions: Sequence[int] = (0,), site: str = "hook_resid_post"):
+    @checked
+    def __init__(self, positions: PositionList = (0,), site: Name = "hook_resid_post"):
         self.positions = tuple(positions)
         self.sites = (site,)
 
@@ -272,12 +280,6 @@ class TokenVectors(Probe):
         return {"vector": vectors.masked_fill(missing[None, :, :, None], float("nan"))}
 
 
-def _checked_keys(key: int) -> tuple[int, ...]:
-    if key < 0:
-        raise MelensError(f"The key position is {key}; it must be at least 0.")
-    return (key,)
-
-
 class SinkMass(Probe):
     """How much attention the later queries pay to one key, by layer and head (section 6, figure 7)."""
 
@@ -285,8 +287,9 @@ class SinkMass(Probe):
     sites = (ATTENTION_ON_KEYS,)
     index = ("head",)
 
-    def __init__(self, key: int = 0):
-        self.keys = _checked_keys(key)
+    @checked
+    def __init__(self, key: Position = 0):
+        self.keys = (key,)
 
     def reduce(self, activation: Float[Tensor, "batch head query 1"], batch: Batch) -> dict[str, Tensor]:
         return {"sink_mass": sink_mass(activation[..., 0], batch.weights_after(self.keys[0]).to(activation.device))}
@@ -299,8 +302,9 @@ class SinkByQuery(Probe):
     sites = (ATTENTION_ON_KEYS,)
     index = ("pos",)
 
-    def __init__(self, key: int = 0):
-        self.keys = _checked_keys(key)
+    @checked
+    def __init__(self, key: Position = 0):
+        self.keys = (key,)
 
     def reduce(self, activation: Float[Tensor, "batch head query 1"], batch: Batch) -> dict[str, Tensor]:
         return {"attention": activation[..., 0].mean(dim=1)}
@@ -316,6 +320,13 @@ def _first_against_others(quantities: Mapping[str, Float[Tensor, "batch pos"]], 
     return kept
 
 
+Gains = Annotated[
+    Mapping[tuple[str, int], Float[Tensor, " d"]],
+    Field(min_length=1),
+    Said("a dict of gains by (site, layer), such as ('ln2', 3)"),
+]
+
+
 class GainAlignment(Probe):
     """How far a normalisation's output lies along its gain, token 0 against the others: figures 2 and 3.
 
@@ -325,7 +336,8 @@ class GainAlignment(Probe):
 
     name = "gain_alignment"
 
-    def __init__(self, gains: Mapping[tuple[str, int], Float[Tensor, " d"]], shares: Sequence[float] = (0.01,)):
+    @checked
+    def __init__(self, gains: Gains, shares: ShareList = (0.01,)):
         """Listen to normalisations.
 
         Args:
@@ -343,7 +355,11 @@ class GainAlignment(Probe):
     def reduce_at(
         self, site: str, layer: int, activation: Float[Tensor, "batch pos d"], batch: Batch
     ) -> dict[str, Tensor]:
-        along_gain = {"kl": kl_to_gain(activation, self._gains[site, layer])}
+        gain = self._gains[site, layer]
+        width = activation.shape[-1]
+        if len(gain) != width:
+            raise MelensError(f"The gain of {site} in block {layer} has {len(gain)} dims, its output {width}.")
+        along_gain = {"kl": kl_to_gain(activation, gain)}
         for share, top in self._top[site, layer].items():
             along_gain[f"frac_{share:g}"] = energy_share(activation, top.to(activation.device))
         return self.reduce(activation, batch) | _first_against_others(along_gain, batch)
@@ -361,7 +377,8 @@ class Concentration(Probe):
 
     name = "concentration"
 
-    def __init__(self, sites: Sequence[str]):
+    @checked
+    def __init__(self, sites: SiteList):
         self.sites = tuple(sites)
 
     def reduce(self, activation: Float[Tensor, "batch pos d"], batch: Batch) -> dict[str, Tensor]:
@@ -433,7 +450,8 @@ class AttentionMaps(Probe):
     index = ("head", "query", "key")
     kind = "tensor"
 
-    def __init__(self, layers: Sequence[int]):
+    @checked
+    def __init__(self, layers: LayerList):
         self.layers = layers
 
     def reduce(self, activation: Float[Tensor, "batch head query key"], batch: Batch) -> dict[str, Tensor]:

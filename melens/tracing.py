@@ -20,7 +20,10 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
+from melens.allowed import Count, Number
+from melens.arguments import BosOrNot, Bridge, Probes, Prompts, check_vocabulary
 from melens.batching import forget_longest
+from melens.checked import checked, given
 from melens.errors import MelensError
 from melens.lean import any_hooks, lean_forward
 from melens.networks import base_of
@@ -34,7 +37,7 @@ from melens.probes import (
     SinkMass,
     TokenVectors,
 )
-from melens.prompts import Bos, Prompt, check_length, tokenize
+from melens.prompts import Prompt, check_length, tokenize
 from melens.verification import Verification, verified
 from melens.whole import whole_folder
 
@@ -62,10 +65,11 @@ class Trace:
     tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
-    def __getitem__(self, probe: str) -> pd.DataFrame:
+    def __getitem__(self, probe: Any) -> pd.DataFrame:
         """Return the table of a probe; a `MelensError` names the probes of this trace if it is not among them."""
-        if probe not in self.tables:
-            raise MelensError(f"The trace has no table {probe!r}; it has {', '.join(sorted(self.tables)) or 'none'}.")
+        if not isinstance(probe, str) or probe not in self.tables:
+            has = [*sorted(self.tables), *(f"trace.tensors[{name!r}]" for name in sorted(self.tensors))]
+            raise MelensError(f"The trace has no table {given(probe)}; it has {', '.join(has) or 'none'}.")
         return self.tables[probe]
 
     def save(self, folder: str | Path, *, replace: bool = True) -> Path:
@@ -133,13 +137,14 @@ def _files_of_trace(folder: Path) -> set[str]:
         return set()
 
 
+@checked
 def trace(
-    model: TransformerBridge,
-    prompts: Sequence[str | Prompt] | Sequence[Tensor],
-    probes: Sequence[Probe] | None = None,
+    model: Bridge,
+    prompts: Prompts,
+    probes: Probes = None,
     *,
-    bos: Bos = "auto",
-    max_batch_tokens: int = 4096,
+    bos: BosOrNot = "auto",
+    max_batch_tokens: Count = 4096,
     progress: Progress | None = None,
 ) -> Trace:
     """Run the prompts through the model once and let every probe reduce the activations as they pass.
@@ -148,7 +153,7 @@ def trace(
 
     Args:
         model: a bridge of a causal language model.
-        prompts: texts, or token ids, one `[pos]` tensor each.
+        prompts: texts, or the token ids of each (a list, array or tensor `[pos]`); one prompt needs no list.
         probes: what to measure; by default all that `find_me_layer` needs, as far as the model has it.
         bos: whether to prepend BOS to texts: `"auto"` does as the model's own tokenizer.
         max_batch_tokens: prompts of similar length share a forward pass up to this many tokens, padding included, where
@@ -156,23 +161,21 @@ def trace(
         progress: called after each batch.
 
     Raises:
-        MelensError: an empty, too short or too long prompt, two probes of one name, a site the model does not have, a
-            probe's result of other dimensions than its index names, or a model on which no way to run it agrees with
-            transformers (`melens.verify`).
+        MelensError: what is no bridge, prompt or probe; an empty, too short or too long prompt, a token id outside the
+            vocabulary, two probes of one name, a site the model does not have, a probe's result of other dimensions
+            than its index names, or a model on which no way to run it agrees with transformers (`melens.verify`).
     """
     probes = default_probes(model) if probes is None else list(probes)
-    if max_batch_tokens < 1:
-        raise MelensError(f"max_batch_tokens is {max_batch_tokens}; it must be at least 1.")
     names = [probe.name for probe in probes]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise MelensError(f"Two probes have the name {twice!r}: give one another, probe.named('{twice}_2').")
     texts, tokens = _as_tokens(model, prompts, bos)
     recorder = _Recorder(probes, [listener for probe in probes for listener in _listeners(model, probe)])
-    checked = verified(model, [site for probe in probes for site in probe.sites])
+    verification = verified(model, [site for probe in probes for site in probe.sites])
     total = sum(map(len, tokens))
     with torch.no_grad():
-        rule = checked.rule
+        rule = verification.rule
         groups = rule.groups([len(ids) for ids in tokens], max_batch_tokens=max_batch_tokens)
         with _listening(model, recorder):
             network = _network(model, recorder.expected)
@@ -184,7 +187,7 @@ def trace(
                 if progress is not None:
                     progress(recorder.n_tokens, total)
                 network(input_ids=batch.tokens, use_cache=False)
-            described = _describe(model, checked), _describe_prompts(model, texts, tokens)  # while a GPU still computes
+            described = _describe(model, verification), _describe_prompts(model, texts, tokens)  # while a GPU computes
         recorder.end()
     if progress is not None:
         progress(recorder.n_tokens, total)
@@ -194,7 +197,8 @@ def trace(
     return Trace(*described, _Tables(tables), tensors)
 
 
-def default_probes(model: TransformerBridge, *, min_abs: float | int = 100) -> list[Probe]:
+@checked
+def default_probes(model: Bridge, *, min_abs: Number = 100) -> list[Probe]:
     """Return what `find_me_layer` and the emergence figures need, as far as the model has it.
 
     A parallel block has no `ln2`, a state-space block no attention.
@@ -234,23 +238,13 @@ _Tokens = Int[Tensor, " _"]
 """Token ids of one prompt, of whatever length, on the CPU."""
 
 
-def _as_tokens(model: TransformerBridge, prompts: Sequence[Any], bos: Bos) -> tuple[list[Prompt], list[_Tokens]]:
-    if isinstance(prompts, str) or len(prompts) == 0:
-        raise MelensError("A trace needs a list of at least one prompt.")
-    if isinstance(prompts[0], Tensor):
-        return [Prompt(text="") for _ in prompts], [_checked_tokens(model, row, ids) for row, ids in enumerate(prompts)]
-    texts = [Prompt(text=prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-    return texts, [torch.tensor(ids) for ids in tokenize(model, texts, bos=bos)]
-
-
-def _checked_tokens(model: TransformerBridge, row: int, ids: Any) -> _Tokens:
-    if not isinstance(ids, Tensor) or ids.ndim != 1 or ids.is_floating_point():
-        raise MelensError(f"Prompt number {row} must be a [pos] tensor of integers, like the first one.")
-    check_length(len(ids), f"number {row}", model.cfg.n_ctx)
-    on_cpu = ids.long().cpu()
-    if not 0 <= int(on_cpu.min()) <= int(on_cpu.max()) < model.cfg.d_vocab:
-        raise MelensError(f"Prompt number {row} has token ids outside the vocabulary of {model.cfg.d_vocab:,}.")
-    return on_cpu
+def _as_tokens(model: TransformerBridge, prompts: Any, bos: BosOrNot) -> tuple[list[Prompt], list[_Tokens]]:
+    if isinstance(prompts[0], Prompt):
+        return prompts, [torch.tensor(ids) for ids in tokenize(model, prompts, bos=bos)]
+    for number, ids in enumerate(prompts):
+        check_length(len(ids), f"number {number}", model.cfg.n_ctx)
+        check_vocabulary(model, ids, number)
+    return [Prompt(text="") for _ in prompts], prompts
 
 
 def _describe_prompts(model: TransformerBridge, texts: list[Prompt], tokens: list[_Tokens]) -> pd.DataFrame:
@@ -381,8 +375,8 @@ class _Recorder:
         of_probes = [heard for heard in self._reduced.values() if heard]
         for heard in sorted(of_probes, key=lambda heard: heard[0][0].probe.waits):
             probe, first = heard[0][0].probe, heard[0][1]
-            device = next(iter(first.values())).device
             _check_alike(probe, heard)
+            device = next(iter(first.values())).device
             stacked = {key: torch.stack([reduced[key].to(device) for _, reduced in heard]) for key in first}
             places = [(listener.site, listener.layer) for listener, _ in heard]
             quantities = probe.finish(stacked, batch)
@@ -426,9 +420,16 @@ class _Recorder:
         return whole
 
 
-def _check_alike(probe: Probe, heard: Sequence[tuple[_Listener, dict[str, Tensor]]]) -> None:
-    """Raise a `MelensError` where a probe's results at two places cannot lie in one table."""
+def _check_alike(probe: Probe, heard: Sequence[tuple[_Listener, Any]]) -> None:
+    """Raise a `MelensError` where a probe's results are no tensors by name, or cannot lie in one table."""
     first, of_first = heard[0]
+    for listener, reduced in heard:
+        named = reduced.values() if isinstance(reduced, Mapping) else ()
+        if not named or not all(isinstance(values, Tensor) for values in named):
+            raise MelensError(
+                f"The probe {probe.name!r} returns {given(reduced)} at {listener.site!r} in block {listener.layer}; "
+                "its reduce must return a dict of tensors, such as {'norm': norms}."
+            )
     for listener, reduced in heard[1:]:
         for name, values in reduced.items():
             if of_first[name].shape != values.shape:
@@ -442,6 +443,10 @@ def _check_alike(probe: Probe, heard: Sequence[tuple[_Listener, dict[str, Tensor
 def _check_dims(probe: Probe, quantities: Mapping[str, Tensor], n_places: int, batch: Batch) -> None:
     """Raise a `MelensError` where the dimensions of a probe's results are not those that its index names."""
     n_rows, n_pos = batch.tokens.shape
+    if probe.kind == "tensor" and len(quantities) > 1:
+        raise MelensError(
+            f"The probe {probe.name!r} of kind 'tensor' returns {', '.join(quantities)}; it must return one tensor."
+        )
     for name, values in quantities.items():
         named = dict(zip(probe.index, values.shape[2:], strict=False))
         is_of_batch = tuple(values.shape[:2]) == (n_places, n_rows)

@@ -37,8 +37,10 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
+from melens.arguments import Bridge
 from melens.batching import BatchRule, forget_longest, measured, rule_of
 from melens.cache import Store, store_for_kind
+from melens.checked import SiteList, checked
 from melens.devices import input_device
 from melens.errors import MelensError
 from melens.lean import hear_input, hear_output, keep_whole, lean_forward
@@ -114,7 +116,8 @@ class Verification:
         }
 
 
-def verify(model: TransformerBridge, sites: Sequence[str] | None = None) -> Verification:
+@checked
+def verify(model: Bridge, sites: SiteList | None = None) -> Verification:
     """Check the ways that a trace may take on a kind of model, anew, and return the errors of the one that is taken.
 
     Args:
@@ -122,8 +125,12 @@ def verify(model: TransformerBridge, sites: Sequence[str] | None = None) -> Veri
         sites: as a probe names them; by default the usual ones that plain modules tell of, of the attention too.
 
     Raises:
-        MelensError: no way agrees with transformers, in a sentence that names block and site.
+        MelensError: a site that the model does not have, or no way agrees with transformers, in a sentence that names
+            block and site.
     """
+    for site in sites or ():
+        if not Places.of(model).of_site(site):
+            raise MelensError(f"No block of this model has the site {site!r}, as hook_resid_post would be one.")
     if sites is None:
         told = {site for site, _ in _plain_places(model, _USUAL)}  # to listen elsewhere would keep attention eager
         sites = [site for site in _USUAL if site in told or site == ATTENTION_ON_KEYS]

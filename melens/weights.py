@@ -12,6 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from melens.arguments import Bridge
+from melens.checked import checked
 from melens.devices import weights_here
 from melens.errors import MelensError
 from melens.normalization import has_normalization, read_normalization
@@ -39,8 +41,9 @@ class _Neurons:
     down: Float[Tensor, "neuron d"]
 
 
+@checked
 @torch.no_grad()
-def score_blocks(model: TransformerBridge) -> pd.DataFrame:
+def score_blocks(model: Bridge) -> pd.DataFrame:
     """Score every block by what its FFN's weights could amplify.
 
     Args:

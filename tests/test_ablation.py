@@ -128,7 +128,7 @@ def test_mistakes_are_told():
     with pytest.raises(MelensError, match="beyond its prompt"):
         MassiveTokenRuns(model, [[1, 2]], [2])
     mamba = melens.load_model("random", model_type="mamba", config={"hidden_size": 32, "num_hidden_layers": 1})
-    with pytest.raises(MelensError, match="no block 0 with the part 'attention'"):
+    with pytest.raises(MelensError, match="Block 0 of this model has no part 'attention'"):
         ablation(mamba, 0, "attention")
 
 

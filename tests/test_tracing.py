@@ -657,7 +657,7 @@ def test_a_trace_survives_saving(tmp_path):
             "more than the model's context of 128",
         ),
         (lambda model: melens.trace(model, [torch.tensor([5, 999])]), "outside the vocabulary"),
-        (lambda model: melens.trace(model, [torch.tensor([5.0, 9.0])]), "tensor of integers"),
+        (lambda model: melens.trace(model, [torch.tensor([5.0, 9.0])]), "whole numbers"),
         (lambda model: melens.trace(model, some_prompts(), [melens.Norms(layers=(9,))]), "0 to 3"),
         (lambda model: melens.SinkMass(key=-1), "at least 0"),
         (lambda model: melens.Trace.load("/nonexistent"), "no saved trace"),
