@@ -7,10 +7,10 @@ token, unless BOS is prepended.
 
 from __future__ import annotations
 
-import json
+import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -21,80 +21,80 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from melens.errors import MelensError
+from melens.reading import Row, file_rows, lone_surrogate
 
-__all__ = ["Bos", "Prompt", "byte_tokenizer", "check_length", "load_prompts", "random_tokens", "tokenize"]
+__all__ = [
+    "Bos",
+    "Prompt",
+    "byte_tokenizer",
+    "check_length",
+    "choose_prompts",
+    "load_prompts",
+    "random_tokens",
+    "tokenize",
+]
 
 Bos = Literal["auto", "true", "false"]
+_log = logging.getLogger(__name__)
 TASKS = ("commonsense", "maths", "logic", "continuation")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text with its task type (one of `TASKS`, or the user's own word) and a name."""
+    """A text with its task type (one of `TASKS`, or the user's own word) and a name.
+
+    A number as task or name becomes a word, because a column of a table holds one type; NaN, pandas's missing value,
+    becomes None.
+
+    Raises:
+        MelensError: half of a surrogate pair in it.
+    """
 
     text: str
-    task: str | None = None
-    id: str | None = None
+    task: str | int | float | None = None
+    id: str | int | float | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("task", "id"):
+            value = getattr(self, field)
+            object.__setattr__(self, field, None if value is None or value != value else str(value))
+        if (half := lone_surrogate([self.text, self.task, self.id])) is not None:
+            raise MelensError(
+                f"A prompt has {half} in it, half of a surrogate pair, which is no character; take it out."
+            )
 
 
-def load_prompts(file: str | Path | None = None, tasks: Sequence[str] | None = None) -> list[Prompt]:
+def load_prompts(
+    file: str | Path | None = None, tasks: str | Sequence[str | int | float] | None = None
+) -> list[Prompt]:
     """Read the project's prompts, 9 of each task type from about 10 to more than 1,000 tokens, or a user's file.
 
     Args:
-        file: a `.jsonl` file with `{"text": ..., "task": ..., "id": ...}` a line (`text` alone is needed), or any other
-            text file with one prompt a line; None for the project's own prompts.
-        tasks: keep these task types; None keeps all.
+        file: `.jsonl`, `.json` or `.csv` with the column `text` and, if wanted, `task` and `id`; or any other text file
+            with one prompt a line (`melens.reading`). None for the project's own prompts.
+        tasks: keep these task types, or this one; None keeps all.
 
     Raises:
         MelensError: a file that is missing, empty or malformed (the line is named), or a task that no prompt has.
     """
-    if file is None:
-        prompts = _parse_jsonl(resources.files("melens").joinpath("prompts.jsonl").read_text("utf-8"), "prompts.jsonl")
-    else:
-        prompts = _read_file(Path(file).expanduser())
-    if tasks is not None:
-        known = sorted({prompt.task for prompt in prompts if prompt.task is not None})
-        unknown = [task for task in tasks if task not in known]
-        if unknown:
-            raise MelensError(
-                f"No prompt has the task {unknown[0]!r}; the tasks are {', '.join(known) or 'not given'}."
-            )
-        prompts = [prompt for prompt in prompts if prompt.task in tasks]
-    return prompts
+    path = Path(__file__).with_name("prompts.jsonl") if file is None else Path(os.path.expanduser(file))
+    prompts = [_prompt(row) for row in file_rows(path)]
+    if tasks is None:
+        return prompts
+    wanted = [tasks] if isinstance(tasks, str) else [str(task) for task in tasks]
+    known = sorted({str(prompt.task) for prompt in prompts if prompt.task is not None})
+    unknown = [task for task in wanted if task not in known]
+    if unknown or not wanted:
+        told = f"No prompt has the task {unknown[0]!r}" if unknown else "prompts.tasks names no task"
+        raise MelensError(f"{told}; the tasks are {', '.join(known) or 'not given'}.")
+    return [prompt for prompt in prompts if prompt.task in wanted]
 
 
-def _read_file(path: Path) -> list[Prompt]:
-    if not path.is_file():
-        raise MelensError(f"There is no prompt file {path}.")
-    try:
-        content = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise MelensError(f"The prompt file {path} cannot be read as UTF-8 text ({error}).") from error
-    if path.suffix == ".jsonl":
-        prompts = _parse_jsonl(content, str(path))
-    else:
-        prompts = [
-            Prompt(line, id=f"line {number}") for number, line in enumerate(content.splitlines(), 1) if line.strip()
-        ]
-    if not prompts:
-        raise MelensError(f"The prompt file {path} is empty: it needs at least one prompt.")
-    return prompts
-
-
-def _parse_jsonl(content: str, name: str) -> list[Prompt]:
-    prompts = []
-    for number, line in enumerate(content.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            text = row["text"]
-            if not isinstance(text, str) or not text.strip():
-                raise ValueError
-        except (ValueError, KeyError, TypeError):
-            raise MelensError(f'{name}, line {number}: expected {{"text": "...", "task": "..."}} in JSON.') from None
-        prompts.append(Prompt(text, task=row.get("task"), id=str(row.get("id", f"line {number}"))))
-    return prompts
+def _prompt(row: Row) -> Prompt:
+    text = row.text()
+    if not text.strip():
+        raise MelensError(f"{row.place}: the text is empty; a prompt needs at least a word.")
+    return Prompt(text, row.word("task"), row.word("id") or row.at)
 
 
 def tokenize(model: Any, prompts: Sequence[Prompt], *, bos: Bos = "auto") -> list[list[int]]:
@@ -109,6 +109,13 @@ def tokenize(model: Any, prompts: Sequence[Prompt], *, bos: Bos = "auto") -> lis
     Raises:
         MelensError: no tokenizer, no BOS token, a prompt of fewer than two tokens or longer than the context.
     """
+    tokens = _token_ids(model, prompts, bos)
+    for number, (prompt, ids) in enumerate(zip(prompts, tokens, strict=True)):
+        check_length(len(ids), str(prompt.id or f"number {number}"), model.cfg.n_ctx)
+    return tokens
+
+
+def _token_ids(model: Any, prompts: Sequence[Prompt], bos: Bos) -> list[list[int]]:
     if bos not in get_args(Bos):
         raise MelensError(f"prompts.bos is {bos!r}; allowed are {', '.join(get_args(Bos))}.")
     tokenizer = model.tokenizer
@@ -117,15 +124,59 @@ def tokenize(model: Any, prompts: Sequence[Prompt], *, bos: Bos = "auto") -> lis
     bos_id = tokenizer.bos_token_id
     if bos == "true" and bos_id is None:
         raise MelensError("prompts.bos is 'true', but this model's tokenizer has no BOS token.")
-    tokens = []
-    for number, prompt in enumerate(prompts):
-        ids = list(tokenizer(prompt.text, add_special_tokens=bos == "auto")["input_ids"])
-        if bos == "true":
-            ids = [bos_id, *ids]
-        name = prompt.id or f"number {number}"
-        check_length(len(ids), name, model.cfg.n_ctx)
-        tokens.append(ids)
-    return tokens
+    before = [bos_id] if bos == "true" else []
+    return [[*before, *tokenizer(prompt.text, add_special_tokens=bos == "auto")["input_ids"]] for prompt in prompts]
+
+
+def choose_prompts(
+    model: Any,
+    prompts: Sequence[Prompt],
+    *,
+    bos: Bos = "auto",
+    max_tokens: int | None = None,
+    are_own: bool = True,
+    seed: int = 0,
+) -> list[Prompt] | list[Int[Tensor, " _"]]:
+    """Keep the prompts that are short enough, before any is checked against the context.
+
+    Args:
+        model: a bridge; without a tokenizer it gets random tokens in place of the project's prompts.
+        prompts: the texts.
+        bos: as for `tokenize`.
+        max_tokens: leave longer prompts out; None keeps all.
+        are_own: they are the project's own. Of these, the ones longer than the context are left out as well, which is
+            logged; a user's are left out by `max_tokens` alone.
+        seed: of random tokens.
+
+    Raises:
+        MelensError: no prompt is short enough, a user's prompt is longer than the context or cannot become tokens, or
+            BOS is asked of a tokenizer that has none.
+    """
+    n_ctx = model.cfg.n_ctx
+    most = n_ctx if max_tokens is None else max_tokens
+    if model.tokenizer is None:
+        if not are_own:
+            raise MelensError("This model has no tokenizer to read prompts.file with; leave it out for random tokens.")
+        chosen = random_tokens(
+            min(len(prompts), model.cfg.d_vocab), min(128, most, n_ctx), model.cfg.d_vocab, seed=seed
+        )
+        _log.warning("This model has no tokenizer: %d prompts of random tokens stand in for texts.", len(chosen))
+        return chosen
+    lengths = [len(ids) for ids in _token_ids(model, prompts, bos)]
+    if max_tokens is not None and min(lengths) > max_tokens:
+        raise MelensError(f"prompts.max_tokens is {max_tokens}, but the shortest prompt has {min(lengths)} tokens.")
+    wanted = [row for row, length in enumerate(lengths) if max_tokens is None or length <= max_tokens]
+    too_long = [row for row in wanted if lengths[row] > n_ctx]
+    if too_long and (not are_own or len(too_long) == len(wanted)):
+        row = too_long[0]
+        raise MelensError(
+            f"Prompt {prompts[row].id or f'number {row}'} has {lengths[row]:,} tokens, more than the model's context "
+            f"of {n_ctx:,}; prompts.max_tokens={n_ctx} leaves such prompts out."
+        )
+    if too_long:
+        told = "%d of %d prompts are longer than the model's context of %s tokens and are left out."
+        _log.warning(told, len(too_long), len(wanted), f"{n_ctx:,}")
+    return [prompts[row] for row in wanted if lengths[row] <= n_ctx]
 
 
 _CHAT_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message['role'] }}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from melens.errors import MelensError
 from melens.prompts import Bos, random_tokens
+from melens.reading import file_rows, file_text, has_columns, names_file
 
 __all__ = ["bos_prefix", "cut_texts", "read_text"]
 
@@ -21,47 +22,40 @@ def read_text(source: str | None = None, *, split: str = "test", column: str = "
     """Read a long text.
 
     Args:
-        source: a file (`.jsonl` with a column, or any text), or a dataset of the hub, `org/name` or `org/name:config`;
-            None for Python's documentation topics, whose words differ a little between versions of Python.
-        split, column: of a dataset.
+        source: a file, `.jsonl`, `.json` or `.csv` with a column or any text (`melens.reading`), or a dataset of the
+            hub, `org/name` or `org/name:config`; None for Python's documentation topics, whose words differ a little
+            between versions of Python.
+        split: of a dataset.
+        column: of a dataset or a file that has columns.
 
     Raises:
-        MelensError: no such file or dataset, or no such column.
+        MelensError: no such file or dataset, no such column, or a row without a text in it.
     """
     if source is None:
         return "\n\n".join(topics[name] for name in sorted(topics))
-    path = Path(source).expanduser()
-    if path.is_file():
-        return _read_file(path, column)
-    if path.suffix in (".txt", ".jsonl", ".md") or source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise MelensError(f"data.text is {source!r}: there is no such file, and a dataset of the hub is org/name.")
+    if names_file(source):
+        path = Path(os.path.expanduser(source))
+        return "\n\n".join(row.text(column) for row in file_rows(path)) if has_columns(path) else file_text(path)
+    if source.count("/") != 1:
+        raise MelensError(f"data.text is {source!r}; give a file that is there or a dataset of the hub, org/name.")
+    return "".join(_column_of_dataset(source, split, column))
+
+
+def _column_of_dataset(source: str, split: str, column: str) -> list[str]:
     from datasets import load_dataset  # seconds, which nobody else needs
 
     name, _, config = source.partition(":")
     try:
         rows: Any = load_dataset(name, config or None, split=split)
-        return "".join(rows[column])
-    except KeyError:
-        raise MelensError(f"The dataset {source} has no column {column!r}.") from None
     except Exception as error:  # whichever of the hub client's many
         raise MelensError(f"The dataset {source} could not be loaded: {str(error).splitlines()[0]}") from error
-
-
-def _read_file(path: Path, column: str) -> str:
-    try:
-        content = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise MelensError(f"The file {path} cannot be read as UTF-8 text ({error}).") from error
-    if path.suffix != ".jsonl":
-        return content
-    texts = []
-    for number, line in enumerate(content.splitlines(), 1):
-        try:
-            if line.strip():
-                texts.append(str(json.loads(line)[column]))
-        except (ValueError, KeyError, TypeError):
-            raise MelensError(f'{path}, line {number}: expected {{"{column}": "..."}} in JSON.') from None
-    return "\n\n".join(texts)
+    if column not in rows.column_names:
+        raise MelensError(f"The dataset {source} has no column {column!r}, only {', '.join(rows.column_names)}.")
+    texts = list(rows[column])
+    wrong = next((row for row, text in enumerate(texts) if not isinstance(text, str)), None)
+    if wrong is not None:
+        raise MelensError(f"Row {wrong} of {source} holds {texts[wrong]!r:.80} as {column!r}; it must be a text.")
+    return texts
 
 
 def bos_prefix(tokenizer: Any, bos: Bos = "auto") -> list[int]:

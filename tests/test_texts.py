@@ -1,7 +1,10 @@
 import copy
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 from planted import bridge, plain_model
@@ -20,11 +23,37 @@ def test_a_users_file(tmp_path):
     plain.write_text("one\n\ntwo")
     lines.write_text(json.dumps({"body": "one"}) + "\n" + json.dumps({"body": "two"}))
     assert read_text(str(plain)) == "one\n\ntwo" == read_text(str(lines), column="body")
-    with pytest.raises(MelensError, match="line 1: expected"):
+    with pytest.raises(MelensError, match="line 1: there is no column 'text', only body"):
         read_text(str(lines))
-    for wrong in ("nowhere.txt", "nowhere", "./nowhere/at/all"):
-        with pytest.raises(MelensError, match="there is no such file"):
+    for wrong in ("nowhere.txt", "nowhere.CSV", "./nowhere/at/all"):
+        with pytest.raises(MelensError, match=f"There is no file {Path(wrong)}"):
             read_text(wrong)
+    for wrong in ("nowhere", "no/where/at/all"):
+        with pytest.raises(MelensError, match=f"data.text is '{wrong}'; give a file that is there or a dataset"):
+            read_text(wrong)
+
+
+def test_blank_rows_are_texts_and_null_and_numbers_are_none(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n{"text": ""}\n{"text": "two"}\n')
+    assert read_text(str(path)) == "one\n\n\n\ntwo"
+    for value in ("null", "3", '["two"]'):
+        path.write_text(f'{{"text": "one"}}\n\n{{"text": {value}}}\n')
+        with pytest.raises(MelensError, match=re.escape(f"a.jsonl, line 3: 'text' is {value}; it must be a text")):
+            read_text(str(path))
+
+
+def test_a_datasets_column_holds_texts(monkeypatch):
+    rows = datasets.Dataset.from_dict({"text": ["one", "two"], "label": [1, 2], "gap": ["one", None]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: rows)
+    assert read_text("org/name") == "onetwo"
+    for column, message in (
+        ("body", "The dataset org/name has no column 'body', only text, label, gap"),
+        ("label", "Row 0 of org/name holds 1 as 'label'; it must be a text"),
+        ("gap", "Row 1 of org/name holds None as 'gap'"),
+    ):
+        with pytest.raises(MelensError, match=message):
+            read_text("org/name", column=column)
 
 
 def test_pieces_are_of_one_length_and_begin_differently(embedded):

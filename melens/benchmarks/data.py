@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from melens.benchmarks.catalog import Benchmark, Form
 from melens.errors import MelensError
+from melens.reading import Row, file_rows
 
 __all__ = ["harness_row", "read_rows"]
 
@@ -40,24 +40,11 @@ def read_rows(folder: Path, benchmark: Benchmark) -> list[dict[str, Any]]:
     """
     if benchmark.file is None:
         raise MelensError(f"{benchmark.name} comes from the hub only: leave it out, or leave benchmark.data_dir out.")
-    path = folder / benchmark.file
-    try:
-        lines = path.read_text("utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise MelensError(f"The data of {benchmark.name} cannot be read: {path} ({error}).") from error
-    rows = [_row(line, benchmark, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
-    if not rows:
-        raise MelensError(f"{path} has no rows.")
-    return rows
+    return [_checked(read, benchmark) for read in file_rows(folder / benchmark.file)]
 
 
-def _row(line: str, benchmark: Benchmark, place: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        raise MelensError(f"{place}: this is no JSON.") from None
-    if not isinstance(row, dict):
-        raise MelensError(f"{place}: expected an object with fields, found {type(row).__name__}.")
+def _checked(read: Row, benchmark: Benchmark) -> dict[str, Any]:
+    row, place = read.fields, read.place
     for name, (is_right, allowed) in _FIELDS[benchmark.form].items():
         if name not in row or not is_right(row[name]):
             found = repr(row[name]) if name in row else "missing"

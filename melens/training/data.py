@@ -1,13 +1,15 @@
-"""What a model is trained on: a preset's, any dataset of the hub, or a JSONL file, in the form that TRL takes."""
+"""What a model is trained on: a preset's, any dataset of the hub, or a file, in the form that TRL takes."""
 
 from __future__ import annotations
 
+import bisect
 import difflib
 import hashlib
 import json
+import os
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 from datasets import Dataset, load_dataset
 
 from melens.errors import MelensError
+from melens.reading import Row, file_rows, names_file
 from melens.training.recipe import known_datasets
 
 __all__ = ["TrainingData", "format_rows", "hash_rows", "load_training_data"]
@@ -60,8 +63,8 @@ def load_training_data(
     """Load the rows that a method needs.
 
     Args:
-        name: of `conf/training/dataset/`, a JSONL file, a hub id, `org/name` or `org/name:subset`, or `sums`, which are
-            made here.
+        name: of `conf/training/dataset/`, a file with columns (`melens.reading`), a hub id, `org/name` or
+            `org/name:subset`, or `sums`, which are made here.
         method: `sft`, `dpo` or `grpo`.
         data_dir: the folder of a preset's file; None fetches it from the hub.
         columns: which column has which role, over those of a preset.
@@ -69,7 +72,8 @@ def load_training_data(
         limit: rows, drawn at random by `seed`; None for all.
 
     Raises:
-        MelensError: unknown name, no such file or dataset, columns that are missing, a line that is no row.
+        MelensError: unknown name, no such file or dataset, columns that are missing, a line that is no row, or whose
+            values are of another kind than those before.
     """
     if name == "sums":
         return TrainingData(name, _sums(limit or 10_000, seed, method))
@@ -77,17 +81,21 @@ def load_training_data(
     if preset is not None and method not in preset["methods"]:
         able = [other for other, its in known_datasets().items() if method in its["methods"]]
         raise MelensError(f"training.dataset={name} is not for {method}; allowed are {', '.join(able)}, or your own.")
-    from_file = (preset is not None and data_dir is not None) or _is_file(name)
-    if from_file:
-        path = Path(data_dir or "").expanduser() / preset["file"] if preset is not None else Path(name).expanduser()
-        rows = _read_jsonl(path)
-    else:
-        rows = _from_hub(name, preset, split)
-    of_preset = (preset or {}).get("file_columns" if from_file else "columns") or (preset or {}).get("columns") or {}
-    named = {**{role: role for role in _ROLES if role in rows.column_names}, **of_preset, **(columns or {})}
+    path = _path(name, preset, data_dir)
+    source = _from_hub(name, preset, split) if path is None else file_rows(path)
+    names = _column_names(source)
+    of_preset = (preset or {}).get("columns" if path is None else "file_columns") or (preset or {}).get("columns") or {}
+    named = {**{role: role for role in _ROLES if role in names}, **of_preset, **(columns or {})}
     if preset is not None and not columns:
         named = of_preset
-    there = _columns_of_roles(rows, named, method, name)
+    there = _columns_of_roles(names, named, columns or {}, method, name)
+    rows = source if isinstance(source, Dataset) else _dataset(source, there)
+    if not len(rows):
+        raise MelensError(f"{name} holds no rows.")
+    if method == "grpo" and None in (answers := list(rows[there["answer"]])):
+        row = answers.index(None)
+        place = f"{name}, row {row + 1}" if isinstance(source, Dataset) else source[row].place
+        raise MelensError(f"{place}: the answer is null; grpo needs one for each prompt.")
     are_dialogues = "prompt" not in there and _is_dialogue(rows[0].get(there.get("chosen", "")))
     if are_dialogues:
         compared = [there[role] for role in (("chosen", "rejected") if method == "dpo" else ("chosen",))]
@@ -113,32 +121,44 @@ def _sums(n_rows: int, seed: int, method: str) -> Dataset:
     return Dataset.from_list([{role: row[role] for role in row if role in wanted} for row in rows])
 
 
-def _is_file(name: str) -> bool:
-    return name.endswith((".jsonl", ".json")) or name.startswith(("/", ".", "~"))
+def _path(name: str, preset: Mapping[str, Any] | None, data_dir: str | None) -> Path | None:
+    """Return the file that holds the rows; None if the hub does."""
+    if preset is None:
+        if data_dir is not None:
+            known = ", ".join(sorted(known_datasets()))
+            raise MelensError(f"training.data_dir holds the files of {known}; leave it out for {name}.")
+        return Path(os.path.expanduser(name)) if names_file(name) else None
+    return None if data_dir is None else Path(os.path.expanduser(data_dir), preset["file"])
 
 
-def _read_jsonl(path: Path) -> Dataset:
+def _column_names(source: Dataset | list[Row]) -> list[str]:
+    if isinstance(source, Dataset):
+        return list(source.column_names)
+    return list(dict.fromkeys(column for row in source for column in row.fields))
+
+
+def _dataset(rows: Sequence[Row], roles: Mapping[str, str]) -> Dataset:
+    """Lay out the columns that have a role; `Dataset.from_list` leaves out those that the first row does not have."""
+    table = {column: [row.fields.get(column) for row in rows] for column in roles.values()}
+    if "answer" in roles:  # numbers and words, which are compared as text
+        table[roles["answer"]] = [None if answer is None else str(answer) for answer in table[roles["answer"]]]
     try:
-        lines = path.read_text("utf-8").split("\n")
-    except (OSError, UnicodeDecodeError):
-        raise MelensError(f"There is no training data to read in {path}.") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise MelensError(f"{path}, line {number}: this is no JSON object.")
-        rows.append(row)
-    if not rows:
-        raise MelensError(f"{path} holds no rows.")
+        return Dataset.from_dict(table)
+    except Exception:  # pyarrow's, where a column has values of several kinds
+        column = next(column for column, values in table.items() if not _are_of_one_kind(values))
+        values = table[column]
+        odd = bisect.bisect(range(len(values)), False, key=lambda row: not _are_of_one_kind(values[: row + 1]))
+        found = json.dumps(values[odd])[:80]
+        place = rows[odd].place
+        raise MelensError(f"{place}: {column!r} is {found}, of another kind than in the rows before.") from None
+
+
+def _are_of_one_kind(values: list[Any]) -> bool:
     try:
-        return Dataset.from_list(rows)
-    except Exception as error:  # pyarrow's, where a column has values of several kinds
-        raise MelensError(f"{path}: {str(error).splitlines()[0]}") from error
+        Dataset.from_dict({"column": values})
+    except Exception:  # as above
+        return False
+    return True
 
 
 def _from_hub(name: str, preset: Mapping[str, Any] | None, split: str) -> Dataset:
@@ -146,7 +166,7 @@ def _from_hub(name: str, preset: Mapping[str, Any] | None, split: str) -> Datase
         close = difflib.get_close_matches(name, known_datasets(), n=3, cutoff=0.4) or sorted(known_datasets())
         raise MelensError(
             f"There is no dataset {name!r}; the nearest known are {', '.join(close)}, or give a hub id (org/name) or "
-            "a JSONL file."
+            "a .jsonl, .json or .csv file."
         )
     path, _, subset = (preset["hub"], "", preset.get("subset")) if preset is not None else name.partition(":")
     try:
@@ -155,21 +175,23 @@ def _from_hub(name: str, preset: Mapping[str, Any] | None, split: str) -> Datase
         place = f" or set training.data_dir to a folder with {preset['file']}" if preset is not None else ""
         raise MelensError(
             f"The dataset {path} could not be loaded from the hub ({str(error).splitlines()[0][:150]}): check its name "
-            f"and the connection, give a JSONL file{place}."
+            f"and the connection, give a .jsonl, .json or .csv file{place}."
         ) from error
 
 
-def _columns_of_roles(rows: Dataset, named: Mapping[str, str], method: str, name: str) -> dict[str, str]:
+def _columns_of_roles(
+    names: Sequence[str], named: Mapping[str, str], given: Mapping[str, str], method: str, name: str
+) -> dict[str, str]:
     unknown = [role for role in named if role not in _ROLES]
     if unknown:
         raise MelensError(f"training.columns names the role {unknown[0]!r}; allowed are {', '.join(_ROLES)}.")
-    if not len(rows):
-        raise MelensError(f"{name} holds no rows.")
-    there = {role: column for role, column in named.items() if column in rows.column_names}
-    if not any(needed <= set(there) for needed in _NEEDED[method]):
+    missing = [column for column in given.values() if column not in names]
+    there = {role: column for role, column in named.items() if column in names}
+    if missing or not any(needed <= set(there) for needed in _NEEDED[method]):
         ways = " or ".join(" and ".join(sorted(needed)) for needed in _NEEDED[method])
+        told = f", not {missing[0]}" if missing else ""
         raise MelensError(
-            f"{name} has the columns {', '.join(rows.column_names)}; {method} needs {ways}: training.columns="
+            f"{name} has the columns {', '.join(names)}{told}; {method} needs {ways}: training.columns="
             "{prompt: question, ...} says which is which."
         )
     return there

@@ -1,0 +1,291 @@
+"""Read the files that users hand over: one way for prompts, texts, benchmarks and training data.
+
+1. The bytes: a gzip file is known by its first bytes, whatever its name, and is decompressed.
+2. The text: UTF-8, or UTF-16 with its byte order mark. Marks are removed; `\\n`, `\\r\\n` and `\\r` end a line, and
+   nothing else does: a form feed, U+0085 or U+2028 belongs to the text.
+3. The rows, by the name's suffix: `.jsonl` and `.ndjson` hold a row a line, `.json` a list of rows, `.csv` and `.tsv`
+   a line of column names and a row a record. Any other file is plain text, with a row a line, and refused if it
+   holds JSON after all.
+
+Whatever cannot be read so raises a `MelensError` that names the file and the line.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import os
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from melens.errors import MelensError
+
+__all__ = ["Row", "file_rows", "file_text", "has_columns", "lone_surrogate", "names_file"]
+
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_WITH_COLUMNS = (".jsonl", ".ndjson", ".json", *_DELIMITERS)
+_MARKS = re.compile("^\ufeff+", re.MULTILINE)  # files joined by `cat` have them inside too
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row of a file.
+
+    Attributes:
+        value: a text, or fields by column.
+        file: where it stands.
+        at: where in the file, `line 3`, or in a list in JSON `row 3`, both counted from 1.
+    """
+
+    value: str | dict[str, Any]
+    file: Path
+    at: str
+
+    @property
+    def place(self) -> str:
+        """The row's file and line, for messages."""
+        return f"{self.file}, {self.at}"
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The row's fields by column; a `MelensError` if it is a text without columns."""
+        if isinstance(self.value, str):
+            raise MelensError(f"{self.place}: expected an object with fields, found a text.")
+        return self.value
+
+    def text(self, column: str = "text") -> str:
+        """Return the row itself if it is a text, else the text in a column; a `MelensError` if there is none."""
+        if isinstance(self.value, str):
+            return self.value
+        if column not in self.value:
+            raise MelensError(f"{self.place}: there is no column {column!r}, only {', '.join(self.value) or 'none'}.")
+        found = self.value[column]
+        if not isinstance(found, str):
+            raise MelensError(f"{self.place}: {column!r} is {json.dumps(found)[:80]}; it must be a text.")
+        return found
+
+    def word(self, column: str) -> str | None:
+        """Return the word or number in a column as a word; None where there is none, or null, NaN or an empty one."""
+        found = None if isinstance(self.value, str) else self.value.get(column)
+        if not isinstance(found, str | int | float | None):
+            raise MelensError(f"{self.place}: {column!r} is {json.dumps(found)[:80]}; it must be a word.")
+        return None if found in (None, "") or found != found else str(found)
+
+
+def names_file(name: str) -> bool:
+    """Tell whether a name is that of a file, there or not, and not one of a dataset of the hub, `org/name`."""
+    path = Path(os.path.expanduser(name))
+    is_known = _suffix(path) in (*_WITH_COLUMNS, ".txt", ".md") or path.suffix.lower() == ".gz"
+    return name.startswith((".", "/", "~")) or path.is_absolute() or is_known or os.path.isfile(path)
+
+
+def has_columns(path: Path) -> bool:
+    """Tell by a file's suffix whether its rows have columns; else it is plain text."""
+    return _suffix(path) in _WITH_COLUMNS
+
+
+def file_rows(path: Path) -> list[Row]:
+    """Read a file's rows; those of plain text are its lines, without the blank ones.
+
+    Raises:
+        MelensError: a file that is missing, unreadable, binary or empty, or a line that is no row.
+    """
+    suffix = _suffix(path)
+    if suffix not in _WITH_COLUMNS:
+        lines = enumerate(file_text(path).split("\n"), 1)
+        return [Row(line, path, f"line {number}") for number, line in lines if line.strip()]
+    content = _decoded(path)
+    if suffix in _DELIMITERS:
+        rows = _csv_rows(content, path, _DELIMITERS[suffix])
+    elif suffix == ".json" and not _begins_with_a_row(content):
+        rows = _rows_of_list(content, path)
+    else:
+        rows = _rows_of_lines(content, path)
+    if not rows:
+        raise MelensError(f"The file {path} is empty: it has no rows.")
+    return rows
+
+
+def file_text(path: Path) -> str:
+    """Read plain text, with `\\n` at the end of each line.
+
+    Raises:
+        MelensError: a file that is missing, unreadable, binary or empty, or that holds JSON under another name.
+    """
+    content = _decoded(path)
+    if not content.strip():
+        raise MelensError(f"The file {path} is empty: it has no text.")
+    if _is_json(content):
+        raise MelensError(
+            f"{path}, line 1: this is JSON, not plain text; name the file .jsonl, or .json if it holds a list."
+        )
+    return content
+
+
+def lone_surrogate(value: Any) -> str | None:
+    """Return the half of a surrogate pair that a text or a value of JSON has without its other half; None without one.
+
+    Python's strings and JSON can hold it, but no tokenizer and no table takes it.
+    """
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        return ascii(error.object[error.start]).strip("'")
+    return None
+
+
+def _suffix(path: Path) -> str:
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+# --- From bytes to text -----------------------------------------------------------------------------------------------
+
+
+def _decoded(path: Path) -> str:
+    data = _bytes(path)
+    is_utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    encoding = "UTF-16" if is_utf_16 else "UTF-8"
+    try:
+        text = _with_plain_line_ends(data.decode(encoding))
+    except UnicodeDecodeError as error:
+        line = _last_line(data[: error.start].decode(encoding, "ignore"))
+        raise MelensError(f"{path}, line {line}: this is no text in {encoding}; save the file as UTF-8 text.") from None
+    if "\0" in text:
+        line = _last_line(text[: text.index("\0")])
+        raise MelensError(f"{path}, line {line}: a NUL byte, which no text in UTF-8 has; save the file as UTF-8 text.")
+    return _MARKS.sub("", text)
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        if path.is_dir():
+            raise MelensError(f"{path} is a folder; give a file in it.")
+        data = path.read_bytes()
+        return gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
+    except FileNotFoundError:
+        raise MelensError(f"There is no file {path}.") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise MelensError(f"The file {path} is a gzip file that is damaged or cut off ({error}).") from None
+    except OSError as error:
+        raise MelensError(f"The file {path} cannot be read: {error.strerror}.") from error
+
+
+def _with_plain_line_ends(text: str) -> str:
+    return io.StringIO(text, newline=None).read()  # str.splitlines knows eight ends more
+
+
+def _last_line(text: str) -> int:
+    return _with_plain_line_ends(text).count("\n") + 1
+
+
+# --- JSON -------------------------------------------------------------------------------------------------------------
+
+
+def _rows_of_lines(content: str, path: Path) -> list[Row]:
+    lines = [(number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
+    return [_json_row(_parsed(line, path, number), path, f"line {number}") for number, line in lines]
+
+
+def _rows_of_list(content: str, path: Path) -> list[Row]:
+    whole = _parsed(content, path, 1) if content.strip() else []
+    values = whole if isinstance(whole, list) else [whole]
+    return [_json_row(value, path, f"row {number}") for number, value in enumerate(values, 1)]
+
+
+def _parsed(text: str, path: Path, line: int) -> Any:
+    """Parse JSON that begins in a line of a file."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        why = str(error)
+        if isinstance(error, json.JSONDecodeError):
+            line, why = line + error.lineno - 1, f"{error.msg} at column {error.colno}"
+        raise MelensError(f"{path}, line {line}: this is no JSON object ({why}).") from None
+
+
+def _json_row(value: Any, path: Path, at: str) -> Row:
+    if not isinstance(value, str | dict):
+        raise MelensError(f"{path}, {at}: expected an object with fields or a text, found {json.dumps(value)[:80]}.")
+    if (half := lone_surrogate(value)) is not None:
+        raise MelensError(f"{path}, {at}: {half} is half of a surrogate pair, which is no character; take it out.")
+    return Row(value, path, at)
+
+
+def _begins_with_a_row(content: str) -> bool:
+    """Tell whether the first line is an object of its own: lines of JSON are often named `.json` too."""
+    return _is_object(content.lstrip().partition("\n")[0])
+
+
+def _is_json(content: str) -> bool:
+    """Tell whether plain text is JSON: an object in every line, one object, or a list of objects or of texts."""
+    if not content.lstrip().startswith(("{", "[")):
+        return False
+    if all(_is_object(line) for line in content.split("\n") if line.strip()):
+        return True
+    try:
+        whole = json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(whole, dict) or (bool(whole) and all(isinstance(value, dict | str) for value in whole))
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+# --- CSV --------------------------------------------------------------------------------------------------------------
+
+
+def _csv_rows(content: str, path: Path, delimiter: str) -> list[Row]:
+    """Read records by the names in the first line; not by pandas, which turns the texts `NA` and `None` into NaN."""
+    header: list[str] = []
+    rows = []
+    begin = 1
+    reader = csv.reader(io.StringIO(content), delimiter=delimiter, strict=True)
+    with _fields_of_any_length(len(content)):
+        try:
+            for cells in reader:
+                if not header:
+                    header = _named_once(cells, f"{path}, line {begin}")
+                elif cells:
+                    rows.append(_csv_row(header, cells, path, f"line {begin}"))
+                begin = reader.line_num + 1
+        except csv.Error as error:
+            raise MelensError(f"{path}, line {begin}: this is no CSV ({error}).") from None
+    return rows
+
+
+def _csv_row(header: list[str], cells: list[str], path: Path, at: str) -> Row:
+    if len(cells) != len(header):
+        raise MelensError(f"{path}, {at}: {len(cells)} fields for the {len(header)} columns {', '.join(header)}.")
+    return Row(dict(zip(header, cells, strict=True)), path, at)
+
+
+def _named_once(cells: list[str], place: str) -> list[str]:
+    names = [cell.strip() for cell in cells]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise MelensError(f"{place}: two columns have the name {twice[0]!r}; give one another.")
+    return names
+
+
+@contextmanager
+def _fields_of_any_length(longest: int) -> Iterator[None]:
+    """Lift the limit of 131,072 characters a field for a while: the csv module has one for the whole process."""
+    before = csv.field_size_limit(longest)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
