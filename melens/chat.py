@@ -133,8 +133,8 @@ def chat_of(tokenizer: Any, thinking: bool | None = None, *, option: str = "thin
     taken = None if switch is None else bool(thinking)
     if taken and not any(mark in str(tokenizer.chat_template) for pair in _THOUGHTS for mark in pair):
         raise MelensError(
-            f"{option} is true, but by which marks this model's thoughts begin and end is not known: they would be read "
-            f"as answers. Known are {', '.join(begin for begin, _ in _THOUGHTS)}."
+            f"{option} is true, but by which marks this model's thoughts begin and end is not known: they would be "
+            f"read as answers. Known are {', '.join(begin for begin, _ in _THOUGHTS)}."
         )
     written = _written(tokenizer, _QUESTION, **({} if switch is None else {switch: taken}))
     behind = written.rpartition(_QUESTION[0]["content"])[2]

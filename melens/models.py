@@ -47,7 +47,7 @@ from melens.prompts import byte_tokenizer
 from melens.seeding import seeded
 from melens.versions import warn_untried
 
-__all__ = ["ModelSpec", "check_memory", "embedded_model_folder", "known_models", "load_model"]
+__all__ = ["ModelSpec", "check_memory", "embedded_model_folder", "known_models", "load_model", "load_tokenizer"]
 
 DTYPES = {
     "float32": torch.float32,
@@ -147,6 +147,29 @@ def check_memory(name: str, bytes_per_weight: float | int, purpose: str, **overr
         path = str(embedded_model_folder()) if spec.source == "embedded" else (spec.hub_id or spec.name)
         config = _read_config(path, spec)
     _check_memory(config, bytes_per_weight, purpose, _device(spec), spec)
+
+
+def load_tokenizer(name: str, **overrides: Any) -> Any:
+    """Load a model's own tokenizer without the model, to try data or a chat template on it.
+
+    Args:
+        name, overrides: as for `load_model`.
+
+    Returns:
+        The tokenizer as it is saved with the model, None where there is none.
+
+    Raises:
+        MelensError: as `load_model`.
+    """
+    spec = _resolve(name, overrides)
+    if spec.source == "random":
+        return _byte_tokenizer(spec, _random_config(spec))
+    path = str(embedded_model_folder()) if spec.source == "embedded" else (spec.hub_id or spec.name)
+    _read_config(path, spec)
+    try:
+        return _own_tokenizer(path, spec)
+    except (OSError, ValueError, ImportError) as error:
+        raise MelensError(_explain_loading_error(path, error)) from error
 
 
 def known_models() -> dict[str, dict[str, Any]]:

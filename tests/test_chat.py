@@ -7,7 +7,9 @@ import trl
 from tokenizers import AddedToken
 
 from melens import MelensError
+from melens.cache import tokenizer_fingerprint
 from melens.chat import PLAIN, Chat, chat_of, check_conversations, decode_reply, prompt_ids, prompt_text, read_reply
+from melens.models import load_tokenizer
 from melens.prompts import byte_tokenizer
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
@@ -23,6 +25,16 @@ def tokenizer_of(template, **options):
     for name, value in options.items():
         setattr(tokenizer, name, value)
     return tokenizer
+
+
+def test_a_tokenizer_is_loaded_without_its_model(embedded, monkeypatch):
+    monkeypatch.setattr("melens.models.load_network", pytest.fail)
+    alone = load_tokenizer("smollm2-135m")
+    assert tokenizer_fingerprint(alone) == tokenizer_fingerprint(embedded.tokenizer)
+    assert tokenizer_fingerprint(load_tokenizer("tiny")) == tokenizer_fingerprint(byte_tokenizer())
+    assert load_tokenizer("random", tokenizer=None) is None
+    with pytest.raises(MelensError, match="There is no folder /nowhere/at/all"):
+        load_tokenizer("/nowhere/at/all")
 
 
 # --- Thinking ---------------------------------------------------------------------------------------------------------
