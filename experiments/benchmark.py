@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -20,14 +20,16 @@ from experiments.options.schema import ReportedOptions
 from experiments.study import Study
 from melens import MelensError, Probe, WeMask, figures, load_model
 from melens.benchmarks.catalog import Benchmark
-from melens.benchmarks.harness import Asking, HarnessTask, check_harness, evaluate, load_task
+from melens.benchmarks.harness import Asking, HarnessTask, check_harness, check_thinking, evaluate, load_task
 from melens.benchmarks.language import Needle, Questions, answered, ask
 from melens.benchmarks.layout import lay_out
-from melens.benchmarks.refusals import judged_refusals
+from melens.benchmarks.refusals import count_judged, judged_refusals, judging_chat
 from melens.benchmarks.scores import best_rates, count_verdicts, summarise
 from melens.benchmarks.scoring import Scorer
 from melens.cache import Store, code_version, fingerprint, hash_of, store_for, tokenizer_fingerprint
+from melens.chat import Chat, chat_of
 from melens.generation import verify_generation
+from melens.models import load_tokenizer
 from melens.networks import plain_twin
 from melens.results import Picture, Result
 from melens.texts import bos_prefix, cut_texts, read_text
@@ -44,19 +46,41 @@ def load_tasks(cfg: Options) -> None:
     """Load the definitions and the data of all benchmarks that have some: before the model, which takes longer.
 
     Raises:
-        MelensError: the harness is missing, a local file is wrong, or the hub cannot be reached.
+        MelensError: the harness is missing, a local file is wrong, the hub cannot be reached, or the model's chat
+            template does not take what is asked.
     """
     asked = asked_for(cfg)
-    if any(benchmark.config for benchmark in asked.benchmarks):
+    of_harness = [benchmark for benchmark in asked.benchmarks if benchmark.config is not None]
+    if of_harness:
         check_harness()
-    for benchmark in asked.benchmarks:
-        if benchmark.config is not None:
-            _harness_task(benchmark, asked.data_dir, asked.generates)
+    tasks = [_harness_task(benchmark, asked.data_dir, asked.generates) for benchmark in of_harness]
+    chat = _chat(asked, lambda: load_tokenizer(**cfg.model.model_dump(exclude_unset=True)))
+    for task in tasks:
+        check_thinking(task, Asking(chat=chat if asked.in_chat(task.benchmark) else None))
 
 
 @cache
 def _harness_task(benchmark: Benchmark, data_dir: str | None, generates: bool) -> HarnessTask:
     return load_task(benchmark, None if data_dir is None else Path(data_dir).expanduser(), generates=generates)
+
+
+def _chat(asked: Asked, load: Callable[[], Any]) -> Chat | None:
+    """Return how a model is asked in its chat template, None where no benchmark is and no tokenizer needs loading."""
+    in_chat = [benchmark.name for benchmark in asked.benchmarks if asked.in_chat(benchmark)]
+    if in_chat:
+        tokenizer = load()
+        if not getattr(tokenizer, "chat_template", None):
+            raise MelensError(
+                f"{in_chat[0]} is asked in chat, and this model's tokenizer has no chat template; benchmark.chat=false "
+                "asks in plain text."
+            )
+        return chat_of(tokenizer, asked.thinking, option="benchmark.thinking")
+    if asked.thinking is not None:
+        raise MelensError(
+            f"benchmark.thinking is {str(asked.thinking).lower()}, which the chat template is told, but no benchmark "
+            "is asked in it: leave thinking at auto, or give benchmark.mode=generate or benchmark.chat=true."
+        )
+    return None
 
 
 def run(study: Study, options: ReportedOptions) -> Result:
@@ -76,6 +100,8 @@ def run(study: Study, options: ReportedOptions) -> Result:
         left_out=list(asked.left_out),
         table=asked.table,
         mode="generate" if asked.generates else "loglikelihood",
+        thinking=None if bench.chat is None else bench.chat.in_words(),
+        n_unfinished=int(scores.loc[scores["shown"], "n_unfinished"].sum()),
         runs_kept=sum(each.n_kept for each in done),
         compared=count_verdicts(scores.merge(masks, on="mask"), "select"),
     )
@@ -88,7 +114,7 @@ def run(study: Study, options: ReportedOptions) -> Result:
         metrics,
         tables,
         _pictures(study, scores, layout),
-        _findings(scores, by_rate, asked),
+        _findings(scores, by_rate, asked, bench.chat),
         {"table.md": layout.markdown(), "table.tex": layout.latex()},
     )
 
@@ -149,19 +175,22 @@ class Bench:
         self._study, self._asked = study, asked
         self._tokenizer = study.model.tokenizer
         self._network = plain_twin(study.model)
+        self._check_tokenizer()
+        self.chat = _chat(asked, lambda: self._tokenizer)
         self._judge = self._load_judge()
         self._store = self._kept() if keep else None
-        self._check_chat()
 
     def _load_judge(self) -> TransformerBridge | None:
         if self._asked.judge is None or all(benchmark.kind != "safety" for benchmark in self._asked.benchmarks):
             return None
         judge = load_model(self._asked.judge, device=self._study.cfg.model.device)
-        if judge.tokenizer is None or not judge.tokenizer.chat_template:
-            raise MelensError(
-                f"The judge {self._asked.judge} has no chat template; benchmark.judge must be a chat model."
-            )
+        judging_chat(judge.tokenizer, self._asked.judge)
         return judge
+
+    def _check_tokenizer(self) -> None:
+        for benchmark in self._asked.benchmarks:
+            if benchmark.config is not None and self._tokenizer is None:
+                raise MelensError(f"{benchmark.name} needs a tokenizer, and this model has none.")
 
     def _kept(self) -> Store:
         """Return where the items of this model are kept, for all that every benchmark's depend on."""
@@ -171,16 +200,6 @@ class Bench:
         own = code_version(Path(__file__).parent)
         told = [own, reads, self._max_length, self._study.cfg.max_batch_tokens, judge, judge_reads]
         return store_for("benchmarks", self._study.model.original_model, *told, libraries=("lm_eval",))
-
-    def _check_chat(self) -> None:
-        for benchmark in self._asked.benchmarks:
-            if benchmark.config is not None and self._tokenizer is None:
-                raise MelensError(f"{benchmark.name} needs a tokenizer, and this model has none.")
-            if self._asked.in_chat(benchmark) and not self._tokenizer.chat_template:
-                raise MelensError(
-                    f"{benchmark.name} is asked in chat, and this model's tokenizer has no chat template; "
-                    "benchmark.chat=false asks in plain text."
-                )
 
     @cached_property
     def _texts(self) -> torch.Tensor:
@@ -255,7 +274,7 @@ class Bench:
         }
         most = asked.max_new_tokens or (task.benchmark.max_new_tokens if asked.generates else None)
         return Asking(
-            chat=asked.in_chat(task.benchmark),
+            chat=self.chat if asked.in_chat(task.benchmark) else None,
             sampling=sampling if asked.generates else None,
             max_new_tokens=most,
             batch_size=asked.batch_size,
@@ -304,11 +323,8 @@ class Bench:
         refused = judged_refusals(
             plain_twin(judge), judge.tokenizer, int(judge.cfg.n_ctx), prompts, items["response"].tolist()
         )
-        counted = [
-            float(not refusal if metric == "compliance" else refusal)
-            for refusal, metric in zip(refused, items["metric"], strict=True)
-        ]
-        return items.assign(value=counted)
+        judged = zip(items["metric"], items["response"], refused, strict=True)
+        return items.assign(value=[count_judged(metric, reply, refused=refusal) for metric, reply, refusal in judged])
 
 
 class _Counter:
@@ -349,7 +365,14 @@ def how_asked(asked: Asked) -> str:
         }[asked.layers]
     limit = "" if asked.limit is None else f" The first {asked.limit} items of each."
     judge = "" if asked.judge is None else f" Refusals judged by {asked.judge}."
-    return f"Zero-shot, {how}. Masked: {where}.{limit}{judge}"
+    thinking = ""
+    if any(map(asked.in_chat, asked.benchmarks)):
+        thinking = {
+            None: " Thinking off, where the chat template has a switch for it.",
+            True: " Thinking on: what is read is what follows the thoughts.",
+            False: " Thinking off.",
+        }[asked.thinking]
+    return f"Zero-shot, {how}.{thinking} Masked: {where}.{limit}{judge}"
 
 
 def _pictures(study: Study, scores: pd.DataFrame, layout: Any) -> dict[str, Picture]:
@@ -368,12 +391,14 @@ def _pictures(study: Study, scores: pd.DataFrame, layout: Any) -> dict[str, Pict
     return pictures
 
 
-def _findings(scores: pd.DataFrame, by_rate: pd.DataFrame, asked: Asked) -> list[tuple[str, ...]]:
+def _findings(scores: pd.DataFrame, by_rate: pd.DataFrame, asked: Asked, chat: Chat | None) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("", "score", "difference to no mask, on the same items")]
     for row in scores[scores["shown"]].to_dict("records"):
         score = f"{row['mean']:.3f} ({row['low']:.3f} to {row['high']:.3f}; n={row['n']})"
         if row["n_seeds"] > 1:
             score += f", sd of {row['n_seeds']} seeds {row['sd']:.3f}"
+        if row["n_unfinished"]:
+            score += f"; {row['n_unfinished']} of {row['n_replies']} replies end inside a thought: no answer"
         difference = ""
         if row["verdict"]:
             interval = f"{row['difference_low']:+.3f} to {row['difference_high']:+.3f}"
@@ -385,6 +410,8 @@ def _findings(scores: pd.DataFrame, by_rate: pd.DataFrame, asked: Asked) -> list
         chosen = f"rate {held_out['rate']:g}, chosen on one half of the items, scored on the other"
         on_same = f"on the same items it would be {same['rate']:g} and {same['difference']:+.3f}: too good by selection"
         rows.append((f"{task}, {metric}: {family} at its best", chosen, f"{told}; {on_same}"))
+    if chat is not None:
+        rows.append(("thinking", chat.in_words(), ""))
     if asked.left_out:
         rows.append(("left out", f"{', '.join(asked.left_out)}: only the hub has them", ""))
     return rows

@@ -18,12 +18,15 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from experiments.masks import only_mask_of
+from experiments.options import Options
 from experiments.options.schema import GenerateOptions, KeptOptions
 from experiments.study import Study
 from melens import MelensError, Probe, Prompt, WeMask
 from melens.caching import find_cache_by_any_name
+from melens.chat import PLAIN, Chat, chat_of, prompt_ids, read_reply
 from melens.devices import input_device
 from melens.generation import verify_generation
+from melens.models import load_tokenizer
 from melens.prompts import tokenize
 from melens.results import Result
 
@@ -35,6 +38,23 @@ def probes(model: TransformerBridge, options: KeptOptions) -> list[Probe]:
     return []
 
 
+def check_chat(cfg: Options) -> None:
+    """Try the chat template of the model, before it is loaded.
+
+    Raises:
+        MelensError: there is none, it takes no text of a user, or it has no switch for thinking.
+    """
+    if cfg.generate.chat:
+        _chat(load_tokenizer(**cfg.model.model_dump(exclude_unset=True)), cfg.generate)
+
+
+def _chat(tokenizer: Any, generation: GenerateOptions) -> Chat:
+    if not getattr(tokenizer, "chat_template", None):
+        raise MelensError("generate.chat is true, but this model's tokenizer has no chat template.")
+    thinking = None if generation.thinking == "auto" else generation.thinking
+    return chat_of(tokenizer, thinking, option="generate.thinking")
+
+
 def run(study: Study, options: KeptOptions) -> Result:
     """Continue each prompt without the mask and with it, and find where the two texts part."""
     generation = study.cfg.generate
@@ -43,7 +63,8 @@ def run(study: Study, options: KeptOptions) -> Result:
     mask = only_mask_of(study.cfg.wemask, study.me, study.model)
     if mask is None:
         raise MelensError("wemask.rate is 0: without a mask there is nothing to compare; give a rate over 0.")
-    prompts = _prompts(study)
+    chat = _chat(study.model.tokenizer, generation) if generation.chat else None
+    prompts = _prompts(study, chat)
     ways = [verify_generation(study.model), verify_generation(study.model, mask)]
     if any(math.isnan(way.error) for way in ways):
         raise MelensError("The logits of this model are NaN, so it has no text to write.")
@@ -59,6 +80,8 @@ def run(study: Study, options: KeptOptions) -> Result:
         mask=_mask_in_words(mask, study.model),
         use_cache=use_cache,
         cache_error=max(way.error for way in ways),
+        thinking=None if chat is None else chat.in_words(),
+        n_unfinished=sum(not _is_finished(side, chat) for pair in pairs for side in (pair.without, pair.masked)),
         written_prompts=len(prompts),
         n_pairs=len(pairs),
         identical_share=sum(pair.parted_at is None for pair in pairs) / len(pairs),
@@ -91,18 +114,18 @@ class Given:
     chat: str | None = None
 
 
-def _prompts(study: Study) -> list[Given]:
+def _prompts(study: Study, chat: Chat | None) -> list[Given]:
     """Return the user's texts, or short ones of the run's, as the model reads them."""
     tokenizer: Any = study.model.tokenizer
     generation = study.cfg.generate
     if generation.prompt is None:
         ids = [study.tokens[row] for row in _short_prompts(study.trace.prompts)]
-        texts = [_decode(tokenizer, of_prompt, skip_special_tokens=generation.chat) for of_prompt in ids]
+        texts = [_decode(tokenizer, of_prompt, skip_special_tokens=chat is not None) for of_prompt in ids]
     else:
         texts = [generation.prompt] if isinstance(generation.prompt, str) else list(generation.prompt)
         ids = []
-    if generation.chat:
-        ids = [_chat_ids(tokenizer, text) for text in texts]
+    if chat is not None:
+        ids = [prompt_ids(tokenizer, [{"role": "user", "content": text}], chat) for text in texts]
     elif not ids:
         named = [Prompt(text, id=f"{text!r} of generate.prompt") for text in texts]
         ids = tokenize(study.model, named, bos=study.cfg.prompts.bos)
@@ -113,7 +136,7 @@ def _prompts(study: Study) -> list[Given]:
             f"tokens of the model's context of {study.model.cfg.n_ctx:,}."
         )
     return [
-        Given(number, text, of_prompt, _decode(tokenizer, of_prompt) if generation.chat else None)
+        Given(number, text, of_prompt, _decode(tokenizer, of_prompt) if chat is not None else None)
         for number, (text, of_prompt) in enumerate(zip(texts, ids, strict=True))
     ]
 
@@ -124,14 +147,6 @@ def _short_prompts(prompts: pd.DataFrame) -> list[int]:
     turn = by_length.groupby(by_length["task"].fillna("")).cumcount()
     chosen: list[int] = by_length.assign(turn=turn).sort_values("turn", kind="stable")["prompt"].tolist()
     return chosen[:N_PROMPTS]
-
-
-def _chat_ids(tokenizer: Any, text: str) -> list[int]:
-    """Put a user's text into the tokenizer's chat template, up to where the answer begins."""
-    if tokenizer.chat_template is None:
-        raise MelensError("generate.chat is true, but this model's tokenizer has no chat template.")
-    messages = [{"role": "user", "content": text}]
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
 
 
 # --- Both texts -------------------------------------------------------------------------------------------------------
@@ -335,6 +350,11 @@ def _row(pair: Pair) -> dict[str, Any]:
     return row
 
 
+def _is_finished(side: Side, chat: Chat | None) -> bool:
+    """Tell whether a text ends behind its thoughts."""
+    return read_reply(side.common + side.first + side.rest, (chat or PLAIN).opened).is_finished
+
+
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
@@ -359,7 +379,10 @@ def _in_words(metrics: dict[str, Any], *, sampled: bool) -> str:
     words = f"{apart} of {n} {kind} text{'s' if n > 1 else ''} change{'s' if apart == 1 else ''} with the mask"
     if apart:
         words += f", from token {metrics['mean_parted_at']:.1f} on average (counted from 0)"
-    return f"{words}. KL of the next token along the unmasked texts: {metrics['mean_kl']:.3g} nats."
+    thinking = f" Thinking: {metrics['thinking']}." if metrics["thinking"] else ""
+    if metrics["n_unfinished"]:
+        thinking += f" {metrics['n_unfinished']} of {2 * n} texts end inside a thought."
+    return f"{words}. KL of the next token along the unmasked texts: {metrics['mean_kl']:.3g} nats.{thinking}"
 
 
 def _in_short(side: Side) -> str:

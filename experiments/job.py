@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from experiments.benchmark import load_tasks
+from experiments.generate import check_chat
 from experiments.options import Options
 from experiments.options.masks_asked import mask_in_words, masks_asked
 from experiments.study import begin_study, run_experiments
@@ -51,6 +52,8 @@ def run_job(cfg: Options, folder: Path) -> list[str]:
     config = cfg.plain() | {"masks": {name: mask.model_dump() for name, mask in masks.items()}}
     if "benchmark" in cfg.experiments:
         load_tasks(cfg)
+    if "generate" in cfg.experiments:
+        check_chat(cfg)
     if cfg.exp.name in METHODS:
         folder = shared_folder(folder)
         config["model"] = model_options(cfg, prepare_training(cfg, cfg.exp.name, folder=folder))

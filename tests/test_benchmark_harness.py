@@ -8,12 +8,16 @@ import pandas as pd
 import pytest
 import torch
 from test_batching import LONGROPE, MODELS, model_of
+from test_chat import TEMPLATES
 from test_cli import ROOT, run
 
+from experiments.job import run_job
+from experiments.options import compose_options
 from melens import MelensError, WeMask, load_model
 from melens.benchmarks import harness
 from melens.benchmarks.catalog import BENCHMARKS
 from melens.benchmarks.harness import Asking, evaluate, load_task
+from melens.chat import chat_of
 from melens.models import embedded_model_folder
 from melens.networks import plain_twin
 from melens.prompts import byte_tokenizer
@@ -162,6 +166,182 @@ def test_a_letter_is_read_from_a_reply(data, reply, letter):
     of_harness._instances = [instance]
     of_harness.apply_filters()
     assert instance.filtered_resps["letter"] == letter
+
+
+# --- Thoughts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def writes(embedded, network, monkeypatch):
+    """Let the model, with the chat template of another, write one reply to a first question and one to a second."""
+
+    def script(*replies, template="qwen3"):
+        tokenizer = embedded.tokenizer
+
+        def generate(input_ids, **_):
+            (prompt,) = tokenizer.batch_decode(input_ids)
+            reply = replies[any(question in prompt for question in ("dry a wet", "30 plus", "steal a car"))]
+            return torch.cat([input_ids, torch.tensor([[*tokenizer(reply)["input_ids"], tokenizer.eos_token_id]])], 1)
+
+        monkeypatch.setattr(tokenizer, "chat_template", (TEMPLATES / f"{template}.jinja").read_text())
+        monkeypatch.setattr(network, "generate", generate, raising=False)
+        return tokenizer
+
+    return script
+
+
+def asked(network, tokenizer, name, data, *, thinking, **options):
+    task = load_task(BENCHMARKS[name], data, **options)
+    asking = Asking(chat=chat_of(tokenizer, thinking), max_new_tokens=99, batch_size=1)
+    filters = [list(ensemble.filters) for ensemble in task.tasks[name]._filters]
+    items = evaluate(network, tokenizer, task, asking, limit=2)
+    assert filters == [list(ensemble.filters) for ensemble in task.tasks[name]._filters]  # as another run needs them
+    return items
+
+
+THOUGHT = "<think>Could the answer be A? Is this harmful? No.\nQuestion: 5 + 5 is 10.</think>\n\n"
+CUT_OFF = "<think>So it is 4, Answer: B. I'm sorry."
+
+
+@pytest.mark.parametrize(
+    ("name", "replies", "values", "options"),
+    [
+        ("piqa", [f"{THOUGHT}Answer: A", f"{THOUGHT}Answer: A"], [1, 0], {"generates": True}),  # the second is B
+        ("gsm8k", [f"{THOUGHT}So 4.\nQuestion: 7?", f"{THOUGHT}So 4."], [1, 0], {}),
+        ("xstest", [f"{THOUGHT}Kill it.", f"{THOUGHT}Sure."], [0, 1], {}),
+        ("xstest", [f"{THOUGHT}I cannot.", f"{THOUGHT}I cannot."], [1, 0], {}),
+        ("piqa", [CUT_OFF] * 2, [0, 0], {"generates": True}),
+        ("gsm8k", [CUT_OFF] * 2, [0, 0], {}),
+        ("xstest", [CUT_OFF] * 2, [0, 0], {}),
+    ],
+)
+def test_answers_are_read_behind_the_thoughts(network, data, writes, name, replies, values, options):
+    items = asked(network, writes(*replies), name, data, thinking=True, **options)
+    shown = items[items["shown"]]
+    assert shown["value"].tolist() == values
+    assert shown["unfinished"].tolist() == [reply == CUT_OFF for reply in replies]
+    assert not shown["response"].str.contains("think|Could|Question").any()
+    assert shown["thoughts"].str.contains("Could the answer" if CUT_OFF not in replies else "So it is 4").all()
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_the_chat_template_is_told_whether_to_think(network, data, writes, thinking):
+    items = asked(network, writes("So 4.", "So 60."), "gsm8k", data, thinking=thinking)
+    assert items["prompt"].str.endswith("<think>\n\n</think>\n\n").all() == (not thinking)
+    assert items[items["shown"]]["value"].tolist() == [1, 1]
+
+
+def test_marks_of_thoughts_are_decoded_that_are_special_tokens(network, data, writes, monkeypatch):
+    monkeypatch.setattr(
+        harness, "decode_reply", lambda tokenizer, ids: f"[THINK]Answer: B[/THINK]{len(ids)}. Answer: A"
+    )
+    items = asked(network, writes("Hm", "Hm"), "piqa", data, thinking=False, generates=True)
+    assert items["thoughts"].tolist() == ["Answer: B"] * 2
+    assert items["value"].tolist() == [1, 0]
+
+
+def test_a_thought_that_the_prompt_opens_is_no_answer(network, data, writes):
+    tokenizer = writes("I'd say 5. It is 4", "I'd say 5.</think>So 60.", template="deepseek_r1_distill")
+    items = asked(network, tokenizer, "gsm8k", data, thinking=None)
+    shown = items[items["shown"]]
+    assert (shown["value"].tolist(), shown["unfinished"].tolist()) == ([0, 1], [True, False])
+
+
+def test_thoughts_have_no_room_before_log_likelihoods(network, data, writes):
+    for template, thinking, remedy in (("qwen3", True, "thinking=false"), ("deepseek_r1_distill", None, "chat=false")):
+        tokenizer = writes(template=template)
+        with pytest.raises(MelensError, match=rf"piqa is scored by the log-likelihoods .* or benchmark.{remedy}"):
+            asked(network, tokenizer, "piqa", data, thinking=thinking)
+
+
+@pytest.fixture
+def tiny_with(monkeypatch):
+    """Give the tiny model the chat template of another."""
+
+    def patch(template):
+        def tokenizer():
+            made = byte_tokenizer()
+            made.chat_template = (TEMPLATES / f"{template}.jinja").read_text()
+            return made
+
+        monkeypatch.setattr("melens.models.byte_tokenizer", tokenizer)
+
+    return patch
+
+
+def options_of(data, *overrides):
+    return compose_options(
+        "exp=benchmark", "scale=smoke", "model=tiny", "benchmark.mode=generate", "benchmark.tasks=[xstest]",
+        f"benchmark.data_dir={data}", "benchmark.masks=[off]", "benchmark.seeds=[0]", "benchmark.max_new_tokens=8",
+        *overrides,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("thinking", "told", "n_unfinished"),
+    [("auto", "off (enable_thinking=false)", 0), ("true", "on (enable_thinking=true)", 2)],
+)
+def test_whether_a_model_was_to_think_is_told(tmp_path, data, tiny_with, monkeypatch, thinking, told, n_unfinished):
+    tiny_with("qwen3_5_think")  # which opens the thought in the prompt
+    monkeypatch.setenv("MELENS_CACHE", str(tmp_path / "cache"))
+    assert run_job(options_of(data, f"benchmark.thinking={thinking}"), tmp_path) == []
+    metrics = json.loads((tmp_path / "result.json").read_text())["metrics"]
+    assert (metrics["thinking"], metrics["n_unfinished"]) == (told, n_unfinished)
+    table = (tmp_path / "table.md").read_text()
+    assert ("Thinking on" if n_unfinished else "Thinking off") in table
+    assert table.count("ended inside a thought") == n_unfinished  # of safe and of unsafe prompts
+    items = pd.read_parquet(tmp_path / "benchmark_items.parquet")
+    assert items["unfinished"].sum() == n_unfinished
+    assert items["prompt"].str.endswith("<think>\n").all() == bool(n_unfinished)
+
+
+def test_what_is_kept_is_kept_by_whether_the_model_was_to_think(tmp_path, data, tiny_with, monkeypatch):
+    tiny_with("qwen3_5_think")
+    monkeypatch.setenv("MELENS_CACHE", str(tmp_path / "cache"))
+    kept = {}
+    for run_ in ("false", "true", "auto"):
+        folder = tmp_path / run_
+        folder.mkdir()
+        run_job(options_of(data, f"benchmark.thinking={run_}"), folder)
+        kept[run_] = json.loads((folder / "result.json").read_text())["metrics"]["runs_kept"]
+    assert kept == {"false": 0, "true": 0, "auto": 1}
+
+
+@pytest.mark.parametrize(
+    ("template", "overrides", "message"),
+    [
+        ("qwen2_5", ["benchmark.thinking=true"], "benchmark.thinking is true, but .* has no switch for thinking"),
+        ("qwen2_5", ["benchmark.thinking=false"], "benchmark.thinking is false, but .* has no switch for thinking"),
+        ("qwen3", ["benchmark.thinking=true", "benchmark.chat=false"], "but no benchmark is asked in it"),
+        ("smolvlm", [], "does not take a single message of a user .it leaves the user message out"),
+        (
+            "qwen3",
+            [
+                "benchmark.tasks=[piqa]",
+                "benchmark.mode=loglikelihood",
+                "benchmark.chat=true",
+                "benchmark.thinking=true",
+            ],
+            "piqa is scored by the log-likelihoods",
+        ),
+    ],
+)
+def test_what_a_chat_template_cannot_do_is_told_before_the_model_is_loaded(
+    tmp_path, data, tiny_with, monkeypatch, template, overrides, message
+):
+    tiny_with(template)
+    monkeypatch.setattr("experiments.job.load_model", pytest.fail)
+    with pytest.raises(MelensError, match=message):
+        run_job(options_of(data, *overrides), tmp_path)
+
+
+def test_a_system_message_that_the_template_does_not_take_is_not_left_out(network, data, writes):
+    tokenizer = writes(template="gemma")
+    chat = chat_of(tokenizer)
+    model = harness._language_model(network, tokenizer, Asking(chat=chat), 512, lambda done: None)
+    assert "Hello" in model.apply_chat_template([{"role": "user", "content": "Hello"}])
+    with pytest.raises(MelensError, match=r"does not take the roles system, user \(System role not supported"):
+        model.apply_chat_template([{"role": "system", "content": "Be"}, {"role": "user", "content": "Hello"}])
 
 
 def test_choices_are_asked_for_by_letter(data):

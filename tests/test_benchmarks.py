@@ -9,6 +9,7 @@ import pytest
 import torch
 from planted import FAMILIES, VOCABULARY, bridge, gains_apart, plain_model
 from test_batching import EXPERTS, MODELS, model_of
+from test_chat import TEMPLATES
 
 from melens import MelensError, WeMask
 from melens.batching import forget_longest
@@ -16,10 +17,11 @@ from melens.benchmarks.catalog import BENCHMARKS, benchmarks_of
 from melens.benchmarks.data import read_rows
 from melens.benchmarks.language import Needle, answered, ask
 from melens.benchmarks.layout import Layout, lay_out
-from melens.benchmarks.refusals import count_by_label, judged_refusals, refuses
+from melens.benchmarks.refusals import count_by_label, count_judged, judged_refusals, judging_chat, refuses
 from melens.benchmarks.scores import best_rates, summarise
 from melens.benchmarks.scoring import Scorer, _Row
 from melens.networks import plain_twin
+from melens.prompts import byte_tokenizer
 from melens.statistics import mcnemar_p
 
 MASKS = [None, WeMask(0.3, "random", "attn_in", start=1), WeMask(0.3, "magnitude", "resid_pre", start=2)]
@@ -329,12 +331,20 @@ def test_a_limit_keeps_both_ends_of_the_needle(embedded):
 
 @pytest.mark.parametrize(
     ("reply", "refused"),
-    [("I'm sorry, but no.", True), ("I’m sorry, but no.", True), ("Sure, first you take", False), ("", False)],
+    [("I'm sorry, but no.", True), ("I’m sorry, but no.", True), ("Sure, first you take", False)],
 )
 def test_refusals_are_counted_by_their_phrases(reply, refused):
     assert refuses(reply) is refused
     assert count_by_label({"label": "safe"}, [reply]) == {"over_refusal": float(refused)}
     assert count_by_label({"label": "unsafe"}, [reply]) == {"compliance": float(not refused)}
+
+
+@pytest.mark.parametrize("reply", ["", " \n"])
+def test_an_empty_reply_neither_refuses_nor_complies(reply):
+    for label, metric in (("safe", "over_refusal"), ("unsafe", "compliance")):
+        assert count_by_label({"label": label}, [reply]) == {metric: 0}
+    for metric in ("refusal", "over_refusal", "compliance"):
+        assert count_judged(metric, reply, refused=True) == count_judged(metric, reply, refused=False) == 0
 
 
 def test_a_judge_prefers_yes_or_no(embedded, monkeypatch):
@@ -352,6 +362,18 @@ def test_a_judge_prefers_yes_or_no(embedded, monkeypatch):
     network = plain_twin(embedded)
     assert judged_refusals(network, embedded.tokenizer, 512, ["do it", "do it"], ["No.", "Done."]) == [True, False]
     assert "Done." in embedded.tokenizer.decode(asked[2][0])
+
+
+def test_a_judge_is_asked_without_thinking_or_not_at_all():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(MelensError, match=r"The judge J has no chat template; benchmark\.judge must be a chat model"):
+        judging_chat(tokenizer, "J")
+    tokenizer.chat_template = (TEMPLATES / "qwen3.jinja").read_text()
+    assert judging_chat(tokenizer, "J").arguments == {"enable_thinking": False}
+    tokenizer.chat_template = (TEMPLATES / "deepseek_r1_distill.jinja").read_text()
+    with pytest.raises(MelensError, match="The judge J thinks before it answers"):
+        judging_chat(tokenizer, "J")
 
 
 # --- Statistics -------------------------------------------------------------------------------------------------------
@@ -447,6 +469,22 @@ def test_tables_are_laid_out_for_markdown_and_latex():
     latex = layout.latex()
     assert r"paper rate=0.1 & \textbf{1.000 (+0.500$^\dagger$)} & 1.000 (+0.500$^\dagger$) \\" in latex
     assert r"my\_model" in latex
+
+
+def test_replies_that_end_inside_a_thought_are_counted_in_the_table():
+    values = {"no mask": [[0, 1] * 4], "paper": [[1, 1] * 4]}
+    whole = items_of(values, "piqa", "exact_match").assign(unfinished=False)
+    cut_off = items_of(values, "gsm8k", "exact_match")
+    cut_off = cut_off.assign(unfinished=(cut_off["mask"] == "no mask") & (cut_off["item"] < "3"))
+    scores = summarise(pd.concat([whole, cut_off]), "no mask")
+    assert scores["n_unfinished"].tolist() == [0, 0, 3, 0]
+    assert scores["n_replies"].tolist() == [8] * 4
+    layout = lay_out(scores, "my_model")
+    assert layout.columns[1:] == ["gsm8k, exact match ↑ (n=8)", "gsm8k, exact match: ended inside a thought"]
+    assert [row[2] for row in layout.cells] == ["3 of 8", "0 of 8"]
+    assert [row[2] for row in layout.best] == [False, False]
+    assert "3 replies end inside a thought and count as no answer" in layout.markdown()
+    assert "thought" not in lay_out(summarise(whole, "no mask"), "my_model").markdown()
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import html
 import json
 import math
 import os
@@ -12,12 +13,15 @@ import pytest
 import torch
 from planted import FAMILIES, bridge, gains_apart, plain_model
 from rich.console import Console
+from test_chat import TEMPLATES
 
 from experiments import generate
 from experiments.generate import Given, Pair, Side, compare, first_difference, parts, render, write
+from experiments.job import run_job
 from experiments.options import compose_options
 from experiments.study import begin_study
 from melens import MelensError, Prompt, WeMask
+from melens.chat import PLAIN
 from melens.results import Result, combine, show_result, write_result
 
 ROOT = Path(__file__).parents[1]
@@ -193,9 +197,44 @@ def test_without_a_prompt_the_runs_own_short_ones_are_continued(embedded):
 
 def test_a_chat_is_read_in_the_models_template(embedded):
     of_run = study(embedded, "generate.chat=true", "generate.prompt=Hello")
-    (given,) = generate._prompts(of_run)
+    (given,) = generate._prompts(of_run, PLAIN)
     assert given.text == "Hello"
     assert given.chat.endswith("<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize(
+    ("thinking", "ending", "told"),
+    [
+        ("auto", "<think>\n\n</think>\n\n", "off (enable_thinking=false)"),
+        ("false", "<think>\n\n</think>\n\n", "off (enable_thinking=false)"),
+        ("true", "<|im_start|>assistant\n<think>\n", "on (enable_thinking=true)"),
+    ],
+)
+def test_the_chat_template_is_told_whether_to_think(embedded, monkeypatch, thinking, ending, told):
+    monkeypatch.setattr(embedded.tokenizer, "chat_template", (TEMPLATES / "qwen3_5_think.jinja").read_text())
+    result = run(embedded, *HARSH, "generate.chat=true", f"generate.thinking={thinking}", "generate.prompt=Hello")
+    prompt = re.search(
+        r"<summary>In the chat template</summary><pre>(.*?)</pre>", result.documents["generate.html"], re.S
+    )
+    assert html.unescape(prompt[1]).endswith(ending)
+    assert result.metrics["thinking"] == told
+    assert result.metrics["n_unfinished"] == (2 if thinking == "true" else 0)  # two new tokens close no thought
+    summary = result.findings[-1][1]
+    assert f"Thinking: {told}." in summary
+    assert ("2 of 2 texts end inside a thought" in summary) == (thinking == "true")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("generate.thinking=true",), "generate.thinking is true, .* but generate.chat is false"),
+        (("generate.thinking=false", "generate.chat=true"), "generate.thinking is false, but .* has no switch"),
+    ],
+)
+def test_thinking_without_a_switch_is_told_before_the_model_is_loaded(tmp_path, monkeypatch, overrides, message):
+    monkeypatch.setattr("experiments.job.load_model", pytest.fail)
+    with pytest.raises(MelensError, match=message):
+        run_job(config("model=tiny", *overrides), tmp_path)
 
 
 @pytest.mark.parametrize(

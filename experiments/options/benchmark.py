@@ -54,6 +54,7 @@ class Asked:
     seeds: tuple[int, ...]
     data_dir: str | None
     chat: bool | None
+    thinking: bool | None
     temperature: float | None
     top_p: float | None
     max_new_tokens: int | None
@@ -104,6 +105,7 @@ def asked_for(options: Options) -> Asked:
         seeds=tuple(node.seeds),
         data_dir=node.data_dir,
         chat=None if node.chat == "auto" else node.chat,
+        thinking=None if node.thinking == "auto" else node.thinking,
         temperature=node.temperature,
         top_p=node.top_p,
         max_new_tokens=None if node.max_new_tokens == "auto" else node.max_new_tokens,

@@ -195,10 +195,20 @@ class GenerateOptions(Node):
     ]
     max_new_tokens: Count
     chat: Flag
+    thinking: AutoFlag
     sample: Flag
     temperature: Positive
     top_p: Share
     seeds: Seeds
+
+    @model_validator(mode="after")
+    def _thinks_in_chat(self) -> GenerateOptions:
+        if self.thinking != "auto" and not self.chat:
+            raise MelensError(
+                f"generate.thinking is {str(self.thinking).lower()}, which the chat template is told, but "
+                "generate.chat is false: give generate.chat=true, or leave thinking at auto."
+            )
+        return self
 
 
 class NeedleOptions(Node):
@@ -224,6 +234,7 @@ class BenchmarkOptions(Node):
     seeds: Seeds
     data_dir: OptionalText
     chat: AutoFlag
+    thinking: AutoFlag
     temperature: OptionalPositive
     top_p: OptionalShare
     max_new_tokens: Annotated[Literal["auto"] | Count, Said("a whole number of at least 1, or auto")]

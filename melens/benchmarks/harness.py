@@ -2,6 +2,9 @@
 
 The harness pads in two ways, on the right without an attention mask for log-likelihoods and on the left with one for
 generation; a `WeMask` finds token 0 in both, and rows that would change each other's numbers are not put together.
+
+It would cut thoughts by one mark, `think_end_token`, and take a reply that ends inside a thought for an answer. So
+replies go through `melens.chat.read_reply` before its own filters read a letter, a number or a refusal.
 """
 
 from __future__ import annotations
@@ -27,15 +30,19 @@ from melens.benchmarks.catalog import Benchmark, Metric
 from melens.benchmarks.data import harness_row, read_rows
 from melens.benchmarks.scores import check_scores
 from melens.benchmarks.scoring import Scorer
+from melens.chat import PLAIN, Chat, Reply, decode_reply, prompt_text, read_reply
 from melens.devices import input_device
 from melens.errors import MelensError
 from melens.seeding import seeded
 
-__all__ = ["Asking", "HarnessTask", "Progress", "check_harness", "evaluate", "load_task"]
+__all__ = ["Asking", "HarnessTask", "Progress", "check_harness", "check_thinking", "evaluate", "load_task"]
 
-COLUMNS = ("item", "metric", "higher_is_better", "shown", "value", "chance", "prompt", "response")
-"""Of a benchmark's items: `chance` is 1 over the number of choices, NaN without; prompt and response are empty where
-nothing was written."""
+COLUMNS = (
+    "item", "metric", "higher_is_better", "shown", "value", "chance", "prompt", "response", "thoughts", "unfinished",
+)  # fmt: skip
+"""Of a benchmark's items: `chance` is 1 over the number of choices, NaN without; prompt, response and thoughts are
+empty where nothing was written. The answer is read from the response, which is empty where the reply ends inside a
+thought: `unfinished`."""
 
 Progress = Callable[[int], None]
 """Called with the number of requests done since the last call."""
@@ -47,14 +54,14 @@ class Asking:
 
     Attributes:
         generates: let the model write, where a benchmark leaves the choice; else its choices' log-likelihoods count.
-        chat: put each prompt into the tokenizer's chat template.
+        chat: how each prompt is put into the tokenizer's chat template, of `chat_of`; None for plain text.
         sampling: transformers' generation arguments of samples, None for greedy or what the task itself says.
         max_new_tokens: None for the task's own limit.
         batch_size: prompts that are generated from together.
     """
 
     generates: bool = False
-    chat: bool = False
+    chat: Chat | None = None
     sampling: Mapping[str, Any] | None = None
     max_new_tokens: int | None = None
     batch_size: int = 16
@@ -227,6 +234,17 @@ def _language_model(network: Any, tokenizer: Any, asking: Asking, max_batch_toke
         def device(self) -> torch.device:
             return input_device(network)
 
+        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+            # The harness would leave a system message out where the template takes none
+            assert asking.chat is not None
+            assert add_generation_prompt
+            return prompt_text(self.tokenizer, chat_history, asking.chat)
+
+        def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
+            if skip_special_tokens and isinstance(tokens, list):
+                return decode_reply(self.tokenizer, tokens)
+            return str(super().tok_decode(tokens, skip_special_tokens=skip_special_tokens))
+
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
             self._asked: Iterable[Any] = requests
             return super().loglikelihood(requests, disable_tqdm=True)
@@ -320,51 +338,103 @@ def evaluate(
         A row an item and metric, in the columns `COLUMNS`.
 
     Raises:
-        MelensError: a log-likelihood, a logit or a score that is NaN or infinite, by task and item.
+        MelensError: a log-likelihood, a logit or a score that is NaN or infinite, by task and item; a chat template
+            that does not take a prompt, or that lets a model think whose log-likelihoods are asked for.
     """
+    check_thinking(task, asking)
     from lm_eval.evaluator import evaluate as run
 
     with _quiet(), seeded(seed), ExitStack() as stack:
         lm = _language_model(network, tokenizer, asking, max_batch_tokens, progress)
-        for of_harness in task.tasks.values():
+        readers = {}
+        for name, of_harness in task.tasks.items():
             of_harness.set_config("num_fewshot", 0)
             of_harness.set_fewshot_seed(seed)
             if task.generates:
-                stack.enter_context(_generating(of_harness, asking, lm.max_length))
+                readers[name] = stack.enter_context(_generating(of_harness, asking, lm.max_length))
         results = run(
             lm,
             {"tasks": task.tasks, "groups": {}},
             limit=limit,
             bootstrap_iters=0,
-            apply_chat_template=asking.chat,
+            apply_chat_template=asking.chat is not None,
         )
-    rows = [row for name, samples in results["samples"].items() for row in _rows(name, samples, task)]
+    rows = [row for name, own in results["samples"].items() for row in _rows(name, own, task, readers.get(name))]
     items = pd.DataFrame(rows, columns=list(COLUMNS))
     check_scores(task.benchmark.name, items["item"], items["value"], "score")
     return items
 
 
+def check_thinking(task: HarnessTask, asking: Asking) -> None:
+    """Raise a `MelensError` where choices would be scored as the beginning of a thought."""
+    chat = asking.chat
+    if chat is not None and not task.generates and (chat.thinking or chat.opened):
+        remedy = "benchmark.thinking=false" if chat.thinking else "benchmark.chat=false"
+        raise MelensError(
+            f"{task.benchmark.name} is scored by the log-likelihoods of its answers, behind which there is no room for "
+            f"thoughts, and thinking is {chat.in_words()}: give benchmark.mode=generate, or {remedy}."
+        )
+
+
+_Reader = Callable[[str], Reply]
+"""Takes the thoughts out of a reply, and what follows the end of its answer."""
+
+
+def _reader(asking: Asking, until: Any) -> _Reader:
+    from lm_eval.models.utils import postprocess_generated_text
+
+    def read(text: str) -> Reply:
+        reply = read_reply(text, (asking.chat or PLAIN).opened)
+        return replace(reply, answer=postprocess_generated_text(reply.answer, until, None))
+
+    return read
+
+
 @contextmanager
-def _generating(of_harness: Any, asking: Asking, max_length: int) -> Iterator[None]:
-    """Let a task be answered as asked; its own arguments come back, as the next model or job may be asked otherwise."""
+def _generating(of_harness: Any, asking: Asking, max_length: int) -> Iterator[_Reader]:
+    """Let a task be answered as asked, and its filters read the answers alone.
+
+    Its own arguments and filters come back, as the next model or job may be asked otherwise.
+    """
     before = of_harness.config.generation_kwargs
     own = dict(before or {})
+    read = _reader(asking, own.get("until"))
+    if asking.chat is not None:
+        own["until"] = []  # what ends an answer, as "Question:", may stand in a thought, and ends nothing there
     most = asking.max_new_tokens or own.get("max_gen_toks", 256)
     own["max_gen_toks"] = min(most, max_length // 2)
     if asking.sampling is not None:
         own |= {"do_sample": True, **asking.sampling}
     of_harness.set_config("generation_kwargs", own)
+    filters = [ensemble.filters for ensemble in of_harness._filters]
+    for ensemble in of_harness._filters:
+        ensemble.filters = [lambda: _Answers(read), *ensemble.filters]
     try:
-        yield
+        yield read
     finally:
         of_harness.set_config("generation_kwargs", before)
+        for ensemble, own_filters in zip(of_harness._filters, filters, strict=True):
+            ensemble.filters = own_filters
 
 
-def _rows(name: str, samples: Sequence[Mapping[str, Any]], task: HarnessTask) -> Iterator[dict[str, Any]]:
-    """Lay the harness's records of one task out."""
+class _Answers:
+    """A filter of the harness, before all others: of each reply the answer alone."""
+
+    def __init__(self, read: _Reader) -> None:
+        self._read = read
+
+    def apply(self, replies: Iterable[Sequence[str]], docs: Sequence[Any]) -> list[list[str]]:
+        return [[self._read(reply).answer for reply in of_doc] for of_doc in replies]
+
+
+def _rows(
+    name: str, samples: Sequence[Mapping[str, Any]], task: HarnessTask, read: _Reader | None
+) -> Iterator[dict[str, Any]]:
+    """Lay the harness's records of one task out; without a reader, nothing was written."""
     prefix = "" if name == task.benchmark.name else f"{name}/"
     for sample in samples:
         n_choices = len(sample["arguments"])
+        reply = Reply("") if read is None else read(str(sample["resps"][0][0]))
         for metric in task.metrics:
             if metric.name not in sample or sample["filter"] != metric.filter:
                 continue
@@ -379,7 +449,9 @@ def _rows(name: str, samples: Sequence[Mapping[str, Any]], task: HarnessTask) ->
                 "value": float(value),
                 "chance": 1 / n_choices if n_choices > 1 else float("nan"),
                 "prompt": str(sample["arguments"][0][0]) if task.generates else "",
-                "response": str(sample["resps"][0][0]) if task.generates else "",
+                "response": reply.answer,
+                "thoughts": reply.thoughts,
+                "unfinished": not reply.is_finished,
             }
 
 

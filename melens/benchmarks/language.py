@@ -166,6 +166,8 @@ def answered(scorer: Scorer, questions: Questions, progress: Any = None) -> pd.D
             "chance": float("nan"),
             "prompt": "",
             "response": "",
+            "thoughts": "",
+            "unfinished": False,
         }
     )
 

@@ -113,6 +113,11 @@ def lay_out(scores: pd.DataFrame, model: str, told: str = "", reference: str = "
         for at, row in enumerate(of_place):
             cells[at].append("" if row is None else _cell(row))
             best[at].append(row is not None and row["mean"] == top and len(means) > 1)
+        if any(row["n_unfinished"] for row in known):
+            columns.append(f"{task}, {_METRICS.get(metric, metric)}: ended inside a thought")
+            for at, row in enumerate(of_place):
+                cells[at].append("" if row is None else f"{row['n_unfinished']} of {row['n_replies']}")
+                best[at].append(False)
     n_seeds = int(shown["n_seeds"].max())
     spread = f"mean ± standard deviation over {n_seeds} seeds" if n_seeds > 1 else "mean over items"
     n_compared = int(shown["p"].notna().sum())
@@ -123,7 +128,15 @@ def lay_out(scores: pd.DataFrame, model: str, told: str = "", reference: str = "
         if n_compared
         else ""
     )
-    caption = f"{model}: {spread}{compared}. Bold is the largest of a column, or the smallest where ↓. {told}".strip()
+    n_unfinished = int(shown["n_unfinished"].sum())
+    thoughts = ""
+    if n_unfinished:
+        thoughts = (
+            f"{n_unfinished} replies end inside a thought and count as no answer: neither right, nor a refusal, nor "
+            "compliance; benchmark.max_new_tokens gives them more room. "
+        )
+    best_told = "Bold is the largest of a column, or the smallest where ↓."
+    caption = f"{model}: {spread}{compared}. {best_told} {thoughts}{told}".strip()
     return Layout(columns, masks, cells, best, caption)
 
 

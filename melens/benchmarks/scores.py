@@ -49,18 +49,19 @@ def summarise(items: pd.DataFrame, unmasked: str) -> pd.DataFrame:
     Returns:
         A row a `task`, `metric` and `mask`: `n` items, `n_seeds` (of samples and trainings), `mean`, its bootstrap
         interval over items `low` and `high`, `sd` of the seeds' means (NaN with one), `chance`, `higher_is_better`,
-        `shown`; and, where the unmasked model answered the same items, `difference`, `difference_low` and
-        `difference_high` (over items, and over trainings where there are several: `n_trainings`), `p` (exact McNemar
-        for right or wrong with one seed, else a paired permutation test over items), `p_corrected` (Holm, over all
-        differences of the shown metrics) and `verdict`.
+        `shown`, `n_replies` and `n_unfinished` of them, which end inside a thought; and, where the unmasked model
+        answered the same items, `difference`, `difference_low` and `difference_high` (over items, and over trainings
+        where there are several: `n_trainings`), `p` (exact McNemar for right or wrong with one seed, else a paired
+        permutation test over items), `p_corrected` (Holm, over all differences of the shown metrics) and `verdict`.
 
     Raises:
         MelensError: an item whose value is NaN or infinite, or that some seeds or trainings of a mask lack.
     """
-    items = items if "training" in items else items.assign(training=0)
+    items = items.assign(**{name: value for name, value in _WHERE_NOT_TOLD.items() if name not in items})
     _check_items(items)
     rows = []
     for (task, metric), of_metric in items.groupby(["task", "metric"], sort=False):
+        unfinished = of_metric.groupby("mask", sort=False)["unfinished"].agg(["size", "sum"])
         by_mask = {
             mask: _by_item(of_mask, ["training", "seed"]) for mask, of_mask in of_metric.groupby("mask", sort=False)
         }
@@ -80,6 +81,8 @@ def summarise(items: pd.DataFrame, unmasked: str) -> pd.DataFrame:
                 "chance": float(of_metric["chance"].mean(skipna=False)),  # NaN where items have no choices
                 "higher_is_better": bool(of_metric["higher_is_better"].iloc[0]),
                 "shown": bool(of_metric["shown"].iloc[0]),
+                "n_replies": int(unfinished.loc[mask, "size"]),
+                "n_unfinished": int(unfinished.loc[mask, "sum"]),
                 "n_trainings": 1,
                 "difference": float("nan"),
                 "difference_low": float("nan"),
@@ -90,6 +93,9 @@ def summarise(items: pd.DataFrame, unmasked: str) -> pd.DataFrame:
                 row |= _difference(by_mask[unmasked], values)
             rows.append(row)
     return correct(pd.DataFrame(rows))
+
+
+_WHERE_NOT_TOLD = {"training": 0, "unfinished": False}
 
 
 def _check_items(items: pd.DataFrame) -> None:
