@@ -125,7 +125,10 @@ def _token_ids(model: Any, prompts: Sequence[Prompt], bos: Bos) -> list[list[int
     if bos == "true" and bos_id is None:
         raise MelensError("prompts.bos is 'true', but this model's tokenizer has no BOS token.")
     before = [bos_id] if bos == "true" else []
-    return [[*before, *tokenizer(prompt.text, add_special_tokens=bos == "auto")["input_ids"]] for prompt in prompts]
+    return [
+        [*before, *tokenizer(prompt.text, add_special_tokens=bos == "auto", verbose=False)["input_ids"]]
+        for prompt in prompts
+    ]
 
 
 def choose_prompts(
@@ -152,30 +155,29 @@ def choose_prompts(
         MelensError: no prompt is short enough, a user's prompt is longer than the context or cannot become tokens, or
             BOS is asked of a tokenizer that has none.
     """
-    n_ctx = model.cfg.n_ctx
-    most = n_ctx if max_tokens is None else max_tokens
+    n_ctx, n_vocabulary = model.cfg.n_ctx, model.cfg.d_vocab
     if model.tokenizer is None:
         if not are_own:
             raise MelensError("This model has no tokenizer to read prompts.file with; leave it out for random tokens.")
-        chosen = random_tokens(
-            min(len(prompts), model.cfg.d_vocab), min(128, most, n_ctx), model.cfg.d_vocab, seed=seed
+        n_prompts, n_tokens = (
+            min(len(prompts), n_vocabulary),
+            min(128, n_ctx, n_ctx if max_tokens is None else max_tokens),
         )
-        _log.warning("This model has no tokenizer: %d prompts of random tokens stand in for texts.", len(chosen))
-        return chosen
+        _log.warning("This model has no tokenizer: %d prompts of random tokens stand in for texts.", n_prompts)
+        return random_tokens(n_prompts, n_tokens, n_vocabulary, seed=seed)
     lengths = [len(ids) for ids in _token_ids(model, prompts, bos)]
-    if max_tokens is not None and min(lengths) > max_tokens:
-        raise MelensError(f"prompts.max_tokens is {max_tokens}, but the shortest prompt has {min(lengths)} tokens.")
     wanted = [row for row, length in enumerate(lengths) if max_tokens is None or length <= max_tokens]
+    if not wanted:
+        raise MelensError(f"prompts.max_tokens is {max_tokens}, but the shortest prompt has {min(lengths)} tokens.")
     too_long = [row for row in wanted if lengths[row] > n_ctx]
-    if too_long and (not are_own or len(too_long) == len(wanted)):
-        row = too_long[0]
-        raise MelensError(
-            f"Prompt {prompts[row].id or f'number {row}'} has {lengths[row]:,} tokens, more than the model's context "
-            f"of {n_ctx:,}; prompts.max_tokens={n_ctx} leaves such prompts out."
-        )
+    told = f"{len(too_long)} of {len(wanted)} prompts are longer than the model's context of {n_ctx:,} tokens"
+    if len(too_long) == len(wanted):
+        raise MelensError(f"{told}; the shortest has {min(lengths):,}.")
+    if too_long and not are_own:
+        first = prompts[too_long[0]].id or f"number {too_long[0]}"
+        raise MelensError(f"{told}, first {first}; prompts.max_tokens={n_ctx} leaves them out.")
     if too_long:
-        told = "%d of %d prompts are longer than the model's context of %s tokens and are left out."
-        _log.warning(told, len(too_long), len(wanted), f"{n_ctx:,}")
+        _log.warning("%s and are left out.", told)
     return [prompts[row] for row in wanted if lengths[row] <= n_ctx]
 
 

@@ -48,7 +48,8 @@ def _column_of_dataset(source: str, split: str, column: str) -> list[str]:
     try:
         rows: Any = load_dataset(name, config or None, split=split)
     except Exception as error:  # whichever of the hub client's many
-        raise MelensError(f"The dataset {source} could not be loaded: {str(error).splitlines()[0]}") from error
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise MelensError(f"The dataset {source} could not be loaded: {why}") from error
     if column not in rows.column_names:
         raise MelensError(f"The dataset {source} has no column {column!r}, only {', '.join(rows.column_names)}.")
     texts = list(rows[column])

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
+from planted import bridge, plain_model
 
 import melens
 from melens import MelensError, Prompt, load_prompts
-from melens.prompts import choose_prompts, random_tokens, tokenize
+from melens.prompts import byte_tokenizer, choose_prompts, random_tokens, tokenize
 
 
 def test_at_least_eight_prompts_a_task_type():
@@ -76,20 +77,22 @@ def test_too_short_and_too_long_prompts_are_told(embedded, text, message):
         tokenize(embedded, [Prompt(text)])
 
 
-def test_ids_and_tasks_of_any_kind_become_words(embedded, tmp_path):
+def test_ids_and_tasks_of_any_kind_become_words_that_a_table_holds(tmp_path):
     rows = [
-        {"text": "One of them", "id": None, "task": None},
-        {"text": "Two of them", "id": 0, "task": 3},
-        {"text": "Three of them", "id": "x", "task": "maths"},
-        {"text": "Four of them", "id": "", "task": 2.5},
-        {"text": "Five of them", "id": float("nan"), "task": ""},
+        {"text": "one", "id": None, "task": None},
+        {"text": "two", "id": 0, "task": 3},
+        {"text": "three", "id": "x", "task": "maths"},
+        {"text": "four", "id": "", "task": 2.5},
+        {"text": "five", "id": float("nan"), "task": ""},
     ]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     prompts = load_prompts(tmp_path / "a.jsonl")
     assert [prompt.id for prompt in prompts] == ["line 1", "0", "x", "line 4", "line 5"]
     assert [prompt.task for prompt in prompts] == [None, "3", "maths", "2.5", None]
-    assert load_prompts(tmp_path / "a.jsonl", tasks=[3]) == [Prompt("Two of them", 3, 0)] == prompts[1:2]
-    trace = melens.trace(embedded, [*prompts[:2], Prompt("Six of them", "word", 7)], [melens.AbsMedian()])
+    assert load_prompts(tmp_path / "a.jsonl", tasks=[3]) == [Prompt("two", 3, 0)] == prompts[1:2]
+    model = bridge(plain_model("llama"))
+    model.tokenizer = byte_tokenizer()
+    trace = melens.trace(model, [*prompts[:2], Prompt("six", "word", 7)], [melens.AbsMedian()])
     trace.prompts.to_parquet(tmp_path / "prompts.parquet")
     table = pd.read_parquet(tmp_path / "prompts.parquet")
     assert table["id"].tolist() == ["line 1", "0", "7"]
@@ -164,7 +167,7 @@ def test_a_users_prompts_are_left_out_only_where_that_was_asked(embedded):
     model = with_context(embedded, 64)
     short, long = Prompt("A short one", id="line 1"), Prompt("word " * 100, id="line 2")
     for max_tokens in (None, 130):
-        with pytest.raises(MelensError, match=r"Prompt line 2 has 101 tokens, .* of 64; prompts\.max_tokens=64 leaves"):
+        with pytest.raises(MelensError, match=r"1 of 2 prompts .* of 64 tokens, first line 2; prompts\.max_tokens=64"):
             choose_prompts(model, [short, long], max_tokens=max_tokens, are_own=False)
     assert choose_prompts(model, [short, long], max_tokens=64, are_own=False) == [short]
     with pytest.raises(MelensError, match=r"prompts\.max_tokens is 0, but the shortest prompt has 3 tokens"):
@@ -172,7 +175,7 @@ def test_a_users_prompts_are_left_out_only_where_that_was_asked(embedded):
 
 
 def test_a_context_that_holds_no_prompt_is_told(embedded):
-    with pytest.raises(MelensError, match="more than the model's context of 8"):
+    with pytest.raises(MelensError, match=r"36 of 36 prompts are longer than .* of 8 tokens; the shortest has 9"):
         choose_prompts(with_context(embedded, 8), load_prompts())
 
 

@@ -173,8 +173,9 @@ def _from_hub(name: str, preset: Mapping[str, Any] | None, split: str) -> Datase
         return load_dataset(path, subset or None, split=split)
     except Exception as error:  # of the hub client, of pyarrow, of a builder: whichever
         place = f" or set training.data_dir to a folder with {preset['file']}" if preset is not None else ""
+        why = (str(error).splitlines() or [type(error).__name__])[0]
         raise MelensError(
-            f"The dataset {path} could not be loaded from the hub ({str(error).splitlines()[0][:150]}): check its name "
+            f"The dataset {path} could not be loaded from the hub ({why[:150]}): check its name "
             f"and the connection, give a .jsonl, .json or .csv file{place}."
         ) from error
 
