@@ -23,6 +23,7 @@ from transformer_lens.model_bridge.supported_architectures.granite_moe_hybrid im
 from transformers import FalconConfig, FalconModel
 
 from melens.errors import MelensError
+from melens.hybrids import HYBRIDS
 
 __all__ = ["register_adapters"]
 
@@ -121,5 +122,6 @@ def register_adapters() -> None:
         ("FalconForCausalLM", _Falcon),
         ("CodeGenForCausalLM", _CodeGen),
         ("GraniteMoeHybridForCausalLM", _GraniteMoeHybrid),
+        *HYBRIDS.items(),
     ):
         ArchitectureAdapterFactory.register_adapter(architecture, adapter)

@@ -35,6 +35,8 @@ from melens.caching import find_cache_by_any_name
 from melens.devices import dispatch_like, has_all_weights, input_device, is_dispatched, weights_here
 from melens.errors import MelensError
 from melens.gates import attach_gates, gates_of, is_of_gate
+from melens.hybrids import HYBRIDS, parts_of
+from melens.layout import attends
 from melens.normalization import read_module
 
 __all__ = [
@@ -345,20 +347,20 @@ def _of_plain(model: nn.Module, config: Any) -> Network:
         raise MelensError(
             f"TransformerLens does not know where {architecture} keeps its blocks, so it cannot be masked."
         ) from error
-    parts = {part: described.submodules.get(part) for part in ("ln1", "attn")}
-    names = {part: getattr(component, "name", None) for part, component in parts.items()}
-    if _is_post_norm(config):
-        names["ln1"] = None
-    of_attention = getattr(parts["attn"], "submodules", None) or {}
-    names |= {part: getattr(of_attention.get(part), "name", None) for part in ("q", "qkv", "o")}
     blocks = []
     for module in modules:
+        submodules = parts_of(described, module)
+        names = {part: getattr(submodules.get(part), "name", None) for part in ("ln1", "attn")}
+        if _is_post_norm(config):
+            names["ln1"] = None
+        of_attention = getattr(submodules.get("attn"), "submodules", None) or {}
+        names |= {part: getattr(of_attention.get(part), "name", None) for part in ("q", "qkv", "o")}
         attention = _part(module, names["attn"])
         query, joint, output = (_part(attention, names[part]) for part in ("q", "qkv", "o"))
         query = joint if query is None else query
         present = [
             part
-            for part, component in described.submodules.items()
+            for part, component in submodules.items()
             if component.name is None or _part(module, component.name) is not None
         ]
         ln1, name = _part(module, names["ln1"]), names["ln1"] or ""
@@ -389,7 +391,11 @@ def _part(block: nn.Module | None, name: str | None) -> nn.Module | None:
 def _checked(
     model: Any, blocks: tuple[Block, ...], architecture: str, d_model: int, bridge: TransformerBridge | None
 ) -> Network:
-    if not any(block.attention is not None for block in blocks) or getattr(model.config, "is_encoder_decoder", False):
+    is_decoder = not getattr(model.config, "is_encoder_decoder", False)
+    if not is_decoder or not any(block.attention is not None for block in blocks):
+        if is_decoder and attends(model):
+            bridged_before = "; melens.load_model does" if architecture in HYBRIDS else ", so it cannot be masked"
+            raise MelensError(f"TransformerLens does not tell {architecture}'s attention apart{bridged_before}.")
         raise MelensError(f"{architecture} is no decoder with attention, so it cannot be masked.")
     vocabulary = model.get_input_embeddings().weight.shape[0]
     return Network(bridge, base_of(model), blocks, architecture, d_model, int(vocabulary))

@@ -203,7 +203,7 @@ def _verify(model: TransformerBridge, sites: Sequence[str]) -> Verification:
         return Verification("fast", rule, _table({}), tuple(sites), why_not)
     rule = measured(twin.eval(), rule_of(twin))
     prompts = two_prompts(twin)
-    expected = _Expected(network, twin, prompts, _plain_places(model, sites))
+    expected = _Expected(network, twin, prompts, _plain_places(model, sites), _attending(model))
     fresh = bridge_around(twin, "verification")  # what is hooked onto the model, or patched, is not asked here
     complaints: list[str] = []
     for way, its_rule in _ways(rule, prompts):
@@ -304,6 +304,11 @@ def _plain_places(model: TransformerBridge, sites: Sequence[str]) -> dict[_Place
     }
 
 
+def _attending(model: TransformerBridge) -> list[int]:
+    """List the blocks with attention: of a hybrid, transformers returns the patterns of these alone."""
+    return [layer for _, layer, _ in Places.of(model).of_site(ATTENTION_ON_KEYS)]
+
+
 class _Expected:
     """What transformers computes by itself, each prompt alone, and how far something else is from it.
 
@@ -312,8 +317,15 @@ class _Expected:
     single tokens to another expert, whatever is run: there `_REROUTED` of the tokens are left out.
     """
 
-    def __init__(self, network: Any, twin: Any, prompts: Sequence[_Tokens], read_at: Mapping[_Place, _ReadAt]) -> None:
-        self._network, self._prompts, self._read_at = network, prompts, read_at
+    def __init__(
+        self,
+        network: Any,
+        twin: Any,
+        prompts: Sequence[_Tokens],
+        read_at: Mapping[_Place, _ReadAt],
+        attending: Sequence[int],
+    ) -> None:
+        self._network, self._prompts, self._read_at, self._attending = network, prompts, read_at, attending
         self._is_reduced = next(twin.parameters()).dtype not in _LIMITS
         self.limit = _REDUCED_LIMIT if self._is_reduced else _LIMITS[next(twin.parameters()).dtype]
         has_experts = any("expert" in name for name, _ in twin.named_modules())
@@ -350,7 +362,9 @@ class _Expected:
             for handle in handles:
                 handle.remove()
         whole = {place: values[0] for place, values in seen.items() if len(values) == 1}
-        for layer, pattern in enumerate(getattr(output, "attentions", None) or ()):
+        patterns = getattr(output, "attentions", None) or ()
+        layers = self._attending if len(patterns) == len(self._attending) else range(len(patterns))
+        for layer, pattern in zip(layers, patterns, strict=True):
             if isinstance(pattern, Tensor) and pattern.ndim == 4:
                 whole["attn.hook_pattern", layer] = pattern
                 whole[ATTENTION_ON_KEYS, layer] = pattern[..., :1]

@@ -1,0 +1,144 @@
+"""Hybrids: attention and FFNs are measured in the blocks that have them, and said to be nowhere else."""
+
+from typing import Any
+
+import planted
+import pytest
+import torch
+from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
+from transformer_lens.model_bridge.sources import build_bridge_from_module
+from transformer_lens.model_bridge.supported_architectures.zamba2 import Zamba2ArchitectureAdapter
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import melens
+from melens.layout import Layout, listed
+from melens.networks import open_network
+
+SIZES: dict[str, Any] = planted.SMALL | {"num_hidden_layers": 4}
+_MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_chunk_size": 16, "mamba_expand": 2}
+_DELTA_NET = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "head_dim": 16}
+_DELTA_NET |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
+def _types(recurrent: str, attention: str = "full_attention") -> dict[str, Any]:
+    return {"layer_types": [recurrent, attention, recurrent, attention]}
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "mlp", "attention", "moe"], "mamba_num_heads": 4, "mamba_head_dim": 32,
+        "ssm_state_size": 16, "n_groups": 1, "chunk_size": 16, "head_dim": 16, "n_routed_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 32,
+        "n_group": 1, "topk_group": 1,
+    },
+    "zamba2": {
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "mamba_d_state": 16, "mamba_ngroups": 1,
+        "n_mamba_heads": 4, "mamba_headdim": 32, "chunk_size": 16, "num_mem_blocks": 1, "adapter_rank": 4,
+        "num_key_value_heads": 4, "attention_head_dim": 32, "attention_hidden_size": 128, "hybrid_layer_ids": [1, 3],
+    },
+    "recurrent_gemma": {
+        "block_types": ["recurrent", "attention"], "lru_width": 64, "attention_window_size": 16, "head_dim": 16,
+    },
+    "jamba": {
+        "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1, "mamba_d_state": 8, "mamba_dt_rank": 8,
+        "use_mamba_kernels": False,
+    },
+    "bamba": {"attn_layer_indices": [1, 3], "mamba_n_groups": 1, **_MAMBA2},
+    "falcon_h1": _MAMBA2 | {"mamba_d_ssm": 64, "mamba_d_head": 16},
+    "granitemoehybrid": {
+        **_types("mamba", "attention"), **_MAMBA2, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "shared_intermediate_size": 96, "position_embedding_type": "rope",
+    },
+    "lfm2": _types("conv"),
+    "lfm2_moe": _types("conv") | _EXPERTS | {"num_dense_layers": 1},
+    "qwen3_next": _types("linear_attention") | _DELTA_NET | _EXPERTS | {"shared_expert_intermediate_size": 32},
+    "qwen3_5_text": _types("linear_attention") | _DELTA_NET,
+    "olmo_hybrid": _types("linear_attention") | _DELTA_NET,
+}  # fmt: skip
+ATTENTION = {"nemotron_h": (2,), "falcon_h1": (0, 1, 2, 3)}
+"""Blocks with attention, where they are not 1 and 3."""
+FFN = {"nemotron_h": (1, 3), "zamba2": (), "granitemoehybrid": ()}
+"""Blocks with an FFN that can be heard, where they are not all."""
+
+
+def hybrid(model_type: str) -> tuple[Any, Any]:
+    """A bridge of a small random model, and transformers' own on the same weights, in eager attention."""
+    options = SIZES | CONFIGS[model_type]
+    if model_type == "recurrent_gemma":
+        del options["max_position_embeddings"]
+    config = AutoConfig.for_model(model_type, **options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        plain, inside = (AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval() for _ in "12")
+    inside.load_state_dict(plain.state_dict())
+    return planted.bridge(inside), plain
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_sinks_are_measured_in_the_blocks_with_attention(model_type):
+    bridge, plain = hybrid(model_type)
+    layout = Layout.of(bridge)
+    assert layout.attention == ATTENTION.get(model_type, (1, 3))
+    assert layout.ffn == FFN.get(model_type, (0, 1, 2, 3))
+    assert (layout.unheard_attention, layout.unheard_ffn) == ((), _unheard(model_type))
+    tokens = torch.arange(10, 22)
+    trace = melens.trace(bridge, [tokens], [melens.SinkMass(), melens.Norms(("hook_resid_post",))])
+    with torch.no_grad():
+        seen = plain(tokens[None], use_cache=False, output_attentions=True, output_hidden_states=True)
+    patterns = [pattern for pattern in seen.attentions if pattern is not None]
+    expected = torch.stack([pattern[0, :, 1:, 0].mean(-1) for pattern in patterns])
+    table = trace["sink_mass"].pivot(index="layer", columns="head", values="sink_mass")
+    assert tuple(table.index) == layout.attention
+    torch.testing.assert_close(torch.tensor(table.to_numpy()).float(), expected, rtol=1e-4, atol=1e-5)
+    assert trace.model["verified"]["unchecked_sites"] == []
+    assert trace.model["verified"]["way"] == "fast"
+
+
+def _unheard(model_type: str) -> tuple[int, ...]:
+    return {"zamba2": (1, 3), "granitemoehybrid": (0, 1, 2, 3)}.get(model_type, ())
+
+
+@pytest.mark.parametrize("model_type", ["nemotron_h", "zamba2", "recurrent_gemma"])
+def test_a_bridge_and_a_plain_model_have_attention_in_the_same_blocks(model_type):
+    bridge, plain = hybrid(model_type)
+    for network in (open_network(bridge), open_network(plain)):
+        attending = [layer for layer, block in enumerate(network.blocks) if block.attention is not None]
+        assert tuple(attending) == Layout.of(bridge).attention
+        assert all(type(network.blocks[layer].query).__name__ == "Linear" for layer in attending)
+    maskable = [layer for layer in attending if open_network(plain).can_mask_attention(layer)]
+    assert maskable == ([] if model_type == "zamba2" else attending)  # whose attention reads another norm
+
+
+@pytest.mark.parametrize("model_type", ["nemotron_h", "recurrent_gemma"])
+def test_a_mask_on_a_hybrid_changes_the_same_on_either_kind_of_model(model_type):
+    bridge, plain = hybrid(model_type)
+    tokens, mask = torch.arange(10, 22)[None], melens.WeMask(0.1, "random", start=0)
+    masked = []
+    for model in (bridge, plain):
+        with mask.applied(model), torch.no_grad():
+            masked.append(getattr(output := model(tokens), "logits", output))
+    torch.testing.assert_close(*masked, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        assert not torch.allclose(plain(tokens).logits, masked[1], atol=1e-4)
+
+
+def test_what_transformer_lens_does_not_tell_apart_is_said_not_to_be(monkeypatch):
+    _, plain = hybrid("zamba2")
+    monkeypatch.setitem(ArchitectureAdapterFactory._adapters, "Zamba2ForCausalLM", Zamba2ArchitectureAdapter)
+    bridge = build_bridge_from_module(plain, "Zamba2ForCausalLM", hf_config=plain.config, model_name="tiny")
+    layout = Layout.of(bridge)
+    assert layout.attention_in_words == "attention in blocks 1 and 3 not told apart by TransformerLens"
+    assert layout.ffn_in_words == "an FFN in blocks 1 and 3 not told apart by TransformerLens"
+    with pytest.raises(melens.MelensError, match=r"Zamba2ForCausalLM's attention apart; melens\.load_model does"):
+        open_network(bridge)
+
+
+def test_blocks_are_told_in_words():
+    assert listed([3]) == "block 3"
+    assert listed((2, 5, 8)) == "blocks 2, 5 and 8"
+    assert listed(range(6)) == "blocks 0 to 5"
+    partly = Layout(6, attention=(1,), ffn=(), unheard_attention=(4,))
+    assert partly.attention_in_words == "attention in block 1 of 6, in block 4 not told apart by TransformerLens"
+    assert partly.ffn_in_words == "no block with an FFN"
+    assert Layout(6, tuple(range(6)), ()).attention_in_words == "attention in all 6 blocks"
