@@ -19,6 +19,8 @@ from pydantic_core import CoreSchema, core_schema
 from melens.errors import MelensError
 
 __all__ = [
+    "SELECTS",
+    "SITES",
     "Count",
     "Flag",
     "Layers",
@@ -36,6 +38,8 @@ __all__ = [
     "Whole",
     "check_fields",
     "in_words",
+    "listed",
+    "one_of",
     "why_not",
 ]
 
@@ -51,6 +55,16 @@ class Said:
         return core_schema.custom_error_schema(handler(source), "not_allowed", custom_error_message=said)
 
 
+def one_of(words: Sequence[str]) -> Any:
+    """Allow these words alone. (A `Literal` would do but for its own message where annotations are checked.)"""
+    return Field(pattern=rf"^({'|'.join(words)})$")
+
+
+def listed(words: Sequence[str]) -> str:
+    """Write words as a sentence lists them: "a, b or c"."""
+    return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
 Real = Annotated[float, Field(strict=True, allow_inf_nan=False)] | Annotated[int, Field(strict=True)]
 Flag = Annotated[bool, Field(strict=True), Said("true or false")]
 Whole = Annotated[int, Field(strict=True, ge=0), Said("a whole number of at least 0")]
@@ -63,25 +77,26 @@ Name = Annotated[str, Field(strict=True, min_length=1), Said("a text")]
 
 # --- Of masks (melens.WeMask) -----------------------------------------------------------------------------------------
 
-Select = Annotated[
-    Literal["weight", "weight_low", "random", "magnitude", "massive", "batch_magnitude"],
-    Said("weight, weight_low, random, magnitude, massive or batch_magnitude"),
-]
+SELECTS = ("weight", "weight_low", "random", "magnitude", "massive", "batch_magnitude")
+Select = Annotated[str, one_of(SELECTS), Said(listed(SELECTS))]
 """How a block's dims are chosen: the largest |gain of ln1| (the paper), the smallest (a control), at random, the
 largest |values| of the token itself at the mask's site, the massive dims; or, as the authors' code does, the largest
 |values| averaged over the batch."""
 
-Site = Annotated[Literal["attn_in", "ln1_in", "resid_pre"], Said("attn_in, ln1_in or resid_pre")]
+SITES = ("attn_in", "ln1_in", "resid_pre")
+Site = Annotated[str, one_of(SITES), Said(listed(SITES))]
 """Where a mask takes hold: what comes out of `ln1`, what goes into it (for attention alone, the residual stream stays
 whole), or the residual stream itself before the block."""
 
 _Blocks = Annotated[Sequence[Whole], Field(min_length=1)]
 _FromMe = Annotated[str, Field(pattern=r"^me([+-]\d+)?$")]
 Start = Annotated[Whole | _FromMe, Said("a block, me, me+1, me-2 and the like")]
-Layers = Annotated[Literal["all", "first"] | _Blocks, Said("all, first or a list of blocks, as [12,13]")]
+_LAYERS, _POSITIONS = ("all", "first"), ("first", "massive", "all", "every_call")
+Layers = Annotated[
+    Annotated[str, one_of(_LAYERS)] | _Blocks, Said(f"{', '.join(_LAYERS)} or a list of blocks, as [12,13]")
+]
 Positions = Annotated[
-    Literal["first", "massive", "all", "every_call"] | _Blocks,
-    Said("first, massive, all, every_call or a list of positions, as [0,5]"),
+    Annotated[str, one_of(_POSITIONS)] | _Blocks, Said(f"{', '.join(_POSITIONS)} or a list of positions, as [0,5]")
 ]
 
 

@@ -69,8 +69,8 @@ class WeMask:
     """A mask on some dims of a few tokens, in some blocks.
 
     Attributes:
-        rate: share of the width that is masked, from 0 to 1: k = floor(rate · d) dims. A rate over 0 that is too small
-            for one dim is refused where the width is known (the authors' code would mask nothing, without a word).
+        rate: share of the width that is masked, from 0 (nothing) to 1: k = floor(rate · d) dims. A rate over 0 that
+            selects no dim is refused where the width is known (the authors' code masks nothing then, without a word).
         select: how they are chosen, as `melens.allowed.Select` tells.
         site: where the mask takes hold, as `melens.allowed.Site` tells.
         start: the first masked block (0-based), or `"me"`, `"me+1"`, `"me-2"`: counted from the ME layer, once
@@ -215,13 +215,17 @@ class WeMask:
 
     def _count(self, d_model: int) -> int:
         count = math.floor(self.rate * d_model + 1e-9)  # 0.29 · 100 is 28.999…
-        if count < 1:
+        if count < 1 and self.rate > 0:
+            digits = 1 - math.floor(math.log10(1 / d_model))
+            least = math.ceil(10**digits / d_model) / 10**digits  # two digits, rounded up: it selects one dim
             raise MelensError(
-                f"The mask's rate {self.rate:g} leaves no dim of {d_model}; the least is {1 / d_model:.2g}."
+                f"Rate {self.rate:g} selects 0 of {d_model} dims; use at least {least:g}, or 0 for no mask."
             )
         return count
 
     def _choose_dims(self, network: Network, layer: int) -> Int[Tensor, " k"]:
+        if self.rate == 0:
+            return torch.empty(0, dtype=torch.long)
         if self.select == "massive":
             are_dims = all(isinstance(dim, int) and 0 <= dim < network.d_model for dim in self.massive_dims)
             if not self.massive_dims or not are_dims:
@@ -348,7 +352,8 @@ class _Factors:
             like = next(self._modules[layer].parameters())
             device = torch.device("cpu") if like.is_meta else like.device
             factors = torch.ones(network.d_model, dtype=like.dtype)
-            factors[torch.from_numpy(np.array(dims))] = self._left  # a list of Python's takes five times as long
+            masked = np.array(dims, dtype=np.int64)  # a list of Python's takes five times as long
+            factors[torch.from_numpy(masked)] = self._left
             self._modules[layer].register_buffer(self._buffer, factors.to(device), persistent=False)
 
     def __call__(self, layer: int, rows: Float[Tensor, "*n d"]) -> Tensor:

@@ -102,26 +102,9 @@ def test_a_sweep_merges_table_8_and_survives_a_model_that_fails(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "code", "message"),
     [
-        (("exp=nope",), 2, "Could not find 'exp/nope'"),
-        (("model=nope",), 2, "Could not find 'model/nope'"),
-        (("exp.loq_scale=true",), 2, "loq_scale"),
-        (("model=hub",), 2, "model.name"),
+        (("exp.loq_scale=true",), 2, "There is no option exp.loq_scale; did you mean exp.log_scale?"),
         (("model=hub", "model.name=qwen3-4bb"), 1, "nearest known are"),
-        (("prompts.file=/nonexistent.txt",), 1, "There is no prompt file /nonexistent.txt."),
-        (("model=random", "criterion.min_abs=lots"), 1, "min_abs is 'lots'"),
-        (("model=random", "exp.top_dims=0"), 1, "exp.top_dims of emergence is 0"),
-        (("model=random", "exp=all", "exp.sinks.rank_tokens=none"), 1, "exp.rank_tokens of sinks is 'none'"),
-        (("model=random", "exp=rmsnorm", "exp.top_share=1.5"), 1, "a share of the width, over 0 and at most 1"),
-        (("model=random", "exp=rmsnorm", "exp.top_share=0"), 1, "a share of the width, over 0 and at most 1"),
-        (("model=random", "exp=rmsnorm", "exp.other_shares=0.1"), 1, "must be a list of shares"),
-        (("model=random", "exp=stability", "exp.length_bins=null"), 1, "must be a list of rising whole numbers"),
-        (("model=random", "exp=all", "exp.experiments=[]"), 1, "must name at least one experiment"),
-        (("model=random", "exp=stability", "exp.length_bins=[5,3]"), 1, "must be a list of rising whole numbers"),
-        (("model=random", "exp=all", "exp.experiments=[sink]"), 1, "exp.experiments names 'sink'"),
-        (("model=random", "model.config.hiden_size=64"), 2, "hiden_size"),
         (("model=random", "model.config.num_key_value_heads=3"), 1, "cannot share"),
-        (("model=random", "max_batch_tokens=lots"), 1, "max_batch_tokens is 'lots'"),
-        (("model=random", "prompts.bos=maybe"), 1, "prompts.bos is 'maybe'"),
         (("model=random", "hydra.run.dir=README.md/run"), 1, "README.md"),
     ],
 )
@@ -147,7 +130,7 @@ def test_a_sweep_of_everything_is_merged_too(tmp_path, short_prompts):
 
 
 def test_the_traceback_is_there_for_those_who_want_it(tmp_path):
-    done = run("prompts.file=/nonexistent.txt", "hydra.verbose=true", f"hydra.run.dir={tmp_path}")
+    done = run("model.name=/nonexistent", "model=hub", "hydra.verbose=true", f"hydra.run.dir={tmp_path}")
     assert done.returncode == 1
     assert "Traceback" in done.stderr
 
@@ -201,19 +184,3 @@ def test_what_masks_do_to_the_embedded_model(tmp_path, short_prompts, sweep):
     assert cells.massive_hits["attn_in", "weight"] == 0
     for figure in ("loss_change", "rates", "loss_and_sinks", "by_block"):
         assert (tmp_path / f"{figure}.html").is_file()
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("wemask.rate=1.5", "The mask's rate is 1.5; it must be over 0 and at most 1."),
-        ("wemask.select=wieght", "The mask's select is 'wieght'; allowed are weight"),
-        ("data.n_tokens=2", "data.n_tokens is 2; it must be a whole number of at least 3."),
-        ("exp.patterns=few", "exp.patterns of wemask is 'few'; it must be drawn, all or none."),
-    ],
-)
-def test_a_wrong_mask_is_told_before_anything_slow(tmp_path, override, message):
-    done = run("exp=wemask", override, "model=hub", "model.name=/nowhere/at/all", f"hydra.run.dir={tmp_path}")
-    assert done.returncode == 1
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr

@@ -13,13 +13,13 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
 
 from experiments.benchmark import Bench
 from experiments.job import run_job
 from experiments.masks import on_blocks
-from experiments.options import check_options
+from experiments.options import compose_options
+from experiments.options.command_line import prepare_command
 from experiments.tables import _taking_turns
 from melens import MelensError, WeMask, load_model
 from melens.gates import add_gates, gates_of
@@ -545,9 +545,7 @@ def test_a_missing_package_is_told(monkeypatch):
 
 def job(folder, *overrides):
     """What the command line does with these options, in this process; of `exp=`, the last."""
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("config", ["scale=smoke", *overrides])
-    check_options(cfg)
+    cfg = compose_options(*prepare_command(["scale=smoke", *overrides]))
     folder.mkdir(parents=True, exist_ok=True)
     assert run_job(cfg, folder) == []
 
@@ -652,16 +650,18 @@ def test_a_saved_mask_is_kept_on_some_of_its_blocks():
         (["training.dataset=gsm9k"], "the nearest known are gsm8k"),
         (["training.lora.rank=0", "training.peft=lora"], "training.lora.rank is 0"),
         (["training.columns=abc"], "training.columns is 'abc'"),
-        (["training.data_dir=5"], "training.data_dir is 5"),
         (["training.mask=paper", "wemask.rate=0"], "masks nothing"),
-        (["+training.trainer.foo=1"], "training.trainer.foo is no field of TRL's SFTConfig"),
+        (["training.trainer.foo=1"], "training.trainer.foo is no field of TRL's SFTConfig"),
         (["training.gate=both"], "training.gate is 'both'"),
         (["training.mask=paper", "wemask.start=me+1"], "no ME layer to start from"),
-        (["exp=tables"], "table is None; it must be one of"),
-        (["exp=tables", "table=7", "training.seed=[0,abc]"], r"training.seed is \[0, 'abc'\]; a table needs"),
+        (["exp=tables"], "table is null; exp=tables needs one of"),
+        (
+            ["exp=tables", "table=7", "training.seed=[0,abc]"],
+            r"training.seed is \[0, 'abc'\]; it must be a list of whole numbers",
+        ),
         (["exp=tables", "table=7", "wemask.rate=[0.1,0.1]"], "each once"),
         (["training.mask=paper", "wemask.site=[attn_in,ln1_in]"], "a model is trained with one mask"),
-        (["training.mask=paper", "wemask.start=all_blocks"], "wemask.start is all_blocks"),
+        (["training.mask=paper", "wemask.start=all_blocks"], "wemask.start is .all_blocks., and a model"),
         (["training.resume=."], "There is no training to go on with in checkpoints"),
         (["training.batch_size=0"], "training.batch_size is 0"),
         (["training.resume=/nowhere"], "there is no such folder"),

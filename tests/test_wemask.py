@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from planted import FAMILIES, N_LAYERS, bridge, gains_apart, plain_model, shared_keys_model
+from planted import FAMILIES, N_LAYERS, VOCABULARY, bridge, gains_apart, plain_model, shared_keys_model
 from torch.distributed.utils import _apply_to_tensors
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
@@ -658,12 +658,11 @@ def test_an_me_layer_is_an_integer_of_any_kind(layer):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rate": 1.2}, "rate is 1.2; it must be over 0 and at most 1"),
-        ({"rate": 0}, "rate is 0; it must be over 0"),
-        ({"rate": 0.01}, "rate 0.01 leaves no dim of 64; the least is 0.016"),
-        ({"rate": True}, "rate is True"),
-        ({"select": "wieght"}, "select is 'wieght'; allowed are weight, weight_low"),
-        ({"site": "mlp"}, "site is 'mlp'; allowed are attn_in"),
+        ({"rate": 1.2}, "The mask's rate is 1.2; it must be a number from 0 to 1."),
+        ({"rate": 0.01}, "Rate 0.01 selects 0 of 64 dims; use at least 0.016, or 0 for no mask."),
+        ({"rate": True}, "rate is true"),
+        ({"select": "wieght"}, "select is 'wieght'; it must be weight, weight_low"),
+        ({"site": "mlp"}, "site is 'mlp'; it must be attn_in"),
         ({"start": N_LAYERS}, "no block 4 to take hold in: the model's are 0 to 3"),
         ({"start": -1}, "start is -1"),
         ({"start": "you+1"}, "start is 'you\\+1'"),
@@ -682,6 +681,15 @@ def test_what_is_not_allowed_is_told_in_a_sentence(arguments, message):
     with pytest.raises(MelensError, match=message):
         WeMask(**{"start": 1, "select": "random", **arguments}).install(network)
     assert not network.base_model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("select", [*SELECTS, "batch_magnitude"])
+def test_a_rate_of_0_masks_nothing_and_the_least_one_a_single_dim(select):
+    network, tokens = plain_model("llama"), torch.randint(10, VOCABULARY, (1, 8))
+    plain = network(tokens).logits
+    with WeMask(0, select, start=1, massive_dims=(3,)).applied(network):
+        assert torch.equal(network(tokens).logits, plain)
+    assert [len(dims) for dims in WeMask(0.016, "random", start=1).dims(network).values()] == [1] * (N_LAYERS - 1)
 
 
 def test_what_cannot_be_masked_is_told_in_a_sentence():

@@ -58,6 +58,8 @@ def _prepare(argument: str, *, sweeps: bool) -> str:
         raise OptionError(f"The value of {argument} cannot be read ({why}); quotes help, as {key}=\"'...'\".") from None
     if key.startswith(("hydra.", "hydra/")) or "/" in key or "@" in key:
         return argument if key not in _FOLDERS else f"{key}={value}"
+    if not is_group(override) and (CONF / key).is_dir():
+        raise OptionError(f"{key} is a group of options, as {key}.<name>=...; it has no value of its own.")
     if is_group(override):
         _check_choice(override)
         return f"{key}={value}"
@@ -98,7 +100,7 @@ def _check_choice(override: Override) -> None:
     values = list(override.sweep_iterator()) if override.is_choice_sweep() else [override.value()]
     for name in values:
         if isinstance(name, str) and name not in names:
-            raise OptionError(f"There is no {group}={name}{choose_from(names, name)}")
+            raise OptionError(f"There is no {group}={name}{choose_from(names, name, n=3)}")
 
 
 def check_command(arguments: Sequence[str]) -> None:

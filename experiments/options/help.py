@@ -28,6 +28,7 @@ _GROUPS = {
     "wemask": "The mask: wemask=",
     "scale": "How much of it, for trainings and tables: scale=",
 }
+_OF_RANDOM = ("model_type", "tokenizer", "seed", "config")
 _WIDEST = 34
 
 
@@ -54,6 +55,8 @@ def help_text() -> str:
         for path in sorted((CONF / group).glob("*.yaml")):
             header, lines = lines_of(path)
             parts.append(_entry(f"  {path.stem}", header))
+            if path.stem == "random":
+                parts += [_option(f"model.{line.key}", line, indent=4) for line in lines if line.key in _OF_RANDOM]
             if group == "exp":
                 parts += [_option(f"exp.{line.key}", line, indent=4) for line in lines if _is_own(line)]
         if group in ("prompts", "wemask"):

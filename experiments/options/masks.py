@@ -49,7 +49,7 @@ def presets_of(
     for name in names:
         if name not in known:
             raise OptionError(f"{key} names {name!r}; allowed are {', '.join(known)}.")
-        own = _read(name)
+        own = {} if name == "paper" else _read(name)
         values = _read("paper") | ({} if rates is None else {"rate": list(rates)}) | own | given
         if own.get("rate") == 0:
             values["rate"] = 0  # no mask has no other rate

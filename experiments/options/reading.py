@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,14 @@ def given_options(plain: Mapping[str, Any], overrides: Sequence[str]) -> dict[st
 
 def is_group(override: Override) -> bool:
     """Tell whether an override chooses a file of a folder of `conf/`, as `model=qwen3-4b`."""
-    return (CONF / override.key_or_group.split("@")[0]).is_dir()
+    return override.key_or_group in groups()
+
+
+@cache
+def groups() -> tuple[str, ...]:
+    """Return the config groups: folders of `conf/` of which a run takes one file."""
+    defaults = yaml.safe_load((CONF / "config.yaml").read_text("utf-8"))["defaults"]
+    return tuple(group for chosen in defaults if isinstance(chosen, dict) for group in chosen)
 
 
 def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -122,9 +130,9 @@ def _nearest(key: str, known: Sequence[str]) -> str:
     return choose_from([*known, *nodes], key, beside if node else list(nodes))
 
 
-def choose_from(known: Sequence[str], wrong: str, allowed: Sequence[str] | None = None) -> str:
-    """End a sentence about a wrong name with the known ones that are near, or else with those that are allowed."""
-    close = difflib.get_close_matches(wrong, known, n=2, cutoff=0.7)
+def choose_from(known: Sequence[str], wrong: str, allowed: Sequence[str] | None = None, *, n: int = 1) -> str:
+    """End a sentence about a wrong name with the `n` nearest known ones, or else with those that are allowed."""
+    close = difflib.get_close_matches(wrong, known, n=n, cutoff=0.7)
     if close:
         return f"; did you mean {' or '.join(close)}?"
     allowed = known if allowed is None else allowed

@@ -13,8 +13,25 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
-from melens.allowed import Count, Flag, Name, Number, Positive, Rate, Said, Select, Share, Site, Start, Whole
+from melens.allowed import (
+    SELECTS,
+    SITES,
+    Count,
+    Flag,
+    Name,
+    Number,
+    Positive,
+    Rate,
+    Said,
+    Select,
+    Share,
+    Site,
+    Start,
+    Whole,
+    listed,
+)
 from melens.errors import MelensError
+from melens.training.recipe import Precision, Tracker
 
 __all__ = [
     "AS_TYPED",
@@ -161,11 +178,9 @@ class MaskOptions(Node):
     ]
     select: Annotated[
         _AnySelect | Annotated[list[_AnySelect], Field(min_length=1)],
-        Said("weight, weight_low, random, magnitude, massive, batch_magnitude or saved, or a list of them"),
+        Said(f"{listed((*SELECTS, 'saved'))}, or a list of them"),
     ]
-    site: Annotated[
-        Site | Annotated[list[Site], Field(min_length=1)], Said("attn_in, ln1_in or resid_pre, or a list of them")
-    ]
+    site: Annotated[Site | Annotated[list[Site], Field(min_length=1)], Said(f"{listed(SITES)}, or a list of them")]
     start: Annotated[
         _AnyStart | Annotated[list[_AnyStart], Field(min_length=1)],
         Said("a block, me, me+1, me-2 and the like, or all_blocks, or a list of them"),
@@ -283,16 +298,14 @@ class TrainingOptions(Node):
     temperature: Positive
     beta: OptionalNumber
     format_weight: Number
-    precision: Annotated[Literal["auto", "float32", "mixed", "bfloat16"], Said("auto, float32, mixed or bfloat16")]
+    precision: Precision
     gradient_checkpointing: Flag
     trace_every: Whole
     trace_prompts: Count
     log_every: Count
     save_every: Whole
     resume: OptionalText
-    report_to: Annotated[
-        Literal["none", "tensorboard", "wandb", "trackio"], Said("none, tensorboard, wandb or trackio")
-    ]
+    report_to: Tracker
     seed: Seeds
     trainer: Annotated[dict[str, Any], Said("fields of TRL's configuration by name")]
 

@@ -13,6 +13,8 @@ from melens.training.recipe import Lora, Recipe, check_extra, known_datasets, re
 
 __all__ = ["Planned", "planned_training"]
 
+_LIMITS = {"training.limit", "training.max_length", "training.steps"}
+"""Options whose null, typed, means no limit; elsewhere null means what the paper says."""
 DATASETS = {"sft": "gsm8k", "dpo": "hh_rlhf", "grpo": "gsm8k"}
 
 
@@ -66,7 +68,9 @@ def planned_training(options: Options, method: str, *, dataset: str | None = Non
     dataset = node.dataset or dataset or DATASETS[method]
     if len(node.seed) != 1 and options.exp.name != "tables":
         raise OptionError("training.seed is a list, which only exp=tables takes; -m training.seed=0,1,2 sweeps.")
-    given = {key: value for key, value in node if value is not None or f"training.{key}" in options.given}
+    given = {
+        key: value for key, value in node if value is not None or f"training.{key}" in options.given.keys() & _LIMITS
+    }
     values = training_conf(method, known_datasets().get(dataset, {}).get(method, {}), given)
     own = {key: value for key, value in values.items() if key in recipe_fields()}
     lora = Lora(**node.lora.model_dump()) if node.peft == "lora" else None

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field
 
-from melens.allowed import Count, Flag, Number, Positive, Said, Whole, check_fields
+from melens.allowed import Count, Flag, Number, Positive, Said, Whole, check_fields, listed, one_of
 from melens.errors import MelensError
 
 __all__ = ["METHODS", "Lora", "Recipe", "check_extra", "known_datasets", "training_conf"]
@@ -20,6 +20,9 @@ __all__ = ["METHODS", "Lora", "Recipe", "check_extra", "known_datasets", "traini
 METHODS = ("sft", "dpo", "grpo")
 _UnderOne = Annotated[Number, Field(lt=1), Said("a number from 0 to under 1")]
 BYTES_PER_WEIGHT = {"auto": 4, "float32": 4, "mixed": 4, "bfloat16": 2}
+Precision = Annotated[str, one_of(tuple(BYTES_PER_WEIGHT)), Said(listed(tuple(BYTES_PER_WEIGHT)))]
+_TRACKERS = ("none", "tensorboard", "wandb", "trackio")
+Tracker = Annotated[str, one_of(_TRACKERS), Said(listed(_TRACKERS))]
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Recipe:
         trainer: further fields of TRL's configuration of the method, by its names.
     """
 
-    method: Annotated[Literal["sft", "dpo", "grpo"], Said("sft, dpo or grpo")]
+    method: Annotated[str, one_of(METHODS), Said(listed(METHODS))]
     batch_size: Count
     lr: Positive
     epochs: Positive = 1
@@ -72,16 +75,12 @@ class Recipe:
     temperature: Positive = 1.0
     beta: Number = 0.0
     format_weight: Number = 0.0
-    precision: Annotated[Literal["auto", "float32", "mixed", "bfloat16"], Said("auto, float32, mixed or bfloat16")] = (
-        "float32"
-    )
+    precision: Precision = "float32"
     gradient_checkpointing: Flag = False
     lora: Lora | None = None
     log_every: Count = 1
     save_every: Whole = 100
-    report_to: Annotated[
-        Literal["none", "tensorboard", "wandb", "trackio"], Said("none, tensorboard, wandb or trackio")
-    ] = "none"
+    report_to: Tracker = "none"
     seed: Whole = 0
     trainer: Annotated[Mapping[str, Any], Said("fields of TRL's configuration by name")] = field(default_factory=dict)
 
