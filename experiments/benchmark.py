@@ -103,6 +103,9 @@ def run(study: Study, options: ReportedOptions) -> Result:
         thinking=None if bench.chat is None else bench.chat.in_words(),
         n_unfinished=int(scores.loc[scores["shown"], "n_unfinished"].sum()),
         runs_kept=sum(each.n_kept for each in done),
+        masks={
+            task: {cell.label: cell.mask.told() for cell in of_task if cell.mask} for task, of_task in cells.items()
+        },
         compared=count_verdicts(scores.merge(masks, on="mask"), "select"),
     )
     tables = {"benchmark_items": everything, "benchmark_scores": scores}

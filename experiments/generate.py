@@ -78,6 +78,7 @@ def run(study: Study, options: KeptOptions) -> Result:
             progress(len(pairs), len(prompts) * len(seeds))
     metrics = study.metrics(
         mask=_mask_in_words(mask, study.model),
+        masks={} if mask is None else {"mask": mask.told()},
         use_cache=use_cache,
         cache_error=max(way.error for way in ways),
         thinking=None if chat is None else chat.in_words(),

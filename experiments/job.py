@@ -15,6 +15,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from experiments.benchmark import load_tasks
@@ -63,7 +64,7 @@ def run_job(cfg: Options, folder: Path) -> list[str]:
     console = Console(quiet=not is_first_process())
     for name, mask in masks.items():
         console.print(f"mask {name}: {mask_in_words(mask)}", markup=False, highlight=False)
-    with console.status(f"Loading {cfg.model.name}"):
+    with console.status(escape(f"Loading {cfg.model.name}")):
         model = load_model(**config["model"])
     with _stages(console) as stage:
         given = cfg.prompts

@@ -208,7 +208,8 @@ def show_result(result: Result, paths: list[Path], console: Console) -> None:
     if result.metrics:
         _show_claims(claims_of(result), console)
     if paths:
-        console.print("Written:", *(os.path.relpath(path) for path in paths), sep="\n  ")
+        written = (os.path.relpath(path) for path in paths)
+        console.print("Written:", *written, sep="\n  ", markup=False, highlight=False, soft_wrap=True)
 
 
 def _show_claims(claims: pd.DataFrame, console: Console) -> None:
