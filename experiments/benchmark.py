@@ -20,7 +20,7 @@ from experiments.options.schema import ReportedOptions
 from experiments.study import Study
 from melens import MelensError, Probe, WeMask, figures, load_model
 from melens.benchmarks.catalog import Benchmark
-from melens.benchmarks.harness import Asking, HarnessTask, check_harness, check_thinking, evaluate, load_task
+from melens.benchmarks.harness import Asking, HarnessTask, check_thinking, evaluate, load_task
 from melens.benchmarks.language import Needle, Questions, answered, ask
 from melens.benchmarks.layout import lay_out
 from melens.benchmarks.refusals import count_judged, judged_refusals, judging_chat
@@ -46,13 +46,11 @@ def load_tasks(cfg: Options) -> None:
     """Load the definitions and the data of all benchmarks that have some: before the model, which takes longer.
 
     Raises:
-        MelensError: the harness is missing, a local file is wrong, the hub cannot be reached, or the model's chat
+        MelensError: a local file is wrong, the hub cannot be reached, or the model's chat
             template does not take what is asked.
     """
     asked = asked_for(cfg)
     of_harness = [benchmark for benchmark in asked.benchmarks if benchmark.config is not None]
-    if of_harness:
-        check_harness()
     tasks = [_harness_task(benchmark, asked.data_dir, asked.generates) for benchmark in of_harness]
     chat = _chat(asked, lambda: load_tokenizer(**cfg.model.model_dump(exclude_unset=True)))
     for task in tasks:

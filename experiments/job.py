@@ -28,7 +28,7 @@ from experiments.training import model_options, prepare_training
 from melens import load_model, load_prompts
 from melens.prompts import choose_prompts
 from melens.report import write_report
-from melens.results import check_png, combine, show_result, write_result
+from melens.results import combine, show_result, write_result
 from melens.training.recipe import METHODS
 
 __all__ = ["run_job"]
@@ -47,7 +47,6 @@ def run_job(cfg: Options, folder: Path) -> list[str]:
     start = time.perf_counter()
     give_freed_memory_back()
     if cfg.png:
-        check_png()
         logging.getLogger("choreographer").setLevel(logging.WARNING)  # it tells of every temporary folder
     masks = masks_asked(cfg)
     config = cfg.plain() | {"masks": {name: mask.model_dump() for name, mask in masks.items()}}

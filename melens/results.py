@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -32,7 +31,6 @@ from melens.whole import whole_file
 __all__ = [
     "Picture",
     "Result",
-    "check_png",
     "claims_of",
     "combine",
     "number_with_interval",
@@ -160,12 +158,6 @@ def write_tables_and_figures(
             if png:
                 paths.append(_write(folder / f"{name}.png", _png_writer(figure)))
         return paths
-
-
-def check_png() -> None:
-    """Raise a `MelensError` where static images cannot be made, before anything slow."""
-    if importlib.util.find_spec("kaleido") is None:
-        raise MelensError("png=true needs kaleido: pip install -e '.[png]'.")
 
 
 def _png_writer(figure: go.Figure) -> Callable[[Path], object]:

@@ -235,6 +235,21 @@ def test_a_mistake_is_told_within_two_seconds_and_leaves_no_folder(tmp_path):
     assert not folder.exists()
 
 
+@pytest.mark.parametrize(
+    ("package", "extra", "arguments"),
+    [
+        ("kaleido", "png", ["png=true"]),
+        ("lm_eval", "benchmark", ["exp=benchmark", "benchmark.tasks=[piqa]"]),
+        ("trl", "train", ["exp=sft"]),
+    ],
+)
+def test_a_package_that_is_missing_is_told_with_the_command_that_installs_it(monkeypatch, package, extra, arguments):
+    monkeypatch.setattr("melens.extras.find_spec", lambda name: None if name == package else True)
+    message = f"needs {package}, which is not installed: pip install -c .ci/constraints.txt -e '.[{extra}]'"
+    with pytest.raises(MelensError, match=re.escape(message)):
+        check_command(prepare_command(arguments))
+
+
 # --- Help -------------------------------------------------------------------------------------------------------------
 
 

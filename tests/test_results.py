@@ -86,12 +86,6 @@ def test_several_results_become_one():
     assert set(results.claims_of(whole).experiment) == {"direction", "ffn"}
 
 
-def test_static_images_without_kaleido_are_told(monkeypatch):
-    monkeypatch.setattr(results.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MelensError, match=r"pip install -e '\.\[png\]'"):
-        results.check_png()
-
-
 def test_a_folder_that_cannot_be_written_to_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(MelensError, match="cannot be written to"):

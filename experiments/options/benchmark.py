@@ -8,6 +8,7 @@ from typing import Any
 from experiments.options.masks import Preset, presets_of
 from experiments.options.schema import Options
 from melens.benchmarks.catalog import Benchmark, benchmarks_of
+from melens.extras import check_extra
 
 __all__ = ["Asked", "asked_for"]
 
@@ -91,6 +92,8 @@ def asked_for(options: Options) -> Asked:
     if node.data_dir is not None and node.tasks is None:  # those of a table
         left_out = [benchmark.name for benchmark in benchmarks if benchmark.config and benchmark.file is None]
         benchmarks = [benchmark for benchmark in benchmarks if benchmark.name not in left_out]
+    if any(benchmark.config for benchmark in benchmarks):
+        check_extra("benchmark", "benchmark.tasks")
     mode = node.mode or ("loglikelihood" if table is None else "generate")
     names = node.masks or (_DEFAULT_MASKS if table is None else table.masks)
     masks = presets_of(names, options, key="benchmark.masks", rates=None if table is None else table.rates)

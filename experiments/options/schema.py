@@ -31,6 +31,7 @@ from melens.allowed import (
     listed,
 )
 from melens.errors import MelensError
+from melens.extras import check_extra
 from melens.training.recipe import Precision, Tracker
 
 __all__ = [
@@ -463,6 +464,12 @@ class Options(Node):
     seed: Whole
     png: Flag
     given: Mapping[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _can_draw(self) -> Options:
+        if self.png:
+            check_extra("png", "png=true")
+        return self
 
     @property
     def experiments(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from experiments.options.masks import Preset, presets_of
 from experiments.options.reading import OptionError
 from experiments.options.schema import Options
 from melens.allowed import in_words
-from melens.training.recipe import Lora, Recipe, check_extra, known_datasets, recipe_fields, training_conf
+from melens.training.recipe import Lora, Recipe, check_installed, known_datasets, recipe_fields, training_conf
 
 __all__ = ["Planned", "planned_training"]
 
@@ -75,7 +75,7 @@ def planned_training(options: Options, method: str, *, dataset: str | None = Non
     own = {key: value for key, value in values.items() if key in recipe_fields()}
     lora = Lora(**node.lora.model_dump()) if node.peft == "lora" else None
     recipe = Recipe(**own | {"method": method, "lora": lora, "seed": node.seed[0]})
-    check_extra(recipe.report_to)
+    check_installed(recipe.report_to)
     return Planned(
         recipe=recipe,
         dataset=dataset,

@@ -9,7 +9,6 @@ replies go through `melens.chat.read_reply` before its own filters read a letter
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import re
 import sys
@@ -33,9 +32,10 @@ from melens.benchmarks.scoring import Scorer
 from melens.chat import PLAIN, Chat, Reply, decode_reply, prompt_text, read_reply
 from melens.devices import input_device
 from melens.errors import MelensError
+from melens.extras import check_extra
 from melens.seeding import seeded
 
-__all__ = ["Asking", "HarnessTask", "Progress", "check_harness", "check_thinking", "evaluate", "load_task"]
+__all__ = ["Asking", "HarnessTask", "Progress", "check_thinking", "evaluate", "load_task"]
 
 COLUMNS = (
     "item", "metric", "higher_is_better", "shown", "value", "chance", "prompt", "response", "thoughts", "unfinished",
@@ -96,12 +96,6 @@ class HarnessTask:
         return total
 
 
-def check_harness() -> None:
-    """Raise a `MelensError` where the harness is not installed."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise MelensError("This benchmark runs on the lm-evaluation-harness: pip install -e '.[benchmark]'")
-
-
 def task_folder() -> Path:
     """Return where the project's own task definitions lie."""
     package = Path(__file__).parent.parent
@@ -120,7 +114,7 @@ def load_task(benchmark: Benchmark, data_dir: Path | None = None, *, generates: 
     Raises:
         MelensError: the harness is not installed, a local file is wrong, or the hub cannot be reached.
     """
-    check_harness()
+    check_extra("benchmark", "This benchmark")
     rows = None if data_dir is None else read_rows(data_dir, benchmark)
     with _quiet():
         writes_letters = generates and benchmark.form == "choices"

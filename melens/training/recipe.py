@@ -14,8 +14,9 @@ from pydantic import Field
 
 from melens.allowed import Count, Flag, Number, Positive, Said, Whole, check_fields, listed, one_of
 from melens.errors import MelensError
+from melens.extras import check_extra
 
-__all__ = ["METHODS", "Lora", "Recipe", "check_extra", "known_datasets", "training_conf"]
+__all__ = ["METHODS", "Lora", "Recipe", "check_installed", "known_datasets", "training_conf"]
 
 METHODS = ("sft", "dpo", "grpo")
 _UnderOne = Annotated[Number, Field(lt=1), Said("a number from 0 to under 1")]
@@ -128,16 +129,11 @@ def recipe_fields() -> set[str]:
     return {of_recipe.name for of_recipe in fields(Recipe)}
 
 
-def check_extra(report_to: str = "none") -> None:
-    """Raise a `MelensError` with the pip command for what is not installed."""
-    needed = ["trl", "peft", "math_verify", *([] if report_to == "none" else [report_to])]
-    missing = [name for name in needed if find_spec(name) is None]
-    if missing == [report_to]:
-        raise MelensError(
-            f"training.report_to={report_to} needs a package that is not installed: pip install {report_to}"
-        )
-    if missing:
-        raise MelensError(f"Training needs {missing[0]}, which is not installed: pip install 'melens[train]'")
+def check_installed(report_to: str = "none") -> None:
+    """Raise a `MelensError` with pip's command for what a training needs and is not installed."""
+    check_extra("train", "Training")
+    if report_to != "none" and find_spec(report_to) is None:
+        raise MelensError(f"training.report_to={report_to} needs a package: pip install {report_to}")
 
 
 @cache
