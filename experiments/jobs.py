@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from melens import allowed
 from melens.results import read_results
 
-__all__ = ["Job", "jobs_of", "read_jobs"]
+__all__ = ["Job", "in_words", "jobs_of", "read_jobs"]
 
 _TOLD_ELSEWHERE = ("model", "model.name", "exp")
 """Swept options that have a column of their own in every merged table: the model's name, the experiment's."""
@@ -36,6 +37,11 @@ class Job:
     def model(self) -> str:
         name: str = self.result["config"]["model"]["name"]
         return name
+
+    @property
+    def swept_in_words(self) -> dict[str, str]:
+        """What differs, as it is typed."""
+        return {key: _plain(value) for key, value in self.swept.items()}
 
     @property
     def is_ok(self) -> bool:
@@ -71,4 +77,8 @@ def jobs_of(results: Mapping[Path, dict[str, Any]]) -> list[Job]:
 
 def in_words(model: str, swept: Mapping[str, Any]) -> str:
     """Name a model with options: "qwen3-4b, model.dtype=float32"."""
-    return ", ".join(filter(None, [model, *(f"{key}={value}" for key, value in swept.items())]))
+    return ", ".join(filter(None, [model, *(f"{key}={_plain(value)}" for key, value in swept.items())]))
+
+
+def _plain(value: Any) -> str:
+    return allowed.in_words(value).replace("'", "")

@@ -29,7 +29,7 @@ def merge_jobs(folder: Path) -> None:
     sweep = pd.DataFrame([_row(job) for job in jobs])
     for key in jobs[0].swept:  # a column of one kind, as parquet wants it
         if not _are_numbers(sweep[key]):
-            sweep[key] = sweep[key].map(str)
+            sweep[key] = [job.swept_in_words[key] for job in jobs]
     paths = write_tables_and_figures({"sweep": sweep}, {}, folder)
     claims = _merge_claims(jobs)
     merged = [] if claims is None else [claims]

@@ -560,7 +560,7 @@ def verdicts(claims: pd.DataFrame, *, title: str = "Verdicts on the paper's clai
     figure = go.Figure(
         go.Heatmap(
             z=codes,
-            x=models,
+            x=[model.replace(", ", "<br>") for model in models],
             y=list(wide.index),
             text=[[verdict if verdict in names else "" for verdict in row] for row in wide.to_numpy()],
             texttemplate="%{text}",
@@ -573,8 +573,10 @@ def verdicts(claims: pd.DataFrame, *, title: str = "Verdicts on the paper's clai
             ygap=2,
         )
     )
-    figure.update_yaxes(autorange="reversed", automargin=True)
-    figure.update_layout(**_LAYOUT, title=_title(title), height=160 + 34 * len(wide))
+    figure.update_yaxes(autorange="reversed", automargin=True, dtick=1)
+    lines = max(model.count(", ") for model in models)  # of a job's name, an option each
+    figure.update_xaxes(tickangle=0 if lines else None, automargin=True)
+    figure.update_layout(**_LAYOUT, title=_title(title), height=160 + 34 * len(wide) + 20 * lines)
     return figure
 
 
