@@ -575,7 +575,7 @@ def verdicts(claims: pd.DataFrame, *, title: str = "Verdicts on the paper's clai
     )
     figure.update_yaxes(autorange="reversed", automargin=True, dtick=1)
     lines = max(model.count(", ") for model in models)  # of a job's name, an option each
-    figure.update_xaxes(tickangle=0 if lines else None, automargin=True)
+    figure.update_xaxes(tickangle=0 if lines else None, tickfont={"size": 11} if lines else None, automargin=True)
     figure.update_layout(**_LAYOUT, title=_title(title), height=160 + 34 * len(wide) + 20 * lines)
     return figure
 
