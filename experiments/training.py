@@ -26,13 +26,15 @@ from experiments.study import Study
 from experiments.training_report import Course, draw
 from melens import MelensError, Probe, WeMask
 from melens.cache import Store, code_version, store_for, tokenizer_fingerprint
+from melens.chat import check_conversations
 from melens.devices import is_dispatched
 from melens.gates import add_gates
-from melens.models import check_memory
+from melens.models import check_memory, load_tokenizer
 from melens.networks import bridged_twin, is_whole, open_network, plain_twin
 from melens.results import Result, write_text
 from melens.sinks import sink_mass_by_layer
 from melens.training.data import TrainingData, format_rows, hash_rows, load_training_data
+from melens.training.rewards import check_answers
 
 __all__ = ["Fitted", "fit", "free_memory", "kept_training", "model_options", "prepare_training", "probes", "run"]
 
@@ -70,10 +72,9 @@ def prepare_training(cfg: Options, method: str, *, dataset: str | None = None, f
     planned = planned_training(cfg, method, dataset=dataset).on(gpu=torch.cuda.is_available())
     if folder is not None:
         check_folder((planned.resume or folder) / "checkpoints", planned.recipe, resume=planned.resume is not None)
-    data = _data(planned)
-    check_trainer(planned.recipe, len(data.rows))
-    format_rows(data.first(8), method, chat=planned.chat is not False)  # what has no such form is told now
+    check_trainer(planned.recipe, len(_data(planned).rows))
     options = model_options(cfg, planned)
+    check_rows(planned, load_tokenizer(**options))
     n_processes = PartialState().num_processes
     if torch.cuda.device_count() > 1 and n_processes == 1:
         raise MelensError(
@@ -84,6 +85,32 @@ def prepare_training(cfg: Options, method: str, *, dataset: str | None = None, f
     per_weight = planned.recipe.bytes_per_weight / (n_processes if sharded else 1)
     check_memory(options.pop("name"), per_weight, "weights, gradients and the optimiser's state", **options)
     return planned
+
+
+def check_rows(planned: Planned, tokenizer: Any) -> None:
+    """Try the rows on the chat template and the right answers on the reward.
+
+    Raises:
+        MelensError: the rows have no form for the method, the template does not take one of them, or too many right
+            answers can never be rewarded.
+    """
+    name = planned.dataset
+    rows = _formatted(*_told(planned), chat=_is_chat(planned, tokenizer))
+    replies = [role for role in ("completion", "chosen", "rejected") if role in rows.column_names]
+    if len(rows) and "prompt" in rows.column_names and not isinstance(rows[0]["prompt"], str):
+        whole = ([*row["prompt"], *row[reply]] for reply in replies for row in rows)
+        check_conversations(tokenizer, whole if replies else rows["prompt"], name)
+    if planned.recipe.method == "grpo":
+        check_answers(rows["answer"], name)
+
+
+def _is_chat(planned: Planned, tokenizer: Any) -> bool:
+    """Tell whether a model learns in its chat template."""
+    if tokenizer is None:
+        raise MelensError("This model has no tokenizer, so it cannot learn from texts.")
+    if planned.chat and not tokenizer.chat_template:
+        raise MelensError("training.chat is true, but this model's tokenizer has no chat template.")
+    return bool(tokenizer.chat_template) if planned.chat is None else planned.chat
 
 
 def model_options(cfg: Options, planned: Planned) -> dict[str, Any]:
@@ -105,12 +132,18 @@ def _load(
     )
 
 
+@cache
+def _formatted(*told: Any, chat: bool) -> Any:
+    return format_rows(_load(*told), told[1], chat=chat)
+
+
+def _told(planned: Planned) -> tuple[Any, ...]:
+    columns, recipe = tuple(sorted(planned.columns.items())), planned.recipe
+    return planned.dataset, recipe.method, planned.data_dir, columns, planned.split, planned.limit, recipe.seed
+
+
 def _data(planned: Planned) -> TrainingData:
-    columns = tuple(sorted(planned.columns.items()))
-    recipe = planned.recipe
-    data: TrainingData = _load(
-        planned.dataset, recipe.method, planned.data_dir, columns, planned.split, planned.limit, recipe.seed
-    )
+    data: TrainingData = _load(*_told(planned))
     return data
 
 
@@ -165,11 +198,7 @@ def fit(study: Study, planned: Planned, folder: Path, *, resume: bool) -> Fitted
     from melens.training.trainers import train
 
     tokenizer = study.model.tokenizer
-    if tokenizer is None:
-        raise MelensError("This model has no tokenizer, so it cannot learn from texts.")
-    chat = bool(tokenizer.chat_template) if planned.chat is None else planned.chat
-    if chat and not tokenizer.chat_template:
-        raise MelensError("training.chat is true, but this model's tokenizer has no chat template.")
+    chat = _is_chat(planned, tokenizer)
     if is_dispatched(study.model.original_model):
         raise MelensError(_SPREAD)
     model = plain_twin(study.model)
@@ -178,7 +207,7 @@ def fit(study: Study, planned: Planned, folder: Path, *, resume: bool) -> Fitted
     mask = _mask(study, planned, model)
     if planned.gate is not None:
         add_gates(open_network(model), planned.gate)
-    rows = format_rows(_data(planned), planned.recipe.method, chat=chat)
+    rows = _formatted(*_told(planned), chat=chat)
     looks = _Looks(study, planned, mask, folder / "checkpoints" / "looks.json", resume=resume)
     progress = study.stage(f"steps of {planned.recipe.method}")
     with warnings.catch_warnings():
@@ -325,8 +354,10 @@ def _findings(planned: Planned, fitted: Fitted, course: Course) -> list[tuple[st
         speed += f", {metrics['tokens_per_second']:,.0f} tokens a second"
     if metrics["peak_gb"]:
         speed += f", {metrics['peak_gb']:.1f} GB at most"
+    thinking = [("thinking", f"{metrics['thinking']} in rollouts")] if metrics["thinking"] else []
     return [
         ("training", f"{what}, mask {mask}, gate {planned.gate or 'none'}"),
+        *thinking,
         ("steps", f"{metrics['steps']}{resumed}; {course.learnt()}"),
         ("speed", speed),
         ("massive activation", course.moved()),

@@ -28,6 +28,7 @@ __all__ = [
     "chat_of",
     "check_conversations",
     "decode_reply",
+    "opened_thought",
     "prompt_ids",
     "prompt_text",
     "read_reply",
@@ -136,10 +137,13 @@ def chat_of(tokenizer: Any, thinking: bool | None = None, *, option: str = "thin
             f"{option} is true, but by which marks this model's thoughts begin and end is not known: they would be "
             f"read as answers. Known are {', '.join(begin for begin, _ in _THOUGHTS)}."
         )
-    written = _written(tokenizer, _QUESTION, **({} if switch is None else {switch: taken}))
-    behind = written.rpartition(_QUESTION[0]["content"])[2]
-    opened = next((begin for begin, end in _THOUGHTS if behind.rfind(begin) > behind.rfind(end)), "")
-    return Chat(switch, taken, opened)
+    return Chat(switch, taken, opened_thought(tokenizer, {} if switch is None else {switch: taken}))
+
+
+def opened_thought(tokenizer: Any, arguments: Mapping[str, Any]) -> str:
+    """Return the mark of the thought that a chat template opens in the prompt, given some arguments; empty without."""
+    behind = _written(tokenizer, _QUESTION, **arguments).rpartition(_QUESTION[0]["content"])[2]
+    return next((begin for begin, end in _THOUGHTS if behind.rfind(begin) > behind.rfind(end)), "")
 
 
 def prompt_text(tokenizer: Any, messages: Sequence[Message], chat: Chat) -> str:

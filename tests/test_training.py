@@ -14,6 +14,7 @@ import torch
 import yaml
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
+from test_chat import TEMPLATES
 
 from experiments.benchmark import Bench
 from experiments.job import run_job
@@ -25,9 +26,10 @@ from melens import MelensError, WeMask, load_model
 from melens.gates import add_gates, gates_of
 from melens.generation import Generation
 from melens.networks import bridged_twin, gathered_twin, open_network, plain_twin
+from melens.prompts import byte_tokenizer
 from melens.training.data import format_rows, load_training_data
-from melens.training.recipe import Lora, Recipe, check_extra
-from melens.training.rewards import reward_answer, reward_format
+from melens.training.recipe import Lora, Recipe
+from melens.training.rewards import reward_answer
 from melens.training.saving import save_trained
 from melens.training.trainers import train
 
@@ -483,23 +485,6 @@ def test_columns_of_ones_own_may_be_named(tmp_path):
     assert data.rows[0] == {"prompt": "a", "completion": "b"}
 
 
-def test_answers_are_read_as_mathematics():
-    right = [
-        "So she has $1,234.50 left.",
-        r"\boxed{1/2}",
-        "Therefore, the final answer is 72.",
-        "#### 5",
-        "x = 7, so 7",
-    ]
-    gold = ["1234.5", "0.5", "72", "5", "7"]
-    assert reward_answer(right, gold) == [1, 1, 1, 1, 1]
-    assert reward_answer(right, ["1234", "2", "71", "50", "8"]) == [0, 0, 0, 0, 0]
-    assert reward_answer(
-        [[{"role": "assistant", "content": "It is 3."}], [{"role": "assistant", "content": "?"}]], ["3", "3"]
-    ) == [1, 0]
-    assert reward_format([r"So \boxed{3}", "#### 3", "the answer is 3", "3 it was"]) == [1, 1, 1, 0]
-
-
 @pytest.mark.data
 def test_real_solutions_are_rewarded_and_other_ones_not():
     lines = (Path(os.environ["MELENS_DATA"]) / "gsm8k.train.jsonl").read_text("utf-8").split("\n")[:300]
@@ -510,6 +495,81 @@ def test_real_solutions_are_rewarded_and_other_ones_not():
     )  # the rewrite has mistakes of its own
     moved = reward_answer([rows[at - 1]["response"] for at in range(len(rows))], answers)
     assert sum(moved) <= sum(answers[at - 1] == answers[at] for at in range(len(rows))) + 3
+
+
+# --- Chat templates ---------------------------------------------------------------------------------------------------
+
+
+def templated(template):
+    """The byte tokenizer with the chat template of a real model."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (TEMPLATES / f"{template}.jinja").read_text()
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("trainer", "thinking", "opened", "told"),
+    [
+        ({}, False, "", "off (enable_thinking=false)"),
+        (
+            {"chat_template_kwargs": {"enable_thinking": True}},
+            True,
+            "<think>",
+            "on (the chat template opens a thought)",
+        ),
+    ],
+)
+def test_rollouts_answer_without_thinking_unless_told(tmp_path, monkeypatch, trainer, thinking, opened, told):
+    asked, rewarded = [], []
+
+    def reward(completions, **given):
+        rewarded.append((given["tokenizer"], given["opened"]))
+        return [0.0] * len(completions)
+
+    def write(*args, **options):
+        if options.get("tokenize"):  # as TRL does for rollouts
+            asked.append(options["enable_thinking"])
+        return template(*args, **options)
+
+    monkeypatch.setattr("melens.training.trainers.reward_answer", reward)
+    model, _ = tiny()
+    tokenizer = templated("qwen3_5_think")
+    template, tokenizer.apply_chat_template = tokenizer.apply_chat_template, write
+    trained = train(model, tokenizer, sums("grpo", n=4), recipe("grpo", steps=1, beta=0.0, trainer=trainer), tmp_path)
+    assert set(asked) == {thinking}
+    assert rewarded == [(tokenizer, opened)]
+    assert trained.metrics["thinking"] == told
+
+
+@pytest.mark.parametrize(
+    ("rows", "method", "message"),
+    [
+        ([{"system": "Be brief.", "prompt": "Hi", "completion": "Yes"}], "sft", "the roles system, user, assistant"),
+        ([{"messages": [REPLY, USER, REPLY]}], "sft", "the roles assistant, user, assistant .*take turns in the data"),
+        ([{"prompt": [USER, USER], "chosen": [REPLY], "rejected": [OTHER]}], "dpo", "the roles user, user, assistant"),
+        ([{"prompt": [USER, USER], "answer": "4"}], "grpo", "the roles user, user "),
+    ],
+)  # fmt: skip
+def test_conversations_that_the_chat_template_does_not_take_are_told_before_the_model_is_loaded(
+    tmp_path, monkeypatch, rows, method, message
+):
+    monkeypatch.setattr("melens.models.byte_tokenizer", lambda: templated("gemma"))
+    monkeypatch.setattr("experiments.job.load_model", pytest.fail)
+    path = tmp_path / f"{method}.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    options = [f"exp={method}", f"training.dataset={path}", "training.batch_size=1", "training.micro_batch_size=1"]
+    with pytest.raises(MelensError, match=rf"{method}.jsonl, row 1 of those .*{message}"):
+        job(tmp_path / "run", *options)
+
+
+def test_right_answers_that_are_never_rewarded_are_told_before_the_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("experiments.job.load_model", pytest.fail)
+    path = tmp_path / "solutions.jsonl"
+    path.write_text(json.dumps({"prompt": "2 + 2?", "answer": "Two and two are four apples, so it is 4."}))
+    with pytest.raises(
+        MelensError, match=r"solutions.jsonl: 1 of 1 right answers can never be rewarded.*row 1 \('Two "
+    ):
+        job(tmp_path / "run", "exp=grpo", f"training.dataset={path}", "training.batch_size=1")
 
 
 # --- What is refused --------------------------------------------------------------------------------------------------
@@ -532,12 +592,6 @@ def test_real_solutions_are_rewarded_and_other_ones_not():
 def test_wrong_options_are_told(tmp_path, changes, message):
     with pytest.raises(MelensError, match=message):
         fit(tmp_path, **changes)
-
-
-def test_a_missing_package_is_told(monkeypatch):
-    monkeypatch.setattr("melens.training.recipe.find_spec", lambda name: None if name == "trl" else True)
-    with pytest.raises(MelensError, match=r"pip install 'melens\[train\]'"):
-        check_extra()
 
 
 # --- The command line -------------------------------------------------------------------------------------------------

@@ -1,43 +1,212 @@
-"""What GRPO rewards in the answer to a maths problem."""
+r"""What GRPO rewards in the answer to a maths problem, and which right answers it could never reward.
+
+A completion is right (`is_right`) where its final answer, behind its thoughts, is
+
+1. the same text as the right one, but for markup: "yes", "(A)", "2:30", `\boxed{50\%}` for 50%;
+2. or the same number: 12 for "12 dollars", 20 for "€20", 1000 for "1e3";
+3. or the same mathematics, as math-verify reads the completion: `\frac{1}{2}` for 0.5. Words and times of day are none:
+   math-verify would read "yes" as the product y·e·s, and 2:30 as a fifteenth.
+
+Rows whose right answer is not even right as a completion of its own would be trained on at reward 0 (`check_answers`).
+"""
 
 from __future__ import annotations
 
 import logging
 import re
 import threading
+import unicodedata
+import warnings
 from collections.abc import Sequence
-from typing import Any
+from decimal import Decimal
+from functools import cache
+from typing import Any, NamedTuple
 
-__all__ = ["reward_answer", "reward_format"]
+from melens.benchmarks.answers import LETTERS, chosen_letter
+from melens.chat import decode_reply, read_reply
+from melens.errors import MelensError
 
-_ENDS_IN_ANSWER = re.compile(r"(\\boxed\{[^{}]+\}|####\s*\S+|answer is:?\s*\S.*)\s*$", re.IGNORECASE)
+__all__ = ["check_answers", "is_right", "reward_answer", "reward_format"]
+
+MOST_UNGRADED = 0.1
+"""Share of the right answers that may be such that no completion is rewarded."""
+
+MOST_WORDS = 5
+"""Of a right answer that is compared as a text: no model writes a sentence again word by word."""
 
 
-def reward_answer(completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[float]:
-    """Give 1 where the answer that math-verify reads in a completion equals the right one, else 0.
+def reward_answer(completions: Sequence[Any], answer: Sequence[str], **told: Any) -> list[float]:
+    """Give 1 where a completion is right, else 0, as where it ends inside a thought.
 
     Args:
         completions: texts, or conversations of one message.
-        answer: the right answers, numbers or LaTeX.
+        answer: the right answers, as numbers, LaTeX, a letter, a time or a few words.
+        told: of TRL and the trainer: `opened`, of `Chat`; `completion_ids` and `tokenizer`, as marks of thoughts may be
+            special tokens, which the completions are decoded without.
     """
+    return [float(is_right(text, right)) for text, right in zip(_answers(completions, told), answer, strict=True)]
+
+
+def reward_format(completions: Sequence[Any], **told: Any) -> list[float]:
+    r"""Give 1 where a completion ends in its answer: `\boxed{72}`, `#### 72` or "the answer is 72"."""
+    marked = [_marked(text) for text in _answers(completions, told)]
+    return [float(found is not None and _ENDED.fullmatch(found[1]) is not None) for found in marked]
+
+
+def _answers(completions: Sequence[Any], told: dict[str, Any]) -> list[str]:
+    tokenizer, ids = told.get("tokenizer"), told.get("completion_ids")
+    if tokenizer is not None and ids is not None:
+        texts = [decode_reply(tokenizer, list(of_one)) for of_one in ids]
+    else:
+        texts = [str(one if isinstance(one, str) else one[-1]["content"]) for one in completions]
+    return [read_reply(text, told.get("opened", "")).answer for text in texts]
+
+
+def check_answers(answers: Sequence[str], name: str) -> None:
+    """Warn of right answers that are not even right where a completion gives them, or refuse them where they are many.
+
+    Args:
+        answers: one a row.
+        name: of the data.
+
+    Raises:
+        MelensError: more than `MOST_UNGRADED` of them.
+    """
+    ungraded = [(number, right) for number, right in enumerate(answers, 1) if not _is_graded(right)]
+    if not ungraded:
+        return
+    first = ", ".join(f"row {number} ({' '.join(right.split())[:40]!r})" for number, right in ungraded[:3])
+    told = (
+        f"{name}: {len(ungraded)} of {len(answers)} right answers can never be rewarded, as they are not read as an "
+        f"answer: {first}{', ...' if len(ungraded) > 3 else ''}. Numbers, LaTeX, a letter, a time and up to "
+        f"{MOST_WORDS} words are."
+    )
+    if len(ungraded) > MOST_UNGRADED * len(answers):
+        raise MelensError(f"{told} At most {MOST_UNGRADED:.0%} may be others: training.columns names the right column.")
+    warnings.warn(told, stacklevel=2)
+
+
+@cache
+def _is_graded(right: str) -> bool:
+    return all(is_right(text.format(right), right) for text in (r"\boxed{{{}}}", "The answer is {}."))
+
+
+# --- Grading ----------------------------------------------------------------------------------------------------------
+
+
+def is_right(completion: str, right: str) -> bool:
+    """Tell whether a completion gives the right answer.
+
+    Args:
+        completion: without its thoughts.
+        right: as of `reward_answer`.
+    """
+    gold = _plain(right)
+    if not gold or len(_WORD.findall(gold)) > MOST_WORDS:
+        return False
+    if re.fullmatch(f"[{LETTERS}]", gold) and chosen_letter(completion, LETTERS) == gold:
+        return True
+    found = _marked(completion) or (completion.strip().rpartition("\n")[2], "")
+    given = _plain(found[0])
+    if _FEW_WORDS.fullmatch(gold):
+        return gold.casefold() in (given.casefold(), re.split("[,;]", given.casefold())[0])
+    if _same(given) == _same(gold):
+        return True
+    if _TIME.fullmatch(gold):
+        return False
+    number, other = _quantity(gold), _quantity(given)
+    if number is not None and other is not None:
+        if number.unit and other.unit and number.unit != other.unit:
+            return False  # 12 dollars are not 12 cents
+        if number.value == other.value:
+            return True
+    return _is_same_mathematics(completion, [right] if number is None else number.written())
+
+
+_WORD = re.compile(r"[^\W\d_]{2,}")
+_FEW_WORDS = re.compile(r"[^\W\d_]+(?:[ '-][^\W\d_]+)+|no|[^\W\d_]{3,}")
+_TIME = re.compile(r"\d{1,2}(?::\d\d){1,2}(?: ?[ap]\.?m\.?)?|\d{1,2} ?[ap]\.?m\.?", re.IGNORECASE)
+
+
+def _is_same_mathematics(completion: str, right: Sequence[str]) -> bool:
     from math_verify import parse, verify
 
-    in_main_thread = threading.current_thread() is threading.main_thread()  # where alone its alarm can ring
     for name in ("math_verify.parser", "math_verify.grader", "math_verify.utils"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    limits = {"parsing_timeout": 5 if in_main_thread else None}
-    rewards = []
-    for completion, right in zip(completions, answer, strict=True):
-        gold = parse(f"${right}$", **limits)
-        read = parse(_text(completion), **limits)
-        rewards.append(float(verify(gold, read, timeout_seconds=5 if in_main_thread else None)))
-    return rewards
+    in_main_thread = threading.current_thread() is threading.main_thread()  # where alone its alarm can ring
+    limit = 5 if in_main_thread else None
+    gold = [read for form in right for read in parse(f"${form}$", parsing_timeout=limit)]
+    return bool(verify(gold, parse(completion, parsing_timeout=limit), timeout_seconds=limit))
 
 
-def reward_format(completions: Sequence[Any], **_: Any) -> list[float]:
-    r"""Give 1 where a completion ends in its answer: `\boxed{72}`, `#### 72` or "the answer is 72"."""
-    return [float(_ENDS_IN_ANSWER.search(_text(completion)) is not None) for completion in completions]
+# --- What stands in a text --------------------------------------------------------------------------------------------
+
+_MARK = re.compile(
+    r"\\f?boxed\s*\{|####|\banswer\b[^.\n:=]{0,30}?(?:\bis\b(?: ?[:：])?|[:：=])[\s*]*(?=\S)", re.IGNORECASE
+)
+_ENDED = re.compile(r"[\s.$*\])\\]*")
 
 
-def _text(completion: Any) -> str:
-    return str(completion if isinstance(completion, str) else completion[-1]["content"])
+def _marked(text: str) -> tuple[str, str] | None:
+    """Return the final answer as it is marked, and what follows it; None where none is marked."""
+    marks = list(_MARK.finditer(text))
+    if not marks:
+        return None
+    rest = text[marks[-1].end() :]
+    if not marks[-1][0].endswith("{"):
+        line, _, after = rest.strip(" *").partition("\n")
+        answer = re.split(r"(?<!\\)[.!](?=\s|$)", line)[0]
+        return (answer, after) if answer.strip() else None
+    depth = 1
+    for at, character in enumerate(rest):
+        depth += (character == "{") - (character == "}")
+        if not depth:
+            return (rest[:at], rest[at + 1 :]) if rest[:at].strip() else None
+    return None
+
+
+_COMMANDS = re.compile(r"\\(?:text(?:bf|rm|it|sf)?|math(?:bf|rm|it|sf)?|mbox|operatorname)\s*\{([^{}]*)\}")
+
+
+def _plain(text: str) -> str:
+    """Return an answer without the markup that says nothing."""
+    text = "".join(one if unicodedata.category(one) == "No" else unicodedata.normalize("NFKC", one) for one in text)
+    text = _COMMANDS.sub(r"\1", text).replace(r"\%", "%").replace("’", "'").replace("−", "-")
+    text = re.sub(r"\\\$|\$|\\!\s*|\\[()\[\],; ]|\\(?:left|right)(?![a-z])|[*`\"“”]", "", text)
+    text = re.sub(r"\s+", " ", text).strip().rstrip(".,;:!").strip()
+    return re.sub(r"^\(([A-Za-z])\)$", r"\1", text)
+
+
+def _same(text: str) -> str:
+    return re.sub(r"\s", "", text)
+
+
+class _Quantity(NamedTuple):
+    value: Decimal
+    unit: str
+
+    def written(self) -> list[str]:
+        """Return LaTeX for it, of which math-verify reads two forms of percent as different things."""
+        return [f"{self.value:f}{sign}" for sign in (("%", r"\%") if self.unit == "%" else ("",))]
+
+
+_MONEY = "[€£¥₹]"
+_QUANTITY = re.compile(
+    rf"([-+]?)(?:{_MONEY}|(?:usd|eur|gbp|rs\.?) )? ?(-?)"
+    r"(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d*\.?\d+)"
+    r"(?:e([-+]?\d{1,3})| ?(?:\\times|×|\\cdot) ?10 ?\^ ?\{?(-?\d{1,3})\}?)?"
+    rf"(?: ?({_MONEY}|%|°)"
+    r"| (?!(?:pi|or|and|to|hundred|thousand|[mb]illion|trillion|dozen)\b)([a-z]{2,}[a-z ./²³-]*))?",
+    re.IGNORECASE,
+)
+
+
+def _quantity(text: str) -> _Quantity | None:
+    """Read a number with its unit, if that is all that there is."""
+    found = _QUANTITY.fullmatch(text)
+    if found is None:
+        return None
+    sign, other_sign, digits, exponent, power, mark, words = found.groups()
+    value = Decimal(f"{sign}{digits.replace(',', '')}e{exponent or power or 0}")
+    unit = {"%": "%", "°": "degree"}.get(mark or "", "") if words is None else words.casefold().rstrip("s. ")
+    return _Quantity(-value if other_sign else value, "%" if unit in ("percent", "per cent") else unit)

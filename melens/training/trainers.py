@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +27,7 @@ from trl.models import prepare_fsdp
 from trl.trainer.utils import RepeatSampler, add_fused_lm_head, disable_dropout_in_model
 
 from melens.cache import fingerprint, tokenizer_fingerprint
+from melens.chat import PLAIN, Chat, chat_of, opened_thought
 from melens.errors import MelensError
 from melens.gates import GATE, gates_of
 from melens.generation import verify_generation
@@ -52,7 +54,7 @@ class Trained:
         model: the transformers model with its new weights, adapters merged into them.
         log: a row each time that TRL told of its numbers: `step`, `loss`, `learning_rate`, `grad_norm` and others.
         metrics: `steps`, `processes`, `seconds`, `step_seconds` (median), `tokens`, `tokens_per_second`, `peak_gb`,
-            `mean_loss`, `final_loss`, `resumed_at`.
+            `mean_loss`, `final_loss`, `resumed_at`, and of rollouts in a chat `thinking`.
     """
 
     model: Any
@@ -102,6 +104,9 @@ def train(
         "gate": n_gates,  # of a block
         "data": {"rows": len(rows), "hash": hash_rows(rows)},
     }
+    chat = _chat_of_rollouts(tokenizer, rows, recipe)
+    if chat.arguments:
+        plan["chat"] = chat.arguments
     checkpoint = _checkpoint(folder, _as_written(plan), resume=resume)
     if recipe.method == "grpo":
         written = verify_generation(model, mask)
@@ -111,7 +116,7 @@ def train(
                 "without one, and TRL's rollouts use both: it cannot be trained with grpo."
             )
     with nullcontext() if mask is None else mask.applied(model) as installed:
-        trainer = _trainer(model, tokenizer, rows, recipe, folder)
+        trainer = _trainer(model, tokenizer, rows, recipe, folder, chat)
         if not len(trainer.train_dataset):
             raise MelensError("No row is left to train on: training.max_length cuts off all that there is to learn.")
         record = _Record(trainer, installed, progress, watch, watch_every)
@@ -139,6 +144,7 @@ def train(
         "mean_loss": float(losses.mean()) if len(losses) else None,
         "final_loss": float(losses.iloc[-1]) if len(losses) else None,
         "resumed_at": resumed_at,
+        "thinking": None if chat is PLAIN else chat.in_words(),
     }
     return Trained(_unwrapped(trainer), log, metrics)
 
@@ -258,7 +264,15 @@ _OWN_OPTIONS = {
 """Fields of TRL's configurations that melens has an option of its own for."""
 
 
-def _trainer(model: Any, tokenizer: Any, rows: Dataset, recipe: Recipe, folder: Path) -> Any:
+def _chat_of_rollouts(tokenizer: Any, rows: Dataset, recipe: Recipe) -> Chat:
+    """Return how rollouts are asked for: without thinking, as in benchmarks, unless TRL's own field says otherwise."""
+    if recipe.method != "grpo" or not len(rows) or isinstance(rows[0]["prompt"], str):
+        return PLAIN
+    own = recipe.trainer.get("chat_template_kwargs")
+    return chat_of(tokenizer) if own is None else Chat(opened=opened_thought(tokenizer, own))
+
+
+def _trainer(model: Any, tokenizer: Any, rows: Dataset, recipe: Recipe, folder: Path, chat: Chat) -> Any:
     per_step = recipe.micro_batch_size * PartialState().num_processes
     options = {
         "output_dir": str(folder),
@@ -293,6 +307,7 @@ def _trainer(model: Any, tokenizer: Any, rows: Dataset, recipe: Recipe, folder: 
             "temperature": recipe.temperature,
             "beta": recipe.beta if recipe.lora is not None else 0.0,
             "reward_weights": [1.0, recipe.format_weight],
+            "chat_template_kwargs": chat.arguments,
         },
     }
     kind: Any = {"sft": _Sft, "dpo": _Dpo, "grpo": _Grpo}[recipe.method]
@@ -309,7 +324,8 @@ def _trainer(model: Any, tokenizer: Any, rows: Dataset, recipe: Recipe, folder: 
     reference = copy.deepcopy(model) if recipe.lora is None and recipe.beta > 0 else None  # masked as the model is
     if recipe.method == "dpo":
         return kind(**common, ref_model=reference)
-    return kind(**common, reward_funcs=[reward_answer, reward_format], reference=reference, beta=recipe.beta)
+    rewards = [partial(reward, tokenizer=tokenizer, opened=chat.opened) for reward in (reward_answer, reward_format)]
+    return kind(**common, reward_funcs=rewards, reference=reference, beta=recipe.beta)
 
 
 def _configured(recipe: Recipe, options: dict[str, Any]) -> Any:
