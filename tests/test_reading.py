@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
+from datasets import Dataset
 
 from melens import MelensError, load_prompts
 from melens.benchmarks.catalog import BENCHMARKS
@@ -270,19 +271,44 @@ def test_columns_without_a_role_may_hold_anything_and_answers_become_words(tmp_p
 @pytest.mark.parametrize(
     ("method", "row", "message"),
     [
-        ("sft", {"prompt": 3, "completion": "b"}, r"own\.jsonl, line 3: 'prompt' is 3, of another kind"),
+        ("sft", {"prompt": 3, "completion": "b"}, r"own\.jsonl, line 3: 3 as prompt is no text, nor a list"),
         (
             "sft",
             {"prompt": [{"role": "user", "content": "a"}], "completion": "b"},
             r"line 3: 'prompt' is \[\{\"role\": .*, of another kind",
         ),
-        ("grpo", {"prompt": "a", "answer": None}, r"own\.jsonl, line 3: the answer is null"),
+        ("sft", {"prompt": "a"}, "line 3: None as completion is no text"),
+        ("sft", {"prompt": "a", "completion": []}, r"line 3: \[\] as completion is no text"),
+        ("sft", {"prompt": "a", "completion": "b", "system": 3}, r"line 3: 3 as system is no text\."),
+        ("grpo", {"prompt": "a", "answer": None}, r"own\.jsonl, line 3: None as answer is no answer\."),
     ],
 )
 def test_a_row_of_another_kind_is_named(tmp_path, method, row, message):
     good = {"prompt": "a", "completion": "b"} if method == "sft" else {"prompt": "a", "answer": "b"}
     with pytest.raises(MelensError, match=message):
         training_rows(tmp_path, method, good, good, row, good)
+
+
+def test_the_roles_that_a_method_reads_are_looked_at_alone(tmp_path):
+    asked, replied = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    data = training_rows(tmp_path, "sft", {"prompt": "a", "messages": [asked, replied], "text": None, "answer": None})
+    assert list(format_rows(data, "sft", chat=True)) == [{"prompt": [asked], "completion": [replied]}]
+    for row, message in (
+        ({"messages": []}, r"\[\] as messages"),
+        ({"messages": [{"from": "a"}]}, r"\[{'from': 'a'}\] as messages"),
+        ({"text": 3}, "3 as text"),
+    ):
+        with pytest.raises(MelensError, match=f"line 1: {message}"):
+            training_rows(tmp_path, "sft", row)
+
+
+def test_a_gap_in_a_dataset_of_the_hub_is_told(monkeypatch):
+    rows = Dataset.from_dict({"prompt": ["a", "b"], "answer": ["c", None], "note": [None, None]})
+    monkeypatch.setattr("melens.training.data.load_dataset", lambda name, config, split: rows)
+    with pytest.raises(MelensError, match="org/name, row 2: None as answer is no answer"):
+        load_training_data("org/name", "grpo")
+    rows = rows.select([0])
+    assert list(load_training_data("org/name", "grpo").rows) == [{"prompt": "a", "answer": "c"}]
 
 
 def test_what_is_given_for_a_file_is_not_left_unused(tmp_path):

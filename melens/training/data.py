@@ -22,8 +22,14 @@ from melens.training.recipe import known_datasets
 
 __all__ = ["TrainingData", "format_rows", "hash_rows", "load_training_data"]
 
-_NEEDED: dict[str, tuple[frozenset[str], ...]] = {  # any of these sets is enough
-    "sft": (frozenset({"prompt", "completion"}), frozenset({"messages"}), frozenset({"text"}), frozenset({"chosen"})),
+_NEEDED: dict[str, tuple[frozenset[str], ...]] = {  # the first of these sets that is there is read
+    "sft": (
+        frozenset({"prompt", "completion"}),
+        frozenset({"messages"}),
+        frozenset({"text"}),
+        frozenset({"prompt", "chosen"}),
+        frozenset({"chosen"}),
+    ),
     "dpo": (frozenset({"prompt", "chosen", "rejected"}), frozenset({"chosen", "rejected"})),
     "grpo": (frozenset({"prompt", "answer"}),),
 }
@@ -89,13 +95,7 @@ def load_training_data(
     if preset is not None and not columns:
         named = of_preset
     there = _columns_of_roles(names, named, columns or {}, method, name)
-    rows = source if isinstance(source, Dataset) else _dataset(source, there)
-    if not len(rows):
-        raise MelensError(f"{name} holds no rows.")
-    if method == "grpo" and None in (answers := list(rows[there["answer"]])):
-        row = answers.index(None)
-        place = f"{name}, row {row + 1}" if isinstance(source, Dataset) else source[row].place
-        raise MelensError(f"{place}: the answer is null; grpo needs one for each prompt.")
+    rows = _without_gaps(source, there, name) if isinstance(source, Dataset) else _dataset(source, there)
     are_dialogues = "prompt" not in there and _is_dialogue(rows[0].get(there.get("chosen", "")))
     if are_dialogues:
         compared = [there[role] for role in (("chosen", "rejected") if method == "dpo" else ("chosen",))]
@@ -140,8 +140,11 @@ def _column_names(source: Dataset | list[Row]) -> list[str]:
 def _dataset(rows: Sequence[Row], roles: Mapping[str, str]) -> Dataset:
     """Lay out the columns that have a role; `Dataset.from_list` leaves out those that the first row does not have."""
     table = {column: [row.fields.get(column) for row in rows] for column in roles.values()}
+    for role, column in roles.items():
+        for row, value in zip(rows, table[column], strict=True):
+            _check_value(value, role, row.place)
     if "answer" in roles:  # numbers and words, which are compared as text
-        table[roles["answer"]] = [None if answer is None else str(answer) for answer in table[roles["answer"]]]
+        table[roles["answer"]] = [str(answer) for answer in table[roles["answer"]]]
     try:
         return Dataset.from_dict(table)
     except Exception:  # pyarrow's, where a column has values of several kinds
@@ -159,6 +162,30 @@ def _are_of_one_kind(values: list[Any]) -> bool:
     except Exception:  # as above
         return False
     return True
+
+
+def _without_gaps(rows: Dataset, roles: Mapping[str, str], name: str) -> Dataset:
+    """Return the rows of a dataset, whose columns have types, after a look for what is null."""
+    if not len(rows):
+        raise MelensError(f"{name} holds no rows.")
+    for role, column in roles.items():
+        if rows.data.column(column).null_count:
+            for number, value in enumerate(rows[column], 1):
+                _check_value(value, role, f"{name}, row {number}")
+    return rows
+
+
+def _check_value(value: Any, role: str, place: str) -> None:
+    """Raise a `MelensError` for what has the role of no form that rows may have."""
+    if role == "answer":
+        is_right, allowed = value is not None, "answer"
+    elif role in ("text", "system"):
+        is_right, allowed = isinstance(value, str) or (role == "system" and value is None), "text"
+    else:
+        is_right = (isinstance(value, str) and role != "messages") or (bool(value) and _is_conversation(value))
+        allowed = "list of messages" if role == "messages" else "text, nor a list of messages"
+    if not is_right:
+        raise MelensError(f"{place}: {value!r:.80} as {role} is no {allowed}.")
 
 
 def _from_hub(name: str, preset: Mapping[str, Any] | None, split: str) -> Dataset:
@@ -188,14 +215,15 @@ def _columns_of_roles(
         raise MelensError(f"training.columns names the role {unknown[0]!r}; allowed are {', '.join(_ROLES)}.")
     missing = [column for column in given.values() if column not in names]
     there = {role: column for role, column in named.items() if column in names}
-    if missing or not any(needed <= set(there) for needed in _NEEDED[method]):
-        ways = " or ".join(" and ".join(sorted(needed)) for needed in _NEEDED[method])
+    needed = next((roles for roles in _NEEDED[method] if roles <= set(there)), None)
+    if missing or needed is None:
+        ways = " or ".join(" and ".join(sorted(roles)) for roles in _NEEDED[method])
         told = f", not {missing[0]}" if missing else ""
         raise MelensError(
             f"{name} has the columns {', '.join(names)}{told}; {method} needs {ways}: training.columns="
             "{prompt: question, ...} says which is which."
         )
-    return there
+    return {role: column for role, column in there.items() if role in needed or role == "system"}
 
 
 _NUMBER = re.compile(r"[-+$]*\d{1,3}(,\d{3})+(\.\d+)?%?")
