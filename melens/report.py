@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 from plotly.offline import get_plotlyjs
 
-from melens.results import Picture, Result, claims_of, number_with_interval, write_text
+from melens.results import PARTIAL, WHOLE, Picture, Result, claims_of, number_with_interval, write_text
 
 __all__ = ["write_report"]
 
@@ -31,18 +31,20 @@ def write_report(result: Result, folder: str | Path, *, command: str) -> Path:
 
     Args:
         result: of `results.combine`.
-        folder: of the run, which holds its `result.json`.
+        folder: of the run, which holds its `result.json`, or its `result.partial.json` while there is more to come.
         command: that made it.
 
     Raises:
         MelensError: the folder cannot be written to.
     """
-    content = json.loads((Path(folder) / "result.json").read_text("utf-8"))
+    whole, partial = Path(folder) / WHOLE, Path(folder) / PARTIAL
+    content = json.loads((whole if whole.is_file() else partial).read_text("utf-8"))
     claims = claims_of(result)
     skipped = {name: part["not_applicable"] for name, part in result.metrics.items() if "not_applicable" in part}
     page = Template(_PAGE).substitute(
         title=f"Massive activations of {escape(result.model['name'])}",
         style=_STYLE,
+        missing=_missing(content),
         summary=_summary(result, claims),
         claims="\n".join(_claim_row(claim, result.pictures) for claim in claims.to_dict("records")),
         skipped="".join(f"<p><b>{escape(name)}</b> does not apply: {escape(why)}</p>" for name, why in skipped.items()),
@@ -56,6 +58,15 @@ def write_report(result: Result, folder: str | Path, *, command: str) -> Path:
         script=_SCRIPT,
     )
     return write_text(Path(folder) / "report.html", page)
+
+
+def _missing(content: Mapping[str, Any]) -> str:
+    """Say what a run that goes on, or was stopped, has not done yet."""
+    if not content.get("missing"):
+        return ""
+    goes_on = "This run goes on" if content["status"] == "running" else "This run was stopped"
+    names = escape(", ".join(content["missing"]))
+    return f'<p class="missing"><b>{goes_on}.</b> Not here are: {names}. The same command goes on with them.</p>'
 
 
 def _summary(result: Result, claims: pd.DataFrame) -> str:
@@ -138,6 +149,7 @@ _PAGE = """<!doctype html>
 <a class="skip" href="#claims">To the claims</a>
 <main>
 <h1>$title</h1>
+$missing
 <p class="summary">$summary</p>
 <p class="note">Blocks are counted from 0. The ME layer is the first block whose output holds a massive activation.
 Intervals are 95% bootstrap intervals over prompts. Thresholds were fixed in advance, the same for every model.</p>
@@ -167,6 +179,7 @@ body { margin: 0; font: 16px/1.5 Helvetica, Arial, sans-serif; color: #222; back
 main { max-width: 1120px; margin: 0 auto; padding: 16px }
 h1 { font-size: 1.7em; line-height: 1.2 } h2 { font-size: 1.25em; margin: 2em 0 .4em }
 h2 small { font-weight: normal; color: #666; font-size: .75em }
+.missing { background: #f8d9d9; color: #7d1313; padding: 8px 12px }
 .summary { font-size: 1.1em } .note { color: #5a5a5a; font-size: .85em }
 a { color: #00538a } a:focus-visible { outline: 3px solid #e69f00 }
 .skip { position: absolute; left: -999em } .skip:focus { left: 8px; top: 8px; background: #fff; padding: 4px }

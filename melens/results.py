@@ -7,10 +7,12 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,15 @@ from melens.statistics import with_interval
 from melens.whole import whole_file
 
 __all__ = [
+    "PARTIAL",
+    "WHOLE",
     "Picture",
+    "Record",
     "Result",
     "claims_of",
     "combine",
     "number_with_interval",
+    "plain",
     "read_results",
     "show_result",
     "write_failure",
@@ -85,8 +91,9 @@ class Result:
     documents: dict[str, str] = field(default_factory=dict)
 
 
-def combine(results: list[Result]) -> Result:
+def combine(results: Iterable[Result]) -> Result:
     """Put the results of several experiments on one model together."""
+    results = list(results)
     return Result(
         experiment="all",
         model=results[0].model,
@@ -98,6 +105,146 @@ def combine(results: list[Result]) -> Result:
     )
 
 
+# --- Writing ----------------------------------------------------------------------------------------------------------
+
+WHOLE, PARTIAL = "result.json", "result.partial.json"
+
+
+class Record:
+    """Writes what a run finds into its folder, each experiment as it ends.
+
+    1. `result.partial.json` names the files, of which some are there; its status is "running", or "stopped".
+    2. Tables and figures are written, each whole or not at all.
+    3. `result.json` takes its place once everything is there: a folder that has one is complete.
+
+    What an earlier run left in the folder goes as the first experiment ends: figures of two runs never lie together.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        config: dict[str, Any],
+        experiments: Sequence[str],
+        png: bool = False,
+        began: float | None = None,
+    ) -> None:
+        """Prepare to write.
+
+        Args:
+            folder: made if need be.
+            config: all options.
+            experiments: that the run was asked for.
+            png: static images too.
+            began: `time.perf_counter()` when the run began.
+
+        Raises:
+            MelensError: a folder with a `result.json` that does not tell which files belong to it.
+        """
+        self.folder, self.experiments, self.parts = Path(folder), list(experiments), list[Result]()
+        self._config, self._png = config, png
+        self._began = time.perf_counter() if began is None else began
+        self._earlier = [*_noted_files(self.folder / WHOLE), *_noted_files(self.folder / PARTIAL)]
+        self._paths: list[Path] = []
+        self._is_finished = False
+
+    @property
+    def whole(self) -> Result:
+        """All that was found so far."""
+        return self.parts[0] if len(self.experiments) == 1 else combine(self.parts)
+
+    @property
+    def missing(self) -> list[str]:
+        """The experiments that have not ended."""
+        found = {part.experiment for part in self.parts}
+        return [name for name in self.experiments if name not in found]
+
+    def add(self, result: Result) -> None:
+        """Write the result of an experiment.
+
+        Raises:
+            MelensError: the folder cannot be written to.
+        """
+        is_first = not self.parts
+        self.parts.append(result)
+        with _told_in_a_sentence(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._note("running")
+            if is_first:
+                (self.folder / WHOLE).unlink(missing_ok=True)
+                for name in self._earlier:
+                    (self.folder / name).unlink(missing_ok=True)
+                self._earlier = []
+            figures = {name: picture.figure for name, picture in result.pictures.items()}
+            self._paths += write_tables_and_figures(result.tables, figures, self.folder, png=self._png)
+            self._paths += [write_text(self.folder / name, text) for name, text in result.documents.items()]
+
+    def stop(self) -> None:
+        """Note that no more will come, unless all is there."""
+        if self.parts and not self._is_finished:
+            with _told_in_a_sentence(self.folder):
+                self._note("stopped")
+
+    def finish(self) -> list[Path]:
+        """Write `result.json`; return the files that a user wants to open.
+
+        Raises:
+            MelensError: the folder cannot be written to.
+        """
+        with _told_in_a_sentence(self.folder):
+            path = _write(self.folder / WHOLE, _json_writer(self.content("ok")))
+            self._is_finished = True
+            (self.folder / PARTIAL).unlink(missing_ok=True)
+        return [*self._paths, path]
+
+    def content(self, status: str) -> dict[str, Any]:
+        """Lay out what `result.json` holds."""
+        result = self.whole
+        shared = {
+            "experiment": result.experiment,
+            "status": status,
+            "model": {name: value for name, value in result.model.items() if name != "verified"},
+            "verified": result.model.get("verified"),
+            "metrics": result.metrics,
+            "claims": claims_of(result).drop(columns="model").to_dict("records"),
+            "figures": {
+                name: {"source": picture.source, "paper": picture.paper, "here": picture.here}
+                for name, picture in result.pictures.items()
+            },
+            "files": self._files(result),
+            "environment": _environment(result.model, self._config, time.perf_counter() - self._began),
+            "config": self._config,
+        }
+        return shared if status == "ok" else shared | {"missing": self.missing}
+
+    def _note(self, status: str) -> None:
+        content = self.content(status)
+        content["files"] = sorted({*content["files"], *self._earlier})
+        _write(self.folder / PARTIAL, _json_writer(content))
+
+    def _files(self, result: Result) -> list[str]:
+        figures = [f"{name}.{kind}" for name in result.pictures for kind in ("html", *["png"] * self._png)]
+        shared = ["plotly.min.js", "report.html"]
+        return sorted({*(f"{name}.parquet" for name in result.tables), *figures, *result.documents, *shared})
+
+
+def _noted_files(path: Path) -> list[str]:
+    """Return the files that an earlier run noted in its result as its own; none where there is no result.
+
+    Raises:
+        MelensError: a result that notes none.
+    """
+    try:
+        return [Path(name).name for name in json.loads(path.read_text("utf-8"))["files"]]
+    except OSError:  # it is not there, or cannot be read, as then nothing can be written either
+        return []
+    except (ValueError, LookupError, TypeError) as error:
+        raise MelensError(
+            f"{path} does not tell which files belong to it, as one of an earlier melens does not: give another "
+            f"folder, or move what is in {path.parent}."
+        ) from error
+
+
 def write_result(
     result: Result, folder: str | Path, *, config: dict[str, Any], duration: float, png: bool = False
 ) -> list[Path]:
@@ -107,27 +254,12 @@ def write_result(
         The files that a user wants to open.
 
     Raises:
-        MelensError: the folder cannot be written to.
+        MelensError: the folder cannot be written to, or as `Record`.
     """
-    content = {
-        "experiment": result.experiment,
-        "status": "ok",
-        "model": {name: value for name, value in result.model.items() if name != "verified"},
-        "verified": result.model.get("verified"),
-        "metrics": result.metrics,
-        "claims": claims_of(result).drop(columns="model").to_dict("records"),
-        "figures": {
-            name: {"source": picture.source, "paper": picture.paper, "here": picture.here}
-            for name, picture in result.pictures.items()
-        },
-        "environment": _environment(result.model, config, duration),
-        "config": config,
-    }
-    figures = {name: picture.figure for name, picture in result.pictures.items()}
-    paths = write_tables_and_figures(result.tables, figures, folder, png=png)
-    paths += [write_text(Path(folder) / name, text) for name, text in result.documents.items()]
-    with _told_in_a_sentence(folder):
-        return [*paths, _write(Path(folder) / "result.json", _json_writer(content))]
+    began = time.perf_counter() - duration
+    record = Record(folder, config=config, experiments=[result.experiment], png=png, began=began)
+    record.add(result)
+    return record.finish()
 
 
 def claims_of(result: Result) -> pd.DataFrame:
@@ -176,9 +308,11 @@ def _told_in_a_sentence(folder: str | Path) -> Iterator[None]:
 
 def write_failure(message: str, folder: str | Path, *, config: dict[str, Any]) -> None:
     """Record in `result.json` why a job of a sweep gave no result."""
-    content = {"experiment": config["exp"]["name"], "status": "failed", "error": message, "config": config}
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    _write(Path(folder) / "result.json", _json_writer(content))
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"experiment": config["exp"]["name"], "status": "failed", "error": message}
+    content["files"] = sorted({*_noted_files(folder / WHOLE), *_noted_files(folder / PARTIAL)})
+    _write(folder / WHOLE, _json_writer(content | {"config": config}))
 
 
 _COLORS = {
@@ -225,7 +359,7 @@ def number_with_interval(claim: Mapping[Hashable, Any]) -> str:
 
 def read_results(folder: str | Path) -> dict[Path, dict[str, Any]]:
     """Read the `result.json` of every job folder in a sweep's folder, in the order of the jobs."""
-    paths = sorted(Path(folder).glob("*/result.json"), key=lambda path: (len(path.parent.name), path.parent.name))
+    paths = sorted(Path(folder).glob(f"*/{WHOLE}"), key=lambda path: (len(path.parent.name), path.parent.name))
     return {path.parent: json.loads(path.read_text("utf-8")) for path in paths}
 
 
@@ -246,15 +380,15 @@ def _html_writer(figure: go.Figure) -> Callable[[Path], object]:
 
 
 def _json_writer(content: dict[str, Any]) -> Callable[[Path], object]:
-    return lambda path: path.write_text(json.dumps(_plain(content), indent=2, allow_nan=False) + "\n", "utf-8")
+    return lambda path: path.write_text(json.dumps(plain(content), indent=2, allow_nan=False) + "\n", "utf-8")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Turn numpy scalars into Python's and what JSON lacks (NaN, infinity) into null."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if hasattr(value, "item"):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -273,6 +407,7 @@ def _environment(model: dict[str, Any], config: dict[str, Any], duration: float)
     }
 
 
+@cache
 def _git_commit() -> str | None:
     """Return the commit of the source that ran, marked where it was changed since; None outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]

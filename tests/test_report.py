@@ -3,15 +3,18 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
+import pandas as pd
 import pytest
 from planted import bridge, gains_apart, plain_model, plant
 from test_experiments import BLOCK, DIM, TOKEN, prompts_of, study
 
 import melens
 from experiments.study import run_experiments
+from melens.kept import load_result, save_result
 from melens.report import write_report
-from melens.results import claims_of, combine, write_result
+from melens.results import Record, claims_of, combine, plain, write_result
 
 CONFIG = {"exp": {"name": "all"}, "model": {"name": "tiny"}, "seed": 0}
 
@@ -55,6 +58,34 @@ def test_what_does_not_apply_is_in_the_report(tmp_path):
     write_result(result, tmp_path, config=CONFIG, duration=1.0)
     page = write_report(result, tmp_path, command="").read_text("utf-8")
     assert "<b>ffn</b> does not apply: No block of this model has an FFN" in page
+
+
+def test_a_result_that_was_kept_is_what_it_was(planted_result, tmp_path):
+    save_result(planted_result, tmp_path / "kept")
+    found = load_result(tmp_path / "kept")
+    assert plain(found.metrics) == plain(planted_result.metrics)
+    assert claims_of(found).equals(claims_of(planted_result))
+    assert list(map(tuple, planted_result.findings)) == found.findings
+    for name, picture in planted_result.pictures.items():
+        assert json.loads(found.pictures[name].figure.to_json()) == json.loads(picture.figure.to_json())
+        assert replace(found.pictures[name], figure=None) == replace(picture, figure=None)
+    for name, table in planted_result.tables.items():
+        pd.testing.assert_frame_equal(found.tables[name], table, check_dtype=False)
+    assert list(found.tables) == list(planted_result.tables)
+    assert (found.experiment, found.documents, found.model) == ("all", {}, plain(planted_result.model))
+
+
+def test_a_report_of_a_part_says_what_is_not_there(planted_result, tmp_path):
+    found = replace(planted_result, experiment="all", metrics={"ffn": planted_result.metrics["ffn"]})
+    record = Record(tmp_path, config=CONFIG, experiments=["all", "sinks", "ablation"])
+    record.parts.append(found)
+    for status, words in (("running", "This run goes on."), ("stopped", "This run was stopped.")):
+        record._note(status)
+        page = write_report(found, tmp_path, command="").read_text("utf-8")
+        assert f"<b>{words}</b> Not here are: sinks, ablation. The same command goes on with them." in page
+    record.experiments = ["all"]
+    record.finish()
+    assert "goes on" not in write_report(found, tmp_path, command="").read_text("utf-8")
 
 
 def test_the_claims_are_in_the_result_too(report):

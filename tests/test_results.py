@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 import pytest
 
 from melens import MelensError, results
-from melens.results import Picture, Result, combine, read_results, write_failure, write_result
+from melens.results import Picture, Record, Result, combine, read_results, write_failure, write_result
 from melens.versions import untried
 
 CONFIG = {"exp": {"name": "emergence"}, "model": {"name": "tiny"}, "seed": 3}
@@ -66,20 +66,99 @@ def test_a_source_tree_that_was_not_installed_leaves_a_result_too(tmp_path, monk
     assert (list(environment["versions"]), environment["untried"]) == (["python"], {})
 
 
-def test_a_run_that_breaks_off_leaves_no_half_file(tmp_path):
-    class Breaks(go.Figure):
-        def write_html(self, path, **options):
-            path.write_text("<half")
-            raise KeyboardInterrupt
+class Breaks(go.Figure):
+    def write_html(self, path, **options):
+        path.write_text("<half")
+        raise KeyboardInterrupt
 
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_a_run_that_breaks_off_leaves_no_half_file(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        write_result(some_result(pictures={"a": picture(Breaks())}), tmp_path / "0", config=CONFIG, duration=1.0)
+    assert names(tmp_path / "0") == {"norms.parquet", "plotly.min.js", "result.partial.json"}
+    assert read(tmp_path / "0" / "result.partial.json")["status"] == "running"
+    assert read_results(tmp_path) == {}  # a part is not taken for a whole
+
+
+def ffn_result():
+    return some_result(experiment="ffn", metrics={"me_layer": 2}, tables={}, pictures={"ffn": picture()})
+
+
+def record_of(folder, *experiments):
+    return Record(folder, config=CONFIG, experiments=experiments)
+
+
+def test_each_experiment_is_written_as_it_ends(tmp_path):
+    folder = tmp_path / "0"
+    record = record_of(folder, "direction", "ffn")
+    assert not folder.exists()
+    record.add(some_result())
+    assert names(folder) == {"norms.parquet", "norms.html", "plotly.min.js", "result.partial.json"}
+    partial = read(folder / "result.partial.json")
+    assert (partial["status"], partial["missing"], set(partial["metrics"])) == ("running", ["ffn"], {"direction"})
+    assert {claim["experiment"] for claim in partial["claims"]} == {"direction"}
+    assert read_results(tmp_path) == {}
+    record.stop()
+    assert read(folder / "result.partial.json")["status"] == "stopped"
+    record.add(ffn_result())
+    assert record.missing == []
+    paths = record.finish()
+    assert [path.name for path in paths] == ["norms.parquet", "norms.html", "ffn.html", "result.json"]
+    assert names(folder) == {"plotly.min.js", *(path.name for path in paths)}
+    whole = read(folder / "result.json")
+    assert (whole["status"], set(whole["metrics"]), whole["experiment"]) == ("ok", {"direction", "ffn"}, "all")
+    assert "missing" not in whole
+
+
+def test_a_run_that_found_nothing_yet_leaves_nothing(tmp_path):
+    record_of(tmp_path / "run", "direction").stop()
+    assert names(tmp_path) == set()
+
+
+def test_figures_of_two_runs_never_lie_in_one_folder(tmp_path):
+    (tmp_path / "notes.md").write_text("three years")
+    write_result(some_result(), tmp_path, config=CONFIG, duration=1.0)
+    before = names(tmp_path)
+    record = record_of(tmp_path, "ffn", "rmsnorm")
+    assert names(tmp_path) == before  # until there is something to take its place
+    record.add(ffn_result())
+    assert names(tmp_path) == {"notes.md", "plotly.min.js", "ffn.html", "result.partial.json"}
+    write_result(some_result(), tmp_path, config=CONFIG, duration=1.0)  # after a part of a run
+    assert names(tmp_path) == before
     with pytest.raises(KeyboardInterrupt):
         write_result(some_result(pictures={"a": picture(Breaks())}), tmp_path, config=CONFIG, duration=1.0)
-    assert {path.name for path in tmp_path.iterdir()} == {"norms.parquet", "plotly.min.js"}
+    write_failure("It broke.", tmp_path, config=CONFIG)
+    write_result(ffn_result(), tmp_path, config=CONFIG, duration=1.0)
+    assert names(tmp_path) == {"notes.md", "plotly.min.js", "ffn.html", "result.json"}
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", "half", '{"files": 3}'])
+def test_a_result_that_does_not_tell_its_files_is_left_alone(tmp_path, content):
+    (tmp_path / "result.json").write_text(content)
+    with pytest.raises(MelensError, match=r"does not tell which files belong to it.*give another folder"):
+        record_of(tmp_path, "ffn")
+    assert (tmp_path / "result.json").read_text() == content
+
+
+def test_only_files_of_the_folder_itself_are_removed(tmp_path):
+    outside = tmp_path / "thesis.txt"
+    outside.write_text("three years")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "result.json").write_text('{"files": ["../thesis.txt"]}')
+    write_result(ffn_result(), tmp_path / "run", config=CONFIG, duration=1.0)
+    assert outside.read_text() == "three years"
 
 
 def test_several_results_become_one():
-    other = some_result(experiment="ffn", metrics={"me_layer": 2}, tables={}, pictures={"ffn": picture()})
-    whole = combine([some_result(), other])
+    whole = combine([some_result(), ffn_result()])
     assert whole.experiment == "all"
     assert set(whole.metrics) == {"direction", "ffn"}
     assert list(whole.pictures) == ["norms", "ffn"]
