@@ -1,0 +1,101 @@
+"""A folder belongs to one run: two that wrote to it at once would mix their files."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from melens.errors import MelensError
+
+__all__ = ["OwnFolder", "own", "owned", "owned_by_job"]
+
+_LOCK = ".melens.lock"
+"""In the folder of a run: held for as long as its process lives, and given back by the system when that is killed."""
+
+_taken: dict[Path, FileLock] = {}
+"""The folders that this process has, or has had."""
+
+
+def own(folder: Path) -> None:
+    """Take a folder for this process, until it ends or gives it back; a second time does nothing.
+
+    Raises:
+        MelensError: another process has it.
+        OSError: there is no such folder, and none can be made.
+    """
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = _taken.setdefault(folder, FileLock(folder / _LOCK))
+    try:
+        if not lock.is_locked:
+            lock.acquire(timeout=0)
+    except Timeout:
+        raise MelensError(
+            f"Another run writes to {folder}: give this one a folder of its own (hydra.run.dir=..., of a sweep "
+            "hydra.sweep.dir=...), or wait until that one has ended."
+        ) from None
+    except NotImplementedError:  # by a file system that has no locks
+        pass
+
+
+@contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """Take a folder for as long as the context lasts; one that this process had before it keeps.
+
+    Raises:
+        MelensError, OSError: as `own`.
+    """
+    lock = _taken.get(folder.resolve())
+    had_it_before = lock is not None and lock.is_locked
+    own(folder)
+    try:
+        yield
+    finally:
+        if not had_it_before:
+            _taken[folder.resolve()].release()
+
+
+@contextmanager
+def owned_by_job(folder: Path) -> Iterator[None]:
+    """Take the folder of a job; in a sweep, one in which another job of this process has written is taken.
+
+    Raises:
+        MelensError, OSError: as `own`.
+    """
+    is_of_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    if is_of_sweep and folder.resolve() in _taken:
+        raise MelensError(
+            f"Another job of this sweep has written to {folder}: hydra.sweep.subdir must tell all jobs apart, as "
+            "${hydra.job.num} does."
+        )
+    with owned(folder):
+        yield
+
+
+class OwnFolder(Callback):
+    """Takes the folder of a run or a sweep before Hydra writes to it."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        _own_or_leave(Path(config.hydra.run.dir))
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        _own_or_leave(Path(config.hydra.sweep.dir))
+
+
+def _own_or_leave(folder: Path) -> None:
+    try:
+        own(folder)
+    except MelensError as error:  # Hydra goes on after an error in a callback
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except OSError:  # there is no such place, which is told when something is written there
+        pass
