@@ -98,8 +98,8 @@ def run_command() -> int:
         sys.argv[1:] = prepare_command(sys.argv[1:])
         check_command(sys.argv[1:])
         main()
-    except KeyboardInterrupt:
-        print("Interrupted: no result was written.", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"Interrupted: {str(interrupt) or 'no result was written.'}", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:  # before any job: a wrong option, or no place for the output
         tell(error, verbose="hydra.verbose=true" in sys.argv)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +17,9 @@ from transformer_lens.model_bridge import TransformerBridge
 import melens
 from experiments.options import Options
 from melens import Criterion, Emergence, MelensError, Probe, Prompt, Trace
-from melens.cache import if_it_can_be_kept, store_for
+from melens.cache import Store, code_version, hash_of, if_it_can_be_kept, store_for
 from melens.devices import placement
+from melens.kept import find_kept, load_result, save_result
 from melens.normalization import has_normalization, read_normalization
 from melens.prompts import tokenize
 from melens.results import Result
@@ -150,10 +150,11 @@ def begin_study(
     )
     wanted = [probe for name, options in cfg.experiments.items() for probe in _probes(model, name, options)]
     kept_in = None
-    if cfg.exp.is_kept and not wanted:  # the jobs of a sweep need not trace the same prompts again
-        told = [model.cfg.model_name, tokens, texts, cfg.max_batch_tokens, cfg.criterion.min_abs]
+    if cfg.exp.is_kept:  # the jobs of a sweep, and a run that goes on, need not trace the same prompts again
+        of_probes = [[type(probe).__qualname__, vars(probe)] for probe in wanted]
+        told = [model.cfg.model_name, tokens, texts, cfg.max_batch_tokens, cfg.criterion.min_abs, of_probes, _code()]
         kept_in = store_for("traces", model.original_model, *told).folder
-    trace = None if kept_in is None else _kept_trace(kept_in)
+    trace = None if kept_in is None else find_kept(kept_in, Trace.load)
     if trace is None:
         trace = melens.trace(
             model,
@@ -172,14 +173,8 @@ def begin_study(
     return Study(model, tokens, cfg, trace, me, stage, folder)
 
 
-def _kept_trace(folder: Path) -> Trace | None:
-    if not folder.is_dir():
-        return None
-    try:
-        return Trace.load(folder)
-    except Exception:  # damaged: traced anew
-        shutil.rmtree(folder, ignore_errors=True)
-        return None
+def _code() -> str:
+    return code_version(Path(__file__).parent)
 
 
 def _probes(model: TransformerBridge, name: str, options: Any) -> list[Probe]:
@@ -189,12 +184,43 @@ def _probes(model: TransformerBridge, name: str, options: Any) -> list[Probe]:
         return []
 
 
-def run_experiments(study: Study) -> list[Result]:
-    """Run every experiment of the configuration; one of several that does not apply, or fails, tells in its metrics."""
+def run_experiments(study: Study) -> Iterator[Result]:
+    """Run every experiment of the configuration, and yield what each found as it ends.
+
+    One of several that does not apply, or fails, tells in its metrics. What each of several found is kept, so that a
+    run that was stopped goes on with the next.
+    """
     chosen = study.cfg.experiments
     if len(chosen) == 1:
-        return [_module(name).run(study, options) for name, options in chosen.items()]
-    return [_run_one_of_several(study, name, options) for name, options in chosen.items()]
+        yield from (_module(name).run(study, options) for name, options in chosen.items())
+        return
+    store = _store_of_results(study) if study.cfg.exp.is_kept else None
+    for name, options in chosen.items():
+        ended = study.stage(f"exp={name}")
+        result = _find_or_run(study, name, options, store)
+        ended(1, 1)
+        yield result
+
+
+def _store_of_results(study: Study) -> Store:
+    """Return where the results of this model, prompts and options are kept; those of each experiment come apart."""
+    shared = {node: value for node, value in study.cfg.plain().items() if node not in ("exp", "png", "given")}
+    told = [study.tokens, study.trace.prompts["id"].tolist(), shared, _code()]
+    return store_for("experiments", study.model.original_model, *told, libraries=("plotly", "pandas"))
+
+
+def _find_or_run(study: Study, name: str, options: Any, store: Store | None) -> Result:
+    if store is None or options.is_kept:  # which keeps its own parts, under what is in the files that it reads
+        return _run_one_of_several(study, name, options)
+    folder = store.folder / f"{name}-{hash_of(options.model_dump())[:24]}"
+    found = find_kept(folder, load_result)
+    if found is not None:
+        return replace(found, model=study.trace.model, metrics=found.metrics | {"measured_before": True})
+    result = _run_one_of_several(study, name, options)
+    if "not_applicable" not in result.metrics:
+        with if_it_can_be_kept():
+            save_result(result, folder)
+    return result
 
 
 def _run_one_of_several(study: Study, name: str, options: Any) -> Result:

@@ -18,7 +18,7 @@ TOKEN, DIM, BLOCK = 7, 21, 1
 
 
 def study(model, prompts, *overrides):
-    cfg = compose_options("exp=all", "model=random", "exp.sinks.rank_tokens=12", *overrides)
+    cfg = compose_options("exp=all", "exp.keep=false", "model=random", "exp.sinks.rank_tokens=12", *overrides)
     return begin_study(model, prompts, cfg, lambda name: lambda done, total: None)
 
 

@@ -13,11 +13,12 @@ from test_mask_grid import configuration, study_of
 from test_not_a_number import grid
 
 import melens
-from experiments import benchmark, mask_grid, training
+from experiments import benchmark, ffn, mask_grid, predict, training
 from experiments.benchmark import Bench, Cell
 from experiments.jobs import jobs_of
+from experiments.options import compose_options
 from experiments.options.benchmark import asked_for
-from experiments.study import begin_study
+from experiments.study import begin_study, run_experiments
 from experiments.training import kept_training
 from melens import WeMask, cache
 from melens.benchmarks import harness
@@ -26,7 +27,7 @@ from melens.benchmarks.harness import Asking, evaluate, load_task
 from melens.cache import Store, store_for
 from melens.comparison import MaskComparison
 from melens.networks import plain_twin
-from melens.results import write_result
+from melens.results import plain, write_result
 
 TEXTS = torch.randint(10, 200, (4, 12), generator=torch.Generator().manual_seed(0))
 
@@ -43,6 +44,12 @@ def model_of(eps=1e-6):
         if name.endswith("norm"):
             module.variance_epsilon = eps
     return bridge(network)
+
+
+def planted():
+    network = gains_apart(plain_model("llama"))
+    plant(network, block=1, token=1, dim=21)
+    return network
 
 
 # --- Traces and masks -------------------------------------------------------------------------------------------------
@@ -108,6 +115,96 @@ def test_jobs_of_other_options_are_not_put_into_one_grid(tmp_path, monkeypatch):
     merged = mask_grid.merge(jobs_of(jobs))
     assert [each.tables["cells"]["cell"].tolist() for each in merged] == [["a", "b"], ["a"]]
     assert [each.model["name"] for each in merged] == ["tiny, model.dtype=float32", "tiny, model.dtype=bfloat16"]
+
+
+# --- Several experiments ----------------------------------------------------------------------------------------------
+
+
+def parts_of(model, *options, shift=0):
+    """What the experiments of a run find, one by one."""
+    cfg = compose_options("exp=all", "model=random", "exp.experiments=[ffn,predict]", *options)
+    prompts = [torch.arange(1 + shift, 20), torch.arange(2 + shift, 21)]
+    return run_experiments(begin_study(model, prompts, cfg, lambda name: lambda done, total: None))
+
+
+def measured(*_):
+    raise AssertionError("It was measured again.")
+
+
+def test_a_run_that_was_stopped_goes_on_with_what_it_has_not_done(monkeypatch):
+    model = bridge(planted())
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predict, "run", stop)
+        parts = parts_of(model)
+        first = next(parts)
+        with pytest.raises(KeyboardInterrupt):
+            next(parts)
+    with monkeypatch.context() as patch:
+        patch.setattr(ffn, "run", measured)
+        patch.setattr(melens, "trace", measured)
+        found, second = parts_of(model)
+        patch.setattr(predict, "run", measured)
+        assert [part.metrics["measured_before"] for part in parts_of(model)] == [True, True]
+    assert found.metrics.pop("measured_before")
+    assert "measured_before" not in second.metrics
+    assert plain(found.metrics) == plain(first.metrics)
+    assert set(found.pictures) == set(first.pictures)
+    assert second.metrics["ranks"]["response"] == 1
+
+
+def test_what_an_experiment_found_is_kept_under_all_that_it_depends_on(monkeypatch):
+    model, ran, run = bridge(planted()), [], ffn.run
+    monkeypatch.setattr(ffn, "run", lambda *told: ran.append(told) or run(*told))
+    times = []
+    for options in (
+        (),
+        (),
+        ("exp.experiments=[ffn,direction]",),
+        ("criterion.trailing_blocks=1",),
+        ("seed=1",),
+        ("exp.keep=false",),
+    ):
+        found = next(parts_of(model, *options))
+        times.append(len(ran))
+        assert ("measured_before" in found.metrics) == (times[-2:] == [times[-1]] * 2)
+    assert times == [1, 1, 1, 2, 3, 4]
+
+
+def test_other_prompts_and_other_weights_are_measured_anew(monkeypatch):
+    network = planted()
+    next(parts_of(bridge(network)))
+    next(parts_of(bridge(network), shift=1))
+    network.model.layers[0].mlp.up_proj.weight.data[5] *= 2
+    next(parts_of(bridge(network)))
+    monkeypatch.setattr(ffn, "run", measured)
+    next(parts_of(bridge(network)))
+
+
+def test_what_is_damaged_is_measured_anew_and_mended(tmp_path, monkeypatch):
+    model = bridge(planted())
+    before = next(parts_of(model))
+    (folder,) = (tmp_path / "cache" / "experiments").glob("*/ffn-*")
+    next(folder.glob("*.parquet")).write_bytes(b"half")
+    again = next(parts_of(model))
+    assert plain(again.metrics) == plain(before.metrics)
+    monkeypatch.setattr(ffn, "run", measured)
+    assert next(parts_of(model)).metrics["measured_before"]
+
+
+def test_only_what_was_found_is_kept_and_not_what_reads_files_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "run", lambda *_: 1 / 0)
+    cells = ("data.n_texts=2", "data.n_tokens=12", "wemask.start=1")
+    parts = parts_of(model_of(), "exp.experiments=[ablation,predict,wemask,ffn]", *cells)
+    metrics = {part.experiment: part.metrics for part in parts}
+    assert "not_applicable" in metrics["ablation"]  # this model has no massive activation
+    assert metrics["predict"]["failed"]
+    assert metrics["wemask"]["cells"] == 1
+    kept = [folder.name.split("-")[0] for folder in (tmp_path / "cache" / "experiments").glob("*/*")]
+    assert kept == ["ffn"]
 
 
 # --- Benchmarks -------------------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def test_differences_are_paired_with_the_unmasked_model(model):
 def test_hits_count_the_blocks_that_mask_the_massive_dim(model):
     study = study_of(model, "wemask=random", "wemask.rate=0.5", "exp.keep=false")
     (mask,) = masks_of(study.cfg.wemask, study.me, model)
-    result = run_experiments(study)[0]
+    (result,) = run_experiments(study)
     hits = sum(DIM in dims for dims in mask.fixed.dims.values())
     assert study.me.dims[0] == DIM
     assert result.tables["cells"]["massive_hits"].tolist() == [hits]

@@ -119,7 +119,7 @@ def test_questions_to_a_broken_head_stop_by_name(model, task):
     options = ["exp=benchmark", f"benchmark.tasks=[{task}]", "benchmark.masks=[off]", "exp.keep=false"]
     study = begin_study(model, prompts, configuration(*options), lambda name: lambda done, total: None)
     with pytest.raises(MelensError, match=f"^{task}, item 0: the log-likelihood is nan"):
-        run_experiments(study)
+        list(run_experiments(study))
 
 
 def test_a_log_likelihood_that_is_no_number_names_its_request():
@@ -189,7 +189,7 @@ def test_a_judge_on_a_broken_head_does_not_find_compliance(embedded, network):
 
 def test_a_grid_on_a_broken_head_stops_by_name(model):
     with pytest.raises(MelensError, match="Text 0: the loss of the unmasked model is nan"):
-        run_experiments(study_of(model, "wemask.start=1", "exp.keep=false"))
+        list(run_experiments(study_of(model, "wemask.start=1", "exp.keep=false")))
 
 
 TEXTS = torch.randint(BROKEN + 1, VOCABULARY, (5, 12), generator=torch.Generator().manual_seed(0))
@@ -325,7 +325,7 @@ def test_no_analysis_leaves_out_what_is_no_number(name, spoil, message, monkeypa
     study = begin_study(bridge(network), tokens, configuration(*options), lambda name: lambda done, total: None)
     spoil(study, monkeypatch)
     with pytest.raises(MelensError, match=message):
-        run_experiments(study)
+        list(run_experiments(study))
 
 
 def test_seeds_are_averaged_only_where_all_have_a_number():

@@ -404,6 +404,7 @@ class AllOptions(Experiment):
     """Of several experiments in one run, each with a node of its own."""
 
     name: Literal["all"]
+    keep: Flag
     experiments: Annotated[
         Annotated[list[_Part], Field(min_length=1)],
         BeforeValidator(_listed),
