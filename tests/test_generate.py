@@ -20,7 +20,7 @@ from experiments.generate import Given, Pair, Side, compare, first_difference, p
 from experiments.job import run_job
 from experiments.options import compose_options
 from experiments.study import begin_study
-from melens import MelensError, Prompt, WeMask
+from melens import MelensError, Prompt, WeMask, load_model
 from melens.chat import PLAIN
 from melens.results import Result, combine, show_result, write_result
 
@@ -206,13 +206,14 @@ def test_a_chat_is_read_in_the_models_template(embedded):
     ("thinking", "ending", "told"),
     [
         ("auto", "<think>\n\n</think>\n\n", "off (enable_thinking=false)"),
-        ("false", "<think>\n\n</think>\n\n", "off (enable_thinking=false)"),
         ("true", "<|im_start|>assistant\n<think>\n", "on (enable_thinking=true)"),
     ],
 )
-def test_the_chat_template_is_told_whether_to_think(embedded, monkeypatch, thinking, ending, told):
-    monkeypatch.setattr(embedded.tokenizer, "chat_template", (TEMPLATES / "qwen3_5_think.jinja").read_text())
-    result = run(embedded, *HARSH, "generate.chat=true", f"generate.thinking={thinking}", "generate.prompt=Hello")
+def test_the_chat_template_is_told_whether_to_think(thinking, ending, told):
+    model = load_model("tiny")
+    model.tokenizer.chat_template = (TEMPLATES / "qwen3_5_think.jinja").read_text()
+    options = [*HARSH, "wemask.start=1", "generate.chat=true", f"generate.thinking={thinking}", "generate.prompt=Hello"]
+    result = run(model, *options)
     prompt = re.search(
         r"<summary>In the chat template</summary><pre>(.*?)</pre>", result.documents["generate.html"], re.S
     )

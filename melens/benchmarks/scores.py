@@ -61,10 +61,8 @@ def summarise(items: pd.DataFrame, unmasked: str) -> pd.DataFrame:
     _check_items(items)
     rows = []
     for (task, metric), of_metric in items.groupby(["task", "metric"], sort=False):
-        unfinished = of_metric.groupby("mask", sort=False)["unfinished"].agg(["size", "sum"])
-        by_mask = {
-            mask: _by_item(of_mask, ["training", "seed"]) for mask, of_mask in of_metric.groupby("mask", sort=False)
-        }
+        own = dict(iter(of_metric.groupby("mask", sort=False)))
+        by_mask = {mask: _by_item(of_mask, ["training", "seed"]) for mask, of_mask in own.items()}
         for mask, values in by_mask.items():
             per_item = values.mean(axis=1)
             low, high = bootstrap_mean(per_item.to_numpy())
@@ -81,8 +79,8 @@ def summarise(items: pd.DataFrame, unmasked: str) -> pd.DataFrame:
                 "chance": float(of_metric["chance"].mean(skipna=False)),  # NaN where items have no choices
                 "higher_is_better": bool(of_metric["higher_is_better"].iloc[0]),
                 "shown": bool(of_metric["shown"].iloc[0]),
-                "n_replies": int(unfinished.loc[mask, "size"]),
-                "n_unfinished": int(unfinished.loc[mask, "sum"]),
+                "n_replies": len(own[mask]),
+                "n_unfinished": int(own[mask]["unfinished"].sum()),
                 "n_trainings": 1,
                 "difference": float("nan"),
                 "difference_low": float("nan"),
