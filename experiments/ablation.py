@@ -18,6 +18,7 @@ from experiments.study import Study, named_normalization
 from melens import MassiveTokenRuns, MelensError, Probe, figures
 from melens.ablation import Hook, Part, ablation, can_ablate
 from melens.figures import COLORS, Curve, Heatmap, Panel
+from melens.layout import Layout
 from melens.results import Picture, Result
 from melens.statistics import bootstrap_mean, mean_by, tidy, with_interval
 
@@ -83,7 +84,9 @@ def run(study: Study, options: AblationOptions) -> Result:
     bench = _prepare(study, options)
     model, me_layer = study.model, bench.me_layer
     if not can_ablate(model, me_layer, "ffn"):
-        raise MelensError(f"Block {me_layer}, the ME layer, has no FFN output to remove.")
+        raise MelensError(
+            f"Block {me_layer}, the ME layer, has no FFN output to remove: there is {Layout.of(model).ffn_in_words}."
+        )
     senses = {sense: part for sense, part in SENSES.items() if can_ablate(model, me_layer, part)}
     removed = {part: bench.without((me_layer, part)) for part in ("ffn", *senses.values())}
     factorial = _factorial(bench, senses)
@@ -92,6 +95,7 @@ def run(study: Study, options: AblationOptions) -> Result:
     evaluations = bench.runs.block_evaluations - n_before
     patched = _patching(bench)
     metrics = study.metrics(
+        **Layout.of(model).metrics(),
         ablation_prompts=len(bench.runs.intact),
         **_removed_metrics(bench, removed, senses),
         **_causal_metrics(bench, causes),

@@ -15,12 +15,14 @@ from experiments.options.schema import EmergenceOptions, ModelOptions
 from experiments.study import Study, named_normalization
 from melens import Emergence, Probe, Trace, figures, sinks
 from melens.figures import FIRST, OTHERS, SINK, Curve, Panel
+from melens.layout import Layout, listed
 from melens.results import Picture, Result
 from melens.statistics import bootstrap_mean, with_interval
 
 TABLE8 = (
     "model", "family", "n_layers", "me_layer", "magnification", "magnification_low", "magnification_high",
-    "relative_magnification", "share_of_peak", "kind", "agreement", "sink_onset_layer", "paper_me_layer", "error",
+    "relative_magnification", "share_of_peak", "kind", "agreement", "sink_onset_layer", "n_attending",
+    "paper_me_layer", "error",
 )  # fmt: skip
 
 
@@ -33,13 +35,15 @@ def run(study: Study, options: EmergenceOptions) -> Result:
     """Draw norms, largest dims and sink mass by block, and put the ME layer in figures."""
     trace, me = study.trace, study.me
     onset = sinks.find_sink_onset(trace, trailing_blocks=me.criterion.trailing_blocks)
+    layout = Layout.of(study.model)
     norms = norm_by_block(trace["norm"])
     sink_mass = sinks.sink_mass_by_layer(trace)
     dims = _top_dims(trace, options.top_dims)
     metrics = study.metrics(
         **me.metrics(),
         **_shares_of_prompts(me),
-        **_second_massive_activation(study),
+        **layout.metrics(),
+        **_second_massive_activation(study, layout),
         sink_onset_layer=onset.layer,
         first_sink_layer=onset.first_layer,
     )
@@ -54,7 +58,7 @@ def run(study: Study, options: EmergenceOptions) -> Result:
             "sink_mass_by_block": sink_mass,
             "top_dims": dims,
             "per_prompt": trace.prompts.merge(me.per_prompt, on="prompt"),
-            "table8": pd.DataFrame([_table8_row(study.cfg.model, trace, me, onset)]),
+            "table8": pd.DataFrame([_table8_row(study.cfg.model, trace, me, onset, layout)]),
         },
         pictures={
             "emergence": Picture(
@@ -76,7 +80,7 @@ def run(study: Study, options: EmergenceOptions) -> Result:
                 "The data of the figure before, as a surface.",
             ),
         },
-        findings=_findings(trace, me, onset),
+        findings=_findings(trace, me, onset, layout),
     )
 
 
@@ -124,7 +128,7 @@ def _emergence_figure(study: Study, norms: pd.DataFrame, sink_mass: pd.DataFrame
 def norm_sites(model: TransformerBridge) -> dict[str, str]:
     """Name the panels of figure 1 by what this model's modules are called."""
     before = named_normalization(model, "ln2")
-    after = getattr(model.blocks[0], "ln2_post", None)
+    after = next((block.ln2_post for block in model.blocks if "ln2_post" in block._modules), None)
     return {
         "ln2.hook_out": f"{before} output" if before else "ln2 output",
         "hook_mlp_out": f"FFN output, after {after.name}" if after is not None else "FFN output",
@@ -146,8 +150,10 @@ def _shares_of_prompts(me: Emergence) -> dict[str, Any]:
     }
 
 
-def _second_massive_activation(study: Study) -> dict[str, Any]:
+def _second_massive_activation(study: Study, layout: Layout) -> dict[str, Any]:
     """Compare what the FFNs of the last blocks write to token 0 with what that of the ME layer writes (appendix A)."""
+    if not set(range(study.last_lasting + 1, study.n_layers)) <= set(layout.ffn):
+        return {"ffn_last_blocks_why_not": f"The last blocks are not all heard: {layout.ffn_in_words}."}
     norms, me_layer = study.trace["norm"], study.me.layer
     of_ffn = norms[(norms["site"] == "hook_mlp_out") & (norms["pos"] == 0)].groupby("layer")["norm"].mean()
     if me_layer is None or me_layer not in of_ffn.index:
@@ -227,7 +233,9 @@ def _in_a_line(row: Mapping[Any, Any]) -> str:
         return f"failed: {row['error']}"
     if pd.isna(row["me_layer"]):
         return f"no ME layer among {row['n_layers']} blocks"
-    onset = "no sinks" if pd.isna(row["sink_onset_layer"]) else f"sinks from block {row['sink_onset_layer']}"
+    onset = "no sinks" if row["n_attending"] != 0 else "no attention that can be heard"
+    if not pd.isna(row["sink_onset_layer"]):
+        onset = f"sinks from block {row['sink_onset_layer']}"
     interval = None if pd.isna(row["magnification_low"]) else (row["magnification_low"], row["magnification_high"])
     return (
         f"block {row['me_layer']} of {row['n_layers']}, ×{with_interval(row['magnification'], interval, ',.1f')}, "
@@ -244,7 +252,9 @@ def _top_dims(trace: Trace, n_dims: int) -> pd.DataFrame:
     return wide.melt("layer", var_name="dim", value_name="abs_activation")
 
 
-def _table8_row(model_cfg: ModelOptions, trace: Trace, me: Emergence, onset: sinks.SinkOnset) -> dict[str, Any]:
+def _table8_row(
+    model_cfg: ModelOptions, trace: Trace, me: Emergence, onset: sinks.SinkOnset, layout: Layout
+) -> dict[str, Any]:
     low, high = me.magnification_interval or (None, None)
     return {
         "model": trace.model["name"],
@@ -259,12 +269,13 @@ def _table8_row(model_cfg: ModelOptions, trace: Trace, me: Emergence, onset: sin
         "kind": me.kind,
         "agreement": me.agreement,
         "sink_onset_layer": onset.layer,
+        "n_attending": len(layout.attention),
         "paper_me_layer": model_cfg.paper_me_layer,
         "error": None,
     }
 
 
-def _findings(trace: Trace, me: Emergence, onset: sinks.SinkOnset) -> list[tuple[str, str]]:
+def _findings(trace: Trace, me: Emergence, onset: sinks.SinkOnset, layout: Layout) -> list[tuple[str, str]]:
     rows = [("model", f"{trace.model['name']} ({trace.model['n_layers']} blocks, {trace.model['dtype']})")]
     if me.layer is None or me.magnification is None:
         rows.append(("ME layer", f"none: {me.reason}"))
@@ -281,11 +292,24 @@ def _findings(trace: Trace, me: Emergence, onset: sinks.SinkOnset) -> list[tuple
     distinct = me.distinct_first_tokens
     trivial = ": the same token 0 in every prompt, so agreement is trivial" if distinct == 1 else ""
     rows.append(("first tokens", f"{distinct} distinct{trivial}"))
+    if 0 < len(layout.attention) < layout.n_layers:
+        rows.append(("layout", f"{layout.attention_in_words}; {layout.ffn_in_words}"))
+    rows.append(("sinks start", _sinks_start(onset, layout)))
+    return rows
+
+
+def _sinks_start(onset: sinks.SinkOnset, layout: Layout) -> str:
+    if not layout.attention:
+        return f"not measured: there is {layout.attention_in_words}"
     earlier = (
         f" (over {onset.threshold:g} first at block {onset.first_layer})" if onset.first_layer != onset.layer else ""
     )
-    rows.append(("sinks start", f"block {onset.layer}{earlier}" if onset.layer is not None else f"nowhere{earlier}"))
-    return rows
+    if onset.layer is not None:
+        return f"block {onset.layer}{earlier}"
+    if not onset.looked_at:
+        return f"not measured: attention only in {listed(layout.attention)}, among the last{earlier}"
+    where = "" if len(layout.attention) == layout.n_layers else f"; there is {layout.attention_in_words}"
+    return f"nowhere{earlier}{where}"
 
 
 def _some(numbers: Sequence[int], most: int = 4) -> str:

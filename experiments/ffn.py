@@ -11,21 +11,25 @@ from transformer_lens.model_bridge import TransformerBridge
 from experiments.options.schema import PlainOptions
 from experiments.study import Study
 from melens import Concentration, MelensError, Probe, figures
+from melens.layout import Layout, listed
 from melens.results import Picture, Result
 from melens.statistics import bootstrap_mean, mean_by, peak_layer, with_interval
 
-GATE, UP, DOWN = "mlp.hook_pre", "mlp.hook_pre_linear", "hook_mlp_out"
+GATE, UP, DOWN = "hook_pre", "hook_pre_linear", "hook_mlp_out"
 PROJECTIONS = ("gate", "up", "down")
 
 
 def projections(model: TransformerBridge, layer: int) -> dict[str, str]:
     """Return the hook names after the projections of a block's FFN; a mixture of experts has the last alone."""
-    has = {site: f"blocks.{layer}.{site}" in model.hook_dict for site in (GATE, UP, DOWN)}
+    parts = model.blocks[layer]._modules
+    ffn = "shared_mlp" if "shared_mlp" in parts and "moe" not in parts else "mlp"  # Granite's name where it is dense
+    gate, up = f"{ffn}.{GATE}", f"{ffn}.{UP}"
+    has = {site: f"blocks.{layer}.{site}" in model.hook_dict for site in (gate, up, DOWN)}
     sites = {}
-    if has[GATE] and has[UP]:
-        sites = {"gate": GATE, "up": UP}
-    elif has[GATE] and getattr(getattr(model.blocks[layer], "mlp", None), "in", None) is not None:
-        sites = {"up": GATE}  # without a gate this hook is after the up projection
+    if has[gate] and has[up]:
+        sites = {"gate": gate, "up": up}
+    elif has[gate] and getattr(parts[ffn], "in", None) is not None:
+        sites = {"up": gate}  # without a gate this hook is after the up projection
     return sites | {"down": DOWN} if has[DOWN] else sites
 
 
@@ -33,7 +37,7 @@ def probes(model: TransformerBridge, options: PlainOptions) -> list[Probe]:
     """Concentration after each projection."""
     by_layer = {layer: projections(model, layer) for layer in range(len(model.blocks))}
     if not any(by_layer.values()):
-        raise MelensError("No block of this model has an FFN whose output can be heard.")
+        raise MelensError(f"No FFN can be listened to: there is {Layout.of(model).ffn_in_words}.")
     probe = Concentration([f"blocks.{layer}.{site}" for layer, sites in by_layer.items() for site in sites.values()])
     probe.may_miss = True
     return [probe]
@@ -48,12 +52,14 @@ def run(study: Study, options: PlainOptions) -> Result:
     differences = {name: mean_by(table[table["after"] == name], "difference") for name in names}
     amplification = _amplification(study)
     by_block = mean_by(amplification, "amplification")
+    layout = Layout.of(study.model)
     metrics = study.metrics(
+        **layout.metrics(),
         concentration_peaks={name: _peak(points, study.last_lasting) for name, points in differences.items()},
         missing_projections=_missing(study),
         **_amplification_metrics(study, amplification, by_block),
     )
-    here = _in_words(metrics, study.n_layers)
+    here = _in_words(metrics, layout)
     summaries = [points.assign(quantity=f"concentration after {name}") for name, points in differences.items()]
     return Result(
         experiment="ffn",
@@ -90,10 +96,8 @@ def _names(study: Study, table: pd.DataFrame) -> pd.Series:
 
 def _missing(study: Study) -> dict[str, list[int]]:
     """List the blocks whose FFN lacks a projection to listen to, by projection."""
-    without = {
-        name: [layer for layer in range(study.n_layers) if name not in projections(study.model, layer)]
-        for name in PROJECTIONS
-    }
+    of_ffn = {layer: projections(study.model, layer) for layer in range(study.n_layers)}
+    without = {name: [layer for layer, has in of_ffn.items() if has and name not in has] for name in PROJECTIONS}
     return {name: layers for name, layers in without.items() if layers}
 
 
@@ -117,7 +121,7 @@ def _amplification_metrics(study: Study, amplification: pd.DataFrame, by_block: 
     wide = amplification.pivot(index="prompt", columns="layer", values="amplification")
     others = wide[[layer for layer in range(study.last_lasting + 1) if layer in wide and layer != study.me.layer]]
     if study.me.layer not in wide.columns or others.empty:
-        return {}
+        return {"amplification_over_next_why_not": "The ME layer's FFN has no norm before it, or no other to compare."}
     here = wide[study.me.layer].to_numpy(dtype=float)
     over_next = here / others.max(axis=1).to_numpy(dtype=float)
     return {
@@ -134,7 +138,7 @@ def _peak(points: pd.DataFrame, last: int) -> int | None:
     return peak_layer(points) if len(points) else None
 
 
-def _in_words(metrics: dict[str, Any], n_layers: int) -> str:
+def _in_words(metrics: dict[str, Any], layout: Layout) -> str:
     peaks = ", ".join(f"{name} at block {layer}" for name, layer in metrics["concentration_peaks"].items())
     words = f"The last two blocks apart, concentration peaks after {peaks}."
     if "amplification" in metrics:
@@ -144,6 +148,6 @@ def _in_words(metrics: dict[str, Any], n_layers: int) -> str:
             f"×{metrics['amplification_over_next']:,.3g} the largest elsewhere."
         )
     for name, layers in metrics["missing_projections"].items():
-        where = "any block" if len(layers) == n_layers else f"block {', '.join(map(str, layers))}"
+        where = "any FFN" if set(layers) == set(layout.ffn) else f"the FFN of {listed(layers)}"
         words += f" There is no {name} projection to listen to in {where}."
-    return words
+    return f"{words} There is {layout.ffn_in_words}." if len(layout.ffn) < layout.n_layers else words

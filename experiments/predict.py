@@ -11,6 +11,7 @@ from experiments.options.schema import PlainOptions
 from experiments.study import Study
 from melens import Probe, figures
 from melens.figures import COLORS, Curve, Panel
+from melens.layout import Layout, listed
 from melens.results import Picture, Result
 from melens.statistics import peak_layer
 from melens.weights import SCORES, rank_of, score_blocks
@@ -25,13 +26,17 @@ def run(study: Study, options: PlainOptions) -> Result:
     """Score every block by its weights, and see where the measured ME layer ranks."""
     scores = score_blocks(study.model)
     lasting = scores[scores["layer"] <= study.last_lasting]
-    metrics = study.metrics(n_scored=len(scores), top_layer={score: peak_layer(scores, score) for score in SCORES})
+    metrics = study.metrics(
+        **Layout.of(study.model).metrics(),
+        n_scored=len(scores),
+        top_layer={score: peak_layer(scores, score) for score in SCORES},
+    )
     if study.me.layer is not None:
         metrics["ranks"] = {score: rank_of(study.me.layer, scores, score) for score in SCORES}
         metrics["ranks_without_last_two"] = {score: rank_of(study.me.layer, lasting, score) for score in SCORES}
         here = scores[scores["layer"] == study.me.layer]
         metrics["predicted_dim"] = int(here["dim"].iloc[0]) if len(here) else None
-    words = _in_words(study, metrics)
+    words = _in_words(study, metrics, scores)
     return Result(
         experiment="predict",
         model=study.trace.model,
@@ -69,9 +74,12 @@ def _points(scores: pd.DataFrame, score: str) -> pd.DataFrame:
     return scores.rename(columns={score: "mean"})[["layer", "mean"]]
 
 
-def _in_words(study: Study, metrics: dict[str, Any]) -> str:
+def _in_words(study: Study, metrics: dict[str, Any], scores: pd.DataFrame) -> str:
     if study.me.layer is None:
         return "The model has no ME layer to be told."
+    if metrics["predicted_dim"] is None:
+        scored = listed(scores["layer"])
+        return f"Block {study.me.layer}, the ME layer, has no FFN whose weights could be scored; {scored} have."
     ranks = ", ".join(
         f"{score.replace('_', ' ')} {rank} ({metrics['ranks_without_last_two'][score]} without the last two blocks)"
         for score, rank in metrics["ranks"].items()

@@ -13,6 +13,7 @@ from experiments.options.schema import RmsnormOptions
 from experiments.study import Study, named_normalization
 from melens import GainAlignment, MelensError, Probe, figures
 from melens.figures import COLORS, FIRST, OTHERS, Curve, Panel
+from melens.layout import Layout
 from melens.normalization import has_normalization, read_normalization
 from melens.results import Picture, Result
 from melens.statistics import bootstrap_mean, mean_by, peak_layer, with_interval
@@ -29,7 +30,9 @@ def probes(model: TransformerBridge, options: RmsnormOptions) -> list[Probe]:
         if has_normalization(model, layer, site)
     }
     if not gains:
-        raise MelensError("No block of this model has a normalisation before its attention or its FFN.")
+        raise MelensError(
+            "No block of this model has attention or an FFN with a norm before it that TransformerLens tells apart."
+        )
     probe = GainAlignment(gains, tuple(dict.fromkeys([options.top_share, *options.other_shares])))
     probe.may_miss = True
     return [probe]
@@ -42,7 +45,9 @@ def run(study: Study, options: RmsnormOptions) -> Result:
     names = {f"{site}.hook_out": named_normalization(study.model, site) for site in SITES}
     shares = sorted({options.top_share, *options.other_shares})
     by_block = pd.concat([_by_block(table, shares), _weight_norms(table)], ignore_index=True)
-    metrics = study.metrics(**_at_me_layer(study, table, options), **_first_to_stand_out(table))
+    metrics = study.metrics(
+        **Layout.of(study.model).metrics(), **_at_me_layer(study, table, options), **_first_to_stand_out(table)
+    )
     return Result(
         experiment="rmsnorm",
         model=study.trace.model,
@@ -90,7 +95,7 @@ def _at_me_layer(study: Study, table: pd.DataFrame, options: RmsnormOptions) -> 
     at_ln2 = table[(table["site"] == "ln2.hook_out") & (n_tokens > 1)]  # else there are no other tokens
     here = at_ln2[at_ln2["layer"] == study.me.layer]
     if here.empty:
-        return {}
+        return {"why_not": "There is no norm of its own before the ME layer's FFN."}
     frac = f"frac_{options.top_share:g}"
     up_to_here = at_ln2[at_ln2["layer"] <= study.me.layer]
     differences = up_to_here.assign(difference=up_to_here[frac] - up_to_here[f"{frac}_others"])

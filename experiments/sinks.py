@@ -15,8 +15,9 @@ from experiments.options.schema import SinksOptions
 from experiments.study import Study
 from melens import AttentionMaps, AttentionSpectrum, MelensError, Probe, Spectrum, figures
 from melens.figures import COLORS, FIRST, SINK, Curve, Heatmap, Panel
+from melens.layout import Layout
 from melens.results import Picture, Result
-from melens.sinks import SINK_THRESHOLD, find_sink_onset, sink_mass_by_head, sink_mass_by_layer
+from melens.sinks import SINK_THRESHOLD, SinkOnset, find_sink_onset, sink_mass_by_head, sink_mass_by_layer
 from melens.statistics import bootstrap_mean, mean_by, with_interval
 from melens.tracing import Progress
 
@@ -30,8 +31,9 @@ def probes(model: TransformerBridge, options: SinksOptions) -> list[Probe]:
 
 def run(study: Study, options: SinksOptions) -> Result:
     """Find the sinks by block and head, draw the maps of the blocks around the ME layer, and measure ranks."""
+    layout = Layout.of(study.model)
     if "sink_mass" not in study.trace.tables:
-        raise MelensError("No block of this model lets its attention be heard, so there are no sinks to look for.")
+        raise MelensError(f"Sinks cannot be looked for: there is {layout.attention_in_words}.")
     of_carriers = study.of_carriers(study.trace["sink_mass"])
     trace = replace(study.trace, tables={"sink_mass": of_carriers})
     by_layer = sink_mass_by_layer(trace)
@@ -41,11 +43,12 @@ def run(study: Study, options: SinksOptions) -> Result:
     metrics = study.metrics(
         sink_onset_layer=onset.layer,
         first_sink_layer=onset.first_layer,
-        **_sink_mass_metrics(study, of_carriers),
-        **_rank_metrics(study, ranks),
+        **layout.metrics(),
+        **_sink_mass_metrics(study, of_carriers, layout),
+        **_rank_metrics(study, ranks, layout),
         rank_prompts=int(ranks["prompt"].nunique()) if len(ranks) else 0,
     )
-    here = _sinks_in_words(metrics)
+    here = _sinks_in_words(metrics, onset, layout)
     pictures = {"sink_mass": _sink_mass_picture(study, by_head, by_layer, here)}
     if (maps := _maps_picture(study, options)) is not None:
         pictures = {"attention_maps": maps, **pictures}
@@ -60,14 +63,14 @@ def run(study: Study, options: SinksOptions) -> Result:
     return Result("sinks", study.trace.model, metrics, tables, pictures, findings)
 
 
-def _sink_mass_metrics(study: Study, sink_mass: pd.DataFrame) -> dict[str, Any]:
+def _sink_mass_metrics(study: Study, sink_mass: pd.DataFrame, layout: Layout) -> dict[str, Any]:
     if study.me.layer is None:
         return {}
     mass = sink_mass.groupby(["layer", "prompt"])["sink_mass"].mean()
     layers = mass.index.get_level_values("layer")
     metrics: dict[str, Any] = {}
-    for name, layer in (("at_me_layer", study.me.layer), ("after", study.me.layer + 1)):
-        if layer in layers:
+    for name, layer in (("at_me_layer", study.me.layer), ("after", layout.next_attention(study.me.layer))):
+        if layer is not None and layer in layers:
             of_prompts = mass[layer].to_numpy()
             metrics[f"sink_mass_{name}"] = float(of_prompts.mean())
             metrics[f"sink_mass_{name}_interval"] = bootstrap_mean(of_prompts)
@@ -126,9 +129,11 @@ def _maps_picture(study: Study, options: SinksOptions) -> Picture | None:
 
 
 def _map_blocks(study: Study) -> list[int]:
+    """Choose the ME layer and the next block; of a hybrid the last with attention up to it and the first behind."""
     with_pattern = [layer for layer in range(study.n_layers) if f"blocks.{layer}.{PATTERN}" in study.model.hook_dict]
     middle = study.n_layers // 2 if study.me.layer is None else study.me.layer
-    return [layer for layer in (middle, middle + 1) if layer in with_pattern]
+    before, behind = ([layer for layer in with_pattern if (layer > middle) == is_behind] for is_behind in (False, True))
+    return before[-1:] + behind[:1]
 
 
 def _token_labels(study: Study, tokens: list[int]) -> list[str]:
@@ -193,7 +198,7 @@ def _rank_summary(ranks: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([mean_by(ranks, name, ("of", "layer")).assign(quantity=name) for name in quantities])
 
 
-def _rank_metrics(study: Study, ranks: pd.DataFrame) -> dict[str, Any]:
+def _rank_metrics(study: Study, ranks: pd.DataFrame, layout: Layout) -> dict[str, Any]:
     """Compare the mean effective rank after the ME layer with that before, prompt by prompt.
 
     Attention in the ME layer itself still reads states without the massive activation: it counts as before.
@@ -217,6 +222,9 @@ def _rank_metrics(study: Study, ranks: pd.DataFrame) -> dict[str, Any]:
                 f"{name}_rank_ratio": float(ratio.mean()),
                 f"{name}_rank_ratio_interval": bootstrap_mean(ratio),
             }
+        elif len(ranks):
+            where = f": there is {layout.attention_in_words}" if of == "attention" else ""
+            metrics[f"{name}_rank_ratio_why_not"] = f"Nothing lies both before and after the ME layer{where}."
     return metrics
 
 
@@ -239,17 +247,20 @@ def _rank_picture(study: Study, summary: pd.DataFrame, metrics: dict[str, Any], 
     return Picture(figure, "section 6", paper, _ranks_in_words(metrics))
 
 
-def _sinks_in_words(metrics: dict[str, Any]) -> str:
-    onset = metrics["sink_onset_layer"]
-    words = f"Sinks last from block {onset} on." if onset is not None else "No sink lasts."
-    if metrics["first_sink_layer"] not in (None, onset):
-        words += f" The first are in block {metrics['first_sink_layer']}."
+def _sinks_in_words(metrics: dict[str, Any], onset: SinkOnset, layout: Layout) -> str:
+    if onset.layer is not None:
+        words = f"Sinks last from block {onset.layer} on."
+    else:
+        words = "No sink lasts." if onset.looked_at else "Attention is in the last blocks alone, which count apart."
+    if onset.first_layer not in (None, onset.layer):
+        words += f" The first are in block {onset.first_layer}."
+    is_hybrid = len(layout.attention) < layout.n_layers
     if "sink_mass_at_me_layer" in metrics and "sink_mass_after" in metrics:
         words += (
             f" Mean sink mass: {metrics['sink_mass_at_me_layer']:.3f} in the ME layer, "
-            f"{metrics['sink_mass_after']:.3f} in the next."
+            f"{metrics['sink_mass_after']:.3f} in the next{' with attention' if is_hybrid else ''}."
         )
-    return words
+    return f"{words} There is {layout.attention_in_words}." if is_hybrid else words
 
 
 def _ranks_in_words(metrics: dict[str, Any]) -> str:
@@ -261,4 +272,6 @@ def _ranks_in_words(metrics: dict[str, Any]) -> str:
                 f"{what} {metrics[f'{name}_rank_before']:.3g} before and {metrics[f'{name}_rank_after']:.3g} after "
                 f"(ratio {ratio})"
             )
-    return f"Effective rank {' and '.join(parts)}." if parts else "Without an ME layer there is no before and after."
+    if parts:
+        return f"Effective rank {' and '.join(parts)}."
+    return str(metrics.get("hidden_rank_ratio_why_not", "Without an ME layer there is no before and after."))

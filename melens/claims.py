@@ -50,6 +50,7 @@ class Claim:
         why: why that threshold.
         judge: gives the verdict from the experiment's metrics.
         of_token_0: whether it is measured on token 0, whatever token is massive.
+        of_ffn: whether it is about the ME layer's FFN, which in a hybrid not every block has.
         blocks_after: how many blocks it takes between the ME layer and the last two; None if it does not matter.
     """
 
@@ -63,6 +64,7 @@ class Claim:
     why: str
     judge: Callable[[Metrics], Judgement]
     of_token_0: bool = False
+    of_ffn: bool = False
     blocks_after: int | None = None
 
 
@@ -148,6 +150,9 @@ def _judge_one(claim: Claim, measured: Mapping[str, Metrics]) -> Judgement:
     except _NotANumberError as broken:  # every comparison with NaN is false, which would read as "does not hold"
         return Judgement("not measured", note=f"The result's {broken} is no number (NaN).")
     notes = [judged.note, *_changed_settings(claim, metrics)]
+    n_ffn, n_layers = len(metrics.get("ffn_layers", ())), metrics.get("n_layers", 0)
+    if claim.of_ffn and judged.verdict != "not measured" and 0 < n_ffn < n_layers:
+        notes.append(f"Of {n_layers} blocks {n_ffn} have an FFN that can be heard.")
     of_one_state = metrics.get("massive_position", 0) == 0 and metrics.get("distinct_first_tokens") == 1
     if of_one_state and claim.experiment != "predict" and judged.verdict in ("holds", "holds in part"):
         notes.append("It rests on a single first token.")
@@ -164,6 +169,8 @@ def _why_not_measured(claim: Claim, metrics: Metrics) -> str | None:
         return "The model has no ME layer."
     if claim.of_token_0 and position != 0:
         return f"It is measured on token 0; the massive token is at position {position}."
+    if claim.of_ffn and me_layer not in metrics.get("ffn_layers", [me_layer]):
+        return f"Block {me_layer}, the ME layer, has no FFN that can be heard."
     last = metrics.get("last_lasting_layer")
     if claim.blocks_after is not None and last is not None and me_layer + claim.blocks_after > last:
         return "The ME layer is too near the end: the last two blocks count apart (appendix A)."
@@ -203,10 +210,16 @@ def _interval(metrics: Metrics, name: str) -> tuple[float, float] | None:
     return float(low), float(high)
 
 
+def _missing(metrics: Metrics, name: str) -> Judgement:
+    """Say why a metric is not there: an experiment tells it of that metric, or of all."""
+    whys = (metrics.get(f"{name}_why_not"), metrics.get("why_not"))
+    return Judgement("not measured", note=next((why for why in whys if why), f"The result has no {name}."))
+
+
 def _at_least(metrics: Metrics, name: str, enough: float | int, *, partly: float | int | None = None) -> Judgement:
     """Judge a mean over prompts: its whole interval must reach `enough`; in part its mean, or `partly`."""
     if metrics.get(name) is None:
-        return Judgement("not measured", note=metrics.get("why_not", f"The result has no {name}."))
+        return _missing(metrics, name)
     value, interval = _number(metrics[name], name), _interval(metrics, name)
     low = value if interval is None else interval[0]
     if low >= enough:
@@ -219,7 +232,7 @@ def _at_least(metrics: Metrics, name: str, enough: float | int, *, partly: float
 def _at_most(metrics: Metrics, name: str, enough: float | int, *, partly: float | int | None = None) -> Judgement:
     """Judge the other way round: the whole interval must stay at or below `enough`."""
     if metrics.get(name) is None:
-        return Judgement("not measured", note=metrics.get("why_not", f"The result has no {name}."))
+        return _missing(metrics, name)
     value, interval = _number(metrics[name], name), _interval(metrics, name)
     mirrored = {name: -value, f"{name}_interval": None if interval is None else (-interval[1], -interval[0])}
     judged = _at_least(mirrored, name, -enough, partly=None if partly is None else -partly)
@@ -249,7 +262,7 @@ def _single_block(metrics: Metrics) -> Judgement:
 def _stands_out_first(metrics: Metrics) -> Judgement:
     ratio, first = metrics.get("weight_norm_ratio"), metrics.get("weight_norm_first_layer")
     if ratio is None:
-        return Judgement("not measured", note="This model has no normalisation before the FFN.")
+        return Judgement("not measured", note="The ME layer's FFN has no norm of its own before it.")
     note = f"Twice the others' first at block {first}." if first is not None else "Twice the others' at no block."
     judged = _at_least(metrics, "weight_norm_ratio", 2)
     if judged.verdict == "holds" and first != metrics["me_layer"]:
@@ -280,7 +293,7 @@ def _persists_smaller(metrics: Metrics) -> Judgement:
     left: Mapping[str, float] = metrics["left_without_norm"]
     over_others: Mapping[str, float] = metrics["over_others_without_norm"]
     if not left:
-        return Judgement("not measured", note="This model has no normalisation before the FFN.")
+        return Judgement("not measured", note="The ME layer's FFN has no norm of its own before it.")
     for sense in left:
         _number(left[sense], f"left_without_norm, {sense},")
         _number(over_others[sense], f"over_others_without_norm, {sense},")
@@ -299,18 +312,24 @@ def _same_everywhere(metrics: Metrics) -> Judgement:
 
 def _sink_next(metrics: Metrics) -> Judgement:
     onset, first, me_layer = metrics["sink_onset_layer"], metrics["first_sink_layer"], metrics["me_layer"]
+    attending = metrics.get("attention_layers", range(metrics["last_lasting_layer"] + 1))
+    behind = [layer for layer in attending if me_layer < layer <= metrics["last_lasting_layer"]]
+    if not behind:
+        return Judgement("not measured", note="No block between the ME layer and the last two has attention.")
+    where = "" if behind[0] == me_layer + 1 else f"The next block with attention is {behind[0]}."
     if onset is None:
-        return Judgement("does not hold", None, None, "No sink lasts.")
+        return Judgement("does not hold", None, None, f"No sink lasts. {where}".strip())
     note = f"Sinks come and go before, first in block {first}." if first is not None and first < onset else ""
-    if onset - me_layer != 1:
-        return Judgement("does not hold", float(onset - me_layer), None, note)
-    return Judgement("holds in part" if note else "holds", 1.0, None, note)
+    steps = sum(layer <= onset for layer in behind) if onset > me_layer else onset - me_layer
+    verdict: Verdict = "does not hold" if steps != 1 else "holds in part" if note else "holds"
+    return Judgement(verdict, float(steps), None, f"{note} {where}".strip())
 
 
 def _second_massive(metrics: Metrics) -> Judgement:
     last, between = metrics.get("ffn_last_blocks"), metrics.get("ffn_between")
     if last is None or between is None:
-        return Judgement("not measured", note="No blocks lie between the ME layer and the last two.")
+        why_not = metrics.get("ffn_last_blocks_why_not", "No blocks lie between the ME layer and the last two.")
+        return Judgement("not measured", note=why_not)
     last, between = _number(last, "ffn_last_blocks"), _number(between, "ffn_between")
     verdict: Verdict = "does not hold" if last < 0.1 else "holds" if between < 0.1 else "holds in part"
     return Judgement(verdict, last, None, f"In the blocks between, at most {between:.2g}.")
@@ -333,7 +352,9 @@ def _predicted(metrics: Metrics) -> Judgement:
     if rank is None:
         return Judgement("not measured", note="The ME layer's FFN has no score.")
     best = ", ".join(f"{score} {place}" for score, place in metrics["ranks"].items())
-    verdict: Verdict = "holds" if rank == 1 else "holds in part" if rank <= 3 else "does not hold"
+    if metrics["n_scored"] < 2:
+        return Judgement("not measured", note="One block alone has an FFN to be scored.")
+    verdict: Verdict = "holds" if rank == 1 else "holds in part" if rank <= 3 < metrics["n_scored"] else "does not hold"
     return Judgement(verdict, float(rank), None, f"Ranks: {best}, of {metrics['n_scored']}.")
 
 
@@ -480,6 +501,7 @@ CLAIMS: tuple[Claim, ...] = (
         criterion=">= 0.1, and < 0.1 between; in part: >= 0.1",
         why="within an order of magnitude of the first",
         of_token_0=True,
+        of_ffn=True,
         judge=_second_massive,
     ),
     Claim(
@@ -492,6 +514,7 @@ CLAIMS: tuple[Claim, ...] = (
         criterion=">= 2 there and at no earlier block; in part: >= 2 there",
         why="alike is taken as less than twice",
         of_token_0=True,
+        of_ffn=True,
         judge=_stands_out_first,
     ),
     Claim(
@@ -504,6 +527,7 @@ CLAIMS: tuple[Claim, ...] = (
         criterion="> 0 and the largest up to there; in part: > 0",
         why="the sign is the paper's; 'far exceeds other layers' its words",
         of_token_0=True,
+        of_ffn=True,
         judge=_delta_frac,
     ),
     Claim(
@@ -516,6 +540,7 @@ CLAIMS: tuple[Claim, ...] = (
         criterion="< 0",
         why="the sign is the paper's",
         of_token_0=True,
+        of_ffn=True,
         judge=lambda metrics: _at_most(metrics, "delta_kl", -1e-9),
     ),
     Claim(
@@ -528,6 +553,7 @@ CLAIMS: tuple[Claim, ...] = (
         criterion="3; in part 1 or 2",
         why="the last two blocks are a phenomenon of their own (appendix A)",
         of_token_0=True,
+        of_ffn=True,
         blocks_after=0,
         judge=_peak_together,
     ),
@@ -541,6 +567,7 @@ CLAIMS: tuple[Claim, ...] = (
         criterion="> 1",
         why="a peak is a peak",
         of_token_0=True,
+        of_ffn=True,
         blocks_after=0,
         judge=lambda metrics: _at_least(metrics, "amplification_over_next", 1),
     ),
@@ -553,6 +580,7 @@ CLAIMS: tuple[Claim, ...] = (
         statistic="norm of the token afterwards, relative to intact",
         criterion="<= 0.1; in part <= 0.5",
         why="a tenth is an order of magnitude less",
+        of_ffn=True,
         judge=lambda metrics: _at_most(metrics, "left_without_ffn", 0.1, partly=0.5),
     ),
     Claim(
@@ -564,6 +592,7 @@ CLAIMS: tuple[Claim, ...] = (
         statistic="norm of the token afterwards, relative to intact, norm replaced by the identity",
         criterion="<= 0.5 of intact and >= 10 × the other tokens in every sense of 'without'; in part: in some sense",
         why="half is the least that can be called far smaller; 10 × is still another order of magnitude",
+        of_ffn=True,
         judge=_persists_smaller,
     ),
     Claim(
@@ -575,6 +604,7 @@ CLAIMS: tuple[Claim, ...] = (
         statistic="how many other blocks' FFNs halve it when removed",
         criterion="0; in part: the ME layer's does most",
         why="a block without which half is gone is a cause",
+        of_ffn=True,
         judge=_only_causal,
     ),
     Claim(
@@ -633,7 +663,7 @@ CLAIMS: tuple[Claim, ...] = (
         source="section 6, figure 7",
         experiment="sinks",
         figure="sink_mass",
-        statistic="blocks from the ME layer to the first from which the mean sink mass stays over 0.3",
+        statistic="blocks with attention from the ME layer to the first from which the mean sink mass stays over 0.3",
         criterion="1; in part: sinks before that come and go",
         why="0.3 is Gu et al.'s (2024)",
         of_token_0=True,
@@ -675,6 +705,7 @@ CLAIMS: tuple[Claim, ...] = (
         statistic="rank of the ME layer by the FFN's response to its most amplified input",
         criterion="1; in part <= 3",
         why="a prediction names one block",
+        of_ffn=True,
         judge=_predicted,
     ),
     Claim(

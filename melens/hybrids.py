@@ -50,6 +50,8 @@ class HybridBlock(BlockBridge):
         super().set_original_component(original_component)
         self.submodules = dict(self.parts(original_component))  # before TransformerLens looks for their modules
         within = {alias: target for alias, target in BlockBridge.hook_aliases.items() if self._has_target(target)}
+        if "ln1" not in self.submodules:  # what attention writes does not reach the residual stream by itself
+            within.pop("hook_attn_out", None)
         mixed = {"hook_mixer_in": "mixer.hook_in", "hook_mixer_out": "mixer.hook_out"}
         self.hook_aliases = within | {alias: target for alias, target in mixed.items() if self._has_target(target)}
 

@@ -66,9 +66,17 @@ class Layout:
         """Say where there is an FFN."""
         return _in_words("an FFN", self.ffn, self.unheard_ffn, self.n_layers)
 
-    def metrics(self) -> dict[str, list[int]]:
+    def metrics(self) -> dict[str, Any]:
         """Return what the claims must know, ready for JSON."""
-        return {"attention_layers": list(self.attention), "ffn_layers": list(self.ffn)}
+        return {
+            "n_layers": self.n_layers,
+            "attention_layers": list(self.attention),
+            "ffn_layers": list(self.ffn),
+        }
+
+    def next_attention(self, layer: int) -> int | None:
+        """Return the first block behind another whose attention can be heard."""
+        return next((attending for attending in self.attention if attending > layer), None)
 
 
 def attends(module: Any) -> bool:

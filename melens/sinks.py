@@ -24,11 +24,13 @@ class SinkOnset:
         layer: the first block from which the mean sink mass stays over the threshold, the trailing blocks left out.
         first_layer: the first block over the threshold at all: earlier than `layer` where sinks come, go and return.
         threshold: see `SINK_THRESHOLD`.
+        looked_at: the blocks with attention among which `layer` was looked for.
     """
 
     layer: int | None
     first_layer: int | None
     threshold: float
+    looked_at: tuple[int, ...]
 
 
 def sink_mass_by_head(trace: Trace) -> pd.DataFrame:
@@ -71,20 +73,19 @@ def find_sink_onset(trace: Trace, *, threshold: float = SINK_THRESHOLD, trailing
     Args:
         trace: with the table of the probe `SinkMass`; without it there is no onset.
         threshold: on the sink mass, averaged over prompts and heads.
-        trailing_blocks: last blocks that need not have a sink.
+        trailing_blocks: last blocks, with attention or without, that need not have a sink.
 
     Raises:
         MelensError: as `sink_mass_by_head`.
     """
     by_layer = sink_mass_by_layer(trace).set_index("layer")["mean"]
-    over = (by_layer > threshold).to_numpy()
-    layers = by_layer.index.to_numpy()
-    lasting = len(over) - trailing_blocks
-    start = lasting
-    while start > 0 and over[start - 1]:
-        start -= 1
+    layers = [int(layer) for layer in by_layer.index]
+    over = [layer for layer in layers if by_layer[layer] > threshold]
+    looked_at = [layer for layer in layers if layer < trace.model["n_layers"] - trailing_blocks]
+    last_without = max((layer for layer in looked_at if layer not in over), default=-1)
     return SinkOnset(
-        layer=int(layers[start]) if start < lasting else None,
-        first_layer=int(layers[over.argmax()]) if over.any() else None,
+        layer=min((layer for layer in looked_at if layer > last_without), default=None),
+        first_layer=min(over, default=None),
         threshold=threshold,
+        looked_at=tuple(looked_at),
     )

@@ -17,6 +17,7 @@ from melens.checked import checked
 from melens.devices import weights_here
 from melens.errors import MelensError
 from melens.normalization import has_normalization, read_normalization
+from melens.quantization import is_quantized
 
 __all__ = ["SCORES", "rank_of", "score_blocks"]
 
@@ -54,11 +55,15 @@ def score_blocks(model: Bridge) -> pd.DataFrame:
         `dim` it writes most to. Blocks without an FFN whose neurons can be told apart are left out.
 
     Raises:
-        MelensError: no block has such an FFN (mixture of experts, state-space blocks).
+        MelensError: no block has such an FFN (mixture of experts, state-space blocks), or the weights are quantised.
     """
+    if is_quantized(model.original_model):
+        raise MelensError("The weights of this model are quantised, so none can be read: load it without quantisation.")
     rows = [_score(model, layer) for layer in range(len(model.blocks)) if _has_neurons(model, layer)]
     if not rows:
-        raise MelensError("No block of this model has an FFN module with one up and one down projection to read.")
+        raise MelensError(
+            "TransformerLens tells no FFN module with one up and one down projection apart in any block of this model."
+        )
     return pd.DataFrame(rows)
 
 
@@ -72,11 +77,17 @@ def rank_of(layer: int, scores: pd.DataFrame, score: str) -> int | None:
 
 def _has_neurons(model: TransformerBridge, layer: int) -> bool:
     """Tell whether a block's FFN is one module of an input, with an up and a down projection."""
-    ffn: Any = getattr(model.blocks[layer], "mlp", None)
+    ffn = _ffn(model, layer)
     if any(getattr(ffn, name, None) is None for name in ("in", "out")) or ffn.name is None:
         return False
     arguments = inspect.signature(type(ffn.original_component).forward).parameters.values()
     return sum(argument.default is argument.empty for argument in arguments) == 2  # itself and the input
+
+
+def _ffn(model: TransformerBridge, layer: int) -> Any:
+    """Return a block's FFN; what its experts share is not all of it."""
+    parts = model.blocks[layer]._modules
+    return parts.get("mlp", None if "moe" in parts else parts.get("shared_mlp"))
 
 
 def _score(model: TransformerBridge, layer: int) -> dict[str, Any]:
@@ -105,7 +116,7 @@ def _score(model: TransformerBridge, layer: int) -> dict[str, Any]:
 
 
 def _read_neurons(model: TransformerBridge, layer: int) -> _Neurons:
-    ffn = model.blocks[layer].mlp
+    ffn = _ffn(model, layer)
     with weights_here(ffn):
         up, down = ffn.W_in.detach(), ffn.W_out.detach()
         gate = ffn.W_gate.detach() if getattr(ffn, "gate", None) is not None else None
@@ -130,7 +141,7 @@ def _response(model: TransformerBridge, layer: int, neurons: _Neurons, strength:
     inputs = width**0.5 * torch.nn.functional.normalize(favourites, dim=0).T  # [input, d], in front of the gain
     if has_normalization(model, layer, "ln2"):
         inputs = inputs * read_normalization(model, layer, "ln2").gain.to(inputs.device)
-    output = block.mlp.original_component(inputs[None].to(neurons.up))
+    output = _ffn(model, layer).original_component(inputs[None].to(neurons.up))
     if (norm_after := getattr(block, "ln2_post", None)) is not None:
         output = norm_after.original_component(output)
     return float(torch.linalg.vector_norm(output, dim=-1, dtype=torch.float32).max())

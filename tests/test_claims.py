@@ -101,8 +101,54 @@ def test_only_the_me_layer_may_be_a_cause(causal, strongest, expected):
     [(12, 12, "holds"), (12, 3, "holds in part"), (14, 14, "does not hold"), (None, None, "does not hold")],
 )
 def test_the_sink_must_start_one_block_later(onset, first, expected):
-    metrics = {"sink_onset_layer": onset, "first_sink_layer": first, "sink_mass_after": 0.4}
+    metrics = {"sink_onset_layer": onset, "first_sink_layer": first, "sink_mass_after": 0.4, "last_lasting_layer": 27}
     assert verdict("sinks", "sink-next", **metrics) == expected
+
+
+@pytest.mark.parametrize(
+    ("attention", "onset", "expected", "value"),
+    [
+        ([2, 5, 13, 17], 13, "holds", 1),  # the next block with attention
+        ([2, 5, 13, 17], 17, "does not hold", 2),
+        ([2, 5, 13, 17], 5, "does not hold", -6),
+        ([2, 5, 13, 17], None, "does not hold", None),
+        ([2, 5, 28], 28, "not measured", None),  # among the last two alone
+    ],
+)
+def test_of_a_hybrid_the_sink_must_start_in_the_next_block_with_attention(attention, onset, expected, value):
+    metrics = BASE | {"sink_onset_layer": onset, "first_sink_layer": onset, "last_lasting_layer": 27}
+    result = {"experiment": "sinks", "model": {"name": "m"}, "metrics": metrics | {"attention_layers": attention}}
+    judged = melens.judge(result).set_index("id").loc["sink-next"]
+    assert judged.verdict == expected
+    assert judged.value == value or (value is None and pd.isna(judged.value))
+    assert ("The next block with attention is 13." in judged.note) == (expected != "not measured")
+
+
+def test_what_a_hybrid_has_no_ffn_for_is_not_judged():
+    """The ME layer may be a block that a mixer alone makes massive."""
+    metrics = {"concentration_peaks": {"gate": 3, "up": 3, "down": 3}, "n_layers": 30}
+    assert verdict("ffn", "concentration", **metrics, ffn_layers=[3, 12]) == "not measured"
+    assert verdict("ffn", "concentration", **metrics, ffn_layers=[3, 11]) == "does not hold"
+    result = {"experiment": "ffn", "model": {"name": "m"}, "metrics": BASE | metrics | {"ffn_layers": [3, 11]}}
+    notes = melens.judge(result).set_index("id").note
+    assert "Of 30 blocks 2 have an FFN that can be heard." in notes["concentration"]
+
+
+@pytest.mark.parametrize(
+    ("n_scored", "rank", "expected"),
+    [(1, 1, "not measured"), (3, 1, "holds"), (3, 2, "does not hold"), (30, 3, "holds in part")],
+)
+def test_a_rank_among_few_says_little(n_scored, rank, expected):
+    assert verdict("predict", "predictable", ranks={"response": rank}, n_scored=n_scored) == expected
+
+
+def test_a_metric_that_is_missing_says_why():
+    result = {
+        "experiment": "sinks",
+        "model": {"name": "m"},
+        "metrics": BASE | {"hidden_rank_ratio_why_not": "No block."},
+    }
+    assert melens.judge(result).set_index("id").note["hidden-rank"] == "No block."
 
 
 def test_what_follows_from_a_shared_first_token_is_trivial():

@@ -147,7 +147,7 @@ def test_the_projections_of_a_mixture_of_experts_are_not_taken_for_those_of_a_de
     by_block = result.tables["ffn_by_block"].set_index("quantity").layer
     assert by_block["concentration after gate"].tolist() == [0, 1]
     assert by_block["concentration after down"].tolist() == [0, 1, 2, 3]
-    assert "no gate projection to listen to in block 2, 3" in result.pictures["ffn"].here
+    assert "no gate projection to listen to in the FFN of blocks 2 and 3" in result.pictures["ffn"].here
 
 
 def test_a_layernorm_model_with_a_massive_activation_can_be_ablated():

@@ -11,8 +11,11 @@ from transformer_lens.model_bridge.supported_architectures.zamba2 import Zamba2A
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import melens
+from experiments.options import compose_options
+from experiments.study import begin_study, run_experiments
 from melens.layout import Layout, listed
 from melens.networks import open_network
+from melens.results import combine
 
 SIZES: dict[str, Any] = planted.SMALL | {"num_hidden_layers": 4}
 _MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_chunk_size": 16, "mamba_expand": 2}
@@ -132,6 +135,51 @@ def test_what_transformer_lens_does_not_tell_apart_is_said_not_to_be(monkeypatch
     assert layout.ffn_in_words == "an FFN in blocks 1 and 3 not told apart by TransformerLens"
     with pytest.raises(melens.MelensError, match=r"Zamba2ForCausalLM's attention apart; melens\.load_model does"):
         open_network(bridge)
+
+
+@pytest.fixture(scope="module")
+def planted_result():
+    """Experiments on a Nemotron-H whose second block, an FFN, makes token 7 massive."""
+    kinds = ["mamba", "mlp", "mamba", "attention", "mlp", "attention"]
+    config = AutoConfig.for_model(
+        "nemotron_h", **SIZES | CONFIGS["nemotron_h"] | {"num_hidden_layers": 6, "layers_block_type": kinds}
+    )
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        network = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        embedding, ffn = network.get_input_embeddings().weight, network.model.layers[1].mixer
+        embedding[:, 3], embedding[7, 3] = 0, 10
+        ffn.up_proj.weight[0] = 0
+        ffn.up_proj.weight[0, 3] = 4
+        ffn.down_proj.weight[21, 0] = 1_000
+    some = "exp.experiments=[emergence,rmsnorm,ffn,sinks,ablation,predict]"
+    cfg = compose_options("exp=all", "model=random", "exp.sinks.rank_tokens=12", some)
+    prompts = [torch.cat([torch.tensor([7]), torch.arange(10, 10 + length)]) for length in (12, 13)]
+    study = begin_study(planted.bridge(network), prompts, cfg, lambda name: lambda done, total: None)
+    return combine(run_experiments(study))
+
+
+def test_experiments_say_of_a_hybrid_what_is_so(planted_result):
+    said, metrics = dict(planted_result.findings), planted_result.metrics
+    assert not any("not_applicable" in part for part in metrics.values())
+    assert {part["me_layer"] for part in metrics.values()} == {1}
+    assert said["layout"] == "attention in blocks 3 and 5 of 6; an FFN in blocks 1 and 4 of 6"
+    assert said["sinks start"] == "nowhere; there is attention in blocks 3 and 5 of 6"
+    assert said["sinks"].endswith("There is attention in blocks 3 and 5 of 6.")
+    assert said["FFN"].endswith("There is an FFN in blocks 1 and 4 of 6.")
+    assert "no gate projection to listen to in any FFN" in said["FFN"]
+    assert metrics["ablation"]["causal_layers"] == [1]
+    assert metrics["predict"]["ranks"]["response"] == 1
+
+
+def test_claims_do_not_judge_what_a_hybrid_does_not_show(planted_result):
+    judged = melens.judge(planted_result).set_index("id")
+    assert judged.verdict[["exists", "ffn-needed", "predictable"]].eq("holds").all()
+    assert judged.verdict["second-massive"] == "not measured"  # block 5 is attention
+    assert judged.note["second-massive"] == "The last blocks are not all heard: an FFN in blocks 1 and 4 of 6."
+    assert judged.verdict["attention-rank"] == "not measured"  # there is none before the ME layer
+    assert "attention in blocks 3 and 5 of 6" in judged.note["attention-rank"]
+    assert "The next block with attention is 3." in judged.note["sink-next"]
 
 
 def test_blocks_are_told_in_words():

@@ -7,14 +7,16 @@ from melens.sinks import find_sink_onset, sink_mass_by_layer
 
 
 def trace_with(*mass_by_layer):
+    """A trace of two heads a block; None for a block without attention."""
     table = pd.DataFrame(
         [
             {"prompt": 0, "layer": layer, "head": head, "sink_mass": mass + shift}
             for layer, mass in enumerate(mass_by_layer)
+            if mass is not None
             for head, shift in ((0, -0.1), (1, 0.1))
         ]
     )
-    return melens.Trace(model={}, prompts=pd.DataFrame(), tables={"sink_mass": table})
+    return melens.Trace(model={"n_layers": len(mass_by_layer)}, prompts=pd.DataFrame(), tables={"sink_mass": table})
 
 
 @pytest.mark.parametrize(
@@ -31,6 +33,25 @@ def trace_with(*mass_by_layer):
 def test_the_onset_is_where_sinks_come_to_stay(mass, layer, first_layer):
     onset = find_sink_onset(trace_with(*mass))
     assert (onset.layer, onset.first_layer) == (layer, first_layer)
+
+
+@pytest.mark.parametrize(
+    ("mass", "layer", "first_layer", "looked_at"),
+    [
+        (
+            (None, 0.1, None, None, 0.5, None, None, 0.1),
+            4,
+            4,
+            (1, 4),
+        ),  # the last two blocks count apart
+        ((None, 0.1, None, None, 0.1, None, None, 0.5), None, 7, (1, 4)),
+        ((None, None, None, None, None, None, None, 0.5), None, 7, ()),
+        ((0.5, None, 0.5, None, None, None, None, None), 0, 0, (0, 2)),
+    ],
+)
+def test_of_a_hybrid_the_blocks_with_attention_are_looked_at(mass, layer, first_layer, looked_at):
+    onset = find_sink_onset(trace_with(*mass))
+    assert (onset.layer, onset.first_layer, onset.looked_at) == (layer, first_layer, looked_at)
 
 
 def test_the_summary_counts_heads_with_a_sink():

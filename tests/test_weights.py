@@ -60,7 +60,7 @@ def test_what_cannot_be_scored_is_told(model_type):
     if model_type == "opt":
         config |= {"ffn_dim": 64, "word_embed_proj_dim": 32}
     model = melens.load_model("random", model_type=model_type, config=config)
-    with pytest.raises(MelensError, match="No block of this model has an FFN module"):
+    with pytest.raises(MelensError, match="TransformerLens tells no FFN module"):
         melens.score_blocks(model)
 
 
