@@ -29,7 +29,7 @@ from typing import Any
 
 from melens.errors import MelensError
 
-__all__ = ["Row", "file_rows", "file_text", "has_columns", "lone_surrogate", "names_file"]
+__all__ = ["Row", "file_rows", "file_text", "lone_surrogate", "names_file"]
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _WITH_COLUMNS = (".jsonl", ".ndjson", ".json", *_DELIMITERS)
@@ -88,20 +88,15 @@ def names_file(name: str) -> bool:
     return name.startswith((".", "/", "~")) or path.is_absolute() or is_known or os.path.isfile(path)
 
 
-def has_columns(path: Path) -> bool:
-    """Tell by a file's suffix whether its rows have columns; else it is plain text."""
-    return _suffix(path) in _WITH_COLUMNS
-
-
 def file_rows(path: Path) -> list[Row]:
     """Read a file's rows; those of plain text are its lines, without the blank ones.
 
     Raises:
-        MelensError: a file that is missing, unreadable, binary or empty, or a line that is no row.
+        MelensError: a file that is missing, unreadable, binary, empty or JSON by another name, or a line that is none.
     """
     suffix = _suffix(path)
     if suffix not in _WITH_COLUMNS:
-        lines = enumerate(file_text(path).split("\n"), 1)
+        lines = enumerate(_plain_text(path).split("\n"), 1)
         return [Row(line, path, f"line {number}") for number, line in lines if line.strip()]
     content = _decoded(path)
     if suffix in _DELIMITERS:
@@ -115,12 +110,22 @@ def file_rows(path: Path) -> list[Row]:
     return rows
 
 
-def file_text(path: Path) -> str:
-    """Read plain text, with `\\n` at the end of each line.
+def file_text(path: Path, column: str = "text") -> str:
+    """Read a file as one text, with `\\n` at the end of each line.
+
+    Args:
+        path: plain text, or a file whose rows are joined by blank lines.
+        column: of the rows, if they have columns.
 
     Raises:
-        MelensError: a file that is missing, unreadable, binary or empty, or that holds JSON under another name.
+        MelensError: as `file_rows`, or a row without a text in the column.
     """
+    if _suffix(path) not in _WITH_COLUMNS:
+        return _plain_text(path)
+    return "\n\n".join(row.text(column) for row in file_rows(path))
+
+
+def _plain_text(path: Path) -> str:
     content = _decoded(path)
     if not content.strip():
         raise MelensError(f"The file {path} is empty: it has no text.")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from melens.errors import MelensError
 from melens.prompts import Bos, random_tokens
-from melens.reading import file_rows, file_text, has_columns, names_file
+from melens.reading import file_text, names_file
 
 __all__ = ["bos_prefix", "cut_texts", "read_text"]
 
@@ -34,8 +34,7 @@ def read_text(source: str | None = None, *, split: str = "test", column: str = "
     if source is None:
         return "\n\n".join(topics[name] for name in sorted(topics))
     if names_file(source):
-        path = Path(os.path.expanduser(source))
-        return "\n\n".join(row.text(column) for row in file_rows(path)) if has_columns(path) else file_text(path)
+        return file_text(Path(os.path.expanduser(source)), column)
     if source.count("/") != 1:
         raise MelensError(f"data.text is {source!r}; give a file that is there or a dataset of the hub, org/name.")
     return "".join(_column_of_dataset(source, split, column))

@@ -131,7 +131,7 @@ def test_lists_quotes_null_and_functions_of_hydra_are_what_they_were():
     assert prepare_command(["-m", "model.name=choice(a,b)"]) == ["-m", "++model.name=choice(a,b)"]
 
 
-@pytest.mark.parametrize("name", ["my prompts [v=2].txt", "a,b (1).txt", "[x].jsonl"])
+@pytest.mark.parametrize("name", ["my prompts [v=2].txt", "a,b (1).txt", "[x].md"])
 def test_a_file_of_any_name_is_found_also_in_a_sweep(tmp_path, name):
     path = tmp_path / name
     path.write_text("One.\nTwo.\n")

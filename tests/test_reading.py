@@ -10,6 +10,9 @@ from dataclasses import replace
 import pytest
 from datasets import Dataset
 
+from experiments.options import compose_options
+from experiments.options.command_line import prepare_command
+from experiments.options.reading import OptionError
 from melens import MelensError, load_prompts
 from melens.benchmarks.catalog import BENCHMARKS
 from melens.benchmarks.data import read_rows
@@ -243,6 +246,21 @@ def test_all_refuse_alike(tmp_path, read, column, line, message):
     path.write_bytes(b"")
     with pytest.raises(MelensError, match="is empty"):
         read(path)
+
+
+@pytest.mark.parametrize("option", ["prompts.file", "data.text"])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a [b=c].jsonl", b'{"text": "one"}\n{"text": 2}', "line 2: 'text' is 2"),
+        ("a.csv", b"prompt\none\n", "line 2: there is no column 'text', only prompt"),
+        ("a.txt", b"one\0", "line 1: a NUL byte"),
+    ],
+)
+def test_what_a_file_lacks_is_told_with_the_options(tmp_path, option, name, content, message):
+    (command,) = prepare_command([f"{option}={written(tmp_path, name, content)}"])
+    with pytest.raises(OptionError, match=message):
+        compose_options(command)
 
 
 # --- Training data ----------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ refused, wherever it was given; a new one needs a field here, and a line with a 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -32,6 +33,7 @@ from melens.allowed import (
 )
 from melens.errors import MelensError
 from melens.extras import check_extra
+from melens.reading import file_text, names_file
 from melens.training.recipe import Precision, Tracker
 
 __all__ = [
@@ -138,9 +140,12 @@ class PromptOptions(Node):
     bos: Annotated[Literal["auto", "true", "false"], BeforeValidator(_word), Said("auto, true or false")]
 
     @model_validator(mode="after")
-    def _is_there(self) -> PromptOptions:
-        if self.file is not None and not Path(self.file).expanduser().exists():
-            raise MelensError(f"There is no prompt file {self.file}.")
+    def _can_be_read(self) -> PromptOptions:
+        if self.file is not None:
+            path = Path(os.path.expanduser(self.file))
+            if not path.exists():
+                raise MelensError(f"There is no prompt file {self.file}.")
+            file_text(path)
         return self
 
 
@@ -161,6 +166,12 @@ class DataOptions(Node):
     column: Text
     n_texts: Count
     n_tokens: AtLeast3
+
+    @model_validator(mode="after")
+    def _can_be_read(self) -> DataOptions:
+        if self.text is not None and names_file(self.text):
+            file_text(Path(os.path.expanduser(self.text)), self.column)
+        return self
 
 
 # --- Masks ------------------------------------------------------------------------------------------------------------
