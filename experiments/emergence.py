@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from transformer_lens.model_bridge import TransformerBridge
 
-from experiments.jobs import Job
+from experiments.jobs import Job, in_words
 from experiments.options.schema import EmergenceOptions, ModelOptions
 from experiments.study import Study, named_normalization
 from melens import Emergence, Probe, Trace, figures, sinks
@@ -188,8 +189,10 @@ def merge(jobs: Sequence[Job]) -> Result:
     rows: list[dict[Any, Any]] = []
     curves, me_layers = {}, {}
     swept = dict.fromkeys(key for job in jobs for key in job.swept)
+    times = Counter(job.model for job in jobs)
     for job in jobs:
-        told = {key: str(value) for key, value in job.swept.items()}
+        told = job.swept_in_words
+        label = job.model if times[job.model] == 1 else job.name
         if not job.is_ok:
             family = job.result["config"]["model"].get("family")
             rows.append({"model": job.model, "family": family, "error": job.result["error"], **told})
@@ -197,7 +200,6 @@ def merge(jobs: Sequence[Job]) -> Result:
         if not (job.folder / "table8.parquet").is_file():  # exp=all without this experiment
             continue
         rows.append(pd.read_parquet(job.folder / "table8.parquet").iloc[0].to_dict() | told)
-        label = job.name if job.swept else job.model
         curves[label] = pd.read_parquet(job.folder / "norm_by_block.parquet")
         me_layer = rows[-1]["me_layer"]
         me_layers[label] = None if pd.isna(me_layer) else int(me_layer)
@@ -212,20 +214,24 @@ def merge(jobs: Sequence[Job]) -> Result:
         model={},
         metrics={},
         tables={"table8": table8},
-        pictures={"norms_side_by_side": _side_by_side(curves, me_layers)} if curves else {},
-        findings=[(row["model"], _in_a_line(row)) for row in table8.to_dict("records")],
+        pictures={"norms_side_by_side": _side_by_side(curves, me_layers, list(times))} if curves else {},
+        findings=[
+            (in_words(row["model"], {key: row[key] for key in swept}), _in_a_line(row))
+            for row in table8.to_dict("records")
+        ],
     )
 
 
-def _side_by_side(curves: dict[str, pd.DataFrame], me_layers: dict[str, int | None]) -> Picture:
+def _side_by_side(curves: dict[str, pd.DataFrame], me_layers: dict[str, int | None], models: Sequence[str]) -> Picture:
     panels = [
         Panel(model, "L2 norm of the block output", _curves(norms, "hook_resid_post"), me_layers[model], log_scale=True)
         for model, norms in curves.items()
     ]
     note = "Lines: means. Bands: 10% to 90% of prompts (token 0) or tokens."
-    figure = figures.curves_by_block(panels, title="Token 0 against the others, model by model", note=note, columns=3)
+    title = f"Token 0 against the others: {models[0] if len(models) == 1 else 'model by model'}"
+    figure = figures.curves_by_block(panels, title=title, note=note, columns=3)
     paper = "Every model has an ME layer, the same within a family."
-    return Picture(figure, "figures 11-20, table 8", paper, f"{len(curves)} models.")
+    return Picture(figure, "figures 11-20, table 8", paper, f"{len(curves)} runs of {len(models)} models.")
 
 
 def _in_a_line(row: Mapping[Any, Any]) -> str:
