@@ -92,7 +92,7 @@ def run(study: Study, options: ReportedOptions) -> Result:
     masked = [(c.label, c.family, c.rate, c.mask.select) for of_task in cells.values() for c in of_task if c.mask]
     masks = pd.DataFrame(masked, columns=["mask", "family", "rate", "select"]).drop_duplicates()
     by_rate = best_rates(everything[everything["shown"]], masks, UNMASKED)
-    layout = lay_out(scores, study.trace.model["name"], how_asked(asked))
+    layout = lay_out(scores, study.trace.model["name"], how_asked(asked, bench.chat))
     metrics = study.metrics(
         tasks=[benchmark.name for benchmark in asked.benchmarks],
         left_out=list(asked.left_out),
@@ -347,8 +347,8 @@ class _Counter:
 # --- Telling ----------------------------------------------------------------------------------------------------------
 
 
-def how_asked(asked: Asked) -> str:
-    """Tell in sentences how a model was asked, for the caption of a table."""
+def how_asked(asked: Asked, chat: Chat | None = None) -> str:
+    """Tell in sentences how a model was asked, for the caption of a table; of several models, without their chat."""
     ways = set()
     for benchmark in asked.benchmarks:
         if asked.generates and benchmark.kind != "language":
@@ -368,11 +368,8 @@ def how_asked(asked: Asked) -> str:
     judge = "" if asked.judge is None else f" Refusals judged by {asked.judge}."
     thinking = ""
     if any(map(asked.in_chat, asked.benchmarks)):
-        thinking = {
-            None: " Thinking off, where the chat template has a switch for it.",
-            True: " Thinking on: what is read is what follows the thoughts.",
-            False: " Thinking off.",
-        }[asked.thinking]
+        by_option = {None: "off, where the chat template has a switch for it", True: "on", False: "off"}
+        thinking = f" Thinking: {by_option[asked.thinking] if chat is None else chat.in_words()}."
     return f"Zero-shot, {how}.{thinking} Masked: {where}.{limit}{judge}"
 
 

@@ -239,7 +239,10 @@ def _roles(messages: Sequence[Message]) -> str:
 
 def _what_to_do(messages: Sequence[Message]) -> str:
     if any(message["role"] == "system" for message in messages):
-        return "Put the system message's text at the beginning of the first user message."
+        return (
+            "Put the system message's text at the beginning of the first user message, or leave its column out with "
+            "training.columns."
+        )
     return "Let user and assistant take turns in the data, beginning with the user."
 
 

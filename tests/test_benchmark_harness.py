@@ -293,7 +293,7 @@ def test_whether_a_model_was_to_think_is_told_and_decides_what_is_kept(tmp_path,
         metrics = json.loads((folder / "result.json").read_text())["metrics"]
         assert (metrics["thinking"], metrics["n_unfinished"], metrics["runs_kept"]) == (told, n_unfinished, n_kept)
         table = (folder / "table.md").read_text()
-        assert ("Thinking on" if n_unfinished else "Thinking off") in table
+        assert f"Thinking: {told}." in table
         assert table.count("ended inside a thought") == n_unfinished  # of the safe prompt and of the unsafe one
         items = pd.read_parquet(folder / "benchmark_items.parquet")
         assert items["unfinished"].sum() == n_unfinished
