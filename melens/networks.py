@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -38,6 +38,7 @@ from melens.gates import attach_gates, gates_of, is_of_gate
 from melens.hybrids import HYBRIDS, parts_of
 from melens.layout import attends
 from melens.normalization import read_module
+from melens.quantization import is_quantized, share_quantized_layers
 
 __all__ = [
     "Block",
@@ -220,9 +221,20 @@ def bridge_around(network: Any, name: str, architecture: str | None = None) -> T
         network: the model.
         name: what to call it.
         architecture: as TransformerLens names it; by default the model's class.
+
+    Raises:
+        MelensError: TransformerLens describes the architecture otherwise than the model is built.
     """
     architecture, device = architecture or type(network).__name__, input_device(network)
-    bridge = build_bridge_from_module(network, architecture, hf_config=network.config, model_name=name, device=device)
+    try:
+        bridge = build_bridge_from_module(
+            network, architecture, hf_config=network.config, model_name=name, device=device
+        )
+    except MelensError:
+        raise
+    except Exception as error:  # whatever one of TransformerLens's hundred adapters makes of a model it did not expect
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise MelensError(f"TransformerLens cannot put its bridge into {name} ({architecture}): {reason}") from error
     bridge.cfg.n_devices = count_unique_devices(network)
     find_cache_by_any_name(bridge)
     return bridge.eval()
@@ -251,7 +263,11 @@ def twin_of(network: Any, attention: str, weights: Mapping[str, Tensor] | None =
     config.output_attentions = False
     with init_empty_weights(include_buffers=False):
         twin = type(network)._from_config(config, attn_implementation=attention)
-    missing = twin.load_state_dict(weights or _weights_of(network), strict=False, assign=True).missing_keys
+    names = set(twin.state_dict())
+    shared = share_quantized_layers(twin, network)
+    wanted = {name for name in names if not _is_in(name, shared)}
+    own = {name: weight for name, weight in (weights or _weights_of(network)).items() if name in wanted}
+    missing = wanted.intersection(twin.load_state_dict(own, strict=False, assign=True).missing_keys)
     twin.tie_weights()
     if missing:
         return None
@@ -260,14 +276,26 @@ def twin_of(network: Any, attention: str, weights: Mapping[str, Tensor] | None =
         return twin if has_all_weights(twin) else None
     if not has_all_weights(twin):
         return None
-    return twin.to(network.device) if weights is None else twin
+    if weights is None:
+        # The weights are there already, and `to` would rearrange bitsandbytes', which the model shares.
+        for module in twin.modules():
+            module._buffers |= {
+                name: buffer.to(network.device) for name, buffer in module._buffers.items() if buffer is not None
+            }
+    return twin
+
+
+def _is_in(weight: str, modules: Collection[str]) -> bool:
+    """Tell whether a weight's name is that of one in these modules."""
+    parts = weight.split(".")
+    return any(".".join(parts[:n]) in modules for n in range(1, len(parts)))
 
 
 def _weights_of(network: nn.Module) -> dict[str, Tensor]:
     """Return weights under the names that a model of the class has: without bridge, gates and adapters."""
     weights = {
         name.replace("_original_component.", "").replace(".base_layer.", "."): weight
-        for name, weight in network.state_dict().items()
+        for name, weight in _state_of(network)
         if not is_of_gate(name)
     }
     for name, module in network.named_modules():
@@ -276,6 +304,14 @@ def _weights_of(network: nn.Module) -> dict[str, Tensor]:
             for adapter in module.active_adapters:
                 weights[weight] = weights[weight] + module.get_delta_weight(adapter).to(weights[weight])
     return weights
+
+
+def _state_of(network: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    """Return all that a state dict would hold; to make one rearranges bitsandbytes' weights, and not quite back."""
+    if not is_quantized(network):
+        return network.state_dict().items()
+    tensors = (*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False))
+    return ((name, tensor.detach()) for name, tensor in tensors)
 
 
 def _is_here(weight: Tensor) -> bool:

@@ -1,5 +1,6 @@
 """What is loaded is what the checkpoint holds, all of it, and loading starts no program."""
 
+import importlib.util
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import melens
-from melens import MelensError, checkpoints, models
+from melens import MelensError, checkpoints
 from melens.gates import GATE_FILE, add_gates, gates_of, load_gates, save_gates
 from melens.networks import open_network
 from melens.prompts import byte_tokenizer
@@ -98,8 +99,8 @@ def test_a_multimodal_model_is_loaded_for_its_text_without_starting_a_program(tm
 
 def test_a_library_that_transformer_lens_needs_is_named_with_the_command_to_install_it(tmp_path, started, monkeypatch):
     save_multimodal("qwen3_vl", tmp_path)
-    find = models.importlib.util.find_spec
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None if name == "torchvision" else find(name))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchvision" else find(name))
     command = re.escape(f"`pip install torchvision torch=={torch.__version__}`")  # pip would take another torch
     with pytest.raises(MelensError, match=f"needs torchvision; melens installs nothing: {command}"):
         melens.load_model(str(tmp_path), device="cpu")
@@ -140,7 +141,9 @@ def test_a_block_without_its_mlp_is_refused(tmp_path):
     plain_model("llama").save_pretrained(tmp_path)
     resave(tmp_path, without("layers.2.mlp"))
     names = ", ".join(f"model.layers.2.mlp.{part}_proj.weight" for part in ("down", "gate", "up"))
-    with pytest.raises(MelensError, match=rf"does not hold the model .*: 3 weights are missing \({names}\); fetch"):
+    with pytest.raises(
+        MelensError, match=rf"does not hold the LlamaForCausalLM that .*: 3 weights are missing \({names}\); fetch"
+    ):
         load(tmp_path)
 
 
@@ -268,7 +271,9 @@ def test_an_adapter_is_refused(tmp_path, has_config):
 
 def test_an_incomplete_checkpoint_ends_a_run_in_a_sentence(tmp_path):
     folder, out = tmp_path / "model", tmp_path / "out"
-    plain_model("llama").save_pretrained(folder)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **TEXT | {"num_hidden_layers": 3})).save_pretrained(
+        folder
+    )
     byte_tokenizer().save_pretrained(folder)
     resave(folder, without("layers.2.mlp"))
     command = [sys.executable, "experiments/run.py", "model=hub", f"model.name={folder}", f"hydra.run.dir={out}"]

@@ -3,13 +3,14 @@ import multiprocessing
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from planted import plain_model
 from safetensors import SafetensorError
 
 import melens
-from melens import MelensError, models
+from melens import MelensError, models, sources
 
 
 def test_the_embedded_model_is_raw_and_uses_its_own_tokenizer(embedded):
@@ -71,8 +72,8 @@ HUGE = {"hidden_size": 65536, "intermediate_size": 262144, "num_hidden_layers": 
     [
         ("qwen3-4bb", {}, "nearest known are qwen3-4b"),
         ("smollm2-135m", {"colour": "red"}, "no option 'colour'"),
-        ("smollm2-135m", {"dtype": "int3"}, "allowed are auto, float32"),
-        ("smollm2-135m", {"device": "toaster"}, "allowed are auto, cpu"),
+        ("smollm2-135m", {"dtype": "int3"}, "model.dtype is 'int3'; it must be auto, float32"),
+        ("smollm2-135m", {"device": "toaster"}, "model.device is 'toaster'; it must be auto, cpu"),
         ("random", {"model_type": "vit", "config": {}}, "no causal language model"),
         ("random", {"model_type": "nonsense"}, "nonsense"),
         ("random", {"config": HUGE}, "GB free"),
@@ -116,8 +117,8 @@ def test_code_of_a_checkpoint_is_not_run_unasked(tmp_path):
 
 
 def test_a_hub_that_cannot_be_reached_is_told_at_once(monkeypatch, tmp_path):
-    monkeypatch.setattr(models.huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(models.huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(MelensError, match="hub cannot be reached for Qwen/Qwen3-4B"):
         melens.load_model("qwen3-4b", device="cpu")
 
@@ -141,8 +142,8 @@ def test_what_the_hub_refuses_is_told(monkeypatch, cause, message):
     def refuse(*args, **kwargs):
         raise OSError("transformers' many lines") from http_error(cause)
 
-    monkeypatch.setattr(models, "_must_fetch", lambda *args: False)
-    monkeypatch.setattr(models.AutoConfig, "from_pretrained", refuse)
+    monkeypatch.setattr(sources, "_must_fetch", lambda *args: False)
+    monkeypatch.setattr(sources.AutoConfig, "from_pretrained", refuse)
     with pytest.raises(MelensError, match=message):
         melens.load_model("org/model", device="cpu")
 

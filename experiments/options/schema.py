@@ -110,6 +110,7 @@ class ModelOptions(Node):
     paper_me_layer: Annotated[Whole | None, Said("a block, or null")]
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$"), Said("auto, cpu, mps, cuda or cuda:1")]
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Said("auto, float32, bfloat16 or float16")]
+    quantize: Annotated[Literal["8bit", "4bit"] | None, Said("8bit, 4bit or null")]
     device_map: Annotated[str | dict[str, Any] | None, Said("auto, balanced, a device map or null")]
     max_memory: Annotated[dict[int | str, Any] | None, Said("like {0: 40GB, cpu: 90GB}, or null")]
     offload_folder: OptionalText

