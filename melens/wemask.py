@@ -185,7 +185,9 @@ class WeMask:
         if self.select in FROM_VALUES:
             self._count(network.d_model)
         else:
-            dims = {layer: tuple(self._choose_dims(network, layer).tolist()) for layer in blocks}
+            gains = {layer: network.gain(layer) for layer in blocks} if self.select in FROM_WEIGHTS else {}
+            dims = {layer: tuple(self._choose_dims(network, layer, gains.get(layer)).tolist()) for layer in blocks}
+            _warn_of_alike(gains)
         self._last["fixed"] = FixedDims(dims, blocks, _identity(network))
         return replace(self, fixed=self._last["fixed"])
 
@@ -223,7 +225,7 @@ class WeMask:
             )
         return count
 
-    def _choose_dims(self, network: Network, layer: int) -> Int[Tensor, " k"]:
+    def _choose_dims(self, network: Network, layer: int, gain: Tensor | None) -> Int[Tensor, " k"]:
         if self.rate == 0:
             return torch.empty(0, dtype=torch.long)
         if self.select == "massive":
@@ -238,9 +240,7 @@ class WeMask:
         if self.select == "random":
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + layer)
             return torch.randperm(network.d_model, generator=generator)[:count].sort().values
-        gain = network.gain(layer)
-        if not gain.isfinite().all() or gain.abs().max() - gain.abs().min() <= 1e-6 * gain.abs().max():
-            warnings.warn(f"The gains of block {layer}'s ln1 are all alike: they choose no dims.", stacklevel=2)
+        assert gain is not None
         return _by_gain(gain, count, largest=self.select == "weight")
 
     # --- On a model ---------------------------------------------------------------------------------------------------
@@ -375,6 +375,21 @@ class _Factors:
         for module in self._modules.values():
             module._buffers.pop(self._buffer, None)
             module._non_persistent_buffers_set.discard(self._buffer)
+
+
+def _warn_of_alike(gains: Mapping[int, Tensor]) -> None:
+    """Tell in one sentence of the blocks whose gains, being all alike or no numbers, choose nothing."""
+    alike = [
+        layer
+        for layer, gain in gains.items()
+        if not gain.isfinite().all() or gain.abs().max() - gain.abs().min() <= 1e-6 * gain.abs().max()
+    ]
+    if not alike:
+        return
+    is_span = len(alike) > 2 and alike == list(range(alike[0], alike[-1] + 1))
+    where = f"{alike[0]} to {alike[-1]}" if is_span else ", ".join(map(str, alike))
+    blocks = f"block {where}" if len(alike) == 1 else f"blocks {where}"
+    warnings.warn(f"The gains of ln1 in {blocks} are all alike: they choose no dims there.", stacklevel=4)
 
 
 def _by_gain(gain: Float[Tensor, " d"], count: int, *, largest: bool) -> Int[Tensor, " k"]:
