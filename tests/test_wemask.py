@@ -109,7 +109,7 @@ def test_one_sentence_tells_of_all_blocks_whose_gains_are_equal(apart, told):
     network = plain_model("llama")
     for layer in apart:
         network.model.layers[layer].input_layernorm.weight.data[0] = 2
-    with pytest.warns(UserWarning) as warned:
+    with pytest.warns(UserWarning, match="all alike") as warned:
         WeMask(0.05, start=0).dims(network)
     (sentence,) = (str(one.message) for one in warned)
     assert sentence == f"The gains of ln1 in {told} are all alike: they choose no dims there."
