@@ -209,10 +209,10 @@ class WeMask:
             return blocks
         able = tuple(layer for layer in blocks if network.can_mask_attention(layer))
         if not able or (isinstance(self.layers, tuple) and able != blocks):
-            raise MelensError(
-                f"Attention in block {next(iter(set(blocks) - set(able)))} has no normalisation ln1 of its own before "
-                f"it, so that site={self.site} has no place; resid_pre has."
-            )
+            is_without = {layer: network.blocks[layer].attention is None for layer in blocks if layer not in able}
+            unable = min(is_without, key=lambda layer: (is_without[layer], layer))
+            why = "no attention" if is_without[unable] else "attention without a norm ln1 of its own before it"
+            raise MelensError(f"Block {unable} has {why}, so site={self.site} has no place there; resid_pre has.")
         return able
 
     def _count(self, d_model: int) -> int:

@@ -126,6 +126,21 @@ def test_a_mask_on_a_hybrid_changes_the_same_on_either_kind_of_model(model_type)
         assert not torch.allclose(plain(tokens).logits, masked[1], atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "mask", "sentence"),
+    [
+        ("nemotron_h", {"start": 0, "layers": "first"}, "Block 0 has no attention, so site=attn_in has no place there"),
+        ("nemotron_h", {"layers": [1, 2]}, "Block 1 has no attention"),
+        ("zamba2", {"start": 0}, "Block 1 has attention without a norm ln1 of its own before it"),
+    ],
+)
+def test_where_a_mask_on_attention_has_no_place_it_is_said_why(model_type, mask, sentence):
+    bridge, plain = hybrid(model_type)
+    for model in (bridge, plain):
+        with pytest.raises(melens.MelensError, match=sentence):
+            melens.WeMask(**mask).on(model)
+
+
 def test_what_transformer_lens_does_not_tell_apart_is_said_not_to_be(monkeypatch):
     _, plain = hybrid("zamba2")
     monkeypatch.setitem(ArchitectureAdapterFactory._adapters, "Zamba2ForCausalLM", Zamba2ArchitectureAdapter)
