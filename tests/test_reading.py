@@ -310,7 +310,10 @@ def test_a_row_of_another_kind_is_named(tmp_path, method, row, message):
 def test_the_roles_that_a_method_reads_are_looked_at_alone(tmp_path):
     asked, replied = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
     data = training_rows(tmp_path, "sft", {"prompt": "a", "messages": [asked, replied], "text": None, "answer": None})
-    assert list(format_rows(data, "sft", chat=True)) == [{"prompt": [asked], "completion": [replied]}]
+    expected = [{"prompt": [asked], "completion": [replied]}]
+    assert list(format_rows(data, "sft", chat=True)) == expected
+    data = training_rows(tmp_path, "sft", {"prompt": "a", "chosen": "b", "rejected": None})
+    assert list(format_rows(data, "sft", chat=True)) == expected
     for row, message in (
         ({"messages": []}, r"\[\] as messages"),
         ({"messages": [{"from": "a"}]}, r"\[{'from': 'a'}\] as messages"),
@@ -331,8 +334,8 @@ def test_a_gap_in_a_dataset_of_the_hub_is_told(monkeypatch):
 
 def test_what_is_given_for_a_file_is_not_left_unused(tmp_path):
     row = {"question": "a", "completion": "b", "prompt": "c"}
-    with pytest.raises(MelensError, match="has the columns question, completion, prompt, not questoin"):
-        training_rows(tmp_path, "sft", row, columns={"prompt": "questoin"})
+    with pytest.raises(MelensError, match="has the columns question, completion, prompt, not sytsem; sft needs"):
+        training_rows(tmp_path, "sft", row, columns={"system": "sytsem"})
     with pytest.raises(MelensError, match=r"training\.data_dir holds the files of flan, .* leave it out"):
         training_rows(tmp_path, "sft", row, data_dir=str(tmp_path))
     with pytest.raises(MelensError, match="line 1: expected an object with fields, found a text"):
