@@ -23,6 +23,7 @@ from experiments.options import compose_options
 from experiments.options.command_line import prepare_command
 from experiments.tables import _taking_turns
 from melens import MelensError, WeMask, load_model
+from melens.chat import check_conversations
 from melens.gates import add_gates, gates_of
 from melens.generation import Generation
 from melens.networks import bridged_twin, gathered_twin, open_network, plain_twin
@@ -432,6 +433,14 @@ USER, REPLY, OTHER = (
 )
 def test_rows_of_every_form_become_conversations(tmp_path, method, row, options, expected):
     assert rows_of(tmp_path, method, row, **options) == [expected]
+
+
+def test_several_turns_of_one_speaker_are_one_message(tmp_path):
+    asked = "\n\nHuman: Hi\n\nHuman: There?\n\nAssistant: Yes\n\nAssistant: Here\n\nHuman: Ho\n\nAssistant: "
+    (row,) = rows_of(tmp_path, "dpo", {"chosen": f"{asked}Yes", "rejected": f"{asked}No"})
+    assert [turn["role"] for turn in row["prompt"]] == ["user", "assistant", "user"]
+    assert [turn["content"] for turn in row["prompt"]] == ["Hi\n\nThere?", "Yes\n\nHere", "Ho"]
+    check_conversations(templated("gemma"), [[*row["prompt"], *row["chosen"]]], "own")
 
 
 def test_pairs_that_reply_to_different_things_are_left_out(tmp_path):

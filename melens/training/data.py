@@ -11,6 +11,7 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -350,5 +351,7 @@ def _before_last_turn(dialogue: str) -> str:
 
 
 def _conversation(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
+    """Return messages; what one speaker says in several turns is one, as chat templates want the roles to alternate."""
     role = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": role[who], "content": text} for who, text in turns]
+    by_speaker = groupby(turns, key=lambda turn: turn[0])
+    return [{"role": role[who], "content": "\n\n".join(text for _, text in said)} for who, said in by_speaker]
