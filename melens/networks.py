@@ -186,7 +186,8 @@ def plain_twin(bridge: TransformerBridge) -> Any:
         twin = twin_of(network, "eager")
     if twin is None:
         return network
-    attach_gates(_of_plain(twin, twin.config), gates_of(_of_bridge(bridge)))
+    if _has_gates(network):
+        attach_gates(_of_plain(twin, twin.config), gates_of(_of_bridge(bridge)))
     if network.can_generate():
         twin.generation_config = copy.deepcopy(network.generation_config)
         twin.generation_config.return_dict_in_generate = False  # which the bridge asks for, as the attention below
@@ -210,8 +211,14 @@ def bridged_twin(model: Any, name: str) -> TransformerBridge:
     if twin is None:
         raise MelensError("This model's weights are sharded or not its own, so it cannot be looked into.")
     bridge = bridge_around(twin, name)
-    attach_gates(_of_bridge(bridge), gates_of(_of_plain(model, model.config)))
+    if _has_gates(model):
+        attach_gates(_of_bridge(bridge), gates_of(_of_plain(model, model.config)))
     return bridge
+
+
+def _has_gates(model: nn.Module) -> bool:
+    """Tell whether a model has gates; one without attention cannot, nor can it be opened to look for them."""
+    return any(is_of_gate(name) for name, _ in model.named_modules())
 
 
 def bridge_around(network: Any, name: str, architecture: str | None = None) -> TransformerBridge:

@@ -133,7 +133,8 @@ def verify(model: Bridge, sites: SiteList | None = None) -> Verification:
             raise MelensError(f"No block of this model has the site {site!r}, as hook_resid_post would be one.")
     if sites is None:
         told = {site for site, _ in _plain_places(model, _USUAL)}  # to listen elsewhere would keep attention eager
-        sites = [site for site in _USUAL if site in told or site == ATTENTION_ON_KEYS]
+        told |= {site for site, _, _ in Places.of(model).of_site(ATTENTION_ON_KEYS)}
+        sites = [site for site in _USUAL if site in told]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         found = _verify(model, sorted(set(sites)))
     _act_upon(model, found)

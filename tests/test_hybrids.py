@@ -14,7 +14,7 @@ import melens
 from experiments.options import compose_options
 from experiments.study import begin_study, run_experiments
 from melens.layout import Layout, listed
-from melens.networks import open_network
+from melens.networks import open_network, plain_twin
 from melens.results import combine
 
 SIZES: dict[str, Any] = planted.SMALL | {"num_hidden_layers": 4}
@@ -195,6 +195,17 @@ def test_claims_do_not_judge_what_a_hybrid_does_not_show(planted_result):
     assert judged.verdict["attention-rank"] == "not measured"  # there is none before the ME layer
     assert "attention in blocks 3 and 5 of 6" in judged.note["attention-rank"]
     assert "The next block with attention is 3." in judged.note["sink-next"]
+
+
+def test_a_model_without_attention_is_checked_and_run_as_transformers_runs_it():
+    config = {"vocab_size": 200, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
+    model = melens.load_model("random", model_type="mamba", config=config)
+    checked = melens.verify(model)
+    assert (checked.agrees, checked.unchecked) == (True, ())
+    tokens = torch.arange(10, 22)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(plain_twin(model)(tokens).logits, model(tokens), rtol=1e-4, atol=1e-5)
+    assert Layout.of(model).attention_in_words == "no block with attention"
 
 
 def test_blocks_are_told_in_words():
