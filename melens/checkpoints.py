@@ -29,7 +29,7 @@ from transformer_lens.utilities.multi_gpu import find_misplaced_modules
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from melens.errors import MelensError
-from melens.quantization import quantization_of
+from melens.quantization import is_quantized, quantization_of
 from melens.sources import Source, explain, in_short
 
 __all__ = ["load_network"]
@@ -83,7 +83,7 @@ def _dequantized_gguf() -> Any:
     return None if kind is None else kind(dequantize=True)
 
 
-_UNREADABLE = (SafetensorError, UnpicklingError, EOFError, KeyError, TypeError, IndexError, AttributeError)
+_UNREADABLE = (SafetensorError, UnpicklingError, json.JSONDecodeError, EOFError, LookupError, TypeError, AttributeError)
 """What the readers of weights raise for files that are cut off, or no such files."""
 
 
@@ -151,7 +151,7 @@ def _check_weights(network: PreTrainedModel, info: dict[str, Any], path: str, *,
             f"{path} does not hold the {type(network).__name__} that its config.json describes{of_other}: "
             f"{' and '.join(parts)}; fetch or save the checkpoint again, or correct its config.json."
         )
-        if quantization_of(network.config) is None:
+        if not is_quantized(network):
             raise MelensError(told)
         warnings.warn(told, stacklevel=2)  # a quantiser makes weights under names that no checkpoint has
     # No reason to refuse: sound checkpoints hold layers that predict further tokens, value heads, old masks.

@@ -87,7 +87,10 @@ class Source:
             config: PreTrainedConfig = AutoConfig.from_pretrained(self.path, **self.options)
         except Exception as error:  # whatever transformers, or the checkpoint's own code, makes of the user's file
             raise MelensError(self._why_no_config(error)) from error
-        self._refuse_adapter()
+        if self.gguf_file is None:
+            self._refuse_adapter()
+        elif hasattr(config, "quantization_config"):
+            del config.quantization_config  # its weights are dequantised as they are loaded
         return config
 
     def read_tokenizer(self) -> Any:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -221,7 +222,7 @@ def test_what_an_architecture_itself_ignores_is_not_told(tmp_path):
 
 def test_a_quantised_checkpoint_is_told_of_and_not_refused(tmp_path):
     network = plain_model("llama")
-    network.config.quantization_config = {"quant_method": "any"}
+    network.hf_quantizer = SimpleNamespace(quantization_config=SimpleNamespace())
     info = {"missing_keys": {"model.layers.0.mlp.scale"}, "mismatched_keys": set(), "unexpected_keys": set()}
     with pytest.warns(UserWarning, match=r"1 weights are missing \(model.layers.0.mlp.scale\)"):
         checkpoints._check_weights(network, info, str(tmp_path), warn=True)
