@@ -141,8 +141,16 @@ def chat_of(tokenizer: Any, thinking: bool | None = None, *, option: str = "thin
 
 
 def opened_thought(tokenizer: Any, arguments: Mapping[str, Any]) -> str:
-    """Return the mark of the thought that a chat template opens in the prompt, given some arguments; empty without."""
-    behind = _written(tokenizer, _QUESTION, **arguments).rpartition(_QUESTION[0]["content"])[2]
+    """Return the mark of the thought that a chat template opens in the prompt, given some arguments; empty without.
+
+    Raises:
+        MelensError: the template does not take the arguments.
+    """
+    try:
+        written = _written(tokenizer, _QUESTION, **arguments)
+    except _RefusalError as error:
+        raise MelensError(f"This model's chat template does not take {dict(arguments)} ({error}).") from error
+    behind = written.rpartition(_QUESTION[0]["content"])[2]
     return next((begin for begin, end in _THOUGHTS if behind.rfind(begin) > behind.rfind(end)), "")
 
 

@@ -8,7 +8,17 @@ from tokenizers import AddedToken
 
 from melens import MelensError
 from melens.cache import tokenizer_fingerprint
-from melens.chat import PLAIN, Chat, chat_of, check_conversations, decode_reply, prompt_ids, prompt_text, read_reply
+from melens.chat import (
+    PLAIN,
+    Chat,
+    chat_of,
+    check_conversations,
+    decode_reply,
+    opened_thought,
+    prompt_ids,
+    prompt_text,
+    read_reply,
+)
 from melens.models import load_tokenizer
 from melens.prompts import byte_tokenizer
 
@@ -106,6 +116,14 @@ def test_what_was_taken_is_told():
 def test_a_template_that_takes_no_question_is_refused(template):
     with pytest.raises(MelensError, match=r"does not take a single message of a user \((it leaves|Only tools)"):
         chat_of(tokenizer_of(template))
+
+
+def test_arguments_that_a_template_does_not_take_are_told():
+    assert opened_thought(tokenizer_of("qwen3_5_think"), {"enable_thinking": True}) == "<think>"
+    with pytest.raises(MelensError, match=r"does not take \{'enable_thinking': 1\} \(Not 1\)"):
+        opened_thought(
+            tokenizer_of("{{ raise_exception('Not 1') if enable_thinking else 'Hi' }}"), {"enable_thinking": 1}
+        )
 
 
 # --- Replies ----------------------------------------------------------------------------------------------------------
