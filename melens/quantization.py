@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
@@ -21,9 +21,9 @@ from transformers import BitsAndBytesConfig
 from transformers.quantizers import AutoHfQuantizer
 
 from melens.errors import MelensError
+from melens.specs import Quantize
 
 __all__ = [
-    "Quantize",
     "bits_of",
     "check_quantization",
     "describe_quantization",
@@ -35,10 +35,6 @@ __all__ = [
     "refuse_joint_projections",
     "share_quantized_layers",
 ]
-
-Quantize = Literal["8bit", "4bit"]
-"""What bitsandbytes makes of a plain checkpoint's linear layers: LLM.int8() (Dettmers et al. 2022), or NormalFloat in
-blocks of 64 (QLoRA, Dettmers et al. 2023), computed in the dtype of the rest."""
 
 _UNNAMED = "an unnamed method"
 

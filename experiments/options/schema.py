@@ -34,6 +34,7 @@ from melens.allowed import (
 from melens.errors import MelensError
 from melens.extras import check_extra
 from melens.reading import file_text, names_file
+from melens.specs import Device, DeviceMap, Dtype, MaxMemory, Quantize, spec_of
 from melens.training.recipe import Precision, Tracker
 
 __all__ = [
@@ -101,26 +102,27 @@ AutoFlag = Annotated[Literal["auto"] | Flag, Said("auto, true or false")]
 
 
 class ModelOptions(Node):
-    """A model of the hub, of a folder, or the embedded one: fields of `melens.models.ModelSpec`."""
+    """A model of the hub, of a folder, or the embedded one: fields of `melens.specs.ModelSpec`."""
 
     name: Text
     source: Literal["hub", "embedded"]
     hub_id: OptionalText
     family: OptionalText
     paper_me_layer: Annotated[Whole | None, Said("a block, or null")]
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$"), Said("auto, cpu, mps, cuda or cuda:1")]
-    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Said("auto, float32, bfloat16 or float16")]
-    quantize: Annotated[Literal["8bit", "4bit"] | None, Said("8bit, 4bit or null")]
-    device_map: Annotated[str | dict[str, Any] | None, Said("auto, balanced, a device map or null")]
-    max_memory: Annotated[dict[int | str, Any] | None, Said("like {0: 40GB, cpu: 90GB}, or null")]
+    device: Device
+    dtype: Dtype
+    quantize: Annotated[Quantize | None, Said("8bit, 4bit or null")]
+    device_map: DeviceMap
+    max_memory: MaxMemory
     offload_folder: OptionalText
     revision: OptionalText
     trust_remote_code: Flag
 
     @model_validator(mode="after")
-    def _is_named(self) -> ModelOptions:
+    def _is_known(self) -> ModelOptions:
         if self.name == "???":
             raise MelensError("model=hub needs model.name: a hub id (org/model) or a local transformers folder.")
+        spec_of(self.name, self.model_dump(exclude={"name"}, exclude_unset=True))
         return self
 
 
