@@ -103,7 +103,7 @@ def test_a_sweep_merges_table_8_and_survives_a_model_that_fails(tmp_path):
     ("overrides", "code", "message"),
     [
         (("exp.loq_scale=true",), 2, "There is no option exp.loq_scale; did you mean exp.log_scale?"),
-        (("model=hub", "model.name=qwen3-4bb"), 1, "nearest known are"),
+        (("model=hub", "model.name=qwen3-4bb"), 2, "nearest known are"),
         (("model=random", "model.config.num_key_value_heads=3"), 1, "cannot share"),
         (("model=random", "hydra.run.dir=README.md/run"), 1, "README.md"),
     ],
