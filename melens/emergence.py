@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from pydantic import InstanceOf
 
-from melens.allowed import Said
+from melens.allowed import Number, Rate, Said, Whole, check_fields
 from melens.checked import checked
 from melens.errors import MelensError
 from melens.probes import LargestActivations
@@ -38,17 +38,15 @@ class Criterion:
         few_blocks: the norm climbs from 10% to 90% of its peak within at most this many blocks.
     """
 
-    min_abs: float | int = 100
-    min_ratio: float | int = 1_000
-    min_prompts: float | int = 0.5
-    trailing_blocks: int = 2
-    one_block: float | int = 0.8
-    few_blocks: int = 3
+    min_abs: Number = 100
+    min_ratio: Number = 1_000
+    min_prompts: Rate = 0.5
+    trailing_blocks: Whole = 2
+    one_block: Number = 0.8
+    few_blocks: Whole = 3
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-                raise MelensError(f"The criterion's {name} is {value!r}; it must be a number >= 0.")
+        check_fields(self, "The criterion's {}")
 
 
 @dataclass(frozen=True)

@@ -455,4 +455,6 @@ class AttentionMaps(Probe):
         self.layers = layers
 
     def reduce(self, activation: Float[Tensor, "batch head query key"], batch: Batch) -> dict[str, Tensor]:
+        if min(batch.lengths) < max(batch.lengths):
+            raise MelensError(f"The probe {self.name!r} takes prompts of one length: trace them apart, or cut them.")
         return {"pattern": activation.clone()}

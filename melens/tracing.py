@@ -23,7 +23,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from melens.allowed import Count, Number
 from melens.arguments import BosOrNot, Bridge, Probes, Prompts, check_vocabulary
 from melens.batching import forget_longest
-from melens.checked import checked, given
+from melens.checked import Folder, checked, given
 from melens.errors import MelensError
 from melens.lean import any_hooks, lean_forward
 from melens.networks import base_of
@@ -72,7 +72,8 @@ class Trace:
             raise MelensError(f"The trace has no table {given(probe)}; it has {', '.join(has) or 'none'}.")
         return self.tables[probe]
 
-    def save(self, folder: str | Path, *, replace: bool = True) -> Path:
+    @checked
+    def save(self, folder: Folder, *, replace: bool = True) -> Path:
         """Write the trace as a folder of parquet tables, safetensors and JSON, which is whole or not there.
 
         Args:
@@ -97,7 +98,8 @@ class Trace:
         return folder
 
     @classmethod
-    def load(cls, folder: str | Path) -> Trace:
+    @checked
+    def load(cls, folder: Folder) -> Trace:
         """Read what `save` wrote."""
         folder = Path(folder)
         if not (folder / "model.json").is_file():
@@ -171,6 +173,12 @@ def trace(
         twice = next(name for name in names if names.count(name) > 1)
         raise MelensError(f"Two probes have the name {twice!r}: give one another, probe.named('{twice}_2').")
     texts, tokens = _as_tokens(model, prompts, bos)
+    for probe in probes:
+        if probe.keys and max(probe.keys) >= (longest := max(map(len, tokens))):
+            raise MelensError(
+                f"The probe {probe.name!r} asks for the key at position {max(probe.keys)}; the longest prompt has "
+                f"{longest} tokens."
+            )
     recorder = _Recorder(probes, [listener for probe in probes for listener in _listeners(model, probe)])
     verification = verified(model, [site for probe in probes for site in probe.sites])
     total = sum(map(len, tokens))
@@ -414,6 +422,8 @@ class _Recorder:
         chunks = self._chunks[probe.name]
         (quantity,) = chunks[0].quantities
         shape = chunks[0].quantities[quantity].shape
+        if any(chunk.quantities[quantity].shape[2:] != shape[2:] for chunk in chunks):
+            raise MelensError(f"The probe {probe.name!r} takes prompts of one length: its results lie in one tensor.")
         whole = torch.full((n_prompts, shape[0], *shape[2:]), float("nan"))
         for chunk in chunks:
             whole[list(chunk.batch.prompts)] = torch.from_numpy(chunk.quantities[quantity]).float().transpose(0, 1)

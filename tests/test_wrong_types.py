@@ -79,7 +79,7 @@ def test_one_may_be_given_where_several_are_taken(model, trace):
     assert list(Norms(layers=np.array([0, 2])).layers) == [0, 2]
     assert melens.TokenVectors(-1).positions == (-1,)
     assert melens.SinkMass(np.int64(2)).keys == (2,)
-    assert set(melens.trace(model, IDS, melens.AttentionMaps(1).named("maps")).tensors) == {"maps"}
+    assert set(melens.trace(model, [1, 2, 3], melens.AttentionMaps(1).named("maps")).tensors) == {"maps"}
     assert set(melens.verify(model, "hook_resid_post").errors["site"]) == {"hook_resid_post"}
     assert melens.read_normalization(model, np.int64(1), "ln2").kind == "RMSNorm"
     assert melens.MassiveTokenRuns(model, [1, 2, 3], 0).intact.shape == (1, 4)
@@ -229,6 +229,16 @@ CALLS = {
     "find_me_layer other probes": (
         lambda m, t, r: melens.find_me_layer(melens.trace(m, IDS, [NORMS])),
         "has no table 'largest'; it has norm.",
+    ),
+    "Criterion share": (lambda m, t, r: melens.Criterion(min_prompts=5), "is 5; it must be a number from 0 to 1"),
+    "Criterion blocks": (lambda m, t, r: melens.Criterion(few_blocks=-1), "is -1; it must be a whole number of at least 0"),
+    "Trace.load": (lambda m, t, r: melens.Trace.load(5), "Trace.load: folder is 5; it must be the path of a folder"),
+    "Trace.save": (lambda m, t, r: t.save(None), "Trace.save: folder is None"),
+    "a key beyond": (lambda m, t, r: melens.trace(m, IDS, melens.SinkMass(9)), "the longest prompt has 3 tokens"),
+    "maps of two lengths": (lambda m, t, r: melens.trace(m, IDS, melens.AttentionMaps(1)), "prompts of one length"),
+    "maps of far lengths": (
+        lambda m, t, r: melens.trace(m, [IDS[0], [1] * 20], melens.AttentionMaps(1)),
+        "prompts of one length",
     ),
     "ablated no pair": (lambda m, t, r: melens.ablated(m, 11, "ffn"), "parts[0] is 11; it must be a pair (layer, part"),
     "ablated part": (lambda m, t, r: melens.ablated(m, (1, "fnn")), "parts[0][1] is 'fnn'; it must be ffn, attention,"),
