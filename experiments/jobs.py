@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,9 +52,10 @@ class Job:
         return in_words(self.model, {key: value for key, value in self.swept.items() if key in keys})
 
 
-def read_jobs(folder: Path) -> list[Job]:
-    """Read every job of a sweep's folder, the failed ones among them, in order."""
-    return jobs_of(read_results(folder))
+def read_jobs(folder: Path, among: Collection[Path] | None = None) -> list[Job]:
+    """Read the jobs of a sweep's folder, all or those among some, the failed ones with them, in order."""
+    results = read_results(folder)
+    return jobs_of({job: result for job, result in results.items() if among is None or job in among})
 
 
 def jobs_of(results: Mapping[Path, dict[str, Any]]) -> list[Job]:

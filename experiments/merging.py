@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,14 @@ from melens.results import Picture, Result, show_result, write_tables_and_figure
 __all__ = ["merge_jobs"]
 
 
-def merge_jobs(folder: Path) -> None:
-    """Write and show the merged results of the jobs in a sweep's folder."""
-    jobs = read_jobs(folder)
+def merge_jobs(folder: Path, among: Collection[Path] | None = None) -> None:
+    """Write and show the merged results of the jobs in a sweep's folder.
+
+    Args:
+        folder: of the sweep.
+        among: the folders of its jobs, where others lie there too.
+    """
+    jobs = read_jobs(folder, among)
     if not jobs:
         return
     sweep = pd.DataFrame([_row(job) for job in jobs])

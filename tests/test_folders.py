@@ -15,7 +15,11 @@ from omegaconf import OmegaConf
 
 from experiments import folders
 from experiments.folders import OwnFolder, own, owned, owned_by_job
+from experiments.jobs import read_jobs
+from experiments.options import compose_options
+from experiments.sweep import MergeSweep
 from melens import MelensError
+from melens.results import write_failure
 
 ROOT = Path(__file__).parents[1]
 
@@ -109,3 +113,28 @@ def test_runs_that_start_in_the_same_second_have_folders_of_their_own():
     now = datetime(2026, 11, 26, 12, 0, 0)
     for pattern in map("/".join, patterns):
         assert now.strftime(pattern) != (now + timedelta(microseconds=1)).strftime(pattern)
+
+
+def test_a_sweep_in_the_folder_of_an_earlier_one_merges_its_own_jobs(tmp_path, monkeypatch):
+    merged = []
+    monkeypatch.setattr("experiments.merging.merge_jobs", lambda folder, jobs: merged.append(sorted(jobs)))
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
+
+    def sweep(n_jobs):
+        callback = MergeSweep()
+        callback.on_multirun_start(config)
+        for number in range(n_jobs):
+            write_failure("It broke.", tmp_path / str(number), config={"exp": {"name": "emergence"}})
+        callback.on_multirun_end(config)
+
+    for n_jobs in (3, 2, 0):
+        sweep(n_jobs)
+    assert merged == [[tmp_path / str(number) for number in range(n_jobs)] for n_jobs in (3, 2, 0)]
+
+
+def test_only_the_jobs_of_a_sweep_are_read(tmp_path):
+    for number in range(3):
+        config = compose_options("exp=emergence", "model=random", f"seed={number}").plain()
+        write_failure("It broke.", tmp_path / str(number), config=config)
+    assert [job.folder.name for job in read_jobs(tmp_path)] == ["0", "1", "2"]
+    assert [job.name for job in read_jobs(tmp_path, [tmp_path / "0", tmp_path / "2"])] == ["seed=0", "seed=2"]
