@@ -29,6 +29,7 @@ from melens.generation import verify_generation
 from melens.models import load_tokenizer
 from melens.prompts import tokenize
 from melens.results import Result
+from melens.seeding import seeded
 
 N_PROMPTS = 4  # where the user gives none
 
@@ -267,8 +268,7 @@ def write(
     device = input_device(network)
     inputs = torch.tensor([ids], device=device)
     sample = generation.sample and forced is None
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with seeded(seed):
         done = network.generate(
             inputs,
             attention_mask=torch.ones_like(inputs),

@@ -66,10 +66,10 @@ def what_is_left(record: Record, cfg: Options) -> str:
         return f"{done}; {goes_on}."
     if record.parts:
         return f"what was found is in {record.folder}."
-    if cfg.exp.is_kept:
+    if cfg.exp.is_kept and cfg.exp.name != "generate":  # which keeps its trace alone
         return "no result was written; what was measured so far is kept, and the same command goes on with the rest."
     folder = record.folder if cfg.training.resume is None else Path(cfg.training.resume)
-    if cfg.exp.name in METHODS and any((folder / "checkpoints").glob("checkpoint-*")):
+    if cfg.exp.name in METHODS and any((folder / "checkpoints").glob("checkpoint-*/trainer_state.json")):
         return f"no result was written; training.resume={folder} goes on from the last checkpoint."
     return "no result was written."
 

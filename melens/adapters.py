@@ -24,6 +24,7 @@ from transformers import FalconConfig, FalconModel
 
 from melens.errors import MelensError
 from melens.hybrids import HYBRIDS
+from melens.seeding import seeded
 
 __all__ = ["register_adapters"]
 
@@ -75,8 +76,7 @@ class _Falcon(FalconArchitectureAdapter):
 def _falcons_agree() -> bool:
     """Tell whether transformers' two ways to compute Falcon's attention with ALiBi give the same."""
     sizes = {"vocab_size": 16, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "alibi": True}
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
+    with seeded(0), torch.no_grad():
         fused, eager = (
             FalconModel._from_config(FalconConfig(**sizes, initializer_range=1.0), attn_implementation=name).eval()
             for name in ("sdpa", "eager")

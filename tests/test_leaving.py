@@ -81,11 +81,13 @@ def test_a_full_disk_is_told_in_a_sentence_and_leaves_what_was_whole(tmp_path):
         (("exp=emergence",), "no result was written."),
         (("exp=wemask",), "no result was written; what was measured so far is kept, and the same command goes on"),
         (("exp=wemask", "exp.keep=false"), "no result was written."),
+        (("exp=generate",), "no result was written."),
         (("exp=sft", "training.dataset=sums"), "no result was written; training.resume={} goes on from the last"),
     ],
 )
 def test_an_interrupt_says_what_is_left(tmp_path, options, sentence):
     (tmp_path / "checkpoints" / "checkpoint-1").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "checkpoint-1" / "trainer_state.json").touch()
     told = what_is_left(record_of(tmp_path), compose_options("model=random", *options))
     assert told.startswith(sentence.format(tmp_path))
     assert told.endswith(".")

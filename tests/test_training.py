@@ -7,6 +7,7 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import planted
 import pytest
@@ -32,7 +33,7 @@ from melens.training.data import format_rows, load_training_data
 from melens.training.recipe import Lora, Recipe
 from melens.training.rewards import reward_answer
 from melens.training.saving import save_trained
-from melens.training.trainers import train
+from melens.training.trainers import _last_whole, train
 
 ROOT = Path(__file__).parents[1]
 RECIPES = {
@@ -129,11 +130,31 @@ def test_a_killed_training_goes_on_as_if_it_had_not_been(tmp_path, gate, lora):
     whole, _, _ = fit(tmp_path / "whole", **options)
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "cut", progress=stop_after(5), **options)
+    half = tmp_path / "cut" / "checkpoint-8"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")  # as kill -9 leaves it
     resumed, _, _ = fit(tmp_path / "cut", resume=True, **options)
     assert resumed.metrics["resumed_at"] == 4
+    assert _last_whole(tmp_path / "cut") == half
     pd.testing.assert_series_equal(resumed.log["loss"], whole.log["loss"], rtol=0, atol=1e-6)
     assert resumed.metrics["tokens"] == whole.metrics["tokens"] > 0
     assert resumed.metrics["tokens_per_second"] > 0
+
+
+def test_a_training_goes_on_from_the_last_checkpoint_that_is_whole(tmp_path):
+    assert _last_whole(tmp_path / "nowhere") is None
+    for name, state in (
+        ("2", "{}"),
+        ("8", '{"a": 1}'),
+        ("10", '{"a": 1}'),
+        ("12", '{"a'),
+        ("14", None),
+        ("x", '{"a": 1}'),
+    ):
+        (tmp_path / f"checkpoint-{name}").mkdir()
+        if state is not None:
+            (tmp_path / f"checkpoint-{name}" / "trainer_state.json").write_text(state)
+    assert _last_whole(tmp_path) == tmp_path / "checkpoint-10"
 
 
 def test_a_trained_model_is_trained_again_as_a_loaded_one_is(tmp_path):
@@ -260,7 +281,9 @@ def test_mixed_precision_and_checkpointing_mask_alike(tmp_path):
 
 
 def test_a_trained_model_is_loaded_with_its_gates_and_its_mask(tmp_path):
+    states = np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     trained, tokenizer, settled = fit(tmp_path / "run", mask=MASK, gate="headwise", lr=0.1)
+    assert (np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states  # the user's own draws go on
     folder = save_trained(trained.model, tokenizer, tmp_path / "model", mask=settled, told={})
     bridge = load_model(str(folder))
     tokens = torch.randint(0, 250, (2, 9))

@@ -21,7 +21,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from trl.models import prepare_fsdp
 from trl.trainer.utils import RepeatSampler, add_fused_lm_head, disable_dropout_in_model
@@ -33,10 +33,12 @@ from melens.gates import GATE, gates_of
 from melens.generation import verify_generation
 from melens.masking import InstalledMask
 from melens.networks import open_network
+from melens.seeding import seeded
 from melens.training.data import hash_rows
 from melens.training.recipe import Recipe
 from melens.training.rewards import reward_answer, reward_format
 from melens.wemask import WeMask
+from melens.whole import whole_file
 
 __all__ = ["Trained", "check_folder", "check_trainer", "train"]
 
@@ -115,7 +117,7 @@ def train(
                 "With a cache of keys and values, or in a batch, this model writes something else than alone and "
                 "without one, and TRL's rollouts use both: it cannot be trained with grpo."
             )
-    with nullcontext() if mask is None else mask.applied(model) as installed:
+    with seeded(recipe.seed), nullcontext() if mask is None else mask.applied(model) as installed:
         trainer = _trainer(model, tokenizer, rows, recipe, folder, chat)
         if not len(trainer.train_dataset):
             raise MelensError("No row is left to train on: training.max_length cuts off all that there is to learn.")
@@ -166,7 +168,7 @@ def check_folder(folder: Path, recipe: Recipe, *, resume: bool) -> None:
 
 def _check_folder(folder: Path, plan: dict[str, Any], *, resume: bool) -> None:
     if not resume:
-        if folder.is_dir() and get_last_checkpoint(str(folder)) is not None:
+        if _last_whole(folder) is not None:
             raise MelensError(
                 f"{folder} holds the checkpoints of a training: training.resume={folder.parent} goes on with it, "
                 "another folder begins a new one."
@@ -185,12 +187,25 @@ def _checkpoint(folder: Path, plan: dict[str, Any], *, resume: bool) -> Path | N
     """Find the checkpoint to go on from, or write down what is trained here."""
     _check_folder(folder, plan, resume=resume)
     if resume:
-        last = get_last_checkpoint(str(folder))
-        return None if last is None else Path(last)
+        return _last_whole(folder)
     if PartialState().is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / _PLAN).write_text(json.dumps(plan, indent=2))
+        with whole_file(folder / _PLAN) as partial:
+            partial.write_text(json.dumps(plan, indent=2), "utf-8")
     return None
+
+
+def _last_whole(folder: Path) -> Path | None:
+    """Return the last checkpoint that was written to its end; that of a killed training is written anew."""
+    numbers = {path: int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*[0-9]")}
+    return max((path for path in numbers if _is_whole(path)), key=lambda path: numbers[path], default=None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:  # what transformers writes last
+        return bool(json.loads((checkpoint / TRAINER_STATE_NAME).read_text("utf-8")))
+    except (OSError, ValueError):
+        return False
 
 
 def _as_written(plan: dict[str, Any]) -> dict[str, Any]:
@@ -372,7 +387,7 @@ class _Checked:
         else:
             texts = [str(row.get("prompt", "")) for row in inputs] if isinstance(inputs, list) else []
         begins = "; ".join(repr(" ".join(text.split())[:50]) for text in texts[:4])
-        last = get_last_checkpoint(trainer.args.output_dir)
+        last = _last_whole(Path(trainer.args.output_dir))
         kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
         step = trainer.state.global_step + 1
         return f"The {what} is no number in step {step}, in a batch of {len(texts)} that begins with {begins}; {kept}."
