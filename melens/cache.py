@@ -27,6 +27,7 @@ import torch
 from accelerate.utils import align_module_device
 from jaxtyping import Int
 from platformdirs import user_cache_path
+from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -171,8 +172,8 @@ def hash_of(*parts: object) -> str:
     """Hash values so that two calls agree only where every value, type, shape and nesting does.
 
     Args:
-        parts: tensors, numbers, text, bytes, paths, None, and lists, dicts and dataclasses of these (without the fields
-            that begin with `_`).
+        parts: tensors, numbers, text, bytes, paths, None, and lists, dicts, pydantic models and dataclasses of these
+            (without the fields that begin with `_`).
 
     Raises:
         TypeError: a value of another type, whose `repr` may not tell all that it holds.
@@ -201,6 +202,8 @@ def _tell(digest: Any, part: Any) -> None:
     elif is_dataclass(part) and not isinstance(part, type):
         own_fields = {field.name: getattr(part, field.name) for field in fields(part) if field.name[0] != "_"}
         _tell(digest, [type(part).__qualname__, own_fields])
+    elif isinstance(part, BaseModel):
+        _tell(digest, [type(part).__qualname__, part.model_dump()])
     elif part is None or isinstance(part, str | bool | int | float | Path):
         text = repr(part).encode()  # of a float all digits; of a text its quotes, so that 1 is not "1"
         digest.update(f"value {len(text)} ".encode() + text)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from planted import bridge, gains_apart, plain_model
+from pydantic import BaseModel
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
@@ -251,6 +252,11 @@ class Told:
     _seen: list = field(default_factory=list)
 
 
+class Options(BaseModel):
+    rate: float | list[float]
+    seed: int = 0
+
+
 TOLD = {
     "shape": (torch.zeros(4, 8), torch.zeros(8, 4)),
     "dtype": (torch.zeros(2, dtype=torch.int64), torch.zeros(4, dtype=torch.int32)),
@@ -263,6 +269,8 @@ TOLD = {
     "bits of a float": (0.1, 0.1 + 2**-56),
     "names": ({"a": 1, "b": 2}, {"a": 2, "b": 1}),
     "fields": (Told(1, 2), Told(2, 1)),
+    "options": (Options(rate=0.1), Options(rate=[0.1])),
+    "options of another name": (Options(rate=0.1), {"rate": 0.1, "seed": 0}),
     "masks": (WeMask(0.1, start=1), WeMask(0.1, start=2)),
     "precision": (torch.ones(3).bfloat16(), torch.ones(3).half()),
 }

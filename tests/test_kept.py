@@ -312,7 +312,7 @@ def training_key(monkeypatch):
     def key(**changed):
         rows["rows"] = changed.get("rows", "the rows")
         base.tokenizer = changed.get("tokenizer", tokenizer())
-        planned = training.planned_training(cfg, "sft")
+        planned = training.planned_training(changed.get("cfg", cfg), "sft")
         if "steps" in changed:
             planned = replace(planned, recipe=replace(planned.recipe, steps=changed["steps"]))
         return kept_training(changed.get("study", study), planned, base).folder
@@ -327,6 +327,8 @@ def test_a_training_is_kept_under_all_that_it_depends_on(training_key, monkeypat
         {"rows": "other rows"},
         {"tokenizer": tokenizer(words=("b", "a", "c"))},
         {"steps": 7},
+        {"cfg": configuration("exp=sft", "training.dataset=sums", "training.mask=paper")},
+        {"cfg": configuration("exp=sft", "training.dataset=sums", "training.mask=paper", "wemask.rate=0.5")},
         {"study": replace(study, tokens=[ids[::-1] for ids in study.tokens])},
         {"study": replace(study, me=replace(study.me, layer=2))},
         {"study": replace(study, me=replace(study.me, dims=(1, 2)))},
@@ -338,4 +340,4 @@ def test_a_training_is_kept_under_all_that_it_depends_on(training_key, monkeypat
     for library in ("trl", "peft"):
         monkeypatch.setattr(cache, "_version", lambda name, new=library: "0" if name == new else version(name))
         folders.append(training_key())
-    assert len({*folders}) == len(folders) == 10
+    assert len({*folders}) == len(folders) == 12
