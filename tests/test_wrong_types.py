@@ -231,7 +231,7 @@ CALLS = {
         "has no table 'largest'; it has norm.",
     ),
     "Criterion share": (lambda m, t, r: melens.Criterion(min_prompts=5), "is 5; it must be a number from 0 to 1"),
-    "Criterion blocks": (lambda m, t, r: melens.Criterion(few_blocks=-1), "is -1; it must be a whole number of at least 0"),
+    "Criterion blocks": (lambda m, t, r: melens.Criterion(few_blocks=-1), "is -1; it must be a whole number"),
     "Trace.load": (lambda m, t, r: melens.Trace.load(5), "Trace.load: folder is 5; it must be the path of a folder"),
     "Trace.save": (lambda m, t, r: t.save(None), "Trace.save: folder is None"),
     "a key beyond": (lambda m, t, r: melens.trace(m, IDS, melens.SinkMass(9)), "the longest prompt has 3 tokens"),
