@@ -71,7 +71,7 @@ def _plain(text: str) -> str:
 # --- Statements -------------------------------------------------------------------------------------------------------
 
 _MENTION = re.compile(r"(?<![\w'])(?:\(([A-J])\)|([A-Ja-j]))(?![\w'])")
-_FILLER = (
+_FILLER = (  # without "not", so that "the answer is not A" states nothing, and without "a", so that "is a dog" does not
     r"(?:(?:the|most|only|correct|right|best|final|answer|option|choice|letter|number|is|be|it|that|clearly|surely|"
     r"definitely|probably|likely|simply|just|indeed|therefore|thus|so|actually)\b[\s:,]*){0,6}$"
 )
@@ -88,7 +88,7 @@ _CHOSEN = re.compile(
     r"\b(?:choose|pick|select|(?:go|going) with|opt for|say|think|believe|guess)[\s:]+(?:that |it's )?" + _FILLER,
     re.IGNORECASE,
 )
-_TURN = re.compile(
+_TURN = re.compile(  # on one line: "Wait" may be the text of an option
     r"(?:^|[^\w'])(?:no|wait|so|therefore|thus|hence|actually|rather|instead|sorry|correction)[ :,.]+" + _FILLER,
     re.IGNORECASE,
 )
@@ -97,7 +97,7 @@ _IS_RIGHT = re.compile(
     r"(?:correct|right|best|better|answer|appropriate|suitable)\b",
     re.IGNORECASE,
 )
-_BEGINS = re.compile(
+_BEGINS = re.compile(  # a letter that is a noun's, as of "Vitamin C is best", is none
     r"(?:^|[.!?;,:\n] ?|\b(?:option|choice|answer|letter|only|so|that|because|think|believe|say|therefore|thus) )$",
     re.IGNORECASE,
 )
