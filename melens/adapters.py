@@ -96,10 +96,12 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 class _CodeGen(CodeGenArchitectureAdapter):
-    """CodeGen, whose attention modules no longer have the rotary table and the divisor of the scores."""
+    """CodeGen, whose attention modules have no rotary table and no divisor of the scores since transformers 5.24."""
 
     def prepare_model(self, hf_model: Any) -> None:
         super().prepare_model(hf_model)
+        if not hasattr(hf_model.transformer, "rotary_emb"):
+            return
         table = hf_model.transformer.rotary_emb.embed_positions
         for block in hf_model.transformer.h:
             # Past nn.Module, which would save them with the weights.
@@ -111,7 +113,7 @@ class _GraniteMoeHybrid(GraniteMoeHybridArchitectureAdapter):
 
     def prepare_model(self, hf_model: Any) -> None:
         super().prepare_model(hf_model)
-        if hf_model.model.rotary_emb is None:
+        if getattr(hf_model.model, "rotary_emb", None) is None:
             self.cfg.positional_embedding_type = "none"
             self.component_mapping.pop("rotary_emb", None)
 

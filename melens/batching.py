@@ -25,6 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from melens.devices import input_device
+from melens.errors import MelensError
 from melens.networks import base_of
 from melens.quantization import mixes_rows
 
@@ -163,7 +164,16 @@ def _measure(network: Any, rule: BatchRule, *, on_left: bool) -> BatchRule:
     def final(rows: Int[Tensor, "row pos"], **arguments: Tensor) -> Float[Tensor, "row pos d"]:
         if rule.remembers:
             forget_longest(network)
-        output: Tensor = base(input_ids=rows, use_cache=False, **arguments).last_hidden_state
+        try:
+            output: Tensor = base(input_ids=rows, use_cache=False, **arguments).last_hidden_state
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of the model's own modules, which nothing of melens is in
+            reason = str(error).strip().partition("\n")[0]
+            raise MelensError(
+                f"This {type(network).__name__} does not run in transformers itself ({reason}): its config asks for "
+                "what the model cannot do, or a package is of a wrong version."
+            ) from error
         return output
 
     masked = {"attention_mask": is_real}

@@ -103,3 +103,10 @@ def test_that_falcons_two_attentions_differ_is_found_out(monkeypatch):
     assert adapters._falcons_agree.__wrapped__()
     monkeypatch.setattr(FalconAttention, "forward", counting(2))
     assert not adapters._falcons_agree.__wrapped__()
+
+
+def test_a_config_that_transformers_itself_cannot_run_is_told():
+    config = _FALCON | {"parallel_attn": False}  # blocks with two norms one after the other look for those side by side
+    model = melens.load_model("random", model_type="falcon", config=config, device="cpu")
+    with pytest.raises(MelensError, match=r"FalconForCausalLM does not run in transformers itself \(.*ln_attn"):
+        melens.trace(model, [torch.arange(3, 25)])
