@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 from experiments.masks import masks_of
@@ -32,7 +31,7 @@ from melens.generation import verify_generation
 from melens.models import load_tokenizer
 from melens.networks import plain_twin
 from melens.results import Picture, Result
-from melens.texts import bos_prefix, cut_texts, read_text
+from melens.texts import bos_prefix
 
 UNMASKED = "no mask"
 
@@ -203,23 +202,6 @@ class Bench:
         return store_for("benchmarks", self._study.model.original_model, *told, libraries=("lm_eval",))
 
     @cached_property
-    def _texts(self) -> torch.Tensor:
-        data = self._study.cfg.data
-        return cut_texts(
-            self._study.model,
-            self._text,
-            n_texts=data.n_texts,
-            n_tokens=data.n_tokens,
-            bos=self._study.cfg.prompts.bos,
-            seed=self._study.cfg.seed,
-        )
-
-    @cached_property
-    def _text(self) -> str:
-        data = self._study.cfg.data
-        return "" if self._tokenizer is None else read_text(data.text, split=data.split, column=data.column)
-
-    @cached_property
     def _max_length(self) -> int:
         return int(self._study.model.cfg.n_ctx)
 
@@ -253,11 +235,11 @@ class Bench:
             return _harness_task(benchmark, self._asked.data_dir, self._asked.generates)
         ids: list[int] = []
         if benchmark.name == "needle" and self._tokenizer is not None:
-            ids = self._tokenizer(self._text, add_special_tokens=False)["input_ids"]
+            ids = self._tokenizer(self._study.text, add_special_tokens=False)["input_ids"]
         return ask(
             benchmark,
             self._tokenizer,
-            self._texts,
+            self._study.texts,
             ids,
             vocabulary=int(self._study.model.cfg.d_vocab),
             bos=bos_prefix(self._tokenizer, self._study.cfg.prompts.bos),

@@ -21,7 +21,8 @@ from experiments.interrupts import INTERRUPTED, leave_in_order
 from experiments.options import read_options
 from experiments.options.command_line import check_command, prepare_command
 from experiments.options.help import help_text
-from experiments.options.reading import CONF, OptionError, given_options
+from experiments.options.reading import CONF, OptionError, given_options, typed_options
+from experiments.options.unused import unused_options
 from melens.errors import MelensError
 from melens.versions import warn_untried
 
@@ -40,6 +41,8 @@ def main(cfg: DictConfig) -> None:
     try:
         options = read_options(cfg, hydra_cfg.overrides.task)
         config = options.plain()
+        for sentence in unused_options(options, typed_options(hydra_cfg.overrides.task)):
+            print(f"Warning: {sentence}", file=sys.stderr)
         if not os.access(folder, os.W_OK):
             raise MelensError(f"The output folder {folder} cannot be written to.")
         from experiments.job import run_job  # takes seconds, which a mistake need not

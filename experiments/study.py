@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pandas as pd
+from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -23,6 +24,7 @@ from melens.kept import find_kept, load_result, save_result
 from melens.normalization import has_normalization, read_normalization
 from melens.prompts import tokenize
 from melens.results import Result
+from melens.texts import cut_texts, read_text
 from melens.tracing import Progress
 from melens.training.recipe import METHODS
 
@@ -90,6 +92,31 @@ class Study:
     def of_carriers(self, table: pd.DataFrame) -> pd.DataFrame:
         """Keep a table's rows of the carriers."""
         return table[table["prompt"].isin(self.carriers)]
+
+    @cached_property
+    def text(self) -> str:
+        """The text that a loss is measured on (the node `data`); empty for a model without a tokenizer.
+
+        Raises:
+            MelensError: a text is given that the model has no tokenizer to read with.
+        """
+        data = self.cfg.data
+        if self.model.tokenizer is not None:
+            return read_text(data.text, split=data.split, column=data.column)
+        if data.text is not None:
+            raise MelensError(
+                "This model has no tokenizer to read data.text with: leave it out, and the loss is measured on random "
+                "tokens."
+            )
+        return ""
+
+    @cached_property
+    def texts(self) -> Int[Tensor, "text pos"]:
+        """Pieces of that text, of one length; random tokens for a model without a tokenizer."""
+        data, bos = self.cfg.data, self.cfg.prompts.bos
+        return cut_texts(
+            self.model, self.text, n_texts=data.n_texts, n_tokens=data.n_tokens, bos=bos, seed=self.cfg.seed
+        )
 
     def title(self, text: str, n_prompts: int | None = None) -> str:
         """Name the model and the number of prompts behind a figure's title; by default that of the carriers."""

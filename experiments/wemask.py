@@ -22,7 +22,6 @@ from melens.cache import Store, hash_of, store_for
 from melens.comparison import MaskComparison, Measured
 from melens.results import Picture, Result
 from melens.sinks import SINK_THRESHOLD
-from melens.texts import cut_texts, read_text
 
 
 def probes(model: TransformerBridge, options: WemaskOptions) -> list[Probe]:
@@ -34,10 +33,7 @@ def run(study: Study, options: WemaskOptions) -> Result:
     """Measure every mask of the grid on the same tokens, each from the first block that it changes."""
     model, data = study.model, study.cfg.data
     masks = [mask for mask in masks_of(study.cfg.wemask, study.me, model) if mask is not None]
-    text = "" if model.tokenizer is None else read_text(data.text, split=data.split, column=data.column)
-    texts = cut_texts(
-        model, text, n_texts=data.n_texts, n_tokens=data.n_tokens, bos=study.cfg.prompts.bos, seed=study.cfg.seed
-    )
+    texts = study.texts
     store = store_for("masks", model.original_model, texts, options.texts_per_batch) if options.keep else None
     starts = {min(mask.blocks(model)) for mask in masks}
     shown = _shown(study, masks)

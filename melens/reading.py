@@ -88,6 +88,11 @@ def names_file(name: str) -> bool:
     return name.startswith((".", "/", "~")) or path.is_absolute() or is_known or os.path.isfile(path)
 
 
+def has_columns(path: Path) -> bool:
+    """Tell whether a file's rows have columns, by its suffix."""
+    return _suffix(path) in _WITH_COLUMNS
+
+
 def file_rows(path: Path) -> list[Row]:
     """Read a file's rows; those of plain text are its lines, without the blank ones.
 

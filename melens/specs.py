@@ -103,7 +103,7 @@ def spec_of(name: Any, overrides: Mapping[str, Any]) -> ModelSpec:
     base = known.get(name, {}) if isinstance(name, str) and name != "hub" else {}
     given = {key: _as_text(value) for key, value in overrides.items()}
     spec = _checked({**base, **given, "name": name})
-    if not base and spec.source == "hub" and "/" not in spec.name and not Path(spec.name).expanduser().exists():
+    if not base and spec.source == "hub" and "/" not in spec.name and not Path(os.path.expanduser(spec.name)).exists():
         close = difflib.get_close_matches(spec.name, known, n=3, cutoff=0.4) or sorted(known)
         raise MelensError(
             f"There is no model {spec.name!r}; the nearest known are {', '.join(close)}, "

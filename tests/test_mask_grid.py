@@ -135,6 +135,12 @@ def test_what_no_model_allows_is_told_before_there_is_one():
         assert configuration(f"wemask={preset}").given["wemask"] == preset
 
 
+def test_a_text_that_nobody_can_read_is_told(model, tmp_path):
+    (tmp_path / "text.txt").write_text("Where is the key?")
+    with pytest.raises(MelensError, match=r"no tokenizer to read data\.text with"):
+        run(model, f"data.text={tmp_path / 'text.txt'}")
+
+
 def test_a_list_of_blocks_is_one_mask_and_a_list_of_words_several(model):
     study = study_of(model)
 

@@ -18,9 +18,10 @@ from experiments.options.benchmark import asked_for
 from experiments.options.command_line import check_command, prepare_command
 from experiments.options.help import help_text, lines_of
 from experiments.options.masks_asked import mask_in_words, masks_asked
-from experiments.options.reading import CONF, OptionError
+from experiments.options.reading import CONF, OptionError, typed_options
 from experiments.options.schema import Options, options_of
 from experiments.options.training import planned_training
+from experiments.options.unused import unused_options
 from melens import MelensError
 
 ROOT = Path(__file__).parents[1]
@@ -251,6 +252,37 @@ def test_a_package_that_is_missing_is_told_with_the_command_that_installs_it(mon
     message = f"needs {package}, which is not installed: pip install -c .ci/constraints.txt -e '.[{extra}]'"
     with pytest.raises(MelensError, match=re.escape(message)):
         check_command(prepare_command(arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["exp=sinks", "wemask.rate=0.3"], ["wemask.rate is given, and exp=sinks does not use it."]),
+        (["exp=all", "exp.experiments=[sinks,wemask]", "wemask.rate=0.3"], []),
+        (["exp=sft", "wemask.rate=0.3"], ["wemask.rate is given and changes nothing: training.mask is off."]),
+        (["exp=sft", "wemask.rate=0.3", "training.mask=paper"], []),
+        (["exp=wemask", "wemask.seed=3"], ["wemask.seed is given and changes nothing: it is of random dims"]),
+        (["exp=wemask", "wemask.seed=3", "wemask.select=[weight,random]"], []),
+        (["exp=wemask", "data.split=train"], ["data.split is given and changes nothing: it is of a dataset"]),
+        (["exp=wemask", "data.split=train", "data.text=org/name"], []),
+        (["exp=wemask", "data.column=body"], ["data.column is given and changes nothing"]),
+        (["exp=generate", "generate.top_p=0.5"], ["generate.top_p is given and changes nothing: generate.sample is"]),
+        (["exp=generate", "generate.top_p=0.5", "generate.sample=true"], []),
+        (["exp=sft", "training.rollouts=8", "training.lora.rank=2"], ["training.rollouts", "training.lora.rank"]),
+        (["exp=sft", "training.dataset=sums", "training.split=test"], ["training.split"]),
+        (["exp=sft", "training.split=test"], []),
+        (["exp=benchmark", "benchmark.temperature=0.5"], ["benchmark.temperature is given and changes nothing"]),
+        (["exp=benchmark", "benchmark.table=5", "benchmark.temperature=0.5"], []),
+        (["exp=benchmark", "benchmark.tasks=[copy]", "benchmark.needle.lengths=[64]"], ["benchmark.needle.lengths"]),
+        (["exp=benchmark", "scale=smoke"], []),
+        (["exp=tables", "table=1", "training.batch_size=8", "benchmark.judge=smollm2-135m"], []),
+    ],
+)
+def test_what_is_typed_and_changes_nothing_is_told(arguments, told):
+    prepared = prepare_command(arguments)
+    found = list(unused_options(compose_options(*prepared), typed_options(prepared)))
+    assert len(found) == len(told)
+    assert all(sentence.startswith(begin) for sentence, begin in zip(found, told, strict=True))
 
 
 # --- Help -------------------------------------------------------------------------------------------------------------

@@ -392,7 +392,7 @@ def test_a_gradient_that_is_no_number_stops_before_it_is_saved(tmp_path):
 # --- Data and rewards -------------------------------------------------------------------------------------------------
 
 
-def test_rows_become_conversations_or_text(tmp_path):
+def test_rows_become_conversations_or_text(tmp_path, caplog):
     path = tmp_path / "gsm8k.train.jsonl"
     path.write_text(json.dumps({"question": "How many?", "response": "2 + 2 = 4.\u2028So 4.", "answer": "4"}) + "\n")
     data = load_training_data("gsm8k", "sft", data_dir=str(tmp_path))
@@ -407,7 +407,8 @@ def test_rows_become_conversations_or_text(tmp_path):
         "\n".join(json.dumps({"chosen": dialogue + good, "rejected": dialogue + "no"}) for good in ("See you", ""))
     )
     data = load_training_data("hh_rlhf", "dpo", data_dir=str(tmp_path))
-    (row,) = format_rows(data, "dpo", chat=True)  # the one without a last turn is left out
+    assert "hh_rlhf: 1 of 2 rows have no last turn to learn and are left out." in caplog.text
+    (row,) = format_rows(data, "dpo", chat=True)
     assert [turn["role"] for turn in row["prompt"]] == ["user", "assistant", "user"]
     assert (row["chosen"][0]["content"], row["rejected"][0]["content"]) == ("See you", "no")
     (row,) = format_rows(data, "dpo", chat=False)

@@ -6,6 +6,7 @@ text is a text as it was typed, an option is known or refused by `schema`, and `
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -74,7 +75,7 @@ def _as_text(value: str, *, sweeps: bool) -> str:
     """Quote a text, or each one of a sweep, unless it is quoted, null, or a list or a function of Hydra's."""
     if value == "null" or _is_list_or_function(value):
         return value
-    several = sweeps and "," in value and not Path(value).expanduser().exists()
+    several = sweeps and "," in value and not Path(os.path.expanduser(value)).exists()
     return ",".join(map(_quoted, value.split(",") if several else [value]))
 
 
@@ -85,7 +86,7 @@ def _is_list_or_function(value: str) -> bool:
         OverridesParser.create().parse_override(f"key={value}")
     except HydraException:
         return False
-    return not Path(value).expanduser().exists()
+    return not Path(os.path.expanduser(value)).exists()
 
 
 def _quoted(text: str) -> str:

@@ -19,7 +19,16 @@ from experiments.options.schema import Options, options_of
 from melens.allowed import in_words, why_not
 from melens.errors import MelensError
 
-__all__ = ["CONF", "OptionError", "choose_from", "compose_options", "given_options", "is_group", "read_options"]
+__all__ = [
+    "CONF",
+    "OptionError",
+    "choose_from",
+    "compose_options",
+    "given_options",
+    "is_group",
+    "read_options",
+    "typed_options",
+]
 
 CONF = Path(__file__).parents[2] / "conf"
 _CHOSEN_BY = {"model": "source", "exp": "name"}
@@ -65,6 +74,13 @@ def given_options(plain: Mapping[str, Any], overrides: Sequence[str]) -> dict[st
     if chosen.get("scale"):
         keys += _leaves(yaml.safe_load((CONF / "scale" / f"{chosen['scale']}.yaml").read_text("utf-8")))
     return chosen | {key: _at(plain, key) for key in keys if not key.startswith(("hydra.", "defaults"))}
+
+
+def typed_options(overrides: Sequence[str]) -> list[str]:
+    """Return the names of the options that were typed, without config groups and Hydra's own."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    keys = [one.key_or_group for one in parsed if not is_group(one)]
+    return [key for key in keys if not key.startswith(("hydra.", "hydra/"))]
 
 
 def is_group(override: Override) -> bool:

@@ -274,7 +274,7 @@ class BenchmarkOptions(Node):
 
     @model_validator(mode="after")
     def _is_there(self) -> BenchmarkOptions:
-        if self.data_dir is not None and not Path(self.data_dir).expanduser().is_dir():
+        if self.data_dir is not None and not Path(os.path.expanduser(self.data_dir)).is_dir():
             raise MelensError(f"benchmark.data_dir is {self.data_dir!r}; there is no such folder.")
         return self
 
@@ -326,7 +326,7 @@ class TrainingOptions(Node):
 
     @model_validator(mode="after")
     def _is_there(self) -> TrainingOptions:
-        if self.resume is not None and not Path(self.resume).expanduser().is_dir():
+        if self.resume is not None and not Path(os.path.expanduser(self.resume)).is_dir():
             raise MelensError(f"training.resume is {self.resume!r}; there is no such folder.")
         return self
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def planned_training(options: Options, method: str, *, dataset: str | None = Non
         gate=None if node.gate == "none" else node.gate,
         trace_every=node.trace_every,
         trace_prompts=node.trace_prompts,
-        resume=None if node.resume is None else Path(node.resume).expanduser(),
+        resume=None if node.resume is None else Path(os.path.expanduser(node.resume)),
         seeds=tuple(node.seed),
     )
 

@@ -6,10 +6,11 @@ import bisect
 import difflib
 import hashlib
 import json
+import logging
 import os
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -35,6 +36,7 @@ _NEEDED: dict[str, tuple[frozenset[str], ...]] = {  # the first of these sets th
     "grpo": (frozenset({"prompt", "answer"}),),
 }
 _ROLES = ("system", "prompt", "completion", "answer", "chosen", "rejected", "messages", "text")
+_log = logging.getLogger(__name__)
 _TURN = re.compile(r"\n\n(Human|Assistant): ?")
 
 
@@ -100,7 +102,7 @@ def load_training_data(
     are_dialogues = "prompt" not in there and _is_dialogue(rows[0].get(there.get("chosen", "")))
     if are_dialogues:
         compared = [there[role] for role in (("chosen", "rejected") if method == "dpo" else ("chosen",))]
-        rows = rows.filter(lambda row: _is_pair([row[column] for column in compared]))
+        rows = _kept(rows, lambda row: _is_pair([row[column] for column in compared]), name, "no last turn to learn")
     if limit is not None and limit < len(rows):
         rows = rows.shuffle(seed=seed).select(range(limit))
 
@@ -240,6 +242,14 @@ def _is_dialogue(value: Any) -> bool:
     return isinstance(value, str) and _TURN.search(value) is not None
 
 
+def _kept(rows: Dataset, is_wanted: Callable[[Any], bool], name: str, why_not: str) -> Dataset:
+    """Leave out rows that nothing can be learnt from, and tell how many."""
+    kept = rows.filter(is_wanted)
+    if len(kept) < len(rows):
+        _log.warning("%s: %d of %d rows have %s and are left out.", name, len(rows) - len(kept), len(rows), why_not)
+    return kept
+
+
 def _is_pair(dialogues: list[Any]) -> bool:
     """Tell whether dialogues end with a reply, and reply to the same."""
     if not all(isinstance(dialogue, str) and _last_turn(dialogue)[1].strip() for dialogue in dialogues):
@@ -280,7 +290,7 @@ def format_rows(data: TrainingData, method: str, *, chat: bool) -> Dataset:
     if method == "sft" and "text" in rows.column_names and not {"completion", "messages"} & set(rows.column_names):
         return rows.select_columns(["text"])
     try:
-        return rows.map(formatted, remove_columns=rows.column_names).filter(_is_answered)
+        return _kept(rows.map(formatted, remove_columns=rows.column_names), _is_answered, data.name, "an empty reply")
     except _OtherFormError as error:
         raise MelensError(f"{data.name}: {error}") from None
 

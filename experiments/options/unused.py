@@ -1,0 +1,114 @@
+"""Options that were typed and change nothing in this run: told, since somebody expects something of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from experiments.options.benchmark import asked_for
+from experiments.options.masks_asked import masks_asked
+from experiments.options.schema import Options
+from experiments.options.training import DATASETS
+from melens.allowed import in_words
+from melens.reading import has_columns, names_file
+from melens.training.recipe import METHODS, known_datasets
+
+__all__ = ["unused_options"]
+
+_NODES = {
+    "wemask": ("wemask", "data"),
+    "generate": ("wemask", "generate"),
+    "benchmark": ("wemask", "benchmark", "data"),
+    "tables": ("wemask", "benchmark", "data", "training", "table"),
+    **dict.fromkeys(METHODS, ("wemask", "training")),
+}
+"""What the experiments read of the nodes that not all of them do."""
+
+
+def unused_options(options: Options, typed: Iterable[str]) -> Iterator[str]:
+    """Yield a sentence for each typed option that this run does not use.
+
+    Args:
+        options: of the run.
+        typed: the names of the options that were typed.
+    """
+    read = {node for name in options.experiments for node in _NODES.get(name, ())}
+    shared = {node for nodes in _NODES.values() for node in nodes}
+    for key in typed:
+        node = key.partition(".")[0]
+        if node in shared - read:
+            yield f"{key} is given, and exp={options.exp.name} does not use it."
+        else:
+            for keys, is_used, why in _RULES:
+                if any(key == one or key.startswith(f"{one}.") for one in keys) and not is_used(options):
+                    yield f"{key} is given and changes nothing: {why}."
+
+
+def _is_masked(options: Options) -> bool:
+    return any(mask.rate != 0 for mask in masks_asked(options).values())
+
+
+def _draws_dims(options: Options) -> bool:
+    return any("random" in in_words(mask.select) for mask in masks_asked(options).values())
+
+
+def _reads_dataset(options: Options) -> bool:
+    return options.data.text is not None and not names_file(options.data.text)
+
+
+def _reads_columns(options: Options) -> bool:
+    return _reads_dataset(options) or (options.data.text is not None and has_columns(Path(options.data.text)))
+
+
+def _trains_on_hub(options: Options) -> bool:
+    method = options.exp.name
+    dataset = options.training.dataset or DATASETS.get(method, "")
+    of_preset = dataset in known_datasets() or method == "tables"
+    return options.training.data_dir is None if of_preset else dataset != "sums" and not names_file(dataset)
+
+
+def _asks(is_wanted: Callable[..., bool]) -> Callable[[Options], bool]:
+    """Look at the benchmarks; tables choose theirs by part."""
+    return lambda options: "benchmark" not in options.experiments or is_wanted(asked_for(options))
+
+
+_RULES: tuple[tuple[tuple[str, ...], Callable[[Options], bool], str], ...] = (
+    (("wemask",), lambda options: options.exp.name not in METHODS or _is_masked(options), "training.mask is off"),
+    (("wemask.seed",), _draws_dims, "it is of random dims, and no mask has some"),
+    (("data.split",), _reads_dataset, "it is of a dataset of the hub"),
+    (("data.column",), _reads_columns, "it is of a dataset of the hub, or of a file that has columns"),
+    (("training.split",), _trains_on_hub, "it is of a dataset of the hub"),
+    (("training.lora",), lambda options: options.training.peft == "lora", "training.peft=lora uses it"),
+    (
+        ("training.rollouts", "training.max_new_tokens", "training.temperature", "training.format_weight"),
+        lambda options: options.exp.name in ("grpo", "tables"),
+        "it is of exp=grpo",
+    ),
+    (("training.beta",), lambda options: options.exp.name != "sft", "it is of exp=dpo and exp=grpo"),
+    (("training.max_length",), lambda options: options.exp.name != "grpo", "exp=grpo has training.max_new_tokens"),
+    (
+        ("generate.temperature", "generate.top_p", "generate.seeds"),
+        lambda options: options.generate.sample,
+        "generate.sample is false",
+    ),
+    (
+        ("benchmark.temperature", "benchmark.top_p", "benchmark.seeds"),
+        _asks(lambda asked: asked.generates),
+        "nothing is sampled; benchmark.mode=generate does",
+    ),
+    (
+        ("benchmark.judge",),
+        _asks(lambda asked: any(benchmark.kind == "safety" for benchmark in asked.benchmarks)),
+        "no benchmark here is of safety",
+    ),
+    (
+        ("benchmark.needle",),
+        _asks(lambda asked: any(benchmark.name == "needle" for benchmark in asked.benchmarks)),
+        "benchmark.tasks does not have needle",
+    ),
+    (
+        ("benchmark.data_dir",),
+        _asks(lambda asked: any(benchmark.config for benchmark in asked.benchmarks)),
+        "no benchmark here has data",
+    ),
+)
