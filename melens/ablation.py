@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -58,7 +58,8 @@ def can_ablate(model: TransformerBridge, layer: int, part: str) -> bool:
     return has_normalization(model, layer, "ln2")
 
 
-def ablation(model: TransformerBridge, layer: int, part: str) -> list[Hook]:
+@checked
+def ablation(model: Bridge, layer: Layer, part: Part) -> list[Hook]:
     """Return the hooks that switch off a part of a block, at every position.
 
     Args:
@@ -69,8 +70,6 @@ def ablation(model: TransformerBridge, layer: int, part: str) -> list[Hook]:
     Raises:
         MelensError: an unknown part, or a block without it.
     """
-    if part not in get_args(Part):
-        raise MelensError(f"The part is {part!r}; allowed are {', '.join(get_args(Part))}.")
     check_layer(model, layer)
     if not can_ablate(model, layer, part):
         raise MelensError(f"Block {layer} of this model has no part {part!r} that TransformerLens tells apart.")

@@ -14,7 +14,7 @@ from melens.checked import checked
 from melens.errors import MelensError
 from melens.probes import LargestActivations
 from melens.statistics import bootstrap_mean
-from melens.tracing import Trace
+from melens.tracing import Trace, TraceGiven
 
 __all__ = ["Criterion", "Emergence", "find_me_layer", "massive_activations"]
 
@@ -99,7 +99,6 @@ class Emergence:
         return {"me_layer": values.pop("layer"), **values}
 
 
-TraceGiven = Annotated[Trace, InstanceOf(), Said("a Trace: melens.trace(model, prompts) returns one")]
 CriterionGiven = Annotated[Criterion, InstanceOf(), Said("a Criterion, such as melens.Criterion(min_abs=100)")]
 
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from melens.allowed import Rate, Whole
+from melens.checked import checked
 from melens.errors import MelensError
-from melens.tracing import Trace
+from melens.tracing import TraceGiven
 
 __all__ = ["SINK_THRESHOLD", "SinkOnset", "find_sink_onset", "sink_mass_by_head", "sink_mass_by_layer"]
 
@@ -33,7 +35,8 @@ class SinkOnset:
     looked_at: tuple[int, ...]
 
 
-def sink_mass_by_head(trace: Trace) -> pd.DataFrame:
+@checked
+def sink_mass_by_head(trace: TraceGiven) -> pd.DataFrame:
     """Average the sink mass over prompts: `layer`, `head`, `sink_mass`.
 
     Raises:
@@ -48,7 +51,8 @@ def sink_mass_by_head(trace: Trace) -> pd.DataFrame:
     return table.groupby(["layer", "head"])["sink_mass"].mean().reset_index()
 
 
-def sink_mass_by_layer(trace: Trace) -> pd.DataFrame:
+@checked
+def sink_mass_by_layer(trace: TraceGiven) -> pd.DataFrame:
     """Summarise the sink mass by block: its `mean`, `low` and `high` (10% and 90% of heads), and `share_of_heads`.
 
     Raises:
@@ -67,7 +71,8 @@ def sink_mass_by_layer(trace: Trace) -> pd.DataFrame:
     ).reset_index()
 
 
-def find_sink_onset(trace: Trace, *, threshold: float = SINK_THRESHOLD, trailing_blocks: int = 2) -> SinkOnset:
+@checked
+def find_sink_onset(trace: TraceGiven, *, threshold: Rate = SINK_THRESHOLD, trailing_blocks: Whole = 2) -> SinkOnset:
     """Find the block from which the first token is an attention sink.
 
     Args:

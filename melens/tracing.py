@@ -9,18 +9,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Int
+from pydantic import InstanceOf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-from melens.allowed import Count, Number
+from melens.allowed import Count, Number, Said
 from melens.arguments import BosOrNot, Bridge, Probes, Prompts, check_vocabulary
 from melens.batching import forget_longest
 from melens.checked import Folder, checked, given
@@ -41,7 +42,7 @@ from melens.prompts import Prompt, check_length, tokenize
 from melens.verification import Verification, verified
 from melens.whole import whole_folder
 
-__all__ = ["Trace", "default_probes", "trace"]
+__all__ = ["Trace", "TraceGiven", "default_probes", "trace"]
 
 Progress = Callable[[int, int], None]
 """Called as `progress(tokens_done, tokens_in_all)` after each batch."""
@@ -112,6 +113,8 @@ class Trace:
             tensors=load_file(folder / "tensors.safetensors"),
         )
 
+
+TraceGiven = Annotated[Trace, InstanceOf(), Said("a Trace: melens.trace(model, prompts) returns one")]
 
 _MARK = "melens_trace.json"
 """In the folder of a saved trace: which of its files are the trace's."""

@@ -121,7 +121,7 @@ def test_restoring_the_planted_ffn_output_restores_the_massive_activation():
 
 def test_mistakes_are_told():
     model = bridge(plain_model("llama"))
-    with pytest.raises(MelensError, match="part is 'nope'; allowed are ffn, attention"):
+    with pytest.raises(MelensError, match="part is 'nope'; it must be ffn, attention"):
         ablation(model, 0, "nope")
     with pytest.raises(MelensError, match="no block 4"):
         ablation(model, 4, "ffn")

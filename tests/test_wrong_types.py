@@ -10,7 +10,9 @@ import torch
 
 import melens
 from melens import MelensError, Norms, WeMask
+from melens.ablation import ablation
 from melens.prompts import byte_tokenizer
+from melens.sinks import find_sink_onset
 
 IDS = [[1, 2, 3], [4, 5]]
 NORMS = Norms("hook_resid_post")
@@ -230,6 +232,10 @@ CALLS = {
         lambda m, t, r: melens.find_me_layer(melens.trace(m, IDS, [NORMS])),
         "has no table 'largest'; it has norm.",
     ),
+    "find_sink_onset": (lambda m, t, r: find_sink_onset(m), "must be a Trace"),
+    "find_sink_onset threshold": (lambda m, t, r: find_sink_onset(t, threshold=30), "a number from 0 to 1"),
+    "ablation": (lambda m, t, r: ablation("smollm2-135m", 1, "ffn"), "must be a TransformerBridge"),
+    "ablation part": (lambda m, t, r: ablation(m, 1, "mlp"), "part is 'mlp'; it must be ffn, attention"),
     "Criterion share": (lambda m, t, r: melens.Criterion(min_prompts=5), "is 5; it must be a number from 0 to 1"),
     "Criterion blocks": (lambda m, t, r: melens.Criterion(few_blocks=-1), "is -1; it must be a whole number"),
     "Trace.load": (lambda m, t, r: melens.Trace.load(5), "Trace.load: folder is 5; it must be the path of a folder"),
