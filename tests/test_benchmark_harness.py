@@ -372,8 +372,8 @@ def test_a_missing_harness_and_a_hub_out_of_reach_are_told(monkeypatch):
     monkeypatch.setattr(harness, "_config_of", lambda benchmark: (_ for _ in ()).throw(ConnectionError("no way")))
     with pytest.raises(MelensError, match=r"piqa could not be loaded from the hub \(no way\).*benchmark.data_dir"):
         load_task(BENCHMARKS["piqa"])
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MelensError, match=r"pip install -e '.\[benchmark\]'"):
+    monkeypatch.setattr("melens.extras.find_spec", lambda name: None)
+    with pytest.raises(MelensError, match=r"needs lm_eval, which is not installed: pip install .*\[benchmark\]'"):
         load_task(BENCHMARKS["piqa"])
 
 

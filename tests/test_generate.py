@@ -264,7 +264,7 @@ def test_a_model_without_chat_template_or_tokenizer(embedded, monkeypatch):
 @pytest.mark.parametrize(
     "override",
     [
-        "max_new_tokens=0", "max_new_tokens=1.5", "seeds=3", "seeds=[]", "seeds=[a]", "temperature=0", "top_p=0",
+        "max_new_tokens=0", "max_new_tokens=1.5", "seeds=[]", "seeds=[a]", "temperature=0", "top_p=0",
         "top_p=1.1", "chat=maybe", "sample=1", "prompt=[]", "prompt=''", "prompt=[Rain,'']", "prompt=7",
         "temperature=true",
     ],
