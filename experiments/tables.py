@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,12 +25,14 @@ from experiments.options.masks import Preset, presets_of
 from experiments.options.schema import ReportedOptions
 from experiments.options.table import Part, Table, asked_table, of_part
 from experiments.options.training import Planned
+from experiments.progress import note
 from experiments.study import Study, begin_study
 from experiments.training import fit, free_memory, kept_training, model_options, prepare_training
 from experiments.training_report import Course, averaged, draw
-from melens import Probe, WeMask, figures, load_model
+from melens import MelensError, Probe, WeMask, figures, load_model
 from melens.benchmarks.layout import lay_out
 from melens.benchmarks.scores import correct, count_verdicts, summarise
+from melens.cache import cache_folder
 from melens.results import Picture, Result
 
 BASE = "base"
@@ -44,8 +47,9 @@ def prepare_table(cfg: Options) -> Planned:
     """Load all data before the model, and foresee the memory; return the first training.
 
     Raises:
-        MelensError: as `load_tasks` and `prepare_training`.
+        MelensError: as `load_tasks` and `prepare_training`; a cache that cannot be written to.
     """
+    _check_cache()
     table = asked_table(cfg)
     planned = []
     for part in table.parts:
@@ -53,6 +57,18 @@ def prepare_table(cfg: Options) -> Planned:
         load_tasks(own)
         planned.append(prepare_training(own, table.method, dataset=part.dataset))
     return planned[0]
+
+
+def _check_cache() -> None:
+    """Raise a `MelensError` where a trained model could not be kept: the table's rows are read from there."""
+    folder = cache_folder() / "trainings"
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise MelensError(
+            f"exp=tables keeps what it trains in {folder}, which cannot be written to: set MELENS_CACHE to a folder "
+            "that can be."
+        )
 
 
 def run(study: Study, options: ReportedOptions) -> Result:
@@ -223,7 +239,7 @@ class _Rows:
         folder = store.folder
         kept = partial(store.load_table, "training_log")  # which is written last
         if kept() is None:
-            with _taking_turns(folder, lambda: print(f"Another run trains {label} (seed {seed}): waiting for it.")):
+            with _taking_turns(folder, lambda: note(f"another run trains {label} (seed {seed}): waiting for it")):
                 if kept() is None:
                     begun = (folder / "checkpoints" / "training.json").is_file()
                     fitted = fit(replace(self._study, model=base, cfg=cfg), planned, folder, resume=begun)

@@ -22,7 +22,7 @@ from experiments.job import run_job
 from experiments.masks import on_blocks
 from experiments.options import compose_options
 from experiments.options.command_line import prepare_command
-from experiments.tables import _taking_turns
+from experiments.tables import _taking_turns, prepare_table
 from melens import MelensError, WeMask, load_model
 from melens.chat import check_conversations
 from melens.gates import add_gates, gates_of
@@ -763,6 +763,15 @@ def test_a_mistake_is_told_in_a_sentence(tmp_path, overrides, message):
     with pytest.raises(MelensError, match=message):
         job(tmp_path, *experiment, *overrides)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_table_without_a_cache_to_write_to_is_told_before_anything_slow(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MELENS_CACHE", str(tmp_path / "file"))
+    with pytest.raises(
+        MelensError, match=r"keeps what it trains in .*file/trainings, which cannot be written to: set MEL"
+    ):
+        prepare_table(compose_options("exp=tables", "table=3", "scale=smoke"))
 
 
 def test_runs_take_turns_at_a_kept_training(tmp_path):
