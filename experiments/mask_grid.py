@@ -125,7 +125,8 @@ def report(
     title = _Title(model["name"], metrics["texts"], metrics["tokens_per_text"])
     findings = [
         ("unmasked", f"loss {metrics['unmasked_loss']:.3f} nats a token, perplexity "
-                     f"{metrics['unmasked_perplexity']:.1f}, sink mass {metrics['unmasked_sink_mass']:.3f}"),
+                     f"{metrics['unmasked_perplexity']:.1f}, "
+                     + _unless_nan(metrics["unmasked_sink_mass"], "sink mass {:.3f}", _NO_SINKS)),
         *findings,
         *[(cell["cell"], _cell_in_words(cell)) for cell in cells.head(_TOLD).to_dict("records")],
     ]  # fmt: skip
@@ -223,7 +224,15 @@ def _cell_in_words(cell: dict[Any, Any]) -> str:
     loss = with_interval(cell["dloss"], (cell["dloss_low"], cell["dloss_high"]), "+.3f")
     hits = "" if pd.isna(cell["massive_hits"]) else f", massive dim masked in {cell['massive_hits']:.0f} blocks"
     p = "" if pd.isna(cell["p_holm"]) else f", p = {cell['p_holm']:.2g}"
-    return f"Δloss {loss}{p}, KL {cell['kl']:.3f}, sink mass × {cell['sink_ratio']:.2f}{hits}"
+    sinks = _unless_nan(cell["sink_ratio"], ", sink mass × {:.2f}", "")
+    return f"Δloss {loss}{p}, KL {cell['kl']:.3f}{sinks}{hits}"
+
+
+_NO_SINKS = "no attention behind the ME layer"
+
+
+def _unless_nan(value: float, told: str, otherwise: str) -> str:
+    return otherwise if np.isnan(value) else told.format(value)
 
 
 # --- For the claims ---------------------------------------------------------------------------------------------------
@@ -437,6 +446,8 @@ def _relaxed_in_words(grid: Grid, cells: pd.DataFrame, metrics: dict[str, Any]) 
     cell = drawn(cells).iloc[0]
     behind = grid.by_block[grid.by_block["layer"].isin(metrics["sink_layers"])].groupby("cell").mean(numeric_only=True)
     before, after = behind.loc[UNMASKED], behind.loc[cell["cell"]]
+    if np.isnan(before["sink_mass"]):
+        return "No block behind the ME layer has attention."
     return (
         f"{cell['cell']}: sink mass {before['sink_mass']:.3f} to {after['sink_mass']:.3f}; cosine of token 0's "
         f"attention input between texts {before['input_cosine']:.4f} to {after['input_cosine']:.4f}, of its key "

@@ -20,6 +20,7 @@ from experiments.study import Study
 from melens import AttentionMaps, Probe, WeMask, figures
 from melens.cache import Store, hash_of, store_for
 from melens.comparison import MaskComparison, Measured
+from melens.layout import Layout
 from melens.results import Picture, Result
 from melens.sinks import SINK_THRESHOLD
 
@@ -61,7 +62,7 @@ def run(study: Study, options: WemaskOptions) -> Result:
     pictures = {}
     if masks and (figure_8 := _figure_8(study, shown[0], texts, options)) is not None:
         pictures["attention_change"] = figure_8
-    if masks:
+    if masks and _attending_block(study, shown[0]) is not None:
         pictures["key"] = _key_picture(study, shown[0], comparison.unmasked, measured[masks.index(shown[0])])
     findings = [] if not kept else [("measured before", f"{len(kept)} of {len(masks)}: {_listed(kept)}")]
     return report(grid, study.trace.model, metrics, pictures, findings)
@@ -164,10 +165,15 @@ def _cell(mask: WeMask, massive: tuple[int, ...]) -> dict[str, Any]:
     }
 
 
+def _attending_block(study: Study, mask: WeMask) -> int | None:
+    """Find the first masked block, in a hybrid the first from there on whose attention can be heard."""
+    return Layout.of(study.model).next_attention(min(mask.blocks(study.model)) - 1)
+
+
 def _figure_8(study: Study, mask: WeMask, texts: Int[Tensor, "text pos"], options: WemaskOptions) -> Picture | None:
     """Draw the attention of the first masked block, without the mask and with it."""
-    block = min(mask.blocks(study.model))
-    if f"blocks.{block}.attn.hook_pattern" not in study.model.hook_dict:
+    block = _attending_block(study, mask)
+    if block is None or f"blocks.{block}.attn.hook_pattern" not in study.model.hook_dict:
         return None
     tokens = texts[0, : options.map_tokens].cpu()
 
@@ -198,7 +204,8 @@ def _figure_8(study: Study, mask: WeMask, texts: Int[Tensor, "text pos"], option
 
 
 def _key_picture(study: Study, mask: WeMask, unmasked: Measured, masked: Measured) -> Picture:
-    block = min(mask.blocks(study.model))
+    block = _attending_block(study, mask)
+    assert block is not None
     before, after = unmasked.first_key[block], masked.first_key[block]
     figure = figures.vectors_by_dim(
         {"without the mask": before.numpy(), "with it": after.numpy(), "difference": (after - before).numpy()},

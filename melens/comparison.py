@@ -21,6 +21,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from melens.batching import forget_longest
 from melens.cache import Store, hash_of
 from melens.errors import MelensError
+from melens.layout import Layout
 from melens.lean import Listener, is_inside_attention, lean_forward
 from melens.metrics import has_triton, pairwise_cosine
 from melens.networks import base_of
@@ -314,8 +315,8 @@ class MaskComparison:
             start: the block that the run began with.
             patterns: as for `measure`.
         """
-        if not heard[0].sink_mass:
-            raise MelensError("No block of this model tells what its attention looks at.")
+        if not start and not heard[0].sink_mass:
+            raise MelensError(f"No sinks can be compared: there is {Layout.of(self._model).attention_in_words}.")
         own = {"sink_mass": self._gathered([batch.sink_mass for batch in heard]).mT}
         n = len(self._distinct)
         of_first = {name: self._gathered([getattr(batch, name) for batch in heard]) for name in _OF_FIRST}
@@ -328,7 +329,10 @@ class MaskComparison:
             own |= self._patterns(start)
         for name, values in own.items():
             if start:
-                own[name] = torch.cat([getattr(self.unmasked, name)[:start], values[start:]])
+                before, after = getattr(self.unmasked, name)[:start], values[start:]
+                if after.shape[1:] != before.shape[1:]:  # in a hybrid no block may attend from here on
+                    after = before.new_full((len(after), *before.shape[1:]), float("nan"))
+                own[name] = torch.cat([before, after])
         for name in ("entropy", "effective_rank"):
             own.setdefault(name, torch.full_like(own["sink_mass"][..., 0], float("nan")))
         return Measured(**compared, **own)
@@ -349,6 +353,9 @@ class MaskComparison:
 
     def _patterns(self, start: int) -> dict[str, Tensor]:
         """Look at the attention patterns of the first texts, cut short: `[layer, head]` of each quantity."""
+        missing = torch.full((len(self._model.blocks), 1), float("nan"))
+        if not any(layer >= start for layer in Layout.of(self._model).attention):
+            return {"entropy": missing, "effective_rank": missing}
         probes: list[Probe] = [AttentionEntropy(), AttentionSpectrum()]
         for probe in probes:
             probe.may_miss = True
@@ -365,7 +372,6 @@ class MaskComparison:
                 wide = traced[table].groupby(["layer", "head"])[name].mean().unstack()
                 values = wide.reindex(range(len(self._model.blocks))).to_numpy()
                 found[name] = torch.tensor(values, dtype=torch.float32)
-        missing = torch.full((len(self._model.blocks), 1), float("nan"))
         entropy = found.get("entropy", missing)
         return {
             "entropy": entropy,

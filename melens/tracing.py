@@ -26,6 +26,7 @@ from melens.arguments import BosOrNot, Bridge, Probes, Prompts, check_vocabulary
 from melens.batching import forget_longest
 from melens.checked import Folder, checked, given
 from melens.errors import MelensError
+from melens.layout import listed
 from melens.lean import any_hooks, lean_forward
 from melens.networks import base_of
 from melens.places import Places
@@ -303,7 +304,9 @@ def _listeners(model: TransformerBridge, probe: Probe) -> list[_Listener]:
     for site in probe.sites:  # one named with its block is wanted whatever the layers are
         places = [place for place in Places.of(model).of_site(site) if place[1] in wanted or place[0] != site]
         if not places:
-            raise MelensError(f"The probe {probe.name!r} listens at {site!r}, which no block of this model has.")
+            has = [layer for _, layer, _ in Places.of(model).of_site(site)]
+            where = f" in {listed(layers)}; this model has it in {listed(has)}" if has else ", which no block here has"
+            raise MelensError(f"The probe {probe.name!r} listens at {site!r}{where}.")
         found += [_Listener(probe, *place) for place in places]
     return found
 

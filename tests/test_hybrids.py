@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import melens
 from experiments.options import compose_options
 from experiments.study import begin_study, run_experiments
+from melens.comparison import MaskComparison
 from melens.layout import Layout, listed
 from melens.networks import open_network, plain_twin
 from melens.results import combine
@@ -139,6 +140,34 @@ def test_where_a_mask_on_attention_has_no_place_it_is_said_why(model_type, mask,
     for model in (bridge, plain):
         with pytest.raises(melens.MelensError, match=sentence):
             melens.WeMask(**mask).on(model)
+
+
+def test_a_probe_on_blocks_without_attention_is_told_where_there_is_some():
+    bridge, _ = hybrid("nemotron_h")
+    with pytest.raises(melens.MelensError, match=r"at 'attn.hook_pattern' in block 0; this model has it in block 2\."):
+        melens.trace(bridge, [[1, 2, 3]], melens.AttentionMaps(0))
+    maps = melens.trace(bridge, [[1, 2, 3]], melens.AttentionMaps(2)).tensors["attention_maps"]
+    torch.testing.assert_close(maps.sum(-1), torch.ones(1, 1, 4, 3))
+
+
+def test_masks_behind_the_last_attention_are_compared_by_their_loss():
+    bridge, _ = hybrid("nemotron_h")  # whose block 2 alone attends
+    texts = torch.arange(10, 30).reshape(2, 10)
+    comparison = MaskComparison(bridge, texts, starts=[0, 3])
+    behind = comparison.measure(melens.WeMask(0.5, "random", site="resid_pre", start=3))
+    assert (behind.loss != comparison.unmasked.loss).all()
+    torch.testing.assert_close(behind.sink_mass, comparison.unmasked.sink_mass, equal_nan=True)
+    before = comparison.measure(melens.WeMask(0.5, "random", site="resid_pre", start=0))
+    attends = ~before.sink_mass.isnan().flatten(1).any(1)
+    assert attends.tolist() == [False, False, True, False]
+    assert not torch.allclose(before.sink_mass[2], comparison.unmasked.sink_mass[2])
+
+
+def test_a_comparison_without_attention_says_so():
+    config = {"vocab_size": 200, "hidden_size": 32, "num_hidden_layers": 1, "state_size": 8}
+    model = melens.load_model("random", model_type="mamba", config=config)
+    with pytest.raises(melens.MelensError, match="No sinks can be compared: there is no block with attention"):
+        MaskComparison(model, torch.arange(10, 30).reshape(2, 10), starts=[0])
 
 
 def test_what_transformer_lens_does_not_tell_apart_is_said_not_to_be(monkeypatch):
