@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -17,6 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from experiments.folders import owned_by_job
 from experiments.interrupts import INTERRUPTED, leave_in_order
 from experiments.options import read_options
 from experiments.options.command_line import check_command, prepare_command
@@ -34,8 +36,17 @@ _failures: list[Exception] = []
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def main(cfg: DictConfig) -> None:
     """Run one job; what goes wrong is told here, and in a sweep recorded, so that it does not end the others."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        with owned_by_job(folder):
+            _run(cfg, folder)
+    except (MelensError, OSError) as error:  # it is another's, who may have a result there
+        _failures.append(error)
+        tell(error, verbose=bool(HydraConfig.get().verbose))
+
+
+def _run(cfg: DictConfig, folder: Path) -> None:
     hydra_cfg = HydraConfig.get()
-    folder = Path(hydra_cfg.runtime.output_dir)
     config: Any = OmegaConf.to_container(cfg)
     config["given"] = given_options(config, hydra_cfg.overrides.task)
     try:
@@ -45,6 +56,8 @@ def main(cfg: DictConfig) -> None:
             print(f"Warning: {sentence}", file=sys.stderr)
         if not os.access(folder, os.W_OK):
             raise MelensError(f"The output folder {folder} cannot be written to.")
+        if not sys.stdout.isatty():  # where nothing else shows that something is done
+            logging.getLogger(__name__).info("loading torch, transformers and TransformerLens")
         from experiments.job import run_job  # takes seconds, which a mistake need not
 
         leave_in_order()

@@ -6,14 +6,13 @@ import ctypes
 import logging
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 from rich.console import Console
 
 from experiments.benchmark import load_tasks
-from experiments.folders import owned, owned_by_job
+from experiments.folders import owned
 from experiments.generate import check_chat
 from experiments.leaving import finish, interrupted_by_sigterm, leave, told_if_stopped
 from experiments.options import Options
@@ -52,7 +51,8 @@ def run_job(cfg: Options, folder: Path) -> list[str]:
     console = Console(quiet=not is_first_process())
     for name, mask in masks.items():
         console.print(f"mask {name}: {mask_in_words(mask)}", markup=False, highlight=False)
-    with interrupted_by_sigterm(), own_folders(folder, cfg), show_stages(console) as stage:
+    resumed = owned(Path(cfg.training.resume)) if cfg.training.resume and is_first_process() else nullcontext()
+    with interrupted_by_sigterm(), resumed, show_stages(console) as stage:
         if (planned := prepare(cfg, folder, stage)) is not None:
             config["model"] = model_options(cfg, planned)
         record = Record(folder, config=config, experiments=list(cfg.experiments), png=cfg.png, began=began)
@@ -102,13 +102,3 @@ def give_freed_memory_back() -> None:
     if hasattr(libc, "mallopt"):
         mmap_threshold = -3
         libc.mallopt(mmap_threshold, 4 * 2**20)
-
-
-@contextmanager
-def own_folders(folder: Path, cfg: Options) -> Iterator[None]:
-    """Keep other runs out of the folders that this one writes to; of several processes the first does."""
-    if not is_first_process():
-        yield
-        return
-    with owned_by_job(folder), nullcontext() if cfg.training.resume is None else owned(Path(cfg.training.resume)):
-        yield

@@ -13,7 +13,7 @@ from filelock import FileLock
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from experiments import folders
+from experiments import command, folders
 from experiments.folders import OwnFolder, own, owned, owned_by_job
 from experiments.jobs import read_jobs
 from experiments.options import compose_options
@@ -104,6 +104,17 @@ def test_two_jobs_of_a_sweep_do_not_share_a_folder(tmp_path, mode, monkeypatch):
     else:
         with owned_by_job(tmp_path):
             pass
+
+
+def test_a_job_that_may_not_write_leaves_what_is_there(tmp_path, another, monkeypatch, capsys):
+    of_job = SimpleNamespace(runtime=SimpleNamespace(output_dir=tmp_path), verbose=False, mode=RunMode.MULTIRUN)
+    monkeypatch.setattr(command, "HydraConfig", SimpleNamespace(get=lambda: of_job))
+    monkeypatch.setattr(command, "_failures", [])
+    another.acquire()
+    command.main.__wrapped__(OmegaConf.create({}))
+    assert [type(error) for error in command._failures] == [MelensError]
+    assert "Another run writes to" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [".melens.lock"]
 
 
 def test_runs_that_start_in_the_same_second_have_folders_of_their_own():
