@@ -21,6 +21,8 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
+from weakref import WeakKeyDictionary
 
 import pandas as pd
 import torch
@@ -32,6 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from melens.errors import MelensError
+from melens.quantization import is_quantized
 from melens.whole import whole_file
 
 __all__ = [
@@ -232,11 +235,14 @@ def fingerprint(network: nn.Module) -> str:
     """Hash all of a model that decides what it computes, the same on every device.
 
     Weights are hashed where they are: only a sum a block of 128 KiB leaves a GPU. Offloaded ones are fetched one after
-    the other.
+    the other. A quantised model is told by itself alone, so that nothing is kept of it beyond the process: its scales
+    may be in no weight nor buffer.
 
     Raises:
         MelensError: a weight on the meta device that accelerate would not fetch.
     """
+    if is_quantized(network):
+        return hash_of(_NAMES.setdefault(network, uuid4().hex))
     weights = []
     here = {id(weight): weight for weight in network.parameters() if not weight.is_meta}
     sums: dict[int, Tensor] = {}  # of these alone: to hold those that are fetched would fill the memory
@@ -246,6 +252,10 @@ def fingerprint(network: nn.Module) -> str:
             sums[id(weight)] = of_blocks
         weights.append([name, str(weight.dtype), list(weight.shape), of_blocks])
     return hash_of(weights, str(network), network.training, *_configs(network), list(_attached(network)))
+
+
+_NAMES: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+"""Of quantised models."""
 
 
 def _weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -40,6 +40,7 @@ from melens.probes import (
     TokenVectors,
 )
 from melens.prompts import Prompt, check_length, tokenize
+from melens.quantization import describe_quantization
 from melens.verification import Verification, verified
 from melens.whole import whole_folder
 
@@ -54,8 +55,8 @@ class Trace:
     """What the probes saw: plain tidy data.
 
     Attributes:
-        model: name, architecture, n_layers, d_model, n_heads, dtype, device, and `verified`: how far a trace of this
-            kind of model agrees with transformers (`melens.verify`).
+        model: name, architecture, n_layers, d_model, n_heads, dtype, quantization (None for plain weights), device, and
+            `verified`: how far a trace of this kind of model agrees with transformers (`melens.verify`).
         prompts: a row a prompt: `prompt`, `id`, `task`, `n_tokens`, `first_token`, `first_token_id`.
         tables: by probe, a row for each prompt, layer, site and whatever the probe's index runs over. `layer` is the
             0-based block, -1 outside the blocks.
@@ -513,6 +514,7 @@ def _describe(model: TransformerBridge, checked: Verification) -> dict[str, Any]
         "d_model": int(cfg.d_model),
         "n_heads": int(getattr(cfg, "n_heads", None) or 0),
         "dtype": str(next(model.original_model.parameters()).dtype).removeprefix("torch."),
+        "quantization": describe_quantization(model.original_model),
         "device": str(cfg.device),
         "verified": checked.summary,
     }

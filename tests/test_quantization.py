@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 import melens
 from melens import MelensError, WeMask, quantization
 from melens.batching import rule_of
+from melens.cache import fingerprint
 from melens.gates import add_gates
 from melens.networks import open_network, plain_twin
 from melens.skeletons import Skeleton
@@ -127,10 +128,18 @@ def test_every_way_to_run_it_is_that_of_its_own_numbers(in_rows):
     assert (found.way, found.why_not, found.unchecked) == ("fast", "", ())
     assert found.worst["error"] < 1e-4
     of_plain = melens.trace(bridge(plain), [TOKENS[0], TOKENS[0, :9]])
-    norms = melens.trace(model, [TOKENS[0], TOKENS[0, :9]])["norm"]["norm"]
+    trace = melens.trace(model, [TOKENS[0], TOKENS[0, :9]])
+    assert (trace.model["quantization"], of_plain.model["quantization"]) == ("rows", None)
+    norms = trace["norm"]["norm"]
     torch.testing.assert_close(
         torch.tensor(norms.to_numpy()), torch.tensor(of_plain["norm"]["norm"].to_numpy()), rtol=1e-3, atol=1e-4
     )
+
+
+def test_nothing_is_kept_of_a_quantised_model_for_another(in_rows):
+    model, again = load(in_rows[1]), load(in_rows[1])
+    assert fingerprint(model.original_model) == fingerprint(model.original_model)
+    assert fingerprint(model.original_model) != fingerprint(again.original_model)
 
 
 def test_what_is_hooked_onto_a_quantised_layer_is_not_on_its_twin(in_rows):
