@@ -329,8 +329,8 @@ class _Counter:
 # --- Telling ----------------------------------------------------------------------------------------------------------
 
 
-def how_asked(asked: Asked, chat: Chat | None = None) -> str:
-    """Tell in sentences how a model was asked, for the caption of a table; of several models, without their chat."""
+def how_asked(asked: Asked, chat: Chat | None) -> str:
+    """Tell in sentences how a model was asked, for the caption of a table."""
     ways = set()
     for benchmark in asked.benchmarks:
         if asked.generates and benchmark.kind != "language":
@@ -348,10 +348,7 @@ def how_asked(asked: Asked, chat: Chat | None = None) -> str:
         }[asked.layers]
     limit = "" if asked.limit is None else f" The first {asked.limit} items of each."
     judge = "" if asked.judge is None else f" Refusals judged by {asked.judge}."
-    thinking = ""
-    if any(map(asked.in_chat, asked.benchmarks)):
-        by_option = {None: "off, where the chat template has a switch for it", True: "on", False: "off"}
-        thinking = f" Thinking: {by_option[asked.thinking] if chat is None else chat.in_words()}."
+    thinking = "" if chat is None else f" Thinking: {chat.in_words()}."
     return f"Zero-shot, {how}.{thinking} Masked: {where}.{limit}{judge}"
 
 

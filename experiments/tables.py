@@ -33,6 +33,7 @@ from melens import MelensError, Probe, WeMask, figures, load_model
 from melens.benchmarks.layout import lay_out
 from melens.benchmarks.scores import correct, count_verdicts, summarise
 from melens.cache import cache_folder
+from melens.chat import Chat
 from melens.results import Picture, Result
 
 BASE = "base"
@@ -76,6 +77,7 @@ def run(study: Study, options: ReportedOptions) -> Result:
     table = asked_table(study.cfg)
     scores, items, notes = [], [], []
     courses: list[Course] = []
+    chat = None
     for part in table.parts:
         rows = _Rows(study, table, part)
         of_part_items = pd.concat(list(rows.items()), ignore_index=True)
@@ -84,7 +86,8 @@ def run(study: Study, options: ReportedOptions) -> Result:
         of_part_scores = summarise(of_part_items, rows.label(table.method.upper())).merge(kinds, on="mask")
         scores.append(of_part_scores.assign(dataset=part.dataset))
         courses += rows.courses
-        notes.append(how_asked(asked_for(rows.cfg)))
+        chat = rows.chat or chat
+        notes.append(how_asked(asked_for(rows.cfg), rows.chat))
     together = correct(pd.concat(scores, ignore_index=True))  # over all parts, not each alone
     pairs = _pairs(items)
     reference = f"{table.method.upper()} without a mask"
@@ -109,6 +112,8 @@ def run(study: Study, options: ReportedOptions) -> Result:
         left_out=list(table.left_out),
         n_compared=len(compared),
         n_shown=n_shown,
+        thinking=None if chat is None else chat.in_words(),
+        n_unfinished=int(together.loc[together["shown"], "n_unfinished"].sum()),
         compared=counts,
     )
     tables = {"table_items": pd.concat(items, ignore_index=True), "table_scores": together, "table_pairs": pairs}
@@ -199,6 +204,7 @@ class _Rows:
         self.cfg = of_part(study.cfg, part)
         self._asked = asked_for(self.cfg)
         self.courses: list[Course] = []
+        self.chat: Chat | None = None  # in which all of its models are asked
 
     def label(self, row: str) -> str:
         """Name a row; where parts share their benchmarks, by the dataset too."""
@@ -266,6 +272,7 @@ class _Rows:
     def _scored(self, study: Study, rows: Sequence[_Row], seed: int) -> pd.DataFrame:
         """Score a model row by row; `training` is the seed, `kind` that of the row."""
         bench = Bench(study, self._asked, keep=study.cfg.exp.is_kept)
+        self.chat = bench.chat
         found = []
         for benchmark in self._asked.benchmarks:
             preset = self._preset()

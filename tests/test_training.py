@@ -816,6 +816,8 @@ def test_a_table_trains_what_is_missing_and_a_second_time_nothing(tmp_path, monk
             ["training over gates", f"WeMask rate={rate} (SFT)", "gated attention, elementwise (SFT)"],
         )
     ]
+    metrics = json.loads((tmp_path / "first" / "result.json").read_text())["metrics"]
+    assert (metrics["thinking"], metrics["n_unfinished"]) == (None, 0)  # nothing is asked in a chat
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("trainings/*/model/model.safetensors")}
     assert len(kept) == 5
     job(tmp_path / "second", *options)
