@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from rich.console import Console
@@ -52,8 +52,7 @@ def run_job(cfg: Options, folder: Path) -> list[str]:
     console = Console(quiet=not is_first_process())
     for name, mask in masks.items():
         console.print(f"mask {name}: {mask_in_words(mask)}", markup=False, highlight=False)
-    resumed = owned(Path(cfg.training.resume)) if cfg.training.resume and is_first_process() else nullcontext()
-    with interrupted_by_sigterm(), resumed, show_stages(console) as stage:
+    with interrupted_by_sigterm(), own_resumed(cfg), show_stages(console) as stage:
         if (planned := prepare(cfg, folder, stage)) is not None:
             config["model"] = model_options(cfg, planned)
         record = Record(folder, config=config, experiments=list(cfg.experiments), png=cfg.png, began=began)
@@ -75,6 +74,13 @@ def run_job(cfg: Options, folder: Path) -> list[str]:
     if before := [part.experiment for part in record.parts if part.metrics.get("measured_before")]:
         console.print(f"Measured before, and kept: {', '.join(before)} (exp.keep=false measures anew).")
     return [part.experiment for part in record.parts if part.metrics.get("failed")]
+
+
+def own_resumed(cfg: Options) -> AbstractContextManager[None]:
+    """Keep other runs out of the folder of a training that goes on; one that holds none is refused later, untouched."""
+    folder = Path(os.path.expanduser(cfg.training.resume or ""))
+    is_there = cfg.training.resume is not None and (folder / "checkpoints").is_dir()
+    return owned(folder) if is_there and is_first_process() else nullcontext()
 
 
 def prepare(cfg: Options, folder: Path, stage: StageOf) -> Planned | None:
