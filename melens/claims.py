@@ -111,6 +111,8 @@ def _contents(results: Any) -> list[Mapping[str, Any]]:
         needed = ("experiment", "model", "metrics") if content.get("status", "ok") == "ok" else ()
         lacking = [name for name in needed if name not in content]
         lacking += [name for name in needed if name != "experiment" and not isinstance(content.get(name), Mapping)]
+        if not lacking and content.get("experiment") == "all":
+            lacking = [f"metrics.{name}" for name, part in content["metrics"].items() if not isinstance(part, Mapping)]
         if not lacking and "name" not in content.get("model", {"name": ""}):
             lacking = ["model.name"]
         if lacking:

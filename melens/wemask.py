@@ -25,7 +25,7 @@ from torch import Tensor
 
 from melens.allowed import Flag, Layers, Positions, Rate, Select, Share, Site, Start, Whole, check_fields
 from melens.caching import find_cache_by_any_name
-from melens.checked import Folder, as_integer, checked, must_be
+from melens.checked import Folder, as_integer, checked, given, must_be
 from melens.emergence import Emergence
 from melens.errors import MelensError
 from melens.masking import InstalledMask, TokenFinder
@@ -229,13 +229,13 @@ class WeMask:
         if self.rate == 0:
             return torch.empty(0, dtype=torch.long)
         if self.select == "massive":
-            are_dims = all(isinstance(dim, int) and 0 <= dim < network.d_model for dim in self.massive_dims)
-            if not self.massive_dims or not are_dims:
+            dims = self.massive_dims if isinstance(self.massive_dims, Sequence) else ()
+            if not dims or not all(isinstance(dim, int) and 0 <= dim < network.d_model for dim in dims):
                 raise MelensError(
-                    f"select=massive has the dims {list(self.massive_dims)}: mask.at(melens.find_me_layer(trace)) "
+                    f"select=massive has the dims {given(self.massive_dims)}: mask.at(melens.find_me_layer(trace)) "
                     f"gives those of this model, whose width is {network.d_model}."
                 )
-            return torch.tensor(sorted(self.massive_dims))
+            return torch.tensor(sorted(dims))
         count = self._count(network.d_model)
         if self.select == "random":
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + layer)

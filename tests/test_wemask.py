@@ -683,7 +683,7 @@ def test_an_me_layer_is_an_integer_of_any_kind(layer):
         ({"positions": "last"}, "positions is 'last'"),
         ({"strength": 0}, "strength is 0"),
         ({"seed": -1}, "seed is -1"),
-        ({"select": "massive"}, "select=massive has the dims \\[\\]"),
+        ({"select": "massive"}, "select=massive has the dims \\(\\)"),
         ({"select": "massive", "massive_dims": (64,)}, "whose width is 64"),
     ],
 )

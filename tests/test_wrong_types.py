@@ -281,7 +281,11 @@ CALLS = {
     "load": (lambda m, t, r: WeMask.load(None), "folder is None"),
     "massive dims": (
         lambda m, t, r: WeMask(start=1, select="massive", massive_dims=(-1,)).dims(m),
-        "has the dims [-1]",
+        "has the dims (-1,)",
+    ),
+    "judge parts": (
+        lambda m, t, r: melens.judge(PLANTED | {"experiment": "all", "metrics": {"sinks": 4}}),
+        "'metrics.sinks'",
     ),
 }  # fmt: skip
 
