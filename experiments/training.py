@@ -31,6 +31,7 @@ from melens.devices import is_dispatched
 from melens.gates import add_gates
 from melens.models import check_memory, load_tokenizer
 from melens.networks import bridged_twin, is_whole, open_network, plain_twin
+from melens.quantization import is_quantized
 from melens.results import Result, write_text
 from melens.sinks import sink_mass_by_layer
 from melens.training.data import TrainingData, format_rows, hash_rows, load_training_data
@@ -42,6 +43,7 @@ _SPREAD = (
     "model.device_map and model.max_memory spread a model for looking into it, not for training: leave them out, or "
     "shard it over GPUs with accelerate launch --config_file conf/training/accelerate/fsdp2.yaml experiments/run.py ..."
 )
+_QUANTIZED = "A quantised model has no weights that a training could change: load it without quantisation."
 
 
 def probes(model: TransformerBridge, options: PlainOptions) -> list[Probe]:
@@ -68,6 +70,8 @@ def prepare_training(cfg: Options, method: str, *, dataset: str | None = None, f
 
     if cfg.model.device_map is not None or cfg.model.max_memory is not None:
         raise MelensError(_SPREAD)
+    if cfg.model.quantize is not None:
+        raise MelensError(_QUANTIZED)
     disable_progress_bars()
     planned = planned_training(cfg, method, dataset=dataset).on(gpu=torch.cuda.is_available())
     if folder is not None:
@@ -201,6 +205,8 @@ def fit(study: Study, planned: Planned, folder: Path, *, resume: bool) -> Fitted
     chat = _is_chat(planned, tokenizer)
     if is_dispatched(study.model.original_model):
         raise MelensError(_SPREAD)
+    if is_quantized(study.model.original_model):
+        raise MelensError(_QUANTIZED)
     model = plain_twin(study.model)
     if model is study.model.original_model:
         raise MelensError("This model cannot be taken out of its bridge, so it cannot be trained.")

@@ -400,6 +400,7 @@ def _environment(model: dict[str, Any], config: dict[str, Any], duration: float)
         "untried": versions.untried(),
         "device": model.get("device"),
         "dtype": model.get("dtype"),
+        "quantization": model.get("quantization"),
         "seed": config.get("seed"),
         "git_commit": _git_commit(),
         "duration_s": round(duration, 2),

@@ -21,11 +21,14 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import melens
+from experiments.options import compose_options
+from experiments.training import fit, prepare_training
 from melens import MelensError, WeMask, quantization
 from melens.batching import rule_of
 from melens.cache import fingerprint
 from melens.gates import add_gates
 from melens.networks import open_network, plain_twin
+from melens.prompts import byte_tokenizer
 from melens.skeletons import Skeleton
 from melens.weights import score_blocks
 
@@ -170,6 +173,19 @@ def test_what_needs_plain_weights_is_refused(in_rows):
         score_blocks(model)
     with pytest.raises(MelensError, match="Attention in block 0 of this model is quantised"):
         add_gates(open_network(model), "headwise")
+
+
+def test_a_quantised_model_is_not_trained(in_rows):
+    cfg = compose_options(
+        "exp=sft", "training.dataset=sums", "model=hub", "model.name=/no/folder", "model.quantize=4bit"
+    )
+    with pytest.raises(MelensError, match="no weights that a training could change"):
+        prepare_training(cfg, "sft")
+    planned = SimpleNamespace(chat=False)
+    study = SimpleNamespace(model=load(in_rows[1]))
+    study.model._tokenizer = byte_tokenizer()
+    with pytest.raises(MelensError, match="no weights that a training could change"):
+        fit(study, planned, in_rows[1], resume=False)
 
 
 def test_a_joint_projection_of_packed_weights_is_refused_before_they_are_read(tmp_path):
