@@ -57,7 +57,7 @@ def test_what_does_not_apply_is_in_the_report(tmp_path):
     result = combine(run_experiments(study(model, prompts_of())))
     write_result(result, tmp_path, config=CONFIG, duration=1.0)
     page = write_report(result, tmp_path, command="").read_text("utf-8")
-    assert "<b>ffn</b> does not apply: No block of this model has an FFN" in page
+    assert "<b>ffn</b> does not apply: No FFN can be listened to: there is no block with an FFN." in page
 
 
 def test_a_result_that_was_kept_is_what_it_was(planted_result, tmp_path):
