@@ -36,7 +36,7 @@ def run(study: Study, options: EmergenceOptions) -> Result:
     """Draw norms, largest dims and sink mass by block, and put the ME layer in figures."""
     trace, me = study.trace, study.me
     onset = sinks.find_sink_onset(trace, trailing_blocks=me.criterion.trailing_blocks)
-    layout = Layout.of(study.model)
+    layout = Layout.of(study.model).as_heard(sinks.heard_layers(trace))
     norms = norm_by_block(trace["norm"])
     sink_mass = sinks.sink_mass_by_layer(trace)
     dims = _top_dims(trace, options.top_dims)

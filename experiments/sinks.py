@@ -17,7 +17,7 @@ from melens import AttentionMaps, AttentionSpectrum, MelensError, Probe, Spectru
 from melens.figures import COLORS, FIRST, SINK, Curve, Heatmap, Panel
 from melens.layout import Layout
 from melens.results import Picture, Result
-from melens.sinks import SINK_THRESHOLD, SinkOnset, find_sink_onset, sink_mass_by_head, sink_mass_by_layer
+from melens.sinks import SINK_THRESHOLD, SinkOnset, find_sink_onset, heard_layers, sink_mass_by_head, sink_mass_by_layer
 from melens.statistics import bootstrap_mean, mean_by, with_interval
 from melens.tracing import Progress
 
@@ -31,7 +31,7 @@ def probes(model: TransformerBridge, options: SinksOptions) -> list[Probe]:
 
 def run(study: Study, options: SinksOptions) -> Result:
     """Find the sinks by block and head, draw the maps of the blocks around the ME layer, and measure ranks."""
-    layout = Layout.of(study.model)
+    layout = Layout.of(study.model).as_heard(heard_layers(study.trace))
     if "sink_mass" not in study.trace.tables:
         raise MelensError(f"Sinks cannot be looked for: there is {layout.attention_in_words}.")
     of_carriers = study.of_carriers(study.trace["sink_mass"])

@@ -6,7 +6,7 @@ Layout.of(model).attention_in_words  # "attention in blocks 2, 5 and 8 of 12"
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformer_lens.model_bridge import TransformerBridge
@@ -32,6 +32,7 @@ class Layout:
         attention: those whose attention can be heard.
         ffn: those of whose FFN it can be heard what it writes to the residual stream.
         unheard_attention, unheard_ffn: those that have one which TransformerLens does not tell apart.
+        silent_attention: those whose attention told nothing in a trace, though it was listened to.
     """
 
     n_layers: int
@@ -39,6 +40,7 @@ class Layout:
     ffn: tuple[int, ...]
     unheard_attention: tuple[int, ...] = ()
     unheard_ffn: tuple[int, ...] = ()
+    silent_attention: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, model: TransformerBridge) -> Layout:
@@ -56,9 +58,19 @@ class Layout:
             tuple(layer for layer, block in enumerate(blocks) if layer not in ffn and _has_ffn(block)),
         )
 
+    def as_heard(self, layers: Collection[int]) -> Layout:
+        """Return the layout as a trace shows it, in which the attention of these blocks was heard."""
+        return replace(
+            self,
+            attention=tuple(layer for layer in self.attention if layer in layers),
+            silent_attention=tuple(layer for layer in self.attention if layer not in layers),
+        )
+
     @property
     def attention_in_words(self) -> str:
         """Say where there is attention."""
+        if self.silent_attention and not self.attention:
+            return f"attention in {listed(self.silent_attention)} that tells nothing of what it looks at"
         return _in_words("attention", self.attention, self.unheard_attention, self.n_layers)
 
     @property

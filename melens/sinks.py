@@ -12,7 +12,9 @@ from melens.checked import checked
 from melens.errors import MelensError
 from melens.tracing import TraceGiven
 
-__all__ = ["SINK_THRESHOLD", "SinkOnset", "find_sink_onset", "sink_mass_by_head", "sink_mass_by_layer"]
+__all__ = [
+    "SINK_THRESHOLD", "SinkOnset", "find_sink_onset", "heard_layers", "sink_mass_by_head", "sink_mass_by_layer",
+]  # fmt: skip
 
 SINK_THRESHOLD = 0.3
 """A head, or a block on average, has a sink where later tokens pay more than this to the key (Gu et al. 2024)."""
@@ -33,6 +35,12 @@ class SinkOnset:
     first_layer: int | None
     threshold: float
     looked_at: tuple[int, ...]
+
+
+@checked
+def heard_layers(trace: TraceGiven) -> list[int]:
+    """List the blocks whose attention a trace heard."""
+    return sorted(set(trace["sink_mass"]["layer"].tolist())) if "sink_mass" in trace.tables else []
 
 
 @checked

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import melens
 from experiments.options import compose_options
 from experiments.study import begin_study, run_experiments
+from melens.attention import eager_function
 from melens.comparison import MaskComparison
 from melens.layout import Layout, listed
 from melens.networks import open_network, plain_twin
@@ -51,8 +52,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3], "mamba_n_groups": 1, **_MAMBA2},
     "falcon_h1": _MAMBA2 | {"mamba_d_ssm": 64, "mamba_d_head": 16},
     "granitemoehybrid": {
-        **_types("mamba", "attention"), **_MAMBA2, "num_local_experts": 4, "num_experts_per_tok": 2,
-        "shared_intermediate_size": 96, "position_embedding_type": "rope",
+        **_types("mamba", "attention"), **_MAMBA2, "num_local_experts": 0, "shared_intermediate_size": 96,
+        "position_embedding_type": "rope",
     },
     "lfm2": _types("conv"),
     "lfm2_moe": _types("conv") | _EXPERTS | {"num_dense_layers": 1},
@@ -62,7 +63,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 ATTENTION = {"nemotron_h": (2,), "falcon_h1": (0, 1, 2, 3)}
 """Blocks with attention, where they are not 1 and 3."""
-FFN = {"nemotron_h": (1, 3), "zamba2": (), "granitemoehybrid": ()}
+FFN = {"nemotron_h": (1, 3), "zamba2": ()}
 """Blocks with an FFN that can be heard, where they are not all."""
 
 
@@ -85,7 +86,9 @@ def test_sinks_are_measured_in_the_blocks_with_attention(model_type):
     layout = Layout.of(bridge)
     assert layout.attention == ATTENTION.get(model_type, (1, 3))
     assert layout.ffn == FFN.get(model_type, (0, 1, 2, 3))
-    assert (layout.unheard_attention, layout.unheard_ffn) == ((), _unheard(model_type))
+    assert (layout.unheard_attention, layout.unheard_ffn) == ((), (1, 3) if model_type == "zamba2" else ())
+    if model_type == "recurrent_gemma" and eager_function(plain.model.layers[1].temporal_block) is None:
+        pytest.skip("This transformers computes RecurrentGemma's attention without telling its pattern.")
     tokens = torch.arange(10, 22)
     trace = melens.trace(bridge, [tokens], [melens.SinkMass(), melens.Norms(("hook_resid_post",))])
     with torch.no_grad():
@@ -97,10 +100,6 @@ def test_sinks_are_measured_in_the_blocks_with_attention(model_type):
     torch.testing.assert_close(torch.tensor(table.to_numpy()).float(), expected, rtol=1e-4, atol=1e-5)
     assert trace.model["verified"]["unchecked_sites"] == []
     assert trace.model["verified"]["way"] == "fast"
-
-
-def _unheard(model_type: str) -> tuple[int, ...]:
-    return {"zamba2": (1, 3), "granitemoehybrid": (0, 1, 2, 3)}.get(model_type, ())
 
 
 @pytest.mark.parametrize("model_type", ["nemotron_h", "zamba2", "recurrent_gemma"])
@@ -244,4 +243,7 @@ def test_blocks_are_told_in_words():
     partly = Layout(6, attention=(1,), ffn=(), unheard_attention=(4,))
     assert partly.attention_in_words == "attention in block 1 of 6, in block 4 not told apart by TransformerLens"
     assert partly.ffn_in_words == "no block with an FFN"
+    silent = Layout(6, attention=(1, 4), ffn=()).as_heard([])
+    assert silent.attention_in_words == "attention in blocks 1 and 4 that tells nothing of what it looks at"
+    assert Layout(6, attention=(1, 4), ffn=()).as_heard([1, 4]).attention == (1, 4)
     assert Layout(6, tuple(range(6)), ()).attention_in_words == "attention in all 6 blocks"
