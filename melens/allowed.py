@@ -51,8 +51,7 @@ class Said:
     phrase: str
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        said = self.phrase.replace("{", "{{").replace("}", "}}")
-        return core_schema.custom_error_schema(handler(source), "not_allowed", custom_error_message=said)
+        return core_schema.custom_error_schema(handler(source), "not_allowed", custom_error_message=self.phrase)
 
 
 def one_of(words: Sequence[str]) -> Any:

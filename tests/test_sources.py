@@ -66,7 +66,7 @@ def test_a_path_a_dtype_and_a_device_may_be_objects(tmp_path):
         ("org/m", {"trust_remote_code": "yes"}, "model.trust_remote_code is 'yes'; it must be true or false."),
         ("org/m", {"source": "hubb"}, "model.source is 'hubb'; it must be hub, embedded or random."),
         ("org/m", {"device_map": 3}, "model.device_map is 3; it must be auto, balanced, a device map or null."),
-        ("org/m", {"max_memory": "1GB"}, "model.max_memory is '1GB'; it must be "),
+        ("org/m", {"max_memory": "1GB"}, "model.max_memory is '1GB'; it must be like {0: 40GB, cpu: 90GB}, or null."),
     ],
 )
 def test_options_of_wrong_types_are_told(name, options, sentence):
