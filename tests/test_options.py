@@ -199,7 +199,7 @@ def test_a_file_of_any_name_is_found_also_in_a_sweep(tmp_path, name):
     ],
 )  # fmt: skip
 def test_a_wrong_option_gets_a_sentence_without_a_plus(arguments, message):
-    with pytest.raises(MelensError, match=re.escape(message)) as refused:
+    with pytest.raises(OptionError, match=re.escape(message)) as refused:
         check_command(prepare_command(arguments))
     assert " +" not in str(refused.value)
 

@@ -18,6 +18,7 @@ from hydra.errors import HydraException
 from experiments.options.masks_asked import masks_asked
 from experiments.options.reading import CONF, OptionError, choose_from, compose_options, is_group
 from experiments.options.schema import AS_TYPED, options_of
+from melens.errors import MelensError
 
 __all__ = ["check_command", "prepare_command"]
 
@@ -115,8 +116,11 @@ def check_command(arguments: Sequence[str]) -> None:
         return  # Hydra composes something else than conf/, or nothing: the job checks its own options
     parser = OverridesParser.create()
     overrides = [parser.parse_override(one) for one in own if not one.startswith(("hydra.", "hydra/"))]
-    for variant in _variants(overrides):
-        masks_asked(compose_options(*variant))
+    try:
+        for variant in _variants(overrides):
+            masks_asked(compose_options(*variant))
+    except MelensError as error:  # of the library, as for a benchmark that it does not know
+        raise OptionError(str(error)) from None
 
 
 def _variants(overrides: Sequence[Override]) -> Iterator[list[str]]:
