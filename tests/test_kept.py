@@ -13,7 +13,7 @@ from test_mask_grid import configuration, study_of
 from test_not_a_number import grid
 
 import melens
-from experiments import benchmark, ffn, mask_grid, predict, training
+from experiments import benchmark, ffn, mask_grid, predict, training, wemask
 from experiments.benchmark import Bench, Cell
 from experiments.jobs import jobs_of
 from experiments.options import compose_options
@@ -27,7 +27,7 @@ from melens.benchmarks.harness import Asking, evaluate, load_task
 from melens.cache import Store, store_for
 from melens.comparison import MaskComparison
 from melens.networks import plain_twin
-from melens.results import plain, write_result
+from melens.results import Result, plain, write_result
 
 TEXTS = torch.randint(10, 200, (4, 12), generator=torch.Generator().manual_seed(0))
 
@@ -197,12 +197,12 @@ def test_what_is_damaged_is_measured_anew_and_mended(tmp_path, monkeypatch):
 
 def test_only_what_was_found_is_kept_and_not_what_reads_files_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(predict, "run", lambda *_: 1 / 0)
-    cells = ("data.n_texts=2", "data.n_tokens=12", "wemask.start=1")
-    parts = parts_of(model_of(), "exp.experiments=[ablation,predict,wemask,ffn]", *cells)
+    monkeypatch.setattr(wemask, "run", lambda study, options: Result("wemask", study.trace.model, {"cells": 1}))
+    parts = parts_of(model_of(), "exp.experiments=[ablation,predict,wemask,ffn]")
     metrics = {part.experiment: part.metrics for part in parts}
     assert "not_applicable" in metrics["ablation"]  # this model has no massive activation
     assert metrics["predict"]["failed"]
-    assert metrics["wemask"]["cells"] == 1
+    assert metrics["wemask"] == {"cells": 1}
     kept = [folder.name.split("-")[0] for folder in (tmp_path / "cache" / "experiments").glob("*/*")]
     assert kept == ["ffn"]
 
