@@ -56,7 +56,7 @@ class Grid:
 _TEXTS = ("text", "texts", "tokens_per_text")
 _OF_MODEL = (
     "me_layer", "n_prompts", "distinct_first_tokens", "massive_position", "n_carriers", "last_lasting_layer",
-    "text_first_tokens", "sink_layers",
+    "text_first_tokens", "sink_layers", "next_attention",
 )  # fmt: skip
 
 
@@ -120,7 +120,7 @@ def report(
         "unmasked_loss": float(unmasked["loss"].mean()),
         "unmasked_perplexity": float(np.exp(unmasked["loss"].mean())),
         "unmasked_sink_mass": float(unmasked["sink_mass"].mean()),
-        **_claim_metrics(cells, metrics.get("me_layer")),
+        **_claim_metrics(cells, metrics.get("me_layer"), metrics.get("next_attention")),
     }
     title = _Title(model["name"], metrics["texts"], metrics["tokens_per_text"])
     findings = [
@@ -238,7 +238,7 @@ def _unless_nan(value: float, told: str, otherwise: str) -> str:
 # --- For the claims ---------------------------------------------------------------------------------------------------
 
 
-def _claim_metrics(cells: pd.DataFrame, me_layer: int | None) -> dict[str, Any]:
+def _claim_metrics(cells: pd.DataFrame, me_layer: int | None, next_attention: int | None) -> dict[str, Any]:
     """Pick out of the grid what the claims are about; what it does not have is left out, with the reason."""
     if not len(cells) or me_layer is None:
         return {}
@@ -249,7 +249,7 @@ def _claim_metrics(cells: pd.DataFrame, me_layer: int | None) -> dict[str, Any]:
         **_sink_metrics(of_paper),
         **_harm_metrics(behind),
         **_moderation_metrics(of_paper),
-        **_start_metrics(plain[plain["layers"] == "first"], me_layer),
+        **_start_metrics(plain[plain["layers"] == "first"], next_attention),
     }
 
 
@@ -307,17 +307,17 @@ def _moderation_metrics(of_paper: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def _start_metrics(first_only: pd.DataFrame, me_layer: int) -> dict[str, Any]:
-    """Compare the mask in the block behind the ME layer alone with the same mask in each other block alone."""
+def _start_metrics(first_only: pd.DataFrame, behind: int | None) -> dict[str, Any]:
+    """Compare the mask in the next block with attention behind the ME layer alone with that in each other alone."""
     for _, group in first_only.dropna(subset=["sink_ratio"]).groupby(["select", "site", "rate", "seed"], sort=False):
         effect = (1 - group.set_index("start")["sink_ratio"]).abs()
-        if me_layer + 1 in effect.index and len(effect) >= 4:
-            others = effect.drop(me_layer + 1).sort_values(ascending=False)
+        if behind in effect.index and len(effect) >= 4:
+            others = effect.drop(behind).sort_values(ascending=False)
             return {
-                "start_effect": float(effect[me_layer + 1]),
+                "start_effect": float(effect[behind]),
                 "start_effect_elsewhere": float(others.iloc[0]),
                 "start_strongest_elsewhere": next(map(int, others.index)),
-                "start_effect_ratio": float(effect[me_layer + 1] / max(others.iloc[0], 1e-9)),
+                "start_effect_ratio": float(effect[behind] / max(others.iloc[0], 1e-9)),
             }
     return {"start_why_not": "It takes other starts (wemask.start=all_blocks wemask.layers=first)."}
 

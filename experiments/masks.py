@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from experiments.options.schema import MaskOptions
 from melens import Emergence, MelensError, WeMask
+from melens.networks import Network, open_network
 from melens.wemask import FixedDims
 
 __all__ = ["masks_of", "on_blocks", "only_mask_of"]
@@ -26,7 +28,7 @@ def masks_of(options: MaskOptions, me: Emergence, model: TransformerBridge) -> l
         MelensError: a mask that this model cannot have.
     """
     masks: list[WeMask | None] = []
-    for cell in _cells(options, n_layers=len(model.blocks)):
+    for cell in _cells(options, open_network(model)):
         mask = _saved(cell, model) if cell["select"] == SAVED else None
         if mask is None and cell["rate"]:
             mask = WeMask(**cell).at(me).on(model)
@@ -67,19 +69,23 @@ def on_blocks(mask: WeMask, layers: Any) -> WeMask:
     return replace(mask, layers=kept, fixed=FixedDims(dims, kept, fixed.model))
 
 
-def _cells(options: MaskOptions, *, n_layers: int) -> list[dict[str, Any]]:
+def _starts(cell: Mapping[str, Any], network: Network) -> list[Any]:
+    """Return where a mask starts; of all blocks, one after the other those where it has a place."""
+    if cell["start"] != "all_blocks":
+        return [cell["start"]]
+    blocks = range(len(network.blocks))
+    return [block for block in blocks if cell["site"] == "resid_pre" or network.can_mask_attention(block)]
+
+
+def _cells(options: MaskOptions, network: Network) -> list[dict[str, Any]]:
     """Combine what is given as lists: arguments of `WeMask`, with a rate of 0 for no mask."""
     plain = options.model_dump()
     lists = {name: plain[name] if isinstance(plain[name], list) else [plain[name]] for name in _LISTS}
     layers = plain["layers"]
     are_blocks = isinstance(layers, list) and all(isinstance(block, int) for block in layers)
     lists["layers"] = layers if isinstance(layers, list) and not are_blocks else [layers]
-    lists["start"] = [
-        start
-        for given in lists["start"]
-        for start in (range(n_layers) if given == "all_blocks" else [given])  # each block in turn
-    ]
-    cells = [plain | dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
+    combined = [plain | dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
+    cells = [cell | {"start": start} for cell in combined for start in _starts(cell, network)]
     for cell in cells:
         if cell["select"] != "random":
             cell["seed"] = 0  # else the same mask would count more than once

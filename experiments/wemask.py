@@ -55,6 +55,7 @@ def run(study: Study, options: WemaskOptions) -> Result:
         text_first_tokens=comparison.distinct_first_tokens,
         text=data.text or "pydoc_data.topics",
         sink_layers=_sink_layers(study),
+        next_attention=None if study.me.layer is None else Layout.of(model).next_attention(study.me.layer),
         masks={mask_name(mask): mask.told() for mask in masks},
         unmasked_run_was_kept=comparison.shared,
         cells_kept=[mask_name(mask) for mask in kept],

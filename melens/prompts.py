@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from melens.checked import checked
 from melens.errors import MelensError
 from melens.reading import Row, file_rows, lone_surrogate
 
@@ -64,6 +65,7 @@ class Prompt:
             )
 
 
+@checked
 def load_prompts(
     file: str | Path | None = None, tasks: str | Sequence[str | int | float] | None = None
 ) -> list[Prompt]:

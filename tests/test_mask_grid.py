@@ -159,3 +159,10 @@ def test_a_model_without_an_me_layer_needs_a_start():
     result = run(plain, "wemask.start=1", "exp.keep=false")
     assert len(result.tables["cells"]) == 1
     assert set(melens.judge([result]).query("experiment == 'wemask'").verdict) == {"not measured"}
+
+
+def test_all_blocks_are_those_where_a_mask_has_a_place(model, monkeypatch):
+    study = study_of(model, "wemask.start=all_blocks", "wemask.layers=first", "wemask.site=[attn_in,resid_pre]")
+    monkeypatch.setattr("melens.networks.Network.can_mask_attention", lambda network, layer: layer != 0)
+    starts = [(mask.site, mask.start) for mask in masks_of(study.cfg.wemask, study.me, model)]
+    assert starts == [("attn_in", 1), ("attn_in", 2), ("attn_in", 3), *(("resid_pre", block) for block in range(4))]
