@@ -8,6 +8,7 @@ import re
 import sys
 import tempfile
 import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,7 @@ def run_command() -> int:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(help_text())
         return 0
+    warnings.formatwarning = lambda message, *told, **more: f"Warning: {message}\n"
     quiet_other_processes()
     warn_untried(lambda sentence: print(f"Warning: {sentence}", file=sys.stderr))
     try:
