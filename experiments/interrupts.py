@@ -1,4 +1,4 @@
-"""What Ctrl-C does: before there is work, end at once; after that, leave in order."""
+"""What Ctrl-C and SIGTERM do: before there is work, end at once; after that, leave in order."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ INTERRUPTED = 130
 
 
 def stop_at_once() -> None:
-    """Let Ctrl-C end the process without a traceback: the imports that come first take seconds and leave nothing."""
+    """Let Ctrl-C and SIGTERM end the process without a traceback, for the seconds of imports that leave nothing."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell told us to ignore it
         signal.signal(signal.SIGINT, _stop)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _stop)
 
 
 def leave_in_order() -> None:
-    """Let Ctrl-C raise `KeyboardInterrupt` again, for work that has something to put away."""
-    if signal.getsignal(signal.SIGINT) is _stop:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Let them do what they do by default, for work that has something to put away."""
+    for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        if signal.getsignal(number) is _stop:
+            signal.signal(number, default)
 
 
 def _stop(*told: Any) -> None:

@@ -311,7 +311,7 @@ def _start_metrics(first_only: pd.DataFrame, behind: int | None) -> dict[str, An
     """Compare the mask in the next block with attention behind the ME layer alone with that in each other alone."""
     for _, group in first_only.dropna(subset=["sink_ratio"]).groupby(["select", "site", "rate", "seed"], sort=False):
         effect = (1 - group.set_index("start")["sink_ratio"]).abs()
-        if behind in effect.index and len(effect) >= 4:
+        if behind is not None and behind in effect.index and len(effect) >= 4:
             others = effect.drop(behind).sort_values(ascending=False)
             return {
                 "start_effect": float(effect[behind]),

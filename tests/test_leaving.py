@@ -3,7 +3,10 @@
 import ctypes
 import json
 import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +20,7 @@ from experiments.options import compose_options
 from melens import MelensError
 from melens.results import Record
 
+ROOT = Path(__file__).parents[1]
 ALL = ("exp=all", "model=random", "exp.experiments=[direction,ffn]")
 
 
@@ -145,3 +149,15 @@ def test_windows_has_no_libc_to_ask(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", no_such_library)
     monkeypatch.setattr("experiments.job.sys", SimpleNamespace(platform="win32"))
     give_freed_memory_back()
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_before_there_is_work_a_signal_ends_the_run_at_once(name):
+    code = (
+        f"import signal; from experiments.interrupts import leave_in_order, stop_at_once; before = signal.getsignal("
+        f"signal.{name}); stop_at_once(); leave_in_order(); assert signal.getsignal(signal.{name}) is before; "
+        f"stop_at_once(); signal.raise_signal(signal.{name})"
+    )
+    begin = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {code}"
+    done = subprocess.run([sys.executable, "-c", begin], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stderr) == (130, "Interrupted: no result was written.\n")
