@@ -1,6 +1,7 @@
 """What is typed is what is run, and what cannot be run is refused in a sentence, in a second."""
 
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -383,3 +384,26 @@ def test_the_merged_table_has_a_column_for_every_swept_option(tmp_path, monkeypa
     assert sweep["exp.other_shares"].tolist() == ["[0.1]", "[0.1]", "[0.2]", "[0.2]"]
     assert sweep["seed"].tolist() == [0, 1, 0, 1]
     assert pd.read_parquet(tmp_path / "claims.parquet")["model"].nunique() >= 4
+
+
+# --- README -----------------------------------------------------------------------------------------------------------
+
+
+def commands_of_readme():
+    text = (ROOT / "README.md").read_text("utf-8").replace("\\\n", " ")
+    lines = [line for block in text.split("```")[1::2] for line in block.splitlines()]
+    commands = [shlex.split(line, comments=True) for line in lines if "experiments/run.py" in line]
+    return [command[command.index("experiments/run.py") + 1 :] for command in commands]
+
+
+def test_every_command_of_the_readme_is_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.jsonl").write_text('{"text": "Where is the key?"}\n')
+    (tmp_path / "my-data").mkdir()
+    (tmp_path / "outputs" / "2026-01-31" / "12-00-00-000000").mkdir(parents=True)
+    for module in ("melens.extras", "melens.training.recipe"):
+        monkeypatch.setattr(f"{module}.find_spec", lambda name: True)
+    commands = commands_of_readme()
+    assert len(commands) > 30
+    for command in commands:
+        check_command(prepare_command([one for one in command if one != "..."]))
