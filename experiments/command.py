@@ -49,11 +49,12 @@ def main(cfg: DictConfig) -> None:
 def _run(cfg: DictConfig, folder: Path) -> None:
     hydra_cfg = HydraConfig.get()
     config: Any = OmegaConf.to_container(cfg)
-    config["given"] = given_options(config, hydra_cfg.overrides.task)
+    typed = hydra_cfg.overrides.task
+    config |= {"given": given_options(config, typed), "typed": typed_options(typed)}
     try:
-        options = read_options(cfg, hydra_cfg.overrides.task)
+        options = read_options(cfg, typed)
         config = options.plain()
-        for sentence in unused_options(options, typed_options(hydra_cfg.overrides.task)):
+        for sentence in unused_options(options):
             print(f"Warning: {sentence}", file=sys.stderr)
         if not os.access(folder, os.W_OK):
             raise MelensError(f"The output folder {folder} cannot be written to.")

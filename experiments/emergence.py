@@ -186,6 +186,7 @@ def _largest_dim_in_words(dims: pd.DataFrame) -> str:
 
 def merge(jobs: Sequence[Job]) -> Result:
     """Merge the jobs of a sweep over models: table 8, grouped by family, and the norm curves side by side."""
+    jobs = [job for job in jobs if job.result["experiment"] in ("emergence", "all")]
     rows: list[dict[Any, Any]] = []
     curves, me_layers = {}, {}
     swept = dict.fromkeys(key for job in jobs for key in job.swept)

@@ -60,13 +60,13 @@ def read_jobs(folder: Path, among: Collection[Path] | None = None) -> list[Job]:
 
 def jobs_of(results: Mapping[Path, dict[str, Any]]) -> list[Job]:
     """Tell results by folder from each other by what the user swept."""
-    given = [result["config"].get("given", {}) for result in results.values()]
-    keys = dict.fromkeys(key for options in given for key in options if key not in _TOLD_ELSEWHERE)
-    differing = [key for key in keys if len({repr(options.get(key)) for options in given}) > 1]
+    keys = dict.fromkeys(key for result in results.values() for key in result["config"].get("typed", ()))
+    values = {key: [_value(result["config"], key) for result in results.values()] for key in keys}
+    differing = [key for key in keys if key not in _TOLD_ELSEWHERE and len(set(map(repr, values[key]))) > 1]
     models = Counter(result["config"]["model"]["name"] for result in results.values())
     jobs = []
-    for (folder, result), options in zip(results.items(), given, strict=True):
-        swept = {key: options.get(key) for key in differing}
+    for number, (folder, result) in enumerate(results.items()):
+        swept = {key: values[key][number] for key in differing}
         model = result["config"]["model"]["name"] if len(models) > 1 else ""
         jobs.append(Job(folder, result, swept, in_words(model, swept) or f"job {folder.name}"))
     doubles = Counter(job.name for job in jobs)  # the same command twice, or two experiments
@@ -81,5 +81,15 @@ def in_words(model: str, swept: Mapping[str, Any]) -> str:
     return ", ".join(filter(None, [model, *(f"{key}={_plain(value)}" for key, value in swept.items())]))
 
 
+def _value(config: Mapping[str, Any], key: str) -> Any:
+    """Return what an option is in a job, also where only other jobs had it typed; of a config group what was chosen."""
+    if "." not in key and key in config.get("given", {}):
+        return config["given"][key]
+    value: Any = config
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
 def _plain(value: Any) -> str:
-    return allowed.in_words(value).replace("'", "")
+    return value if isinstance(value, str) else allowed.in_words(value).replace("'", "")

@@ -97,7 +97,7 @@ def merge(jobs: Sequence[Job]) -> list[Result]:
     return merged
 
 
-_MASK_NODES = ("wemask", "masks", "given")
+_MASK_NODES = ("wemask", "masks", "given", "typed")
 
 
 def is_of_mask(key: str) -> bool:

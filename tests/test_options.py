@@ -19,7 +19,7 @@ from experiments.options.benchmark import asked_for
 from experiments.options.command_line import check_command, prepare_command
 from experiments.options.help import help_text, lines_of
 from experiments.options.masks_asked import mask_in_words, masks_asked
-from experiments.options.reading import CONF, OptionError, typed_options
+from experiments.options.reading import CONF, OptionError
 from experiments.options.schema import Options, options_of
 from experiments.options.training import planned_training
 from experiments.options.unused import unused_options
@@ -108,6 +108,13 @@ def test_the_masks_of_a_run_are_told_as_they_are_in_the_end():
     assert masks_asked(typed("exp=sft", "training.mask=paper"))["paper"].start == "me+1"
     assert masks_asked(typed("exp=tables", "table=7"))["paper"].rate == [0.1]
     assert masks_asked(typed("exp=sinks")) == {}
+    several = masks_asked(
+        typed("exp=all", "exp.experiments=[wemask,benchmark]", "benchmark.table=5", "benchmark.masks=[paper]")
+    )
+    assert {name: mask.rate for name, mask in several.items()} == {
+        "of wemask: paper": 0.1,
+        "of benchmark: paper": [0.01, 0.03, 0.1, 0.2],
+    }
 
 
 # --- A text is a text -------------------------------------------------------------------------------------------------
@@ -117,7 +124,7 @@ def test_the_masks_of_a_run_are_told_as_they_are_in_the_end():
     "text",
     [
         "my prompts [v=2].txt", "a=b.txt", "a(1)%{x}.txt", "it's.txt", "1e5", "0x12", "12", "true", "a, b", "ü.txt",
-        "C:\\prompts\\a.txt", 'say "hi"', "[INST] a", " blank",
+        "C:\\prompts\\a.txt", 'say "hi"', "[INST] a", " blank", '"Hi," he said. "Bye"', "range(5)", "choice(a,b)",
     ],
 )  # fmt: skip
 def test_a_text_is_taken_as_it_was_typed(text):
@@ -131,6 +138,11 @@ def test_lists_quotes_null_and_functions_of_hydra_are_what_they_were():
     assert typed("data.text=null").data.text is None
     assert prepare_command(["-m", "model.revision=step1,100"]) == ["-m", "++model.revision='step1','100'"]
     assert prepare_command(["-m", "model.name=choice(a,b)"]) == ["-m", "++model.name=choice(a,b)"]
+
+
+def test_a_prompt_is_no_place_for_interpolations():
+    assert typed("exp=generate", "generate.prompt=Costs ${price} dollars").generate.prompt == "Costs ${price} dollars"
+    assert typed("scale=null").given == {}
 
 
 @pytest.mark.parametrize("name", ["my prompts [v=2].txt", "a,b (1).txt", "[x].md"])
@@ -165,6 +177,20 @@ def test_a_file_of_any_name_is_found_also_in_a_sweep(tmp_path, name):
         (["model=qwen3-4"], "There is no model=qwen3-4; did you mean qwen3-4b"),
         (["-m", "exp=emergence,sink"], "There is no exp=sink; did you mean sinks"),
         (["-m", "wemask.rate=0.1,7"], "wemask.rate is 7; it must be a number from 0 (no mask) to 1, or a list of"),
+        (["model.name=Qwen/Qwen3-8B"], "model.name is for model=hub: model=hub model.name=Qwen/Qwen3-8B."),
+        (["model=tiny", "model.name=qwen3-4b"], "model.name is for model=hub"),
+        (["model=hub", "model.name=smollm2-135m"], "smollm2-135m has a file in conf/model, with options of its own"),
+        (["model.source=hub"], "model.source goes with the choice: model=... changes it."),
+        (["exp.name=sinks"], "exp.name goes with the choice: exp=... changes it."),
+        (["given.x=3"], "There is no option given"),
+        (["exp=[ffn,predict]"], "exp is ['ffn', 'predict']; it takes one name, as exp=ablation; several in one run"),
+        (["wemask={rate:0.3}"], "wemask is {'rate': 0.3}; it takes one name, as wemask=grid."),
+        (["exp=null"], "exp is null; it takes one name"),
+        (["scale=5"], "There is no scale=5; allowed are paper, small, smoke."),
+        (["-m", "scale=null,smoke"], "scale is null; it takes one name"),
+        (["exp=tables", "table=1", "benchmark.masks=[random]"], "A table has trainings, masks and gates"),
+        (["exp=tables", "table=1", "wemask=random"], "A table has trainings, masks and gates"),
+        (["exp=emergence", "exp.n_prompts=2"], "There is no option exp.n_prompts; allowed are exp.log_scale"),
         (["foo"], "'foo' is no option; options are written as name=value"),
         (["~exp"], "options cannot be taken out"),
         (["max_batch_tokens=lots"], "max_batch_tokens is 'lots'; it must be a whole number of at least 1."),
@@ -260,7 +286,7 @@ def test_a_package_that_is_missing_is_told_with_the_command_that_installs_it(mon
     [
         (["exp=sinks", "wemask.rate=0.3"], ["wemask.rate is given, and exp=sinks does not use it."]),
         (["exp=all", "exp.experiments=[sinks,wemask]", "wemask.rate=0.3"], []),
-        (["exp=sft", "wemask.rate=0.3"], ["wemask.rate is given and changes nothing: training.mask is off."]),
+        (["exp=sft", "wemask.rate=0.3"], ["wemask.rate is given and changes nothing: this run has no mask."]),
         (["exp=sft", "wemask.rate=0.3", "training.mask=paper"], []),
         (["exp=wemask", "wemask.seed=3"], ["wemask.seed is given and changes nothing: it is of random dims"]),
         (["exp=wemask", "wemask.seed=3", "wemask.select=[weight,random]"], []),
@@ -276,12 +302,22 @@ def test_a_package_that_is_missing_is_told_with_the_command_that_installs_it(mon
         (["exp=benchmark", "benchmark.table=5", "benchmark.temperature=0.5"], []),
         (["exp=benchmark", "benchmark.tasks=[copy]", "benchmark.needle.lengths=[64]"], ["benchmark.needle.lengths"]),
         (["exp=benchmark", "scale=smoke"], []),
+        (["exp=sft", "wemask=random"], ["wemask is given and changes nothing: this run has no mask."]),
+        (["exp=sinks", "wemask=grid"], ["wemask is given, and exp=sinks does not use it."]),
+        (["exp=generate", "wemask=off", "wemask.start=3"], []),
+        (["exp=benchmark", "benchmark.masks=[off]", "wemask.rate=0.3"], ["wemask.rate is given and changes nothing"]),
+        (["exp=benchmark", "benchmark.tasks=[copy]", "benchmark.chat=true"], ["benchmark.chat is given"]),
+        (["exp=all", "exp.wemask.patterns=all"], ["exp.wemask.patterns is given, and exp.experiments does not name"]),
+        (["exp=all", "exp.rmsnorm.top_share=0.5"], []),
+        (["exp=sft", "training.steps=5", "training.epochs=3"], ["training.epochs is given and changes nothing"]),
+        (["exp=tables", "table=1", "training.rollouts=4"], ["training.rollouts is given and changes nothing"]),
+        (["exp=tables", "table=4", "training.rollouts=4"], []),
         (["exp=tables", "table=1", "training.batch_size=8", "benchmark.judge=smollm2-135m"], []),
     ],
 )
 def test_what_is_typed_and_changes_nothing_is_told(arguments, told):
     prepared = prepare_command(arguments)
-    found = list(unused_options(compose_options(*prepared), typed_options(prepared)))
+    found = list(unused_options(compose_options(*prepared)))
     assert len(found) == len(told)
     assert all(sentence.startswith(begin) for sentence, begin in zip(found, told, strict=True))
 
@@ -322,7 +358,7 @@ def test_the_schema_has_the_options_of_conf_and_no_others():
     assert declared == set(yaml.safe_load((CONF / "config.yaml").read_text())) - {"defaults", "hydra"} | {
         "exp", "prompts", "wemask",
     }  # fmt: skip
-    assert set(Options.model_fields) == declared | {"given"}
+    assert set(Options.model_fields) == declared | {"given", "typed"}
 
 
 # --- Sweeps -----------------------------------------------------------------------------------------------------------
@@ -339,6 +375,17 @@ def results_of(tmp_path, *commands):
         }
         for number, command in enumerate(commands)
     }
+
+
+def test_a_swept_scale_tells_the_jobs_apart_by_its_name_alone(tmp_path):
+    jobs = jobs_of(results_of(tmp_path, ["scale=smoke", "model=tiny"], ["scale=small", "model=tiny"]))
+    assert [job.name for job in jobs] == ["scale=smoke", "scale=small"]
+
+
+def test_a_job_that_lacks_a_swept_option_has_its_value(tmp_path):
+    jobs = jobs_of(results_of(tmp_path, ["exp=wemask", "wemask.rate=0.3"], ["exp=wemask"]))
+    assert [job.swept for job in jobs] == [{"wemask.rate": 0.3}, {"wemask.rate": 0.1}]
+    assert jobs_of(results_of(tmp_path, ["data.split=it's"], ["data.split=b"]))[0].name == "data.split=it's"
 
 
 def test_every_swept_option_tells_the_jobs_apart(tmp_path):

@@ -12,12 +12,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.core.override_parser.types import Glob, Override, Quote, QuotedString
 from hydra.errors import HydraException
 
 from experiments.options.masks_asked import masks_asked
 from experiments.options.reading import CONF, OptionError, choose_from, compose_options, is_group
 from experiments.options.schema import AS_TYPED, options_of
+from melens.allowed import in_words
 from melens.errors import MelensError
 
 __all__ = ["check_command", "prepare_command"]
@@ -34,17 +35,25 @@ def prepare_command(arguments: Sequence[str]) -> list[str]:
         OptionError: an argument that is no `key=value`, or chooses a file of `conf/` that is not there.
     """
     sweeps = any(argument in _MULTIRUN for argument in arguments)
-    return [
-        argument if argument.startswith("-") or before in _WITH_VALUE else _prepare(argument, sweeps=sweeps)
+    own_conf = any(argument.startswith(_OTHER_CONF) for argument in arguments)
+    prepared = [
+        argument
+        if argument.startswith("-") or before in _WITH_VALUE
+        else _prepare(argument, sweeps=sweeps, own_conf=own_conf)
         for before, argument in zip(["", *arguments], arguments, strict=False)
     ]
+    return [argument for argument in prepared if argument is not None]
 
 
-_WITH_VALUE = ("--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "-c", "--cfg")
+_OTHER_CONF = ("--config-dir", "-cd", "--config-path", "-cp", "hydra.searchpath=")
+_WITH_VALUE = (
+    "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "-c", "--cfg", "-i",
+    "--info", "-sc", "--shell-completion", "--experimental-rerun",
+)  # fmt: skip
 """Flags of Hydra's that are followed by a value of theirs."""
 
 
-def _prepare(argument: str, *, sweeps: bool) -> str:
+def _prepare(argument: str, *, sweeps: bool, own_conf: bool) -> str | None:
     if argument.startswith("~"):
         raise OptionError(f"{argument}: options cannot be taken out; most have a value for that, as null, off or none.")
     found = _KEY_AND_VALUE.fullmatch(argument)
@@ -53,6 +62,8 @@ def _prepare(argument: str, *, sweeps: bool) -> str:
     key, value = found["key"], found["value"]
     if key in _texts() or key in _FOLDERS:
         value = _as_text(value, sweeps=sweeps)
+    if key == "generate.prompt":
+        value = re.sub(r"(?<!\\)\$\{", r"\${", value)  # a text to go on with is no place for interpolations
     try:
         override = OverridesParser.create().parse_override(f"{key}={value}")
     except HydraException as error:
@@ -62,10 +73,11 @@ def _prepare(argument: str, *, sweeps: bool) -> str:
         return argument if key not in _FOLDERS else f"{key}={value}"
     if not is_group(override) and (CONF / key).is_dir():
         raise OptionError(f"{key} is a group of options, as {key}.<name>=...; it has no value of its own.")
-    if is_group(override):
-        _check_choice(override)
-        return f"{key}={value}"
-    return f"++{key}={value}"
+    if not is_group(override):
+        return f"++{key}={value}"
+    if key == "scale" and override.value() is None:  # which is the default, and no file
+        return None
+    return f"{key}={value}" if own_conf else f"{key}={','.join(_choices(override))}"
 
 
 def _texts() -> set[str]:
@@ -74,14 +86,15 @@ def _texts() -> set[str]:
 
 def _as_text(value: str, *, sweeps: bool) -> str:
     """Quote a text, or each one of a sweep, unless it is quoted, null, or a list or a function of Hydra's."""
-    if value == "null" or _is_list_or_function(value):
+    if value == "null" or _is_list_or_function(value, sweeps=sweeps):
         return value
     several = sweeps and "," in value and not Path(os.path.expanduser(value)).exists()
     return ",".join(map(_quoted, value.split(",") if several else [value]))
 
 
-def _is_list_or_function(value: str) -> bool:
-    if not re.match(r"""\[|['"]|(choice|glob|range|sort|shuffle)\(""", value):
+def _is_list_or_function(value: str, *, sweeps: bool) -> bool:
+    functions = r"|(choice|range|sort|shuffle)\(" if sweeps else ""
+    if not re.match(rf"""\[|['"]{functions}""", value):
         return False
     try:
         OverridesParser.create().parse_override(f"key={value}")
@@ -91,18 +104,32 @@ def _is_list_or_function(value: str) -> bool:
 
 
 def _quoted(text: str) -> str:
-    already = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
-    return text if already else QuotedString(text, Quote.single).with_quotes()
+    return text if _is_quoted(text) else QuotedString(text, Quote.single).with_quotes()
 
 
-def _check_choice(override: Override) -> None:
-    """Refuse a choice that `conf/` has no file for; Hydra would show its search path."""
-    group = override.key_or_group
+def _is_quoted(text: str) -> bool:
+    if not re.fullmatch(r"""(['"]).*\1""", text, re.DOTALL):
+        return False
+    try:
+        return isinstance(OverridesParser.create().parse_override(f"key={text}")._value, QuotedString)
+    except HydraException:  # it begins and ends with a quote, as in "Yes," she said, "please"
+        return False
+
+
+def _choices(override: Override) -> list[str]:
+    """Return which files of a folder of `conf/` are chosen; Hydra would take the last of a list, and show its paths."""
+    group, value = override.key_or_group, override.value()
     names = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-    values = list(override.sweep_iterator()) if override.is_choice_sweep() else [override.value()]
-    for name in values:
-        if isinstance(name, str) and name not in names:
-            raise OptionError(f"There is no {group}={name}{choose_from(names, name, n=3)}")
+    if isinstance(value, Glob):
+        return value.filter(names)
+    chosen = list(override.sweep_iterator()) if override.is_choice_sweep() else [value]
+    for name in chosen:
+        if not isinstance(name, str | int):
+            several = "; several in one run are exp=all exp.experiments=[...]" if group == "exp" else ""
+            raise OptionError(f"{group} is {in_words(name)}; it takes one name, as {group}={names[0]}{several}.")
+        if str(name) not in names:
+            raise OptionError(f"There is no {group}={name}{choose_from(names, str(name), n=3)}")
+    return [str(name) for name in chosen]
 
 
 def check_command(arguments: Sequence[str]) -> None:

@@ -55,6 +55,8 @@ def help_text() -> str:
         for path in sorted((CONF / group).glob("*.yaml")):
             header, lines = lines_of(path)
             parts.append(_entry(f"  {path.stem}", header))
+            if path.stem == "hub":
+                parts += [_option(f"model.{line.key}", line, indent=4) for line in lines if line.key == "name"]
             if path.stem == "random":
                 parts += [_option(f"model.{line.key}", line, indent=4) for line in lines if line.key in _OF_RANDOM]
             if group == "exp":
@@ -65,7 +67,7 @@ def help_text() -> str:
         parts.append("")
     _, lines = lines_of(CONF / "config.yaml")
     for line in lines:
-        if line.key.split(".")[0] in ("defaults", "hydra"):
+        if line.key.split(".")[0] in ("defaults", "hydra") or line.key == "model.source":
             continue
         if line.default is None and "." not in line.key:
             parts.append("")

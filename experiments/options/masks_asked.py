@@ -7,24 +7,32 @@ from experiments.options.schema import MaskOptions, Options
 from experiments.options.table import asked_table
 from experiments.options.training import planned_training
 from melens.allowed import in_words
+from melens.training.recipe import METHODS
 
 __all__ = ["mask_in_words", "masks_asked"]
 
 
 def masks_asked(options: Options) -> dict[str, MaskOptions]:
-    """Return the masks that a run will use by the name of their preset; of none, that alone is told."""
-    masks: dict[str, MaskOptions] = {}
-    for name in options.experiments:
-        if name in ("wemask", "generate"):
-            masks[str(options.given.get("wemask", "paper"))] = options.wemask
-        elif name == "benchmark":
-            masks |= {preset.name: preset.options for preset in asked_for(options).masks}
-        elif name in ("sft", "dpo", "grpo"):
-            preset = planned_training(options, name).mask
-            masks |= {} if preset is None else {preset.name: preset.options}
-        elif name == "tables":
-            masks["paper"] = options.wemask.model_copy(update={"rate": list(asked_table(options).rates)})
-    return masks
+    """Return the masks that a run will use, by the name of their preset; of several experiments with theirs before."""
+    several = len(options.experiments) > 1
+    return {
+        f"of {name}: {preset}" if several else preset: mask
+        for name in options.experiments
+        for preset, mask in _masks_of(name, options).items()
+    }
+
+
+def _masks_of(name: str, options: Options) -> dict[str, MaskOptions]:
+    if name in ("wemask", "generate"):
+        return {str(options.given.get("wemask", "paper")): options.wemask}
+    if name == "benchmark":
+        return {preset.name: preset.options for preset in asked_for(options).masks}
+    if name in METHODS:
+        preset = planned_training(options, name).mask
+        return {} if preset is None else {preset.name: preset.options}
+    if name == "tables":
+        return {"paper": options.wemask.model_copy(update={"rate": list(asked_table(options).rates)})}
+    return {}
 
 
 def mask_in_words(mask: MaskOptions) -> str:

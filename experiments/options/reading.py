@@ -59,8 +59,14 @@ def read_options(cfg: DictConfig, overrides: Sequence[str] = ()) -> Options:
     """
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     plain.pop("hydra", None)
+    typed = typed_options(overrides)
+    for key in typed:
+        if key in _SETTLED:
+            raise OptionError(f"{key} goes with the choice: {key.partition('.')[0]}=... changes it.")
+    if "given" in plain or "typed" in plain:
+        raise OptionError("There is no option given and none typed: they say what was.")
     try:
-        return Options.model_validate(plain | {"given": given_options(plain, overrides)})
+        return Options.model_validate(plain | {"given": given_options(plain, overrides), "typed": typed})
     except ValidationError as error:
         known = [key for key, _ in options_of(plain) if key not in _SETTLED]
         raise OptionError("\n".join(_sentences(error, known))) from None
@@ -71,16 +77,16 @@ def given_options(plain: Mapping[str, Any], overrides: Sequence[str]) -> dict[st
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     chosen = {one.key_or_group: one.value() for one in parsed if is_group(one)}
     keys = [one.key_or_group for one in parsed if not is_group(one)]
-    if chosen.get("scale"):
-        keys += _leaves(yaml.safe_load((CONF / "scale" / f"{chosen['scale']}.yaml").read_text("utf-8")))
+    scale = CONF / "scale" / f"{chosen.get('scale')}.yaml"
+    if scale.is_file():
+        keys += _leaves(yaml.safe_load(scale.read_text("utf-8")))
     return chosen | {key: _at(plain, key) for key in keys if not key.startswith(("hydra.", "defaults"))}
 
 
 def typed_options(overrides: Sequence[str]) -> list[str]:
-    """Return the names of the options that were typed, without config groups and Hydra's own."""
+    """Return the names of the options and config groups that were typed, without Hydra's own."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))
-    keys = [one.key_or_group for one in parsed if not is_group(one)]
-    return [key for key in keys if not key.startswith(("hydra.", "hydra/"))]
+    return [one.key_or_group for one in parsed if not one.key_or_group.startswith(("hydra.", "hydra/"))]
 
 
 def is_group(override: Override) -> bool:
@@ -143,7 +149,7 @@ def _nearest(key: str, known: Sequence[str]) -> str:
     node = key.rpartition(".")[0]
     beside = [other for other in known if other.rpartition(".")[0] == node]
     nodes = dict.fromkeys(other.partition(".")[0] for other in known)
-    return choose_from([*known, *nodes], key, beside if node else list(nodes))
+    return choose_from(known, key, beside) if node else choose_from([*known, *nodes], key, list(nodes))
 
 
 def choose_from(known: Sequence[str], wrong: str, allowed: Sequence[str] | None = None, *, n: int = 1) -> str:

@@ -7,7 +7,7 @@ refused, wherever it was given; a new one needs a field here, and a line with a 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -34,7 +34,7 @@ from melens.allowed import (
 from melens.errors import MelensError
 from melens.extras import check_extra
 from melens.reading import file_text, names_file
-from melens.specs import Device, DeviceMap, Dtype, MaxMemory, Quantize, spec_of
+from melens.specs import Device, DeviceMap, Dtype, MaxMemory, Quantize, known_models, spec_of
 from melens.training.recipe import Precision, Tracker
 
 __all__ = [
@@ -462,6 +462,7 @@ class Options(Node):
     Attributes:
         given: what the user said, by option or config group (`wemask.rate`, `exp`), on the command line or by `scale=`;
             it wins over the presets of tables and masks also where it is what they say.
+        typed: the names of those that stood on the command line.
         The others are the nodes and keys of `conf/config.yaml`.
     """
 
@@ -479,6 +480,16 @@ class Options(Node):
     seed: Whole
     png: Flag
     given: Mapping[str, Any] = {}
+    typed: Sequence[str] = ()
+
+    @model_validator(mode="after")
+    def _names_one_model(self) -> Options:
+        name, chosen = self.given.get("model.name"), self.given.get("model")
+        if name is not None and chosen != "hub":
+            raise MelensError(f"model.name is for model=hub: model=hub model.name={name}.")
+        if name in known_models() and not os.path.exists(str(name)):
+            raise MelensError(f"{name} has a file in conf/model, with options of its own: model={name}.")
+        return self
 
     @model_validator(mode="after")
     def _can_draw(self) -> Options:
@@ -518,7 +529,7 @@ def options_of(
         nodes = _nodes(field, inside if isinstance(inside, Mapping) else None)
         for node in nodes:
             yield from options_of(inside if isinstance(inside, Mapping) else None, node, f"{prefix}{name}.")
-        if not nodes and name != "given":
+        if not nodes and name not in ("given", "typed"):
             yield f"{prefix}{name}", field
 
 

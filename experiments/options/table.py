@@ -85,9 +85,18 @@ def asked_table(options: Options) -> Table:
         names = tuple(dict.fromkeys(task for part in parts for task in part.tasks))
         left_out = tuple(b.name for b in benchmarks_of(names) if b.config and b.file is None)
         parts = tuple(Part(p.dataset, tuple(task for task in p.tasks if task not in left_out)) for p in parts)
-    for key, value in (("mask", training.mask), ("gate", training.gate)):
-        if value not in ("off", "none"):
-            raise OptionError(f"A table trains with masks and gates of its own: training.{key} is not for it.")
+    chosen = options.given.get("wemask", "paper")
+    for key, is_given in (
+        ("training.mask", training.mask not in ("off", "none")),
+        ("training.gate", training.gate != "none"),
+        ("training.resume", training.resume is not None),
+        ("benchmark.masks", benchmark.masks is not None and "benchmark.masks" in options.typed),
+        ("benchmark.table", benchmark.table is not None),
+        ("wemask.select", "wemask.select" in options.given),
+        (f"wemask={chosen}", chosen != "paper"),
+    ):
+        if is_given:
+            raise OptionError(f"A table has trainings, masks and gates of its own: {key} is not for it.")
     table = Table(
         options.table,
         method,

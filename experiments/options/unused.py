@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from experiments.options.benchmark import asked_for
 from experiments.options.masks_asked import masks_asked
 from experiments.options.schema import Options
+from experiments.options.table import asked_table
 from experiments.options.training import DATASETS
 from melens.allowed import in_words
 from melens.reading import has_columns, names_file
@@ -25,23 +26,25 @@ _NODES = {
 """What the experiments read of the nodes that not all of them do."""
 
 
-def unused_options(options: Options, typed: Iterable[str]) -> Iterator[str]:
-    """Yield a sentence for each typed option that this run does not use.
-
-    Args:
-        options: of the run.
-        typed: the names of the options that were typed.
-    """
+def unused_options(options: Options) -> Iterator[str]:
+    """Yield a sentence for each typed option that this run does not use."""
     read = {node for name in options.experiments for node in _NODES.get(name, ())}
     shared = {node for nodes in _NODES.values() for node in nodes}
-    for key in typed:
+    for key in options.typed:
         node = key.partition(".")[0]
-        if node in shared - read:
+        part = key.split(".")[1] if key.startswith("exp.") and key.count(".") == 2 else None
+        if part is not None and part not in options.experiments:
+            yield f"{key} is given, and exp.experiments does not name {part}."
+        elif node in shared - read:
             yield f"{key} is given, and exp={options.exp.name} does not use it."
         else:
             for keys, is_used, why in _RULES:
                 if any(key == one or key.startswith(f"{one}.") for one in keys) and not is_used(options):
                     yield f"{key} is given and changes nothing: {why}."
+
+
+def _method(options: Options) -> str:
+    return asked_table(options).method if options.exp.name == "tables" else options.exp.name
 
 
 def _is_masked(options: Options) -> bool:
@@ -73,7 +76,8 @@ def _asks(is_wanted: Callable[..., bool]) -> Callable[[Options], bool]:
 
 
 _RULES: tuple[tuple[tuple[str, ...], Callable[[Options], bool], str], ...] = (
-    (("wemask",), lambda options: options.exp.name not in METHODS or _is_masked(options), "training.mask is off"),
+    (("wemask",), lambda options: options.wemask.rate == 0 or _is_masked(options), "this run has no mask"),
+    (("training.epochs",), lambda options: options.training.steps is None, "training.steps is given"),
     (("wemask.seed",), _draws_dims, "it is of random dims, and no mask has some"),
     (("data.split",), _reads_dataset, "it is of a dataset of the hub"),
     (("data.column",), _reads_columns, "it is of a dataset of the hub, or of a file that has columns"),
@@ -81,11 +85,11 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Options], bool], str], ...] = (
     (("training.lora",), lambda options: options.training.peft == "lora", "training.peft=lora uses it"),
     (
         ("training.rollouts", "training.max_new_tokens", "training.temperature", "training.format_weight"),
-        lambda options: options.exp.name in ("grpo", "tables"),
-        "it is of exp=grpo",
+        lambda options: _method(options) == "grpo",
+        "it is of exp=grpo and table=4",
     ),
-    (("training.beta",), lambda options: options.exp.name != "sft", "it is of exp=dpo and exp=grpo"),
-    (("training.max_length",), lambda options: options.exp.name != "grpo", "exp=grpo has training.max_new_tokens"),
+    (("training.beta",), lambda options: _method(options) != "sft", "it is of exp=dpo and exp=grpo"),
+    (("training.max_length",), lambda options: _method(options) != "grpo", "exp=grpo has training.max_new_tokens"),
     (
         ("generate.temperature", "generate.top_p", "generate.seeds"),
         lambda options: options.generate.sample,
@@ -93,8 +97,13 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Options], bool], str], ...] = (
     ),
     (
         ("benchmark.temperature", "benchmark.top_p", "benchmark.seeds"),
-        _asks(lambda asked: asked.generates),
-        "nothing is sampled; benchmark.mode=generate does",
+        _asks(lambda asked: asked.generates and any(benchmark.config for benchmark in asked.benchmarks)),
+        "nothing is sampled; benchmark.mode=generate does, for benchmarks with data",
+    ),
+    (
+        ("benchmark.mode", "benchmark.chat"),
+        _asks(lambda asked: any(benchmark.config for benchmark in asked.benchmarks)),
+        "no benchmark here has data",
     ),
     (
         ("benchmark.judge",),
