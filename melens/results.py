@@ -25,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from melens import versions
+from melens.cache import KEPT
 from melens.claims import judge
 from melens.errors import MelensError
 from melens.statistics import with_interval
@@ -115,7 +116,8 @@ class Record:
 
     1. `result.partial.json` names the files, of which some are there; its status is "running", or "stopped".
     2. Tables and figures are written, each whole or not at all.
-    3. `result.json` takes its place once everything is there: a folder that has one is complete.
+    3. `result.partial.json` holds what was found, and no longer names the experiment as missing.
+    4. `result.json` takes its place once everything is there: a folder that has one is complete.
 
     What an earlier run left in the folder goes as the first experiment ends: figures of two runs never lie together.
     """
@@ -145,17 +147,21 @@ class Record:
         self._config, self._png = config, png
         self._began = time.perf_counter() if began is None else began
         self._earlier = [*_noted_files(self.folder / WHOLE), *_noted_files(self.folder / PARTIAL)]
+        self._being_written: list[Result] = []
         self._paths: list[Path] = []
         self._is_finished = False
 
     @property
     def whole(self) -> Result:
-        """All that was found so far."""
+        """All that was found and written so far."""
+        if not self.parts:
+            name = self.experiments[0] if len(self.experiments) == 1 else "all"
+            return Result(name, self._being_written[0].model, {})
         return self.parts[0] if len(self.experiments) == 1 else combine(self.parts)
 
     @property
     def missing(self) -> list[str]:
-        """The experiments that have not ended."""
+        """The experiments that have not ended: their files are not all there."""
         found = {part.experiment for part in self.parts}
         return [name for name in self.experiments if name not in found]
 
@@ -166,7 +172,7 @@ class Record:
             MelensError: the folder cannot be written to.
         """
         is_first = not self.parts
-        self.parts.append(result)
+        self._being_written = [result]
         with _told_in_a_sentence(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._note("running")
@@ -178,10 +184,13 @@ class Record:
             figures = {name: picture.figure for name, picture in result.pictures.items()}
             self._paths += write_tables_and_figures(result.tables, figures, self.folder, png=self._png)
             self._paths += [write_text(self.folder / name, text) for name, text in result.documents.items()]
+            self.parts.append(result)
+            self._being_written = []
+            self._note("running")
 
     def stop(self) -> None:
         """Note that no more will come, unless all is there."""
-        if self.parts and not self._is_finished:
+        if (self.parts or self._being_written) and not self._is_finished:
             with _told_in_a_sentence(self.folder):
                 self._note("stopped")
 
@@ -211,11 +220,11 @@ class Record:
                 name: {"source": picture.source, "paper": picture.paper, "here": picture.here}
                 for name, picture in result.pictures.items()
             },
-            "files": self._files(result),
+            "files": sorted({name for part in [*self.parts, *self._being_written] for name in self._files(part)}),
             "environment": _environment(result.model, self._config, time.perf_counter() - self._began),
             "config": self._config,
         }
-        return shared if status == "ok" else shared | {"missing": self.missing}
+        return shared if status == "ok" else shared | {"missing": self.missing, "goes_on": KEPT.goes_on}
 
     def _note(self, status: str) -> None:
         content = self.content(status)
@@ -225,7 +234,7 @@ class Record:
     def _files(self, result: Result) -> list[str]:
         figures = [f"{name}.{kind}" for name in result.pictures for kind in ("html", *["png"] * self._png)]
         shared = ["plotly.min.js", "report.html"]
-        return sorted({*(f"{name}.parquet" for name in result.tables), *figures, *result.documents, *shared})
+        return [*(f"{name}.parquet" for name in result.tables), *figures, *result.documents, *shared]
 
 
 def _noted_files(path: Path) -> list[str]:
@@ -358,8 +367,8 @@ def number_with_interval(claim: Mapping[Hashable, Any]) -> str:
 
 
 def read_results(folder: str | Path) -> dict[Path, dict[str, Any]]:
-    """Read the `result.json` of every job folder in a sweep's folder, in the order of the jobs."""
-    paths = sorted(Path(folder).glob(f"*/{WHOLE}"), key=lambda path: (len(path.parent.name), path.parent.name))
+    """Read every job's `result.json` below a sweep's folder, however deep (`hydra.sweep.subdir`), in order."""
+    paths = sorted(Path(folder).glob(f"*/**/{WHOLE}"), key=lambda path: (len(path.parent.name), path.parent.name))
     return {path.parent: json.loads(path.read_text("utf-8")) for path in paths}
 
 

@@ -88,6 +88,24 @@ def test_a_run_that_breaks_off_leaves_no_half_file(tmp_path):
     assert read_results(tmp_path) == {}  # a part is not taken for a whole
 
 
+@pytest.mark.parametrize("earlier", [0, 1])
+def test_an_experiment_has_ended_once_its_files_are_there(tmp_path, earlier):
+    record = record_of(tmp_path, *["ffn"] * earlier, "direction", "sinks")
+    for _ in range(earlier):
+        record.add(ffn_result())
+    with pytest.raises(KeyboardInterrupt):
+        record.add(some_result(pictures={"a": picture(Breaks())}, documents={"a.md": "a"}))
+    assert record.missing == ["direction", "sinks"]
+    assert len(record.parts) == earlier
+    record.stop()
+    partial = read(tmp_path / "result.partial.json")
+    assert (partial["status"], partial["missing"]) == ("stopped", ["direction", "sinks"])
+    assert list(partial["metrics"]) == ["ffn"] * earlier
+    assert {"norms.parquet", "a.html", "a.md", *["ffn.html"] * earlier} <= set(partial["files"])
+    write_result(some_result(tables={}, pictures={}), tmp_path, config=CONFIG, duration=1.0)
+    assert names(tmp_path) == {"result.json"}
+
+
 def ffn_result():
     return some_result(experiment="ffn", metrics={"me_layer": 2}, tables={}, pictures={"ffn": picture()})
 
@@ -169,6 +187,13 @@ def test_a_folder_that_cannot_be_written_to_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(MelensError, match="cannot be written to"):
         write_result(some_result(), tmp_path / "file" / "run", config=CONFIG, duration=1.0)
+
+
+def test_jobs_in_folders_of_their_own_making_are_read_too(tmp_path):
+    for job in ("ffn/0", "direction/1"):
+        write_result(some_result(), tmp_path / job, config=CONFIG, duration=1.0)
+    write_result(some_result(), tmp_path, config=CONFIG, duration=1.0)  # of another run
+    assert [path.name for path in read_results(tmp_path)] == ["0", "1"]
 
 
 def test_the_jobs_of_a_sweep_are_read_in_order(tmp_path):
