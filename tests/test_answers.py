@@ -52,10 +52,67 @@ NOT_STATED = [
     "Answer: E", "Answer: I would say so", r"\boxed{72}",
 ]  # fmt: skip
 
+PLANETS = ["Mercury", "Venus", "Earth", "Mars"]
+
+OF_PLANETS = [  # B, whatever is said of the others
+    # An explanation of another option follows on the next line.
+    "The correct answer is B\n\nA: wrong", "The correct answer is **B**\n\n**A**: Mercury is small.",
+    "The correct answer is **B**\n\n(A) Mercury is small.", "The correct answer is (B)\n(A) is too small",
+    "The correct answer is B) Venus\n\nA) Mercury is small", "The best option is B\n\nA - too small\nC - too cool",
+    "The answer is B\nC: too cool", "Answer is B\n\nA. Mercury: no air", "The answer is B: (A) is too small",
+    "The correct answer is option B\nA. Mercury: too small\nC. Earth: too cold\nD. Mars: too cold",
+    "The answer is\n\nB", "The correct answer is as follows:\n\nB. Venus", "Answer to the question\nB",
+    # A condition or another's opinion follows.
+    "The answer is B. A would be correct if the question asked for the closest planet.",
+    "The answer is B. Option A is correct for the nearest planet, but not for the hottest.",
+    "The answer is B. Option A would be the best choice for closeness.",
+    "The correct answer is B. If the question had asked for the closest planet, the answer would be A.",
+    "The correct answer is (B) Venus.\n\nHowever, if the phrase meant closest, it would be A.",
+    "The correct answer is B. Many people think it's A because it is closest to the Sun.",
+    "The correct answer is B. Students often choose A because it is closest.",
+    "The correct answer is B. A common misconception is that the answer is A.",
+    "The correct answer is B. At first glance, the answer is A.",
+    "The answer is B, although many people think it's A.", "Many people think it's A, but it's B.",
+    "The answer is B because A would have been correct only if it asked for the closest.",
+    "The answer is B. A would have been correct for the closest.", "B. Venus\n\nMany people think it's A.",
+    "The answer is B. A is correct if it asks for the closest.", "The answer is B. If closest, it would be A or C.",
+    "Many people think the answer is A. It would be B.", "I first thought the answer is A. The answer would be B.",
+    "The answer is A. No, wait, it would be B.", "The answer is A. So, the answer would be B? No. So it would be B.",
+    "The answer is A.\n\nIf we read it again, it asks for the hottest, so the answer is B.",
+    "The answer is A. Hmm, actually it would be B.", "It's A. Sorry, the answer would be B.",
+    "The answer would be B.", "If it asks for the hottest, the answer is B.",
+    # Short answers.
+    "Option B", "Option (B)", "**Option B**", "Option B: Venus", "Choice B", "Letter B", "B - Venus", "B – Venus",
+    "B = Venus", "Venus (B)", "**Venus (B)**.", "The hottest planet in the solar system is:\n\n**B. Venus**",
+    "The hottest planet is **B. Venus**", "The hottest planet is (B) Venus.", "Venus is the hottest.\n\nOption B.",
+    "B. Venus\n\nExplanation:\nA. Mercury is wrong.\nC. Earth is wrong.\nD. Mars is wrong.",
+    "A) Mercury\nB) Venus\nC) Earth\nD) Mars\n\nB", "Options:\nA) Mercury\nB) Venus\nC) Earth\nD) Mars\n\n(B)",
+    "Ans: B", "答案：B", "正确答案：B", "✅ **B. Venus**", "The correct letter is B", "That leaves B.",
+    "This leaves only option B.", "The answer is B rather than A.", "I choose B instead of A.", "It is B and not A.",
+    "- A: no\n- B: yes\n- C: no\n\nB", "- A: no\n- C: no\n\nB", "A: no\nB: yes\nC: no\n\nB", "Answer choice B",
+    "Between choice A and choice B: B", "- **B. Venus**: Correct. It is hot.", "B—Venus", "B-Venus",
+    "The answer is B. Venus. The closest planet is A. Mercury.",
+]  # fmt: skip
+
+OF_NO_PLANET = [
+    "Mercury (A)\nVenus (B)\nEarth (C)\nMars (D)", "- A: small\n- B: hot\n- C: cool", "A - small\nB - hot",
+    "Option A: small\nOption B: hot", "B\nC", "A\nB\nD", "a - no", "A – D",
+    "- A: small\n- C: cool\nIt is hot.", "A) Mercury\nB) Venus\nC", "The closest planet is not A. Mercury",
+    "That leaves B and C.", "Is the hottest planet B. Venus?", "Option A or B", "B = hot, A = small", "A = B",
+    "Options: A. Mercury", "A-level physics", "Choice A is small. Choice B is hot.", "If the hottest is B. Venus",
+]  # fmt: skip
+
 
 @pytest.mark.parametrize(("reply", "letter"), [*STATED, *LABELLED, *((reply, None) for reply in NOT_STATED)])
 def test_the_letter_is_the_one_that_a_reply_states(reply, letter):
     assert chosen_letter(reply, CHOICES) == letter
+
+
+@pytest.mark.parametrize(
+    ("reply", "letter"), [*((reply, "B") for reply in OF_PLANETS), *((reply, None) for reply in OF_NO_PLANET)]
+)
+def test_what_is_said_of_other_options_changes_no_answer(reply, letter):
+    assert chosen_letter(reply, PLANETS) == letter
 
 
 def test_a_letter_is_one_of_the_options():

@@ -5,8 +5,9 @@ r"""Which option a reply chooses: the letter that it states to be the answer, or
 2. Each letter is looked at with what stands before and behind it. It is stated in "Answer: B", "the answer must be B",
    "it is B", "B is correct", "I choose B" and "no, B"; but not in a question, a negation or a condition, nor as the
    article of "A dog". Where several are stated together, as in "A or B", none is.
-3. The last statement counts. Without one, a letter counts that heads the reply or stands alone on its last line, unless
-   it heads a list of the options.
+3. The last plain statement counts. Without one, a letter counts that heads the reply or stands alone on its last line,
+   unless it heads a list of the options. Without that, the last statement counts that is a condition's ("if it were
+   wet, it would be A") or another's ("many people think it's A"), or only names an option ("the hottest is B. Venus").
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 __all__ = ["LETTERS", "chosen_letter", "read_letters"]
@@ -39,12 +41,19 @@ def chosen_letter(reply: str, choices: Sequence[str]) -> str | None:
     """
     texts = dict(zip(LETTERS, map(_plain, choices), strict=False))
     text = _plain(reply)
-    stated = []
+    plain: list[str | None] = []
+    hedged: list[str | None] = []
     for found in _MENTION.finditer(text):
         letter = (found[1] or found[2]).upper()
-        if letter in texts and _is_stated(found, text, texts[letter]):
-            stated.append(None if _AND_ANOTHER.match(text, found.end()) else letter)
-    return stated[-1] if stated else _labelled(text, texts)
+        if letter not in texts or _is_denied(found, text):
+            continue
+        is_stated = _is_stated(found, text, texts[letter])
+        if is_stated or _is_named(found, text, texts[letter]):
+            of_its_kind = plain if is_stated and not _is_hedged(found, text) else hedged
+            of_its_kind.append(None if _AND_ANOTHER.match(text, found.end()) else letter)
+    if plain:
+        return plain[-1]
+    return _labelled(text, texts) or (hedged[-1] if hedged else None)
 
 
 # --- Markup -----------------------------------------------------------------------------------------------------------
@@ -76,16 +85,19 @@ _FILLER = (  # without "not", so that "the answer is not A" states nothing, and 
     r"definitely|probably|likely|simply|just|indeed|therefore|thus|so|actually)\b[\s:,]*){0,6}$"
 )
 _ANSWER_IS = re.compile(
-    r"\b(?:answer|option|choice|solution)\b(?! (?:choices|options))[^.!?\n:=]{0,50}?(?:\b(?:is|be)\b|[:=→-]|\n)[\s:=]*"
-    + _FILLER
-    + r"|\banswer $",
+    r"(?:\b(?:answer|ans|option|choice|letter|solution)\b(?! (?:choices|options))|答案)"
+    r"(?:[^.!?\n:=]{0,50}?\b(?:is|be)\b"
+    # "The answer is B" has no full stop where its line ends: what the next one says of A is another sentence.
+    r"|(?:(?!\b(?:is|be)\W{1,3}(?-i:[A-HJ])\b)[^.!?\n:=]){0,50}?[:=→-]"
+    r"|(?:(?!\b(?:is|be|(?-i:[A-HJ]))\b)[^.!?\n:=]){0,50}?\n)[\s:=]*" + _FILLER + r"|\banswer $",
     re.IGNORECASE,
 )
 _IT_IS = re.compile(
     r"\b(?:it|this|that)(?:'s| is| (?:must|has to|should|would|will|can only) be)[\s:]*" + _FILLER, re.IGNORECASE
 )
 _CHOSEN = re.compile(
-    r"\b(?:choose|pick|select|(?:go|going) with|opt for|say|think|believe|guess)[\s:]+(?:that |it's )?" + _FILLER,
+    r"\b(?:choose|pick|select|(?:go|going) with|opt for|say|think|believe|guess|(?:that|this) leaves(?: us with)?)"
+    r"[\s:]+(?:that |it's )?" + _FILLER,
     re.IGNORECASE,
 )
 _TURN = re.compile(  # on one line: "Wait" may be the text of an option
@@ -101,24 +113,41 @@ _BEGINS = re.compile(  # a letter that is a noun's, as of "Vitamin C is best", i
     r"(?:^|[.!?;,:\n] ?|\b(?:option|choice|answer|letter|only|so|that|because|think|believe|say|therefore|thus) )$",
     re.IGNORECASE,
 )
-_ENDS = re.compile(r"\s*(?:$|[.,;!)\]—–(\n])|\s?:|\s-|\s(?:because|since|as|for|due)\b", re.IGNORECASE)
+_ENDS = re.compile(
+    r"\s*(?:$|[.,;!)\]—–(\n])|\s?:|\s-|\s(?:because|since|as|for|due|rather|instead|(?:and )?not)\b", re.IGNORECASE
+)
 _AND_ANOTHER = re.compile(
     r"\s*(?:[,/&+.]|,? ?\b(?:or|and)\b)\s*(?:(?:maybe|perhaps|also|option) )*"
     r"(?:\([A-J]\)|[A-J](?=[\s.,;)]*(?:$|[\n.,;)]| or | and )))"
 )
 _NOT_STATED = re.compile(
-    r"\b(?:not|cannot|never|nor|neither|doubt|wrong|incorrect|if|whether|unless|suppose|assum(?:e|ing)|either)\b|n't\b",
+    r"\b(?:not|cannot|never|nor|neither|doubt|wrong|incorrect|if|whether|unless|suppose|assum(?:e|ing)|either|"
+    r"(?:rather|instead) (?:than|of))\b|n't\b",
     re.IGNORECASE,
 )
+_HEDGES = re.compile(
+    r"\bif\b|\b(?:people|students|others|often|commonly|misconception|tempt(?:ed|ing)|(?:first|I) thought|initially|"
+    r"(?:may|might|could) (?:think|say|choose|pick|believe|assume|guess)|at first(?: glance| sight)?)\b",
+    re.IGNORECASE,
+)
+_NAMES = re.compile(r"\b(?:is|are)[\s:]*$")
+_WOULD_BE = re.compile(r"\bwould (?:\w+ )?(?:be|have been)\b", re.IGNORECASE)
+_CONCLUDES = re.compile(
+    r"(?:^|[,;:])\s*(?:hmm,? )?(?:and |but )?(?:no|wait|so|therefore|thus|hence|actually|sorry|correction)\b",
+    re.IGNORECASE,
+)
+
+
+def _is_denied(found: re.Match[str], text: str) -> bool:
+    """Tell whether a letter stands in a question, a negation or a condition."""
+    clause = re.split(r"[.!?;,\n]", text[max(0, found.start() - 200) : found.start()].rstrip())[-1]
+    end_of_sentence = re.search(r"[.!?\n]", text[found.end() :])
+    return _NOT_STATED.search(clause) is not None or (end_of_sentence is not None and end_of_sentence[0] == "?")
 
 
 def _is_stated(found: re.Match[str], text: str, own_text: str) -> bool:
     """Tell whether a letter is stated to be the answer where it stands."""
     before, after = text[max(0, found.start() - 200) : found.start()], text[found.end() :]
-    clause = re.split(r"[.!?;,\n]", before.rstrip())[-1]
-    rest_of_sentence = re.search(r"[.!?\n]", after)
-    if _NOT_STATED.search(clause) or (rest_of_sentence is not None and rest_of_sentence[0] == "?"):
-        return False
     is_answer = _ANSWER_IS.search(before)
     if found[2] is not None and found[2].islower():  # bare: a letter only where nothing else could stand
         return is_answer is not None and _ENDS.match(after) is not None
@@ -130,6 +159,25 @@ def _is_stated(found: re.Match[str], text: str, own_text: str) -> bool:
     return any((is_answer, _IT_IS.search(before), _CHOSEN.search(before), _TURN.search(before)))
 
 
+def _is_hedged(found: re.Match[str], text: str) -> bool:
+    """Tell whether a statement holds under a condition, or is another's: it does not override a plain one."""
+    sentence = re.split(r"[.!?\n]", text[max(0, found.start() - 200) : found.start()])[-1]
+    # "If we read it again, it asks for the sun, so the answer is B": what is concluded is the reply's own.
+    conclusion = _CONCLUDES.split(sentence)[-1]
+    # Only as far as the next letter: in "B, as A would be correct if it were wet", the condition is A's.
+    after = re.split(r"[.!?;,\n]|\b[A-HJ]\b", text[found.end() :], maxsplit=1)[0]
+    if _HEDGES.search(conclusion) or _HEDGES.search(after) or re.match(r"[^.!?;\n]*, but not\b", text[found.end() :]):
+        return True
+    return conclusion == sentence and _WOULD_BE.search(sentence + " " + after) is not None
+
+
+def _is_named(found: re.Match[str], text: str, own_text: str) -> bool:
+    """Tell whether an option is named in full, as in "The hottest is B. Venus", by a sentence about no answer."""
+    before, after = text[max(0, found.start() - 200) : found.start()], text[found.end() :]
+    is_label = found[1] is not None or after.startswith((".", ")", ":"))
+    return is_label and _NAMES.search(before) is not None and _is_followed_by(after.lstrip(".):"), own_text)
+
+
 def _is_followed_by(after: str, own_text: str) -> bool:
     """Tell whether behind a letter comes its option's own text: "A dog" is option A where that reads "dog"."""
     return bool(own_text) and " ".join(after.split()).casefold().startswith(own_text.rstrip(".").casefold())
@@ -137,25 +185,43 @@ def _is_followed_by(after: str, own_text: str) -> bool:
 
 # --- Labels -----------------------------------------------------------------------------------------------------------
 
-_LABEL = re.compile(r"^\(?([A-Ja-j])(?:\)|[.:](?!\w)|(?=\s*$))(.*)$|^([A-J]) (.*)$")
+_HEAD = r"^[^\w(•–—-]*(?:(?i:answer|option|choice|letter) ){0,2}"
+_LABEL = re.compile(
+    _HEAD + r"(?:\(?([A-Ja-j])(?:\)|[.:](?!\w)|(?<=[A-J]) [-–—]+ (?!\(?[A-J]\b)|(?=\s*$))(.*)"
+    r"|([A-J])(?: ?[-–—=]+ ?| )(.*))$"
+)
+_LABEL_BEHIND = re.compile(r"(.*\S) \(([A-J])\)\.?")
 
 
 def _labelled(text: str, texts: Mapping[str, str]) -> str | None:
     """Return the letter that heads a reply, or is all of its last line."""
     lines = [line.strip() for line in text.split("\n") if line.strip()]
+    if sum(line.startswith(("-", "•")) for line in lines) == 1:  # more are a list
+        lines[0] = lines[0].lstrip("-• ")
     labels = [_label(line, texts) for line in lines]
-    if not lines:
+    letters = [label for label in labels if label]
+    if not letters:
         return None
-    if labels[0] is not None:
-        own_text, following = texts[labels[0]], chr(ord(labels[0]) + 1)
-        others = re.sub(re.escape(own_text), "", lines[0], count=1, flags=re.IGNORECASE)  # that may be "Vitamin C."
-        is_list = following in labels or re.search(rf"(?<![\w']){following}[.):]", others)
-        return None if is_list else labels[0]
-    alone = re.fullmatch(r"\(?([A-Ja-j])\)?\.?", lines[-1])
-    return labels[-1] if alone and len({label for label in labels if label}) == 1 else None
+    # A reply may repeat the options, and then answer: their labels rise one by one from A.
+    rising = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(letters, LETTERS, strict=False)))
+    options, answers = (letters[:rising], letters[rising:]) if rising > 1 else (list(texts), letters)
+    is_alone = re.fullmatch(_HEAD + r"\(?[A-Ja-j]\)?\.?", lines[-1]) is not None
+    if is_alone and len(set(answers)) == 1 and answers[0] in options:
+        return answers[0]
+    if labels[0] is None:
+        return None
+    following = chr(ord(labels[0]) + 1)
+    # An option's own text may be "Vitamin C."
+    others = re.sub(re.escape(texts[labels[0]]), "", lines[0], count=1, flags=re.IGNORECASE)
+    # "B. Venus", explained by "A. is wrong" and "C. is wrong", heads no list.
+    is_list = letters[1:2] == [following] or re.search(rf"(?<![\w']){following}[.):]", others)
+    return None if is_list else labels[0]
 
 
 def _label(line: str, texts: Mapping[str, str]) -> str | None:
+    behind = _LABEL_BEHIND.fullmatch(line)
+    if behind and behind[1].casefold() == texts.get(behind[2], "").casefold():
+        return behind[2]
     found = _LABEL.match(line)
     if found is None:
         return None
