@@ -28,6 +28,19 @@ RIGHT = [
     ("1234.5", "So she has $1,234.50 left."), ("0.5", r"\boxed{1/2}"), ("72", "So, the final answer is 72."),
     ("5", "#### 5"), ("7", "x = 7, so 7"), ("x=3", r"\boxed{x = 3}"), ("x=3", r"\boxed{3}"), ("3", "It is 3."),
     (r"\frac{\sqrt{2}}{2}", r"\boxed{\frac{\sqrt2}{2}}"), ("x^2+1", r"\boxed{1+x^2}"), ("90°", r"\boxed{90^\circ}"),
+    ("1.5 million", r"\boxed{1500000}"), ("1500000", "The answer is 1.5 million dollars."), ("5 (five)", r"\boxed{5}"),
+    ("5 feet", r"\boxed{5\text{ ft}}"), ("5 hours", "The answer is 5 hrs."), ("5 feet", r"\boxed{5}"),
+    ("0.5", r"\boxed{50\%}"), ("10", r"She earned \$10."), ("10", "She earned $10."),
+    ("5", "The answer is 5, because 2 and 3 make 5."), ("1000", "The answer is 1,000."), ("(1, 2)", r"\boxed{(1,2)}"),
+    ("1/2", r"The answer is $\frac{1}{2}$, as 1, 2 and 3 show."), ("1,2", r"\boxed{2, 1}"),
+    ("x<3", r"\boxed{(-\infty,3)}"),
+    (r"x=1 \text{ or } x=2", r"\boxed{x=1 \text{ or } x=2}"), ("5 and 6", "The answer is 5 and 6."), ("<", "#### <"),
+    ("10", "The answer is 10 apples and pears."), ("5", "The answer is 5, and we are done."),
+    (r"\infty", r"\boxed{\infty}"), ("∞", r"\boxed{∞}"), ("yes", "The answer is yes, 5 of them do."),
+    (r"1 \pm \sqrt{19}", r"\boxed{1+\sqrt{19}, 1-\sqrt{19}}"), (r"\{1,2\}", r"\boxed{1, 2}"), ("1/2", r"\boxed{50\%}"),
+    (r"30^\circ", r"\boxed{30°}"), (r"30^\circ", "The answer is 30 degrees."), ("60 mph", "#### 60 miles per hour"),
+    ("10 apples", "The answer is 10 apples left."), ("2 dozen", r"\boxed{24}"), ("70000", r"\boxed{70{,}000}"),
+    (r"\frac{1}{3}", r"The answer is $\frac{1}{3}$ of it."), ("x=3", "The answer is 3 apples."),
 ]  # fmt: skip
 
 WRONG = [
@@ -38,6 +51,16 @@ WRONG = [
     ("€20", "€21"), ("1e3", r"\boxed{3e}"), ("1e3", "1"), ("1e3", "103"), ("5 million", "5"), ("12 pm", "12 am"),
     ("5", r"The answer is 5. Wait, \boxed{6}"), ("1234", "So she has $1,234.50 left."), ("2", r"\boxed{1/2}"),
     ("7", "?"), ("72", "The answer is 7."), ("3", "?"), ("50", "#### 5"), ("", r"\boxed{}"),
+    ("5", "The answer is 5 or 6 or 7."), ("5", "The answer is 5 and 6."), ("5", "The answer is 5, 6."),
+    ("2", "The answer is 2 to 5."), ("1", "answer: 1 or 2 or 3 or 4 or 5"), ("5", "The answer is 5, maybe 6."),
+    ("2", "The answer is 2 hours and 20 minutes."), ("3", r"\boxed{3 \text{ hours and } 20 \text{ minutes}}"),
+    ("yes", "The answer is yes, or no."), ("Paris", "The answer is Paris; or London."), ("6", r"\boxed{5, 6}"),
+    ("1/2", r"\boxed{\frac12 \text{ or } \frac13}"), ("5", r"\boxed{(5 \text{ or } 6)}"),
+    ("7", "The answer is 5 or 6 or 7."), ("5 feet", r"\boxed{5\text{ hrs}}"), ("50%", r"\boxed{5000\%}"),
+    ("0.5", r"\boxed{5\%}"), ("1.5 million", "1.5"), ("?", "#### ?"), ("-", r"\boxed{-}"), ("N/A", "#### N/A"),
+    ("None", "The answer is None."), ("see below", "See below."), ("5", "The answer is 5 & 6."),
+    ("no", "#### no, or yes"), ("5", "The answer is 5 million."), ("5 million", r"\boxed{5}"),
+    ("5", r"\boxed{\{5, 6\}}"),
 ]  # fmt: skip
 
 
@@ -74,7 +97,7 @@ def test_marks_of_thoughts_that_are_special_tokens_are_seen():
     [
         (r"So \boxed{3}", 1), (r"So $\boxed{\frac{1}{2}}$.", 1), ("#### 3", 1), ("the answer is 3", 1),
         ("The answer is: **3**.", 1), ("3 it was", 0), (r"\boxed{3} or so, I guess", 0), (r"\boxed{3", 0),
-        ("The answer is 3.\nOr so.", 0), (r"\boxed{}", 0),
+        ("The answer is 3.\nOr so.", 0), (r"\boxed{}", 0), ("The answer is unclear", 0), ("The answer is yes.", 1),
     ],
 )  # fmt: skip
 def test_the_format_is_an_answer_at_the_end(text, ends):
@@ -94,7 +117,9 @@ def test_answers_are_graded_in_a_thread_too():
 GRADED = [
     "50%", r"50\%", "yes", "(A)", "2:30", "12 dollars", "€20", "1e3", "$5", "1,234", "1/2", "x=3", "(3, 4)", "[0,100)",
     "A", "Paris", "1e-3", "12:30 PM", "3:4", r"\text{yes}", "5 %", "½", "12 dollars and 50 cents", "3 1/2",
-    r"x \in [1,2)", r"\begin{pmatrix}1\\2\end{pmatrix}", "x^2 + y^2 = 1",
+    r"x \in [1,2)", r"\begin{pmatrix}1\\2\end{pmatrix}", "x^2 + y^2 = 1", "1.5 million", "5 (five)",
+    "5 feet", "5 hours", "5 and 6", "1 or 2", "2 to 5", "∞", "x, y",
+    "red, white and blue", r"\pi",
 ]  # fmt: skip
 SENTENCE = "She has 5 + 5 = 10 apples. Then she eats two of them."
 
@@ -110,6 +135,12 @@ def test_some_that_are_not_are_counted_and_named_by_their_row():
     told = r"own: 4 of 50 right answers can never be rewarded.*: row 3 \('She .*'\), row 9 \(''\), row 10 .*, \.\.\."
     with pytest.warns(UserWarning, match=told):
         check_answers(rows, "own")
+
+
+@pytest.mark.parametrize("right", ["?", "-", "...", "N/A", "n/a", "None", "see below", "", " "])
+def test_what_stands_for_no_answer_is_not_graded(right):
+    with pytest.raises(MelensError, match="own: 1 of 1 right answers can never be rewarded"):
+        check_answers([right], "own")
 
 
 def test_many_are_refused():

@@ -574,6 +574,18 @@ def test_rollouts_answer_without_thinking_unless_told(tmp_path, monkeypatch, tra
     assert trained.metrics["thinking"] == told
 
 
+@pytest.mark.parametrize("answer", [{"value": 1}, ["1"], True])
+def test_right_answers_are_texts_or_numbers(tmp_path, monkeypatch, answer):
+    path = tmp_path / "own.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": "0+1=", "answer": right}) for right in ("1", 1, 1.5, answer)))
+    with pytest.raises(MelensError, match=r"own\.jsonl, line 4: .* as answer is no text or number\."):
+        load_training_data(str(path), "grpo")
+    rows = Dataset.from_list([{"prompt": "0+1=", "answer": answer}])
+    monkeypatch.setattr("melens.training.data.load_dataset", lambda *_, **__: rows)
+    with pytest.raises(MelensError, match=r"org/name, row 1: .* as answer is no text or number\."):
+        load_training_data("org/name", "grpo")
+
+
 @pytest.mark.parametrize(
     ("rows", "method", "message"),
     [

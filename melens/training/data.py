@@ -172,7 +172,7 @@ def _without_gaps(rows: Dataset, roles: Mapping[str, str], name: str) -> Dataset
     if not len(rows):
         raise MelensError(f"{name} holds no rows.")
     for role, column in roles.items():
-        if rows.data.column(column).null_count:
+        if role == "answer" or rows.data.column(column).null_count:  # a type may be a list's or an object's
             for number, value in enumerate(rows[column], 1):
                 _check_value(value, role, f"{name}, row {number}")
     return rows
@@ -181,7 +181,8 @@ def _without_gaps(rows: Dataset, roles: Mapping[str, str], name: str) -> Dataset
 def _check_value(value: Any, role: str, place: str) -> None:
     """Raise a `MelensError` for what has the role of no form that rows may have."""
     if role == "answer":
-        is_right, allowed = value is not None, "answer"
+        is_right = isinstance(value, str | int | float) and not isinstance(value, bool)
+        allowed = "answer" if value is None else "text or number"
     elif role in ("text", "system"):
         is_right, allowed = isinstance(value, str) or (role == "system" and value is None), "text"
     else:

@@ -7,6 +7,8 @@ A completion is right (`is_right`) where its final answer, behind its thoughts, 
 3. or the same mathematics, as math-verify reads the completion: `\frac{1}{2}` for 0.5. Words and times of day are none:
    math-verify would read "yes" as the product y·e·s, and 2:30 as a fifteenth.
 
+It is wrong where several are marked as the final answer, "5 or 6": GRPO would teach the model to hedge.
+
 Rows whose right answer is not even right as a completion of its own would be trained on at reward 0 (`check_answers`).
 """
 
@@ -50,7 +52,12 @@ def reward_answer(completions: Sequence[Any], answer: Sequence[str], **told: Any
 def reward_format(completions: Sequence[Any], **told: Any) -> list[float]:
     r"""Give 1 where a completion ends in its answer: `\boxed{72}`, `#### 72` or "the answer is 72"."""
     marked = [_marked(text) for text in _answers(completions, told)]
-    return [float(found is not None and _ENDED.fullmatch(found[1]) is not None) for found in marked]
+    return [
+        float(
+            found is not None and _ENDED.fullmatch(found.after) is not None and not _UNKNOWN.match(_plain(found.answer))
+        )
+        for found in marked
+    ]
 
 
 def _answers(completions: Sequence[Any], told: dict[str, Any]) -> list[str]:
@@ -102,30 +109,72 @@ def is_right(completion: str, right: str) -> bool:
         right: as of `reward_answer`.
     """
     gold = _plain(right)
-    if not gold or len(_WORD.findall(gold)) > MOST_WORDS:
+    if _says_nothing(gold) or len(_WORD.findall(gold)) > MOST_WORDS:
         return False
     if re.fullmatch(f"[{LETTERS}]", gold) and chosen_letter(completion, LETTERS) == gold:
         return True
-    found = _marked(completion) or (completion.strip().rpartition("\n")[2], "")
-    given = _plain(found[0])
+    found = _marked(completion)
+    answer = found.answer if found else completion.strip().rpartition("\n")[2]
+    given = _plain(answer)
     if _FEW_WORDS.fullmatch(gold):
-        return gold.casefold() in (given.casefold(), re.split("[,;]", given.casefold())[0])
+        return gold.casefold() in (given.casefold(), re.split(r"[,;](?! ?or\b)", given.casefold())[0])
     if _same(given) == _same(gold):
         return True
     if _TIME.fullmatch(gold):
         return False
-    number, other = _quantity(gold), _quantity(given)
+    number = _quantity(gold)
+    are_several = number is None and _SEVERAL_RIGHT.search(gold) is not None
+    if found and not are_several:
+        answer = _REASON.split(answer)[0]
+        given = _plain(answer)
+    other = _quantity(given)
     if number is not None and other is not None:
-        if number.unit and other.unit and number.unit != other.unit:
+        if not _is_same_unit(number.unit, other.unit):
             return False  # 12 dollars are not 12 cents
-        if number.value == other.value:
+        if number.value == other.value or number.share == other.share:
             return True
-    return _is_same_mathematics(completion, [right] if number is None else number.written())
+    forms = [right] if number is None else number.written()
+    if found is None:  # an escaped dollar hides the number behind it from math-verify
+        return _is_same_mathematics(completion.replace(r"\$", ""), forms)
+    if other is not None:  # whose unit math-verify does not read: 5 million is no 5, and 50% is a half
+        return _is_same_mathematics(f"${other.share:f}$", [right] if number is None else [f"{number.share:f}"])
+    if _has_several(given) and not are_several:  # math-verify would take the first, and so reward a hedge
+        return False
+    return _is_same_mathematics(f"{found.mark} {answer}{'}' if found.mark.endswith('{') else ''}", forms)
 
 
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _FEW_WORDS = re.compile(r"[^\W\d_]+(?:[ '-][^\W\d_]+)+|no|[^\W\d_]{3,}")
 _TIME = re.compile(r"\d{1,2}(?::\d\d){1,2}(?: ?[ap]\.?m\.?)?|\d{1,2} ?[ap]\.?m\.?", re.IGNORECASE)
+_NO_ANSWER = re.compile(r"n/?a|none|null|nan|see (?:above|below|solution|explanation|proof)", re.IGNORECASE)
+_UNKNOWN = re.compile(r"\W*(?:un(?:clear|known|certain)|not (?:clear|known|certain|sure)|n/a)\b", re.IGNORECASE)
+_REASON = re.compile(  # "5, because …"; but "5, maybe 6" is no reason
+    r"(?<!\\)[,;]\s*(?!(?:or|and|to|but|maybe|perhaps|possibly|probably|likely)\b)(?=[a-z]{2}|[a-z]['’ ][a-z])",
+    re.IGNORECASE,
+)
+_BRACKETED = re.compile(r"[(\[{][^()\[\]{}]*[)\]}]")
+_SEVERAL = re.compile(r"(?:\b(?:and|to)\b|[;&]|(?<!\d),|,(?!\d{3}(?!\d))).*[\d\\]", re.IGNORECASE)
+
+_SEVERAL_RIGHT = re.compile(r"\b(?:or|and|to)\b|[,;&±]|\\[pm][mp](?![a-z])", re.IGNORECASE)
+
+
+def _says_nothing(gold: str) -> bool:
+    """Tell whether a right answer stands for none: N/A, or punctuation alone; a sign as ∞ or < may be one."""
+    return _NO_ANSWER.fullmatch(gold) is not None or all(unicodedata.category(one)[0] in "PZ" for one in gold)
+
+
+def _has_several(text: str) -> bool:
+    """Tell whether a text gives several answers, or a range; a tuple, an interval and 1,000 are one."""
+    outside, inside = text, ""
+    while outside != inside:
+        outside, inside = _BRACKETED.sub("0", outside), outside
+    return re.search(r"\bor\b", text, re.IGNORECASE) is not None or _SEVERAL.search(outside) is not None
+
+
+def _is_same_unit(one: str, other: str) -> bool:
+    """Tell whether units may be the same: one is not told, or is short for the other, as ft, hrs and mph are."""
+    short, long = sorted((one, other), key=len)
+    return short[:1] == long[:1] and re.search(".*".join(map(re.escape, short)), long) is not None if short else True
 
 
 def _is_same_mathematics(completion: str, right: Sequence[str]) -> bool:
@@ -147,21 +196,27 @@ _MARK = re.compile(
 _ENDED = re.compile(r"[\s.$*\])\\]*")
 
 
-def _marked(text: str) -> tuple[str, str] | None:
+class _Marked(NamedTuple):
+    mark: str
+    answer: str
+    after: str
+
+
+def _marked(text: str) -> _Marked | None:
     """Return the final answer as it is marked, and what follows it; None where none is marked."""
     marks = list(_MARK.finditer(text))
     if not marks:
         return None
-    rest = text[marks[-1].end() :]
-    if not marks[-1][0].endswith("{"):
+    mark, rest = marks[-1][0], text[marks[-1].end() :]
+    if not mark.endswith("{"):
         line, _, after = rest.strip(" *").partition("\n")
         answer = re.split(r"(?<!\\)[.!](?=\s|$)", line)[0]
-        return (answer, after) if answer.strip() else None
+        return _Marked(mark, answer, after) if answer.strip() else None
     depth = 1
     for at, character in enumerate(rest):
         depth += (character == "{") - (character == "}")
         if not depth:
-            return (rest[:at], rest[at + 1 :]) if rest[:at].strip() else None
+            return _Marked(mark, rest[:at], rest[at + 1 :]) if rest[:at].strip() else None
     return None
 
 
@@ -185,18 +240,25 @@ class _Quantity(NamedTuple):
     value: Decimal
     unit: str
 
+    @property
+    def share(self) -> Decimal:
+        """The number that it is: 0.5 for 50%."""
+        return self.value / 100 if self.unit == "%" else self.value
+
     def written(self) -> list[str]:
         """Return LaTeX for it, of which math-verify reads two forms of percent as different things."""
         return [f"{self.value:f}{sign}" for sign in (("%", r"\%") if self.unit == "%" else ("",))]
 
 
 _MONEY = "[€£¥₹]"
+_SCALES = {"dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _QUANTITY = re.compile(
     rf"([-+]?)(?:{_MONEY}|(?:usd|eur|gbp|rs\.?) )? ?(-?)"
     r"(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d*\.?\d+)"
     r"(?:e([-+]?\d{1,3})| ?(?:\\times|×|\\cdot) ?10 ?\^ ?\{?(-?\d{1,3})\}?)?"
-    rf"(?: ?({_MONEY}|%|°)"
-    r"| (?!(?:pi|or|and|to|hundred|thousand|[mb]illion|trillion|dozen)\b)([a-z]{2,}[a-z ./²³-]*))?",
+    rf"(?: ({'|'.join(_SCALES)})\b)?"
+    rf"(?: ?({_MONEY}|%|°)| (?!(?:pi|or|and|to|{'|'.join(_SCALES)})\b)([a-z]{{2,}}[a-z ./²³-]*))?"
+    r"(?: \([a-z]{3,}[a-z -]*\))?",  # 5 (five)
     re.IGNORECASE,
 )
 
@@ -206,7 +268,7 @@ def _quantity(text: str) -> _Quantity | None:
     found = _QUANTITY.fullmatch(text)
     if found is None:
         return None
-    sign, other_sign, digits, exponent, power, mark, words = found.groups()
-    value = Decimal(f"{sign}{digits.replace(',', '')}e{exponent or power or 0}")
+    sign, other_sign, digits, exponent, power, scale, mark, words = found.groups()
+    value = Decimal(f"{sign}{digits.replace(',', '')}e{exponent or power or 0}") * _SCALES.get((scale or "").lower(), 1)
     unit = {"%": "%", "°": "degree"}.get(mark or "", "") if words is None else words.casefold().rstrip("s. ")
     return _Quantity(-value if other_sign else value, "%" if unit in ("percent", "per cent") else unit)
