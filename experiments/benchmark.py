@@ -199,7 +199,9 @@ class Bench:
         reads = tokenizer_fingerprint(self._tokenizer)
         own = code_version(Path(__file__).parent)
         told = [own, reads, self._max_length, self._study.cfg.max_batch_tokens, judge, judge_reads]
-        return store_for("benchmarks", self._study.model.original_model, *told, libraries=("lm_eval",))
+        return store_for(
+            "benchmarks", self._study.model.original_model, *told, libraries=("lm_eval", "jinja2", "datasets")
+        )
 
     @cached_property
     def _max_length(self) -> int:

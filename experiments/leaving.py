@@ -14,8 +14,9 @@ from experiments.options import Options
 from experiments.processes import is_first_process
 from experiments.progress import note
 from melens import MelensError
+from melens.cache import KEPT
 from melens.report import write_report
-from melens.results import Record, Result, combine
+from melens.results import WHOLE, Record, Result, combine
 from melens.training.recipe import METHODS
 
 __all__ = ["finish", "interrupted_by_sigterm", "leave", "told_if_stopped"]
@@ -45,6 +46,7 @@ def _write_report(record: Record, cfg: Options) -> list[Path]:
 @contextmanager
 def told_if_stopped(record: Record, cfg: Options) -> Iterator[None]:
     """Note in what a run leaves that it was stopped; an interrupt tells where the same command goes on."""
+    KEPT.has_begun = KEPT.is_lost = False  # an earlier job of a sweep had its own
     try:
         yield
     except BaseException as error:
@@ -62,16 +64,18 @@ def what_is_left(record: Record, cfg: Options) -> str:
     """Say what a run that was interrupted has done, and what to do to go on."""
     if record.parts and record.missing:
         done = f"{len(record.parts)} of {len(record.experiments)} experiments are written to {record.folder}"
-        goes_on = f"the same command goes on with {record.missing[0]}" if cfg.exp.is_kept else "the others are not done"
+        goes_on = f"the same command goes on with {record.missing[0]}" if KEPT.goes_on else "the others are not done"
         return f"{done}; {goes_on}."
     if record.parts:
         return f"what was found is in {record.folder}."
-    if cfg.exp.is_kept and cfg.exp.name != "generate":  # which keeps its trace alone
-        return "no result was written; what was measured so far is kept, and the same command goes on with the rest."
+    earlier = (record.folder / WHOLE).is_file()
+    nothing = "no result was written" + f" ({record.folder / WHOLE} is of an earlier run)" * earlier
+    if KEPT.goes_on and cfg.exp.name != "generate":  # which keeps its trace alone
+        return f"{nothing}; what was measured so far is kept, and the same command goes on with the rest."
     folder = record.folder if cfg.training.resume is None else Path(cfg.training.resume)
     if cfg.exp.name in METHODS and any((folder / "checkpoints").glob("checkpoint-*/trainer_state.json")):
-        return f"no result was written; training.resume={folder} goes on from the last checkpoint."
-    return "no result was written."
+        return f"{nothing}; training.resume={folder} goes on from the last checkpoint."
+    return f"{nothing}."
 
 
 @contextmanager

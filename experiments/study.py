@@ -18,7 +18,7 @@ from transformer_lens.model_bridge import TransformerBridge
 import melens
 from experiments.options import Options
 from melens import Criterion, Emergence, MelensError, Probe, Prompt, Trace
-from melens.cache import Store, code_version, hash_of, if_it_can_be_kept, store_for
+from melens.cache import KEPT, Store, code_version, hash_of, if_it_can_be_kept, store_for
 from melens.devices import placement
 from melens.kept import find_kept, load_result, save_result
 from melens.normalization import has_normalization, read_normalization
@@ -194,6 +194,7 @@ def begin_study(
         if kept_in is not None:
             with if_it_can_be_kept():
                 trace.save(kept_in, replace=False)  # another job, that was faster, has readers by now
+    KEPT.has_begun = kept_in is not None
     of_run = {"family": cfg.model.family, "placement": placement(model.original_model)}
     trace = replace(trace, model=trace.model | of_run)
     me = melens.find_me_layer(trace, Criterion(**cfg.criterion.model_dump()))
@@ -231,13 +232,13 @@ def run_experiments(study: Study) -> Iterator[Result]:
 
 def _store_of_results(study: Study) -> Store:
     """Return where the results of this model, prompts and options are kept; those of each experiment come apart."""
-    shared = {node: value for node, value in study.cfg.plain().items() if node not in ("exp", "png", "given")}
-    told = [study.tokens, study.trace.prompts["id"].tolist(), shared, _code()]
-    return store_for("experiments", study.model.original_model, *told, libraries=("plotly", "pandas"))
+    shared = {node: value for node, value in study.cfg.plain().items() if node not in ("exp", "png", "given", "typed")}
+    told = [study.tokens, study.trace.prompts.to_dict("list"), shared, _code()]
+    return store_for("experiments", study.model.original_model, *told, libraries=("plotly",))
 
 
 def _find_or_run(study: Study, name: str, options: Any, store: Store | None) -> Result:
-    if store is None or options.is_kept:  # which keeps its own parts, under what is in the files that it reads
+    if store is None or hasattr(options, "keep"):  # which keeps its own parts, under what is in the files that it reads
         return _run_one_of_several(study, name, options)
     folder = store.folder / f"{name}-{hash_of(options.model_dump())[:24]}"
     found = find_kept(folder, load_result)

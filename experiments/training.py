@@ -163,7 +163,7 @@ def kept_training(study: Study, planned: Planned, base: TransformerBridge) -> St
     me = [study.me.layer, study.me.dims, study.me.criterion]
     watched = [study.tokens, study.distinct_carriers, study.position, study.cfg.max_batch_tokens]
     own = [code_version(Path(__file__).parent), PartialState().num_processes, str(PartialState().distributed_type)]
-    libraries = ("trl", "peft", "datasets")
+    libraries = ("trl", "peft", "datasets", "jinja2", "math-verify", "sympy", "latex2sympy2-extended")
     return store_for("trainings", base.original_model, learnt, me, watched, own, libraries=libraries)
 
 

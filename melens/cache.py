@@ -16,7 +16,8 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from datetime import date
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -38,6 +39,8 @@ from melens.quantization import is_quantized
 from melens.whole import whole_file
 
 __all__ = [
+    "KEPT",
+    "Kept",
     "Store",
     "cache_folder",
     "code_version",
@@ -102,12 +105,34 @@ class Store:
                 write(partial)
 
 
+@dataclass
+class Kept:
+    """Whether the next process finds what this run measures: what a run says as it is stopped goes by that.
+
+    Attributes:
+        has_begun: the trace, which is kept first, is in the cache.
+        is_lost: something could not be written, or is of a model that only this process knows by name.
+    """
+
+    has_begun: bool = False
+    is_lost: bool = False
+
+    @property
+    def goes_on(self) -> bool:
+        return self.has_begun and not self.is_lost
+
+
+KEPT = Kept()
+"""Of the run that this process is in."""
+
+
 @contextmanager
 def if_it_can_be_kept() -> Iterator[None]:
     """Write to the cache; where that fails, as in a read-only folder or on a full disk, say so once and go on."""
     try:
         yield
     except OSError as error:
+        KEPT.is_lost = True
         _tell_not_kept(cache_folder(), error.strerror or str(error))
 
 
@@ -152,7 +177,7 @@ def _made_by(network: nn.Module, *libraries: str) -> list[object]:
     return [code_version(), versions, devices, torch.get_float32_matmul_precision()]
 
 
-_LIBRARIES = ("torch", "transformers", "transformer_lens", "tokenizers", "accelerate")
+_LIBRARIES = ("torch", "transformers", "transformer_lens", "tokenizers", "accelerate", "numpy", "pandas")
 
 
 def _version(library: str) -> str:
@@ -224,6 +249,8 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
         rules = {key: value for key, value in rules.items() if key not in ("padding", "truncation")}
     names = ("bos_token", "eos_token", "unk_token", "add_bos_token", "add_eos_token", "chat_template")
     own = {name: str(getattr(tokenizer, name, None)) for name in names}
+    if "strftime_now" in own["chat_template"]:  # as Llama-3's, which writes the date into every chat
+        own["today"] = date.today().isoformat()
     return hash_of(type(tokenizer).__qualname__, own, json.dumps(rules, sort_keys=True))
 
 
@@ -242,6 +269,7 @@ def fingerprint(network: nn.Module) -> str:
         MelensError: a weight on the meta device that accelerate would not fetch.
     """
     if is_quantized(network):
+        KEPT.is_lost = True
         return hash_of(_NAMES.setdefault(network, uuid4().hex))
     weights = []
     here = {id(weight): weight for weight in network.parameters() if not weight.is_meta}

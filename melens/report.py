@@ -64,9 +64,10 @@ def _missing(content: Mapping[str, Any]) -> str:
     """Say what a run that goes on, or was stopped, has not done yet."""
     if not content.get("missing"):
         return ""
-    goes_on = "This run goes on" if content["status"] == "running" else "This run was stopped"
+    state = "This run goes on" if content["status"] == "running" else "This run was stopped"
+    next_time = " The same command goes on with them." if content["goes_on"] else ""
     names = escape(", ".join(content["missing"]))
-    return f'<p class="missing"><b>{goes_on}.</b> Not here are: {names}. The same command goes on with them.</p>'
+    return f'<p class="missing"><b>{state}.</b> Not here are: {names}.{next_time}</p>'
 
 
 def _summary(result: Result, claims: pd.DataFrame) -> str:

@@ -4,6 +4,8 @@ import copy
 import json
 import weakref
 from dataclasses import dataclass, field
+from datetime import date
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -304,7 +306,7 @@ def test_texts_of_other_lengths_have_another_store(network):
     assert store_for("a", network, texts.view(4, 8)).folder != store_for("a", network, texts.view(8, 4)).folder
 
 
-@pytest.mark.parametrize("library", ["torch", "transformers", "transformer_lens", "trl"])
+@pytest.mark.parametrize("library", ["torch", "transformers", "transformer_lens", "numpy", "pandas", "trl"])
 def test_another_version_of_a_library_has_another_store(network, library, monkeypatch):
     before = store_for("a", network, libraries=("trl",)).folder
     version = cache._version
@@ -367,6 +369,16 @@ def test_what_the_last_call_asked_for_is_no_part_of_a_tokenizer():
     assert json.loads(made.backend_tokenizer.to_str())["padding"] is not None
     assert tokenizer_fingerprint(made) == before
     assert tokenizer_fingerprint(None) != before
+
+
+def test_a_template_that_writes_the_date_is_told_by_the_day(monkeypatch):
+    def told(template, day):
+        monkeypatch.setattr(cache, "date", SimpleNamespace(today=lambda: date(2026, 1, day)))
+        return tokenizer_fingerprint(tokenizer(template=template))
+
+    dated = "{{ strftime_now('%d %b %Y') }}{{ messages }}"
+    assert told(dated, 1) == told(dated, 1) != told(dated, 2)
+    assert told("{{ messages }}", 1) == told("{{ messages }}", 2)
 
 
 # --- Stores -----------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from test_not_a_number import grid
 
 import melens
 from experiments import benchmark, ffn, mask_grid, predict, training, wemask
+from experiments import study as of_run
 from experiments.benchmark import Bench, Cell
 from experiments.jobs import jobs_of
 from experiments.options import compose_options
@@ -203,8 +204,48 @@ def test_only_what_was_found_is_kept_and_not_what_reads_files_of_its_own(tmp_pat
     assert "not_applicable" in metrics["ablation"]  # this model has no massive activation
     assert metrics["predict"]["failed"]
     assert metrics["wemask"] == {"cells": 1}
+    assert next(parts_of(model_of(), "exp.experiments=[wemask,ffn]", "exp.wemask.keep=false")).metrics == {"cells": 1}
     kept = [folder.name.split("-")[0] for folder in (tmp_path / "cache" / "experiments").glob("*/*")]
     assert kept == ["ffn"]
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ((), (True, True)),
+        (("exp.keep=false",), (False, False)),
+        (("exp.keep=false", "exp.wemask.keep=true"), (True, False)),
+        (("exp.benchmark.keep=false",), (True, False)),
+    ],
+)
+def test_what_an_experiment_keeps_of_its_own_goes_by_keep_of_all(given, kept):
+    cfg = compose_options("exp=all", "model=random", "exp.experiments=[wemask,benchmark]", *given)
+    assert tuple(options.is_kept for options in cfg.experiments.values()) == kept
+
+
+def test_prompts_of_other_tasks_are_measured_anew(monkeypatch):
+    model, ran, run = bridge(planted()), [], ffn.run
+    monkeypatch.setattr(ffn, "run", lambda *told: ran.append(told) or run(*told))
+    cfg = compose_options("exp=all", "model=random", "exp.experiments=[ffn,predict]")
+    prompts = [torch.arange(1, 20), torch.arange(2, 21)]
+    study = begin_study(model, prompts, cfg, lambda name: lambda done, total: None)
+    for task in ("maths", "maths", "logic"):
+        told = replace(study.trace, prompts=study.trace.prompts.assign(task=task))
+        next(run_experiments(replace(study, trace=told)))
+    assert len(ran) == 2
+
+
+@pytest.mark.parametrize("case", ["", "exp.keep=false", "read-only", "quantised"])
+def test_a_run_is_said_to_go_on_where_something_is_kept(tmp_path, monkeypatch, case):
+    kept = cache.Kept()
+    for module in (cache, of_run):
+        monkeypatch.setattr(module, "KEPT", kept)
+    if case == "read-only":
+        (tmp_path / "cache").touch()  # no folder, so that none can be made in it
+    if case == "quantised":
+        monkeypatch.setattr(cache, "is_quantized", lambda network: True)
+    next(parts_of(bridge(planted()), *[case] * case.startswith("exp")))
+    assert kept.goes_on == (case == "")
 
 
 # --- Benchmarks -------------------------------------------------------------------------------------------------------
@@ -225,7 +266,11 @@ def test_items_are_kept_by_batches_context_and_the_code_of_the_experiments(monke
     folders.add(bench_of(model)._store.folder)
     monkeypatch.setattr(benchmark, "code_version", lambda folder: "another")
     folders.add(bench_of(model)._store.folder)
-    assert len(folders) == 4
+    version = cache._version
+    for library in ("lm_eval", "jinja2", "datasets"):
+        monkeypatch.setattr(cache, "_version", lambda name, new=library: "0" if name == new else version(name))
+        folders.add(bench_of(model)._store.folder)
+    assert len(folders) == 7
     assert bench_of(model)._store.folder in folders
 
 
@@ -337,7 +382,7 @@ def test_a_training_is_kept_under_all_that_it_depends_on(training_key, monkeypat
     folders = [training_key(), *(training_key(**other) for other in others)]
     assert training_key() == folders[0]
     version = cache._version
-    for library in ("trl", "peft"):
+    for library in ("trl", "peft", "math-verify", "sympy", "latex2sympy2-extended", "jinja2"):
         monkeypatch.setattr(cache, "_version", lambda name, new=library: "0" if name == new else version(name))
         folders.append(training_key())
-    assert len({*folders}) == len(folders) == 12
+    assert len({*folders}) == len(folders) == 16

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from test_results import CONFIG, ffn_result, names, some_result
+from test_results import CONFIG, Breaks, ffn_result, names, picture, some_result
 from test_whole import full_disk
 
 from experiments import leaving
@@ -18,7 +18,8 @@ from experiments.job import give_freed_memory_back
 from experiments.leaving import finish, interrupted_by_sigterm, leave, told_if_stopped, what_is_left
 from experiments.options import compose_options
 from melens import MelensError
-from melens.results import Record
+from melens.cache import KEPT
+from melens.results import Record, write_result
 
 ROOT = Path(__file__).parents[1]
 ALL = ("exp=all", "model=random", "exp.experiments=[direction,ffn]")
@@ -36,13 +37,24 @@ def described(result):
     return result
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_kept(monkeypatch):
+    for name in ("has_begun", "is_lost"):
+        monkeypatch.setattr(KEPT, name, False)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
 def test_what_a_stopped_run_found_is_there_with_a_report_that_says_so(tmp_path, error):
     record, cfg = record_of(tmp_path), compose_options(*ALL)
     leave(record, described(some_result()), cfg)
     assert "This run goes on." in (tmp_path / "report.html").read_text()
-    with pytest.raises(error) as raised, told_if_stopped(record, cfg):
+
+    def stop():
+        KEPT.has_begun = True
         raise error
+
+    with pytest.raises(error) as raised, told_if_stopped(record, cfg):
+        stop()
     assert names(tmp_path) == {"norms.parquet", "norms.html", "plotly.min.js", "report.html", "result.partial.json"}
     assert json.loads((tmp_path / "result.partial.json").read_text())["status"] == "stopped"
     assert "This run was stopped." in (tmp_path / "report.html").read_text()
@@ -80,16 +92,20 @@ def test_a_full_disk_is_told_in_a_sentence_and_leaves_what_was_whole(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "sentence"),
+    ("options", "kept", "sentence"),
     [
-        (("exp=emergence",), "no result was written."),
-        (("exp=wemask",), "no result was written; what was measured so far is kept, and the same command goes on"),
-        (("exp=wemask", "exp.keep=false"), "no result was written."),
-        (("exp=generate",), "no result was written."),
-        (("exp=sft", "training.dataset=sums"), "no result was written; training.resume={} goes on from the last"),
+        (("exp=emergence",), {}, "no result was written."),
+        (("exp=wemask",), {"has_begun": True}, "no result was written; what was measured so far is kept, and the same"),
+        (("exp=wemask",), {}, "no result was written."),
+        (("exp=wemask",), {"has_begun": True, "is_lost": True}, "no result was written."),
+        (ALL, {}, "no result was written."),
+        (("exp=generate",), {"has_begun": True}, "no result was written."),
+        (("exp=sft", "training.dataset=sums"), {}, "no result was written; training.resume={} goes on from the last"),
     ],
 )
-def test_an_interrupt_says_what_is_left(tmp_path, options, sentence):
+def test_an_interrupt_says_what_is_left(tmp_path, monkeypatch, options, kept, sentence):
+    for name, value in kept.items():
+        monkeypatch.setattr(KEPT, name, value)
     (tmp_path / "checkpoints" / "checkpoint-1").mkdir(parents=True)
     (tmp_path / "checkpoints" / "checkpoint-1" / "trainer_state.json").touch()
     told = what_is_left(record_of(tmp_path), compose_options("model=random", *options))
@@ -98,10 +114,30 @@ def test_an_interrupt_says_what_is_left(tmp_path, options, sentence):
     assert (told == sentence) == sentence.endswith(".")
 
 
-def test_without_keep_nothing_is_said_of_going_on(tmp_path):
+@pytest.mark.parametrize("kept", [{}, {"has_begun": True, "is_lost": True}])
+def test_where_nothing_is_kept_nothing_is_said_of_going_on(tmp_path, monkeypatch, kept):
+    for name, value in kept.items():
+        monkeypatch.setattr(KEPT, name, value)
     record = record_of(tmp_path)
     record.parts.append(some_result())
-    assert what_is_left(record, compose_options(*ALL, "exp.keep=false")).endswith("; the others are not done.")
+    assert what_is_left(record, compose_options(*ALL)).endswith("; the others are not done.")
+
+
+def test_a_run_stopped_as_its_first_result_is_written_has_none(tmp_path):
+    record, cfg = record_of(tmp_path), compose_options(*ALL)
+    with pytest.raises(KeyboardInterrupt, match=r"^no result was written\.$"), told_if_stopped(record, cfg):
+        leave(record, some_result(pictures={"a": picture(Breaks())}), cfg)
+    assert json.loads((tmp_path / "result.partial.json").read_text())["status"] == "stopped"
+
+
+@pytest.mark.parametrize("has_begun", [True, False])
+def test_an_interrupt_tells_that_the_result_in_the_folder_is_an_earlier_run_s(tmp_path, monkeypatch, has_begun):
+    monkeypatch.setattr(KEPT, "has_begun", has_begun)
+    write_result(some_result(), tmp_path, config=CONFIG, duration=1.0)
+    told = what_is_left(record_of(tmp_path), compose_options(*ALL))
+    start = f"no result was written ({tmp_path / 'result.json'} is of an earlier run)"
+    goes_on = "; what was measured so far is kept, and the same command goes on with the rest" * has_begun
+    assert told == f"{start}{goes_on}."
 
 
 def test_other_processes_write_nothing(tmp_path, monkeypatch):

@@ -12,6 +12,8 @@ from test_experiments import BLOCK, DIM, TOKEN, prompts_of, study
 
 import melens
 from experiments.study import run_experiments
+from melens import results
+from melens.cache import Kept
 from melens.kept import load_result, save_result
 from melens.report import write_report
 from melens.results import Record, claims_of, combine, plain, write_result
@@ -76,14 +78,17 @@ def test_a_result_that_was_kept_is_what_it_was(planted_result, tmp_path):
     assert (found.experiment, found.documents, found.model) == ("all", {}, plain(planted_result.model))
 
 
-def test_a_report_of_a_part_says_what_is_not_there(planted_result, tmp_path):
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_a_report_of_a_part_says_what_is_not_there(planted_result, tmp_path, monkeypatch, goes_on):
+    monkeypatch.setattr(results, "KEPT", Kept(has_begun=goes_on))
     found = replace(planted_result, experiment="all", metrics={"ffn": planted_result.metrics["ffn"]})
     record = Record(tmp_path, config=CONFIG, experiments=["all", "sinks", "ablation"])
     record.parts.append(found)
     for status, words in (("running", "This run goes on."), ("stopped", "This run was stopped.")):
         record._note(status)
         page = write_report(found, tmp_path, command="").read_text("utf-8")
-        assert f"<b>{words}</b> Not here are: sinks, ablation. The same command goes on with them." in page
+        assert f"<b>{words}</b> Not here are: sinks, ablation." in page
+        assert ("ablation. The same command goes on with them.</p>" in page) == goes_on
     record.experiments = ["all"]
     record.finish()
     assert "goes on" not in write_report(found, tmp_path, command="").read_text("utf-8")
