@@ -109,7 +109,12 @@ def test_jobs_of_other_options_are_not_put_into_one_grid(tmp_path, monkeypatch):
         for table in (measured.cells, measured.by_text, measured.by_block):
             table["cell"] = table["cell"].replace("a", cell)
         given = {"model.dtype": dtype, "wemask.rate": number}
-        config = {"model": {"name": "tiny", "dtype": dtype}, "wemask": {"rate": number}, "given": given, "typed": [*given]}
+        config = {
+            "model": {"name": "tiny", "dtype": dtype},
+            "wemask": {"rate": number},
+            "given": given,
+            "typed": [*given],
+        }
         folder = tmp_path / str(number)
         write_result(mask_grid.report(measured, {"name": "tiny"}, told, {}, []), folder, config=config, duration=0.0)
         jobs[folder] = json.loads((folder / "result.json").read_text())
