@@ -44,6 +44,7 @@ RIGHT = [
 ]  # fmt: skip
 
 WRONG = [
+    ("5 cubic meters", r"\boxed{5 \text{ cm}}"),
     ("50%", r"\boxed{5\%}"), ("50%", "0.05"), ("yes", "no"), ("yes", "The answer is no."), ("yes", r"\boxed{eys}"),
     ("no", r"\boxed{on}"), ("yes", "Yes or no, who knows?"), ("yes", ""), ("(A)", r"\boxed{B}"),
     ("(A)", "The answer is not A. It is B."), ("2:30", r"\boxed{2}"), ("2:30", "2:31"), ("2:30", r"\boxed{1/15}"),

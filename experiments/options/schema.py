@@ -80,6 +80,11 @@ def _word(value: Any) -> Any:
     return str(value).lower() if isinstance(value, bool) else value
 
 
+def _check_folder(option: str, folder: str | None) -> None:
+    if folder is not None and not Path(os.path.expanduser(folder)).is_dir():
+        raise MelensError(f"{option} is {folder!r}; there is no such folder.")
+
+
 AtLeast2 = Annotated[int, Field(strict=True, ge=2), Said("a whole number of at least 2")]
 AtLeast3 = Annotated[int, Field(strict=True, ge=3), Said("a whole number of at least 3")]
 OptionalCount = Annotated[Count | None, Said("a whole number of at least 1, or null")]
@@ -274,8 +279,7 @@ class BenchmarkOptions(Node):
 
     @model_validator(mode="after")
     def _is_there(self) -> BenchmarkOptions:
-        if self.data_dir is not None and not Path(os.path.expanduser(self.data_dir)).is_dir():
-            raise MelensError(f"benchmark.data_dir is {self.data_dir!r}; there is no such folder.")
+        _check_folder("benchmark.data_dir", self.data_dir)
         return self
 
 
@@ -326,8 +330,8 @@ class TrainingOptions(Node):
 
     @model_validator(mode="after")
     def _is_there(self) -> TrainingOptions:
-        if self.resume is not None and not Path(os.path.expanduser(self.resume)).is_dir():
-            raise MelensError(f"training.resume is {self.resume!r}; there is no such folder.")
+        _check_folder("training.data_dir", self.data_dir)
+        _check_folder("training.resume", self.resume)
         return self
 
 

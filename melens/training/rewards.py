@@ -174,7 +174,12 @@ def _has_several(text: str) -> bool:
 def _is_same_unit(one: str, other: str) -> bool:
     """Tell whether units may be the same: one is not told, or is short for the other, as ft, hrs and mph are."""
     short, long = sorted((one, other), key=len)
-    return short[:1] == long[:1] and re.search(".*".join(map(re.escape, short)), long) is not None if short else True
+    words = long.split()
+    if not short or short == long or short == words[0].rstrip("s"):  # 10 apples are 10 apples left
+        return True
+    if len(words) > 1:  # as mph is miles per hour; of two words, c m may be centimetres or cubic metres
+        return len(words) > 2 and short == "".join(word[0] for word in words)
+    return short[0] == long[0] and re.search(".*".join(map(re.escape, short)), long) is not None
 
 
 def _is_same_mathematics(completion: str, right: Sequence[str]) -> bool:
