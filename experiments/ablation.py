@@ -14,13 +14,14 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from experiments.options.schema import AblationOptions
-from experiments.study import Study, named_normalization
-from melens import MassiveTokenRuns, MelensError, Probe, figures
-from melens.ablation import Hook, Part, ablation, can_ablate
-from melens.figures import COLORS, Curve, Heatmap, Panel
-from melens.layout import Layout
-from melens.results import Picture, Result
-from melens.statistics import bootstrap_mean, mean_by, tidy, with_interval
+from experiments.runner.study import Study, named_normalization
+from melens import MassiveTokenRuns, MelensError, Probe
+from melens.analysis.statistics import bootstrap_mean, mean_by, tidy, with_interval
+from melens.figures import figures
+from melens.figures.figures import COLORS, Curve, Heatmap, Panel
+from melens.models.layout import Layout
+from melens.report.result import Figure, Result
+from melens.tracing.interventions import Hook, Part, ablation, can_ablate
 
 SENSES: dict[str, Part] = {"identity": "ln2_identity", "no_gain": "ln2_no_gain", "no_norm": "ln2_no_norm"}
 """What "without the norm before the FFN" may mean."""
@@ -114,32 +115,32 @@ def run(study: Study, options: AblationOptions) -> Result:
             "causes": causes,
             "patching": patched,
         },
-        pictures={
-            "removed": Picture(
+        figures={
+            "removed": Figure(
                 _removed_figure(bench, removed, study.title("Massive token by block", n_prompts)),
                 "figure 9",
                 "Without the FFN it appears midway, then fades; without the RMSNorm it persists, but far smaller.",
                 _removed_in_words(metrics),
             ),
-            "factorial": Picture(
+            "factorial": Figure(
                 _factorial_figure(factorial, study.title(f"Norm × FFN at block {me_layer}", n_prompts)),
                 "asked for by the review",
                 "The paper removes one at a time.",
                 "Without the FFN the norm before it has no way to act: that column is the same by construction.",
             ),
-            "causality": Picture(
+            "causality": Figure(
                 _causality_figure(bench, causality),
                 "asked for by the review",
                 "Only the ME layer is looked at; its causal role is inferred.",
                 _causes_in_words(metrics),
             ),
-            "causes": Picture(
+            "causes": Figure(
                 _causes_figure(bench, causes),
                 "asked for by the review",
                 "Only the ME layer is looked at; its causal role is inferred.",
                 _causes_in_words(metrics),
             ),
-            "patching": Picture(
+            "patching": Figure(
                 _patching_figure(bench, patched),
                 "beyond the paper",
                 "No activation is patched in the paper.",

@@ -16,22 +16,23 @@ from experiments.masks import masks_of
 from experiments.options import Options
 from experiments.options.benchmark import Asked, asked_for
 from experiments.options.schema import ReportedOptions
-from experiments.study import Study
-from melens import MelensError, Probe, WeMask, figures, load_model
+from experiments.runner.study import Study
+from melens import MelensError, Probe, WeMask, load_model
 from melens.benchmarks.catalog import Benchmark
 from melens.benchmarks.harness import Asking, HarnessTask, check_thinking, evaluate, load_task
 from melens.benchmarks.language import Needle, Questions, answered, ask
-from melens.benchmarks.layout import lay_out
 from melens.benchmarks.refusals import count_judged, judged_refusals, judging_chat
 from melens.benchmarks.scores import best_rates, count_verdicts, summarise
 from melens.benchmarks.scoring import Scorer
-from melens.cache import Store, code_version, fingerprint, hash_of, store_for, tokenizer_fingerprint
-from melens.chat import Chat, chat_of
-from melens.generation import verify_generation
-from melens.models import load_tokenizer
-from melens.networks import plain_twin
-from melens.results import Picture, Result
-from melens.texts import bos_prefix
+from melens.benchmarks.tables import lay_out
+from melens.data.chat import Chat, chat_of
+from melens.data.texts import bos_prefix
+from melens.figures import figures
+from melens.models.generation import verify_generation
+from melens.models.loading import load_tokenizer
+from melens.models.view import plain_twin
+from melens.report.result import Figure, Result
+from melens.storage.cache import Store, code_version, fingerprint, hash_of, store_for, tokenizer_fingerprint
 
 UNMASKED = "no mask"
 
@@ -354,7 +355,7 @@ def how_asked(asked: Asked, chat: Chat | None) -> str:
     return f"Zero-shot, {how}.{thinking} Masked: {where}.{limit}{judge}"
 
 
-def _pictures(study: Study, scores: pd.DataFrame, layout: Any) -> dict[str, Picture]:
+def _pictures(study: Study, scores: pd.DataFrame, layout: Any) -> dict[str, Figure]:
     name = study.trace.model["name"]
     pictures = {}
     compared = scores[scores["shown"] & scores["p_corrected"].notna()]
@@ -362,11 +363,11 @@ def _pictures(study: Study, scores: pd.DataFrame, layout: Any) -> dict[str, Pict
     here = f"{n_shown} of {len(compared)} differences to the unmasked model are shown."
     paper = "WeMask improves the scores; random and magnitude masks harm them."
     table = figures.score_table(layout.columns, layout.rows, layout.cells, layout.best, title=f"Scores of {name}")
-    pictures["benchmark_table"] = Picture(table, "tables 1, 2, 5, 6, 7", paper, layout.caption)
+    pictures["benchmark_table"] = Figure(table, "tables 1, 2, 5, 6, 7", paper, layout.caption)
     if len(compared):
         note = "Filled: shown (p < 0.05 after correction); hollow: no difference shown."
         figure = figures.score_differences(compared, title=f"Differences to the unmasked model: {name}", note=note)
-        pictures["benchmark_differences"] = Picture(figure, "tables 1, 2, 5, 6, 7", paper, here)
+        pictures["benchmark_differences"] = Figure(figure, "tables 1, 2, 5, 6, 7", paper, here)
     return pictures
 
 

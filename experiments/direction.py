@@ -12,12 +12,13 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from experiments.options.schema import PlainOptions
-from experiments.study import Study
-from melens import Probe, figures
-from melens.figures import COLORS, FIRST, OTHERS, Curve, Heatmap, Panel
-from melens.metrics import l2_norm, pairwise_cosine
-from melens.results import Picture, Result
-from melens.statistics import bootstrap_mean, mean_by, tidy
+from experiments.runner.study import Study
+from melens import Probe
+from melens.analysis.metrics import l2_norm, pairwise_cosine
+from melens.analysis.statistics import bootstrap_mean, mean_by, tidy
+from melens.figures import figures
+from melens.figures.figures import COLORS, FIRST, OTHERS, Curve, Heatmap, Panel
+from melens.report.result import Figure, Result
 
 TRIVIAL = "trivial by construction: all prompts share their first token"
 
@@ -58,14 +59,14 @@ def run(study: Study, options: PlainOptions) -> Result:
         model=study.trace.model,
         metrics=metrics,
         tables={"direction_by_block": pd.concat([table.assign(quantity=name) for name, table in by_block.items()])},
-        pictures={
-            "norms": Picture(
+        figures={
+            "norms": Figure(
                 _norms_figure(study, norms, by_block["norm_cv"], rests_on),
                 "figure 5a",
                 "After the ME layer the norm is large, barely changes, and is alike for all inputs.",
                 here,
             ),
-            "dims_by_block": Picture(
+            "dims_by_block": Figure(
                 figures.vectors_by_dim(
                     _some_blocks(study, states), title=study.title("Token 0 by dim, mean over prompts"), note=rests_on
                 ),
@@ -73,7 +74,7 @@ def run(study: Study, options: PlainOptions) -> Result:
                 "From the ME layer on the same few dims stand out in every block.",
                 _same_dims_in_words(study, states),
             ),
-            "cosine_by_block": Picture(
+            "cosine_by_block": Figure(
                 figures.heatmap_with_slider(
                     _cosine_maps(study, cosines),
                     title=study.title("Cosine of token 0's state between inputs"),
@@ -86,7 +87,7 @@ def run(study: Study, options: PlainOptions) -> Result:
                 "After the ME layer the cosine between any two inputs is about 1.",
                 here,
             ),
-            "between_blocks": Picture(
+            "between_blocks": Figure(
                 _cosine_figure(study, by_block, rests_on),
                 "figure 5c, by block",
                 "Direction is settled at the ME layer: it barely changes after, whatever the input.",

@@ -11,14 +11,16 @@ import pandas as pd
 import plotly.graph_objects as go
 from transformer_lens.model_bridge import TransformerBridge
 
-from experiments.jobs import Job, in_words
 from experiments.options.schema import EmergenceOptions, ModelOptions
-from experiments.study import Study, named_normalization
-from melens import Emergence, Probe, Trace, figures, sinks
-from melens.figures import FIRST, OTHERS, SINK, Curve, Panel
-from melens.layout import Layout, listed
-from melens.results import Picture, Result
-from melens.statistics import bootstrap_mean, with_interval
+from experiments.runner.jobs import Job, in_words
+from experiments.runner.study import Study, named_normalization
+from melens import Emergence, Probe, Trace
+from melens.analysis import sink_mass as sinks
+from melens.analysis.statistics import bootstrap_mean, with_interval
+from melens.figures import figures
+from melens.figures.figures import FIRST, OTHERS, SINK, Curve, Panel
+from melens.models.layout import Layout, listed
+from melens.report.result import Figure, Result
 
 TABLE8 = (
     "model", "family", "n_layers", "me_layer", "magnification", "magnification_low", "magnification_high",
@@ -61,20 +63,20 @@ def run(study: Study, options: EmergenceOptions) -> Result:
             "per_prompt": trace.prompts.merge(me.per_prompt, on="prompt"),
             "table8": pd.DataFrame([_table8_row(study.cfg.model, trace, me, onset, layout)]),
         },
-        pictures={
-            "emergence": Picture(
+        figures={
+            "emergence": Figure(
                 _emergence_figure(study, norms, sink_mass, log_scale=options.log_scale),
                 "figure 1 (bottom), figures 11-20",
                 "Flat, then one block lifts token 0 by hundreds of times; flat again until the last two blocks.",
                 here,
             ),
-            "top_dims": Picture(
+            "top_dims": Figure(
                 figures.dims_heatmap(dims, me_layer=me.layer, title=title),
                 "figure 1 (top)",
                 "A few dims of the first token hold all of the massive activation.",
                 _largest_dim_in_words(dims),
             ),
-            "top_dims_surface": Picture(
+            "top_dims_surface": Figure(
                 figures.dims_surface(dims, me_layer=me.layer, title=title),
                 "the authors' 3-D plot",
                 "The same dims stand out in every block from the ME layer on.",
@@ -215,7 +217,7 @@ def merge(jobs: Sequence[Job]) -> Result:
         model={},
         metrics={},
         tables={"table8": table8},
-        pictures={"norms_side_by_side": _side_by_side(curves, me_layers, list(times))} if curves else {},
+        figures={"norms_side_by_side": _side_by_side(curves, me_layers, list(times))} if curves else {},
         findings=[
             (in_words(row["model"], {key: row[key] for key in swept}), _in_a_line(row))
             for row in table8.to_dict("records")
@@ -223,7 +225,7 @@ def merge(jobs: Sequence[Job]) -> Result:
     )
 
 
-def _side_by_side(curves: dict[str, pd.DataFrame], me_layers: dict[str, int | None], models: Sequence[str]) -> Picture:
+def _side_by_side(curves: dict[str, pd.DataFrame], me_layers: dict[str, int | None], models: Sequence[str]) -> Figure:
     panels = [
         Panel(model, "L2 norm of the block output", _curves(norms, "hook_resid_post"), me_layers[model], log_scale=True)
         for model, norms in curves.items()
@@ -232,7 +234,7 @@ def _side_by_side(curves: dict[str, pd.DataFrame], me_layers: dict[str, int | No
     title = f"Token 0 against the others: {models[0] if len(models) == 1 else 'model by model'}"
     figure = figures.curves_by_block(panels, title=title, note=note, columns=3)
     paper = "Every model has an ME layer, the same within a family."
-    return Picture(figure, "figures 11-20, table 8", paper, f"{len(curves)} runs of {len(models)} models.")
+    return Figure(figure, "figures 11-20, table 8", paper, f"{len(curves)} runs of {len(models)} models.")
 
 
 def _in_a_line(row: Mapping[Any, Any]) -> str:

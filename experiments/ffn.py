@@ -9,11 +9,12 @@ import pandas as pd
 from transformer_lens.model_bridge import TransformerBridge
 
 from experiments.options.schema import PlainOptions
-from experiments.study import Study
-from melens import Concentration, MelensError, Probe, figures
-from melens.layout import Layout, listed
-from melens.results import Picture, Result
-from melens.statistics import bootstrap_mean, mean_by, peak_layer, with_interval
+from experiments.runner.study import Study
+from melens import Concentration, MelensError, Probe
+from melens.analysis.statistics import bootstrap_mean, mean_by, peak_layer, with_interval
+from melens.figures import figures
+from melens.models.layout import Layout, listed
+from melens.report.result import Figure, Result
 
 GATE, UP, DOWN = "hook_pre", "hook_pre_linear", "hook_mlp_out"
 PROJECTIONS = ("gate", "up", "down")
@@ -66,8 +67,8 @@ def run(study: Study, options: PlainOptions) -> Result:
         model=study.trace.model,
         metrics=metrics,
         tables={"ffn_by_block": pd.concat([*summaries, by_block.assign(quantity="amplification")], ignore_index=True)},
-        pictures={
-            "ffn": Picture(
+        figures={
+            "ffn": Figure(
                 figures.ffn_figure(
                     differences,
                     by_block,

@@ -20,16 +20,16 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from experiments.masks import only_mask_of
 from experiments.options import Options
 from experiments.options.schema import GenerateOptions, KeptOptions
-from experiments.study import Study
+from experiments.runner.study import Study
 from melens import MelensError, Probe, Prompt, WeMask
-from melens.caching import find_cache_by_any_name
-from melens.chat import PLAIN, Chat, chat_of, prompt_ids, read_reply
-from melens.devices import input_device
-from melens.generation import verify_generation
-from melens.models import load_tokenizer
-from melens.prompts import tokenize
-from melens.results import Result
-from melens.seeding import seeded
+from melens.data.chat import PLAIN, Chat, chat_of, prompt_ids, read_reply
+from melens.data.prompts import tokenize
+from melens.environment.seeding import seeded
+from melens.models.devices import input_device
+from melens.models.generation import verify_generation
+from melens.models.kv_cache import find_cache_by_any_name
+from melens.models.loading import load_tokenizer
+from melens.report.result import Result
 
 N_PROMPTS = 4  # where the user gives none
 

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.jobs import Job
-from melens import MelensError, figures
-from melens.cache import hash_of
-from melens.figures import COLORS, FIRST, OTHERS, SINK, Curve, Heatmap, Panel
-from melens.results import Picture, Result
-from melens.statistics import bootstrap_mean, holm, paired_permutation_p, with_interval
+from experiments.runner.jobs import Job
+from melens import MelensError
+from melens.analysis.statistics import bootstrap_mean, holm, paired_permutation_p, with_interval
+from melens.figures import figures
+from melens.figures.figures import COLORS, FIRST, OTHERS, SINK, Curve, Heatmap, Panel
+from melens.report.result import Figure, Result
+from melens.storage.cache import hash_of
 
 __all__ = ["ARGUMENTS", "UNMASKED", "Grid", "drawn", "merge", "report"]
 
@@ -109,7 +110,7 @@ def report(
     grid: Grid,
     model: dict[str, Any],
     metrics: dict[str, Any],
-    pictures: dict[str, Picture],
+    pictures: dict[str, Figure],
     findings: list[tuple[str, str]],
 ) -> Result:
     """Compare every cell with the unmasked model, draw, and put what is seen into words."""
@@ -325,7 +326,7 @@ def _start_metrics(first_only: pd.DataFrame, behind: int | None) -> dict[str, An
 # --- Figures ----------------------------------------------------------------------------------------------------------
 
 
-def _pictures(grid: Grid, cells: pd.DataFrame, metrics: dict[str, Any], title: _Title) -> dict[str, Picture]:
+def _pictures(grid: Grid, cells: pd.DataFrame, metrics: dict[str, Any], title: _Title) -> dict[str, Figure]:
     starts = cells["start"].nunique() if "start" in cells else 0
     main = cells if starts == 1 else cells[cells["start"] == (metrics["me_layer"] or 0) + 1]
     pictures = {}
@@ -333,9 +334,9 @@ def _pictures(grid: Grid, cells: pd.DataFrame, metrics: dict[str, Any], title: _
         here = _harm_in_words(main)
         if len(main) > 1:
             paper = "Table 5: weight-guided masks help; random and magnitude masks at the same rate hurt."
-            pictures["loss_change"] = Picture(_loss_figure(main, title), "table 5", paper, here)
-            pictures["rates"] = Picture(_rate_figure(main, title), "asked for by the review", "One rate a task.", here)
-        pictures["loss_and_sinks"] = Picture(
+            pictures["loss_change"] = Figure(_loss_figure(main, title), "table 5", paper, here)
+            pictures["rates"] = Figure(_rate_figure(main, title), "asked for by the review", "One rate a task.", here)
+        pictures["loss_and_sinks"] = Figure(
             figures.loss_over_sinks(
                 main.assign(label=main["cell"]),
                 sink_mass=metrics["unmasked_sink_mass"],
@@ -347,12 +348,12 @@ def _pictures(grid: Grid, cells: pd.DataFrame, metrics: dict[str, Any], title: _
             "Moderate attenuation of the sink helps; none and full do not.",
             _moderation_in_words(main),
         )
-        pictures["by_block"] = Picture(
+        pictures["by_block"] = Figure(
             _block_figure(grid, main, metrics, title), "figure 8", "The mask weakens the sink and relaxes token 0.",
             _relaxed_in_words(grid, main, metrics),
         )  # fmt: skip
     if starts > 1:
-        pictures["starts"] = Picture(
+        pictures["starts"] = Figure(
             _start_figure(cells, metrics, title),
             "asked for by the review",
             "The mask is applied from the ME layer on, nowhere else.",

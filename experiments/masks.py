@@ -11,8 +11,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from experiments.options.schema import MaskOptions
 from melens import Emergence, MelensError, WeMask
-from melens.networks import Network, open_network
-from melens.wemask import FixedDims
+from melens.masks.mask import FixedDims
+from melens.models.view import ModelView, view_model
 
 __all__ = ["masks_of", "on_blocks", "only_mask_of"]
 
@@ -28,7 +28,7 @@ def masks_of(options: MaskOptions, me: Emergence, model: TransformerBridge) -> l
         MelensError: a mask that this model cannot have.
     """
     masks: list[WeMask | None] = []
-    for cell in _cells(options, open_network(model)):
+    for cell in _cells(options, view_model(model)):
         mask = _saved(cell, model) if cell["select"] == SAVED else None
         if mask is None and cell["rate"]:
             mask = WeMask(**cell).at(me).on(model)
@@ -69,7 +69,7 @@ def on_blocks(mask: WeMask, layers: Any) -> WeMask:
     return replace(mask, layers=kept, fixed=FixedDims(dims, kept, fixed.model))
 
 
-def _starts(cell: Mapping[str, Any], network: Network) -> list[Any]:
+def _starts(cell: Mapping[str, Any], network: ModelView) -> list[Any]:
     """Return where a mask starts; of all blocks, one after the other those where it has a place."""
     if cell["start"] != "all_blocks":
         return [cell["start"]]
@@ -77,7 +77,7 @@ def _starts(cell: Mapping[str, Any], network: Network) -> list[Any]:
     return [block for block in blocks if cell["site"] == "resid_pre" or network.can_mask_attention(block)]
 
 
-def _cells(options: MaskOptions, network: Network) -> list[dict[str, Any]]:
+def _cells(options: MaskOptions, network: ModelView) -> list[dict[str, Any]]:
     """Combine what is given as lists: arguments of `WeMask`, with a rate of 0 for no mask."""
     plain = options.model_dump()
     lists = {name: plain[name] if isinstance(plain[name], list) else [plain[name]] for name in _LISTS}

@@ -8,13 +8,14 @@ import pandas as pd
 from transformer_lens.model_bridge import TransformerBridge
 
 from experiments.options.schema import PlainOptions
-from experiments.study import Study
-from melens import Probe, figures
-from melens.figures import COLORS, Curve, Panel
-from melens.layout import Layout, listed
-from melens.results import Picture, Result
-from melens.statistics import peak_layer
-from melens.weights import SCORES, rank_of, score_blocks
+from experiments.runner.study import Study
+from melens import Probe
+from melens.analysis.statistics import peak_layer
+from melens.analysis.weights import SCORES, rank_of, score_blocks
+from melens.figures import figures
+from melens.figures.figures import COLORS, Curve, Panel
+from melens.models.layout import Layout, listed
+from melens.report.result import Figure, Result
 
 
 def probes(model: TransformerBridge, options: PlainOptions) -> list[Probe]:
@@ -42,8 +43,8 @@ def run(study: Study, options: PlainOptions) -> Result:
         model=study.trace.model,
         metrics=metrics,
         tables={"weight_scores": scores},
-        pictures={
-            "scores": Picture(
+        figures={
+            "scores": Figure(
                 _figure(study, scores),
                 "asked for by the review",
                 "The ME layer is found by running the model.",

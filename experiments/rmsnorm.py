@@ -10,13 +10,14 @@ import plotly.graph_objects as go
 from transformer_lens.model_bridge import TransformerBridge
 
 from experiments.options.schema import RmsnormOptions
-from experiments.study import Study, named_normalization
-from melens import GainAlignment, MelensError, Probe, figures
-from melens.figures import COLORS, FIRST, OTHERS, Curve, Panel
-from melens.layout import Layout
-from melens.normalization import has_normalization, read_normalization
-from melens.results import Picture, Result
-from melens.statistics import bootstrap_mean, mean_by, peak_layer, with_interval
+from experiments.runner.study import Study, named_normalization
+from melens import GainAlignment, MelensError, Probe
+from melens.analysis.statistics import bootstrap_mean, mean_by, peak_layer, with_interval
+from melens.figures import figures
+from melens.figures.figures import COLORS, FIRST, OTHERS, Curve, Panel
+from melens.models.layout import Layout
+from melens.models.normalization import has_normalization, read_normalization
+from melens.report.result import Figure, Result
 
 SITES = ("ln2", "ln1")
 
@@ -53,14 +54,14 @@ def run(study: Study, options: RmsnormOptions) -> Result:
         model=study.trace.model,
         metrics=metrics,
         tables={"rmsnorm_by_block": by_block},
-        pictures={
-            "weight_norm": Picture(
+        figures={
+            "weight_norm": Figure(
                 _weight_norm_figure(study, by_block, names),
                 "figure 2",
                 "Token 0 is amplified like the others before the ME layer, and far more there.",
                 _weight_norm_in_words(metrics),
             ),
-            "gain_alignment": Picture(
+            "gain_alignment": Figure(
                 _alignment_figure(study, by_block, names, shares),
                 "figure 3",
                 "At the ME layer ΔFrac is large and positive, ΔKL negative.",

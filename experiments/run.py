@@ -1,11 +1,14 @@
 """Run an experiment: `python experiments/run.py model=qwen3-4b exp=emergence` (add `-m` for a sweep)."""
 
 import sys
+from pathlib import Path
 
-from experiments.interrupts import stop_at_once
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of an installed melens `experiments` is no part
+
+from experiments.runner.interrupts import stop_at_once
 
 if __name__ == "__main__":
     stop_at_once()
-    from experiments.command import run_command  # takes a second, in which Ctrl-C is heard already
+    from experiments.runner.command import run_command  # takes a second, in which Ctrl-C is heard already
 
     sys.exit(run_command())

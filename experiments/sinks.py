@@ -12,14 +12,22 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import melens
 from experiments.options.schema import SinksOptions
-from experiments.study import Study
-from melens import AttentionMaps, AttentionSpectrum, MelensError, Probe, Spectrum, figures
-from melens.figures import COLORS, FIRST, SINK, Curve, Heatmap, Panel
-from melens.layout import Layout
-from melens.results import Picture, Result
-from melens.sinks import SINK_THRESHOLD, SinkOnset, find_sink_onset, heard_layers, sink_mass_by_head, sink_mass_by_layer
-from melens.statistics import bootstrap_mean, mean_by, with_interval
-from melens.tracing import Progress
+from experiments.runner.study import Study
+from melens import AttentionMaps, AttentionSpectrum, MelensError, Probe, Spectrum
+from melens.analysis.sink_mass import (
+    SINK_THRESHOLD,
+    SinkOnset,
+    find_sink_onset,
+    heard_layers,
+    sink_mass_by_head,
+    sink_mass_by_layer,
+)
+from melens.analysis.statistics import bootstrap_mean, mean_by, with_interval
+from melens.figures import figures
+from melens.figures.figures import COLORS, FIRST, SINK, Curve, Heatmap, Panel
+from melens.models.layout import Layout
+from melens.report.result import Figure, Result
+from melens.tracing.trace import Progress
 
 PATTERN = "attn.hook_pattern"
 
@@ -77,7 +85,7 @@ def _sink_mass_metrics(study: Study, sink_mass: pd.DataFrame, layout: Layout) ->
     return metrics
 
 
-def _sink_mass_picture(study: Study, by_head: pd.DataFrame, by_layer: pd.DataFrame, here: str) -> Picture:
+def _sink_mass_picture(study: Study, by_head: pd.DataFrame, by_layer: pd.DataFrame, here: str) -> Figure:
     wide = by_head.pivot(index="head", columns="layer", values="sink_mass")
     heads = Heatmap(
         "Sink mass by block and head", wide.to_numpy(), list(wide.columns), list(wide.index), figures.BLOCK, "head"
@@ -93,10 +101,10 @@ def _sink_mass_picture(study: Study, by_head: pd.DataFrame, by_layer: pd.DataFra
         title=study.title("Attention that later tokens pay to position 0"),
         z_title="sink mass",
     )
-    return Picture(figure, "section 6", "Sinks start in the block after the ME layer, in many heads at once.", here)
+    return Figure(figure, "section 6", "Sinks start in the block after the ME layer, in many heads at once.", here)
 
 
-def _maps_picture(study: Study, options: SinksOptions) -> Picture | None:
+def _maps_picture(study: Study, options: SinksOptions) -> Figure | None:
     """Draw figure 7 for the shortest prompt with enough tokens, cut to `exp.map_tokens`."""
     blocks = _map_blocks(study)
     lengths = [len(ids) for ids in study.tokens]
@@ -123,7 +131,7 @@ def _maps_picture(study: Study, options: SinksOptions) -> Picture | None:
     here = "Mean attention on token 0: " + ", ".join(
         f"{mass:.2f} in block {block}" for mass, block in zip(on_first, blocks, strict=True)
     )
-    return Picture(
+    return Figure(
         figure, "figure 7", "The ME layer has no sink yet; in the next block one column takes it all.", f"{here}."
     )
 
@@ -228,7 +236,7 @@ def _rank_metrics(study: Study, ranks: pd.DataFrame, layout: Layout) -> dict[str
     return metrics
 
 
-def _rank_picture(study: Study, summary: pd.DataFrame, metrics: dict[str, Any], options: SinksOptions) -> Picture:
+def _rank_picture(study: Study, summary: pd.DataFrame, metrics: dict[str, Any], options: SinksOptions) -> Figure:
     texts = {"effective_rank": "effective rank", "first_share": "share of the first singular value"}
     panels = []
     for of, color in zip(("attention", "hidden states"), COLORS, strict=False):
@@ -244,7 +252,7 @@ def _rank_picture(study: Study, summary: pd.DataFrame, metrics: dict[str, Any], 
     )
     figure = figures.curves_by_block(panels, title=study.title("Rank by block", metrics["rank_prompts"]), note=note)
     paper = "Attention weights and hidden states both collapse to low rank after the ME layer."
-    return Picture(figure, "section 6", paper, _ranks_in_words(metrics))
+    return Figure(figure, "section 6", paper, _ranks_in_words(metrics))
 
 
 def _sinks_in_words(metrics: dict[str, Any], onset: SinkOnset, layout: Layout) -> str:

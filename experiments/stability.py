@@ -12,11 +12,12 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import melens
 from experiments.options.schema import StabilityOptions
-from experiments.study import Study
-from melens import Probe, figures
-from melens.figures import COLORS, Curve, Panel
-from melens.results import Picture, Result
-from melens.statistics import bootstrap_mean
+from experiments.runner.study import Study
+from melens import Probe
+from melens.analysis.statistics import bootstrap_mean
+from melens.figures import figures
+from melens.figures.figures import COLORS, Curve, Panel
+from melens.report.result import Figure, Result
 
 PREFIXES = ("In other words, ", "Please read this carefully. ", "\n\n")
 DELIMITERS = (".", ",", "\n", ":")
@@ -51,20 +52,20 @@ def run(study: Study, options: StabilityOptions) -> Result:
         model=study.trace.model,
         metrics=metrics,
         tables={"agreement_by_group": groups, "beginnings": beginnings},
-        pictures={
-            "norms_by_task": Picture(
+        figures={
+            "norms_by_task": Figure(
                 _norms_figure(study, norms, edges),
                 "figure 10",
                 "The same ME layer for four task types and lengths from about 10 to over 1,000 tokens.",
                 _agreement_in_words(study, groups),
             ),
-            "agreement": Picture(
+            "agreement": Figure(
                 _agreement_figure(study, groups),
                 "figure 10, table",
                 "The ME layer is the same for every type and length.",
                 _agreement_in_words(study, groups),
             ),
-            "beginnings": Picture(
+            "beginnings": Figure(
                 figures.shares(
                     beginnings.set_index("beginning")[["at_first", "elsewhere", "none"]],
                     names=("position 0", "another position", "no massive token"),

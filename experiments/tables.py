@@ -25,16 +25,17 @@ from experiments.options.masks import Preset, presets_of
 from experiments.options.schema import ReportedOptions
 from experiments.options.table import Part, Table, asked_table, of_part
 from experiments.options.training import Planned
-from experiments.progress import note
-from experiments.study import Study, begin_study
+from experiments.runner.progress import note
+from experiments.runner.study import Study, begin_study
 from experiments.training import fit, free_memory, kept_training, model_options, prepare_training
 from experiments.training_report import Course, averaged, draw
-from melens import MelensError, Probe, WeMask, figures, load_model
-from melens.benchmarks.layout import lay_out
+from melens import MelensError, Probe, WeMask, load_model
 from melens.benchmarks.scores import correct, count_verdicts, summarise
-from melens.cache import cache_folder
-from melens.chat import Chat
-from melens.results import Picture, Result
+from melens.benchmarks.tables import lay_out
+from melens.data.chat import Chat
+from melens.figures import figures
+from melens.report.result import Figure, Result
+from melens.storage.cache import cache_folder
 
 BASE = "base"
 
@@ -99,10 +100,10 @@ def run(study: Study, options: ReportedOptions) -> Result:
     title = f"Table {table.number}: {name}"
     figure = figures.score_table(layout.columns, layout.rows, layout.cells, layout.best, title=title)
     paper = "Training with WeMask scores best, WeMask at inference alone comes next."
-    pictures = {"table": Picture(figure, f"table {table.number}", paper, f"{here} {layout.caption}")}
+    pictures = {"table": Figure(figure, f"table {table.number}", paper, f"{here} {layout.caption}")}
     if len(compared):
         differences = figures.score_differences(compared, title=f"Differences to {reference}: {name}")
-        pictures["table_differences"] = Picture(differences, f"table {table.number}", paper, here)
+        pictures["table_differences"] = Figure(differences, f"table {table.number}", paper, here)
     pictures |= draw(averaged(courses), f"table {table.number}, {name}", study.me.layer)
     counts = count_verdicts(pd.concat([together, pairs]), "kind")
     metrics = study.metrics(

@@ -22,18 +22,18 @@ from experiments.masks import only_mask_of
 from experiments.options import Options
 from experiments.options.schema import PlainOptions
 from experiments.options.training import Planned, planned_training
-from experiments.study import Study
+from experiments.runner.study import Study
 from experiments.training_report import Course, draw
 from melens import MelensError, Probe, WeMask
-from melens.cache import Store, code_version, store_for, tokenizer_fingerprint
-from melens.chat import check_conversations
-from melens.devices import is_dispatched
-from melens.gates import add_gates
-from melens.models import check_memory, load_tokenizer
-from melens.networks import bridged_twin, is_whole, open_network, plain_twin
-from melens.quantization import is_quantized
-from melens.results import Result, write_text
-from melens.sinks import sink_mass_by_layer
+from melens.analysis.sink_mass import sink_mass_by_layer
+from melens.data.chat import check_conversations
+from melens.models.devices import is_dispatched
+from melens.models.gates import add_gates
+from melens.models.loading import check_memory, load_tokenizer
+from melens.models.quantization import is_quantized
+from melens.models.view import bridged_twin, is_whole, plain_twin, view_model
+from melens.report.result import Result, write_text
+from melens.storage.cache import Store, code_version, store_for, tokenizer_fingerprint
 from melens.training.data import TrainingData, format_rows, hash_rows, load_training_data
 from melens.training.rewards import check_answers
 
@@ -212,7 +212,7 @@ def fit(study: Study, planned: Planned, folder: Path, *, resume: bool) -> Fitted
         raise MelensError("This model cannot be taken out of its bridge, so it cannot be trained.")
     mask = _mask(study, planned, model)
     if planned.gate is not None:
-        add_gates(open_network(model), planned.gate)
+        add_gates(view_model(model), planned.gate)
     rows = _formatted(*_told(planned), chat=chat)
     looks = _Looks(study, planned, mask, folder / "checkpoints" / "looks.json", resume=resume)
     progress = study.stage(f"steps of {planned.recipe.method}")

@@ -8,9 +8,10 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.jobs import Job
-from melens import MelensError, figures
-from melens.results import Picture, Result
+from experiments.runner.jobs import Job
+from melens import MelensError
+from melens.figures import figures
+from melens.report.result import Figure, Result
 
 __all__ = ["Course", "averaged", "draw", "merge"]
 
@@ -114,7 +115,7 @@ def _mean(tables: Sequence[pd.DataFrame], by: list[str], columns: Iterable[str],
     return groups.mean().reset_index()
 
 
-def draw(courses: Sequence[Course], title: str, me_layer: int | None) -> dict[str, Picture]:
+def draw(courses: Sequence[Course], title: str, me_layer: int | None) -> dict[str, Figure]:
     """Draw the numbers of trainings, and what was seen in their models, over the steps.
 
     Args:
@@ -140,10 +141,10 @@ def draw(courses: Sequence[Course], title: str, me_layer: int | None) -> dict[st
     pictures = {}
     if learnt:
         figure = figures.over_steps(learnt, title=f"Course of training: {title}")
-        pictures["training_loss"] = Picture(figure, source, "", _told(courses, [c.learnt() for c in courses]))
+        pictures["training_loss"] = Figure(figure, source, "", _told(courses, [c.learnt() for c in courses]))
     if seen:
         figure = figures.over_steps(seen, title=f"Massive activation and sinks in training: {title}", markers=True)
-        pictures["training_trace"] = Picture(figure, source, "", _told(courses, [c.moved() for c in courses]))
+        pictures["training_trace"] = Figure(figure, source, "", _told(courses, [c.moved() for c in courses]))
     return pictures
 
 
@@ -170,7 +171,7 @@ def merge(jobs: Sequence[Job]) -> Result | None:
     title = f"{len(courses)} of {' and '.join(methods)}"
     findings = [(course.name, f"{course.learnt()}. {course.moved()}") for course in courses]
     pictures = draw(courses, title, me_layers.pop() if len(me_layers) == 1 else None)
-    return Result("trainings", model={}, metrics={}, pictures=pictures, findings=findings)
+    return Result("trainings", model={}, metrics={}, figures=pictures, findings=findings)
 
 
 def _is_training(job: Job) -> bool:

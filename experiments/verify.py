@@ -8,12 +8,13 @@ import pandas as pd
 from transformer_lens.model_bridge import TransformerBridge
 
 from experiments.options.schema import PlainOptions
-from experiments.study import Study
-from melens import Probe, Verification, figures, verify
-from melens.batching import BatchRule
-from melens.figures import COLORS, Curve, Panel
-from melens.generation import Generation, verify_generation
-from melens.results import Picture, Result
+from experiments.runner.study import Study
+from melens import Probe, Verification, verify
+from melens.figures import figures
+from melens.figures.figures import COLORS, Curve, Panel
+from melens.models.generation import Generation, verify_generation
+from melens.report.result import Figure, Result
+from melens.tracing.batching import BatchRule
 
 
 def probes(model: TransformerBridge, options: PlainOptions) -> list[Probe]:
@@ -94,7 +95,7 @@ _PARTS = {
 """What the sites' names begin with, by the part of a block that they belong to."""
 
 
-def _picture(checked: Verification, study: Study) -> Picture:
+def _picture(checked: Verification, study: Study) -> Figure:
     is_drawn = (checked.errors["layer"] >= 0) & (checked.errors["error"] > 0)  # a logarithmic axis has no 0
     points = checked.errors[is_drawn].rename(columns={"error": "mean"})
     panels = []
@@ -112,7 +113,7 @@ def _picture(checked: Verification, study: Study) -> Picture:
     )
     title = f"How far a trace is from transformers' own eager modules: {name}, 2 prompts"
     here = f"At most {worst['error']:.1e}, at {worst['site']} {_block(worst['layer'])}; limit {worst['limit']:.0e}."
-    return Picture(
+    return Figure(
         figures.curves_by_block(panels, title=title, note=note),
         "melens's self-check",
         "The paper does not ask this.",

@@ -16,13 +16,14 @@ import melens
 from experiments.mask_grid import ARGUMENTS, UNMASKED, Grid, drawn, report
 from experiments.masks import masks_of
 from experiments.options.schema import WemaskOptions
-from experiments.study import Study
-from melens import AttentionMaps, Probe, WeMask, figures
-from melens.cache import Store, hash_of, store_for
-from melens.comparison import MaskComparison, Measured
-from melens.layout import Layout
-from melens.results import Picture, Result
-from melens.sinks import SINK_THRESHOLD
+from experiments.runner.study import Study
+from melens import AttentionMaps, Probe, WeMask
+from melens.analysis.sink_mass import SINK_THRESHOLD
+from melens.figures import figures
+from melens.masks.comparison import MaskComparison, Measured
+from melens.models.layout import Layout
+from melens.report.result import Figure, Result
+from melens.storage.cache import Store, hash_of, store_for
 
 
 def probes(model: TransformerBridge, options: WemaskOptions) -> list[Probe]:
@@ -171,7 +172,7 @@ def _attending_block(study: Study, mask: WeMask) -> int | None:
     return Layout.of(study.model).next_attention(min(mask.blocks(study.model)) - 1)
 
 
-def _figure_8(study: Study, mask: WeMask, texts: Int[Tensor, "text pos"], options: WemaskOptions) -> Picture | None:
+def _figure_8(study: Study, mask: WeMask, texts: Int[Tensor, "text pos"], options: WemaskOptions) -> Figure | None:
     """Draw the attention of the first masked block, without the mask and with it."""
     block = _attending_block(study, mask)
     if block is None or f"blocks.{block}.attn.hook_pattern" not in study.model.hook_dict:
@@ -201,10 +202,10 @@ def _figure_8(study: Study, mask: WeMask, texts: Int[Tensor, "text pos"], option
     here = (
         f"Attention on token 0 in block {block}, mean over heads: {before:.3f} without the mask, {after:.3f} with it."
     )
-    return Picture(figure, "figure 8", "The sink is weakened, not removed.", here)
+    return Figure(figure, "figure 8", "The sink is weakened, not removed.", here)
 
 
-def _key_picture(study: Study, mask: WeMask, unmasked: Measured, masked: Measured) -> Picture:
+def _key_picture(study: Study, mask: WeMask, unmasked: Measured, masked: Measured) -> Figure:
     block = _attending_block(study, mask)
     assert block is not None
     before, after = unmasked.first_key[block], masked.first_key[block]
@@ -217,4 +218,4 @@ def _key_picture(study: Study, mask: WeMask, unmasked: Measured, masked: Measure
     cosine = float(torch.nn.functional.cosine_similarity(before, after, dim=0))
     angle, size = math.degrees(math.acos(max(-1, min(1, cosine)))), float(after.norm() / before.norm())
     here = f"The key turns by {angle:.1f}° and keeps {size:.2f} of its norm."
-    return Picture(figure, "section 4", "The mask relaxes the rigidity of the massive token.", here)
+    return Figure(figure, "section 4", "The mask relaxes the rigidity of the massive token.", here)

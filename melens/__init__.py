@@ -4,13 +4,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from melens.ablation import MassiveTokenRuns, ablated
-    from melens.claims import judge
-    from melens.emergence import Criterion, Emergence, find_me_layer, massive_activations
+    from melens.analysis.me_layer import Criterion, Emergence, find_me_layer, massive_activations
+    from melens.analysis.weights import score_blocks
+    from melens.claims.engine import judge
+    from melens.data.prompts import Prompt, load_prompts
     from melens.errors import MelensError
-    from melens.models import known_models, load_model
-    from melens.normalization import read_normalization
-    from melens.probes import (
+    from melens.masks.mask import WeMask
+    from melens.models.loading import known_models, load_model
+    from melens.models.normalization import read_normalization
+    from melens.tracing.interventions import MassiveTokenRuns, ablated
+    from melens.tracing.probes import (
         AbsMedian,
         AttentionEntropy,
         AttentionMaps,
@@ -26,11 +29,8 @@ if TYPE_CHECKING:
         Spectrum,
         TokenVectors,
     )
-    from melens.prompts import Prompt, load_prompts
-    from melens.tracing import Trace, default_probes, trace
-    from melens.verification import Verification, verify
-    from melens.weights import score_blocks
-    from melens.wemask import WeMask
+    from melens.tracing.trace import Trace, default_probes, trace
+    from melens.tracing.verification import Verification, verify
 
 __all__ = [
     "AbsMedian",
@@ -70,8 +70,9 @@ __all__ = [
 ]
 
 _MODULES = (
-    "errors", "prompts", "probes", "verification", "tracing", "emergence", "models", "claims", "normalization",
-    "ablation", "weights", "wemask",
+    "errors", "data.prompts", "tracing.probes", "tracing.verification", "tracing.trace", "analysis.me_layer",
+    "models.loading", "claims.engine", "models.normalization", "tracing.interventions", "analysis.weights",
+    "masks.mask",
 )  # fmt: skip
 
 

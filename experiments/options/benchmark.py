@@ -8,7 +8,7 @@ from typing import Any
 from experiments.options.masks import Preset, presets_of
 from experiments.options.schema import Options
 from melens.benchmarks.catalog import Benchmark, benchmarks_of
-from melens.extras import check_extra
+from melens.environment.extras import check_extra
 
 __all__ = ["Asked", "asked_for"]
 

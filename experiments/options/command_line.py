@@ -18,8 +18,8 @@ from hydra.errors import HydraException
 from experiments.options.masks_asked import masks_asked
 from experiments.options.reading import CONF, OptionError, choose_from, compose_options, is_group
 from experiments.options.schema import AS_TYPED, options_of
-from melens.allowed import in_words
 from melens.errors import MelensError
+from melens.validation.types import in_words
 
 __all__ = ["check_command", "prepare_command"]
 

@@ -6,8 +6,8 @@ from experiments.options.benchmark import asked_for
 from experiments.options.schema import MaskOptions, Options
 from experiments.options.table import asked_table
 from experiments.options.training import planned_training
-from melens.allowed import in_words
 from melens.training.recipe import METHODS
+from melens.validation.types import in_words
 
 __all__ = ["mask_in_words", "masks_asked"]
 

@@ -16,8 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import ValidationError
 
 from experiments.options.schema import Options, options_of
-from melens.allowed import in_words, why_not
 from melens.errors import MelensError
+from melens.validation.types import in_words, why_not
 
 __all__ = [
     "CONF",

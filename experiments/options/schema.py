@@ -14,7 +14,12 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
-from melens.allowed import (
+from melens.data.reading import file_text, names_file
+from melens.environment.extras import check_extra
+from melens.errors import MelensError
+from melens.models.specs import Device, DeviceMap, Dtype, MaxMemory, Quantize, known_models, spec_of
+from melens.training.recipe import Precision, Tracker
+from melens.validation.types import (
     SELECTS,
     SITES,
     Count,
@@ -31,11 +36,6 @@ from melens.allowed import (
     Whole,
     listed,
 )
-from melens.errors import MelensError
-from melens.extras import check_extra
-from melens.reading import file_text, names_file
-from melens.specs import Device, DeviceMap, Dtype, MaxMemory, Quantize, known_models, spec_of
-from melens.training.recipe import Precision, Tracker
 
 __all__ = [
     "AS_TYPED",
@@ -107,7 +107,7 @@ AutoFlag = Annotated[Literal["auto"] | Flag, Said("auto, true or false")]
 
 
 class ModelOptions(Node):
-    """A model of the hub, of a folder, or the embedded one: fields of `melens.specs.ModelSpec`."""
+    """A model of the hub, of a folder, or the embedded one: fields of `melens.models.specs.ModelSpec`."""
 
     name: Text
     source: Literal["hub", "embedded"]

@@ -9,8 +9,8 @@ from experiments.options.benchmark import asked_for
 from experiments.options.reading import OptionError
 from experiments.options.schema import Options
 from experiments.options.training import planned_training
-from melens.allowed import in_words
 from melens.benchmarks.catalog import benchmarks_of
+from melens.validation.types import in_words
 
 __all__ = ["Part", "Table", "asked_table", "of_part"]
 

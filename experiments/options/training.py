@@ -9,8 +9,8 @@ from pathlib import Path
 from experiments.options.masks import Preset, presets_of
 from experiments.options.reading import OptionError
 from experiments.options.schema import Options
-from melens.allowed import in_words
 from melens.training.recipe import Lora, Recipe, check_installed, known_datasets, recipe_fields, training_conf
+from melens.validation.types import in_words
 
 __all__ = ["Planned", "planned_training"]
 

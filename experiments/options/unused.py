@@ -10,9 +10,9 @@ from experiments.options.masks_asked import masks_asked
 from experiments.options.schema import Options
 from experiments.options.table import asked_table
 from experiments.options.training import DATASETS
-from melens.allowed import in_words
-from melens.reading import has_columns, names_file
+from melens.data.reading import has_columns, names_file
 from melens.training.recipe import METHODS, known_datasets
+from melens.validation.types import in_words
 
 __all__ = ["unused_options"]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from melens.benchmarks.catalog import Benchmark, Form
+from melens.data.reading import Row, file_rows
 from melens.errors import MelensError
-from melens.reading import Row, file_rows
 
 __all__ = ["harness_row", "read_rows"]
 

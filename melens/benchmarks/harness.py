@@ -4,7 +4,7 @@ The harness pads in two ways, on the right without an attention mask for log-lik
 generation; a `WeMask` finds token 0 in both, and rows that would change each other's numbers are not put together.
 
 It would cut thoughts by one mark, `think_end_token`, and take a reply that ends inside a thought for an answer. So
-replies go through `melens.chat.read_reply` before its own filters read a letter, a number or a refusal.
+replies go through `melens.data.chat.read_reply` before its own filters read a letter, a number or a refusal.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from melens.batching import forget_longest, measured, rule_of
 from melens.benchmarks.catalog import Benchmark, Metric
 from melens.benchmarks.data import harness_row, read_rows
 from melens.benchmarks.scores import check_scores
 from melens.benchmarks.scoring import Scorer
-from melens.chat import PLAIN, Chat, Reply, decode_reply, prompt_text, read_reply
-from melens.devices import input_device
+from melens.data.chat import PLAIN, Chat, Reply, decode_reply, prompt_text, read_reply
+from melens.environment.conf import conf_folder
+from melens.environment.extras import check_extra
+from melens.environment.seeding import seeded
 from melens.errors import MelensError
-from melens.extras import check_extra
-from melens.seeding import seeded
+from melens.models.devices import input_device
+from melens.tracing.batching import forget_longest, measured, rule_of
 
 __all__ = ["Asking", "HarnessTask", "Progress", "check_thinking", "evaluate", "load_task"]
 
@@ -96,13 +97,6 @@ class HarnessTask:
         return total
 
 
-def task_folder() -> Path:
-    """Return where the project's own task definitions lie."""
-    package = Path(__file__).parent.parent
-    in_wheel = package / "conf" / "benchmark" / "tasks"
-    return in_wheel if in_wheel.is_dir() else package.parent / "conf" / "benchmark" / "tasks"
-
-
 def load_task(benchmark: Benchmark, data_dir: Path | None = None, *, generates: bool = False) -> HarnessTask:
     """Load a benchmark's definition and its data.
 
@@ -145,7 +139,7 @@ def _config_of(benchmark: Benchmark) -> dict[str, Any]:
 
     assert benchmark.config is not None
     own = benchmark.config.removeprefix("melens/")
-    root = task_folder() if own != benchmark.config else Path(lm_eval.tasks.__file__).parent
+    root = conf_folder("benchmark", "tasks") if own != benchmark.config else Path(lm_eval.tasks.__file__).parent
     config: dict[str, Any] = load_yaml(root / own)
     config.pop("tag", None)
     return config

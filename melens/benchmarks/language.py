@@ -79,7 +79,7 @@ def ask(
         texts: token ids, for perplexity and copying, each beginning with `bos`.
         long_text: token ids without it, to hide a needle in.
         vocabulary: of the model, for random tokens.
-        bos: token ids that every context begins with, of `melens.texts.bos_prefix`.
+        bos: token ids that every context begins with, of `melens.data.texts.bos_prefix`.
         limit: at most so many items.
         seed: of random tokens and numbers.
         needle: where.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from melens.benchmarks.scoring import Request, Scorer
-from melens.chat import Chat, chat_of, prompt_ids
+from melens.data.chat import Chat, chat_of, prompt_ids
 from melens.errors import MelensError
 
 __all__ = ["count_by_label", "count_judged", "count_refusal", "judged_refusals", "judging_chat", "refuses"]

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from melens.analysis.statistics import bootstrap_mean, holm, mcnemar_p, paired_permutation_p
 from melens.errors import MelensError
-from melens.statistics import bootstrap_mean, holm, mcnemar_p, paired_permutation_p
 
 __all__ = ["ALPHA", "best_rates", "check_scores", "correct", "count_verdicts", "summarise"]
 

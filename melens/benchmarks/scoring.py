@@ -19,11 +19,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from melens.batching import BatchRule, forget_longest, measured, relative_error, rule_of, tolerance_of
-from melens.devices import input_device
 from melens.errors import MelensError
-from melens.networks import base_of
-from melens.replay import logits_of
+from melens.models.devices import input_device
+from melens.models.view import base_of
+from melens.tracing.batching import BatchRule, forget_longest, measured, relative_error, rule_of, tolerance_of
+from melens.tracing.resume import logits_of
 
 __all__ = ["Request", "Scored", "Scorer"]
 

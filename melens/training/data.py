@@ -18,8 +18,8 @@ from typing import Any
 
 from datasets import Dataset, load_dataset
 
+from melens.data.reading import Row, file_rows, names_file
 from melens.errors import MelensError
-from melens.reading import Row, file_rows, names_file
 from melens.training.recipe import known_datasets
 
 __all__ = ["TrainingData", "format_rows", "hash_rows", "load_training_data"]
@@ -72,7 +72,7 @@ def load_training_data(
     """Load the rows that a method needs.
 
     Args:
-        name: of `conf/training/dataset/`, a file with columns (`melens.reading`), a hub id, `org/name` or
+        name: of `conf/training/dataset/`, a file with columns (`melens.data.reading`), a hub id, `org/name` or
             `org/name:subset`, or `sums`, which are made here.
         method: `sft`, `dpo` or `grpo`.
         data_dir: the folder of a preset's file; None fetches it from the hub.

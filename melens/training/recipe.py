@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
 from pydantic import Field
 
-from melens.allowed import Count, Flag, Number, Positive, Said, Whole, check_fields, listed, one_of
+from melens.environment.conf import conf_folder
+from melens.environment.extras import check_extra
 from melens.errors import MelensError
-from melens.extras import check_extra
+from melens.validation.types import Count, Flag, Number, Positive, Said, Whole, check_fields, listed, one_of
 
 __all__ = ["METHODS", "Lora", "Recipe", "check_installed", "known_datasets", "training_conf"]
 
@@ -114,14 +114,17 @@ class Recipe:
 
 def training_conf(name: str, default: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a method: what the user gives, else the dataset's, else the paper's for the method."""
-    preset = yaml.safe_load((_conf() / f"{name}.yaml").read_text("utf-8"))
+    preset = yaml.safe_load((conf_folder("training") / f"{name}.yaml").read_text("utf-8"))
     return {**preset, **default, **given}
 
 
 @cache
 def known_datasets() -> dict[str, dict[str, Any]]:
     """Return the contents of `conf/training/dataset/*.yaml` by name."""
-    return {path.stem: yaml.safe_load(path.read_text("utf-8")) for path in sorted((_conf() / "dataset").glob("*.yaml"))}
+    return {
+        path.stem: yaml.safe_load(path.read_text("utf-8"))
+        for path in sorted(conf_folder("training", "dataset").glob("*.yaml"))
+    }
 
 
 def recipe_fields() -> set[str]:
@@ -134,10 +137,3 @@ def check_installed(report_to: str = "none") -> None:
     check_extra("train", "Training")
     if report_to != "none" and find_spec(report_to) is None:
         raise MelensError(f"training.report_to={report_to} needs a package: pip install {report_to}")
-
-
-@cache
-def _conf() -> Path:
-    package = Path(__file__).resolve().parents[1]
-    in_wheel = package / "conf" / "training"
-    return in_wheel if in_wheel.is_dir() else package.parent / "conf" / "training"

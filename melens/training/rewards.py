@@ -25,7 +25,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from melens.benchmarks.answers import LETTERS, chosen_letter
-from melens.chat import decode_reply, read_reply
+from melens.data.chat import decode_reply, read_reply
 from melens.errors import MelensError
 
 __all__ = ["check_answers", "is_right", "reward_answer", "reward_format"]

@@ -11,10 +11,10 @@ from typing import Any
 from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
 
-from melens.gates import is_of_gate, save_gates
-from melens.networks import gathered_twin
-from melens.wemask import WeMask
-from melens.whole import whole_folder
+from melens.masks.mask import WeMask
+from melens.models.gates import is_of_gate, save_gates
+from melens.models.view import gathered_twin
+from melens.storage.files import whole_folder
 
 __all__ = ["save_trained"]
 

@@ -26,19 +26,19 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTr
 from trl.models import prepare_fsdp
 from trl.trainer.utils import RepeatSampler, add_fused_lm_head, disable_dropout_in_model
 
-from melens.cache import fingerprint, tokenizer_fingerprint
-from melens.chat import PLAIN, Chat, chat_of, opened_thought
+from melens.data.chat import PLAIN, Chat, chat_of, opened_thought
+from melens.environment.seeding import seeded
 from melens.errors import MelensError
-from melens.gates import GATE, gates_of
-from melens.generation import verify_generation
-from melens.masking import InstalledMask
-from melens.networks import open_network
-from melens.seeding import seeded
+from melens.masks.hooks import InstalledMask
+from melens.masks.mask import WeMask
+from melens.models.gates import GATE, gates_of
+from melens.models.generation import verify_generation
+from melens.models.view import view_model
+from melens.storage.cache import fingerprint, tokenizer_fingerprint
+from melens.storage.files import whole_file
 from melens.training.data import hash_rows
 from melens.training.recipe import Recipe
 from melens.training.rewards import reward_answer, reward_format
-from melens.wemask import WeMask
-from melens.whole import whole_file
 
 __all__ = ["Trained", "check_folder", "check_trainer", "train"]
 
@@ -95,9 +95,7 @@ def train(
             number, or for GRPO a model that does not write in a batch with a cache what it writes alone without one.
     """
     check_trainer(recipe, len(rows))
-    n_gates = sorted(
-        {weight.shape[0] for gate in gates_of(open_network(model)).values() for weight in gate.parameters()}
-    )
+    n_gates = sorted({weight.shape[0] for gate in gates_of(view_model(model)).values() for weight in gate.parameters()})
     plan = {
         "model": fingerprint(model),
         "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -360,7 +358,7 @@ def _lora(model: Any, recipe: Recipe) -> LoraConfig | None:
         lora_alpha=recipe.lora.alpha,
         lora_dropout=recipe.lora.dropout,
         target_modules="all-linear",
-        modules_to_save=[GATE] if gates_of(open_network(model)) else None,
+        modules_to_save=[GATE] if gates_of(view_model(model)) else None,
         task_type="CAUSAL_LM",
     )
 

@@ -27,8 +27,8 @@ from rich.table import Table
 import melens
 from melens.benchmarks.catalog import BENCHMARKS
 from melens.benchmarks.harness import Asking, evaluate, load_task
-from melens.networks import plain_twin
-from melens.texts import read_text
+from melens.data.texts import read_text
+from melens.models.view import plain_twin
 
 LIMIT = 1.1
 

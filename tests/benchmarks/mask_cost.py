@@ -26,9 +26,9 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 import melens
 from melens import WeMask
-from melens.comparison import MaskComparison
-from melens.lean import lean_forward
-from melens.models import embedded_model_folder
+from melens.masks.comparison import MaskComparison
+from melens.models.loading import embedded_model_folder
+from melens.tracing.lean import lean_forward
 
 LIMIT = 1.02
 

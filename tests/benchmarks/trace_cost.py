@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 import melens
-from melens.models import embedded_model_folder
+from melens.models.loading import embedded_model_folder
 
 QWEN3_4B = {
     "vocab_size": 151936, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,

@@ -26,8 +26,8 @@ from rich.table import Table
 from trace_cost import QWEN3_4B
 
 from melens import WeMask
-from melens.models import embedded_model_folder
-from melens.prompts import byte_tokenizer
+from melens.data.prompts import byte_tokenizer
+from melens.models.loading import embedded_model_folder
 from melens.training.recipe import Recipe
 from melens.training.trainers import train
 

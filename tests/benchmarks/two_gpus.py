@@ -34,10 +34,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from planted import plant  # noqa: E402
 
-from experiments.job import run_job  # noqa: E402
 from experiments.options import compose_options  # noqa: E402
+from experiments.runner.job import run_job  # noqa: E402
 from melens import MelensError  # noqa: E402
-from melens.prompts import byte_tokenizer  # noqa: E402
+from melens.data.prompts import byte_tokenizer  # noqa: E402
 
 LIMIT = 1e-2  # bf16, where the GPUs take the same kernels
 TINY = {

@@ -1,0 +1,1 @@
+"""How a command becomes jobs, and what they leave: command line, folders, progress, sweeps."""

@@ -1,0 +1,126 @@
+"""The command line: prepare what was typed, let Hydra run the jobs, and tell what goes wrong."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import tempfile
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from experiments.options import read_options
+from experiments.options.command_line import check_command, prepare_command
+from experiments.options.help import help_text
+from experiments.options.reading import CONF, OptionError, given_options, typed_options
+from experiments.options.unused import unused_options
+from experiments.runner.folders import owned_by_job
+from experiments.runner.interrupts import INTERRUPTED, leave_in_order
+from melens.environment.versions import warn_untried
+from melens.errors import MelensError
+
+os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, we tell
+FAILED, WRONG_OPTION = 1, 2
+_failures: list[Exception] = []
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def main(cfg: DictConfig) -> None:
+    """Run one job; what goes wrong is told here, and in a sweep recorded, so that it does not end the others."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        with owned_by_job(folder):
+            _run(cfg, folder)
+    except (MelensError, OSError) as error:  # it is another's, who may have a result there
+        _failures.append(error)
+        tell(error, verbose=bool(HydraConfig.get().verbose))
+
+
+def _run(cfg: DictConfig, folder: Path) -> None:
+    hydra_cfg = HydraConfig.get()
+    config: Any = OmegaConf.to_container(cfg)
+    typed = hydra_cfg.overrides.task
+    config |= {"given": given_options(config, typed), "typed": typed_options(typed)}
+    try:
+        options = read_options(cfg, typed)
+        config = options.plain()
+        for sentence in unused_options(options):
+            print(f"Warning: {sentence}", file=sys.stderr)
+        if not os.access(folder, os.W_OK):
+            raise MelensError(f"The output folder {folder} cannot be written to.")
+        if not sys.stdout.isatty():  # where nothing else shows that something is done
+            logging.getLogger(__name__).info("loading torch, transformers and TransformerLens")
+        from experiments.runner.job import run_job  # takes seconds, which a mistake need not
+
+        leave_in_order()
+        if failed := run_job(options, folder):
+            _failures.append(MelensError(f"exp={', '.join(failed)} failed; the other results are written."))
+    except Exception as error:
+        _failures.append(error)
+        message = tell(error, verbose=bool(hydra_cfg.verbose))
+        if hydra_cfg.mode == RunMode.MULTIRUN:
+            from melens.report.result import write_failure
+
+            write_failure(message, folder, config=config)
+
+
+def tell(error: BaseException, *, verbose: bool) -> str:
+    """Print an error in a sentence, with its traceback for those who want it or where it is no user's mistake."""
+    expected = (MelensError, HydraException, OmegaConfBaseException, OSError)
+    if verbose or not isinstance(error, expected):
+        traceback.print_exception(error)
+    message = str(error) if isinstance(error, expected) else f"{type(error).__name__}: {error}"
+    message = _ADVICE.sub("", message)
+    if isinstance(error, OSError) and error.filename is not None:
+        message = f"{error.filename}: {error.strerror}."
+    print(f"Error: {message}", file=sys.stderr)
+    return message
+
+
+_ADVICE = re.compile(r"\n?To append to your .* use \+.*")
+"""Hydra's, for options of its own that do not exist: with a plus they would do nothing."""
+
+
+def exit_code(error: BaseException) -> int:
+    """Return 2 for a wrong option, 1 for anything else."""
+    wrong = isinstance(error, OptionError | HydraException | OmegaConfBaseException)
+    return WRONG_OPTION if wrong else FAILED
+
+
+def quiet_other_processes() -> None:
+    """Of several processes that accelerate starts, only the first has a folder and talks."""
+    if int(os.environ.get("RANK", "0")) > 0:
+        warn_untried(lambda sentence: None)
+        nowhere = tempfile.mkdtemp(prefix="melens-")
+        sys.argv += [f"hydra.run.dir={nowhere}", "hydra.output_subdir=null", "hydra/job_logging=none"]
+
+
+def run_command() -> int:
+    """Run what was typed, and return the exit code."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(help_text())
+        return 0
+    warnings.formatwarning = lambda message, *told, **more: f"Warning: {message}\n"
+    quiet_other_processes()
+    warn_untried(lambda sentence: print(f"Warning: {sentence}", file=sys.stderr))
+    try:
+        sys.argv[1:] = prepare_command(sys.argv[1:])
+        check_command(sys.argv[1:])
+        main()
+    except KeyboardInterrupt as interrupt:
+        print(f"Interrupted: {str(interrupt) or 'no result was written.'}", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:  # before any job: a wrong option, or no place for the output
+        tell(error, verbose="hydra.verbose=true" in sys.argv)
+        return exit_code(error)
+    return exit_code(_failures[0]) if _failures else 0

@@ -1,0 +1,111 @@
+"""One job: a model, its prompts, the experiments that were asked for, and what they leave."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import sys
+import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+from rich.console import Console
+
+from experiments.benchmark import load_tasks
+from experiments.generate import check_chat
+from experiments.options import Options
+from experiments.options.masks_asked import mask_in_words, masks_asked
+from experiments.options.training import Planned
+from experiments.runner.folders import owned
+from experiments.runner.leaving import finish, interrupted_by_sigterm, leave, told_if_stopped
+from experiments.runner.processes import is_first_process, shared_folder
+from experiments.runner.progress import StageOf, show_stages
+from experiments.runner.study import begin_study, run_experiments
+from experiments.tables import prepare_table
+from experiments.training import model_options, prepare_training
+from melens import load_model, load_prompts
+from melens.data.prompts import choose_prompts
+from melens.report.result import Record, show_result
+from melens.training.recipe import METHODS
+
+__all__ = ["run_job"]
+
+
+def run_job(cfg: Options, folder: Path) -> list[str]:
+    """Load model and prompts, run the experiments, write and show their result.
+
+    Args:
+        cfg: with its options checked.
+        folder: where the result goes.
+
+    Returns:
+        The names of experiments that failed where others did not.
+    """
+    began = time.perf_counter()
+    give_freed_memory_back()
+    if cfg.png:
+        logging.getLogger("choreographer").setLevel(logging.WARNING)  # it tells of every temporary folder
+    masks = masks_asked(cfg)
+    config = cfg.plain() | {"masks": {name: mask.model_dump() for name, mask in masks.items()}}
+    folder = shared_folder(folder) if cfg.exp.name in METHODS else folder
+    console = Console(quiet=not is_first_process())
+    for name, mask in masks.items():
+        console.print(f"mask {name}: {mask_in_words(mask)}", markup=False, highlight=False)
+    with interrupted_by_sigterm(), own_resumed(cfg), show_stages(console) as stage:
+        if (planned := prepare(cfg, folder, stage)) is not None:
+            config["model"] = model_options(cfg, planned)
+        record = Record(folder, config=config, experiments=list(cfg.experiments), png=cfg.png, began=began)
+        prompts = load_prompts(cfg.prompts.file, cfg.prompts.tasks)
+        loaded = stage(f"loading {cfg.model.name}")
+        model = load_model(**config["model"])
+        loaded(1, 1)
+        given = cfg.prompts
+        chosen = choose_prompts(
+            model, prompts, bos=given.bos, max_tokens=given.max_tokens, are_own=given.file is None, seed=cfg.seed
+        )
+        with told_if_stopped(record, cfg):
+            for part in run_experiments(begin_study(model, chosen, cfg, stage, folder)):
+                leave(record, part, cfg)
+            paths = finish(record, cfg)
+    if not is_first_process():
+        return []
+    show_result(record.whole, paths, console)
+    if before := [part.experiment for part in record.parts if part.metrics.get("measured_before")]:
+        console.print(f"Measured before, and kept: {', '.join(before)} (exp.keep=false measures anew).")
+    return [part.experiment for part in record.parts if part.metrics.get("failed")]
+
+
+def own_resumed(cfg: Options) -> AbstractContextManager[None]:
+    """Keep other runs out of the folder of a training that goes on; one that holds none is refused later, untouched."""
+    folder = Path(os.path.expanduser(cfg.training.resume or ""))
+    is_there = cfg.training.resume is not None and (folder / "checkpoints").is_dir()
+    return owned(folder) if is_there and is_first_process() else nullcontext()
+
+
+def prepare(cfg: Options, folder: Path, stage: StageOf) -> Planned | None:
+    """Load data that may be wrong or missing, before the model, which takes longer; return the training, if any."""
+    if not {"benchmark", "generate", "tables", *METHODS} & set(cfg.experiments):
+        return None
+    loaded = stage("loading data")
+    if "benchmark" in cfg.experiments:
+        load_tasks(cfg)
+    if "generate" in cfg.experiments:
+        check_chat(cfg)
+    planned = None
+    if cfg.exp.name in METHODS:
+        planned = prepare_training(cfg, cfg.exp.name, folder=folder)
+    if cfg.exp.name == "tables":
+        planned = prepare_table(cfg)
+    loaded(1, 1)
+    return planned
+
+
+def give_freed_memory_back() -> None:
+    """Let glibc return large freed blocks to the system: else small results that lie between them pin gigabytes."""
+    if not sys.platform.startswith("linux"):
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        mmap_threshold = -3
+        libc.mallopt(mmap_threshold, 4 * 2**20)

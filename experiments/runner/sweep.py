@@ -1,0 +1,32 @@
+"""Merge what the jobs of a sweep (`-m`) left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+
+class MergeSweep(Callback):
+    """Runs once all jobs of a sweep have ended, on those that it has written: a folder may hold an earlier sweep's."""
+
+    def __init__(self) -> None:
+        self._earlier: dict[Path, tuple[int, int]] = {}
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        self._earlier = _written_in(Path(config.hydra.sweep.dir))
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        from experiments.runner.merging import merge_jobs  # Hydra makes this object before it looks at the options
+
+        folder = Path(config.hydra.sweep.dir)
+        jobs = [job for job, version in _written_in(folder).items() if self._earlier.get(job) != version]
+        merge_jobs(folder, jobs)
+
+
+def _written_in(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Return what tells each job's result from one written later: a result is written to a new file."""
+    results = ((path.parent, path.stat()) for path in folder.glob("*/**/result.json"))
+    return {job: (stat.st_ino, stat.st_mtime_ns) for job, stat in results}

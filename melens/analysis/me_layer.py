@@ -1,0 +1,300 @@
+"""Where a model's massive activation is born: the criterion, and `find_me_layer(trace) -> Emergence`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pandas as pd
+from pydantic import InstanceOf
+
+from melens.analysis.statistics import bootstrap_mean
+from melens.errors import MelensError
+from melens.tracing.probes import LargestActivations
+from melens.tracing.trace import Trace, TraceGiven
+from melens.validation.signatures import checked
+from melens.validation.types import Number, Rate, Said, Whole, check_fields
+
+__all__ = ["Criterion", "Emergence", "find_me_layer", "massive_activations"]
+
+Kind = Literal["one block", "a few blocks", "slow climb"]
+
+_SITES = ("hook_resid_pre", "hook_resid_post")
+"""Of the embeddings, and of every block's output."""
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """What counts as massive, and how an emergence is described: the same numbers for every model.
+
+    Attributes:
+        min_abs, min_ratio: an entry of a hidden state is massive if |h| > `min_abs` and |h| > `min_ratio` × the median
+            |h| of that hidden state (Sun et al. 2024).
+        min_prompts: the share of prompts that must hold a massive activation for the model to have an ME layer.
+        trailing_blocks: the last blocks, left out of the peak norm since they make a second massive activation of
+            their own (appendix A).
+        one_block: the ME layer alone brings at least this share of the peak norm.
+        few_blocks: the norm climbs from 10% to 90% of its peak within at most this many blocks.
+    """
+
+    min_abs: Number = 100
+    min_ratio: Number = 1_000
+    min_prompts: Rate = 0.5
+    trailing_blocks: Whole = 2
+    one_block: Number = 0.8
+    few_blocks: Whole = 3
+
+    def __post_init__(self) -> None:
+        check_fields(self, "The criterion's {}")
+
+
+@dataclass(frozen=True)
+class Emergence:
+    """Where and how the massive activation emerges. Layers are 0-based blocks.
+
+    Attributes:
+        layer: the first block whose output holds a massive activation, in more prompts than any other block (of equally
+            many the earliest); None without one.
+        reason: why `layer` is None, or how it was settled.
+        kind: whether one block brings the massive activation, a few do, or the norm climbs slowly; None without one.
+        magnification: ‖h_out‖ / ‖h_in‖ of the massive token at that block, mean over prompts (table 8).
+        magnification_interval: its 95% bootstrap interval over prompts, of which those that share a massive first token
+            count once (they share its every state); None for a single one.
+        relative_magnification: the same divided by the mean magnification of the prompt's other tokens in that block
+            (block 0 lifts every token), mean over the prompts that have some; NaN where none has.
+        share_of_peak: how much of the token's peak norm that one block brings, (‖h_out‖ - ‖h_in‖) / peak.
+        share_of_peak_interval: its interval, in the same way.
+        climb: first and last block of the climb from 10% to 90% of the peak norm (median over prompts).
+        agreement: share of prompts whose first massive block is `layer`.
+        prompts_with: share of prompts with a massive activation at any block.
+        positions, dims: where in the output of `layer` they are, most frequent first.
+        n_prompts, distinct_first_tokens: what all this rests on.
+        criterion: the numbers used.
+        per_prompt: a row a prompt: `layer` (-1 for none), `pos`, `dim`, `value`, `norm_in`, `norm_out`,
+            `magnification`, `relative_magnification`, `peak`, `share_of_peak`, `climb_from`, `climb_to`.
+    """
+
+    layer: int | None
+    reason: str
+    kind: Kind | None
+    magnification: float | None
+    magnification_interval: tuple[float, float] | None
+    relative_magnification: float | None
+    share_of_peak: float | None
+    share_of_peak_interval: tuple[float, float] | None
+    climb: tuple[int, int] | None
+    agreement: float
+    prompts_with: float
+    positions: tuple[int, ...]
+    dims: tuple[int, ...]
+    n_prompts: int
+    distinct_first_tokens: int
+    criterion: Criterion
+    per_prompt: pd.DataFrame
+
+    def metrics(self) -> dict[str, Any]:
+        """Everything but the table, ready for JSON; the layer under the name `me_layer`."""
+        values = {name: value for name, value in asdict(self).items() if name != "per_prompt"}
+        return {"me_layer": values.pop("layer"), **values}
+
+
+CriterionGiven = Annotated[Criterion, InstanceOf(), Said("a Criterion, such as melens.Criterion(min_abs=100)")]
+
+
+@checked
+def massive_activations(trace: TraceGiven, criterion: CriterionGiven | None = None) -> pd.DataFrame:
+    """List the massive entries of each block's output: `prompt`, `layer`, `pos`, `dim`, `value`, `abs_median`.
+
+    A trace keeps some dims of the largest tokens (`LargestActivations`); of every other massive token there is one row,
+    with its largest |h| as `value` and -1 as `dim`.
+
+    Raises:
+        MelensError: a trace that may not hold all massive tokens of this criterion, or holds NaN.
+    """
+    criterion = criterion or Criterion()
+    largest = trace["largest"]
+    kept = largest[largest["pos"] >= 0]  # elsewhere rows are empty: prompts have fewer tokens, or fewer massive ones
+    _check_finite(trace, value=kept, abs_median=trace["abs_median"])
+    entries = kept[(kept["site"] == "hook_resid_post") & (kept["value"].abs() > criterion.min_abs)]
+    medians = trace["abs_median"].query("site == 'hook_resid_post'")[["prompt", "layer", "abs_median"]]
+    entries = entries.merge(medians, on=["prompt", "layer"])
+    massive = entries[entries["value"].abs() > criterion.min_ratio * entries["abs_median"]]
+    _check_all_are_kept(trace, massive, criterion)
+    return massive[["prompt", "layer", "pos", "dim", "value", "abs_median"]].reset_index(drop=True)
+
+
+def _check_all_are_kept(trace: Trace, massive: pd.DataFrame, criterion: Criterion) -> None:
+    """Raise a `MelensError` where all tokens that were kept are massive, and others, smaller, may be as well."""
+    if criterion.min_abs >= LargestActivations().min_abs:
+        return
+    state = ["prompt", "layer"]
+    kept = trace["largest"].query("site == 'hook_resid_post' and pos >= 0").groupby(state)["pos"].nunique()
+    n_massive = massive.groupby(state)["pos"].nunique().reindex(kept.index, fill_value=0)
+    lengths = trace.prompts.set_index("prompt")["n_tokens"].reindex(kept.index.get_level_values("prompt")).to_numpy()
+    if ((n_massive == kept) & (kept < lengths)).any():
+        raise MelensError(
+            f"With a criterion of min_abs {criterion.min_abs:g} more tokens are massive than the trace keeps: trace "
+            f"with melens.default_probes(model, min_abs={criterion.min_abs:g})."
+        )
+
+
+@checked
+def find_me_layer(trace: TraceGiven, criterion: CriterionGiven | None = None) -> Emergence:
+    """Find the massive emergence layer: the first block whose output holds a massive activation (section 3, table 8).
+
+    Args:
+        trace: with the tables of `default_probes()`: `norm`, `largest` and `abs_median`.
+        criterion: see `Criterion`; held constant over models by default.
+
+    Returns:
+        An `Emergence`; without massive activations its `layer` is None and its `reason` says so.
+
+    Raises:
+        MelensError: a trace without those tables, or with NaN or infinite values in them.
+    """
+    criterion = criterion or Criterion()
+    _check_finite(trace, norm=trace["norm"])
+    massive = massive_activations(trace, criterion)
+    per_prompt = _per_prompt(trace, massive, criterion)
+    n_prompts = len(per_prompt)
+    born = per_prompt[per_prompt["layer"] >= 0]
+    prompts_with = len(born) / n_prompts
+    layer, reason = _settle(trace, born, n_prompts, criterion)
+    shared: dict[str, Any] = {
+        "reason": reason,
+        "prompts_with": prompts_with,
+        "n_prompts": n_prompts,
+        "distinct_first_tokens": int(trace.prompts["first_token_id"].nunique()),
+        "criterion": criterion,
+        "per_prompt": per_prompt,
+    }
+    if layer is None:
+        return Emergence(
+            layer=None, kind=None, magnification=None, magnification_interval=None, relative_magnification=None,
+            share_of_peak=None, share_of_peak_interval=None, climb=None, agreement=0.0, positions=(), dims=(), **shared,
+        )  # fmt: skip
+    agreeing = born[born["layer"] == layer]
+    entries = massive[(massive["layer"] == layer) & massive["prompt"].isin(agreeing["prompt"])]
+    share, climb = float(agreeing["share_of_peak"].mean()), _median_climb(agreeing)
+    first_tokens = trace.prompts.set_index("prompt")["first_token_id"].reindex(agreeing["prompt"]).to_numpy()
+    apart = agreeing[(agreeing["pos"] > 0) | ~pd.Series(first_tokens, index=agreeing.index).duplicated()]
+    return Emergence(
+        layer=layer,
+        kind=_kind(share, climb, criterion),
+        magnification=float(agreeing["magnification"].mean()),
+        magnification_interval=_interval(apart["magnification"]),
+        relative_magnification=float(agreeing["relative_magnification"].mean()),
+        share_of_peak=share,
+        share_of_peak_interval=_interval(apart["share_of_peak"]),
+        climb=climb,
+        agreement=len(agreeing) / n_prompts,
+        positions=tuple(entries["pos"].value_counts().index),
+        dims=tuple(entries.loc[entries["dim"] >= 0, "dim"].value_counts().index),
+        **shared,
+    )
+
+
+def _interval(values: pd.Series) -> tuple[float, float] | None:
+    return bootstrap_mean(values.to_numpy()) if len(values) > 1 else None
+
+
+def _check_finite(trace: Trace, **tables: pd.DataFrame) -> None:
+    """Raise a `MelensError` for the first block with NaN in a table's column, which `max` and `>` would pass by."""
+    read = [table[table["site"].isin(_SITES) & ~np.isfinite(table[column])] for column, table in tables.items()]
+    broken = pd.concat(read)
+    if not broken.empty:
+        after = broken["layer"].where(broken["site"] == "hook_resid_post", -1)
+        first = broken.loc[(after == after.min()).to_numpy(), "prompt"].unique()
+        what = "the embeddings" if after.min() < 0 else f"block {after.min()}"
+        raise MelensError(
+            f"The output of {what} is not finite in {len(first)} of {len(trace.prompts)} prompts, first in prompt "
+            f"{min(first)} ({trace.model.get('dtype')}): load the model in bfloat16 or float32."
+        )
+
+
+def _settle(trace: Trace, born: pd.DataFrame, n_prompts: int, criterion: Criterion) -> tuple[int | None, str]:
+    if born.empty:
+        largest = trace["largest"].query("site == 'hook_resid_post'")["value"].abs().max()
+        return None, (
+            f"No block's output holds an entry with |h| > {criterion.min_abs:g} and > {criterion.min_ratio:,g} × the "
+            f"median |h| (the largest |h| is {largest:.4g})."
+        )
+    if len(born) < criterion.min_prompts * n_prompts:
+        return None, f"Only {len(born)} of {n_prompts} prompts hold a massive activation at any block."
+    counts = born["layer"].value_counts().sort_index().sort_values(ascending=False, kind="stable")
+    others = ", ".join(f"block {layer} in {count}" for layer, count in counts.iloc[1:].items())
+    layer = int(counts.index[0])
+    return layer, f"First massive at block {layer} in {counts.iloc[0]} of {n_prompts} prompts" + (
+        f" ({others})." if others else "."
+    )
+
+
+def _kind(share_of_peak: float, climb: tuple[int, int], criterion: Criterion) -> Kind:
+    if share_of_peak >= criterion.one_block:
+        return "one block"
+    return "a few blocks" if climb[1] - climb[0] < criterion.few_blocks else "slow climb"
+
+
+def _median_climb(agreeing: pd.DataFrame) -> tuple[int, int]:
+    return int(agreeing["climb_from"].median()), int(agreeing["climb_to"].median())
+
+
+def _per_prompt(trace: Trace, massive: pd.DataFrame, criterion: Criterion) -> pd.DataFrame:
+    norms = _norms_by_layer(trace)
+    rows = []
+    for prompt, (first, last) in enumerate(zip(norms.starts, norms.ends, strict=True)):
+        row: dict[str, Any] = {"prompt": prompt, "layer": -1}
+        of_prompt = massive[massive["prompt"] == prompt]
+        if not of_prompt.empty:
+            at_birth = of_prompt[of_prompt["layer"] == of_prompt["layer"].min()]
+            largest = at_birth.loc[at_birth["value"].abs().idxmax()]
+            row |= {"layer": int(largest["layer"]), "pos": int(largest["pos"]), "dim": int(largest["dim"])}
+            row["value"] = float(largest["value"])
+            row |= _rise(norms.values[:, first:last], row["layer"], row["pos"], set(at_birth["pos"]), criterion)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _rise(
+    norms: np.ndarray, layer: int, position: int, massive_positions: set[int], criterion: Criterion
+) -> dict[str, float | int]:
+    """Describe how a prompt's massive token rises; `norms` is `[embeddings and blocks, pos]`."""
+    norm_in, norm_out = norms[layer], norms[layer + 1]
+    ordinary = [at for at in range(norms.shape[1]) if at not in massive_positions]
+    others = [at for at in ordinary if norm_in[at] > 0]  # a padding token's embedding may be 0
+    magnification = float(norm_out[position] / norm_in[position])
+    token = norms[1:, position]
+    peak = float(token[: max(layer + 1, len(token) - criterion.trailing_blocks)].max())
+    return {
+        "norm_in": float(norm_in[position]),
+        "norm_out": float(norm_out[position]),
+        "magnification": magnification,
+        "relative_magnification": magnification / float((norm_out[others] / norm_in[others]).mean())
+        if others
+        else np.nan,
+        "peak": peak,
+        "share_of_peak": float(norm_out[position] - norm_in[position]) / peak,
+        "climb_from": int(np.argmax(token >= 0.1 * peak)),
+        "climb_to": int(np.argmax(token >= 0.9 * peak)),
+    }
+
+
+@dataclass(frozen=True)
+class _LayerNorms:
+    """‖h‖ as `[embeddings and blocks, position]`, all prompts one after the other."""
+
+    values: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+
+
+def _norms_by_layer(trace: Trace) -> _LayerNorms:
+    table = trace["norm"]
+    table = table[table["site"].isin(_SITES)]
+    layers = table["layer"].where(table["site"] == "hook_resid_post", -1)
+    wide = table.assign(layer=layers).pivot(index="layer", columns=["prompt", "pos"], values="norm").sort_index(axis=1)
+    if list(wide.index) != list(range(-1, trace.model["n_layers"])) or wide.isna().any(axis=None):
+        raise MelensError("find_me_layer needs the norms of the embeddings and of every block's output.")
+    lengths = trace.prompts["n_tokens"].to_numpy()
+    return _LayerNorms(wide.to_numpy(dtype=float), np.cumsum(lengths) - lengths, np.cumsum(lengths))

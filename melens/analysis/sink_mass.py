@@ -1,0 +1,104 @@
+"""Attention sinks: where they start (section 6, figure 7)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from melens.errors import MelensError
+from melens.tracing.trace import TraceGiven
+from melens.validation.signatures import checked
+from melens.validation.types import Rate, Whole
+
+__all__ = [
+    "SINK_THRESHOLD", "SinkOnset", "find_sink_onset", "heard_layers", "sink_mass_by_head", "sink_mass_by_layer",
+]  # fmt: skip
+
+SINK_THRESHOLD = 0.3
+"""A head, or a block on average, has a sink where later tokens pay more than this to the key (Gu et al. 2024)."""
+
+
+@dataclass(frozen=True)
+class SinkOnset:
+    """Where sinks start. Layers are 0-based blocks, None where there is no such block.
+
+    Attributes:
+        layer: the first block from which the mean sink mass stays over the threshold, the trailing blocks left out.
+        first_layer: the first block over the threshold at all: earlier than `layer` where sinks come, go and return.
+        threshold: see `SINK_THRESHOLD`.
+        looked_at: the blocks with attention among which `layer` was looked for.
+    """
+
+    layer: int | None
+    first_layer: int | None
+    threshold: float
+    looked_at: tuple[int, ...]
+
+
+@checked
+def heard_layers(trace: TraceGiven) -> list[int]:
+    """List the blocks whose attention a trace heard."""
+    return sorted(set(trace["sink_mass"]["layer"].tolist())) if "sink_mass" in trace.tables else []
+
+
+@checked
+def sink_mass_by_head(trace: TraceGiven) -> pd.DataFrame:
+    """Average the sink mass over prompts: `layer`, `head`, `sink_mass`.
+
+    Raises:
+        MelensError: NaN, which pandas would leave out of the mean; every prompt of a trace has a later token.
+    """
+    table = trace["sink_mass"]
+    for row in table[~np.isfinite(table["sink_mass"])].head(1).to_dict("records"):
+        raise MelensError(
+            f"The sink mass of block {row['layer']}, head {row['head']} is {row['sink_mass']} in prompt "
+            f"{row['prompt']}: look for NaN in the model's weights, or load it in float32."
+        )
+    return table.groupby(["layer", "head"])["sink_mass"].mean().reset_index()
+
+
+@checked
+def sink_mass_by_layer(trace: TraceGiven) -> pd.DataFrame:
+    """Summarise the sink mass by block: its `mean`, `low` and `high` (10% and 90% of heads), and `share_of_heads`.
+
+    Raises:
+        MelensError: as `sink_mass_by_head`.
+    """
+    if "sink_mass" not in trace.tables:  # a model without attention
+        return pd.DataFrame(columns=["layer", "mean", "low", "high", "share_of_heads"])
+    by_layer = sink_mass_by_head(trace).groupby("layer")["sink_mass"]
+    return pd.DataFrame(
+        {
+            "mean": by_layer.mean(),
+            "low": by_layer.quantile(0.1),
+            "high": by_layer.quantile(0.9),
+            "share_of_heads": by_layer.agg(lambda mass: (mass > SINK_THRESHOLD).mean()),
+        }
+    ).reset_index()
+
+
+@checked
+def find_sink_onset(trace: TraceGiven, *, threshold: Rate = SINK_THRESHOLD, trailing_blocks: Whole = 2) -> SinkOnset:
+    """Find the block from which the first token is an attention sink.
+
+    Args:
+        trace: with the table of the probe `SinkMass`; without it there is no onset.
+        threshold: on the sink mass, averaged over prompts and heads.
+        trailing_blocks: last blocks, with attention or without, that need not have a sink.
+
+    Raises:
+        MelensError: as `sink_mass_by_head`.
+    """
+    by_layer = sink_mass_by_layer(trace).set_index("layer")["mean"]
+    layers = [int(layer) for layer in by_layer.index]
+    over = [layer for layer in layers if by_layer[layer] > threshold]
+    looked_at = [layer for layer in layers if layer < trace.model["n_layers"] - trailing_blocks]
+    last_without = max((layer for layer in looked_at if layer not in over), default=-1)
+    return SinkOnset(
+        layer=min((layer for layer in looked_at if layer > last_without), default=None),
+        first_layer=min(over, default=None),
+        threshold=threshold,
+        looked_at=tuple(looked_at),
+    )

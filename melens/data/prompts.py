@@ -1,0 +1,220 @@
+"""Prompts by task type and length, and the rules by which they become tokens.
+
+In a causal model token 0 sees only itself: prompts that share their first token share its every state. The project's
+own prompts therefore all begin with a different character, so that no tokenizer gives two of them the same first
+token, unless BOS is prepended.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Int
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from melens.data.reading import Row, file_rows, lone_surrogate
+from melens.errors import MelensError
+from melens.validation.signatures import checked
+
+__all__ = [
+    "Bos",
+    "Prompt",
+    "byte_tokenizer",
+    "check_length",
+    "choose_prompts",
+    "load_prompts",
+    "random_tokens",
+    "tokenize",
+]
+
+Bos = Literal["auto", "true", "false"]
+_log = logging.getLogger(__name__)
+TASKS = ("commonsense", "maths", "logic", "continuation")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text with its task type (one of `TASKS`, or the user's own word) and a name.
+
+    A number as task or name becomes a word, because a column of a table holds one type; NaN, pandas's missing value,
+    becomes None.
+
+    Raises:
+        MelensError: half of a surrogate pair in it.
+    """
+
+    text: str
+    task: str | int | float | None = None
+    id: str | int | float | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("task", "id"):
+            value = getattr(self, field)
+            object.__setattr__(self, field, None if value is None or value != value else str(value))
+        if (half := lone_surrogate([self.text, self.task, self.id])) is not None:
+            raise MelensError(
+                f"A prompt has {half} in it, half of a surrogate pair, which is no character; take it out."
+            )
+
+
+@checked
+def load_prompts(
+    file: str | Path | None = None, tasks: str | Sequence[str | int | float] | None = None
+) -> list[Prompt]:
+    """Read the project's prompts, 9 of each task type from about 10 to more than 1,000 tokens, or a user's file.
+
+    Args:
+        file: `.jsonl`, `.json` or `.csv` with the column `text` and, if wanted, `task` and `id`; or any other text file
+            with one prompt a line (`melens.data.reading`). None for the project's own prompts.
+        tasks: keep these task types, or this one; None keeps all.
+
+    Raises:
+        MelensError: a file that is missing, empty or malformed (the line is named), or a task that no prompt has.
+    """
+    path = Path(__file__).with_name("prompts.jsonl") if file is None else Path(os.path.expanduser(file))
+    prompts = [_prompt(row) for row in file_rows(path)]
+    if tasks is None:
+        return prompts
+    wanted = [tasks] if isinstance(tasks, str) else [str(task) for task in tasks]
+    known = sorted({str(prompt.task) for prompt in prompts if prompt.task is not None})
+    unknown = [task for task in wanted if task not in known]
+    if unknown or not wanted:
+        told = f"No prompt has the task {unknown[0]!r}" if unknown else "prompts.tasks names no task"
+        raise MelensError(f"{told}; the tasks are {', '.join(known) or 'not given'}.")
+    return [prompt for prompt in prompts if prompt.task in wanted]
+
+
+def _prompt(row: Row) -> Prompt:
+    text = row.text()
+    if not text.strip():
+        raise MelensError(f"{row.place}: the text is empty; a prompt needs at least a word.")
+    return Prompt(text, row.word("task"), row.word("id") or row.at)
+
+
+def tokenize(model: Any, prompts: Sequence[Prompt], *, bos: Bos = "auto") -> list[list[int]]:
+    """Turn prompts into token ids.
+
+    Args:
+        model: a bridge with a tokenizer attached.
+        prompts: the texts.
+        bos: `"auto"` prepends BOS if the model's own tokenizer does, `"true"` always, `"false"` never.
+            (TransformerLens by itself always prepends one, which gives Qwen and SmolLM2 a token 0 they never saw.)
+
+    Raises:
+        MelensError: no tokenizer, no BOS token, a prompt of fewer than two tokens or longer than the context.
+    """
+    tokens = _token_ids(model, prompts, bos)
+    for number, (prompt, ids) in enumerate(zip(prompts, tokens, strict=True)):
+        check_length(len(ids), str(prompt.id or f"number {number}"), model.cfg.n_ctx)
+    return tokens
+
+
+def _token_ids(model: Any, prompts: Sequence[Prompt], bos: Bos) -> list[list[int]]:
+    if bos not in get_args(Bos):
+        raise MelensError(f"prompts.bos is {bos!r}; allowed are {', '.join(get_args(Bos))}.")
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise MelensError("This model has no tokenizer: give the prompts as token ids.")
+    bos_id = tokenizer.bos_token_id
+    if bos == "true" and bos_id is None:
+        raise MelensError("prompts.bos is 'true', but this model's tokenizer has no BOS token.")
+    before = [bos_id] if bos == "true" else []
+    return [
+        [*before, *tokenizer(prompt.text, add_special_tokens=bos == "auto", verbose=False)["input_ids"]]
+        for prompt in prompts
+    ]
+
+
+def choose_prompts(
+    model: Any,
+    prompts: Sequence[Prompt],
+    *,
+    bos: Bos = "auto",
+    max_tokens: int | None = None,
+    are_own: bool = True,
+    seed: int = 0,
+) -> list[Prompt] | list[Int[Tensor, " _"]]:
+    """Keep the prompts that are short enough, before any is checked against the context.
+
+    Args:
+        model: a bridge; without a tokenizer it gets random tokens in place of the project's prompts.
+        prompts: the texts.
+        bos: as for `tokenize`.
+        max_tokens: leave longer prompts out; None keeps all.
+        are_own: they are the project's own. Of these, the ones longer than the context are left out as well, which is
+            logged; a user's are left out by `max_tokens` alone.
+        seed: of random tokens.
+
+    Raises:
+        MelensError: no prompt is short enough, a user's prompt is longer than the context or cannot become tokens, or
+            BOS is asked of a tokenizer that has none.
+    """
+    n_ctx, n_vocabulary = model.cfg.n_ctx, model.cfg.d_vocab
+    if model.tokenizer is None:
+        if not are_own:
+            raise MelensError("This model has no tokenizer to read prompts.file with; leave it out for random tokens.")
+        n_prompts, n_tokens = (
+            min(len(prompts), n_vocabulary),
+            min(128, n_ctx, n_ctx if max_tokens is None else max_tokens),
+        )
+        _log.warning("This model has no tokenizer: %d prompts of random tokens stand in for texts.", n_prompts)
+        return random_tokens(n_prompts, n_tokens, n_vocabulary, seed=seed)
+    lengths = [len(ids) for ids in _token_ids(model, prompts, bos)]
+    wanted = [row for row, length in enumerate(lengths) if max_tokens is None or length <= max_tokens]
+    if not wanted:
+        raise MelensError(f"prompts.max_tokens is {max_tokens}, but the shortest prompt has {min(lengths)} tokens.")
+    too_long = [row for row in wanted if lengths[row] > n_ctx]
+    told = f"{len(too_long)} of {len(wanted)} prompts are longer than the model's context of {n_ctx:,} tokens"
+    if len(too_long) == len(wanted):
+        raise MelensError(f"{told}; the shortest has {min(lengths):,}.")
+    if too_long and not are_own:
+        first = prompts[too_long[0]].id or f"number {too_long[0]}"
+        raise MelensError(f"{told}, first {first}; prompts.max_tokens={n_ctx} leaves them out.")
+    if too_long:
+        _log.warning("%s and are left out.", told)
+    return [prompts[row] for row in wanted if lengths[row] <= n_ctx]
+
+
+_CHAT_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message['role'] }}
+{{ message['content'] }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Make a tokenizer with a token a byte and a chat template, for models with random weights."""
+    bytes_as_letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: index for index, letter in enumerate(bytes_as_letters)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=10**6
+    )
+    wrapped.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    wrapped.chat_template = _CHAT_TEMPLATE
+    return wrapped
+
+
+def check_length(n_tokens: int, name: str, n_ctx: int) -> None:
+    """Raise a `MelensError` for a prompt of fewer than two tokens or more than the context."""
+    if n_tokens < 2:
+        raise MelensError(f"Prompt {name} has {n_tokens} token(s); at least 2 are needed.")
+    if n_tokens > n_ctx:
+        raise MelensError(f"Prompt {name} has {n_tokens:,} tokens, more than the model's context of {n_ctx:,}.")
+
+
+def random_tokens(n_prompts: int, n_tokens: int, vocabulary: int, *, seed: int = 0) -> list[Int[Tensor, " pos"]]:
+    """Draw prompts of random token ids with distinct first tokens, for models that have no tokenizer."""
+    generator = torch.Generator().manual_seed(seed)
+    firsts = torch.randperm(vocabulary, generator=generator)[:n_prompts]
+    rest = torch.randint(vocabulary, (n_prompts, n_tokens - 1), generator=generator)
+    return list(torch.cat([firsts[:, None], rest], dim=1))

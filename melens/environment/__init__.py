@@ -1,0 +1,1 @@
+"""What melens runs on: versions of the libraries, optional packages, random seeds."""

@@ -1,0 +1,513 @@
+"""Put a mask on a model: which tokens of each forward call it is for, and the hooks that carry it out.
+
+Token 0 is the first that is no padding, at its absolute position: padding on either side, a prompt fed in chunks and
+decoding with a cache lead to the same states as the bare prompt without a cache.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, wraps
+from typing import Any, Protocol, runtime_checkable
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformer_lens.hook_points import HookPoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from melens.analysis.me_layer import Criterion
+from melens.analysis.metrics import abs_max, abs_median
+from melens.errors import MelensError
+from melens.models.view import Block, ModelView
+from melens.tracing.resume import is_replayed
+
+__all__ = ["Factors", "InstalledMask", "TokenFinder"]
+
+
+@runtime_checkable
+class Factors(Protocol):
+    """By what the dims of the chosen tokens are multiplied."""
+
+    def __call__(self, layer: int, rows: Float[Tensor, "*n d"]) -> Tensor:
+        """Return the factors for these tokens, `[d]` or `[*n, d]`."""
+
+    def remove(self) -> None:
+        """Take from the model what was left there for this."""
+
+
+class _Call:
+    """What a mask does in one forward call. (No dataclass: FSDP copies those that it finds among a block's arguments.)
+
+    Attributes:
+        where: index of the tokens into `[batch, pos]`; None masks nothing.
+        detect: find massive tokens in what enters the first masked block, among `real` ones (None: all are).
+        n_tokens: how many tokens a row has in this call; None where `where` is for whatever a block gets.
+        masked: the blocks that have been masked so far.
+    """
+
+    def __init__(
+        self,
+        where: tuple[Any, ...] | None = None,
+        *,
+        detect: bool = False,
+        real: Bool[Tensor, "batch pos"] | None = None,
+        n_tokens: int | None = None,
+    ) -> None:
+        self.where, self.detect, self.real, self.n_tokens = where, detect, real, n_tokens
+        self.masked: set[int] = set()
+
+    def n_left_out(self, hidden: Float[Tensor, "batch pos d"]) -> int:
+        """Tell how many tokens a block is not given: with shared keys and values it may get the last few alone.
+
+        Raises:
+            MelensError: a hidden state of another form, in which token 0 cannot be told.
+        """
+        if self.n_tokens is None:
+            return 0
+        if hidden.ndim != 3 or hidden.shape[1] > self.n_tokens:
+            raise MelensError(
+                f"A masked block gets a hidden state of shape {list(hidden.shape)} for {self.n_tokens} tokens: a "
+                "WeMask cannot tell token 0 in it."
+            )
+        return self.n_tokens - hidden.shape[1]
+
+    def where_in(self, hidden: Float[Tensor, "batch pos d"]) -> tuple[Any, ...] | None:
+        """Index the tokens in what a block is given; None where it is given none of them."""
+        left_out = self.n_left_out(hidden)
+        if self.where is None or len(self.where) == 1:  # none, or all
+            return self.where
+        rows, columns = self.where
+        if isinstance(columns, int):
+            return (rows, columns - left_out) if columns >= left_out else None
+        rows, columns = rows.to(hidden.device), columns.to(hidden.device)  # of a model on several GPUs
+        if left_out == 0:
+            return rows, columns
+        given = columns >= left_out
+        return (rows[given], columns[given] - left_out) if given.any() else None
+
+
+class TokenFinder:
+    """Finds the tokens that a mask is for in each forward call of a model.
+
+    Attributes:
+        detects: whether they only show in what enters the first masked block.
+    """
+
+    def __init__(self, positions: str | Sequence[int], *, caches_by_default: bool = True) -> None:
+        """Take the `positions` of a `WeMask`, and whether the model makes a cache if it is not told."""
+        self.detects = positions == "massive"
+        self._positions = positions
+        self._caches_by_default = caches_by_default
+        self._offsets = [0] if isinstance(positions, str) else sorted(positions)
+        self._started: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+
+    def find(self, arguments: Mapping[str, Any]) -> _Call:
+        """Read from the arguments of a model's forward call which of its tokens are masked.
+
+        Raises:
+            MelensError: an attention mask that does not tell where the sequences begin.
+        """
+        inputs = arguments.get("input_ids")
+        inputs = arguments.get("inputs_embeds") if inputs is None else inputs
+        if inputs is None:
+            raise MelensError("A masked model needs input_ids or inputs_embeds.")
+        n_rows, n_tokens = inputs.shape[:2]
+        cache = _cache_among(arguments)
+        past = 0 if cache is None else int(cache.get_seq_length())
+        if self._positions == "all":
+            return _Call((slice(None),))
+        if self._positions == "every_call":
+            return _Call((slice(None), 0))
+        mask = arguments.get("attention_mask")
+        if self.detects:
+            is_decoding = past > 0 and n_tokens == 1
+            real = None if is_decoding else _real(mask, past, n_tokens)
+            return _Call(detect=not is_decoding, real=real, n_tokens=n_tokens)
+        if past > 0 and past > self._started.get(cache, past) + self._offsets[-1]:
+            return _Call()
+        use_cache = arguments.get("use_cache")
+        has_cache = cache is not None or (self._caches_by_default if use_cache is None else use_cache)
+        position_ids = None if has_cache else arguments.get("position_ids")  # with a cache nothing is packed
+        starts = _starts(mask, position_ids, n_rows, n_tokens, past)
+        if cache is not None and all(starts):
+            self._started[cache] = max(max(of_row) for of_row in starts)
+        return _Call(self._places(starts, n_tokens, past, inputs.device), n_tokens=n_tokens)
+
+    def _places(
+        self, starts: Sequence[Sequence[int]], n_tokens: int, past: int, device: torch.device
+    ) -> tuple[Any, ...] | None:
+        columns = [
+            [
+                start + offset - past
+                for start, end in zip(of_row, [*of_row[1:], past + n_tokens], strict=False)
+                for offset in self._offsets
+                if past <= start + offset < end
+            ]
+            for of_row in starts
+        ]
+        if not any(columns):
+            return None
+        if len(columns[0]) == 1 and all(of_row == columns[0] for of_row in columns):
+            return (slice(None), columns[0][0])
+        rows = [row for row, of_row in enumerate(columns) for _ in of_row]
+        flat = [column for of_row in columns for column in of_row]
+        return (torch.tensor(rows, device=device), torch.tensor(flat, device=device))
+
+
+def _cache_among(arguments: Mapping[str, Any]) -> Any:
+    """Return the cache of keys and values that a forward call is given, by whatever name; None without one.
+
+    (It is `cache` since transformers 5.24, and was `past_key_values`, `cache_params` or `layer_past` before.)
+
+    Raises:
+        MelensError: a cache that does not tell how many tokens it holds.
+    """
+    caches = [given for given in arguments.values() if hasattr(given, "get_seq_length")]
+    if caches:
+        return caches[0]
+    unknown = [name for name in _CACHE_NAMES if arguments.get(name) is not None]
+    if unknown:
+        kind = type(arguments[unknown[0]]).__name__
+        raise MelensError(f"A WeMask cannot read a cache of type {kind} ({unknown[0]}): give a transformers Cache.")
+    return None
+
+
+_CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "cache_params", "layer_past", "state")
+
+
+def _real_keys(mask: Any) -> Bool[Tensor, "batch key"] | None:
+    """Read from an attention mask of whatever form which keys are no padding; None if all are."""
+    if isinstance(mask, Mapping):  # by type of block
+        mask = mask.get("full_attention", next(iter(mask.values())))
+    if mask is None:
+        return None
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return mask != 0
+    if isinstance(mask, Tensor) and mask.ndim == 4:
+        may_attend = mask if mask.dtype == torch.bool else mask >= 0
+        return may_attend.any(dim=(1, 2))
+    raise MelensError(
+        "This form of attention mask does not tell a WeMask where the sequences begin: give the tokenizer's [batch, "
+        "pos] mask."
+    )
+
+
+def _real(mask: Any, past: int, n_tokens: int) -> Bool[Tensor, "batch pos"] | None:
+    keys = _real_keys(mask)
+    return None if keys is None else keys[:, past : past + n_tokens]
+
+
+def _starts(mask: Any, position_ids: Any, n_rows: int, n_tokens: int, past: int) -> list[list[int]]:
+    """Find where each row's sequences begin, counted from the first token in the cache; nothing for padding alone."""
+    keys = _real_keys(mask)
+    if keys is not None:
+        if keys.shape[1] < past + n_tokens:
+            raise MelensError(
+                f"The attention mask is for {keys.shape[1]} tokens, but with the cache there are {past + n_tokens}."
+            )
+        first = torch.where(keys.any(dim=1), keys.int().argmax(dim=1), -1).expand(n_rows).tolist()
+        return [[start] if start >= 0 else [] for start in first]
+    if isinstance(position_ids, Tensor) and position_ids.ndim == 2:  # perhaps several packed into a row
+        begins = torch.ones_like(position_ids, dtype=torch.bool)
+        begins[:, 1:] = position_ids.diff(dim=-1) != 1
+        packed = [of_row.nonzero().flatten().tolist() for of_row in begins.cpu()]
+        return packed if len(packed) == n_rows else packed * n_rows
+    return [[0] for _ in range(n_rows)]
+
+
+class InstalledMask:
+    """A mask on a model: `remove()` takes it off.
+
+    Compiled code is dropped at both ends, and compiled anew around the hooks, which are left out of it.
+
+    Attributes:
+        layers: the blocks that it masks.
+    """
+
+    def __init__(
+        self,
+        network: ModelView,
+        layers: Sequence[int],
+        site: str,
+        finder: TokenFinder,
+        factors: Factors,
+    ) -> None:
+        """Attach the hooks.
+
+        Args:
+            network: the model.
+            layers: blocks to mask; massive tokens are looked for in what enters the first.
+            site: where.
+            finder: tells which tokens.
+            factors: tells how.
+        """
+        self.layers = tuple(layers)
+        self.first = min(layers)
+        self._finder, self._factors = finder, factors
+        self._calls: dict[int, _Call] = {}  # by thread
+        self.idle: set[int] = set()  # threads whose forward call masks nothing
+        self.seen: dict[int, tuple[nn.Module, Tensor]] = {}  # what went into ln1, by thread
+        self.carried = f"melens_mask_{id(self)}"
+        self._criterion = Criterion()
+        self._signature = inspect.signature(network.base.forward)
+        self._expected = [(layer, network.blocks[layer].module) for layer in self.layers]
+        self._removers: list[Callable[[], None]] = [factors.remove]
+        self._untrained: list[_Hooks] = []  # of blocks as they are until the model is trained
+        torch.compiler.reset()  # code compiled without these hooks would go on without them
+        try:
+            self._attach(network, site)
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Take the mask off; a second time does nothing."""
+        if self._removers:
+            torch.compiler.reset()
+        while self._removers:
+            self._removers.pop()()
+
+    def _attach(self, network: ModelView, site: str) -> None:
+        keep = self._keep
+        keep(network.base.register_forward_pre_hook(self._begin, with_kwargs=True))
+        keep(network.base.register_forward_hook(self._end, always_call=True))
+        for layer in self.layers:
+            hooks = _Hooks(self, layer, network.blocks[layer])
+            if network.bridge is not None:
+                names = {"attn_in": "ln1.hook_out", "ln1_in": "ln1.hook_in", "resid_pre": "hook_resid_pre"}
+                if layer == self.first and self._finder.detects:
+                    self._keep_on(network.hook_point(layer, "hook_resid_pre"), hooks.look)
+                self._keep_on(network.hook_point(layer, names[site]), hooks.on_activation)
+                continue
+            block = network.blocks[layer]
+            if layer == self.first and self._finder.detects:
+                keep(block.module.register_forward_pre_hook(hooks.look_at_input, with_kwargs=True))
+            if site == "resid_pre":  # outside what gradient checkpointing repeats
+                keep(block.module.register_forward_pre_hook(hooks.mask_input, with_kwargs=True))
+                continue
+            assert block.attention is not None
+            assert block.ln1 is not None
+            self._untrained.append(hooks)
+            if site == "attn_in":
+                keep(block.attention.register_forward_pre_hook(hooks.mask_input, with_kwargs=True))
+            elif block.ln1_is_shared:
+                self._mask_for_attention(hooks)
+            else:
+                hooks.on_ln1 = block.ln1.register_forward_hook(hooks.mask_ln1)
+                keep(hooks.on_ln1)
+
+    def _mask_for_attention(self, hooks: _Hooks) -> None:
+        """Mask the input of a block's `ln1` where attention takes its output, which others may read as it is."""
+        ln1, attention = hooks.block.ln1, hooks.block.attention
+        assert ln1 is not None
+        assert attention is not None
+        self._keep(ln1.register_forward_pre_hook(hooks.before_ln1))
+        self._keep(attention.register_forward_pre_hook(hooks.renormalise, with_kwargs=True))
+
+    def _keep(self, handle: Any) -> None:
+        self._removers.append(handle.remove)
+
+    def _keep_on(self, hook_point: HookPoint, hook: Any) -> None:
+        handle = hook_point.add_hook(hook, is_permanent=True)
+
+        def remove() -> None:
+            handle.hook.remove()
+            if handle in hook_point.fwd_hooks:
+                hook_point.fwd_hooks.remove(handle)
+
+        self._removers.append(remove)
+
+    # --- A forward call -----------------------------------------------------------------------------------------------
+
+    @torch.compiler.disable
+    def _begin(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
+        if module.training:  # perhaps with gradient checkpointing, which runs what is in a block once more
+            while self._untrained:
+                hooks = self._untrained.pop()
+                self._keep(hooks.block.module.register_forward_pre_hook(hooks.carry, with_kwargs=True))
+                if hooks.on_ln1 is not None:  # ln1 gets no arguments with which something could be carried
+                    hooks.on_ln1.remove()
+                    self._mask_for_attention(hooks)
+        arguments = {**self._signature.bind_partial(*args).arguments, **kwargs} if args else kwargs
+        call = self._calls[threading.get_ident()] = self._finder.find(arguments)
+        if call.where is None and not call.detect and not module.training:
+            self.idle.add(threading.get_ident())
+        if module.training and self._hooks_are_repeated():
+            return args, {**kwargs, self.carried: call}
+        return None
+
+    def _hooks_are_repeated(self) -> bool:
+        """Tell whether gradient checkpointing repeats the hooks of a block too, as before transformers 5.23."""
+        parameters = self._signature.parameters.values()
+        return (
+            "__call__" in GradientCheckpointingLayer.__dict__
+            and any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+            and any(getattr(block, "gradient_checkpointing", False) for _, block in self._expected)
+        )
+
+    @torch.compiler.disable
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.idle.discard(threading.get_ident())
+        call = self._calls.pop(threading.get_ident(), None)
+        if call is None or call.where is None or output is None:
+            return
+        missed = [
+            layer for layer, block in self._expected if layer not in call.masked and not is_replayed(block)
+        ]  # a block that hands on what was recorded has nothing to mask
+        if missed:
+            raise MelensError(
+                f"The mask did not reach block {missed[0]}, though it is installed there: its hooks were taken off, or "
+                "the model was compiled without them. Install the mask again."
+            )
+
+    def call(self, kwargs: dict[str, Any] | None = None) -> _Call:
+        """Return what to do in the forward call that is under way; in a recomputation it comes with the arguments."""
+        call = (kwargs or {}).pop(self.carried, None) or self._calls.get(threading.get_ident())
+        if call is None:
+            raise MelensError(
+                "A masked block ran outside a forward call of its model; with gradient checkpointing this architecture "
+                "cannot be masked at that site."
+            )
+        return call
+
+    def detect(self, call: _Call, hidden: Float[Tensor, "batch pos d"]) -> None:
+        """Find the massive tokens of what enters the first masked block, where that is asked for."""
+        if not call.detect:
+            return
+        left_out = call.n_left_out(hidden)
+        largest = abs_max(hidden).float()
+        real = torch.ones_like(largest, dtype=torch.bool)
+        if call.real is not None:
+            real = call.real[:, left_out:].to(largest.device)
+        medians = torch.stack([abs_median(h[tokens]) for h, tokens in zip(hidden, real, strict=True)])
+        massive = (largest > self._criterion.min_abs) & (largest > self._criterion.min_ratio * medians[:, None]) & real
+        rows, columns = massive.nonzero(as_tuple=True)
+        call.where = (rows, columns + left_out) if len(rows) else None
+
+    def masked(self, call: _Call, layer: int, hidden: Float[Tensor, "batch pos d"]) -> Tensor | None:
+        """Mask the tokens of an activation; None where there are none."""
+        where = self.reached(call, layer, hidden)
+        return None if where is None else _put(hidden, where, self.factored(layer, hidden[where]))
+
+    def reached(self, call: _Call, layer: int, hidden: Float[Tensor, "batch pos d"]) -> tuple[Any, ...] | None:
+        """Note that a block was reached, and index the tokens to mask in what it is given; None without any."""
+        call.masked.add(layer)
+        return call.where_in(hidden)
+
+    def factored(self, layer: int, rows: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
+        """Multiply the dims of chosen tokens by what the mask leaves of them."""
+        return rows * self._factors(layer, rows)
+
+
+def _hook(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a method run outside compiled code, and next to nothing where the forward call masks nothing."""
+    uncompiled = torch.compiler.disable(method)
+
+    @wraps(method)
+    def hook(self: _Hooks, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_dynamo_compiling() and threading.get_ident() in self.mask.idle:
+            return None
+        return uncompiled(self, *args, **kwargs)
+
+    return hook
+
+
+class _Hooks:
+    """What runs around one masked block. (Methods, not closures: a deep copy of the model gets its own.)"""
+
+    def __init__(self, mask: InstalledMask, layer: int, block: Block) -> None:
+        self.mask, self._layer, self.block = mask, layer, block
+        self.on_ln1: RemovableHandle | None = None
+
+    @cached_property
+    def _passes_on(self) -> bool:
+        parameters = inspect.signature(self.block.module.forward).parameters.values()
+        return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+
+    # On a bridge
+
+    @_hook
+    def look(self, activation: Float[Tensor, "batch pos d"], hook: HookPoint) -> None:
+        self.mask.detect(self.mask.call(), activation)
+
+    @_hook
+    def on_activation(self, activation: Float[Tensor, "batch pos d"], hook: HookPoint) -> Tensor | None:
+        return self.mask.masked(self.mask.call(), self._layer, activation)
+
+    # On a plain model
+
+    @_hook
+    def look_at_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.mask.detect(self.mask.call(), _hidden(args, kwargs))
+
+    @_hook
+    def carry(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
+        """Send along with the block's arguments what is masked: the backward pass gets the same ones again."""
+        if self.mask.carried in kwargs:
+            return None
+        if self._passes_on and module.training and getattr(module, "gradient_checkpointing", False):
+            return args, {**kwargs, self.mask.carried: self.mask.call()}
+        return None
+
+    @_hook
+    def mask_input(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
+        call = self.mask.call(kwargs)
+        return _with_hidden(self.mask.masked(call, self._layer, _hidden(args, kwargs)), args, kwargs)
+
+    @_hook
+    def mask_ln1(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        return self._normalised(self.mask.call(), module, args[0], output)
+
+    @_hook
+    def before_ln1(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.mask.seen[threading.get_ident()] = (module, args[0])
+
+    @_hook
+    def renormalise(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
+        """Give attention what `ln1` makes of the masked tokens; what else reads `ln1` reads them whole."""
+        call = self.mask.call(kwargs)
+        ln1, before = self.mask.seen.pop(threading.get_ident())
+        return _with_hidden(self._normalised(call, ln1, before, _hidden(args, kwargs)), args, kwargs)
+
+    def _normalised(self, call: _Call, ln1: nn.Module, before: Tensor, after: Tensor) -> Tensor | None:
+        """Return what `ln1` makes of a hidden state whose tokens are masked before it; None where there are none."""
+        where = self.mask.reached(call, self._layer, before)
+        if where is None:
+            return None
+        rows = self.mask.factored(self._layer, before[where])
+        return _put(after, where, ln1.forward(rows[None])[0])
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
+
+
+def _with_hidden(
+    hidden: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]] | None:
+    if hidden is None:
+        return None
+    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+
+def _put(hidden: Tensor, where: tuple[Any, ...], rows: Tensor) -> Tensor:
+    """Replace tokens of a hidden state, which itself stays as it is: others may hold it."""
+    if len(where) == 1:  # all
+        return rows
+    replaced = hidden.clone()
+    replaced[where] = rows.to(hidden.dtype)
+    return replaced

@@ -1,0 +1,124 @@
+"""Which blocks of a model have attention, and which an FFN: of a hybrid not all do, and not all can be heard.
+
+Layout.of(model).attention_in_words  # "attention in blocks 2, 5 and 8 of 12"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformer_lens.model_bridge import TransformerBridge
+
+from melens.tracing.attention import eager_function
+from melens.tracing.sites import ATTENTION_ON_KEYS, Places
+
+__all__ = ["Layout", "attends", "listed"]
+
+_FFN = ("mlp", "moe", "shared_mlp", "channel_mix")
+"""TransformerLens's names for a block's FFN or for parts of it."""
+
+_FFN_OF_TRANSFORMERS = ("down_proj", "experts")
+"""What an FFN has inside where TransformerLens has no name for it, and no mixer."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The blocks of a model by what is in them, 0-based.
+
+    Attributes:
+        n_layers: how many there are.
+        attention: those whose attention can be heard.
+        ffn: those of whose FFN it can be heard what it writes to the residual stream.
+        unheard_attention, unheard_ffn: those that have one which TransformerLens does not tell apart.
+        silent_attention: those whose attention told nothing in a trace, though it was listened to.
+    """
+
+    n_layers: int
+    attention: tuple[int, ...]
+    ffn: tuple[int, ...]
+    unheard_attention: tuple[int, ...] = ()
+    unheard_ffn: tuple[int, ...] = ()
+    silent_attention: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, model: TransformerBridge) -> Layout:
+        """Look at a bridge's blocks."""
+        places = Places.of(model)
+        attention, ffn = (
+            tuple(layer for _, layer, _ in places.of_site(site)) for site in (ATTENTION_ON_KEYS, "hook_mlp_out")
+        )
+        blocks: list[Any] = list(model.blocks)
+        return cls(
+            len(blocks),
+            attention,
+            ffn,
+            tuple(layer for layer, block in enumerate(blocks) if layer not in attention and attends(block)),
+            tuple(layer for layer, block in enumerate(blocks) if layer not in ffn and _has_ffn(block)),
+        )
+
+    def as_heard(self, layers: Collection[int]) -> Layout:
+        """Return the layout as a trace shows it, in which the attention of these blocks was heard."""
+        return replace(
+            self,
+            attention=tuple(layer for layer in self.attention if layer in layers),
+            silent_attention=tuple(layer for layer in self.attention if layer not in layers),
+        )
+
+    @property
+    def attention_in_words(self) -> str:
+        """Say where there is attention."""
+        if self.silent_attention and not self.attention:
+            return f"attention in {listed(self.silent_attention)} that tells nothing of what it looks at"
+        return _in_words("attention", self.attention, self.unheard_attention, self.n_layers)
+
+    @property
+    def ffn_in_words(self) -> str:
+        """Say where there is an FFN."""
+        return _in_words("an FFN", self.ffn, self.unheard_ffn, self.n_layers)
+
+    def metrics(self) -> dict[str, Any]:
+        """Return what the claims must know, ready for JSON."""
+        return {
+            "n_layers": self.n_layers,
+            "attention_layers": list(self.attention),
+            "ffn_layers": list(self.ffn),
+        }
+
+    def next_attention(self, layer: int) -> int | None:
+        """Return the first block behind another whose attention can be heard."""
+        return next((attending for attending in self.attention if attending > layer), None)
+
+
+def attends(module: Any) -> bool:
+    """Tell whether transformers computes attention somewhere in a module, by whatever name."""
+    own = (part for part in module.modules() if type(part).__module__.startswith("transformers."))
+    return any(eager_function(part) is not None for part in own)
+
+
+def _has_ffn(block: Any) -> bool:
+    """Tell whether a block has an FFN by TransformerLens's names or transformers', or nothing that has a name."""
+    parts = {name for name in block._modules if name != "_original_component" and not name.startswith("hook_")}
+    own = {name.rpartition(".")[2] for name, _ in block.original_component.named_modules()}
+    return not parts or not parts.isdisjoint(_FFN) or not own.isdisjoint(_FFN_OF_TRANSFORMERS)
+
+
+def _in_words(what: str, heard: Sequence[int], unheard: Sequence[int], n_layers: int) -> str:
+    if len(heard) == n_layers:
+        return f"{what} in all {n_layers} blocks"
+    words = f"{what} in {listed(heard)} of {n_layers}" if heard else f"no block with {what}"
+    if unheard:
+        untold = f"in {listed(unheard)} not told apart by TransformerLens"
+        words = f"{words}, {untold}" if heard else f"{what} {untold}"
+    return words
+
+
+def listed(layers: Collection[int]) -> str:
+    """List blocks in words: "block 3", "blocks 2, 5 and 8"; five or more in a row by the first and the last."""
+    numbers = sorted(layers)
+    if len(numbers) == 1:
+        return f"block {numbers[0]}"
+    if len(numbers) >= 5 and numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"blocks {numbers[0]} to {numbers[-1]}"
+    return f"blocks {', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"

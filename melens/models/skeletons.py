@@ -1,0 +1,220 @@
+"""A model as its config describes it, without weights: what can be told of it before any is read."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+import psutil
+import torch
+import transformers
+from accelerate.utils import convert_file_size_to_int
+from torch import nn
+from transformer_lens.factories.architecture_adapter_factory import (
+    SUPPORTED_ARCHITECTURES,
+    ArchitectureAdapterFactory,
+)
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
+from transformer_lens.model_bridge.sources._hf_format import determine_architecture_from_hf_config
+from transformer_lens.model_bridge.sources.transformers.helpers import get_hf_model_class_for_architecture
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, PreTrainedConfig
+
+from melens.errors import MelensError
+from melens.models.quantization import Quantize, bits_of, quantization_of, refuse_joint_projections
+from melens.models.sources import in_short
+
+__all__ = ["Skeleton", "by_place"]
+
+
+class Skeleton:
+    """A model on the meta device.
+
+    Attributes:
+        name: what the model is called.
+        config: of the model.
+        architecture: as TransformerLens names it.
+    """
+
+    def __init__(self, config: PreTrainedConfig, name: str, *, trust_remote_code: bool = False) -> None:
+        """Lay a model out.
+
+        Raises:
+            MelensError: an architecture that TransformerLens does not support, or a config that its class does not
+                take.
+        """
+        self.name, self.config = name, config
+        self.architecture = _architecture(config, name)
+        _check_pad_id(config, name)
+        kind = get_hf_model_class_for_architecture(self.architecture)
+        plain = copy.deepcopy(config)
+        if hasattr(plain, "quantization_config"):
+            del plain.quantization_config
+        try:
+            with torch.device("meta"):
+                self.network: Any = kind.from_config(
+                    plain, trust_remote_code=trust_remote_code, attn_implementation="eager"
+                )
+        except ImportError:
+            raise
+        except Exception as error:  # whatever a class of transformers, or of the checkpoint's, makes of the config
+            raise MelensError(
+                f"transformers cannot make a {self.architecture} of the config of {name}: {in_short(error)}."
+            ) from error
+
+    def check(self, quantize: Quantize | None = None) -> None:
+        """Find out whether TransformerLens puts its bridge in, and melens can measure there.
+
+        Args:
+            quantize: to what the weights are quantised as they are loaded.
+
+        Raises:
+            MelensError: an encoder, an encoder and decoder, a model of images or sound, one without blocks, or a
+                quantised one with joint projections.
+        """
+        measured = "melens measures decoders"
+        if getattr(self.network.config, "is_encoder_decoder", False):
+            raise MelensError(f"{self.name} ({self.architecture}) is an encoder with a decoder: {measured} alone.")
+        if self.network.main_input_name != "input_ids":
+            raise MelensError(f"{self.name} ({self.architecture}) reads no text: {measured} of text.")
+        if _is_encoder(self.network):
+            raise MelensError(
+                f"{self.name} ({self.architecture}) is an encoder, whose tokens see those behind them: {measured}."
+            )
+        mapping = self._components()
+        if "blocks" not in mapping:
+            raise MelensError(
+                f"TransformerLens gives {self.name} ({self.architecture}) no blocks, so there is nothing to measure at."
+            )
+        if quantize is not None or quantization_of(self.config) is not None:
+            refuse_joint_projections(self.name, mapping)
+
+    def _components(self) -> dict[str, Any]:
+        """Return TransformerLens's description of the model: it puts a bridge into one with weights alone."""
+        dtype = next(self.network.parameters()).dtype
+        cfg = build_bridge_config_from_hf(self.network.config, self.architecture, self.name, dtype)
+        described: dict[str, Any] = ArchitectureAdapterFactory.select_architecture_adapter(cfg).get_component_mapping()
+        return described
+
+    # --- Memory -------------------------------------------------------------------------------------------------------
+
+    def n_bytes(self, bytes_per_weight: float | int, told: Any = None) -> float:
+        """Return what the weights take.
+
+        Args:
+            bytes_per_weight: of weights as they are.
+            told: how linear layers but the head are quantised, as transformers or config.json tells; None: not at all.
+        """
+        n_weights = sum(weight.numel() for weight in self.network.parameters())
+        if told is None:
+            return float(n_weights * bytes_per_weight)
+        head = self.network.get_output_embeddings()
+        linear = (module for module in self.network.modules() if isinstance(module, nn.Linear) and module is not head)
+        n_linear = sum(module.weight.numel() for module in linear)
+        return float((n_weights - n_linear) * bytes_per_weight + n_linear * bits_of(told) / 8)
+
+    def check_memory(
+        self, needed: float, purpose: str, device: torch.device, max_memory: Any = None, device_map: Any = None
+    ) -> None:
+        """Compare what a model needs with what is free.
+
+        Raises:
+            MelensError: too little.
+        """
+        if max_memory is not None:
+            _check_max_memory(max_memory, needed, self.name)
+            return
+        if isinstance(device_map, Mapping) and "disk" in device_map.values():
+            return
+        if device.type == "cuda":
+            devices = range(torch.cuda.device_count()) if device_map is not None else [device]
+            free = sum(torch.cuda.mem_get_info(d)[0] for d in devices)
+        else:
+            free = psutil.virtual_memory().available
+        if needed > free:
+            raise MelensError(
+                f"{self.name} needs {needed / 1e9:.1f} GB for {purpose}, but {device} has {free / 1e9:.1f} GB free: "
+                "choose a smaller dtype, a smaller model or several GPUs, quantise it by model.quantize, or leave a "
+                "part elsewhere by model.max_memory."
+            )
+
+
+def _architecture(config: PreTrainedConfig, name: str) -> str:
+    try:
+        architecture = str(determine_architecture_from_hf_config(config))
+    except ValueError:
+        architecture = str((config.architectures or [config.model_type])[0])
+    if architecture not in SUPPORTED_ARCHITECTURES:
+        raise MelensError(f"{name} has the architecture {architecture}, which TransformerLens does not support.")
+    described = getattr(getattr(transformers, architecture, None), "config_class", None)
+    if described is not None and not isinstance(config, described):  # each would be taken for a part of the loading
+        raise MelensError(
+            f"The config.json of {name} names the architecture {architecture}, but its model_type is "
+            f"{config.model_type!r}, which is another: correct the one that is wrong."
+        )
+    needed = SUPPORTED_ARCHITECTURES[architecture].required_libraries
+    if missing := [library for library in needed if importlib.util.find_spec(library) is None]:
+        install = f"pip install {' '.join(missing)} torch=={torch.__version__}"  # pip would take another torch
+        raise MelensError(
+            f"{name} has the architecture {architecture}, for which TransformerLens needs {' and '.join(missing)}; "
+            f"melens installs nothing: `{install}` does."
+        )
+    return architecture
+
+
+def _check_pad_id(config: PreTrainedConfig, name: str) -> None:
+    text = config.get_text_config()
+    pad, rows = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
+    if isinstance(pad, int) and isinstance(rows, int) and pad >= rows:
+        raise MelensError(
+            f"The config of {name} gives the padding the id {pad}, but its embedding has only {rows} rows: correct "
+            "pad_token_id or vocab_size."
+        )
+
+
+def _is_encoder(network: Any) -> bool:
+    """Tell whether a model was trained to fill gaps, with every token in sight."""
+    is_for_gaps = type(network.config) in MODEL_FOR_MASKED_LM_MAPPING
+    return is_for_gaps and getattr(network.config, "is_decoder", False) is False
+
+
+# --- Places -----------------------------------------------------------------------------------------------------------
+
+
+def _check_max_memory(max_memory: Mapping[Any, Any], needed: float, name: str) -> None:
+    """Fill the places as accelerate does, one after the other; the disk takes what is left."""
+    for place, limit in by_place(max_memory).items():
+        share = min(limit, needed)
+        if place != "disk" and share > (free := _free_bytes(place)):
+            raise MelensError(
+                f"{name} would take {share / 1e9:.1f} GB of {place if place == 'cpu' else f'GPU {place}'}, which has "
+                f"{free / 1e9:.1f} GB free: set model.max_memory.{place} to less; the rest stays on disk."
+            )
+        needed -= share
+
+
+def _free_bytes(place: int | str) -> int:
+    if isinstance(place, str):
+        return int(psutil.virtual_memory().available)
+    if place >= torch.cuda.device_count():
+        raise MelensError(f"model.max_memory names GPU {place}, but this machine has {torch.cuda.device_count()} GPUs.")
+    return int(torch.cuda.mem_get_info(place)[0])
+
+
+def by_place(max_memory: Mapping[Any, Any]) -> dict[int | str, int]:
+    """Return bytes by GPU number, "cpu" and "disk", in accelerate's order: GPUs before the CPU.
+
+    Raises:
+        MelensError: another place, or no number of bytes.
+    """
+    found: dict[int | str, int] = {}
+    for key, limit in max_memory.items():
+        place = int(key) if str(key).isdecimal() else str(key)
+        if isinstance(place, str) and place not in ("cpu", "disk"):
+            raise MelensError(f"model.max_memory names {key!r}; allowed are GPU numbers, cpu and disk.")
+        try:
+            found[place] = convert_file_size_to_int(limit)
+        except (ValueError, AttributeError):
+            raise MelensError(f"model.max_memory.{key} is {limit!r}; give bytes, or a size as 40GB or 500MB.") from None
+    return dict(sorted(found.items(), key=lambda item: (isinstance(item[0], str), item[0])))

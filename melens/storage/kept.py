@@ -1,0 +1,81 @@
+"""What a run that was stopped finds again: folders of the cache that are whole, and stay as they are.
+
+Results are plain files, since a cache may be shared: parquet for tables, plotly's JSON for figures, and JSON for the
+rest, with NaN as null as in `result.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import pandas as pd
+import plotly.io
+
+from melens.report.result import Figure, Result, plain
+from melens.storage.files import whole_folder
+
+__all__ = ["find_kept", "load_result", "save_result"]
+
+_Kept = TypeVar("_Kept")
+
+_REST = "result.json"
+
+
+def save_result(result: Result, folder: Path) -> None:
+    """Write a result into a folder, whole or not at all; where there is one, that one stays.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    rest = {
+        "experiment": result.experiment,
+        "model": result.model,
+        "metrics": result.metrics,
+        "tables": list(result.tables),
+        "pictures": {
+            name: [picture.source, picture.expected, picture.observed] for name, picture in result.figures.items()
+        },
+        "findings": [list(row) for row in result.findings],
+        "documents": result.documents,
+    }
+    with whole_folder(folder, replace=False) as partial:
+        for name, table in result.tables.items():
+            table.to_parquet(partial / f"{name}.parquet")
+        for name, figure in result.figures.items():
+            (partial / f"{name}.figure.json").write_text(figure.plot.to_json(), "utf-8")
+        (partial / _REST).write_text(json.dumps(plain(rest), allow_nan=False), "utf-8")
+
+
+def load_result(folder: Path) -> Result:
+    """Read what `save_result` wrote."""
+    rest = json.loads((folder / _REST).read_text("utf-8"))
+    plots = {name: plotly.io.from_json((folder / f"{name}.figure.json").read_text("utf-8")) for name in rest["figures"]}
+    return Result(
+        experiment=rest["experiment"],
+        model=rest["model"],
+        metrics=rest["metrics"],
+        tables={name: pd.read_parquet(folder / f"{name}.parquet") for name in rest["tables"]},
+        figures={name: Figure(plots[name], *texts) for name, texts in rest["figures"].items()},
+        findings=[tuple(row) for row in rest["findings"]],
+        documents=rest["documents"],
+    )
+
+
+def find_kept(folder: Path, load: Callable[[Path], _Kept]) -> _Kept | None:
+    """Read a folder of the cache; None where there is none, or a damaged one, which is removed.
+
+    Args:
+        folder: as `whole_folder` makes it.
+        load: reads it.
+    """
+    if not folder.is_dir():
+        return None
+    try:
+        return load(folder)
+    except Exception:  # whichever the readers have for what they cannot read
+        shutil.rmtree(folder, ignore_errors=True)
+        return None

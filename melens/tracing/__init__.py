@@ -1,0 +1,1 @@
+"""One forward pass a batch, from which every probe is fed."""

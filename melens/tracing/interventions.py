@@ -1,0 +1,288 @@
+"""Switch off parts of a block and see what is left of the massive activation: figure 9, and what the review asks for.
+
+A massive token's state depends on no later token, so the prompts are cut after it: the runs are short, and exact, which
+the norms of a trace show. A run that changes block l starts there, from the recorded output of the block before.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any, Literal, cast
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import BeforeValidator
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
+
+from melens.analysis.metrics import l2_norm
+from melens.errors import MelensError
+from melens.models.devices import input_device
+from melens.models.normalization import has_normalization, read_normalization
+from melens.models.view import base_of
+from melens.tracing.batching import forget_longest
+from melens.tracing.lean import lean_forward
+from melens.tracing.resume import Replay
+from melens.tracing.sites import Places
+from melens.tracing.verification import verified
+from melens.validation.arguments import Bridge, TokenLists, check_layer, check_vocabulary
+from melens.validation.signatures import Layer, PositionList, checked, must_be
+from melens.validation.types import Said
+
+__all__ = ["Hook", "MassiveTokenRuns", "Part", "ablated", "ablation", "can_ablate"]
+
+Part = Literal["ffn", "attention", "ln2_identity", "ln2_no_gain", "ln2_no_norm"]
+"""What of a block is switched off: what its FFN or its attention adds to the residual stream, or the normalisation
+before the FFN: replaced by the identity, left without its gain, or left with its gain alone."""
+
+Hook = tuple[str, Callable[[Tensor, HookPoint], Tensor | None]]
+"""As `model.hooks(fwd_hooks=[...])` takes it."""
+
+_WRITES = {"ffn": "hook_mlp_out", "attention": "hook_attn_out"}
+_WITHOUT: dict[str, Literal["all", "gain", "norm"]] = {
+    "ln2_identity": "all",
+    "ln2_no_gain": "gain",
+    "ln2_no_norm": "norm",
+}
+
+
+def can_ablate(model: TransformerBridge, layer: int, part: str) -> bool:
+    """Tell whether a block has the part: a parallel block has no `ln2`, a state-space block no attention."""
+    if part in _WRITES:
+        return f"blocks.{layer}.{_WRITES[part]}" in model.hook_dict
+    return has_normalization(model, layer, "ln2")
+
+
+@checked
+def ablation(model: Bridge, layer: Layer, part: Part) -> list[Hook]:
+    """Return the hooks that switch off a part of a block, at every position.
+
+    Args:
+        model: a bridge.
+        layer: 0-based block.
+        part: one of `Part`.
+
+    Raises:
+        MelensError: an unknown part, or a block without it.
+    """
+    check_layer(model, layer)
+    if not can_ablate(model, layer, part):
+        raise MelensError(f"Block {layer} of this model has no part {part!r} that TransformerLens tells apart.")
+    if part in _WRITES:
+        return [(f"blocks.{layer}.{_WRITES[part]}", _zero)]
+    normalization = read_normalization(model, layer, "ln2")
+    seen: list[Tensor] = []
+
+    def see(h: Tensor, hook: HookPoint) -> None:
+        seen[:] = [h]
+
+    def replace(output: Tensor, hook: HookPoint) -> Tensor:
+        return normalization.without(_WITHOUT[part], seen.pop(), output)
+
+    return [(f"blocks.{layer}.ln2.hook_in", see), (f"blocks.{layer}.ln2.hook_out", replace)]
+
+
+def _zero(written: Tensor, hook: HookPoint) -> Tensor:
+    return torch.zeros_like(written)
+
+
+def _a_pair(part: Any) -> Any:
+    if not isinstance(part, tuple | list) or len(part) != 2:
+        raise must_be("a pair (layer, part): melens.ablated(model, (3, 'ffn'), (4, 'attention'))")
+    return tuple(part)
+
+
+@checked
+@contextmanager
+def ablated(model: Bridge, *parts: Annotated[tuple[Layer, Part], BeforeValidator(_a_pair)]) -> Iterator[None]:
+    """Switch parts of blocks off, each given as `(layer, part)`, for as long as the context lasts.
+
+    `melens.trace`, `run_with_cache` and plain calls inside it see the ablated model.
+
+    Raises:
+        MelensError: as `ablation`, or what is no such pair.
+    """
+    with model.hooks(fwd_hooks=[hook for layer, part in parts for hook in ablation(model, layer, part)]):
+        yield
+
+
+@dataclass
+class _Rows:
+    """Prompts that share a forward pass.
+
+    Attributes:
+        prompts: which, as they were given.
+        tokens: of them, cut and padded on the right.
+        at: the column of each one's massive token.
+        replay: what their blocks returned in the intact run.
+    """
+
+    prompts: list[int]
+    tokens: Int[Tensor, "row pos"]
+    at: Int[Tensor, " row"]
+    replay: Replay
+
+
+PromptsByLayers = Annotated[Float[Tensor, "prompt layer"], Said("a float tensor [prompt, layer]")]
+HookList = Annotated[Sequence[Hook], Said("a list of (name of a hook point, function of an activation and the hook)")]
+
+
+class MassiveTokenRuns:
+    """Runs of the prompts up to their massive token, intact and with hooks, each from the first block they change.
+
+    Attributes:
+        intact: ‖h‖ of the massive token after each block.
+        ffn: what each block's FFN writes there, NaN for a block without an FFN.
+        is_cut: whether the prompts are cut after their massive token, which changes nothing in most causal models.
+        block_evaluations: how many blocks have been run, the intact runs among them.
+    """
+
+    intact: Float[Tensor, "prompt layer"]
+    ffn: Float[Tensor, "layer prompt d"]
+
+    @checked
+    def __init__(
+        self,
+        model: Bridge,
+        tokens: TokenLists,
+        positions: PositionList,
+        norms: PromptsByLayers | None = None,
+    ):
+        """Run the prompts intact and record what the others start from.
+
+        Args:
+            model: a bridge of a causal model.
+            tokens: token ids, a prompt each.
+            positions: of each prompt's massive token; what follows it is left out.
+            norms: ‖h‖ of the massive token after each block, as a trace of the whole prompts measured it; where the
+                cut prompts give others (rotary frequencies and sparse attention may depend on the length), the whole
+                prompts are run.
+
+        Raises:
+            MelensError: no prompts of token ids, a position beyond its prompt or missing, or norms of other prompts or
+                that whole prompts do not give either.
+        """
+        tokens = cast(Sequence[Tensor], tokens)  # which they are once they are checked
+        if len(positions) != len(tokens):
+            raise MelensError(f"{len(tokens)} prompts need as many positions; {len(positions)} are given.")
+        for number, (at, ids) in enumerate(zip(positions, tokens, strict=True)):
+            check_vocabulary(model, ids, number)
+            if not 0 <= at < len(ids):
+                raise MelensError(
+                    f"The massive token's position {at} is beyond its prompt, number {number}, of {len(ids)} tokens."
+                )
+        if norms is not None and tuple(norms.shape) != (len(tokens), len(model.blocks)):
+            raise MelensError(
+                f"The norms are of {norms.shape[0]} prompts and {norms.shape[1]} blocks; "
+                f"here are {len(tokens)} prompts and {len(model.blocks)} blocks."
+            )
+        self._model = model
+        self._rule = verified(model, ["hook_resid_post"]).rule
+        self.block_evaluations = 0
+        self.is_cut = True
+        self._run_intact([ids[: at + 1] for ids, at in zip(tokens, positions, strict=True)], positions)
+        if norms is not None and not self._agrees_with(norms):
+            self.is_cut = False
+            self._run_intact(tokens, positions)
+            if not self._agrees_with(norms):
+                raise MelensError("The massive tokens' norms are not those of the trace: were hooks on the model then?")
+
+    def _run_intact(self, tokens: Sequence[Int[Tensor, " _"]], positions: Sequence[int]) -> None:
+        lengths, device = [len(ids) for ids in tokens], input_device(self._model.original_model)
+        self._groups = []
+        for prompts in self._rule.groups(lengths, max_batch_tokens=sys.maxsize, max_padding=1.0):
+            padded = torch.nn.utils.rnn.pad_sequence([tokens[row] for row in prompts], batch_first=True)
+            at = torch.tensor([positions[row] for row in prompts])
+            self._groups.append(_Rows(prompts, padded.to(device), at, Replay(self._model)))
+        self._now = self._groups[0]
+        self.intact, self.ffn = self._run([], 0, record=True)
+
+    def _agrees_with(self, norms: Float[Tensor, "prompt layer"]) -> bool:
+        dtype = next(self._model.original_model.parameters()).dtype
+        tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 3e-2
+        return bool(((self.intact - norms).abs() <= tolerance * norms.abs()).all())
+
+    @checked
+    def run(self, hooks: HookList = (), start: Layer = 0) -> Float[Tensor, "prompt layer"]:
+        """Measure ‖h‖ of the massive token after each block, with hooks on; NaN before `start`.
+
+        Args:
+            hooks: what to change.
+            start: the first block that the hooks change; the blocks before replay their intact output.
+
+        Raises:
+            MelensError: no pairs of a hook point's name and a function, or a block that the model does not have.
+        """
+        return self.run_with_ffn(hooks, start)[0]
+
+    @checked
+    def run_with_ffn(
+        self, hooks: HookList = (), start: Layer = 0
+    ) -> tuple[Float[Tensor, "prompt layer"], Float[Tensor, "layer prompt d"]]:
+        """Do what `run` does, and return what each block's FFN writes at the massive token besides."""
+        check_layer(self._model, start)
+        for name in (name for name, _ in hooks if not Places.of(self._model).of_site(name)):
+            raise MelensError(f"This model has no hook point {name!r}, as 'blocks.3.hook_mlp_out' would be one.")
+        return self._run(hooks, start)
+
+    @torch.no_grad()
+    def _run(
+        self, hooks: Sequence[Hook], start: int, *, record: bool = False
+    ) -> tuple[Float[Tensor, "prompt layer"], Float[Tensor, "layer prompt d"]]:
+        model, n_layers = self._model, len(self._model.blocks)
+        n_prompts = sum(len(group.prompts) for group in self._groups)
+        norms = torch.full((n_prompts, n_layers), float("nan"))
+        ffn = torch.full((n_layers, n_prompts, model.cfg.d_model), float("nan"))
+
+        def norm_after(layer: int, output: Tensor, hook: HookPoint) -> None:
+            norms[self._now.prompts, layer] = l2_norm(self.at_massive(output)).cpu()
+
+        def ffn_of(layer: int, output: Tensor, hook: HookPoint) -> None:
+            ffn[layer, self._now.prompts] = self.at_massive(output).float().cpu()
+
+        listeners: list[Hook] = []
+        for layer in range(start, n_layers):
+            listeners.append((f"blocks.{layer}.hook_resid_post", partial(norm_after, layer)))
+            if can_ablate(model, layer, "ffn"):
+                listeners.append((f"blocks.{layer}.hook_mlp_out", partial(ffn_of, layer)))
+        with model.hooks(fwd_hooks=[*hooks, *listeners]):
+            for group in self._groups:
+                self._now = group
+                forget_longest(model.original_model)
+                replay = group.replay
+                with replay.recording(range(n_layers)) if record else replay.starting_at(start), lean_forward(model):
+                    base_of(model.original_model)(input_ids=group.tokens, use_cache=False)
+                self.block_evaluations += n_layers - start
+        return norms, ffn
+
+    def at_massive(self, activation: Float[Tensor, "row pos d"]) -> Float[Tensor, "row d"]:
+        """Select the massive token of each prompt in the forward pass that is under way."""
+        return activation[torch.arange(len(self._now.at)), self._now.at.to(activation.device)]
+
+    @checked
+    def patch_ffn(
+        self, layer: Layer, values: Annotated[Float[Tensor, "prompt d"], Said("a float tensor [prompt, d]")]
+    ) -> Hook:
+        """Return the hook that lets a block's FFN write given values at the massive token.
+
+        Raises:
+            MelensError: a block without an FFN to patch, or values of other dimensions.
+        """
+        check_layer(self._model, layer)
+        if not can_ablate(self._model, layer, "ffn"):
+            raise MelensError(f"Block {layer} of this model has no FFN that TransformerLens tells apart.")
+        if (shape := tuple(values.shape)) != (wanted := tuple(self.ffn.shape[1:])):
+            raise MelensError(f"The values are {list(shape)}; here are {wanted[0]} prompts of width {wanted[1]}.")
+
+        def patch(output: Tensor, hook: HookPoint) -> Tensor:
+            patched = output.clone()
+            at = self._now.at.to(output.device)
+            patched[torch.arange(len(at)), at] = values[self._now.prompts].to(output)
+            return patched
+
+        return (f"blocks.{layer}.hook_mlp_out", patch)

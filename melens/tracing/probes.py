@@ -1,0 +1,460 @@
+"""What to measure: a probe names the places it listens at and reduces each activation as it passes.
+
+A new probe is a class with a name, its sites and a `reduce`:
+
+    class Kurtosis(Probe):
+        name = "kurtosis"
+        sites = ("hook_resid_post",)
+        index = ("pos",)
+
+        def reduce(self, activation, batch):
+            centred = activation.float() - activation.float().mean(-1, keepdim=True)
+            return {"kurtosis": centred.pow(4).mean(-1) / centred.pow(2).mean(-1) ** 2}
+
+`trace(model, prompts, [Kurtosis()])["kurtosis"]` is then a table with a row for each prompt, layer, site and position.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Annotated, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from pydantic import Field
+from torch import Tensor
+
+from melens.analysis.metrics import (
+    abs_max,
+    abs_median,
+    concentration,
+    effective_rank,
+    energy_share,
+    first_share,
+    has_triton,
+    kl_to_gain,
+    l2_norm,
+    sink_mass,
+)
+from melens.errors import MelensError
+from melens.tracing.sites import ATTENTION_ON_KEYS, RESID_PRE_0
+from melens.validation.signatures import LayerList, Position, PositionList, ShareList, SiteList, checked
+from melens.validation.types import Count, Name, Number, Said
+
+__all__ = [
+    "ATTENTION_ON_KEYS",
+    "AbsMedian",
+    "AttentionEntropy",
+    "AttentionMaps",
+    "AttentionSpectrum",
+    "Batch",
+    "Concentration",
+    "GainAlignment",
+    "LargestActivations",
+    "Norms",
+    "Probe",
+    "SinkByQuery",
+    "SinkMass",
+    "Spectrum",
+    "TokenVectors",
+]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The prompts of one forward pass, padded on the right.
+
+    Attributes:
+        tokens: token ids; whatever lies beyond a prompt's length is padding.
+        lengths: number of real tokens a prompt.
+        prompts: which prompt of the trace each row is.
+    """
+
+    tokens: Int[Tensor, "batch pos"]
+    lengths: tuple[int, ...]
+    prompts: tuple[int, ...]
+    _weights_after: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _columns: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @cached_property
+    def is_token(self) -> Bool[Tensor, "batch pos"]:
+        """False at padding."""
+        positions = torch.arange(self.tokens.shape[1])
+        return (positions < torch.tensor(self.lengths)[:, None]).to(self.tokens.device)
+
+    def weights_after(self, key: int) -> Float[Tensor, "batch pos"]:
+        """Equal weights of sum 1 for the tokens after a position, 0 for the others; NaN where there are none."""
+        if key not in self._weights_after:
+            later = self.is_token.float()
+            later[:, : key + 1] = 0
+            self._weights_after[key] = later / later.sum(dim=-1, keepdim=True)
+        return self._weights_after[key]
+
+    def columns_of(self, positions: tuple[int, ...]) -> Int[Tensor, "batch position"]:
+        """The columns of positions, of which negative ones count from each prompt's own end; -1 where it has none."""
+        if positions not in self._columns:
+            ends = torch.tensor(self.lengths)[:, None]
+            wanted = torch.tensor(positions)[None, :]
+            columns = torch.where(wanted < 0, ends + wanted, wanted)
+            columns = torch.where((columns < 0) | (columns >= ends), -1, columns)
+            self._columns[positions] = columns.to(self.tokens.device)
+        return self._columns[positions]
+
+
+class Probe(ABC):
+    """A reduction of activations, fed as they pass in `melens.trace`.
+
+    Attributes:
+        name: of its table (or tensor) in the trace; `named` gives another to a second probe of the class.
+        sites: hook names within a block (`"hook_resid_post"`, `"ln2.hook_out"`), full hook names
+            (`"blocks.0.hook_resid_pre"`), or `ATTENTION_ON_KEYS`.
+        index: what the dimensions after the batch of each returned tensor run over: `"pos"` is the token's position,
+            any other name becomes a column of its own. Rows at padded positions are dropped.
+        keys: key positions, for `ATTENTION_ON_KEYS`.
+        layers: blocks to listen in; None for all.
+        kind: `"table"`, or `"tensor"` for wide results, kept as `[prompt, layer, *index]`.
+        may_miss: a hook that does not fire in this model leaves a gap; otherwise it is an error.
+        waits: `finish` waits for the GPU, so that every other probe's is called before.
+    """
+
+    name: str
+    sites: tuple[str, ...]
+    index: tuple[str, ...] = ()
+    keys: tuple[int, ...] = ()
+    layers: Sequence[int] | None = None
+    kind: Literal["table", "tensor"] = "table"
+    may_miss: bool = False
+    waits: bool = False
+
+    @abstractmethod
+    def reduce(self, activation: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Reduce one activation to small tensors `[batch, ...]`, one a quantity.
+
+        The activation is the model's own, shape as at that hook point: it must not be changed, nor kept.
+        """
+
+    def reduce_at(self, site: str, layer: int, activation: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Do what `reduce` does; for a probe to which it matters where it listens: `reduce` and more."""
+        return self.reduce(activation, batch)
+
+    def finish(self, reduced: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """Turn what `reduce` returned, stacked to `[place, batch, ...]`, into the quantities `[place, batch, *index]`.
+
+        Called once a batch: what can wait until here costs a GPU one call in place of one a block.
+        """
+        return reduced
+
+    @checked
+    def named(self, name: Name) -> Probe:
+        """Return the probe under another name, so that two of one class can be traced together."""
+        probe = copy.copy(self)
+        probe.name = name
+        return probe
+
+
+class Norms(Probe):
+    """L2 norm by layer and position: figures 1, 2, 5a, 10 and 11-20."""
+
+    name = "norm"
+    index = ("pos",)
+
+    @checked
+    def __init__(
+        self,
+        sites: SiteList = (RESID_PRE_0, "ln2.hook_out", "hook_mlp_out", "hook_resid_post"),
+        layers: LayerList | None = None,
+    ):
+        self.sites = tuple(sites)
+        self.layers = layers
+
+    def reduce(self, activation: Float[Tensor, "batch pos *d"], batch: Batch) -> dict[str, Tensor]:
+        return {"norm": l2_norm(activation)}
+
+
+class LargestActivations(Probe):
+    """The largest |h| of each hidden state with their positions and dims: the criterion for "massive".
+
+    Of the `n_tokens` tokens with the largest |h|, the `n_dims` largest entries each; rank 0 is the largest of all.
+    Where more tokens have an entry over `min_abs`, each of the others adds a row: its largest |h|, no sign, dim -1.
+    Rows for which a prompt has no token have pos -1 and NaN.
+    """
+
+    name = "largest"
+    index = ("rank",)
+    waits = True
+
+    @checked
+    def __init__(
+        self,
+        n_tokens: Count = 8,
+        n_dims: Count = 8,
+        sites: SiteList = ("hook_resid_post",),
+        min_abs: Number = 100,
+    ):
+        self.n_tokens = n_tokens
+        self.n_dims = n_dims
+        self.sites = tuple(sites)
+        self.min_abs = min_abs
+
+    def reduce(self, activation: Float[Tensor, "batch pos d"], batch: Batch) -> dict[str, Tensor]:
+        by_token = abs_max(activation)
+        if min(batch.lengths) < activation.shape[1]:
+            by_token = by_token.masked_fill(~batch.is_token.to(activation.device), -1)
+        positions = by_token.topk(min(self.n_tokens, activation.shape[1]), dim=-1, sorted=False).indices
+        tokens = activation.gather(1, positions[..., None].expand(-1, -1, activation.shape[-1]))
+        return {"by_token": by_token, "positions": positions, "tokens": tokens}
+
+    def finish(self, reduced: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        by_token, positions = reduced["by_token"], reduced["positions"]
+        largest, order = by_token.gather(-1, positions).sort(dim=-1, descending=True)
+        tokens = reduced["tokens"].take_along_dim(order[..., None], dim=-2).float()
+        tokens = tokens.masked_fill(largest[..., None] < 0, float("nan"))  # padding
+        dims = tokens.abs().nan_to_num(-1).topk(min(self.n_dims, tokens.shape[-1]), dim=-1).indices
+        at = positions.take_along_dim(order, dim=-1).masked_fill(largest < 0, -1)[..., None].expand_as(dims)
+        entries = {"pos": at, "dim": dims, "value": tokens.gather(-1, dims)}
+        others = self._others(by_token.scatter(-1, positions, -1))
+        return {name: torch.cat([values.flatten(2), others[name]], dim=-1) for name, values in entries.items()}
+
+    def _others(self, by_token: Float[Tensor, "place batch pos"]) -> dict[str, Tensor]:
+        """List the other tokens with an entry over `min_abs`, in as many rows as the fullest hidden state needs."""
+        n_rows = int((by_token > self.min_abs).sum(-1).max())
+        values, positions = by_token.topk(n_rows, dim=-1)
+        is_large = values > self.min_abs
+        return {
+            "pos": positions.where(is_large, -1),
+            "dim": torch.full_like(positions, -1),
+            "value": values.float().masked_fill(~is_large, float("nan")),
+        }
+
+
+class AbsMedian(Probe):
+    """The median of |h| over all tokens and dims of a hidden state: the other half of the criterion for "massive"."""
+
+    name = "abs_median"
+
+    @checked
+    def __init__(self, sites: SiteList = ("hook_resid_post",)):
+        self.sites = tuple(sites)
+
+    def reduce(self, activation: Float[Tensor, "batch pos d"], batch: Batch) -> dict[str, Tensor]:
+        hiddens = [hidden[:length] for hidden, length in zip(activation, batch.lengths, strict=True)]
+        if activation.is_cuda and activation.element_size() == 2 and has_triton():
+            from melens.tracing.kernels import abs_medians
+
+            return {"abs_median": abs_medians(hiddens)}
+        return {"abs_median": torch.stack([abs_median(hidden) for hidden in hiddens])}
+
+
+class TokenVectors(Probe):
+    """The vectors of chosen positions at one site, `[prompt, layer, pos, dim]`: figures 5b and 5c.
+
+    Negative positions count from each prompt's own end: -1 is its last token. A prompt shorter than a position has NaN
+    there; of keys, queries and values the heads come one after the other.
+    """
+
+    name = "token_vectors"
+    index = ("pos", "dim")
+    kind = "tensor"
+
+    @checked
+    def __init__(self, positions: PositionList = (0,), site: Name = "hook_resid_post"):
+        self.positions = tuple(positions)
+        self.sites = (site,)
+
+    def reduce(self, activation: Float[Tensor, "batch pos *d"], batch: Batch) -> dict[str, Tensor]:
+        if min(self.positions) >= 0:  # the same column in every row
+            last = activation.shape[1] - 1
+            vectors = [activation[:, min(position, last)].flatten(1) for position in self.positions]
+            return {"vector": torch.stack(vectors, dim=1)}
+        columns = batch.columns_of(self.positions).to(activation.device)
+        rows = torch.arange(len(columns), device=activation.device)[:, None]
+        return {"vector": activation[rows, columns].flatten(2)}
+
+    def finish(self, reduced: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        vectors = reduced["vector"].float()
+        missing = (batch.columns_of(self.positions) < 0).to(vectors.device)
+        return {"vector": vectors.masked_fill(missing[None, :, :, None], float("nan"))}
+
+
+class SinkMass(Probe):
+    """How much attention the later queries pay to one key, by layer and head (section 6, figure 7)."""
+
+    name = "sink_mass"
+    sites = (ATTENTION_ON_KEYS,)
+    index = ("head",)
+
+    @checked
+    def __init__(self, key: Position = 0):
+        self.keys = (key,)
+
+    def reduce(self, activation: Float[Tensor, "batch head query 1"], batch: Batch) -> dict[str, Tensor]:
+        return {"sink_mass": sink_mass(activation[..., 0], batch.weights_after(self.keys[0]).to(activation.device))}
+
+
+class SinkByQuery(Probe):
+    """The attention that each position pays to one key, averaged over heads: the sink map of any length."""
+
+    name = "sink_by_query"
+    sites = (ATTENTION_ON_KEYS,)
+    index = ("pos",)
+
+    @checked
+    def __init__(self, key: Position = 0):
+        self.keys = (key,)
+
+    def reduce(self, activation: Float[Tensor, "batch head query 1"], batch: Batch) -> dict[str, Tensor]:
+        return {"attention": activation[..., 0].mean(dim=1)}
+
+
+def _first_against_others(quantities: Mapping[str, Float[Tensor, "batch pos"]], batch: Batch) -> dict[str, Tensor]:
+    """Keep each quantity of token 0 and, as `<name>_others`, its mean over the prompt's other tokens."""
+    kept: dict[str, Tensor] = {}
+    for name, values in quantities.items():
+        weights = batch.weights_after(0).to(values.device)
+        of_tokens = values.masked_fill(weights == 0, 0)  # padding may hold 0 / 0
+        kept |= {name: values[:, 0], f"{name}_others": (of_tokens * weights).sum(-1)}
+    return kept
+
+
+Gains = Annotated[
+    Mapping[tuple[str, int], Float[Tensor, " d"]],
+    Field(min_length=1),
+    Said("a dict of gains by (site, layer), such as ('ln2', 3)"),
+]
+
+
+class GainAlignment(Probe):
+    """How far a normalisation's output lies along its gain, token 0 against the others: figures 2 and 3.
+
+    The columns are `weight_norm` (‖ĥ‖, figure 2), `kl` (equation 2), and, for each share of the width, `frac_<share>`
+    (equation 1), each with its `_others`.
+    """
+
+    name = "gain_alignment"
+
+    @checked
+    def __init__(self, gains: Gains, shares: ShareList = (0.01,)):
+        """Listen to normalisations.
+
+        Args:
+            gains: by site (`"ln1"` or `"ln2"`) and layer.
+            shares: of the width, that count as the top gains K.
+        """
+        self.sites = tuple(dict.fromkeys(f"{site}.hook_out" for site, _ in gains))
+        self.layers = sorted({layer for _, layer in gains})
+        self._gains = {(f"{site}.hook_out", layer): gain for (site, layer), gain in gains.items()}
+        self._top = {place: {share: _top_dims(gain, share) for share in shares} for place, gain in self._gains.items()}
+
+    def reduce(self, activation: Float[Tensor, "batch pos d"], batch: Batch) -> dict[str, Tensor]:
+        return _first_against_others({"weight_norm": l2_norm(activation)}, batch)
+
+    def reduce_at(
+        self, site: str, layer: int, activation: Float[Tensor, "batch pos d"], batch: Batch
+    ) -> dict[str, Tensor]:
+        gain = self._gains[site, layer]
+        width = activation.shape[-1]
+        if len(gain) != width:
+            raise MelensError(f"The gain of {site} in block {layer} has {len(gain)} dims, its output {width}.")
+        along_gain = {"kl": kl_to_gain(activation, gain)}
+        for share, top in self._top[site, layer].items():
+            along_gain[f"frac_{share:g}"] = energy_share(activation, top.to(activation.device))
+        return self.reduce(activation, batch) | _first_against_others(along_gain, batch)
+
+
+def _top_dims(gain: Float[Tensor, " d"], share: float) -> Bool[Tensor, " d"]:
+    """Mark the dims of the largest |gain|: `share` of the width, at least one."""
+    top = torch.zeros(gain.shape, dtype=torch.bool, device=gain.device)
+    top[gain.abs().topk(max(1, int(share * len(gain)))).indices] = True
+    return top
+
+
+class Concentration(Probe):
+    """How few dims hold an activation's energy, token 0 against the others (equation 3, figure 4)."""
+
+    name = "concentration"
+
+    @checked
+    def __init__(self, sites: SiteList):
+        self.sites = tuple(sites)
+
+    def reduce(self, activation: Float[Tensor, "batch pos d"], batch: Batch) -> dict[str, Tensor]:
+        return _first_against_others({"concentration": concentration(activation)}, batch)
+
+
+class Spectrum(Probe):
+    """The rank of hidden states `[pos, d]` over all tokens, by block (section 6): `effective_rank`, `first_share`.
+
+    Ranks grow with the number of tokens: only prompts of one length can be compared.
+    """
+
+    name = "spectrum"
+    sites = ("hook_resid_post",)
+
+    def reduce(self, activation: Float[Tensor, "batch pos d"], batch: Batch) -> dict[str, Tensor]:
+        values = [_singular_values(hidden[:length]) for hidden, length in zip(activation, batch.lengths, strict=True)]
+        return {name: torch.stack([of(each) for each in values]) for name, of in _RANKS.items()}
+
+
+class AttentionSpectrum(Probe):
+    """The same of attention matrices `[query, key]`, by block and head; their blocks run in eager attention."""
+
+    name = "attention_spectrum"
+    sites = ("attn.hook_pattern",)
+    index = ("head",)
+
+    def reduce(self, activation: Float[Tensor, "batch head query key"], batch: Batch) -> dict[str, Tensor]:
+        values = [
+            _singular_values(pattern[:, :length, :length])
+            for pattern, length in zip(activation, batch.lengths, strict=True)
+        ]
+        return {name: torch.stack([of(each) for each in values]) for name, of in _RANKS.items()}
+
+
+class AttentionEntropy(Probe):
+    """The entropy in nats of what a query attends to, averaged over the queries that have a choice, by block and head.
+
+    Its blocks run in eager attention.
+    """
+
+    name = "attention_entropy"
+    sites = ("attn.hook_pattern",)
+    index = ("head",)
+
+    def reduce(self, activation: Float[Tensor, "batch head query key"], batch: Batch) -> dict[str, Tensor]:
+        entropy = -torch.xlogy(activation.float(), activation.float()).sum(-1)
+        weights = batch.weights_after(0).to(entropy.device)
+        return {"entropy": (entropy * weights[:, None]).sum(-1)}
+
+
+_RANKS = {"effective_rank": effective_rank, "first_share": first_share}
+
+
+def _singular_values(matrix: Float[Tensor, "*batch row column"]) -> Float[Tensor, "*batch rank"]:
+    """Compute singular values through the Gram matrix: in float64, since the first may be 10,000 × the others."""
+    rows = matrix.double() if matrix.shape[-2] <= matrix.shape[-1] else matrix.double().mT
+    return torch.linalg.eigvalsh(rows @ rows.mT).clamp(min=0).sqrt().float()
+
+
+class AttentionMaps(Probe):
+    """The attention pattern of chosen blocks, `[prompt, layer, head, query, key]` (figure 7): quadratic in the length.
+
+    All prompts of the trace must have the same length.
+    """
+
+    name = "attention_maps"
+    sites = ("attn.hook_pattern",)
+    index = ("head", "query", "key")
+    kind = "tensor"
+
+    @checked
+    def __init__(self, layers: LayerList):
+        self.layers = layers
+
+    def reduce(self, activation: Float[Tensor, "batch head query key"], batch: Batch) -> dict[str, Tensor]:
+        if min(batch.lengths) < max(batch.lengths):
+            raise MelensError(f"The probe {self.name!r} takes prompts of one length: trace them apart, or cut them.")
+        return {"pattern": activation.clone()}

@@ -1,0 +1,117 @@
+"""Start a forward pass at a block, or at the head, from what another pass recorded before it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from melens.models.view import base_path
+
+__all__ = ["Replay", "is_replayed", "logits_of"]
+
+
+class Replay:
+    """Recorded outputs of blocks, for other passes over the same tokens to start from.
+
+    Attributes:
+        outputs: by block, in whatever form it returns them.
+    """
+
+    def __init__(self, model: TransformerBridge, outputs: dict[int, Any] | None = None) -> None:
+        self._modules = [block.original_component for block in model.blocks]
+        self.outputs: dict[int, Any] = outputs or {}
+
+    @contextmanager
+    def recording(self, layers: Iterable[int]) -> Iterator[None]:
+        """Record what these blocks return in the forward pass inside the context."""
+        handles = [self._modules[layer].register_forward_hook(partial(self._record, layer)) for layer in layers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def starting_at(self, start: int) -> Iterator[None]:
+        """Let the blocks before `start` hand on what block `start - 1` returned, instead of computing anything."""
+        blocks = [vars(module) for module in self._modules[:start]]
+        of_accelerate = [attributes.get("forward") for attributes in blocks]  # on a model that is spread over devices
+        try:
+            for attributes in blocks:
+                attributes["forward"] = partial(_hand_on, self.outputs[start - 1])
+            yield
+        finally:
+            for attributes, forward in zip(blocks, of_accelerate, strict=True):
+                del attributes["forward"]
+                if forward is not None:
+                    attributes["forward"] = forward
+
+    @classmethod
+    def cut(cls, model: TransformerBridge, replays: Sequence[Replay], rows: Sequence[int], n_tokens: int) -> Replay:
+        """Return what a pass over some rows of these batches, cut short, would have recorded in a causal model."""
+
+        def cut(outputs: Sequence[Any]) -> Any:
+            in_tuple = isinstance(outputs[0], tuple)
+            hidden = torch.cat([(output[0] if in_tuple else output)[:, :n_tokens] for output in outputs])[list(rows)]
+            return (hidden, *outputs[0][1:]) if in_tuple else hidden
+
+        layers = replays[0].outputs
+        return cls(model, {layer: cut([replay.outputs[layer] for replay in replays]) for layer in layers})
+
+    def _record(self, layer: int, module: Any, args: Any, output: Any) -> None:
+        self.outputs[layer] = output
+
+
+def is_replayed(block: nn.Module) -> bool:
+    """Tell whether a block hands on what was recorded, instead of computing."""
+    return getattr(block.forward, "func", None) is _hand_on
+
+
+def _hand_on(output: Any, *args: Any, **kwargs: Any) -> Any:
+    return output
+
+
+class _Output(BaseModelOutputWithPast):
+    """A final hidden state, and None for whatever else an architecture's head hands on (GPT-2's cross-attention)."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+class _Given(nn.Module):
+    """Stands where a model without its head stands, and returns a final hidden state that is known."""
+
+    def __init__(self, final: Float[Tensor, "batch pos d"], base: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["_base"] = base  # no part of this one
+        self._output = _Output(last_hidden_state=final)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_base"], name)  # a head may read what the model holds
+
+    def forward(self, *args: Any, **kwargs: Any) -> _Output:
+        return self._output
+
+
+@torch.no_grad()
+def logits_of(network: Any, final: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos vocabulary"]:
+    """Let a transformers model's own head, soft caps and all, turn final hidden states into logits."""
+    path, _, name = base_path(network).rpartition(".")
+    parts = network.get_submodule(path)._modules
+    base: Any = parts[name]
+    parts[name] = _Given(final, base)
+    try:
+        tokens = torch.zeros(final.shape[:2], dtype=torch.long, device=final.device)
+        logits: Tensor = network(input_ids=tokens, use_cache=False).logits
+        return logits
+    finally:
+        parts[name] = base

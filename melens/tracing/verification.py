@@ -1,0 +1,485 @@
+"""Check a kind of model on the spot: do the ways that melens takes give transformers' own numbers?
+
+A trace runs a bridge without its components, with fused attention, on prompts that share a forward pass. Each of these
+rests on how a library is made inside, and a library or an architecture that nobody tried may differ without an error.
+So the first trace of a kind of model (class, config, precision, library versions, places) is preceded by a check:
+
+1. Two prompts of unequal length run alone through plain transformers modules on the same weights, in eager attention.
+   Each place is read at the module that the bridge wraps there, attention from `output_attentions`.
+2. The same prompts run the fast way, in one batch if they may share one.
+3. Where the two differ, the prompts run alone, then through the bridge as TransformerLens made it. The first way that
+   agrees is taken from then on, and a warning says so; if none does, the model is refused.
+
+The answer is kept in the user's cache.
+
+    melens.verify(model).errors  # a row a place: site, layer, error, limit
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+
+from melens.errors import MelensError
+from melens.models.devices import input_device
+from melens.models.view import base_of, bridge_around, twin_of
+from melens.storage.cache import Store, store_for_kind
+from melens.tracing.batching import BatchRule, forget_longest, measured, rule_of
+from melens.tracing.lean import hear_input, hear_output, keep_whole, lean_forward
+from melens.tracing.sites import ATTENTION_ON_KEYS, Places
+from melens.validation.arguments import Bridge
+from melens.validation.signatures import SiteList, checked
+
+__all__ = ["Verification", "two_prompts", "verified", "verify"]
+
+Way = Literal["fast", "bridge"]
+"""How a trace runs: transformers' own modules wherever nobody listens inside, or TransformerLens's components."""
+
+_LIMITS = {torch.float32: 1e-3, torch.float64: 1e-3}
+_REDUCED_LIMIT = 3e-2  # in bfloat16 and float16
+"""Up to which relative error two ways agree."""
+
+_ROUNDINGS, _REROUTED = 4, 0.3
+
+_SHORT, _LONG, _FAR = 9, 24, 512
+"""Tokens of the two prompts, the longer one `_SHORT` beyond a window or chunk of up to `_FAR` tokens."""
+
+
+_Place = tuple[str, int]
+"""A site and its block, -1 for none."""
+
+_Tokens = Int[Tensor, " _"]
+"""Token ids of one prompt."""
+
+_Seen = dict[_Place, Tensor]
+"""What passed at each place in a forward pass."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How far a way to run a kind of model agrees with plain transformers modules in eager attention.
+
+    Attributes:
+        way: which is taken.
+        rule: which prompts may share a forward pass.
+        errors: a row a place: `site`, `layer` (-1 outside the blocks), `error` (of the worst token: the L2 norm of the
+            difference over that of its vector; of attention, the largest difference of a probability), `limit`.
+        unchecked: sites that plain modules do not tell.
+        why_not: why not everything could be checked; empty if it was.
+    """
+
+    way: Way
+    rule: BatchRule
+    errors: pd.DataFrame
+    unchecked: tuple[str, ...] = ()
+    why_not: str = ""
+
+    @property
+    def worst(self) -> dict[str, Any] | None:
+        """The place with the largest error for its limit, None where nothing was checked."""
+        return None if self.errors.empty else _worst_of(self.errors)
+
+    @property
+    def agrees(self) -> bool:
+        """Whether every place that was checked is within its limit; a NaN is not."""
+        return bool((self.errors["error"] <= self.errors["limit"]).all())
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """The answer in short, ready for JSON."""
+        by_site = self.errors.groupby("site", sort=False)["error"].max().to_dict()
+        return {
+            "checked": not self.why_not,
+            "why_not": self.why_not or None,
+            "way": self.way,
+            "largest_error_by_site": by_site,
+            "limit": None if self.errors.empty else float(self.errors["limit"].max()),
+            "unchecked_sites": list(self.unchecked),
+            "prompts_share_passes": asdict(self.rule) | {"limits": list(self.rule.limits)},
+        }
+
+
+@checked
+def verify(model: Bridge, sites: SiteList | None = None) -> Verification:
+    """Check the ways that a trace may take on a kind of model, anew, and return the errors of the one that is taken.
+
+    Args:
+        model: a bridge; what was hooked onto it, patched or folded is left out of the check.
+        sites: as a probe names them; by default the usual ones that plain modules tell of, of the attention too.
+
+    Raises:
+        MelensError: a site that the model does not have, or no way agrees with transformers, in a sentence that names
+            block and site.
+    """
+    for site in sites or ():
+        if not Places.of(model).of_site(site):
+            raise MelensError(f"No block of this model has the site {site!r}, as hook_resid_post would be one.")
+    if sites is None:
+        told = {site for site, _ in _plain_places(model, _USUAL)}  # to listen elsewhere would keep attention eager
+        told |= {site for site, _, _ in Places.of(model).of_site(ATTENTION_ON_KEYS)}
+        sites = [site for site in _USUAL if site in told]
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        found = _verify(model, sorted(set(sites)))
+    _act_upon(model, found)
+    return found
+
+
+_USUAL = (
+    "hook_resid_pre", "ln1.hook_in", "ln1.hook_out", "attn.hook_q", "attn.hook_k", "attn.hook_v",
+    ATTENTION_ON_KEYS, "hook_attn_out", "hook_resid_mid", "ln2.hook_out", "mlp.hook_pre", "mlp.hook_post",
+    "hook_mlp_out", "hook_resid_post",
+)  # fmt: skip
+
+_KNOWN: WeakKeyDictionary[TransformerBridge, dict[tuple[str, ...], Verification]] = WeakKeyDictionary()
+
+
+def verified(model: TransformerBridge, sites: Sequence[str]) -> Verification:
+    """Return what `verify` says of a kind of model: from this process, from the user's cache, or by checking it now."""
+    told = tuple(sorted(set(sites)))
+    known = _KNOWN.setdefault(model, {})
+    if told not in known:
+        store = store_for_kind("verified", model.original_model, told)
+        known[told] = _read(store) or verify(model, told)
+        _act_upon(model, known[told])
+        if not known[told].why_not:  # else it tells of this model, not of its kind
+            _write(store, known[told])
+    return known[told]
+
+
+def _act_upon(model: TransformerBridge, found: Verification) -> None:
+    if found.way == "bridge":
+        keep_whole(model)
+
+
+def _read(store: Store) -> Verification | None:
+    kept = store.load_text("verification")
+    if kept is None:
+        return None
+    content = json.loads(kept)
+    rule = content["rule"] | {"limits": tuple(content["rule"]["limits"])}
+    errors = pd.DataFrame(content["errors"], columns=list(_COLUMNS))
+    return Verification(content["way"], BatchRule(**rule), errors, tuple(content["unchecked"]), content["why_not"])
+
+
+def _write(store: Store, found: Verification) -> None:
+    content = {
+        "way": found.way,
+        "rule": asdict(found.rule),
+        "errors": found.errors.to_dict("records"),
+        "unchecked": list(found.unchecked),
+        "why_not": found.why_not,
+    }
+    store.save_text("verification", json.dumps(content))
+
+
+_COLUMNS = ("site", "layer", "error", "limit")
+
+
+# --- A trace ----------------------------------------------------------------------------------------------------------
+
+
+def _verify(model: TransformerBridge, sites: Sequence[str]) -> Verification:
+    network = model.original_model
+    twin = twin_of(network, "eager")
+    if twin is None:
+        why_not = "The weights are sharded or not the model's own, so no plain model can be made of them."
+        rule = replace(rule_of(network), equal_beyond=0)
+        return Verification("fast", rule, _table({}), tuple(sites), why_not)
+    rule = measured(twin.eval(), rule_of(twin))
+    prompts = two_prompts(twin)
+    expected = _Expected(network, twin, prompts, _plain_places(model, sites), _attending(model))
+    fresh = bridge_around(twin, "verification")  # what is hooked onto the model, or patched, is not asked here
+    complaints: list[str] = []
+    for way, its_rule in _ways(rule, prompts):
+        try:
+            errors = expected.errors_of(_run_bridge(fresh, prompts, sites, its_rule, way=way))
+        except MelensError as error:
+            complaints.append(str(error))
+            continue
+        unchecked = [site for site in sites if not any(place[:2] in errors for place in Places.of(model).of_site(site))]
+        why_not = "" if expected.is_finite else "The model's own numbers are not all finite."
+        found = Verification(way, its_rule, _table(errors), tuple(unchecked), why_not)
+        if found.agrees:
+            if complaints:
+                warnings.warn(f"{complaints[0]} {_INSTEAD[way]}", stacklevel=4)
+            return found
+        complaints.append(_complaint(network, found))
+    raise MelensError(f"{complaints[0]} No slower way agrees either, so that nothing is measured on this model.")
+
+
+def _ways(rule: BatchRule, prompts: Sequence[Tensor]) -> list[tuple[Way, BatchRule]]:
+    """List the ways to run a model, the fastest first."""
+    alone = replace(rule, alone=True)
+    ways: list[tuple[Way, BatchRule]] = [("fast", rule), ("fast", alone), ("bridge", rule), ("bridge", alone)]
+    shares = rule.may_share([len(prompt) for prompt in prompts])
+    return [(way, its_rule) for way, its_rule in ways if shares or its_rule is rule]
+
+
+_INSTEAD = {
+    "fast": "Prompts are therefore run one by one.",
+    "bridge": "It is therefore run through TransformerLens's own components, which takes more time and memory.",
+}
+
+
+def _complaint(network: nn.Module, found: Verification) -> str:
+    """Name the first block that is off, and the site there that is most: what follows only inherits it."""
+    off = found.errors[~(found.errors["error"] <= found.errors["limit"])]
+    worst = _worst_of(off[off["layer"] == off["layer"].min()])
+    where = f"block {worst['layer']}" if worst["layer"] >= 0 else "outside the blocks"
+    return (
+        f"On {type(network).__name__} the fast way is off by {worst['error']:.2g} at {worst['site']}, {where}, against "
+        f"transformers' own eager forward pass (limit {worst['limit']:g})."
+    )
+
+
+def _worst_of(errors: pd.DataFrame) -> dict[str, Any]:
+    excess = (errors["error"] / errors["limit"]).fillna(np.inf)
+    return {str(name): value for name, value in errors.iloc[int(excess.to_numpy().argmax())].items()}
+
+
+def _table(errors: Mapping[_Place, tuple[float, float]]) -> pd.DataFrame:
+    return pd.DataFrame([(*place, *measured) for place, measured in errors.items()], columns=list(_COLUMNS))
+
+
+def two_prompts(network: Any, *, room: int = 0) -> list[_Tokens]:
+    """Draw two prompts of unequal length, the longer one beyond a window or chunk, as far as that is near.
+
+    Args:
+        network: a transformers model.
+        room: tokens of its context to leave.
+    """
+    config = network.config.get_text_config()
+    spans = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]
+    near = [span for span in spans if isinstance(span, int) and span <= _FAR]
+    most = (getattr(config, "max_position_embeddings", None) or _FAR + _LONG) - room
+    long = min(max([_LONG, *(span + _SHORT for span in near)]), most)
+    vocabulary = network.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocabulary // 2, (2, long), generator=generator)  # images' ids are among the last
+    return [tokens[0], tokens[1, : min(_SHORT, long - 1)]]
+
+
+# --- What plain modules say -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _ReadAt:
+    """Where plain modules tell what passes at a place: a module by its name, what enters it or the first it returns."""
+
+    module: str
+    is_input: bool
+
+
+def _plain_places(model: TransformerBridge, sites: Sequence[str]) -> dict[_Place, _ReadAt]:
+    """Find for each place the module that the bridge wraps there; of places inside a component there is none."""
+    rims: dict[int, _ReadAt] = {}
+    for path, parent in model.original_model.named_modules():
+        components = {} if isinstance(parent, GeneralizedComponent) else parent._modules
+        for name, component in components.items():
+            if isinstance(component, GeneralizedComponent):
+                own = ".".join(part for part in (*path.split("."), name) if part not in ("", "_original_component"))
+                rims[id(component.hook_in)] = _ReadAt(own, is_input=True)
+                rims[id(component.hook_out)] = _ReadAt(own, is_input=False)
+    places = [place for site in sites for place in Places.of(model).of_site(site)]
+    return {
+        (site, layer): rims[id(hook_point)]
+        for site, layer, hook_point in places
+        if hook_point is not None and id(hook_point) in rims
+    }
+
+
+def _attending(model: TransformerBridge) -> list[int]:
+    """List the blocks with attention: of a hybrid, transformers returns the patterns of these alone."""
+    return [layer for _, layer, _ in Places.of(model).of_site(ATTENTION_ON_KEYS)]
+
+
+class _Expected:
+    """What transformers computes by itself, each prompt alone, and how far something else is from it.
+
+    In reduced precision a rounded bit in the embeddings makes some models differ from themselves by more than any
+    limit, where attention is sharp: a place may be off by `_ROUNDINGS` times that. And in a mixture of experts it sends
+    single tokens to another expert, whatever is run: there `_REROUTED` of the tokens are left out.
+    """
+
+    def __init__(
+        self,
+        network: Any,
+        twin: Any,
+        prompts: Sequence[_Tokens],
+        read_at: Mapping[_Place, _ReadAt],
+        attending: Sequence[int],
+    ) -> None:
+        self._network, self._prompts, self._read_at, self._attending = network, prompts, read_at, attending
+        self._is_reduced = next(twin.parameters()).dtype not in _LIMITS
+        self.limit = _REDUCED_LIMIT if self._is_reduced else _LIMITS[next(twin.parameters()).dtype]
+        has_experts = any("expert" in name for name, _ in twin.named_modules())
+        self._share = 1 - _REROUTED if self._is_reduced and has_experts else 1.0
+        self._eager = [self._run(twin, prompt) for prompt in prompts]
+
+    @cached_property
+    def _rounded(self) -> list[_Seen]:
+        """What the model says when every entry of its embeddings is off by about one rounding."""
+        twin = twin_of(self._network, "eager").eval()
+        generator = torch.Generator().manual_seed(0)
+
+        def perturb(module: nn.Module, args: Any, embedded: Tensor) -> Tensor:
+            noise = torch.randn(embedded.shape, generator=generator).to(embedded)
+            return embedded * (1 + torch.finfo(embedded.dtype).eps * noise)
+
+        twin.get_input_embeddings().register_forward_hook(perturb)
+        return [self._run(twin, prompt) for prompt in self._prompts]
+
+    def _run(self, network: Any, prompt: _Tokens) -> _Seen:
+        seen: dict[_Place, list[Tensor]] = {place: [] for place in self._read_at}
+        handles = []
+        for place, at in self._read_at.items():
+            module, keep = network.get_submodule(at.module), partial(_keep, seen[place])
+            if at.is_input:
+                handles.append(module.register_forward_pre_hook(hear_input(keep), with_kwargs=True))
+            else:
+                handles.append(module.register_forward_hook(hear_output(keep)))
+        forget_longest(network)
+        try:
+            ids = prompt[None].to(input_device(network))
+            output = base_of(network)(input_ids=ids, use_cache=False, output_attentions=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+        whole = {place: values[0] for place, values in seen.items() if len(values) == 1}
+        patterns = getattr(output, "attentions", None) or ()
+        layers = self._attending if len(patterns) == len(self._attending) else range(len(patterns))
+        for layer, pattern in zip(layers, patterns, strict=True):
+            if isinstance(pattern, Tensor) and pattern.ndim == 4:
+                whole["attn.hook_pattern", layer] = pattern
+                whole[ATTENTION_ON_KEYS, layer] = pattern[..., :1]
+        return whole
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the model's own numbers are, all of them."""
+        return all(bool(values.isfinite().all()) for seen in self._eager for values in seen.values())
+
+    def errors_of(self, found: Sequence[_Seen]) -> dict[_Place, tuple[float, float]]:
+        """Return the error at each place that both tell, and its limit, of the prompt where it is worse."""
+        errors: dict[_Place, tuple[float, float]] = {}
+        for row, own in enumerate(found):
+            eager = self._eager[row]
+            for place in sorted(own.keys() & eager.keys(), key=lambda place: (place[1], place[0])):
+                if not eager[place].isfinite().all() and not own[place].isfinite().all():
+                    continue  # the model's own doing, whichever way it runs
+                error, limit = _error(place[0], own[place], eager[place], self._share), self.limit
+                if self._is_reduced and not error <= limit:
+                    rounding = _error(place[0], self._rounded[row][place], eager[place], self._share)
+                    limit = max(limit, _ROUNDINGS * rounding)
+                before = errors.get(place, (0.0, 1.0))
+                if not error / limit <= before[0] / before[1]:  # a NaN is worse than anything
+                    errors[place] = (error, limit)
+                errors.setdefault(place, (error, limit))
+        return errors
+
+
+def _keep(values: list[Tensor], activation: Tensor) -> None:
+    values.append(activation.clone())
+
+
+_ATTENTIONS = (ATTENTION_ON_KEYS, "attn.hook_pattern")
+"""Sites whose tensors hold probabilities, `[batch, head, query, key]`."""
+
+
+def _error(site: str, found: Tensor, expected: Tensor, share: float | int = 1.0) -> float:
+    """Return the largest error of a token: of its vector the relative one, of its attention that of a probability.
+
+    By token, because one massive token would hide any error of the others.
+
+    Args:
+        site: where; `_ATTENTIONS` hold probabilities.
+        found, expected: one prompt's.
+        share: of the tokens with the smallest errors, which alone count.
+    """
+    if found.numel() != expected.numel():
+        return float("inf")
+    own, plain = found.float(), expected.to(found.device).reshape(found.shape).float()  # some flatten their tokens
+    if site in _ATTENTIONS:
+        errors = (own - plain).abs().amax((1, 3))
+    else:
+        own, plain = own.flatten(2), plain.flatten(2)
+        sizes = plain.norm(dim=-1)
+        floor = (1e-2 * sizes.median()).clamp(min=1e-12)  # of a token for which next to nothing is written
+        errors = (own - plain).norm(dim=-1) / sizes.clamp(min=float(floor))
+    if errors.isnan().any():
+        return float("nan")
+    return float(errors.flatten().sort().values[math.ceil(share * errors.numel()) - 1])
+
+
+# --- What the bridge says ---------------------------------------------------------------------------------------------
+
+
+def _run_bridge(
+    model: TransformerBridge,
+    prompts: Sequence[_Tokens],
+    sites: Sequence[str],
+    rule: BatchRule,
+    *,
+    way: Way,
+) -> list[_Seen]:
+    """Run the prompts as a trace does, and return what each of them gives at each place that fires once."""
+    if way == "bridge":
+        keep_whole(model)
+    network, lengths = model.original_model, [len(prompt) for prompt in prompts]
+    found: list[_Seen] = [{} for _ in prompts]
+    for rows in [[0, 1]] if rule.may_share(lengths) else [[0], [1]]:
+        tokens = torch.nn.utils.rnn.pad_sequence([prompts[row] for row in rows], batch_first=True)
+        heard: dict[_Place, list[Tensor]] = defaultdict(list)
+        forget_longest(network)
+        with _hearing(model, sites, heard):
+            base_of(network)(input_ids=tokens.to(input_device(network)), use_cache=False)
+        for at, row in enumerate(rows):
+            for place, values in heard.items():
+                if len(values) == 1 and len(values[0]) == len(rows):
+                    found[row][place] = _without_padding(place[0], values[0][at : at + 1], lengths[row])
+    return found
+
+
+@contextmanager
+def _hearing(model: TransformerBridge, sites: Sequence[str], heard: dict[_Place, list[Tensor]]) -> Iterator[None]:
+    by_hook: dict[HookPoint, list[_Place]] = defaultdict(list)
+    hears_keys = False
+    for name, layer, hook_point in (place for site in sites for place in Places.of(model).of_site(site)):
+        if hook_point is None:
+            hears_keys = True
+        else:
+            by_hook[hook_point].append((name, layer))
+
+    def hear(places: Sequence[_Place], activation: Tensor) -> None:
+        for place in places:
+            _keep(heard[place], activation)
+
+    def hear_keys(layer: int, attention: Tensor) -> None:
+        _keep(heard[ATTENTION_ON_KEYS, layer], attention)
+
+    listeners = [(hook_point, partial(hear, places)) for hook_point, places in by_hook.items()]
+    with lean_forward(model, listeners, keys=[0], key_listener=hear_keys if hears_keys else None):
+        yield
+
+
+def _without_padding(site: str, activation: Tensor, length: int) -> Tensor:
+    if site == ATTENTION_ON_KEYS:
+        return activation[:, :, :length]
+    return activation[:, :, :length, :length] if site in _ATTENTIONS else activation[:, :length]

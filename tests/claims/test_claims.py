@@ -1,0 +1,336 @@
+import pandas as pd
+import pytest
+
+import melens
+from melens.claims.engine import CLAIMS
+
+BASE = {"me_layer": 11, "n_prompts": 9, "distinct_first_tokens": 9, "massive_position": 0}
+
+
+def verdict(experiment, claim, **metrics):
+    judged = melens.judge([{"experiment": experiment, "model": {"name": "m"}, "metrics": BASE | metrics}])
+    return judged.set_index("id").verdict[claim]
+
+
+def test_every_claim_is_complete_and_has_an_id_of_its_own():
+    assert len({claim.id for claim in CLAIMS}) == len(CLAIMS) >= 18
+    for claim in CLAIMS:
+        assert all((claim.claim, claim.source, claim.statistic, claim.criterion, claim.why, claim.figure))
+
+
+@pytest.mark.parametrize(
+    ("value", "interval", "expected"),
+    [
+        (150, (140, 160), "holds"),
+        (101, (95, 108), "holds in part"),  # the interval does not clear the threshold
+        (50, (40, 60), "holds in part"),
+        (5, (4, 6), "does not hold"),
+        (150, (float("nan"), float("nan")), "holds"),  # one prompt
+        (None, None, "not measured"),
+    ],
+)
+def test_a_mean_must_clear_its_threshold_with_its_interval(value, interval, expected):
+    assert verdict("emergence", "magnification", magnification=value, magnification_interval=interval) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "interval", "expected"),
+    [(0.02, (0.01, 0.03), "holds"), (0.09, (0.05, 0.2), "holds in part"), (0.9, (0.8, 1.0), "does not hold")],
+)
+def test_a_mean_must_stay_below_its_threshold_with_its_interval(value, interval, expected):
+    metrics = {"left_without_ffn": value, "left_without_ffn_interval": interval}
+    ablation = {
+        "left_without_norm": {}, "over_others_without_norm": {}, "causal_layers": [], "strongest_cause": 3, **metrics,
+    }  # fmt: skip
+    assert verdict("ablation", "ffn-needed", **ablation) == expected
+
+
+@pytest.mark.parametrize(
+    ("metrics", "expected"),
+    [
+        ({"weight_norm_ratio": 3, "weight_norm_first_layer": 11}, "holds"),
+        ({"weight_norm_ratio": 3, "weight_norm_first_layer": 4}, "holds in part"),
+        ({"weight_norm_ratio": 1.6, "weight_norm_first_layer": 28}, "does not hold"),
+        ({"weight_norm_first_layer": None}, "not measured"),
+    ],
+)
+def test_token_0_must_stand_out_at_the_me_layer_and_not_before(metrics, expected):
+    assert verdict("rmsnorm", "weight-norm", **metrics) == expected
+
+
+@pytest.mark.parametrize(
+    ("peaks", "expected"),
+    [
+        ({"gate": 11, "up": 11, "down": 11}, "holds"),
+        ({"gate": 27, "up": 11, "down": 11}, "holds in part"),
+        ({"gate": 27, "up": 3, "down": 4}, "does not hold"),
+        ({"down": 11}, "not measured"),
+    ],
+)
+def test_concentrations_must_peak_together(peaks, expected):
+    assert verdict("ffn", "concentration", concentration_peaks=peaks) == expected
+
+
+@pytest.mark.parametrize(
+    ("left", "over_others", "expected"),
+    [
+        ({"identity": 0.2, "no_gain": 0.3}, {"identity": 30, "no_gain": 40}, "holds"),
+        ({"identity": 800, "no_gain": 0.3}, {"identity": 9e4, "no_gain": 40}, "holds in part"),
+        ({"identity": 800, "no_gain": 16}, {"identity": 9e4, "no_gain": 1e3}, "does not hold"),
+        ({"identity": 0.01, "no_gain": 0.01}, {"identity": 1, "no_gain": 1}, "does not hold"),  # it does not persist
+    ],
+)
+def test_without_the_norm_it_must_persist_and_be_smaller(left, over_others, expected):
+    metrics = {"left_without_norm": left, "over_others_without_norm": over_others}
+    shared = {"causal_layers": [], "strongest_cause": 3}
+    assert verdict("ablation", "norm-scales", **metrics, **shared) == expected
+
+
+@pytest.mark.parametrize(
+    ("causal", "strongest", "expected"),
+    [([11], 11, "holds"), ([0, 8, 11], 11, "holds in part"), ([0, 11], 0, "does not hold"), ([], 3, "does not hold")],
+)
+def test_only_the_me_layer_may_be_a_cause(causal, strongest, expected):
+    metrics = {"causal_layers": causal, "strongest_cause": strongest}
+    shared = {"left_without_norm": {}, "over_others_without_norm": {}}
+    assert verdict("ablation", "only-me-causal", **metrics, **shared) == expected
+
+
+@pytest.mark.parametrize(
+    ("onset", "first", "expected"),
+    [(12, 12, "holds"), (12, 3, "holds in part"), (14, 14, "does not hold"), (None, None, "does not hold")],
+)
+def test_the_sink_must_start_one_block_later(onset, first, expected):
+    metrics = {"sink_onset_layer": onset, "first_sink_layer": first, "sink_mass_after": 0.4, "last_lasting_layer": 27}
+    assert verdict("sinks", "sink-next", **metrics) == expected
+
+
+@pytest.mark.parametrize(
+    ("attention", "onset", "expected", "value"),
+    [
+        ([2, 5, 13, 17], 13, "holds", 1),  # the next block with attention
+        ([2, 5, 13, 17], 17, "does not hold", 2),
+        ([2, 5, 13, 17], 5, "does not hold", -6),
+        ([2, 5, 13, 17], None, "does not hold", None),
+        ([2, 5, 28], 28, "not measured", None),  # among the last two alone
+    ],
+)
+def test_of_a_hybrid_the_sink_must_start_in_the_next_block_with_attention(attention, onset, expected, value):
+    metrics = BASE | {"sink_onset_layer": onset, "first_sink_layer": onset, "last_lasting_layer": 27}
+    result = {"experiment": "sinks", "model": {"name": "m"}, "metrics": metrics | {"attention_layers": attention}}
+    judged = melens.judge(result).set_index("id").loc["sink-next"]
+    assert judged.verdict == expected
+    assert judged.value == value or (value is None and pd.isna(judged.value))
+    assert ("The next block with attention is 13." in judged.note) == (expected != "not measured")
+
+
+def test_what_a_hybrid_has_no_ffn_for_is_not_judged():
+    """The ME layer may be a block that a mixer alone makes massive."""
+    metrics = {"concentration_peaks": {"gate": 3, "up": 3, "down": 3}, "n_layers": 30}
+    assert verdict("ffn", "concentration", **metrics, ffn_layers=[3, 12]) == "not measured"
+    assert verdict("ffn", "concentration", **metrics, ffn_layers=[3, 11]) == "does not hold"
+    result = {"experiment": "ffn", "model": {"name": "m"}, "metrics": BASE | metrics | {"ffn_layers": [3, 11]}}
+    notes = melens.judge(result).set_index("id").note
+    assert "Of 30 blocks 2 have an FFN that can be heard." in notes["concentration"]
+
+
+@pytest.mark.parametrize(
+    ("n_scored", "rank", "expected"),
+    [(1, 1, "not measured"), (3, 1, "holds"), (3, 2, "does not hold"), (30, 3, "holds in part")],
+)
+def test_a_rank_among_few_says_little(n_scored, rank, expected):
+    assert verdict("predict", "predictable", ranks={"response": rank}, n_scored=n_scored) == expected
+
+
+def test_a_metric_that_is_missing_says_why():
+    result = {
+        "experiment": "sinks",
+        "model": {"name": "m"},
+        "metrics": BASE | {"hidden_rank_ratio_why_not": "No block."},
+    }
+    assert melens.judge(result).set_index("id").note["hidden-rank"] == "No block."
+
+
+def test_what_follows_from_a_shared_first_token_is_trivial():
+    metrics = {"cosine": 1.0, "cosine_interval": (1.0, 1.0), "distinct_first_tokens": 1}
+    assert verdict("direction", "direction-inputs", **metrics) == "trivial here"
+    assert verdict("direction", "direction-inputs", **metrics | {"distinct_first_tokens": 2}) == "holds"
+    varied = {"n_tasks": 4, "n_length_bins": 4}
+    same = {"least_agreement": 1.0, "least_agreement_interval": (1.0, 1.0), "distinct_first_tokens": 1} | varied
+    assert verdict("stability", "same-layer", **same) == "trivial here"
+    assert verdict("stability", "same-layer", **same | {"massive_position": 3}) == "holds"
+
+
+def test_a_layer_is_not_the_same_for_all_kinds_of_prompts_when_there_is_one_kind():
+    metrics = {"least_agreement": 1.0, "least_agreement_interval": (1.0, 1.0), "n_tasks": 1, "n_length_bins": 3}
+    assert verdict("stability", "same-layer", **metrics) == "not measured"
+
+
+@pytest.mark.parametrize(
+    ("claim", "metrics"),
+    [
+        ("norm-stable", {"norm_drift": 0.0, "massive_position": 3}),  # token 0 is not the massive token
+        ("norm-stable", {"norm_drift": 0.0, "last_lasting_layer": 11}),  # no block in which it could last
+        ("direction-inputs", {"cosine": 1.0, "last_lasting_layer": 10}),
+    ],
+)
+def test_what_could_not_be_seen_is_not_measured(claim, metrics):
+    assert verdict("direction", claim, **metrics) == "not measured"
+
+
+def test_other_settings_than_the_claim_states_are_noted():
+    criterion = {"min_abs": 10, "min_ratio": 1_000}
+    metrics = BASE | {"prompts_with": 1.0, "criterion": criterion}
+    judged = melens.judge([{"experiment": "emergence", "model": {"name": "m"}, "metrics": metrics}]).set_index("id")
+    assert "|h| > 10" in judged.note["exists"]
+
+
+def test_intervals_from_json_are_read_like_those_of_a_result():
+    metrics = BASE | {"norm_drift": 0.01, "consecutive_cosine": 0.999}
+    empty = {"norm_drift_interval": (float("nan"),) * 2, "consecutive_cosine_interval": (float("nan"),) * 2}
+    of_result, of_json = (
+        melens.judge([{"experiment": "direction", "model": {"name": "m"}, "metrics": metrics | intervals}])
+        for intervals in (empty, {name: [None, None] for name in empty})
+    )
+    pd.testing.assert_frame_equal(of_result, of_json)
+
+
+def test_without_an_me_layer_nothing_is_measured_but_that():
+    judged = melens.judge(
+        [{"experiment": "all", "model": {"name": "m"}, "metrics": {c.experiment: {"me_layer": None} for c in CLAIMS}}]
+    )
+    assert judged.set_index("id").verdict["exists"] == "does not hold"
+    assert set(judged[judged.id != "exists"].verdict) == {"not measured"}
+    assert (judged[judged.id != "exists"].note == "The model has no ME layer.").all()
+
+
+def test_what_was_not_run_or_does_not_apply_says_so():
+    judged = melens.judge(
+        [{"experiment": "ffn", "model": {"name": "m"}, "metrics": BASE | {"not_applicable": "No FFN."}}]
+    )
+    notes = judged.set_index("id").note
+    assert notes["concentration"] == "No FFN."
+    assert notes["sink-next"] == "exp=sinks was not run."
+
+
+def test_a_result_that_lacks_a_metric_is_not_measured_rather_than_an_error():
+    judged = melens.judge(
+        [{"experiment": "all", "model": {"name": "m"}, "metrics": {c.experiment: BASE for c in CLAIMS}}]
+    )
+    assert set(judged[judged.id != "exists"].verdict) == {"not measured"}
+
+
+def of_model(name, family, me_layer, **label):
+    return {
+        "experiment": "emergence",
+        "status": "ok",
+        "model": {"name": name, "family": family, **label},
+        "metrics": BASE | {"me_layer": me_layer, "kind": "one block"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [((7, 7), "holds"), ((7, 8), "does not hold"), ((7, None), "does not hold"), ((None, None), "not measured")],
+)
+def test_a_family_must_agree_on_its_me_layer(layers, expected):
+    jobs = [of_model(f"q{i}", "qwen3", layer) for i, layer in enumerate(layers)] + [of_model("l", "llama", 1)]
+    judged = melens.judge([*jobs, {"experiment": "emergence", "status": "failed", "error": "It broke."}])
+    (family,) = judged[judged.id == "same-in-family"].to_dict("records")
+    assert family["verdict"] == expected
+    assert set(judged.model) == {"q0", "q1", "l", "all models"}
+
+
+def test_one_model_twice_is_no_family():
+    jobs = [of_model("q", "qwen3", 7, label=f"q (job {job})") for job in (0, 1)]
+    (family,) = melens.judge(jobs).query("id == 'same-in-family'").to_dict("records")
+    assert family["verdict"] == "not measured"
+
+
+def test_several_experiments_of_a_model_belong_together():
+    results = [
+        {"experiment": "ffn", "model": {"name": "m"}, "metrics": BASE | {"concentration_peaks": {}}},
+        {"experiment": "direction", "model": {"name": "m"}, "metrics": BASE | {"norm_drift": 0.01}},
+    ]
+    judged = melens.judge(results)
+    assert len(judged) == len(CLAIMS)
+    assert judged.set_index("id").verdict["norm-stable"] == "holds"
+    assert pd.isna(judged.set_index("id").low["norm-stable"])
+
+
+def sink(ratio, low, high):
+    return {"sink_ratio": ratio, "sink_ratio_interval": (low, high), "paper_rate": 0.1}
+
+
+def harm(value, low, high, random=2):
+    interval = {"weight_where_destroyed_interval": (low, high)}
+    return {"weight_where_destroyed": value, **interval, "destroyed_by": {"random": random, "magnitude": 3}}
+
+
+def best(value, low, high, *, largest=False):
+    return {
+        "best_dloss": value, "best_dloss_interval": (low, high), "best_rate_is_largest": largest, "best_rate": 0.1,
+    }  # fmt: skip
+
+
+def start(ratio):
+    return {"start_effect_ratio": ratio, "start_strongest_elsewhere": 4}
+
+
+@pytest.mark.parametrize(
+    ("claim", "metrics", "expected"),
+    [
+        ("mask-weakens-sink", sink(0.6, 0.5, 0.7), "holds"),
+        ("mask-weakens-sink", sink(0.89, 0.85, 0.93), "holds in part"),
+        ("mask-weakens-sink", sink(0.98, 0.9, 1.1), "does not hold"),
+        ("mask-weakens-sink", sink(0.04, 0.03, 0.05), "does not hold"),  # removed
+        ("mask-weakens-sink", {"sink_why_not": "No."}, "not measured"),
+        ("mask-weight-harmless", harm(0.02, 0.0, 0.04), "holds"),
+        ("mask-weight-harmless", harm(0.02, 0.0, 0.04, random=0), "holds in part"),
+        ("mask-weight-harmless", harm(0.5, 0.4, 0.6), "does not hold"),
+        ("mask-weight-harmless", {"harm_why_not": "No."}, "not measured"),
+        ("mask-moderate", best(-0.05, -0.08, -0.02), "holds"),
+        ("mask-moderate", best(-0.05, -0.1, 0.02), "holds in part"),
+        ("mask-moderate", best(-0.05, -0.08, -0.02, largest=True), "does not hold"),
+        ("mask-moderate", best(0.01, 0.0, 0.02), "does not hold"),
+        ("mask-start", start(3), "holds"),
+        ("mask-start", start(1.5), "holds in part"),
+        ("mask-start", start(0.7), "does not hold"),
+        ("mask-start", {"start_why_not": "No."}, "not measured"),
+    ],
+)
+def test_what_the_paper_says_of_its_mask(claim, metrics, expected):
+    assert verdict("wemask", claim, last_lasting_layer=27, **metrics) == expected
+
+
+@pytest.mark.parametrize(
+    ("claim", "compared", "expected"),
+    [
+        ("scores-weight-better", {"weight": {"all": 4, "better": 3, "worse": 0}}, "holds"),
+        ("scores-weight-better", {"weight": {"all": 4, "better": 3, "worse": 1}}, "holds in part"),
+        ("scores-weight-better", {"weight": {"all": 4, "better": 0, "worse": 0}}, "does not hold"),
+        ("scores-weight-better", {"random": {"all": 4, "better": 0, "worse": 4}}, "not measured"),
+        ("scores-others-worse", {"random": {"all": 4, "better": 0, "worse": 4}}, "holds"),
+        (
+            "scores-others-worse",
+            {"random": {"all": 4, "better": 1, "worse": 0}, "magnitude": {"all": 4, "better": 0, "worse": 4}},
+            "holds in part",
+        ),
+        ("scores-others-worse", {"weight": {"all": 4, "better": 3, "worse": 0}}, "not measured"),
+    ],
+)
+def test_claims_about_scores(claim, compared, expected):
+    assert verdict("benchmark", claim, compared=compared) == expected
+
+
+@pytest.mark.parametrize(
+    ("compared", "expected"),
+    [
+        ({"training": {"all": 4, "better": 3, "worse": 0}}, "holds"),
+        ({"training": {"all": 4, "better": 3, "worse": 1}}, "holds in part"),
+        ({"training": {"all": 4, "better": 1, "worse": 1}}, "does not hold"),
+        ({"inference": {"all": 4, "better": 4, "worse": 0}}, "not measured"),
+    ],
+)
+def test_training_must_be_better_in_most_comparisons_and_worse_in_none(compared, expected):
+    assert verdict("tables", "training-over-none", compared=compared) == expected

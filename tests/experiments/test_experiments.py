@@ -1,0 +1,204 @@
+"""Every experiment on planted models, where the truth is known, and on architectures where some do not apply."""
+
+import json
+import re
+
+import pytest
+import torch
+from planted import FAMILIES, N_LAYERS, VOCABULARY, bridge, gains_apart, plain_model, plant
+
+import melens
+from experiments.options import compose_options
+from experiments.runner.study import begin_study, run_experiments
+from melens.claims.engine import CLAIMS
+from melens.report import result as results
+from melens.report.result import combine
+
+TOKEN, DIM, BLOCK = 7, 21, 1
+
+
+def study(model, prompts, *overrides):
+    cfg = compose_options("exp=all", "exp.keep=false", "model=random", "exp.sinks.rank_tokens=12", *overrides)
+    return begin_study(model, prompts, cfg, lambda name: lambda done, total: None)
+
+
+def prompts_of(token=TOKEN, n=6, position=0):
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(10, VOCABULARY, (length,), generator=generator) for length in range(12, 12 + n)]
+    for prompt in prompts:
+        prompt[position] = token
+    return prompts
+
+
+def planted_model(family="llama", block=BLOCK):
+    network = gains_apart(plain_model(family))
+    plant(network, block=block, token=TOKEN, dim=DIM)
+    return bridge(network)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def planted_result(request):
+    return combine(run_experiments(study(planted_model(request.param), prompts_of())))
+
+
+def test_every_experiment_finds_what_was_planted(planted_result):
+    metrics = planted_result.metrics
+    assert not any("not_applicable" in part for part in metrics.values())
+    assert {part["me_layer"] for part in metrics.values()} == {BLOCK}
+    assert metrics["ffn"]["amplification_peak"] == BLOCK
+    assert metrics["ffn"]["concentration_peaks"]["down"] == BLOCK
+    assert metrics["ablation"]["left_without_ffn"] < 0.1
+    assert BLOCK in metrics["ablation"]["causal_layers"]
+    assert metrics["predict"]["ranks"]["response"] == 1
+    assert metrics["predict"]["predicted_dim"] == DIM
+    assert metrics["stability"]["least_agreement"] == 1
+    beginnings = planted_result.tables["beginnings"].set_index("beginning")
+    assert beginnings.at_first["as it is (n = 6)"] == 1
+    assert beginnings.none["another first token (n = 48)"] > 0.5  # the planted token is what makes it
+
+
+def test_the_verdicts_on_what_was_planted(planted_result):
+    verdicts = melens.judge([planted_result]).set_index("id").verdict
+    assert verdicts[["exists", "magnification", "first-token", "ffn-needed", "amplification"]].eq("holds").all()
+    assert verdicts["predictable"] == "holds"
+    assert verdicts["direction-inputs"] == "trivial here"
+
+
+def test_every_claim_points_to_a_figure_that_is_there(planted_result):
+    run = [claim for claim in CLAIMS if claim.experiment in planted_result.metrics]
+    assert {claim.figure for claim in run} <= set(planted_result.figures)
+    for picture in planted_result.figures.values():
+        assert "tiny" in picture.plot.layout.title.text  # the model
+        assert all((picture.source, picture.expected, picture.observed))
+        assert "nan" not in picture.observed
+    for name in ("norms", "dims_by_block", "cosine_by_block", "between_blocks"):
+        assert "trivial by construction" in planted_result.figures[name].plot.layout.title.text
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_a_massive_activation_no_claim_holds(family):
+    result = combine(run_experiments(study(bridge(gains_apart(plain_model(family))), prompts_of())))
+    assert {part["me_layer"] for part in result.metrics.values()} == {None}
+    verdicts = set(melens.judge([result]).verdict)
+    assert verdicts == {"does not hold", "not measured"}
+
+
+def test_a_massive_token_elsewhere_is_followed():
+    result = combine(run_experiments(study(planted_model(), prompts_of(position=3))))
+    ablation = result.metrics["ablation"]
+    assert (ablation["massive_position"], ablation["ablation_prompts"]) == (3, 6)
+    assert ablation["left_without_ffn"] < 0.1
+    verdicts = melens.judge([result]).set_index("id").verdict
+    assert verdicts["first-token"] == "does not hold"
+    assert verdicts["ffn-needed"] == "holds"
+
+
+@pytest.mark.parametrize("block", [0, N_LAYERS - 1])
+def test_a_massive_activation_in_the_first_or_last_block(block):
+    result = combine(run_experiments(study(planted_model(block=block), prompts_of())))
+    assert not any(part.get("failed") for part in result.metrics.values())
+    assert result.metrics["emergence"]["me_layer"] == block
+    verdicts = melens.judge([result]).set_index("id").verdict
+    assert verdicts["exists"] == "holds"
+
+
+def test_one_prompt_gives_values_without_intervals():
+    result = combine(run_experiments(study(planted_model(), prompts_of(n=1))))
+    assert not any(part.get("failed") for part in result.metrics.values())
+    assert melens.judge([result]).set_index("id").verdict["magnification"] == "holds"
+    assert not any("nan" in picture.observed for picture in result.figures.values())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "not_applicable"),
+    [
+        ("gpt2", {}, {"ablation"}),
+        ("gptj", {"num_attention_heads": 2, "rotary_dim": 8}, {"ablation"}),
+        ("mixtral", {"num_local_experts": 4}, {"ablation", "predict"}),
+        ("mamba", {}, {"ablation", "predict", "rmsnorm", "ffn", "sinks"}),
+        (
+            "falcon_h1",
+            {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8},
+            {"ablation"},
+        ),
+    ],
+)
+def test_other_architectures_work_or_say_why_not(model_type, config, not_applicable):
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    if model_type in ("mixtral", "falcon_h1"):
+        sizes["num_key_value_heads"] = 2
+    model = melens.load_model("random", model_type=model_type, config=sizes | config)
+    metrics = {result.experiment: result.metrics for result in run_experiments(study(model, prompts_of()))}
+    reasons = {name: part["not_applicable"] for name, part in metrics.items() if "not_applicable" in part}
+    assert not any(part.get("failed") for part in metrics.values()), reasons
+    assert set(reasons) == not_applicable
+    assert all(reason.endswith(".") for reason in reasons.values())
+
+
+def test_the_projections_of_a_mixture_of_experts_are_not_taken_for_those_of_a_dense_ffn():
+    config = {
+        "vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "intermediate_size": 96, "moe_intermediate_size": 32, "num_experts": 4,
+        "num_experts_per_tok": 2, "mlp_only_layers": [0, 1],
+    }  # fmt: skip
+    model = melens.load_model("random", model_type="qwen3_moe", config=config)
+    (result,) = run_experiments(study(model, prompts_of(), "exp.experiments=[ffn]"))
+    assert result.metrics["missing_projections"] == {"gate": [2, 3], "up": [2, 3]}
+    by_block = result.tables["ffn_by_block"].set_index("quantity").layer
+    assert by_block["concentration after gate"].tolist() == [0, 1]
+    assert by_block["concentration after down"].tolist() == [0, 1, 2, 3]
+    assert "no gate projection to listen to in the FFN of blocks 2 and 3" in result.figures["ffn"].here
+
+
+def test_a_layernorm_model_with_a_massive_activation_can_be_ablated():
+    model = melens.load_model(
+        "random", model_type="gpt2", config={"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": VOCABULARY}
+    )
+    mlp = model.original_model.transformer.h[1].mlp
+    with torch.no_grad():
+        mlp.c_proj.bias[DIM] = 3_000  # every token's: a massive activation all the same
+    prepared = study(model, prompts_of())
+    assert prepared.me.layer == 1
+    metrics = {result.experiment: result.metrics for result in run_experiments(prepared)}
+    assert set(metrics["ablation"]["left_without_norm"]) == {"identity", "no_gain", "no_norm"}
+    assert metrics["ablation"]["left_without_ffn"] < 0.1
+
+
+@pytest.mark.parametrize(
+    "name", ["emergence", "rmsnorm", "ffn", "direction", "sinks", "ablation", "stability", "predict"]
+)
+def test_each_experiment_runs_alone(name):
+    cfg = compose_options(f"exp={name}", "model=random")
+    (result,) = run_experiments(begin_study(planted_model(), prompts_of(), cfg, lambda name: lambda done, total: None))
+    assert result.experiment == name
+    assert result.metrics["me_layer"] == BLOCK
+    assert result.findings
+    assert len(results.claims_of(result)) == sum(claim.experiment == name for claim in CLAIMS)
+
+
+def test_an_experiment_that_breaks_does_not_lose_the_others(monkeypatch):
+    from experiments import ffn
+
+    monkeypatch.setattr(ffn, "_amplification", lambda study: 1 / 0)
+    broken, whole = run_experiments(study(planted_model(), prompts_of(), "exp.experiments=[ffn,predict]"))
+    assert broken.metrics["failed"]
+    assert "ZeroDivisionError" in broken.metrics["not_applicable"]
+    assert whole.metrics["ranks"]["response"] == 1
+
+
+def test_what_was_checked_is_shown_by_site_and_block_and_written_with_every_result(tmp_path):
+    cfg = compose_options("exp=verify", "model=random")
+    begun = begin_study(planted_model("qwen3"), prompts_of(), cfg, lambda name: lambda done, total: None)
+    (result,) = run_experiments(begun)
+    errors = result.tables["verification"]
+    assert (errors["error"] <= errors["limit"]).all()
+    assert sorted(errors[errors["site"] == "hook_resid_post"]["layer"]) == list(range(N_LAYERS))
+    assert result.metrics["largest_error"] == pytest.approx(errors["error"].max())
+    assert (result.metrics["way"], result.metrics["use_cache"]) == ("fast", True)
+    told = dict(result.findings)
+    assert re.fullmatch(r"off by \d\.\de-0\d at most \(limit 1\.0e-03\), in block \d", told["hook_resid_post"])
+    assert told["prompts of a trace"] == "share forward passes"
+    results.write_result(result, tmp_path, config={}, duration=1.0)
+    written = json.loads((tmp_path / "result.json").read_text())["verified"]
+    assert (written["checked"], written["way"]) == (True, "fast")
+    assert max(written["largest_error_by_site"].values()) < written["limit"]

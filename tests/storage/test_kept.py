@@ -1,0 +1,394 @@
+"""What an experiment keeps is found again under all that decides it, and under nothing less."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from planted import bridge, gains_apart, plain_model, plant
+from test_cache import tokenizer
+from test_mask_grid import configuration, study_of
+from test_not_a_number import grid
+
+import melens
+from experiments import benchmark, ffn, mask_grid, predict, training, wemask
+from experiments.benchmark import Bench, Cell
+from experiments.options import compose_options
+from experiments.options.benchmark import asked_for
+from experiments.runner import study as of_run
+from experiments.runner.jobs import jobs_of
+from experiments.runner.study import begin_study, run_experiments
+from experiments.training import kept_training
+from melens import WeMask
+from melens.benchmarks import harness
+from melens.benchmarks.catalog import BENCHMARKS
+from melens.benchmarks.harness import Asking, evaluate, load_task
+from melens.masks.comparison import MaskComparison
+from melens.models.view import plain_twin
+from melens.report.result import Result, plain, write_result
+from melens.storage import cache
+from melens.storage.cache import Store, store_for
+
+TEXTS = torch.randint(10, 200, (4, 12), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MELENS_CACHE", str(tmp_path / "cache"))
+
+
+def model_of(eps=1e-6):
+    network = gains_apart(plain_model("llama"))
+    network.config.rms_norm_eps = eps
+    for name, module in network.named_modules():
+        if name.endswith("norm"):
+            module.variance_epsilon = eps
+    return bridge(network)
+
+
+def planted():
+    network = gains_apart(plain_model("llama"))
+    plant(network, block=1, token=1, dim=21)
+    return network
+
+
+# --- Traces and masks -------------------------------------------------------------------------------------------------
+
+
+def test_another_rms_norm_eps_on_the_same_weights_is_measured_anew():
+    def measured(eps):
+        model = model_of(eps)
+        store = store_for("masks", model.original_model, TEXTS)
+        found = MaskComparison(model, TEXTS, [1], patterns=False, store=store)
+        return found.shared, float(found.unmasked.loss.mean()), study_of(model).trace["norm"]["norm"].tolist()
+
+    (_, loss_before, norms_before), (shared, loss, norms) = measured(1e-6), measured(10.0)
+    assert not shared
+    assert loss != loss_before
+    assert norms != norms_before
+    assert measured(10.0) == (True, loss, norms)
+
+
+def test_a_kept_trace_is_found_again_and_one_that_is_damaged_is_made_anew(tmp_path, monkeypatch):
+    model, traced = model_of(), []
+    trace_of, load = melens.trace, melens.Trace.load
+    monkeypatch.setattr(melens, "trace", lambda *told, **options: traced.append(told) or trace_of(*told, **options))
+    norms = study_of(model).trace["norm"]
+    (folder,) = (tmp_path / "cache" / "traces").iterdir()
+    assert study_of(model).trace["norm"].equals(norms)
+    assert len(traced) == 1
+    (folder / "norm.table.parquet").write_bytes(b"half")
+    assert study_of(model).trace["norm"].equals(norms)
+    assert len(traced) == 2
+    assert load(folder)["norm"].equals(norms)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"texts": TEXTS.flip(1)}, {"texts_per_batch": 2}, {"short_texts": 1}, {"short_tokens": 6}, {"patterns": False}],
+    ids=["texts", "batch", "short texts", "short tokens", "patterns"],
+)
+def test_an_unmasked_run_is_taken_for_the_same_texts_alone(tmp_path, other):
+    model, store = model_of(), Store(tmp_path / "store")
+    options = {"texts": TEXTS, "texts_per_batch": 4, "short_texts": 2, "short_tokens": 8}
+
+    def shared(**changed):
+        told = options | changed
+        return MaskComparison(model, told.pop("texts"), [1], store=store, **told).shared
+
+    assert [shared(), shared(), shared(**other)] == [False, True, False]
+
+
+def test_jobs_of_other_options_are_not_put_into_one_grid(tmp_path, monkeypatch):
+    monkeypatch.setattr(mask_grid, "_pictures", lambda *told: {})
+    told = {"sink_layers": [2], "me_layer": 1, "text": "a", "texts": 8, "tokens_per_text": 12}
+    jobs = {}
+    for number, (cell, dtype) in enumerate([("a", "float32"), ("b", "float32"), ("a", "bfloat16")]):
+        measured = grid()
+        for table in (measured.cells, measured.by_text, measured.by_block):
+            table["cell"] = table["cell"].replace("a", cell)
+        given = {"model.dtype": dtype, "wemask.rate": number}
+        config = {
+            "model": {"name": "tiny", "dtype": dtype},
+            "wemask": {"rate": number},
+            "given": given,
+            "typed": [*given],
+        }
+        folder = tmp_path / str(number)
+        write_result(mask_grid.report(measured, {"name": "tiny"}, told, {}, []), folder, config=config, duration=0.0)
+        jobs[folder] = json.loads((folder / "result.json").read_text())
+    merged = mask_grid.merge(jobs_of(jobs))
+    assert [each.tables["cells"]["cell"].tolist() for each in merged] == [["a", "b"], ["a"]]
+    assert [each.model["name"] for each in merged] == ["tiny, model.dtype=float32", "tiny, model.dtype=bfloat16"]
+
+
+# --- Several experiments ----------------------------------------------------------------------------------------------
+
+
+def parts_of(model, *options, shift=0):
+    """What the experiments of a run find, one by one."""
+    cfg = compose_options("exp=all", "model=random", "exp.experiments=[ffn,predict]", *options)
+    prompts = [torch.arange(1 + shift, 20), torch.arange(2 + shift, 21)]
+    return run_experiments(begin_study(model, prompts, cfg, lambda name: lambda done, total: None))
+
+
+def measured(*_):
+    raise AssertionError("It was measured again.")
+
+
+def test_a_run_that_was_stopped_goes_on_with_what_it_has_not_done(monkeypatch):
+    model = bridge(planted())
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predict, "run", stop)
+        parts = parts_of(model)
+        first = next(parts)
+        with pytest.raises(KeyboardInterrupt):
+            next(parts)
+    with monkeypatch.context() as patch:
+        patch.setattr(ffn, "run", measured)
+        patch.setattr(melens, "trace", measured)
+        found, second = parts_of(model)
+        patch.setattr(predict, "run", measured)
+        assert [part.metrics["measured_before"] for part in parts_of(model)] == [True, True]
+    assert found.metrics.pop("measured_before")
+    assert "measured_before" not in second.metrics
+    assert plain(found.metrics) == plain(first.metrics)
+    assert set(found.figures) == set(first.figures)
+    assert second.metrics["ranks"]["response"] == 1
+
+
+def test_what_an_experiment_found_is_kept_under_all_that_it_depends_on(monkeypatch):
+    model, ran, run = bridge(planted()), [], ffn.run
+    monkeypatch.setattr(ffn, "run", lambda *told: ran.append(told) or run(*told))
+    times = []
+    for options in (
+        (),
+        (),
+        ("exp.experiments=[ffn,direction]",),
+        ("criterion.trailing_blocks=1",),
+        ("seed=1",),
+        ("exp.keep=false",),
+    ):
+        found = next(parts_of(model, *options))
+        times.append(len(ran))
+        assert ("measured_before" in found.metrics) == (times[-2:] == [times[-1]] * 2)
+    assert times == [1, 1, 1, 2, 3, 4]
+
+
+def test_other_prompts_and_other_weights_are_measured_anew(monkeypatch):
+    network = planted()
+    next(parts_of(bridge(network)))
+    next(parts_of(bridge(network), shift=1))
+    network.model.layers[0].mlp.up_proj.weight.data[5] *= 2
+    next(parts_of(bridge(network)))
+    monkeypatch.setattr(ffn, "run", measured)
+    next(parts_of(bridge(network)))
+
+
+def test_what_is_damaged_is_measured_anew_and_mended(tmp_path, monkeypatch):
+    model = bridge(planted())
+    before = next(parts_of(model))
+    (folder,) = (tmp_path / "cache" / "experiments").glob("*/ffn-*")
+    next(folder.glob("*.parquet")).write_bytes(b"half")
+    again = next(parts_of(model))
+    assert plain(again.metrics) == plain(before.metrics)
+    monkeypatch.setattr(ffn, "run", measured)
+    assert next(parts_of(model)).metrics["measured_before"]
+
+
+def test_only_what_was_found_is_kept_and_not_what_reads_files_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "run", lambda *_: 1 / 0)
+    monkeypatch.setattr(wemask, "run", lambda study, options: Result("wemask", study.trace.model, {"cells": 1}))
+    parts = parts_of(model_of(), "exp.experiments=[ablation,predict,wemask,ffn]")
+    metrics = {part.experiment: part.metrics for part in parts}
+    assert "not_applicable" in metrics["ablation"]  # this model has no massive activation
+    assert metrics["predict"]["failed"]
+    assert metrics["wemask"] == {"cells": 1}
+    assert next(parts_of(model_of(), "exp.experiments=[wemask,ffn]", "exp.wemask.keep=false")).metrics == {"cells": 1}
+    kept = [folder.name.split("-")[0] for folder in (tmp_path / "cache" / "experiments").glob("*/*")]
+    assert kept == ["ffn"]
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ((), (True, True)),
+        (("exp.keep=false",), (False, False)),
+        (("exp.keep=false", "exp.wemask.keep=true"), (True, False)),
+        (("exp.benchmark.keep=false",), (True, False)),
+    ],
+)
+def test_what_an_experiment_keeps_of_its_own_goes_by_keep_of_all(given, kept):
+    cfg = compose_options("exp=all", "model=random", "exp.experiments=[wemask,benchmark]", *given)
+    assert tuple(options.is_kept for options in cfg.experiments.values()) == kept
+
+
+def test_prompts_of_other_tasks_are_measured_anew(monkeypatch):
+    model, ran, run = bridge(planted()), [], ffn.run
+    monkeypatch.setattr(ffn, "run", lambda *told: ran.append(told) or run(*told))
+    cfg = compose_options("exp=all", "model=random", "exp.experiments=[ffn,predict]")
+    prompts = [torch.arange(1, 20), torch.arange(2, 21)]
+    study = begin_study(model, prompts, cfg, lambda name: lambda done, total: None)
+    for task in ("maths", "maths", "logic"):
+        told = replace(study.trace, prompts=study.trace.prompts.assign(task=task))
+        next(run_experiments(replace(study, trace=told)))
+    assert len(ran) == 2
+
+
+@pytest.mark.parametrize("case", ["", "exp.keep=false", "read-only", "quantised"])
+def test_a_run_is_said_to_go_on_where_something_is_kept(tmp_path, monkeypatch, case):
+    kept = cache.Kept()
+    for module in (cache, of_run):
+        monkeypatch.setattr(module, "KEPT", kept)
+    if case == "read-only":
+        (tmp_path / "cache").touch()  # no folder, so that none can be made in it
+    if case == "quantised":
+        monkeypatch.setattr(cache, "is_quantized", lambda network: True)
+    next(parts_of(bridge(planted()), *[case] * case.startswith("exp")))
+    assert kept.goes_on == (case == "")
+
+
+# --- Benchmarks -------------------------------------------------------------------------------------------------------
+
+OPTIONS = ("exp=benchmark", "benchmark.tasks=[induction]", "benchmark.masks=[off]")
+
+
+def bench_of(model, *options, **changes):
+    prompts = [torch.arange(1, 20), torch.arange(2, 21)]
+    study = begin_study(model, prompts, configuration(*OPTIONS, *options), lambda name: lambda done, total: None)
+    return Bench(replace(study, **changes), asked_for(study.cfg), keep=True)
+
+
+def test_items_are_kept_by_batches_context_and_the_code_of_the_experiments(monkeypatch):
+    model = model_of()
+    folders = {bench_of(model)._store.folder, bench_of(model, "max_batch_tokens=64")._store.folder}
+    model.cfg.n_ctx = 64
+    folders.add(bench_of(model)._store.folder)
+    monkeypatch.setattr(benchmark, "code_version", lambda folder: "another")
+    folders.add(bench_of(model)._store.folder)
+    version = cache._version
+    for library in ("lm_eval", "jinja2", "datasets"):
+        monkeypatch.setattr(cache, "_version", lambda name, new=library: "0" if name == new else version(name))
+        folders.add(bench_of(model)._store.folder)
+    assert len(folders) == 7
+    assert bench_of(model)._store.folder in folders
+
+
+def test_items_are_kept_by_tokenizer_not_by_its_size():
+    model = model_of()
+    folders = set()
+    for made in (None, tokenizer(), tokenizer(words=("b", "a", "c")), tokenizer(merges=(("b", "c"),))):
+        bench = bench_of(model)
+        bench._tokenizer = made
+        folders.add(bench._kept().folder)
+    assert len(folders) == 4
+
+
+def test_items_are_kept_by_the_judge_s_weights(monkeypatch):
+    model, judge = model_of(), model_of()
+    judge.tokenizer = tokenizer()
+    monkeypatch.setattr(Bench, "_load_judge", lambda self: judge)
+    before = bench_of(model)._store.folder
+    assert bench_of(model)._store.folder == before
+    weight = judge.original_model.lm_head.weight
+    weight.data = weight.data.flip(0)
+    assert bench_of(model)._store.folder != before
+
+
+def test_runs_of_one_store_are_told_apart_by_questions_and_mask():
+    bench = bench_of(model_of())
+    task = bench._prepared(BENCHMARKS["induction"])
+    other = replace(task, requests=[*task.requests[1:], task.requests[0]])
+    masks = [None, WeMask(0.3, start=1), WeMask(0.3, start=2), WeMask(0.3, "random", start=1)]
+    cells = [Cell("", "", 0, mask) for mask in masks]
+    keys = {bench._key(BENCHMARKS["induction"], asked, cell, 0) for asked in (task, other) for cell in cells}
+    assert len(keys) == 8
+
+
+@pytest.fixture
+def gsm8k(tmp_path):
+    (tmp_path / "gsm8k.test.jsonl").write_text('{"question": "What is 1 plus 1?", "answer": "2"}\n')
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "change", [{"generation_kwargs": {"until": ["x"]}}, {"filter_list": None}, {"doc_to_target": "2"}], ids=str
+)
+def test_a_task_is_told_by_its_whole_definition(gsm8k, change, monkeypatch):
+    config_of = harness._config_of
+    before = load_task(BENCHMARKS["gsm8k"], gsm8k).identity
+    assert before == load_task(BENCHMARKS["gsm8k"], gsm8k).identity
+    monkeypatch.setattr(harness, "_config_of", lambda benchmark: config_of(benchmark) | change)
+    assert load_task(BENCHMARKS["gsm8k"], gsm8k).identity != before
+
+
+def test_how_a_task_was_asked_does_not_stay_on_it(embedded, gsm8k):
+    """A sweep loads a task once: a short limit, sampling, or a seed would be the next job's too."""
+    task = load_task(BENCHMARKS["gsm8k"], gsm8k)
+    (of_harness,) = task.tasks.values()
+    before = json.dumps(of_harness.config.generation_kwargs), random_state()
+    asking = Asking(max_new_tokens=2, sampling={"temperature": 0.5, "top_p": 0.9})
+    items = evaluate(plain_twin(embedded), embedded.tokenizer, task, asking)
+    assert len(items) == 2
+    assert (json.dumps(of_harness.config.generation_kwargs), random_state()) == before
+
+
+def random_state():
+    return np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+
+# --- Trainings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def training_key(monkeypatch):
+    """The folder of a kept training, with some of what it depends on changed."""
+    rows = {"rows": "the rows"}
+    monkeypatch.setattr(training, "_data", lambda planned: SimpleNamespace(rows=rows["rows"]))
+    monkeypatch.setattr(training, "hash_rows", str)
+    base = model_of()
+    base.tokenizer = tokenizer()
+    network = plain_model("llama")
+    plant(network, block=1, token=7, dim=21)
+    study = study_of(bridge(network), "exp.keep=false")
+    assert study.me.layer == 1
+    cfg = configuration("exp=sft", "training.dataset=sums")
+
+    def key(**changed):
+        rows["rows"] = changed.get("rows", "the rows")
+        base.tokenizer = changed.get("tokenizer", tokenizer())
+        planned = training.planned_training(changed.get("cfg", cfg), "sft")
+        if "steps" in changed:
+            planned = replace(planned, recipe=replace(planned.recipe, steps=changed["steps"]))
+        return kept_training(changed.get("study", study), planned, base).folder
+
+    key.study = study
+    return key
+
+
+def test_a_training_is_kept_under_all_that_it_depends_on(training_key, monkeypatch):
+    study = training_key.study
+    others = [
+        {"rows": "other rows"},
+        {"tokenizer": tokenizer(words=("b", "a", "c"))},
+        {"steps": 7},
+        {"cfg": configuration("exp=sft", "training.dataset=sums", "training.mask=paper")},
+        {"cfg": configuration("exp=sft", "training.dataset=sums", "training.mask=paper", "wemask.rate=0.5")},
+        {"study": replace(study, tokens=[ids[::-1] for ids in study.tokens])},
+        {"study": replace(study, me=replace(study.me, layer=2))},
+        {"study": replace(study, me=replace(study.me, dims=(1, 2)))},
+        {"study": replace(study, cfg=configuration("max_batch_tokens=64"))},
+    ]
+    folders = [training_key(), *(training_key(**other) for other in others)]
+    assert training_key() == folders[0]
+    version = cache._version
+    for library in ("trl", "peft", "math-verify", "sympy", "latex2sympy2-extended", "jinja2"):
+        monkeypatch.setattr(cache, "_version", lambda name, new=library: "0" if name == new else version(name))
+        folders.append(training_key())
+    assert len({*folders}) == len(folders) == 16
