@@ -17,8 +17,9 @@ from experiments.options.schema import AblationOptions
 from experiments.runner.study import Study, named_normalization
 from melens import MassiveTokenRuns, MelensError, Probe
 from melens.analysis.statistics import bootstrap_mean, mean_by, tidy, with_interval
-from melens.figures import figures
-from melens.figures.figures import COLORS, Curve, Heatmap, Panel
+from melens.figures.curves import Curve, Panel, curves_by_block
+from melens.figures.heatmaps import Heatmap, heatmaps
+from melens.figures.style import COLORS
 from melens.models.layout import Layout
 from melens.report.result import Figure, Result
 from melens.tracing.interventions import Hook, Part, ablation, can_ablate
@@ -240,14 +241,14 @@ def _removed_figure(bench: _Bench, removed: dict[Part, Float[Tensor, "prompt lay
     )
     named = named_normalization(bench.study.model, "ln2") or "none"
     note = f"One part of block {bench.me_layer} changed at a time; the norm is {named}. Bands: 95% bootstrap intervals."
-    return figures.curves_by_block([panel], title=title, note=note, scale_buttons=True)
+    return curves_by_block([panel], title=title, note=note, scale_buttons=True)
 
 
 def _factorial_figure(factorial: pd.DataFrame, title: str) -> Any:
     wide = factorial.pivot(index="norm", columns="ffn", values="mean").loc[factorial["norm"].unique().tolist()]
     cells = Heatmap("", wide.to_numpy(), list(wide.columns), list(wide.index), "FFN", "norm before it")
     note = "What is left of the massive token's norm afterwards, relative to intact (1); colours are logarithmic."
-    return figures.heatmaps([cells], title=title, note=note, z_title="left", text=True)
+    return heatmaps([cells], title=title, note=note, z_title="left", text=True)
 
 
 # --- Every block ------------------------------------------------------------------------------------------------------
@@ -302,7 +303,7 @@ def _causality_figure(bench: _Bench, causality: pd.DataFrame) -> Any:
                     TEXTS[part], wide.to_numpy(dtype=float), layers, layers, "effect: after block", "cause: in block"
                 )
             )
-    return figures.heatmaps(
+    return heatmaps(
         maps,
         title=bench.study.title("What is left of the massive token's norm", len(bench.runs.intact)),
         note="One part of one block removed at a time. 1: as intact; colours are logarithmic. Blocks are 0-based.",
@@ -318,7 +319,7 @@ def _causes_figure(bench: _Bench, left: pd.DataFrame) -> Any:
     panel = Panel("", "left from the ME layer on, relative to intact", curves, bench.me_layer, log_scale=True)
     title = bench.study.title("Massive activation by removed block", len(bench.runs.intact))
     note = "Mean over the blocks from the ME layer to the last two. Bands: 95% bootstrap intervals."
-    return figures.curves_by_block([panel], title=title, note=note)
+    return curves_by_block([panel], title=title, note=note)
 
 
 # --- Patching ---------------------------------------------------------------------------------------------------------
@@ -369,7 +370,7 @@ def _patching_figure(bench: _Bench, patched: pd.DataFrame) -> Any:
                 "FFN removed in block",
             )
         )
-    return figures.heatmaps(
+    return heatmaps(
         maps,
         title=bench.study.title("Patching the massive token's FFN output", len(bench.runs.intact)),
         note=f"What is left of its norm from the ME layer ({bench.me_layer}) on; 1: as intact. Blocks are 0-based.",

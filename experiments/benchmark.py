@@ -27,7 +27,7 @@ from melens.benchmarks.scoring import Scorer
 from melens.benchmarks.tables import lay_out
 from melens.data.chat import Chat, chat_of
 from melens.data.texts import bos_prefix
-from melens.figures import figures
+from melens.figures.scores import score_differences, score_table
 from melens.models.generation import verify_generation
 from melens.models.loading import load_tokenizer
 from melens.models.view import plain_twin
@@ -362,11 +362,11 @@ def _pictures(study: Study, scores: pd.DataFrame, layout: Any) -> dict[str, Figu
     n_shown = int((compared["verdict"] != "no difference shown").sum())
     here = f"{n_shown} of {len(compared)} differences to the unmasked model are shown."
     paper = "WeMask improves the scores; random and magnitude masks harm them."
-    table = figures.score_table(layout.columns, layout.rows, layout.cells, layout.best, title=f"Scores of {name}")
+    table = score_table(layout.columns, layout.rows, layout.cells, layout.best, title=f"Scores of {name}")
     pictures["benchmark_table"] = Figure(table, "tables 1, 2, 5, 6, 7", paper, layout.caption)
     if len(compared):
         note = "Filled: shown (p < 0.05 after correction); hollow: no difference shown."
-        figure = figures.score_differences(compared, title=f"Differences to the unmasked model: {name}", note=note)
+        figure = score_differences(compared, title=f"Differences to the unmasked model: {name}", note=note)
         pictures["benchmark_differences"] = Figure(figure, "tables 1, 2, 5, 6, 7", paper, here)
     return pictures
 

@@ -16,8 +16,9 @@ from experiments.runner.study import Study
 from melens import Probe
 from melens.analysis.metrics import l2_norm, pairwise_cosine
 from melens.analysis.statistics import bootstrap_mean, mean_by, tidy
-from melens.figures import figures
-from melens.figures.figures import COLORS, FIRST, OTHERS, Curve, Heatmap, Panel
+from melens.figures.curves import Curve, Panel, curves_by_block, vectors_by_dim
+from melens.figures.heatmaps import Heatmap, heatmap_with_slider
+from melens.figures.style import COLORS, FIRST, OTHERS
 from melens.report.result import Figure, Result
 
 TRIVIAL = "trivial by construction: all prompts share their first token"
@@ -67,7 +68,7 @@ def run(study: Study, options: PlainOptions) -> Result:
                 here,
             ),
             "dims_by_block": Figure(
-                figures.vectors_by_dim(
+                vectors_by_dim(
                     _some_blocks(study, states), title=study.title("Token 0 by dim, mean over prompts"), note=rests_on
                 ),
                 "figure 5b",
@@ -75,7 +76,7 @@ def run(study: Study, options: PlainOptions) -> Result:
                 _same_dims_in_words(study, states),
             ),
             "cosine_by_block": Figure(
-                figures.heatmap_with_slider(
+                heatmap_with_slider(
                     _cosine_maps(study, cosines),
                     title=study.title("Cosine of token 0's state between inputs"),
                     note=f"{rests_on} Move the slider through the blocks{me_layer}.",
@@ -158,7 +159,7 @@ def _norms_figure(study: Study, norms: pd.DataFrame, variation: pd.DataFrame, re
             study.me.layer,
         ),
     ]
-    return figures.curves_by_block(panels, title=study.title("Norm of token 0 by input"), note=rests_on)
+    return curves_by_block(panels, title=study.title("Norm of token 0 by input"), note=rests_on)
 
 
 def _cosine_figure(study: Study, by_block: dict[str, pd.DataFrame], rests_on: str) -> Any:
@@ -170,7 +171,7 @@ def _cosine_figure(study: Study, by_block: dict[str, pd.DataFrame], rests_on: st
     curves = [Curve(text, by_block[name], color) for (name, text), color in zip(names.items(), COLORS, strict=False)]
     panel = Panel("", "cosine similarity", curves, study.me.layer, zero_line=True)
     note = f"Bands: 95% bootstrap intervals over prompts. {rests_on}"
-    return figures.curves_by_block([panel], title=study.title("Cosine of token 0's state"), note=note)
+    return curves_by_block([panel], title=study.title("Cosine of token 0's state"), note=note)
 
 
 def _shown_blocks(study: Study) -> list[int]:

@@ -17,8 +17,9 @@ from experiments.runner.study import Study, named_normalization
 from melens import Emergence, Probe, Trace
 from melens.analysis import sink_mass as sinks
 from melens.analysis.statistics import bootstrap_mean, with_interval
-from melens.figures import figures
-from melens.figures.figures import FIRST, OTHERS, SINK, Curve, Panel
+from melens.figures.curves import Curve, Panel, curves_by_block
+from melens.figures.heatmaps import dims_heatmap, dims_surface
+from melens.figures.style import FIRST, OTHERS, SINK
 from melens.models.layout import Layout, listed
 from melens.report.result import Figure, Result
 
@@ -71,13 +72,13 @@ def run(study: Study, options: EmergenceOptions) -> Result:
                 here,
             ),
             "top_dims": Figure(
-                figures.dims_heatmap(dims, me_layer=me.layer, title=title),
+                dims_heatmap(dims, me_layer=me.layer, title=title),
                 "figure 1 (top)",
                 "A few dims of the first token hold all of the massive activation.",
                 _largest_dim_in_words(dims),
             ),
             "top_dims_surface": Figure(
-                figures.dims_surface(dims, me_layer=me.layer, title=title),
+                dims_surface(dims, me_layer=me.layer, title=title),
                 "the authors' 3-D plot",
                 "The same dims stand out in every block from the ME layer on.",
                 "The data of the figure before, as a surface.",
@@ -120,7 +121,7 @@ def _emergence_figure(study: Study, norms: pd.DataFrame, sink_mass: pd.DataFrame
         panels.append(
             Panel("Attention on token 0 (sink mass)", "share of attention", [curve], study.me.layer, y_range=(0, 1))
         )
-    return figures.curves_by_block(
+    return curves_by_block(
         panels,
         title=study.title("Token 0 against the others by block", study.me.n_prompts),
         note="Lines: means. Bands: 10% to 90% of prompts (token 0), tokens or heads.",
@@ -232,7 +233,7 @@ def _side_by_side(curves: dict[str, pd.DataFrame], me_layers: dict[str, int | No
     ]
     note = "Lines: means. Bands: 10% to 90% of prompts (token 0) or tokens."
     title = f"Token 0 against the others: {models[0] if len(models) == 1 else 'model by model'}"
-    figure = figures.curves_by_block(panels, title=title, note=note, columns=3)
+    figure = curves_by_block(panels, title=title, note=note, columns=3)
     paper = "Every model has an ME layer, the same within a family."
     return Figure(figure, "figures 11-20, table 8", paper, f"{len(curves)} runs of {len(models)} models.")
 

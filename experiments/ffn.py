@@ -12,7 +12,7 @@ from experiments.options.schema import PlainOptions
 from experiments.runner.study import Study
 from melens import Concentration, MelensError, Probe
 from melens.analysis.statistics import bootstrap_mean, mean_by, peak_layer, with_interval
-from melens.figures import figures
+from melens.figures.curves import ffn_figure
 from melens.models.layout import Layout, listed
 from melens.report.result import Figure, Result
 
@@ -69,7 +69,7 @@ def run(study: Study, options: PlainOptions) -> Result:
         tables={"ffn_by_block": pd.concat([*summaries, by_block.assign(quantity="amplification")], ignore_index=True)},
         figures={
             "ffn": Figure(
-                figures.ffn_figure(
+                ffn_figure(
                     differences,
                     by_block,
                     me_layer=study.me.layer,

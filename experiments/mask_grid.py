@@ -12,8 +12,10 @@ import pandas as pd
 from experiments.runner.jobs import Job
 from melens import MelensError
 from melens.analysis.statistics import bootstrap_mean, holm, paired_permutation_p, with_interval
-from melens.figures import figures
-from melens.figures.figures import COLORS, FIRST, OTHERS, SINK, Curve, Heatmap, Panel
+from melens.figures.curves import Curve, Panel, curves_by_block
+from melens.figures.heatmaps import Heatmap, loss_changes
+from melens.figures.scores import loss_over_sinks
+from melens.figures.style import COLORS, FIRST, OTHERS, SINK
 from melens.report.result import Figure, Result
 from melens.storage.cache import hash_of
 
@@ -337,7 +339,7 @@ def _pictures(grid: Grid, cells: pd.DataFrame, metrics: dict[str, Any], title: _
             pictures["loss_change"] = Figure(_loss_figure(main, title), "table 5", paper, here)
             pictures["rates"] = Figure(_rate_figure(main, title), "asked for by the review", "One rate a task.", here)
         pictures["loss_and_sinks"] = Figure(
-            figures.loss_over_sinks(
+            loss_over_sinks(
                 main.assign(label=main["cell"]),
                 sink_mass=metrics["unmasked_sink_mass"],
                 colors=SELECT_COLORS,
@@ -379,7 +381,7 @@ def _loss_figure(cells: pd.DataFrame, title: _Title) -> Any:
     note = "Nats a token over the unmasked model on the same tokens." + (
         f" Random: mean over {n_seeds} seeds." if n_seeds > 1 else ""
     )
-    return figures.loss_changes(maps, title=title("Change of the loss"), note=note)
+    return loss_changes(maps, title=title("Change of the loss"), note=note)
 
 
 def _rate_figure(cells: pd.DataFrame, title: _Title) -> Any:
@@ -393,7 +395,7 @@ def _rate_figure(cells: pd.DataFrame, title: _Title) -> Any:
                 curves.append(Curve(select, points, color))
         panels.append(Panel(f"{site}, layers {layers}", "Δloss (nats a token)", curves, None, zero_line=True))
     note = "Bands: 95% bootstrap intervals over texts; for random masks the mean of each seed's."
-    figure = figures.curves_by_block(panels, title=title("Loss by mask rate"), note=note, columns=3)
+    figure = curves_by_block(panels, title=title("Loss by mask rate"), note=note, columns=3)
     figure.update_xaxes(type="log", title_text="mask rate", dtick="D2")
     return figure
 
@@ -412,7 +414,7 @@ def _block_figure(grid: Grid, cells: pd.DataFrame, metrics: dict[str, Any], titl
     note = "Cosines: mean over pairs of texts."
     if grid.by_block["entropy"].notna().any():
         note = f"Entropy and rank: the first two texts, 96 tokens. {note}"
-    return figures.curves_by_block(panels, title=title("Attention by block"), note=note)
+    return curves_by_block(panels, title=title("Attention by block"), note=note)
 
 
 def _start_figure(cells: pd.DataFrame, metrics: dict[str, Any], title: _Title) -> Any:
@@ -426,7 +428,7 @@ def _start_figure(cells: pd.DataFrame, metrics: dict[str, Any], title: _Title) -
             curves.append(Curve(f"{select}, {site}, layers {layers}, rate {rate:g}", points, color))
         panels.append(Panel("", text, curves, metrics.get("me_layer"), zero_line=quantity == "dloss"))
     note = "Bands: 95% bootstrap intervals over texts. Sink mass: mean over the blocks behind the ME layer."
-    figure = figures.curves_by_block(panels, title=title("The same mask from each block in turn"), note=note)
+    figure = curves_by_block(panels, title=title("The same mask from each block in turn"), note=note)
     figure.update_xaxes(title_text="first masked block (0-based)")
     return figure
 

@@ -12,8 +12,8 @@ from experiments.runner.study import Study
 from melens import Probe
 from melens.analysis.statistics import peak_layer
 from melens.analysis.weights import SCORES, rank_of, score_blocks
-from melens.figures import figures
-from melens.figures.figures import COLORS, Curve, Panel
+from melens.figures.curves import Curve, Panel, curves_by_block
+from melens.figures.style import COLORS
 from melens.models.layout import Layout, listed
 from melens.report.result import Figure, Result
 
@@ -68,7 +68,7 @@ def _figure(study: Study, scores: pd.DataFrame) -> Any:
     ]
     title = f"What the FFN's weights could amplify: {study.trace.model['name']}, no forward pass"
     note = "The ME layer marked is the measured one. response: of the whole FFN; neuron, alignment: of its strongest."
-    return figures.curves_by_block(panels, title=title, note=note, columns=3)
+    return curves_by_block(panels, title=title, note=note, columns=3)
 
 
 def _points(scores: pd.DataFrame, score: str) -> pd.DataFrame:

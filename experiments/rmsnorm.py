@@ -13,8 +13,8 @@ from experiments.options.schema import RmsnormOptions
 from experiments.runner.study import Study, named_normalization
 from melens import GainAlignment, MelensError, Probe
 from melens.analysis.statistics import bootstrap_mean, mean_by, peak_layer, with_interval
-from melens.figures import figures
-from melens.figures.figures import COLORS, FIRST, OTHERS, Curve, Panel
+from melens.figures.curves import Curve, Panel, curves_by_block
+from melens.figures.style import COLORS, FIRST, OTHERS
 from melens.models.layout import Layout
 from melens.models.normalization import has_normalization, read_normalization
 from melens.report.result import Figure, Result
@@ -147,7 +147,7 @@ def _weight_norm_figure(study: Study, by_block: pd.DataFrame, names: dict[str, s
     ]
     note = "Lines: means over prompts. Bands: their 95% bootstrap intervals."
     title = study.title("Norm of what the normalisations put out")
-    return figures.curves_by_block(panels, title=title, note=note, scale_buttons=True)
+    return curves_by_block(panels, title=title, note=note, scale_buttons=True)
 
 
 def _alignment_figure(
@@ -170,7 +170,7 @@ def _alignment_figure(
         "Token 0 minus the mean of the others. Lines: means over prompts. Bands: their 95% bootstrap intervals. "
         "K: the dims with the largest gains."
     )
-    return figures.curves_by_block(panels, title=study.title("How far token 0 lies along the gain"), note=note)
+    return curves_by_block(panels, title=study.title("How far token 0 lies along the gain"), note=note)
 
 
 def _weight_norm_in_words(metrics: dict[str, Any]) -> str:

@@ -23,8 +23,10 @@ from melens.analysis.sink_mass import (
     sink_mass_by_layer,
 )
 from melens.analysis.statistics import bootstrap_mean, mean_by, with_interval
-from melens.figures import figures
-from melens.figures.figures import COLORS, FIRST, SINK, Curve, Heatmap, Panel
+from melens.figures.attention import attention_maps
+from melens.figures.curves import Curve, Panel, curves_by_block
+from melens.figures.heatmaps import Heatmap, heatmap_over_curves
+from melens.figures.style import BLOCK, COLORS, FIRST, SINK
 from melens.models.layout import Layout
 from melens.report.result import Figure, Result
 from melens.tracing.trace import Progress
@@ -87,15 +89,13 @@ def _sink_mass_metrics(study: Study, sink_mass: pd.DataFrame, layout: Layout) ->
 
 def _sink_mass_picture(study: Study, by_head: pd.DataFrame, by_layer: pd.DataFrame, here: str) -> Figure:
     wide = by_head.pivot(index="head", columns="layer", values="sink_mass")
-    heads = Heatmap(
-        "Sink mass by block and head", wide.to_numpy(), list(wide.columns), list(wide.index), figures.BLOCK, "head"
-    )
+    heads = Heatmap("Sink mass by block and head", wide.to_numpy(), list(wide.columns), list(wide.index), BLOCK, "head")
     share = by_layer.assign(mean=by_layer["share_of_heads"])[["layer", "mean"]]
     curves = [
         Curve("sink mass, mean and 10% to 90% of heads", by_layer, SINK),
         Curve(f"share of heads over {SINK_THRESHOLD:g}", share, FIRST),
     ]
-    figure = figures.heatmap_over_curves(
+    figure = heatmap_over_curves(
         heads,
         Panel("By block", "share", curves, study.me.layer, y_range=(0, 1)),
         title=study.title("Attention that later tokens pay to position 0"),
@@ -118,7 +118,7 @@ def _maps_picture(study: Study, options: SinksOptions) -> Figure | None:
     trace = melens.trace(study.model, [tokens], [probe])
     maps = trace.tensors["attention_maps"][0]  # [layer, head, query, key]
     words = _token_labels(study, tokens.tolist())
-    figure = figures.attention_maps(
+    figure = attention_maps(
         {
             f"block {block}" + (" (ME layer)" if block == study.me.layer else ""): maps[i].numpy()
             for i, block in enumerate(blocks)
@@ -250,7 +250,7 @@ def _rank_picture(study: Study, summary: pd.DataFrame, metrics: dict[str, Any], 
         f"The first {options.rank_tokens} tokens of each prompt; attention: mean over heads. Bands: 95% bootstrap "
         "intervals over prompts."
     )
-    figure = figures.curves_by_block(panels, title=study.title("Rank by block", metrics["rank_prompts"]), note=note)
+    figure = curves_by_block(panels, title=study.title("Rank by block", metrics["rank_prompts"]), note=note)
     paper = "Attention weights and hidden states both collapse to low rank after the ME layer."
     return Figure(figure, "section 6", paper, _ranks_in_words(metrics))
 

@@ -15,8 +15,9 @@ from experiments.options.schema import StabilityOptions
 from experiments.runner.study import Study
 from melens import Probe
 from melens.analysis.statistics import bootstrap_mean
-from melens.figures import figures
-from melens.figures.figures import COLORS, Curve, Panel
+from melens.figures.curves import Curve, Panel, curves_by_block
+from melens.figures.scores import shares
+from melens.figures.style import COLORS
 from melens.report.result import Figure, Result
 
 PREFIXES = ("In other words, ", "Please read this carefully. ", "\n\n")
@@ -66,7 +67,7 @@ def run(study: Study, options: StabilityOptions) -> Result:
                 _agreement_in_words(study, groups),
             ),
             "beginnings": Figure(
-                figures.shares(
+                shares(
                     beginnings.set_index("beginning")[["at_first", "elsewhere", "none"]],
                     names=("position 0", "another position", "no massive token"),
                     title=study.title(
@@ -203,15 +204,15 @@ def _norms_figure(study: Study, norms: pd.DataFrame, edges: Sequence[int]) -> An
     trivial = ", so the curves are the same by construction" if distinct == 1 else ""
     note = f"One line a prompt; {distinct} distinct first token{'s' if distinct > 1 else ''}{trivial}."
     title = study.title("Norm of token 0 after each block", study.me.n_prompts)
-    return figures.curves_by_block(panels, title=title, note=note)
+    return curves_by_block(panels, title=title, note=note)
 
 
 def _agreement_figure(study: Study, groups: pd.DataFrame) -> Any:
     names = [f"{row['group']} (n = {row['n_prompts']})" for row in groups.to_dict("records")]
-    shares = pd.DataFrame({"agrees": groups["agreement"].to_numpy()}, index=names)
+    agrees = groups["agreement"].to_numpy()
     me_layer = "no ME layer" if study.me.layer is None else f"ME layer {study.me.layer}"
-    return figures.shares(
-        shares.assign(other=1 - shares["agrees"]),
+    return shares(
+        pd.DataFrame({"agrees": agrees, "other": 1 - agrees}, index=names),
         names=(me_layer, "another layer, or none"),
         title=study.title("Share of prompts with the ME layer of all", study.me.n_prompts),
         note="By task type and by length; blocks are 0-based.",

@@ -33,7 +33,7 @@ from melens import MelensError, Probe, WeMask, load_model
 from melens.benchmarks.scores import correct, count_verdicts, summarise
 from melens.benchmarks.tables import lay_out
 from melens.data.chat import Chat
-from melens.figures import figures
+from melens.figures.scores import score_differences, score_table
 from melens.report.result import Figure, Result
 from melens.storage.cache import cache_folder
 
@@ -98,11 +98,11 @@ def run(study: Study, options: ReportedOptions) -> Result:
     here = f"{n_shown} of {len(compared)} differences to {reference} are shown."
     name = study.trace.model["name"]
     title = f"Table {table.number}: {name}"
-    figure = figures.score_table(layout.columns, layout.rows, layout.cells, layout.best, title=title)
+    figure = score_table(layout.columns, layout.rows, layout.cells, layout.best, title=title)
     paper = "Training with WeMask scores best, WeMask at inference alone comes next."
     pictures = {"table": Figure(figure, f"table {table.number}", paper, f"{here} {layout.caption}")}
     if len(compared):
-        differences = figures.score_differences(compared, title=f"Differences to {reference}: {name}")
+        differences = score_differences(compared, title=f"Differences to {reference}: {name}")
         pictures["table_differences"] = Figure(differences, f"table {table.number}", paper, here)
     pictures |= draw(averaged(courses), f"table {table.number}, {name}", study.me.layer)
     counts = count_verdicts(pd.concat([together, pairs]), "kind")

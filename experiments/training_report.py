@@ -10,7 +10,7 @@ import pandas as pd
 
 from experiments.runner.jobs import Job
 from melens import MelensError
-from melens.figures import figures
+from melens.figures.curves import over_steps
 from melens.report.result import Figure, Result
 
 __all__ = ["Course", "averaged", "draw", "merge"]
@@ -140,10 +140,10 @@ def draw(courses: Sequence[Course], title: str, me_layer: int | None) -> dict[st
     source = "asked for by the project"
     pictures = {}
     if learnt:
-        figure = figures.over_steps(learnt, title=f"Course of training: {title}")
+        figure = over_steps(learnt, title=f"Course of training: {title}")
         pictures["training_loss"] = Figure(figure, source, "", _told(courses, [c.learnt() for c in courses]))
     if seen:
-        figure = figures.over_steps(seen, title=f"Massive activation and sinks in training: {title}", markers=True)
+        figure = over_steps(seen, title=f"Massive activation and sinks in training: {title}", markers=True)
         pictures["training_trace"] = Figure(figure, source, "", _told(courses, [c.moved() for c in courses]))
     return pictures
 

@@ -10,8 +10,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from experiments.options.schema import PlainOptions
 from experiments.runner.study import Study
 from melens import Probe, Verification, verify
-from melens.figures import figures
-from melens.figures.figures import COLORS, Curve, Panel
+from melens.figures.curves import Curve, Panel, curves_by_block
+from melens.figures.style import COLORS
 from melens.models.generation import Generation, verify_generation
 from melens.report.result import Figure, Result
 from melens.tracing.batching import BatchRule
@@ -114,7 +114,7 @@ def _picture(checked: Verification, study: Study) -> Figure:
     title = f"How far a trace is from transformers' own eager modules: {name}, 2 prompts"
     here = f"At most {worst['error']:.1e}, at {worst['site']} {_block(worst['layer'])}; limit {worst['limit']:.0e}."
     return Figure(
-        figures.curves_by_block(panels, title=title, note=note),
+        curves_by_block(panels, title=title, note=note),
         "melens's self-check",
         "The paper does not ask this.",
         here,

@@ -19,7 +19,8 @@ from experiments.options.schema import WemaskOptions
 from experiments.runner.study import Study
 from melens import AttentionMaps, Probe, WeMask
 from melens.analysis.sink_mass import SINK_THRESHOLD
-from melens.figures import figures
+from melens.figures.attention import attention_change
+from melens.figures.curves import vectors_by_dim
 from melens.masks.comparison import MaskComparison, Measured
 from melens.models.layout import Layout
 from melens.report.result import Figure, Result
@@ -191,7 +192,7 @@ def _figure_8(study: Study, mask: WeMask, texts: Int[Tensor, "text pos"], option
         f"{at} {token if tokenizer is None else repr(tokenizer.decode([token]))}"
         for at, token in enumerate(tokens.tolist())
     ]
-    figure = figures.attention_change(
+    figure = attention_change(
         unmasked,
         masked,
         words,
@@ -209,7 +210,7 @@ def _key_picture(study: Study, mask: WeMask, unmasked: Measured, masked: Measure
     block = _attending_block(study, mask)
     assert block is not None
     before, after = unmasked.first_key[block], masked.first_key[block]
-    figure = figures.vectors_by_dim(
+    figure = vectors_by_dim(
         {"without the mask": before.numpy(), "with it": after.numpy(), "difference": (after - before).numpy()},
         title=f"Key of token 0 in block {block}: {study.trace.model['name']}",
         note=f"{mask_name(mask)}. The heads' keys one after the other.",

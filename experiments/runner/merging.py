@@ -16,7 +16,7 @@ from rich.console import Console
 from experiments import emergence, mask_grid, training_report
 from experiments.runner.jobs import Job, read_jobs
 from melens import judge
-from melens.figures import figures
+from melens.figures.scores import verdicts
 from melens.report.result import Figure, Result, show_result, write_tables_and_figures
 
 __all__ = ["merge_jobs"]
@@ -102,7 +102,7 @@ def _merge_claims(jobs: Sequence[Job]) -> Result | None:
     across = claims[claims["model"] == "all models"]
     findings += [(claim["claim"], f"{claim['verdict']}. {claim['note']}") for claim in across.to_dict("records")]
     paper = "The paper makes its claims of every model it looks at."
-    picture = Figure(figures.verdicts(claims), "every figure", paper, f"{len(ok)} jobs.")
+    picture = Figure(verdicts(claims), "every figure", paper, f"{len(ok)} jobs.")
     return Result(
         "claims", model={}, metrics={}, tables={"claims": claims}, figures={"verdicts": picture}, findings=findings
     )

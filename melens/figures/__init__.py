@@ -1,1 +1,1 @@
-"""Plotly figures from tidy data."""
+"""Plotly figures from tidy data: curves, heatmaps, attention maps, scores, and the style they share."""

@@ -6,8 +6,11 @@ import pytest
 
 from experiments.emergence import norm_by_block
 from melens import judge
-from melens.figures import figures
-from melens.figures.figures import Curve, Heatmap, Panel
+from melens.figures.attention import attention_maps
+from melens.figures.curves import Curve, Panel, curves_by_block, ffn_figure
+from melens.figures.heatmaps import Heatmap, dims_heatmap, dims_surface, heatmap_with_slider, heatmaps
+from melens.figures.scores import verdicts
+from melens.figures.style import FIRST, SINK
 
 
 def points(*means):
@@ -41,11 +44,11 @@ def test_the_first_token_is_set_against_the_mean_of_the_others():
 
 def test_panels_of_curves_name_their_axes_and_mark_the_me_layer():
     panels = [
-        Panel("Norms", "L2 norm", [Curve("token 0", points(1, 2000), figures.FIRST)], 1, log_scale=True),
-        Panel("Sinks", "share", [Curve("sinks", points(0.1, 0.5), figures.SINK)], 1, y_range=(0, 1)),
-        Panel("More norms", "L2 norm", [Curve("token 0", points(3, 4), figures.FIRST)], None),
+        Panel("Norms", "L2 norm", [Curve("token 0", points(1, 2000), FIRST)], 1, log_scale=True),
+        Panel("Sinks", "share", [Curve("sinks", points(0.1, 0.5), SINK)], 1, y_range=(0, 1)),
+        Panel("More norms", "L2 norm", [Curve("token 0", points(3, 4), FIRST)], None),
     ]
-    figure = figures.curves_by_block(panels, title="A model", note="Means.", scale_buttons=True)
+    figure = curves_by_block(panels, title="A model", note="Means.", scale_buttons=True)
     assert texts(figure) == ["Norms", "Sinks", "More norms", "ME layer 1", "ME layer 1"]
     assert figure.layout.title.text == "A model<br><sub>Means.</sub>"
     assert [figure.layout[axis].title.text for axis in ("yaxis", "yaxis2", "yaxis3")] == ["L2 norm", "share", "L2 norm"]
@@ -58,26 +61,26 @@ def test_panels_of_curves_name_their_axes_and_mark_the_me_layer():
 
 
 def test_a_curve_without_intervals_has_no_band():
-    panel = Panel("", "y", [Curve("a", points(1, 2).drop(columns=["low", "high"]), figures.FIRST)], None)
-    assert len(figures.curves_by_block([panel], title="A model").data) == 1
+    panel = Panel("", "y", [Curve("a", points(1, 2).drop(columns=["low", "high"]), FIRST)], None)
+    assert len(curves_by_block([panel], title="A model").data) == 1
 
 
 def test_the_largest_dim_comes_first_in_the_heatmap():
     activations = pd.DataFrame(
         {"layer": [0, 1, 0, 1], "dim": [9, 9, 4, 4], "abs_activation": [1.0, 10.0, 1.0, 10_000.0]}
     )
-    heatmap = figures.dims_heatmap(activations, me_layer=1, title="A model").data[0]
+    heatmap = dims_heatmap(activations, me_layer=1, title="A model").data[0]
     assert list(heatmap.y) == ["4", "9"]
     assert heatmap.z.tolist() == [[0, 4], [0, 1]]
-    surface, me_line = figures.dims_surface(activations, me_layer=1, title="A model").data
+    surface, me_line = dims_surface(activations, me_layer=1, title="A model").data
     assert surface.z.max() == 10_000
     assert (set(me_line.x), me_line.name) == ({1}, "ME layer 1")
-    assert len(figures.dims_surface(activations, me_layer=None, title="A model").data) == 1
+    assert len(dims_surface(activations, me_layer=None, title="A model").data) == 1
 
 
 def test_ratios_are_coloured_by_their_logarithm_and_shown_as_they_are():
     cells = Heatmap("Left", np.array([[1.0, 0.01], [np.nan, 100.0]]), [0, 1], [0, 1], "effect", "cause")
-    trace = figures.heatmaps([cells], title="A model", z_title="left", me_layer=1, text=True).data[0]
+    trace = heatmaps([cells], title="A model", z_title="left", me_layer=1, text=True).data[0]
     np.testing.assert_allclose(trace.z, [[0, -2], [np.nan, 2]], atol=1e-6)
     assert trace.customdata[0][1] == pytest.approx(0.01)
     assert np.array(trace.text).tolist() == [["1", "0.01"], ["", "100"]]
@@ -86,14 +89,14 @@ def test_ratios_are_coloured_by_their_logarithm_and_shown_as_they_are():
 
 def test_the_slider_shows_one_block_at_a_time():
     maps = {str(layer): Heatmap("", np.eye(2), ["a", "b"], ["a", "b"], "x", "y") for layer in range(3)}
-    figure = figures.heatmap_with_slider(maps, title="A model", z_title="cosine", z_range=(0, 1), start="1")
+    figure = heatmap_with_slider(maps, title="A model", z_title="cosine", z_range=(0, 1), start="1")
     assert [trace.visible for trace in figure.data] == [False, True, False]
     assert [step.args[0]["visible"].index(True) for step in figure.layout.sliders[0].steps] == [0, 1, 2]
 
 
 def test_attention_maps_show_the_mean_and_offer_each_head():
     patterns = np.stack([np.eye(3), np.full((3, 3), 0.5)])
-    figure = figures.attention_maps({"block 1": patterns, "block 2": patterns}, ["a", "b", "c"], title="A", note="")
+    figure = attention_maps({"block 1": patterns, "block 2": patterns}, ["a", "b", "c"], title="A", note="")
     shown = [trace for trace in figure.data if trace.visible]
     assert len(shown) == 2
     np.testing.assert_allclose(shown[0].z, [[0.75, np.nan, np.nan], [0.25, 0.75, np.nan], [0.25, 0.25, 0.75]])
@@ -103,7 +106,7 @@ def test_attention_maps_show_the_mean_and_offer_each_head():
 
 
 def test_figure_4_has_the_amplification_on_an_axis_of_its_own():
-    figure = figures.ffn_figure(
+    figure = ffn_figure(
         {name: points(0.1, 0.9) for name in ("gate", "up", "down")}, points(2, 4000), me_layer=1, title="A model"
     )
     (bars,) = (trace for trace in figure.data if trace.type == "bar")
@@ -114,11 +117,11 @@ def test_figure_4_has_the_amplification_on_an_axis_of_its_own():
 def test_verdicts_are_drawn_by_claim_and_model():
     metrics = {"me_layer": 3, "norm_drift": 0.01}
     claims = judge([{"experiment": "direction", "model": {"name": name}, "metrics": metrics} for name in ("a", "b")])
-    trace = figures.verdicts(claims).data[0]
+    trace = verdicts(claims).data[0]
     assert list(trace.x) == ["a", "b", "all models"]
     assert trace.text[list(trace.y).index("Once formed, its norm barely changes")][0] == "holds"
 
 
 def test_figures_are_valid_json_without_nan():
-    panel = Panel("", "y", [Curve("a", points(1, float("nan")), figures.FIRST)], 0)
-    json.loads(figures.curves_by_block([panel], title="A model").to_json(), parse_constant=pytest.fail)
+    panel = Panel("", "y", [Curve("a", points(1, float("nan")), FIRST)], 0)
+    json.loads(curves_by_block([panel], title="A model").to_json(), parse_constant=pytest.fail)

@@ -1,0 +1,82 @@
+"""Attention maps of a prompt, and what a mask changes in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from melens.figures.heatmaps import Heatmap, heatmap_trace
+from melens.figures.style import LAYOUT, heading
+
+__all__ = ["attention_change", "attention_maps"]
+
+
+def attention_maps(maps: Mapping[str, np.ndarray], tokens: Sequence[str], *, title: str, note: str) -> go.Figure:
+    """Draw figure 7: attention maps side by side, the mean over heads, with a list to choose a head.
+
+    Args:
+        maps: by the panel's title, `[head, query, key]`.
+        tokens: labels of the positions.
+        title, note: above the figure.
+    """
+    figure = make_subplots(1, len(maps), subplot_titles=list(maps), horizontal_spacing=0.12)
+    n_heads = next(iter(maps.values())).shape[0]
+    for column, of_heads in enumerate(maps.values(), 1):
+        for values in (of_heads.mean(0), *of_heads):
+            causal = np.where(np.tri(len(values), dtype=bool), values, np.nan)
+            heatmap = Heatmap("", causal, tokens, tokens, "key", "query")
+            figure.add_trace(heatmap_trace(heatmap, "attention"), row=1, col=column)
+        figure.update_xaxes(title_text="key", tickangle=-90, tickfont={"size": 9}, row=1, col=column)
+        figure.update_yaxes(title_text="query", autorange="reversed", tickfont={"size": 9}, row=1, col=column)
+    per_map = n_heads + 1
+    for index, trace in enumerate(figure.data):
+        trace.visible = index % per_map == 0
+    labels = ["mean over heads", *(f"head {head}" for head in range(n_heads))]
+    buttons = [
+        {
+            "label": label,
+            "method": "update",
+            "args": [{"visible": [i % per_map == shown for i in range(len(figure.data))]}],
+        }
+        for shown, label in enumerate(labels)
+    ]
+    figure.update_layout(
+        **LAYOUT,
+        title=heading(title, note),
+        height=720,
+        coloraxis={"colorscale": "Viridis", "cmin": 0, "cmax": 1, "colorbar": {"title": "attention"}},
+        updatemenus=[{"buttons": buttons, "x": 1, "xanchor": "right", "y": 1.1, "yanchor": "bottom"}],
+    )
+    figure.update_layout(margin={"b": 110, "l": 110})
+    return figure
+
+
+def attention_change(
+    unmasked: np.ndarray, masked: np.ndarray, tokens: Sequence[str], *, title: str, note: str
+) -> go.Figure:
+    """Draw figure 8: attention maps without a mask, with it, and their difference, with a list to choose a head.
+
+    Args:
+        unmasked, masked: `[head, query, key]`.
+        tokens: labels of the positions.
+        title, note: above the figure.
+    """
+    panels = {"without the mask": unmasked, "with the mask": masked, "difference": masked - unmasked}
+    figure = attention_maps(panels, tokens, title=title, note=note)
+    for trace in figure.data[2 * (len(unmasked) + 1) :]:
+        trace.coloraxis = "coloraxis2"
+    figure.update_yaxes(showticklabels=False, title_text="", col=2)
+    figure.update_yaxes(showticklabels=False, title_text="", col=3)
+    figure.update_layout(
+        coloraxis={"colorbar": {"x": 1.0, "len": 0.5, "y": 0.76}},
+        coloraxis2={
+            "colorscale": "RdBu_r",
+            "cmin": -0.5,
+            "cmax": 0.5,
+            "colorbar": {"title": "difference", "x": 1.0, "len": 0.5, "y": 0.24},
+        },
+    )
+    return figure

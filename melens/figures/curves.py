@@ -1,0 +1,259 @@
+"""Curves by block or by step, with their intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from melens.figures.style import BLOCK, COLORS, FIRST, LAYOUT, heading, mark_me_layer
+
+__all__ = ["Curve", "Panel", "add_curve", "curves_by_block", "ffn_figure", "over_steps", "vectors_by_dim"]
+
+
+_BELOW = 55  # pixels from the axis to what stands below its title
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line by block.
+
+    Attributes:
+        name: in the legend; curves of the same name in several panels share an entry.
+        points: `layer`, `mean`, and for a band `low` and `high`.
+        color: as CSS.
+        in_legend: False for all but one of many alike.
+    """
+
+    name: str
+    points: pd.DataFrame
+    color: str
+    in_legend: bool = True
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Curves on one pair of axes, with the ME layer (0-based block, or None) marked."""
+
+    title: str
+    y_title: str
+    curves: Sequence[Curve]
+    me_layer: int | None
+    log_scale: bool = False
+    y_range: tuple[float | int, float | int] | None = None
+    zero_line: bool = False
+
+
+def curves_by_block(
+    panels: Sequence[Panel], *, title: str, note: str = "", columns: int = 2, scale_buttons: bool = False
+) -> go.Figure:
+    """Draw panels of curves by block.
+
+    Args:
+        panels: left to right, top to bottom.
+        title: above the figure, and `note` below it in small: what lines and bands are.
+        columns: panels in a row.
+        scale_buttons: let the reader switch the panels without a `y_range` between logarithmic and linear.
+    """
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    titles = [panel.title for panel in panels]
+    figure = make_subplots(rows, columns, subplot_titles=titles, horizontal_spacing=0.1, vertical_spacing=0.3 / rows)
+    in_legend: set[str] = set()
+    switched = []
+    for index, panel in enumerate(panels):
+        at = {"row": index // columns + 1, "col": index % columns + 1}
+        for curve in panel.curves:
+            add_curve(figure, curve, at, in_legend=curve.in_legend and curve.name not in in_legend)
+            in_legend.add(curve.name)
+        figure.update_yaxes(title_text=panel.y_title, range=panel.y_range, **at)
+        figure.update_yaxes(**_value_axis(panel.log_scale), **at)
+        if panel.log_scale and _spread(panel) < 30:
+            figure.update_yaxes(dtick="D2", **at)
+        if panel.zero_line:
+            figure.add_hline(y=0, line={"color": "#888", "width": 1}, **at)
+        mark_me_layer(figure, panel.me_layer, **at)
+        if panel.y_range is None:
+            switched.append("yaxis" + (str(index + 1) if index else ""))
+    figure.update_xaxes(title_text=BLOCK, rangemode="tozero")
+    height = 170 + 310 * rows
+    figure.update_layout(
+        **LAYOUT,
+        title=heading(title, note),
+        height=height,
+        legend={"orientation": "h", "x": 0, "y": -_BELOW / (height - 150), "yanchor": "top"},
+    )
+    if scale_buttons:
+        figure.update_layout(updatemenus=[_scale_buttons(switched, panels[0].log_scale, -_BELOW / (height - 150))])
+    return figure
+
+
+def ffn_figure(
+    concentrations: Mapping[str, pd.DataFrame], amplification: pd.DataFrame, *, me_layer: int | None, title: str
+) -> go.Figure:
+    """Draw figure 4: concentration differences as lines, the FFN's amplification as bars on a second axis.
+
+    Args:
+        concentrations: by projection ("gate", "up", "down"): `layer`, `mean`, `low`, `high`.
+        amplification: the same of ‖FFN output‖ / ‖FFN input‖ of token 0.
+        me_layer: 0-based block, or None.
+        title: above the figure.
+    """
+    figure = make_subplots(specs=[[{"secondary_y": True}]])
+    figure.add_trace(
+        go.Bar(
+            x=amplification["layer"],
+            y=amplification["mean"],
+            name="FFN amplification (right axis)",
+            marker={"color": "rgba(120,120,120,0.45)"},
+            error_y=_error_bars(amplification),
+            hovertemplate="block %{x}: ×%{y:.4g}<extra>FFN amplification</extra>",
+        ),
+        secondary_y=True,
+    )
+    for (name, points), color in zip(concentrations.items(), COLORS, strict=False):
+        add_curve(figure, Curve(f"after {name}", points, color), {"row": 1, "col": 1}, in_legend=True)
+    figure.update_yaxes(title_text="concentration, token 0 minus the others", secondary_y=False, zeroline=True)
+    figure.update_yaxes(
+        title_text="‖FFN output‖ / ‖FFN input‖ of token 0", secondary_y=True, type="log", dtick=1, showgrid=False
+    )
+    figure.update_yaxes(exponentformat="power", secondary_y=True)
+    figure.update_xaxes(title_text=BLOCK)
+    mark_me_layer(figure, me_layer)
+    figure.update_layout(
+        **LAYOUT,
+        title=heading(title, "Lines and bars: means over prompts. Bands and whiskers: their 95% bootstrap intervals."),
+        height=560,
+        legend={"orientation": "h", "x": 0, "y": -0.16, "yanchor": "top"},
+    )
+    figure.update_layout(margin={"r": 90})
+    return figure
+
+
+def vectors_by_dim(vectors: Mapping[str, np.ndarray], *, title: str, note: str = "") -> go.Figure:
+    """Draw figure 5b: token 0's activation by dim, one panel for each of a few blocks.
+
+    Args:
+        vectors: by the panel's title, `[d_model]`.
+        title, note: above the figure.
+    """
+    figure = make_subplots(len(vectors), 1, shared_xaxes=True, subplot_titles=list(vectors), vertical_spacing=0.06)
+    for row, vector in enumerate(vectors.values(), 1):
+        line = go.Scatter(
+            x=np.arange(len(vector)), y=vector, mode="lines", line={"color": FIRST, "width": 1}, showlegend=False
+        )
+        line.hovertemplate = "dim %{x}: %{y:.4g}<extra></extra>"
+        figure.add_trace(line, row=row, col=1)
+        largest = int(np.abs(vector).argmax())
+        label = {"showarrow": False, "xanchor": "left", "xshift": 6, "font": {"size": 12}}
+        figure.add_annotation(x=largest, y=vector[largest], text=f"dim {largest}", row=row, col=1, **label)
+    figure.update_xaxes(title_text="dim of the residual stream", row=len(vectors), col=1)
+    figure.update_yaxes(title_text="activation")
+    figure.update_layout(**LAYOUT, title=heading(title, note), height=160 + 170 * len(vectors))
+    return figure
+
+
+def over_steps(panels: Mapping[str, Mapping[str, pd.DataFrame]], *, title: str, markers: bool = False) -> go.Figure:
+    """Draw what changes in a training, a panel a quantity.
+
+    Args:
+        panels: by the quantity's name, by the curve's name (empty for a lone one), `step` and `value`.
+        title: above.
+        markers: for curves of few points.
+    """
+    figure = make_subplots(1, len(panels), subplot_titles=list(panels), horizontal_spacing=0.12)
+    in_legend: set[str] = set()
+    for column, curves in enumerate(panels.values(), 1):
+        for number, (name, points) in enumerate(curves.items()):
+            figure.add_trace(
+                go.Scatter(
+                    x=points["step"],
+                    y=points["value"],
+                    mode="lines+markers" if markers else "lines",
+                    name=name,
+                    showlegend=bool(name) and name not in in_legend,
+                    legendgroup=name,
+                    line={"color": COLORS[number % len(COLORS)], "width": 2},
+                    hovertemplate="step %{x}: %{y:.4g}<extra>" + name + "</extra>",
+                ),
+                row=1,
+                col=column,
+            )
+            in_legend.add(name)
+    figure.update_xaxes(title_text="step", rangemode="tozero")
+    figure.update_layout(
+        **LAYOUT, title=heading(title), height=430, legend={"orientation": "h", "x": 0, "y": -0.22, "yanchor": "top"}
+    )
+    return figure
+
+
+def add_curve(figure: go.Figure, curve: Curve, at: dict[str, int], *, in_legend: bool) -> None:
+    points, layers = curve.points, curve.points["layer"]
+    if "low" in points and points["low"].notna().any():
+        band = go.Scatter(
+            x=[*layers, *layers[::-1]],
+            y=[*points["high"], *points["low"][::-1]],
+            mode="lines",
+            fill="toself",
+            fillcolor=_transparent(curve.color),
+            line={"width": 0},
+            hoverinfo="skip",
+            showlegend=False,
+            legendgroup=curve.name,
+        )
+        figure.add_trace(band, **at)
+    line = go.Scatter(
+        x=layers,
+        y=points["mean"],
+        name=curve.name,
+        legendgroup=curve.name,
+        showlegend=in_legend,
+        mode="lines+markers",
+        line={"color": curve.color, "width": 2},
+        marker={"size": 5},
+        hovertemplate=f"block %{{x}}: %{{y:.4g}}<extra>{curve.name}</extra>",
+    )
+    figure.add_trace(line, **at)
+
+
+def _error_bars(points: pd.DataFrame) -> dict[str, Any]:
+    above, below = points["high"] - points["mean"], points["mean"] - points["low"]
+    return {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1, "width": 2}
+
+
+def _transparent(color: str) -> str:
+    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red},{green},{blue},0.15)"
+
+
+def _spread(panel: Panel) -> float:
+    """Compute by which factor the values of a panel differ."""
+    means = pd.concat([curve.points["mean"] for curve in panel.curves])
+    positive = means[means > 0]
+    return float(positive.max() / positive.min()) if len(positive) else 1.0
+
+
+def _value_axis(log_scale: bool) -> dict[str, Any]:
+    return {"type": "log", "exponentformat": "power", "dtick": 1} if log_scale else {"type": "linear", "dtick": None}
+
+
+def _scale_buttons(axes: Sequence[str], log_scale: bool, y: float) -> dict[str, Any]:
+    def button(label: str, log: bool) -> dict[str, Any]:
+        changes = {f"{axis}.{key}": value for axis in axes for key, value in _value_axis(log).items()}
+        return {"label": label, "method": "relayout", "args": [changes]}
+
+    return {
+        "type": "buttons",
+        "direction": "right",
+        "active": 0 if log_scale else 1,
+        "buttons": [button("log", True), button("linear", False)],
+        "x": 1,
+        "xanchor": "right",
+        "y": y,
+        "yanchor": "top",
+    }

@@ -1,0 +1,289 @@
+"""Matrices: ratios, changes of a loss, and token 0's activation by block and dim."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from melens.figures.curves import Panel, add_curve
+from melens.figures.style import BLOCK, LAYOUT, ME_LINE, heading, mark_me_layer, signed_log, signed_ticks
+
+__all__ = [
+    "Heatmap",
+    "dims_heatmap",
+    "dims_surface",
+    "heatmap_over_curves",
+    "heatmap_trace",
+    "heatmap_with_slider",
+    "heatmaps",
+    "loss_changes",
+]
+
+
+@dataclass(frozen=True)
+class Heatmap:
+    """A matrix with its axes.
+
+    Attributes:
+        title: above it.
+        values: `[row, column]`.
+        x, y: labels of columns and rows: numbers, or texts.
+        x_title, y_title: of the axes.
+    """
+
+    title: str
+    values: np.ndarray
+    x: Sequence[Any]
+    y: Sequence[Any]
+    x_title: str
+    y_title: str
+
+
+def heatmaps(
+    maps: Sequence[Heatmap],
+    *,
+    title: str,
+    note: str = "",
+    z_title: str,
+    columns: int = 3,
+    me_layer: int | None = None,
+    text: bool = False,
+) -> go.Figure:
+    """Draw matrices of ratios side by side in the same colours, logarithmic around 1.
+
+    Args:
+        maps: left to right, top to bottom.
+        title, note: above the figure.
+        z_title: of the colours.
+        columns: maps in a row.
+        me_layer: 0-based block to mark on both axes.
+        text: write the values into the cells.
+    """
+    columns = min(columns, len(maps))
+    rows = -(-len(maps) // columns)
+    titles = [heatmap.title for heatmap in maps]
+    figure = make_subplots(rows, columns, subplot_titles=titles, horizontal_spacing=0.09, vertical_spacing=0.25 / rows)
+    for index, heatmap in enumerate(maps):
+        at = {"row": index // columns + 1, "col": index % columns + 1}
+        figure.add_trace(_ratio_trace(heatmap, z_title, text=text), **at)
+        figure.update_xaxes(title_text=heatmap.x_title, **at)
+        figure.update_yaxes(title_text=heatmap.y_title, autorange="reversed", **at)
+        if me_layer is not None:
+            figure.add_vline(x=me_layer, line=ME_LINE, **at)
+            figure.add_hline(y=me_layer, line=ME_LINE, **at)
+    ticks = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
+    figure.update_layout(
+        **LAYOUT,
+        title=heading(title, note),
+        height=190 + (430 if columns > 1 else 480) * rows,
+        coloraxis={
+            "colorscale": "RdBu",
+            "cmin": -2,
+            "cmax": 2,
+            "colorbar": {"title": z_title, "tickvals": np.log10(ticks), "ticktext": [f"{tick:g}" for tick in ticks]},
+        },
+    )
+    return figure
+
+
+def heatmap_with_slider(
+    maps: Mapping[str, Heatmap],
+    *,
+    title: str,
+    note: str = "",
+    z_title: str,
+    z_range: tuple[float | int, float | int],
+    start: str,
+) -> go.Figure:
+    """Draw one of several matrices, with a slider to choose the block.
+
+    Args:
+        maps: by block, all with the same axes.
+        title, note: above the figure.
+        z_title, z_range: of the colours.
+        start: the one that is shown first.
+    """
+    names = list(maps)
+    figure = go.Figure([heatmap_trace(heatmap, z_title) for heatmap in maps.values()])
+    for name, trace in zip(names, figure.data, strict=True):
+        trace.visible = name == start
+    first = maps[start]
+    figure.update_xaxes(constrain="domain", tickangle=-90)
+    figure.update_yaxes(title_text=first.y_title, autorange="reversed", scaleanchor="x", constrain="domain")
+    steps = [
+        {"label": name, "method": "update", "args": [{"visible": [other == name for other in names]}]} for name in names
+    ]
+    value = {"prefix": "after block "}
+    slider = {"active": names.index(start), "steps": steps, "currentvalue": value, "pad": {"t": 100}}
+    figure.update_layout(
+        **LAYOUT,
+        title=heading(title, note),
+        height=760,
+        sliders=[slider],
+        coloraxis={"colorscale": "Viridis", "cmin": z_range[0], "cmax": z_range[1], "colorbar": {"title": z_title}},
+    )
+    return figure
+
+
+def heatmap_over_curves(heatmap: Heatmap, panel: Panel, *, title: str, note: str = "", z_title: str) -> go.Figure:
+    """Draw a matrix by block above curves by block; arguments as for `heatmaps` and `curves_by_block`."""
+    titles = [heatmap.title, panel.title]
+    figure = make_subplots(2, 1, shared_xaxes=True, subplot_titles=titles, vertical_spacing=0.1)
+    figure.add_trace(heatmap_trace(heatmap, z_title), row=1, col=1)
+    for curve in panel.curves:
+        add_curve(figure, curve, {"row": 2, "col": 1}, in_legend=True)
+    figure.update_yaxes(title_text=heatmap.y_title, autorange="reversed", row=1, col=1)
+    figure.update_yaxes(title_text=panel.y_title, range=panel.y_range, row=2, col=1)
+    figure.update_xaxes(title_text=BLOCK, row=2, col=1)
+    mark_me_layer(figure, panel.me_layer, annotation_yanchor="bottom", row=1, col=1)  # above the colours
+    mark_me_layer(figure, panel.me_layer, row=2, col=1)
+    figure.update_layout(
+        **LAYOUT,
+        title=heading(title, note),
+        height=740,
+        coloraxis={
+            "colorscale": "Viridis",
+            "cmin": 0,
+            "cmax": 1,
+            "colorbar": {"title": z_title, "len": 0.5, "y": 0.78},
+        },
+        legend={"orientation": "h", "x": 0, "y": -0.1, "yanchor": "top"},
+    )
+    return figure
+
+
+def loss_changes(maps: Sequence[Heatmap], *, title: str, note: str = "") -> go.Figure:
+    """Draw changes of a loss side by side in the same colours, red for worse, with the values in the cells."""
+    columns = min(3, len(maps))
+    rows = -(-len(maps) // columns)
+    titles = [heatmap.title for heatmap in maps]
+    figure = make_subplots(rows, columns, subplot_titles=titles, horizontal_spacing=0.1, vertical_spacing=0.3 / rows)
+    for index, heatmap in enumerate(maps):
+        at = {"row": index // columns + 1, "col": index % columns + 1}
+        trace = heatmap_trace(heatmap, "Δloss")
+        trace.z = signed_log(heatmap.values)
+        trace.customdata = np.asarray(heatmap.values, dtype=float).tolist()
+        trace.hovertemplate = str(trace.hovertemplate).replace("%{z:", "%{customdata:")
+        trace.text = [["" if np.isnan(value) else f"{value:+.3f}" for value in row] for row in heatmap.values]
+        trace.texttemplate = "%{text}"
+        figure.add_trace(trace, **at)
+        figure.update_xaxes(title_text=heatmap.x_title, type="category", **at)
+        figure.update_yaxes(title_text=heatmap.y_title, type="category", autorange="reversed", **at)
+    limit = float(signed_log(10))
+    figure.update_layout(
+        **LAYOUT,
+        title=heading(title, note),
+        height=260 + 230 * rows,
+        coloraxis={
+            "colorscale": "RdBu_r",
+            "cmin": -limit,
+            "cmax": limit,
+            "colorbar": {"title": "Δloss<br>(nats a token)", **signed_ticks()},
+        },
+    )
+    return figure
+
+
+def dims_heatmap(activations: pd.DataFrame, *, me_layer: int | None, title: str) -> go.Figure:
+    """Draw token 0's |activation| by block and dim as a heatmap, for the dims that are largest anywhere (figure 5b).
+
+    Args:
+        activations: `layer`, `dim`, `abs_activation`, the mean over prompts.
+        me_layer: 0-based block, or None.
+        title: above the figure.
+    """
+    wide = _by_block_and_dim(activations)
+    figure = go.Figure(
+        go.Heatmap(
+            z=np.log10(wide.to_numpy().clip(min=1e-2)),
+            x=wide.columns,
+            y=[str(dim) for dim in wide.index],
+            customdata=wide.to_numpy().tolist(),
+            hovertemplate="block %{x}, dim %{y}: |h| = %{customdata:.4g}<extra></extra>",
+            colorscale="Viridis",
+            colorbar={"title": "|h|", **_powers_of_ten(wide.to_numpy())},
+        )
+    )
+    figure.update_xaxes(title_text=BLOCK)
+    figure.update_yaxes(title_text="dim of the residual stream, largest first", type="category", autorange="reversed")
+    mark_me_layer(figure, me_layer, annotation_yanchor="bottom")  # above the colours
+    figure.update_layout(**LAYOUT, title=heading(title), height=620)
+    return figure
+
+
+def dims_surface(activations: pd.DataFrame, *, me_layer: int | None, title: str) -> go.Figure:
+    """Draw the same as a 3-D surface, as the authors do; arguments as for `dims_heatmap`."""
+    wide = _by_block_and_dim(activations).sort_index()
+    figure = go.Figure(
+        go.Surface(
+            z=wide.to_numpy(),
+            x=wide.columns,
+            y=np.arange(len(wide)),
+            colorscale="Viridis",
+            showscale=False,
+            hovertemplate="block %{x}: |h| = %{z:.4g}<extra></extra>",
+        )
+    )
+    if me_layer is not None:
+        along = {
+            "x": [me_layer] * len(wide),
+            "y": np.arange(len(wide)),
+            "z": wide[me_layer] + 0.01 * wide.to_numpy().max(),
+        }
+        me_line = {"mode": "lines", "line": {"color": "#d62728", "width": 5}, "hoverinfo": "skip"}
+        figure.add_scatter3d(**along, **me_line, name=f"ME layer {me_layer}", showlegend=True)
+    figure.update_layout(
+        **LAYOUT,
+        title=heading(title),
+        height=700,
+        scene={
+            "xaxis": {"title": {"text": BLOCK}},
+            "yaxis": {
+                "title": {"text": "dim"},
+                "tickvals": list(range(0, len(wide), 4)),
+                "ticktext": [str(dim) for dim in wide.index[::4]],
+            },
+            "zaxis": {"title": {"text": "|h| of token 0"}},
+            "camera": {"eye": {"x": -1.5, "y": -1.6, "z": 0.8}},
+        },
+    )
+    return figure
+
+
+def heatmap_trace(heatmap: Heatmap, z_title: str) -> go.Heatmap:
+    return go.Heatmap(
+        z=np.asarray(heatmap.values, dtype=np.float32),
+        x=list(heatmap.x),
+        y=list(heatmap.y),
+        coloraxis="coloraxis",
+        hovertemplate=f"{heatmap.x_title} %{{x}}<br>{heatmap.y_title} %{{y}}<br>{z_title} %{{z:.4g}}<extra></extra>",
+    )
+
+
+def _ratio_trace(heatmap: Heatmap, z_title: str, *, text: bool) -> go.Heatmap:
+    """Colour by the logarithm, show the ratio."""
+    trace = heatmap_trace(heatmap, z_title)
+    ratios = np.asarray(heatmap.values, dtype=np.float32)
+    trace.z = np.log10(np.clip(ratios, 1e-6, None))
+    trace.customdata = ratios.tolist()  # plotly does not look into packed arrays here
+    trace.hovertemplate = str(trace.hovertemplate).replace("%{z:", "%{customdata:")
+    if text:
+        trace.text = [["" if np.isnan(ratio) else f"{ratio:.3g}" for ratio in row] for row in ratios]
+        trace.texttemplate = "%{text}"
+    return trace
+
+
+def _by_block_and_dim(activations: pd.DataFrame) -> pd.DataFrame:
+    wide = activations.pivot(index="dim", columns="layer", values="abs_activation")
+    return wide.loc[wide.max(axis=1).sort_values(ascending=False).index]
+
+
+def _powers_of_ten(values: np.ndarray) -> dict[str, Any]:
+    ticks = list(range(-2, int(np.ceil(np.log10(values.max()))) + 1))
+    return {"tickvals": ticks, "ticktext": [f"10<sup>{tick}</sup>" for tick in ticks]}
