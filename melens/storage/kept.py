@@ -36,7 +36,7 @@ def save_result(result: Result, folder: Path) -> None:
         "model": result.model,
         "metrics": result.metrics,
         "tables": list(result.tables),
-        "pictures": {
+        "figures": {
             name: [picture.source, picture.expected, picture.observed] for name, picture in result.figures.items()
         },
         "findings": [list(row) for row in result.findings],
