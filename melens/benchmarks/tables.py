@@ -50,22 +50,17 @@ class Layout:
 
     def latex(self) -> str:
         """Return the table in LaTeX, for the booktabs package."""
-        lines = [
-            r"\begin{table}",
-            r"\centering",
-            r"\begin{tabular}{l" + "r" * len(self.columns) + "}",
-            r"\toprule",
-            "".join(f" & {_escaped(column)}" for column in self.columns) + r" \\",
-            r"\midrule",
+        cells = [
+            [rf"\textbf{{{_escaped(cell)}}}" if is_best else _escaped(cell) for cell, is_best in zip(*row, strict=True)]
+            for row in zip(self.cells, self.best, strict=True)
         ]
-        for name, cells, best in zip(self.rows, self.cells, self.best, strict=True):
-            shown = [
-                rf"\textbf{{{_escaped(cell)}}}" if is_best else _escaped(cell)
-                for cell, is_best in zip(cells, best, strict=True)
-            ]
-            lines.append(" & ".join([_escaped(name), *shown]) + r" \\")
-        lines += [r"\bottomrule", r"\end{tabular}", rf"\caption{{{_escaped(self.caption)}}}", r"\end{table}", ""]
-        return "\n".join(lines)
+        table = pd.DataFrame(cells, index=[*map(_escaped, self.rows)], columns=[*map(_escaped, self.columns)])
+        return table.style.to_latex(
+            hrules=True,
+            position_float="centering",
+            column_format="l" + "r" * len(self.columns),
+            caption=_escaped(self.caption),
+        )
 
 
 _IN_LATEX = str.maketrans(
@@ -88,13 +83,13 @@ def _in_a_cell(text: str) -> str:
     return text.replace("|", r"\|").replace("\n", " ")
 
 
-def lay_out(scores: pd.DataFrame, model: str, told: str = "", reference: str = "the unmasked model") -> Layout:
+def lay_out(scores: pd.DataFrame, model: str, note: str = "", reference: str = "the unmasked model") -> Layout:
     """Lay scores out.
 
     Args:
         scores: of `scores.summarise`; only the metrics that tables show.
         model: its name, for the caption.
-        told: more for the caption: how it was asked.
+        note: more for the caption: how it was asked.
         reference: the row that the others are compared with.
     """
     shown = scores[scores["shown"]]
@@ -135,8 +130,8 @@ def lay_out(scores: pd.DataFrame, model: str, told: str = "", reference: str = "
             f"{n_unfinished} replies end inside a thought and count as no answer: neither right, nor a refusal, nor "
             "compliance; benchmark.max_new_tokens gives them more room. "
         )
-    best_told = "Bold is the largest of a column, or the smallest where ↓."
-    caption = f"{model}: {spread}{compared}. {best_told} {thoughts}{told}".strip()
+    bold = "Bold is the largest of a column, or the smallest where ↓."
+    caption = f"{model}: {spread}{compared}. {bold} {thoughts}{note}".strip()
     return Layout(columns, masks, cells, best, caption)
 
 
