@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from melens.figures.heatmaps import Heatmap, heatmap_trace
-from melens.figures.style import LAYOUT, heading
+from melens.figures.style import finish
 
 __all__ = ["attention_change", "attention_maps"]
 
@@ -43,15 +43,15 @@ def attention_maps(maps: Mapping[str, np.ndarray], tokens: Sequence[str], *, tit
         }
         for shown, label in enumerate(labels)
     ]
-    figure.update_layout(
-        **LAYOUT,
-        title=heading(title, note),
+    return finish(
+        figure,
+        title,
+        note,
         height=720,
         coloraxis={"colorscale": "Viridis", "cmin": 0, "cmax": 1, "colorbar": {"title": "attention"}},
         updatemenus=[{"buttons": buttons, "x": 1, "xanchor": "right", "y": 1.1, "yanchor": "bottom"}],
+        margin={"b": 110, "l": 110},
     )
-    figure.update_layout(margin={"b": 110, "l": 110})
-    return figure
 
 
 def attention_change(
@@ -68,15 +68,10 @@ def attention_change(
     figure = attention_maps(panels, tokens, title=title, note=note)
     for trace in figure.data[2 * (len(unmasked) + 1) :]:
         trace.coloraxis = "coloraxis2"
-    figure.update_yaxes(showticklabels=False, title_text="", col=2)
-    figure.update_yaxes(showticklabels=False, title_text="", col=3)
-    figure.update_layout(
+    for column in (2, 3):
+        figure.update_yaxes(showticklabels=False, title_text="", col=column)
+    colorbar = {"title": "difference", "x": 1.0, "len": 0.5, "y": 0.24}
+    return figure.update_layout(
         coloraxis={"colorbar": {"x": 1.0, "len": 0.5, "y": 0.76}},
-        coloraxis2={
-            "colorscale": "RdBu_r",
-            "cmin": -0.5,
-            "cmax": 0.5,
-            "colorbar": {"title": "difference", "x": 1.0, "len": 0.5, "y": 0.24},
-        },
+        coloraxis2={"colorscale": "RdBu_r", "cmin": -0.5, "cmax": 0.5, "colorbar": colorbar},
     )
-    return figure

@@ -1,4 +1,4 @@
-"""Curves by block or by step, with their intervals."""
+"""Curves by block, by dim or by training step, with their intervals, in one panel or several."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from melens.figures.style import BLOCK, COLORS, FIRST, LAYOUT, heading, mark_me_layer
+from melens.figures.style import BLOCK, COLORS, FIRST, finish, legend_below, mark_me_layer, panels_in_rows
 
 __all__ = ["Curve", "Panel", "add_curve", "curves_by_block", "ffn_figure", "over_steps", "vectors_by_dim"]
 
@@ -26,7 +26,7 @@ class Curve:
     Attributes:
         name: in the legend; curves of the same name in several panels share an entry.
         points: `layer`, `mean`, and for a band `low` and `high`.
-        color: as CSS.
+        color: as "#rrggbb".
         in_legend: False for all but one of many alike.
     """
 
@@ -60,14 +60,10 @@ def curves_by_block(
         columns: panels in a row.
         scale_buttons: let the reader switch the panels without a `y_range` between logarithmic and linear.
     """
-    columns = min(columns, len(panels))
-    rows = -(-len(panels) // columns)
-    titles = [panel.title for panel in panels]
-    figure = make_subplots(rows, columns, subplot_titles=titles, horizontal_spacing=0.1, vertical_spacing=0.3 / rows)
+    figure, places = panels_in_rows([panel.title for panel in panels], columns, gap=0.1, row_gap=0.3)
     in_legend: set[str] = set()
     switched = []
-    for index, panel in enumerate(panels):
-        at = {"row": index // columns + 1, "col": index % columns + 1}
+    for index, (panel, at) in enumerate(zip(panels, places, strict=True)):
         for curve in panel.curves:
             add_curve(figure, curve, at, in_legend=curve.in_legend and curve.name not in in_legend)
             in_legend.add(curve.name)
@@ -81,16 +77,11 @@ def curves_by_block(
         if panel.y_range is None:
             switched.append("yaxis" + (str(index + 1) if index else ""))
     figure.update_xaxes(title_text=BLOCK, rangemode="tozero")
-    height = 170 + 310 * rows
-    figure.update_layout(
-        **LAYOUT,
-        title=heading(title, note),
-        height=height,
-        legend={"orientation": "h", "x": 0, "y": -_BELOW / (height - 150), "yanchor": "top"},
-    )
+    height = 170 + 310 * places[-1]["row"]
+    below = -_BELOW / (height - 150)
     if scale_buttons:
-        figure.update_layout(updatemenus=[_scale_buttons(switched, panels[0].log_scale, -_BELOW / (height - 150))])
-    return figure
+        figure.update_layout(updatemenus=[_scale_buttons(switched, panels[0].log_scale, below)])
+    return finish(figure, title, note, height=height, legend=legend_below(below))
 
 
 def ffn_figure(
@@ -111,7 +102,14 @@ def ffn_figure(
             y=amplification["mean"],
             name="FFN amplification (right axis)",
             marker={"color": "rgba(120,120,120,0.45)"},
-            error_y=_error_bars(amplification),
+            error_y={
+                "type": "data",
+                "symmetric": False,
+                "array": amplification["high"] - amplification["mean"],
+                "arrayminus": amplification["mean"] - amplification["low"],
+                "thickness": 1,
+                "width": 2,
+            },
             hovertemplate="block %{x}: ×%{y:.4g}<extra>FFN amplification</extra>",
         ),
         secondary_y=True,
@@ -125,14 +123,8 @@ def ffn_figure(
     figure.update_yaxes(exponentformat="power", secondary_y=True)
     figure.update_xaxes(title_text=BLOCK)
     mark_me_layer(figure, me_layer)
-    figure.update_layout(
-        **LAYOUT,
-        title=heading(title, "Lines and bars: means over prompts. Bands and whiskers: their 95% bootstrap intervals."),
-        height=560,
-        legend={"orientation": "h", "x": 0, "y": -0.16, "yanchor": "top"},
-    )
-    figure.update_layout(margin={"r": 90})
-    return figure
+    note = "Lines and bars: means over prompts. Bands and whiskers: their 95% bootstrap intervals."
+    return finish(figure, title, note, height=560, legend=legend_below(-0.16), margin={"r": 90})
 
 
 def vectors_by_dim(vectors: Mapping[str, np.ndarray], *, title: str, note: str = "") -> go.Figure:
@@ -154,8 +146,7 @@ def vectors_by_dim(vectors: Mapping[str, np.ndarray], *, title: str, note: str =
         figure.add_annotation(x=largest, y=vector[largest], text=f"dim {largest}", row=row, col=1, **label)
     figure.update_xaxes(title_text="dim of the residual stream", row=len(vectors), col=1)
     figure.update_yaxes(title_text="activation")
-    figure.update_layout(**LAYOUT, title=heading(title, note), height=160 + 170 * len(vectors))
-    return figure
+    return finish(figure, title, note, height=160 + 170 * len(vectors))
 
 
 def over_steps(panels: Mapping[str, Mapping[str, pd.DataFrame]], *, title: str, markers: bool = False) -> go.Figure:
@@ -186,21 +177,20 @@ def over_steps(panels: Mapping[str, Mapping[str, pd.DataFrame]], *, title: str, 
             )
             in_legend.add(name)
     figure.update_xaxes(title_text="step", rangemode="tozero")
-    figure.update_layout(
-        **LAYOUT, title=heading(title), height=430, legend={"orientation": "h", "x": 0, "y": -0.22, "yanchor": "top"}
-    )
-    return figure
+    return finish(figure, title, height=430, legend=legend_below(-0.22))
 
 
 def add_curve(figure: go.Figure, curve: Curve, at: dict[str, int], *, in_legend: bool) -> None:
+    """Add a line to a panel (its `row` and `col`), with a band where its points have intervals."""
     points, layers = curve.points, curve.points["layer"]
     if "low" in points and points["low"].notna().any():
+        red, green, blue = (int(curve.color[i : i + 2], 16) for i in (1, 3, 5))
         band = go.Scatter(
             x=[*layers, *layers[::-1]],
             y=[*points["high"], *points["low"][::-1]],
             mode="lines",
             fill="toself",
-            fillcolor=_transparent(curve.color),
+            fillcolor=f"rgba({red},{green},{blue},0.15)",
             line={"width": 0},
             hoverinfo="skip",
             showlegend=False,
@@ -219,16 +209,6 @@ def add_curve(figure: go.Figure, curve: Curve, at: dict[str, int], *, in_legend:
         hovertemplate=f"block %{{x}}: %{{y:.4g}}<extra>{curve.name}</extra>",
     )
     figure.add_trace(line, **at)
-
-
-def _error_bars(points: pd.DataFrame) -> dict[str, Any]:
-    above, below = points["high"] - points["mean"], points["mean"] - points["low"]
-    return {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1, "width": 2}
-
-
-def _transparent(color: str) -> str:
-    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({red},{green},{blue},0.15)"
 
 
 def _spread(panel: Panel) -> float:

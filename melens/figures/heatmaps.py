@@ -1,8 +1,11 @@
-"""Matrices: ratios, changes of a loss, and token 0's activation by block and dim."""
+"""Matrices: ratios, changes of a loss, and token 0's activation by block and dim.
+
+Where values span orders of magnitude, the colour shows their logarithm; labels and hover texts show the values.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +15,16 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from melens.figures.curves import Panel, add_curve
-from melens.figures.style import BLOCK, LAYOUT, ME_LINE, heading, mark_me_layer, signed_log, signed_ticks
+from melens.figures.style import (
+    BLOCK,
+    ME_LINE,
+    finish,
+    legend_below,
+    mark_me_layer,
+    panels_in_rows,
+    signed_log,
+    signed_ticks,
+)
 
 __all__ = [
     "Heatmap",
@@ -65,31 +77,23 @@ def heatmaps(
         me_layer: 0-based block to mark on both axes.
         text: write the values into the cells.
     """
-    columns = min(columns, len(maps))
-    rows = -(-len(maps) // columns)
-    titles = [heatmap.title for heatmap in maps]
-    figure = make_subplots(rows, columns, subplot_titles=titles, horizontal_spacing=0.09, vertical_spacing=0.25 / rows)
-    for index, heatmap in enumerate(maps):
-        at = {"row": index // columns + 1, "col": index % columns + 1}
-        figure.add_trace(_ratio_trace(heatmap, z_title, text=text), **at)
+    figure, places = panels_in_rows([heatmap.title for heatmap in maps], columns, gap=0.09, row_gap=0.25)
+    for heatmap, at in zip(maps, places, strict=True):
+        figure.add_trace(_scaled_trace(heatmap, z_title, _log_ratio, "{:.3g}" if text else None), **at)
         figure.update_xaxes(title_text=heatmap.x_title, **at)
         figure.update_yaxes(title_text=heatmap.y_title, autorange="reversed", **at)
         if me_layer is not None:
             figure.add_vline(x=me_layer, line=ME_LINE, **at)
             figure.add_hline(y=me_layer, line=ME_LINE, **at)
     ticks = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
-    figure.update_layout(
-        **LAYOUT,
-        title=heading(title, note),
-        height=190 + (430 if columns > 1 else 480) * rows,
-        coloraxis={
-            "colorscale": "RdBu",
-            "cmin": -2,
-            "cmax": 2,
-            "colorbar": {"title": z_title, "tickvals": np.log10(ticks), "ticktext": [f"{tick:g}" for tick in ticks]},
-        },
+    colorbar = {"title": z_title, "tickvals": np.log10(ticks), "ticktext": [f"{tick:g}" for tick in ticks]}
+    return finish(
+        figure,
+        title,
+        note,
+        height=190 + (430 if min(columns, len(maps)) > 1 else 480) * places[-1]["row"],
+        coloraxis={"colorscale": "RdBu", "cmin": -2, "cmax": 2, "colorbar": colorbar},
     )
-    return figure
 
 
 def heatmap_with_slider(
@@ -121,14 +125,8 @@ def heatmap_with_slider(
     ]
     value = {"prefix": "after block "}
     slider = {"active": names.index(start), "steps": steps, "currentvalue": value, "pad": {"t": 100}}
-    figure.update_layout(
-        **LAYOUT,
-        title=heading(title, note),
-        height=760,
-        sliders=[slider],
-        coloraxis={"colorscale": "Viridis", "cmin": z_range[0], "cmax": z_range[1], "colorbar": {"title": z_title}},
-    )
-    return figure
+    colors = {"colorscale": "Viridis", "cmin": z_range[0], "cmax": z_range[1], "colorbar": {"title": z_title}}
+    return finish(figure, title, note, height=760, sliders=[slider], coloraxis=colors)
 
 
 def heatmap_over_curves(heatmap: Heatmap, panel: Panel, *, title: str, note: str = "", z_title: str) -> go.Figure:
@@ -143,51 +141,22 @@ def heatmap_over_curves(heatmap: Heatmap, panel: Panel, *, title: str, note: str
     figure.update_xaxes(title_text=BLOCK, row=2, col=1)
     mark_me_layer(figure, panel.me_layer, annotation_yanchor="bottom", row=1, col=1)  # above the colours
     mark_me_layer(figure, panel.me_layer, row=2, col=1)
-    figure.update_layout(
-        **LAYOUT,
-        title=heading(title, note),
-        height=740,
-        coloraxis={
-            "colorscale": "Viridis",
-            "cmin": 0,
-            "cmax": 1,
-            "colorbar": {"title": z_title, "len": 0.5, "y": 0.78},
-        },
-        legend={"orientation": "h", "x": 0, "y": -0.1, "yanchor": "top"},
-    )
-    return figure
+    colorbar = {"title": z_title, "len": 0.5, "y": 0.78}
+    colors = {"colorscale": "Viridis", "cmin": 0, "cmax": 1, "colorbar": colorbar}
+    return finish(figure, title, note, height=740, coloraxis=colors, legend=legend_below(-0.1))
 
 
 def loss_changes(maps: Sequence[Heatmap], *, title: str, note: str = "") -> go.Figure:
     """Draw changes of a loss side by side in the same colours, red for worse, with the values in the cells."""
-    columns = min(3, len(maps))
-    rows = -(-len(maps) // columns)
-    titles = [heatmap.title for heatmap in maps]
-    figure = make_subplots(rows, columns, subplot_titles=titles, horizontal_spacing=0.1, vertical_spacing=0.3 / rows)
-    for index, heatmap in enumerate(maps):
-        at = {"row": index // columns + 1, "col": index % columns + 1}
-        trace = heatmap_trace(heatmap, "Δloss")
-        trace.z = signed_log(heatmap.values)
-        trace.customdata = np.asarray(heatmap.values, dtype=float).tolist()
-        trace.hovertemplate = str(trace.hovertemplate).replace("%{z:", "%{customdata:")
-        trace.text = [["" if np.isnan(value) else f"{value:+.3f}" for value in row] for row in heatmap.values]
-        trace.texttemplate = "%{text}"
-        figure.add_trace(trace, **at)
+    figure, places = panels_in_rows([heatmap.title for heatmap in maps], 3, gap=0.1, row_gap=0.3)
+    for heatmap, at in zip(maps, places, strict=True):
+        figure.add_trace(_scaled_trace(heatmap, "Δloss", signed_log, "{:+.3f}"), **at)
         figure.update_xaxes(title_text=heatmap.x_title, type="category", **at)
         figure.update_yaxes(title_text=heatmap.y_title, type="category", autorange="reversed", **at)
     limit = float(signed_log(10))
-    figure.update_layout(
-        **LAYOUT,
-        title=heading(title, note),
-        height=260 + 230 * rows,
-        coloraxis={
-            "colorscale": "RdBu_r",
-            "cmin": -limit,
-            "cmax": limit,
-            "colorbar": {"title": "Δloss<br>(nats a token)", **signed_ticks()},
-        },
-    )
-    return figure
+    colorbar = {"title": "Δloss<br>(nats a token)", **signed_ticks()}
+    colors = {"colorscale": "RdBu_r", "cmin": -limit, "cmax": limit, "colorbar": colorbar}
+    return finish(figure, title, note, height=260 + 230 * places[-1]["row"], coloraxis=colors)
 
 
 def dims_heatmap(activations: pd.DataFrame, *, me_layer: int | None, title: str) -> go.Figure:
@@ -199,6 +168,8 @@ def dims_heatmap(activations: pd.DataFrame, *, me_layer: int | None, title: str)
         title: above the figure.
     """
     wide = _by_block_and_dim(activations)
+    powers = range(-2, int(np.ceil(np.log10(wide.to_numpy().max()))) + 1)
+    ticks = {"tickvals": list(powers), "ticktext": [f"10<sup>{power}</sup>" for power in powers]}
     figure = go.Figure(
         go.Heatmap(
             z=np.log10(wide.to_numpy().clip(min=1e-2)),
@@ -207,14 +178,13 @@ def dims_heatmap(activations: pd.DataFrame, *, me_layer: int | None, title: str)
             customdata=wide.to_numpy().tolist(),
             hovertemplate="block %{x}, dim %{y}: |h| = %{customdata:.4g}<extra></extra>",
             colorscale="Viridis",
-            colorbar={"title": "|h|", **_powers_of_ten(wide.to_numpy())},
+            colorbar={"title": "|h|", **ticks},
         )
     )
     figure.update_xaxes(title_text=BLOCK)
     figure.update_yaxes(title_text="dim of the residual stream, largest first", type="category", autorange="reversed")
     mark_me_layer(figure, me_layer, annotation_yanchor="bottom")  # above the colours
-    figure.update_layout(**LAYOUT, title=heading(title), height=620)
-    return figure
+    return finish(figure, title, height=620)
 
 
 def dims_surface(activations: pd.DataFrame, *, me_layer: int | None, title: str) -> go.Figure:
@@ -238,25 +208,18 @@ def dims_surface(activations: pd.DataFrame, *, me_layer: int | None, title: str)
         }
         me_line = {"mode": "lines", "line": {"color": "#d62728", "width": 5}, "hoverinfo": "skip"}
         figure.add_scatter3d(**along, **me_line, name=f"ME layer {me_layer}", showlegend=True)
-    figure.update_layout(
-        **LAYOUT,
-        title=heading(title),
-        height=700,
-        scene={
-            "xaxis": {"title": {"text": BLOCK}},
-            "yaxis": {
-                "title": {"text": "dim"},
-                "tickvals": list(range(0, len(wide), 4)),
-                "ticktext": [str(dim) for dim in wide.index[::4]],
-            },
-            "zaxis": {"title": {"text": "|h| of token 0"}},
-            "camera": {"eye": {"x": -1.5, "y": -1.6, "z": 0.8}},
-        },
-    )
-    return figure
+    dims = {"tickvals": list(range(0, len(wide), 4)), "ticktext": [str(dim) for dim in wide.index[::4]]}
+    scene = {
+        "xaxis": {"title": {"text": BLOCK}},
+        "yaxis": {"title": {"text": "dim"}, **dims},
+        "zaxis": {"title": {"text": "|h| of token 0"}},
+        "camera": {"eye": {"x": -1.5, "y": -1.6, "z": 0.8}},
+    }
+    return finish(figure, title, height=700, scene=scene)
 
 
 def heatmap_trace(heatmap: Heatmap, z_title: str) -> go.Heatmap:
+    """Return a matrix as plotly's trace, in the colours that the figures' `coloraxis` sets."""
     return go.Heatmap(
         z=np.asarray(heatmap.values, dtype=np.float32),
         x=list(heatmap.x),
@@ -266,15 +229,21 @@ def heatmap_trace(heatmap: Heatmap, z_title: str) -> go.Heatmap:
     )
 
 
-def _ratio_trace(heatmap: Heatmap, z_title: str, *, text: bool) -> go.Heatmap:
-    """Colour by the logarithm, show the ratio."""
+def _log_ratio(values: np.ndarray) -> np.ndarray:
+    return np.log10(np.clip(values, 1e-6, None))
+
+
+def _scaled_trace(
+    heatmap: Heatmap, z_title: str, scale: Callable[[np.ndarray], np.ndarray], text: str | None
+) -> go.Heatmap:
+    """Colour a matrix by its scaled values; show the values themselves, in the cells too where `text` formats them."""
+    values = np.asarray(heatmap.values, dtype=np.float32)
     trace = heatmap_trace(heatmap, z_title)
-    ratios = np.asarray(heatmap.values, dtype=np.float32)
-    trace.z = np.log10(np.clip(ratios, 1e-6, None))
-    trace.customdata = ratios.tolist()  # plotly does not look into packed arrays here
+    trace.z = scale(values)
+    trace.customdata = values.tolist()  # plotly does not look into packed arrays here
     trace.hovertemplate = str(trace.hovertemplate).replace("%{z:", "%{customdata:")
-    if text:
-        trace.text = [["" if np.isnan(ratio) else f"{ratio:.3g}" for ratio in row] for row in ratios]
+    if text is not None:
+        trace.text = [["" if np.isnan(value) else text.format(value) for value in row] for row in heatmap.values]
         trace.texttemplate = "%{text}"
     return trace
 
@@ -282,8 +251,3 @@ def _ratio_trace(heatmap: Heatmap, z_title: str, *, text: bool) -> go.Heatmap:
 def _by_block_and_dim(activations: pd.DataFrame) -> pd.DataFrame:
     wide = activations.pivot(index="dim", columns="layer", values="abs_activation")
     return wide.loc[wide.max(axis=1).sort_values(ascending=False).index]
-
-
-def _powers_of_ten(values: np.ndarray) -> dict[str, Any]:
-    ticks = list(range(-2, int(np.ceil(np.log10(values.max()))) + 1))
-    return {"tickvals": ticks, "ticktext": [f"10<sup>{tick}</sup>" for tick in ticks]}

@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from melens.figures.style import FIRST, LAYOUT, ME_LINE, OTHERS, heading, signed_log, signed_ticks
+from melens.figures.style import FIRST, ME_LINE, OTHERS, finish, legend_below, signed_log, signed_ticks
 
 __all__ = ["loss_over_sinks", "score_differences", "score_table", "shares", "verdicts"]
 
@@ -33,8 +33,7 @@ def score_table(
         cells={"values": [list(rows), *map(list, zip(*shown, strict=True))], "align": "left", "height": 28},
     )
     figure = go.Figure(table)
-    figure.update_layout(**LAYOUT, title=heading(title), height=220 + 30 * len(rows))
-    return figure
+    return finish(figure, title, height=220 + 30 * len(rows))
 
 
 def score_differences(scores: pd.DataFrame, *, title: str, note: str = "") -> go.Figure:
@@ -83,8 +82,7 @@ def score_differences(scores: pd.DataFrame, *, title: str, note: str = "") -> go
         figure.add_vline(x=0, line={"color": "#888", "width": 1}, **at)
         figure.update_xaxes(title_text="← worse, better →" if higher else "← better, worse →", **at)
         figure.update_yaxes(autorange="reversed", automargin=True, **at)
-    figure.update_layout(**LAYOUT, title=heading(title, note), height=inner + 170)
-    return figure
+    return finish(figure, title, note, height=inner + 170)
 
 
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x")
@@ -121,9 +119,7 @@ def loss_over_sinks(
     figure.add_vline(x=sink_mass, line=ME_LINE, annotation_text="no mask", annotation_position="top left")
     figure.update_xaxes(title_text="mean sink mass behind the ME layer", rangemode="tozero")
     figure.update_yaxes(title_text="Δloss (nats a token)", **signed_ticks())
-    figure.update_layout(**LAYOUT, title=heading(title, note), height=620)
-    figure.update_layout(legend={"x": 1.02, "y": 1})
-    return figure
+    return finish(figure, title, note, height=620, legend={"x": 1.02, "y": 1})
 
 
 def shares(table: pd.DataFrame, *, names: Sequence[str], title: str, note: str = "") -> go.Figure:
@@ -135,14 +131,8 @@ def shares(table: pd.DataFrame, *, names: Sequence[str], title: str, note: str =
         figure.add_trace(bar)
     figure.update_xaxes(title_text="share of prompts", range=[0, 1], tickformat=".0%")
     figure.update_yaxes(autorange="reversed", automargin=True)
-    figure.update_layout(
-        **LAYOUT,
-        title=heading(title, note),
-        barmode="stack",
-        height=220 + 55 * len(table),
-        legend={"orientation": "h", "x": 0, "y": -0.25, "yanchor": "top", "traceorder": "normal"},
-    )
-    return figure
+    legend = {**legend_below(-0.25), "traceorder": "normal"}
+    return finish(figure, title, note, height=220 + 55 * len(table), barmode="stack", legend=legend)
 
 
 _VERDICT_COLORS = {
@@ -181,5 +171,4 @@ def verdicts(claims: pd.DataFrame, *, title: str = "Verdicts on the paper's clai
     figure.update_yaxes(autorange="reversed", automargin=True, dtick=1)
     lines = max(model.count(", ") for model in models)  # of a job's name, an option each
     figure.update_xaxes(tickangle=0 if lines else None, tickfont={"size": 11} if lines else None, automargin=True)
-    figure.update_layout(**LAYOUT, title=heading(title), height=160 + 34 * len(wide) + 20 * lines)
-    return figure
+    return finish(figure, title, height=160 + 34 * len(wide) + 20 * lines)

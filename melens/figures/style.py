@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 __all__ = [
     "BLOCK",
     "COLORS",
     "FIRST",
-    "LAYOUT",
     "ME_LINE",
     "OTHERS",
     "SINK",
-    "heading",
+    "finish",
+    "legend_below",
     "mark_me_layer",
+    "panels_in_rows",
     "signed_log",
     "signed_ticks",
 ]
@@ -28,19 +31,50 @@ SINK = "#7a4fa3"
 COLORS = (FIRST, OTHERS, SINK, "#e69f00", "#009e73", "#56b4e9", "#444444", "#cc79a7")
 """Told apart also by people who see few colours."""
 BLOCK = "block (0-based)"
-LAYOUT: dict[str, Any] = {
+ME_LINE = {"color": "#444", "width": 1.5, "dash": "dot"}
+_LAYOUT: dict[str, Any] = {
     "template": "plotly_white",
     "font": {"family": "Helvetica, Arial, sans-serif", "size": 14, "color": "#222"},
     "margin": {"l": 70, "r": 30, "t": 90, "b": 60},
 }
-ME_LINE = {"color": "#444", "width": 1.5, "dash": "dot"}
 
 
-def heading(text: str, note: str = "") -> dict[str, Any]:
-    return {"text": f"{text}<br><sub>{note}</sub>" if note else text, "x": 0.02, "y": 0.97, "yanchor": "top"}
+def panels_in_rows(
+    titles: Sequence[str], columns: int, *, gap: float, row_gap: float
+) -> tuple[go.Figure, list[dict[str, int]]]:
+    """Make a figure of panels, left to right and top to bottom.
+
+    Args:
+        titles: of the panels.
+        columns: panels in a row, at most.
+        gap: between columns, as a share of the width.
+        row_gap: between rows, as a share of a row's height.
+
+    Returns:
+        The figure, and the `row` and `col` of each panel.
+    """
+    columns = min(columns, len(titles))
+    rows = -(-len(titles) // columns)
+    figure = make_subplots(
+        rows, columns, subplot_titles=titles, horizontal_spacing=gap, vertical_spacing=row_gap / rows
+    )
+    return figure, [{"row": at // columns + 1, "col": at % columns + 1} for at in range(len(titles))]
+
+
+def finish(figure: go.Figure, title: str, note: str = "", *, height: int, **layout: Any) -> go.Figure:
+    """Return a figure with its title, a note in small below that, fonts, margins and whatever else of the layout."""
+    text = f"{title}<br><sub>{note}</sub>" if note else title
+    heading = {"text": text, "x": 0.02, "y": 0.97, "yanchor": "top"}
+    return figure.update_layout(_LAYOUT).update_layout(title=heading, height=height, **layout)
+
+
+def legend_below(y: float) -> dict[str, Any]:
+    """Lay the legend out in a row below the axes; `y` counts in heights of the panels, from their foot."""
+    return {"orientation": "h", "x": 0, "y": y, "yanchor": "top"}
 
 
 def mark_me_layer(figure: go.Figure, me_layer: int | None, **at: Any) -> None:
+    """Draw the ME layer (0-based block) as a dotted line with its name; nothing for a model without one."""
     if me_layer is not None:
         side = "left" if me_layer > 4 else "right"  # where the curves leave room
         note = {"annotation_text": f"ME layer {me_layer}", "annotation_position": f"top {side}"}
