@@ -13,8 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from experiments.options.schema import AblationOptions
-from experiments.runner.study import Study, named_normalization
+from experiments.runner.legacy import AblationOptions
+from experiments.runner.study import Run as Study
+from experiments.runner.study import named_normalization
 from melens import MassiveTokenRuns, MelensError, Probe
 from melens.analysis.statistics import bootstrap_mean, mean_by, tidy, with_interval
 from melens.figures.curves import Curve, Panel, curves_by_block

@@ -15,16 +15,17 @@ from transformer_lens.model_bridge import TransformerBridge
 from experiments.masks import masks_of
 from experiments.options import Options
 from experiments.options.benchmark import Asked, asked_for
-from experiments.options.schema import ReportedOptions
-from experiments.runner.study import Study
+from experiments.runner.legacy import ReportedOptions
+from experiments.runner.study import Run as Study
 from melens import MelensError, Probe, WeMask, load_model
 from melens.benchmarks.catalog import Benchmark
-from melens.benchmarks.harness import Asking, HarnessTask, check_thinking, evaluate, load_task
-from melens.benchmarks.language import Needle, Questions, answered, ask
+from melens.benchmarks.harness import RequestOptions, check_thinking, evaluate
+from melens.benchmarks.language import Needle, Questions, make_questions, score_questions
 from melens.benchmarks.refusals import count_judged, judged_refusals, judging_chat
 from melens.benchmarks.scores import best_rates, count_verdicts, summarise
 from melens.benchmarks.scoring import Scorer
 from melens.benchmarks.tables import lay_out
+from melens.benchmarks.tasks import HarnessTask, load_task
 from melens.data.chat import Chat, chat_of
 from melens.data.texts import bos_prefix
 from melens.figures.scores import score_differences, score_table
@@ -54,7 +55,7 @@ def load_tasks(cfg: Options) -> None:
     tasks = [_harness_task(benchmark, asked.data_dir, asked.generates) for benchmark in of_harness]
     chat = _chat(asked, lambda: load_tokenizer(**cfg.model.model_dump(exclude_unset=True)))
     for task in tasks:
-        check_thinking(task, Asking(chat=chat if asked.in_chat(task.benchmark) else None))
+        check_thinking(task, chat if asked.in_chat(task.benchmark) else None)
 
 
 @cache
@@ -102,7 +103,7 @@ def run(study: Study, options: ReportedOptions) -> Result:
         n_unfinished=int(scores.loc[scores["shown"], "n_unfinished"].sum()),
         runs_kept=sum(each.n_kept for each in done),
         masks={
-            task: {cell.label: cell.mask.told() for cell in of_task if cell.mask} for task, of_task in cells.items()
+            task: {cell.label: cell.mask.to_dict() for cell in of_task if cell.mask} for task, of_task in cells.items()
         },
         compared=count_verdicts(scores.merge(masks, on="mask"), "select"),
     )
@@ -239,7 +240,7 @@ class Bench:
         ids: list[int] = []
         if benchmark.name == "needle" and self._tokenizer is not None:
             ids = self._tokenizer(self._study.text, add_special_tokens=False)["input_ids"]
-        return ask(
+        return make_questions(
             benchmark,
             self._tokenizer,
             self._study.texts,
@@ -251,7 +252,7 @@ class Bench:
             needle=Needle(*self._asked.needle),
         )
 
-    def _asking(self, task: HarnessTask) -> Asking:
+    def _asking(self, task: HarnessTask) -> RequestOptions:
         asked = self._asked
         own = getattr(self._network, "generation_config", None)
         sampling = {
@@ -259,7 +260,7 @@ class Bench:
             "top_p": asked.top_p or getattr(own, "top_p", None) or 1.0,
         }
         most = asked.max_new_tokens or (task.benchmark.max_new_tokens if asked.generates else None)
-        return Asking(
+        return RequestOptions(
             chat=self.chat if asked.in_chat(task.benchmark) else None,
             sampling=sampling if asked.generates else None,
             max_new_tokens=most,
@@ -282,7 +283,7 @@ class Bench:
         most = self._study.cfg.max_batch_tokens
         if isinstance(task, Questions):
             scorer = Scorer(self._network, max_length=self._max_length, max_batch_tokens=most)
-            return answered(scorer, task, progress)
+            return score_questions(scorer, task, progress)
         asking, limit = self._asking(task), self._asked.limit
         asking = asking if batch_size is None else replace(asking, batch_size=batch_size)
         return evaluate(

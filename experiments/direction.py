@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from experiments.options.schema import PlainOptions
-from experiments.runner.study import Study
+from experiments.runner.legacy import PlainOptions
+from experiments.runner.study import Run as Study
 from melens import Probe
 from melens.analysis.metrics import l2_norm, pairwise_cosine
 from melens.analysis.statistics import bootstrap_mean, mean_by, tidy

@@ -11,9 +11,11 @@ import pandas as pd
 import plotly.graph_objects as go
 from transformer_lens.model_bridge import TransformerBridge
 
-from experiments.options.schema import EmergenceOptions, ModelOptions
+from experiments.options.schema import ModelOptions
 from experiments.runner.jobs import Job, in_words
-from experiments.runner.study import Study, named_normalization
+from experiments.runner.legacy import EmergenceOptions
+from experiments.runner.study import Run as Study
+from experiments.runner.study import named_normalization
 from melens import Emergence, Probe, Trace
 from melens.analysis import sink_mass as sinks
 from melens.analysis.statistics import bootstrap_mean, with_interval
@@ -39,7 +41,7 @@ def run(study: Study, options: EmergenceOptions) -> Result:
     """Draw norms, largest dims and sink mass by block, and put the ME layer in figures."""
     trace, me = study.trace, study.me
     onset = sinks.find_sink_onset(trace, trailing_blocks=me.criterion.trailing_blocks)
-    layout = Layout.of(study.model).as_heard(sinks.heard_layers(trace))
+    layout = Layout.of(study.model).as_measured(sinks.measured_layers(trace))
     norms = norm_by_block(trace["norm"])
     sink_mass = sinks.sink_mass_by_layer(trace)
     dims = _top_dims(trace, options.top_dims)

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 from transformer_lens.model_bridge import TransformerBridge
 
-from experiments.options.schema import PlainOptions
-from experiments.runner.study import Study
+from experiments.runner.legacy import PlainOptions
+from experiments.runner.study import Run as Study
 from melens import Concentration, MelensError, Probe
 from melens.analysis.statistics import bootstrap_mean, mean_by, peak_layer, with_interval
 from melens.figures.curves import ffn_figure

@@ -19,8 +19,9 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from experiments.masks import only_mask_of
 from experiments.options import Options
-from experiments.options.schema import GenerateOptions, KeptOptions
-from experiments.runner.study import Study
+from experiments.options.schema import GenerateOptions
+from experiments.runner.legacy import KeptOptions
+from experiments.runner.study import Run as Study
 from melens import MelensError, Probe, Prompt, WeMask
 from melens.data.chat import PLAIN, Chat, chat_of, prompt_ids, read_reply
 from melens.data.prompts import tokenize
@@ -79,7 +80,7 @@ def run(study: Study, options: KeptOptions) -> Result:
             progress(len(pairs), len(prompts) * len(seeds))
     metrics = study.metrics(
         mask=_mask_in_words(mask, study.model),
-        masks={} if mask is None else {"mask": mask.told()},
+        masks={} if mask is None else {"mask": mask.to_dict()},
         use_cache=use_cache,
         cache_error=max(way.error for way in ways),
         thinking=None if chat is None else chat.in_words(),
@@ -121,7 +122,7 @@ def _prompts(study: Study, chat: Chat | None) -> list[Given]:
     tokenizer: Any = study.model.tokenizer
     generation = study.cfg.generate
     if generation.prompt is None:
-        ids = [study.tokens[row] for row in _short_prompts(study.trace.prompts)]
+        ids = [study.tokens[row].tolist() for row in _short_prompts(study.trace.prompts)]
         texts = [_decode(tokenizer, of_prompt, skip_special_tokens=chat is not None) for of_prompt in ids]
     else:
         texts = [generation.prompt] if isinstance(generation.prompt, str) else list(generation.prompt)

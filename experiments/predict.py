@@ -7,8 +7,8 @@ from typing import Any
 import pandas as pd
 from transformer_lens.model_bridge import TransformerBridge
 
-from experiments.options.schema import PlainOptions
-from experiments.runner.study import Study
+from experiments.runner.legacy import PlainOptions
+from experiments.runner.study import Run as Study
 from melens import Probe
 from melens.analysis.statistics import peak_layer
 from melens.analysis.weights import SCORES, rank_of, score_blocks

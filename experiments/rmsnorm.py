@@ -9,8 +9,9 @@ import pandas as pd
 import plotly.graph_objects as go
 from transformer_lens.model_bridge import TransformerBridge
 
-from experiments.options.schema import RmsnormOptions
-from experiments.runner.study import Study, named_normalization
+from experiments.runner.legacy import RmsnormOptions
+from experiments.runner.study import Run as Study
+from experiments.runner.study import named_normalization
 from melens import GainAlignment, MelensError, Probe
 from melens.analysis.statistics import bootstrap_mean, mean_by, peak_layer, with_interval
 from melens.figures.curves import Curve, Panel, curves_by_block

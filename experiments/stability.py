@@ -11,8 +11,8 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 import melens
-from experiments.options.schema import StabilityOptions
-from experiments.runner.study import Study
+from experiments.runner.legacy import StabilityOptions
+from experiments.runner.study import Run as Study
 from melens import Probe
 from melens.analysis.statistics import bootstrap_mean
 from melens.figures.curves import Curve, Panel, curves_by_block
@@ -132,7 +132,7 @@ def _beginnings(study: Study, options: StabilityOptions) -> pd.DataFrame:
         `beginning`, `n` (sequences run), the shares `at_first`, `elsewhere` and `none`, and `same_layer`: of those with
         a massive token, the share in which it is born in the ME layer.
     """
-    shortest = sorted(study.tokens, key=len)[: options.n_prompts]
+    shortest = sorted((ids.tolist() for ids in study.tokens), key=len)[: options.n_prompts]
     bodies = [ids[: options.max_tokens] for ids in shortest]
     variants = _variants(study, bodies, options)
     flat = [torch.tensor(ids[: study.model.cfg.n_ctx]) for sequences in variants.values() for ids in sequences]

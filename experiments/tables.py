@@ -22,11 +22,12 @@ from experiments.masks import masks_of, on_blocks
 from experiments.options import Options
 from experiments.options.benchmark import asked_for
 from experiments.options.masks import Preset, presets_of
-from experiments.options.schema import ReportedOptions
 from experiments.options.table import Part, Table, asked_table, of_part
 from experiments.options.training import Planned
+from experiments.runner.legacy import ReportedOptions
 from experiments.runner.progress import note
-from experiments.runner.study import Study, begin_study
+from experiments.runner.study import Run as Study
+from experiments.runner.study import begin_study
 from experiments.training import fit, free_memory, kept_training, model_options, prepare_training
 from experiments.training_report import Course, averaged, draw
 from melens import MelensError, Probe, WeMask, load_model

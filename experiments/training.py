@@ -20,9 +20,9 @@ from transformer_lens.model_bridge import TransformerBridge
 import melens
 from experiments.masks import only_mask_of
 from experiments.options import Options
-from experiments.options.schema import PlainOptions
 from experiments.options.training import Planned, planned_training
-from experiments.runner.study import Study
+from experiments.runner.legacy import PlainOptions
+from experiments.runner.study import Run as Study
 from experiments.training_report import Course, draw
 from melens import MelensError, Probe, WeMask
 from melens.analysis.sink_mass import sink_mass_by_layer
@@ -32,7 +32,8 @@ from melens.models.gates import add_gates
 from melens.models.loading import check_memory, load_tokenizer
 from melens.models.quantization import is_quantized
 from melens.models.view import bridged_twin, is_whole, plain_twin, view_model
-from melens.report.result import Result, write_text
+from melens.report.record import write_text
+from melens.report.result import Result
 from melens.storage.cache import Store, code_version, store_for, tokenizer_fingerprint
 from melens.training.data import TrainingData, format_rows, hash_rows, load_training_data
 from melens.training.rewards import check_answers
@@ -231,7 +232,7 @@ def fit(study: Study, planned: Planned, folder: Path, *, resume: bool) -> Fitted
             watch_every=planned.trace_every,
         )
     told = {"training": asdict(planned.recipe), "dataset": planned.dataset, "rows": len(rows), "gate": planned.gate}
-    told |= {"model": study.trace.model["name"], "mask": None if mask is None else mask.told(), **trained.metrics}
+    told |= {"model": study.trace.model["name"], "mask": None if mask is None else mask.to_dict(), **trained.metrics}
     save_trained(trained.model, tokenizer, folder / "model", mask=mask, told=told)
     return Fitted(
         folder / "model", mask, trained.log, looks.table(), trained.metrics | {"rows": len(rows), "chat": chat}
@@ -326,7 +327,7 @@ def run(study: Study, options: PlainOptions) -> Result:
     metrics = study.metrics(
         method=planned.recipe.method,
         dataset=planned.dataset,
-        training_mask=None if fitted.mask is None else fitted.mask.told(),
+        training_mask=None if fitted.mask is None else fitted.mask.to_dict(),
         gate=planned.gate,
         saved_in=str(fitted.folder),
         **{f"training_{key}": value for key, value in fitted.metrics.items()},

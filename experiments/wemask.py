@@ -15,8 +15,8 @@ from transformer_lens.model_bridge import TransformerBridge
 import melens
 from experiments.mask_grid import ARGUMENTS, UNMASKED, Grid, drawn, report
 from experiments.masks import masks_of
-from experiments.options.schema import WemaskOptions
-from experiments.runner.study import Study
+from experiments.runner.legacy import WemaskOptions
+from experiments.runner.study import Run as Study
 from melens import AttentionMaps, Probe, WeMask
 from melens.analysis.sink_mass import SINK_THRESHOLD
 from melens.figures.attention import attention_change
@@ -58,7 +58,7 @@ def run(study: Study, options: WemaskOptions) -> Result:
         text=data.text or "pydoc_data.topics",
         sink_layers=_sink_layers(study),
         next_attention=None if study.me.layer is None else Layout.of(model).next_attention(study.me.layer),
-        masks={mask_name(mask): mask.told() for mask in masks},
+        masks={mask_name(mask): mask.to_dict() for mask in masks},
         unmasked_run_was_kept=comparison.shared,
         cells_kept=[mask_name(mask) for mask in kept],
     )

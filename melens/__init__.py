@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from melens.analysis.me_layer import Criterion, Emergence, find_me_layer, massive_activations
+    from melens.analysis.study import Study, study
     from melens.analysis.weights import score_blocks
     from melens.claims.engine import judge
     from melens.data.prompts import Prompt, load_prompts
@@ -51,6 +52,7 @@ __all__ = [
     "SinkByQuery",
     "SinkMass",
     "Spectrum",
+    "Study",
     "TokenVectors",
     "Trace",
     "Verification",
@@ -65,6 +67,7 @@ __all__ = [
     "massive_activations",
     "read_normalization",
     "score_blocks",
+    "study",
     "trace",
     "verify",
 ]
@@ -72,12 +75,14 @@ __all__ = [
 _MODULES = (
     "errors", "data.prompts", "tracing.probes", "tracing.verification", "tracing.trace", "analysis.me_layer",
     "models.loading", "claims.engine", "models.normalization", "tracing.interventions", "analysis.weights",
-    "masks.mask",
+    "masks.mask", "analysis.study",
 )  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     """Import what is asked for when it is: the bridge takes a second that `import melens` need not."""
+    if name == "analysis":
+        return import_module("melens.analysis")
     if name in __all__:
         for module in (import_module(f"melens.{module}") for module in _MODULES):
             if name in module.__all__:

@@ -17,7 +17,8 @@ from hydra.errors import HydraException
 
 from experiments.options.masks_asked import masks_asked
 from experiments.options.reading import CONF, OptionError, choose_from, compose_options, is_group
-from experiments.options.schema import AS_TYPED, options_of
+from experiments.options.schema import options_of
+from experiments.runner.declaration import AS_TYPED
 from melens.errors import MelensError
 from melens.validation.types import in_words
 

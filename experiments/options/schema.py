@@ -9,11 +9,28 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, create_model, model_validator
 from pydantic.fields import FieldInfo
 
+from experiments.runner.declaration import (
+    AtLeast2,
+    AtLeast3,
+    AutoFlag,
+    ExperimentOptions,
+    Names,
+    Node,
+    OptionalCount,
+    OptionalNumber,
+    OptionalPositive,
+    OptionalShare,
+    OptionalText,
+    Seeds,
+    Text,
+    as_list,
+)
+from experiments.runner.registry import EXPERIMENTS
 from melens.data.reading import file_text, names_file
 from melens.environment.extras import check_extra
 from melens.errors import MelensError
@@ -38,36 +55,14 @@ from melens.validation.types import (
 )
 
 __all__ = [
-    "AS_TYPED",
-    "AllOptions",
     "BenchmarkOptions",
-    "ExperimentOptions",
     "GenerateOptions",
     "MaskOptions",
     "ModelOptions",
-    "Node",
     "Options",
     "TrainingOptions",
     "options_of",
 ]
-
-
-class Node(BaseModel):
-    """A group of options."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-class _AsTyped:
-    """Marks an option that is a text: no number, list or sweep is read out of it."""
-
-
-AS_TYPED = _AsTyped()
-
-
-def _listed(value: Any) -> Any:
-    """Let one thing stand for a list of one."""
-    return value if value is None or isinstance(value, list) else [value]
 
 
 def _off(value: Any) -> Any:
@@ -83,24 +78,6 @@ def _word(value: Any) -> Any:
 def _check_folder(option: str, folder: str | None) -> None:
     if folder is not None and not Path(os.path.expanduser(folder)).is_dir():
         raise MelensError(f"{option} is {folder!r}; there is no such folder.")
-
-
-AtLeast2 = Annotated[int, Field(strict=True, ge=2), Said("a whole number of at least 2")]
-AtLeast3 = Annotated[int, Field(strict=True, ge=3), Said("a whole number of at least 3")]
-OptionalCount = Annotated[Count | None, Said("a whole number of at least 1, or null")]
-OptionalPositive = Annotated[Positive | None, Said("a number over 0, or null")]
-OptionalNumber = Annotated[Number | None, Said("a number of at least 0, or null")]
-OptionalShare = Annotated[Share | None, Said("a number over 0 and at most 1, or null")]
-Text = Annotated[Name, AS_TYPED, Said("a text")]
-OptionalText = Annotated[Name | None, AS_TYPED, Said("a text, or null")]
-Names = Annotated[
-    Annotated[list[Name], Field(min_length=1)] | None,
-    BeforeValidator(_listed),
-    Said("a list of names, as [a,b], or null"),
-]
-_Seeds = Annotated[list[Whole], Field(min_length=1)]
-Seeds = Annotated[_Seeds, BeforeValidator(_listed), Said("a list of whole numbers, as [0,1]")]
-AutoFlag = Annotated[Literal["auto"] | Flag, Said("auto, true or false")]
 
 
 # --- What is looked at ------------------------------------------------------------------------------------------------
@@ -259,7 +236,7 @@ class BenchmarkOptions(Node):
     tasks: Names
     masks: Annotated[
         Annotated[list[Annotated[Name, BeforeValidator(_off)]], Field(min_length=1)] | None,
-        BeforeValidator(_listed),
+        BeforeValidator(as_list),
         Said("a list of presets, as [off,paper], or null"),
     ]
     table: Annotated[Literal[1, 2, 5, 6, 7] | None, Said("1, 2, 5, 6, 7 or null")]
@@ -338,123 +315,22 @@ class TrainingOptions(Node):
 # --- Experiments ------------------------------------------------------------------------------------------------------
 
 
-class Experiment(Node):
-    @property
-    def is_kept(self) -> bool:
-        """Whether what takes long is kept in the user's cache."""
-        return bool(getattr(self, "keep", False))
-
-    @property
-    def has_report(self) -> bool:
-        """Whether `report.html` is wanted."""
-        return bool(getattr(self, "report", False))
-
-
-class PlainOptions(Experiment):
-    """Of an experiment that has no option of its own."""
-
-    name: Literal["ffn", "direction", "predict", "verify", "sft", "dpo", "grpo"]
-
-
-class EmergenceOptions(Experiment):
-    name: Literal["emergence"]
-    log_scale: Flag
-    top_dims: Count
-
-
-class RmsnormOptions(Experiment):
-    name: Literal["rmsnorm"]
-    top_share: Annotated[Share, Said("a share of the width, over 0 and at most 1")]
-    other_shares: Annotated[list[Share], Said("a list of shares of the width, each over 0 and at most 1")]
-
-
-class SinksOptions(Experiment):
-    name: Literal["sinks"]
-    map_tokens: AtLeast2
-    rank_tokens: AtLeast2
-    rank_prompts: Count
-
-
-class AblationOptions(Experiment):
-    name: Literal["ablation"]
-    max_position: Count
-
-
-def _rising(bins: list[int]) -> list[int]:
-    if bins != sorted(set(bins)):
-        raise ValueError
-    return bins
-
-
-class StabilityOptions(Experiment):
-    name: Literal["stability"]
-    length_bins: Annotated[list[Count], AfterValidator(_rising), Said("a list of rising whole numbers of tokens")]
-    n_prompts: Count
-    max_tokens: AtLeast2
-    n_first_tokens: Count
-
-
-class WemaskOptions(Experiment):
-    name: Literal["wemask"]
-    texts_per_batch: Count
-    map_tokens: AtLeast2
-    patterns: Annotated[Literal["drawn", "all", "none"], Said("drawn, all or none")]
-    keep: Flag
-
-
-class KeptOptions(Experiment):
-    name: Literal["generate"]
-    keep: Flag
-
-
-class ReportedOptions(Experiment):
-    name: Literal["benchmark", "tables"]
-    keep: Flag
-    report: Flag
-
-
-_Part = Literal[
-    "emergence", "rmsnorm", "ffn", "direction", "sinks", "ablation", "stability", "predict", "wemask", "benchmark"
-]
-
-
-class AllOptions(Experiment):
-    """Of several experiments in one run, each with a node of its own."""
-
-    name: Literal["all"]
-    keep: Flag
-    experiments: Annotated[
-        Annotated[list[_Part], Field(min_length=1)],
-        BeforeValidator(_listed),
-        Said(
-            "a list of at least one of emergence, rmsnorm, ffn, direction, sinks, ablation, stability, predict, wemask "
-            "and benchmark"
-        ),
+def _all_options() -> type[ExperimentOptions]:
+    """Make the options of `exp=all`: those of several experiments in one run, each in a node of its name."""
+    nodes: Any = {name: (experiment.options, ...) for name, experiment in EXPERIMENTS.items() if experiment.in_all}
+    chosen = Annotated[
+        Annotated[list[Literal[*nodes]], Field(min_length=1)],  # type: ignore[valid-type]
+        BeforeValidator(as_list),
+        Said(f"a list of at least one of {listed(list(nodes))}"),
     ]
-    emergence: EmergenceOptions
-    rmsnorm: RmsnormOptions
-    ffn: PlainOptions
-    direction: PlainOptions
-    sinks: SinksOptions
-    ablation: AblationOptions
-    stability: StabilityOptions
-    predict: PlainOptions
-    wemask: WemaskOptions
-    benchmark: ReportedOptions
+    own: Any = {"name": (Literal["all"], ...), "keep": (Flag, ...), "experiments": (chosen, ...)}
+    return create_model("AllOptions", __base__=ExperimentOptions, **own, **nodes)
 
 
-ExperimentOptions = (
-    PlainOptions
-    | EmergenceOptions
-    | RmsnormOptions
-    | SinksOptions
-    | AblationOptions
-    | StabilityOptions
-    | WemaskOptions
-    | KeptOptions
-    | ReportedOptions
-    | AllOptions
-)
+if TYPE_CHECKING:
+    AnyExperiment = ExperimentOptions
+else:
+    AnyExperiment = Union[(*(experiment.options for experiment in EXPERIMENTS.values()), _all_options())]
 
 
 # --- All --------------------------------------------------------------------------------------------------------------
@@ -471,7 +347,7 @@ class Options(Node):
     """
 
     model: Annotated[ModelOptions | RandomModelOptions, Field(discriminator="source")]
-    exp: Annotated[ExperimentOptions, Field(discriminator="name")]
+    exp: Annotated[AnyExperiment, Field(discriminator="name")]
     prompts: PromptOptions
     wemask: MaskOptions
     criterion: CriterionOptions
@@ -504,8 +380,9 @@ class Options(Node):
     @property
     def experiments(self) -> dict[str, Any]:
         """The options of each experiment that is asked for, in order."""
-        if isinstance(self.exp, AllOptions):
-            return {name: getattr(self.exp, name) for name in self.exp.experiments}
+        if self.exp.name == "all":
+            chosen: Any = self.exp
+            return {name: getattr(chosen, name) for name in chosen.experiments}
         return {self.exp.name: self.exp}
 
     def changed(self, **nodes: Mapping[str, Any]) -> Options:

@@ -69,7 +69,7 @@ def _run(cfg: DictConfig, folder: Path) -> None:
         _failures.append(error)
         message = tell(error, verbose=bool(hydra_cfg.verbose))
         if hydra_cfg.mode == RunMode.MULTIRUN:
-            from melens.report.result import write_failure
+            from melens.report.record import write_failure
 
             write_failure(message, folder, config=config)
 

@@ -26,7 +26,8 @@ from experiments.tables import prepare_table
 from experiments.training import model_options, prepare_training
 from melens import load_model, load_prompts
 from melens.data.prompts import choose_prompts
-from melens.report.result import Record, show_result
+from melens.report.record import Record, show_result
+from melens.report.result import plain_metrics
 from melens.training.recipe import METHODS
 
 __all__ = ["run_job"]
@@ -71,9 +72,9 @@ def run_job(cfg: Options, folder: Path) -> list[str]:
     if not is_first_process():
         return []
     show_result(record.whole, paths, console)
-    if before := [part.experiment for part in record.parts if part.metrics.get("measured_before")]:
+    if before := [part.experiment for part in record.parts if plain_metrics(part.metrics).get("measured_before")]:
         console.print(f"Measured before, and kept: {', '.join(before)} (exp.keep=false measures anew).")
-    return [part.experiment for part in record.parts if part.metrics.get("failed")]
+    return [part.experiment for part in record.parts if plain_metrics(part.metrics).get("failed")]
 
 
 def own_resumed(cfg: Options) -> AbstractContextManager[None]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from melens.report.result import read_results
+from melens.report.record import read_results
 from melens.validation import types as allowed
 
 __all__ = ["Job", "in_words", "jobs_of", "read_jobs"]

@@ -15,7 +15,8 @@ from experiments.runner.processes import is_first_process
 from experiments.runner.progress import note
 from melens import MelensError
 from melens.report.page import write_report
-from melens.report.result import WHOLE, Record, Result, combine
+from melens.report.record import WHOLE, Record
+from melens.report.result import Result, combine
 from melens.storage.cache import KEPT
 from melens.training.recipe import METHODS
 

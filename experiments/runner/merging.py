@@ -17,7 +17,8 @@ from experiments import emergence, mask_grid, training_report
 from experiments.runner.jobs import Job, read_jobs
 from melens import judge
 from melens.figures.scores import verdicts
-from melens.report.result import Figure, Result, show_result, write_tables_and_figures
+from melens.report.record import show_result, write_tables_and_figures
+from melens.report.result import Figure, Result
 
 __all__ = ["merge_jobs"]
 

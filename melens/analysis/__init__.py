@@ -1,1 +1,25 @@
-"""What is measured of a model: the ME layer, and each of the paper's figures as a function of a `Study`."""
+"""Measure a model: each of the paper's figures as a function of a `Study`, without Hydra.
+
+study = melens.study(model, prompts)
+result = melens.analysis.sinks(study)
+result.figures["sink_mass"]
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from melens.analysis.attention_sinks import sinks
+
+__all__ = ["sinks"]
+
+_MODULES = {"sinks": "attention_sinks"}
+"""Where each function stands: in no module of its own name, which would hide it."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import a function when it is asked for: `melens.analysis.metrics` alone needs none of them."""
+    if name not in _MODULES:
+        raise AttributeError(f"module 'melens.analysis' has no attribute {name!r}")
+    globals()[name] = getattr(import_module(f"melens.analysis.{_MODULES[name]}"), name)
+    return globals()[name]

@@ -13,7 +13,7 @@ from melens.validation.signatures import checked
 from melens.validation.types import Rate, Whole
 
 __all__ = [
-    "SINK_THRESHOLD", "SinkOnset", "find_sink_onset", "heard_layers", "sink_mass_by_head", "sink_mass_by_layer",
+    "SINK_THRESHOLD", "SinkOnset", "find_sink_onset", "measured_layers", "sink_mass_by_head", "sink_mass_by_layer",
 ]  # fmt: skip
 
 SINK_THRESHOLD = 0.3
@@ -38,7 +38,7 @@ class SinkOnset:
 
 
 @checked
-def heard_layers(trace: TraceGiven) -> list[int]:
+def measured_layers(trace: TraceGiven) -> list[int]:
     """List the blocks whose attention a trace heard."""
     return sorted(set(trace["sink_mass"]["layer"].tolist())) if "sink_mass" in trace.tables else []
 

@@ -128,11 +128,12 @@ def holm(p_values: np.ndarray) -> np.ndarray:
     return corrected
 
 
-def with_interval(value: float, interval: tuple[float, float] | None, form: str = ".3g") -> str:
+def with_interval(value: float, interval: tuple[float | None, float | None] | None, form: str = ".3g") -> str:
     """Write a mean with its interval, `1.64 (1.61 to 1.67)`, or alone where there is none."""
-    if interval is None or np.isnan(interval[0]):
+    low, high = interval or (None, None)
+    if low is None or high is None or np.isnan(low):
         return format(value, form)
-    return f"{value:{form}} ({interval[0]:{form}} to {interval[1]:{form}})"
+    return f"{value:{form}} ({low:{form}} to {high:{form}})"
 
 
 def tidy(values: np.ndarray, name: str, column: str = "layer") -> pd.DataFrame:

@@ -1,42 +1,56 @@
-"""Each claim of the paper as data, with a threshold fixed in advance; `judge(results)` gives each its verdict."""
+"""From a measured value to a verdict: a claim is data with a threshold fixed in advance, `judge(results)` decides.
+
+    melens.judge(result)  # a row a claim: claim, statistic, criterion, value, low, high, verdict, note
+
+1. Results come as `Result`, or as what their `result.json` holds; those of one model belong together.
+2. The metrics become the class that the claim is about, so that a claim reads fields and not keys.
+3. What was not measured, and why, is found first; then the claim's own `judge` decides, mostly by `at_least`.
+4. Over several models, the claim about families is judged as well.
+
+To add a claim: append a `Claim` to `CLAIMS` beside the analysis that measures it (`melens/analysis/sinks.py`).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import pandas as pd
+from pydantic import ValidationError
 
 from melens.errors import MelensError
+from melens.report.result import Interval, Metrics, Result
 from melens.validation.signatures import given
 
-__all__ = ["CLAIMS", "Claim", "Judgement", "Verdict", "judge"]
+__all__ = [
+    "Claim", "Judgement", "NotANumberError", "Verdict", "at_least", "at_most", "judge", "judge_parts", "number",
+    "unless_trivial",
+]  # fmt: skip
 
 Verdict = Literal["holds", "holds in part", "does not hold", "trivial here", "not measured"]
-Metrics = Mapping[str, Any]
+M = TypeVar("M", bound=Metrics)
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """A verdict with the number it rests on.
+    """What a claim comes to on a model.
 
     Attributes:
-        verdict: see `Verdict`; "trivial here" where the data could not have contradicted the claim.
-        value: of the claim's statistic.
-        interval: its 95% bootstrap interval over prompts, where it is a mean over prompts.
+        verdict: what it comes to.
+        value, interval: what was measured, with its 95% interval where it is a mean over prompts.
         note: what else a reader should know, or why nothing was measured.
     """
 
     verdict: Verdict
     value: float | int | None = None
-    interval: tuple[float | int, float | int] | None = None
+    interval: tuple[float, float] | None = None
     note: str = ""
 
 
 @dataclass(frozen=True)
-class Claim:
+class Claim(Generic[M]):
     """A claim of the paper, or of its review.
 
     Attributes:
@@ -44,6 +58,7 @@ class Claim:
         claim: in our words.
         source: where it is made.
         experiment: which experiment measures it.
+        metrics: the class of that experiment's metrics.
         figure: which of that experiment's figures shows it.
         statistic: what is measured.
         criterion: what it must satisfy.
@@ -52,6 +67,7 @@ class Claim:
         of_token_0: whether it is measured on token 0, whatever token is massive.
         of_ffn: whether it is about the ME layer's FFN, which in a hybrid not every block has.
         blocks_after: how many blocks it takes between the ME layer and the last two; None if it does not matter.
+        needs_me_layer: whether without an ME layer there is nothing to measure.
     """
 
     id: str
@@ -62,10 +78,15 @@ class Claim:
     statistic: str
     criterion: str
     why: str
-    judge: Callable[[Metrics], Judgement]
+    judge: Callable[[M], Judgement]
+    metrics: type[M] | None = None
     of_token_0: bool = False
     of_ffn: bool = False
     blocks_after: int | None = None
+    needs_me_layer: bool = True
+
+
+_COLUMNS = ("id", "claim", "source", "experiment", "figure", "statistic", "criterion", "why")
 
 
 def judge(results: Any) -> pd.DataFrame:
@@ -82,8 +103,10 @@ def judge(results: Any) -> pd.DataFrame:
     Raises:
         MelensError: what is no result.
     """
-    by_model: dict[str, dict[str, Metrics]] = {}
-    described: dict[str, dict[str, Any]] = {}
+    from melens.claims.paper import CLAIMS, FAMILY_CLAIM, judge_families  # whose analyses use this module
+
+    by_model: dict[str, dict[str, Any]] = {}
+    families: dict[str, dict[str, Any]] = {}
     for content in _contents(results):
         if content.get("status", "ok") != "ok":
             continue
@@ -91,46 +114,59 @@ def judge(results: Any) -> pd.DataFrame:
         name = model.get("label", model["name"])
         parts = content["metrics"] if content["experiment"] == "all" else {content["experiment"]: content["metrics"]}
         by_model.setdefault(name, {}).update(parts)
-        described[name] = model
+        families[name] = model
     rows = [_row(name, claim, _judge_one(claim, measured)) for name, measured in by_model.items() for claim in CLAIMS]
     if len(by_model) > 1:
-        rows += [_row("all models", FAMILY_CLAIM, judgement) for judgement in _judge_families(by_model, described)]
-    return pd.DataFrame(rows, columns=["model", *_TOLD, "value", "low", "high", "verdict", "note"])
+        me_layers = {
+            name: next((_of(Metrics, metrics).me_layer for metrics in measured.values()), None)
+            for name, measured in by_model.items()
+        }
+        rows += [_row("all models", FAMILY_CLAIM, judged) for judged in judge_families(me_layers, families)]
+    return pd.DataFrame(rows, columns=["model", *_COLUMNS, "value", "low", "high", "verdict", "note"])
+
+
+def judge_parts(results: Sequence[Result]) -> pd.DataFrame:
+    """Judge only the claims that these results of one model measure, in the columns of `judge`."""
+    claims = judge(results)
+    measured = {
+        name for result in results for name in (result.metrics if result.experiment == "all" else [result.experiment])
+    }
+    return claims[claims["experiment"].isin(measured)]
 
 
 def _contents(results: Any) -> list[Mapping[str, Any]]:
     """Read results, of which one may come alone, as what their `result.json` holds."""
-    is_one = isinstance(results, Mapping) or hasattr(results, "experiment")
+    is_one = isinstance(results, Mapping | Result)
     if isinstance(results, str) or not (is_one or isinstance(results, Iterable)):
         raise MelensError(
             f"judge: results is {given(results)}; it must be results, or what json.loads reads from their result.json."
         )
     contents = []
-    for number, result in enumerate([results] if is_one else results):
+    for position, result in enumerate([results] if is_one else results):
         content = result if isinstance(result, Mapping) else getattr(result, "__dict__", {})
         needed = ("experiment", "model", "metrics") if content.get("status", "ok") == "ok" else ()
         lacking = [name for name in needed if name not in content]
-        lacking += [name for name in needed if name != "experiment" and not isinstance(content.get(name), Mapping)]
+        lacking += [
+            name for name in needed if name != "experiment" and not isinstance(content.get(name), Mapping | Metrics)
+        ]
         if not lacking and content.get("experiment") == "all":
-            lacking = [f"metrics.{name}" for name, part in content["metrics"].items() if not isinstance(part, Mapping)]
+            parts = content["metrics"].items()
+            lacking = [f"metrics.{name}" for name, part in parts if not isinstance(part, Mapping | Metrics)]
         if not lacking and "name" not in content.get("model", {"name": ""}):
             lacking = ["model.name"]
         if lacking:
             raise MelensError(
-                f"judge: results[{number}] is {given(result)}; it must be a result, which has a field {lacking[0]!r}."
+                f"judge: results[{position}] is {given(result)}; it must be a result, which has a field {lacking[0]!r}."
             )
         contents.append(content)
     return contents
 
 
-_TOLD = ("id", "claim", "source", "experiment", "figure", "statistic", "criterion", "why")
-
-
-def _row(model: str, claim: Claim, judgement: Judgement) -> dict[str, Any]:
+def _row(model: str, claim: Claim[Any], judgement: Judgement) -> dict[str, Any]:
     low, high = judgement.interval or (None, None)
     return {
         "model": model,
-        **{name: getattr(claim, name) for name in _TOLD},
+        **{name: getattr(claim, name) for name in _COLUMNS},
         "value": judgement.value,
         "low": low,
         "high": high,
@@ -139,709 +175,138 @@ def _row(model: str, claim: Claim, judgement: Judgement) -> dict[str, Any]:
     }
 
 
-def _judge_one(claim: Claim, measured: Mapping[str, Metrics]) -> Judgement:
-    metrics = measured.get(claim.experiment)
-    if metrics is None:
+def _judge_one(claim: Claim[Any], measured: Mapping[str, Any]) -> Judgement:
+    found = measured.get(claim.experiment)
+    if found is None:
         return Judgement("not measured", note=f"exp={claim.experiment} was not run.")
-    if (why_not := _why_not_measured(claim, metrics)) is not None:
+    shared = _of(Metrics, found)
+    if (why_not := _why_not_measured(claim, shared)) is not None:
         return Judgement("not measured", note=why_not)
     try:
+        metrics = _of(claim.metrics, found) if claim.metrics else found if isinstance(found, Mapping) else found.plain()
         judged = claim.judge(metrics)
     except KeyError as missing:
         return Judgement("not measured", note=f"The result has no metric {missing}.")
-    except _NotANumberError as broken:  # every comparison with NaN is false, which would read as "does not hold"
-        return Judgement("not measured", note=f"The result's {broken} is no number (NaN).")
-    notes = [judged.note, *_changed_settings(claim, metrics)]
-    n_ffn, n_layers = len(metrics.get("ffn_layers", ())), metrics.get("n_layers", 0)
+    except NotANumberError as broken:  # every comparison with NaN is false, which would read as "does not hold"
+        return Judgement("not measured", note=str(broken))
+    notes = [judged.note]
+    n_ffn, n_layers = len(shared.ffn_layers or ()), shared.n_layers or 0
     if claim.of_ffn and judged.verdict != "not measured" and 0 < n_ffn < n_layers:
-        notes.append(f"Of {n_layers} blocks {n_ffn} have an FFN that can be heard.")
-    of_one_state = metrics.get("massive_position", 0) == 0 and metrics.get("distinct_first_tokens") == 1
+        notes.append(f"Of {n_layers} blocks {n_ffn} have an FFN that can be measured.")
+    of_one_state = shared.massive_position == 0 and shared.distinct_first_tokens == 1
     if of_one_state and claim.experiment != "predict" and judged.verdict in ("holds", "holds in part"):
         notes.append("It rests on a single first token.")
     return replace(judged, note=" ".join(note for note in notes if note))
 
 
-def _why_not_measured(claim: Claim, metrics: Metrics) -> str | None:
-    if "not_applicable" in metrics:
-        return str(metrics["not_applicable"])
-    if claim.id == "exists":
+def _of(kind: type[M], found: Any) -> M:
+    """Return metrics as fields of a class, as an experiment returns them or as JSON holds them."""
+    if isinstance(found, kind):
+        return found
+    values = found if isinstance(found, Mapping) else found.plain()
+    try:
+        return kind.model_validate({name: value for name, value in values.items() if name in kind.model_fields})
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise MelensError(
+            f"judge: the metric {'.'.join(map(str, wrong['loc']))} is {given(wrong['input'])}, which no melens of this "
+            "version writes: run the experiment again."
+        ) from None
+
+
+def _why_not_measured(claim: Claim[Any], metrics: Metrics) -> str | None:
+    if metrics.not_applicable is not None:
+        return metrics.not_applicable
+    if not claim.needs_me_layer:
         return None
-    me_layer, position = metrics.get("me_layer"), metrics.get("massive_position", 0)
-    if me_layer is None:
+    if metrics.me_layer is None:
         return "The model has no ME layer."
-    if claim.of_token_0 and position != 0:
-        return f"It is measured on token 0; the massive token is at position {position}."
-    if claim.of_ffn and me_layer not in metrics.get("ffn_layers", [me_layer]):
-        return f"Block {me_layer}, the ME layer, has no FFN that can be heard."
-    last = metrics.get("last_lasting_layer")
-    if claim.blocks_after is not None and last is not None and me_layer + claim.blocks_after > last:
+    if claim.of_token_0 and metrics.massive_position != 0:
+        return f"It is measured on token 0; the massive token is at position {metrics.massive_position}."
+    if claim.of_ffn and metrics.ffn_layers is not None and metrics.me_layer not in metrics.ffn_layers:
+        return f"Block {metrics.me_layer}, the ME layer, has no FFN that can be measured."
+    last = metrics.last_lasting_layer
+    if claim.blocks_after is not None and last is not None and metrics.me_layer + claim.blocks_after > last:
         return "The ME layer is too near the end: the last two blocks count apart (appendix A)."
     return None
 
 
-def _changed_settings(claim: Claim, metrics: Metrics) -> list[str]:
-    """Tell where a user's settings are not those that the claim's text states."""
-    told = []
-    criterion = metrics.get("criterion", {})
-    if claim.id == "exists" and (criterion.get("min_abs", 100), criterion.get("min_ratio", 1_000)) != (100, 1_000):
-        told.append(f"Here the criterion was |h| > {criterion['min_abs']} and > {criterion['min_ratio']} × the median.")
-    if claim.id == "delta-frac" and metrics.get("top_share", 0.01) != 0.01:
-        told.append(f"Here K was {metrics['top_share']:.2%} of the width.")
-    return told
+# --- For the claims' own judges ---------------------------------------------------------------------------------------
 
 
-# --- Thresholds -------------------------------------------------------------------------------------------------------
+class NotANumberError(Exception):
+    """A number that a claim rests on is NaN, or null where JSON has no NaN."""
 
 
-class _NotANumberError(Exception):
-    """A metric that a claim rests on is NaN, or null where JSON has no NaN."""
+def number(value: float | None, name: str) -> float:
+    """Return a number that a claim rests on.
 
-
-def _number(value: Any, name: str) -> float | int:
+    Raises:
+        NotANumberError: it is NaN, or missing; the verdict is then "not measured".
+    """
     if value is None or math.isnan(value):
-        raise _NotANumberError(name)
-    number: float | int = value
-    return number
+        raise NotANumberError(f"The result's {name} is no number (NaN).")
+    return value
 
 
-def _interval(metrics: Metrics, name: str) -> tuple[float, float] | None:
+def at_least(
+    value: float | None,
+    interval: Interval | None,
+    enough: float | int,
+    *,
+    partly: float | int | None = None,
+    why_not: str | None = None,
+) -> Judgement:
+    """Judge a mean over prompts: its whole interval must reach `enough`; in part its mean, or `partly`.
+
+    Args:
+        value, interval: None where nothing was measured; a single prompt has no interval.
+        enough, partly: thresholds.
+        why_not: why nothing was measured.
+    """
+    if value is None:
+        return Judgement("not measured", note=why_not or "The result does not have it.")
+    value, measured = number(value, "value"), _measured(interval)
+    low = value if measured is None else measured[0]
+    if low >= enough:
+        verdict: Verdict = "holds"
+    else:
+        verdict = "holds in part" if value >= (enough if partly is None else min(partly, enough)) else "does not hold"
+    return Judgement(verdict, value, measured)
+
+
+def at_most(
+    value: float | None,
+    interval: Interval | None,
+    enough: float | int,
+    *,
+    partly: float | int | None = None,
+    why_not: str | None = None,
+) -> Judgement:
+    """Judge the other way round: the whole interval must stay at or below `enough`."""
+    measured = _measured(interval)
+    mirrored = None if measured is None else (-measured[1], -measured[0])
+    judged = at_least(
+        None if value is None else -value,
+        mirrored,
+        -enough,
+        partly=None if partly is None else -partly,
+        why_not=why_not,
+    )
+    return judged if judged.value is None else replace(judged, value=value, interval=measured)
+
+
+def _measured(interval: Interval | None) -> tuple[float, float] | None:
     """Read an interval, as an experiment returns it or as JSON holds it: there NaN is null. One prompt has none."""
-    low, high = metrics.get(f"{name}_interval") or (None, None)
+    low, high = interval or (None, None)
     if low is None or high is None or math.isnan(low) or math.isnan(high):
         return None
     return float(low), float(high)
 
 
-def _missing(metrics: Metrics, name: str) -> Judgement:
-    """Say why a metric is not there: an experiment tells it of that metric, or of all."""
-    whys = (metrics.get(f"{name}_why_not"), metrics.get("why_not"))
-    return Judgement("not measured", note=next((why for why in whys if why), f"The result has no {name}."))
-
-
-def _at_least(metrics: Metrics, name: str, enough: float | int, *, partly: float | int | None = None) -> Judgement:
-    """Judge a mean over prompts: its whole interval must reach `enough`; in part its mean, or `partly`."""
-    if metrics.get(name) is None:
-        return _missing(metrics, name)
-    value, interval = _number(metrics[name], name), _interval(metrics, name)
-    low = value if interval is None else interval[0]
-    if low >= enough:
-        verdict: Verdict = "holds"
-    else:
-        verdict = "holds in part" if value >= (enough if partly is None else min(partly, enough)) else "does not hold"
-    return Judgement(verdict, value, interval)
-
-
-def _at_most(metrics: Metrics, name: str, enough: float | int, *, partly: float | int | None = None) -> Judgement:
-    """Judge the other way round: the whole interval must stay at or below `enough`."""
-    if metrics.get(name) is None:
-        return _missing(metrics, name)
-    value, interval = _number(metrics[name], name), _interval(metrics, name)
-    mirrored = {name: -value, f"{name}_interval": None if interval is None else (-interval[1], -interval[0])}
-    judged = _at_least(mirrored, name, -enough, partly=None if partly is None else -partly)
-    return Judgement(judged.verdict, value, interval)
-
-
-def _unless_trivial(metrics: Metrics, judgement: Judgement) -> Judgement:
+def unless_trivial(metrics: Metrics, judgement: Judgement) -> Judgement:
     """Mark what follows from the design: in a causal model prompts that share token 0 share its every state."""
-    if metrics.get("distinct_first_tokens") != 1 or judgement.verdict == "not measured":
+    if metrics.distinct_first_tokens != 1 or judgement.verdict == "not measured":
         return judgement
     note = "All prompts share their first token, so its states are the same by construction."
     return replace(judgement, verdict="trivial here", note=note)
-
-
-def _exists(metrics: Metrics) -> Judgement:
-    judged = _at_least(metrics, "prompts_with", 0.5)
-    return judged if metrics.get("me_layer") is not None else replace(judged, verdict="does not hold")
-
-
-def _single_block(metrics: Metrics) -> Judgement:
-    judged = _at_least(metrics, "share_of_peak", 0.8)
-    if judged.verdict == "does not hold" and metrics["kind"] == "a few blocks":
-        return replace(judged, verdict="holds in part", note="A few blocks bring it together.")
-    return judged
-
-
-def _stands_out_first(metrics: Metrics) -> Judgement:
-    ratio, first = metrics.get("weight_norm_ratio"), metrics.get("weight_norm_first_layer")
-    if ratio is None:
-        return Judgement("not measured", note="The ME layer's FFN has no norm of its own before it.")
-    note = f"Twice the others' first at block {first}." if first is not None else "Twice the others' at no block."
-    judged = _at_least(metrics, "weight_norm_ratio", 2)
-    if judged.verdict == "holds" and first != metrics["me_layer"]:
-        return replace(judged, verdict="holds in part", note=note)
-    return replace(judged, note=note)
-
-
-def _delta_frac(metrics: Metrics) -> Judgement:
-    judged = _at_least(metrics, "delta_frac", 1e-9)
-    top = metrics.get("delta_frac_top_layer")
-    if judged.verdict == "holds" and top != metrics["me_layer"]:
-        return replace(judged, verdict="holds in part", note=f"Positive, but larger at block {top}.")
-    return judged
-
-
-def _peak_together(metrics: Metrics) -> Judgement:
-    peaks: Mapping[str, int] = metrics["concentration_peaks"]
-    missing = metrics.get("missing_projections", {})
-    if len(peaks) < 3 or any(metrics["me_layer"] in layers for layers in missing.values()):
-        return Judgement("not measured", note="The ME layer's FFN has no gate, up and down projection to tell apart.")
-    there = sum(layer == metrics["me_layer"] for layer in peaks.values())
-    note = ", ".join(f"{name} at block {layer}" for name, layer in peaks.items())
-    verdict: Verdict = "does not hold" if there == 0 else "holds" if there == 3 else "holds in part"
-    return Judgement(verdict, float(there), None, f"Peaks: {note}.")
-
-
-def _persists_smaller(metrics: Metrics) -> Judgement:
-    left: Mapping[str, float] = metrics["left_without_norm"]
-    over_others: Mapping[str, float] = metrics["over_others_without_norm"]
-    if not left:
-        return Judgement("not measured", note="The ME layer's FFN has no norm of its own before it.")
-    for sense in left:
-        _number(left[sense], f"left_without_norm, {sense},")
-        _number(over_others[sense], f"over_others_without_norm, {sense},")
-    agree = [sense for sense in left if left[sense] <= 0.5 and over_others[sense] >= 10]
-    note = ", ".join(f"{sense}: {share:.3g} of intact" for sense, share in left.items())
-    verdict: Verdict = "holds" if len(agree) == len(left) else "holds in part" if agree else "does not hold"
-    return Judgement(verdict, left["identity"], _interval(metrics, "left_identity"), f"{note}.")
-
-
-def _same_everywhere(metrics: Metrics) -> Judgement:
-    if metrics["n_tasks"] < 2 or metrics["n_length_bins"] < 2:
-        return Judgement("not measured", note="It takes prompts of at least two task types and two lengths.")
-    judged = _at_least(metrics, "least_agreement", 0.95, partly=0.5)
-    return judged if metrics["massive_position"] != 0 else _unless_trivial(metrics, judged)
-
-
-def _sink_next(metrics: Metrics) -> Judgement:
-    onset, first, me_layer = metrics["sink_onset_layer"], metrics["first_sink_layer"], metrics["me_layer"]
-    attending = metrics.get("attention_layers", range(metrics["last_lasting_layer"] + 1))
-    behind = [layer for layer in attending if me_layer < layer <= metrics["last_lasting_layer"]]
-    if not behind:
-        return Judgement("not measured", note="No block between the ME layer and the last two has attention.")
-    where = "" if behind[0] == me_layer + 1 else f"The next block with attention is {behind[0]}."
-    if onset is None:
-        return Judgement("does not hold", None, None, f"No sink lasts. {where}".strip())
-    note = f"Sinks come and go before, first in block {first}." if first is not None and first < onset else ""
-    steps = sum(layer <= onset for layer in behind) if onset > me_layer else onset - me_layer
-    verdict: Verdict = "does not hold" if steps != 1 else "holds in part" if note else "holds"
-    return Judgement(verdict, float(steps), None, f"{note} {where}".strip())
-
-
-def _second_massive(metrics: Metrics) -> Judgement:
-    last, between = metrics.get("ffn_last_blocks"), metrics.get("ffn_between")
-    if last is None or between is None:
-        why_not = metrics.get("ffn_last_blocks_why_not", "No blocks lie between the ME layer and the last two.")
-        return Judgement("not measured", note=why_not)
-    last, between = _number(last, "ffn_last_blocks"), _number(between, "ffn_between")
-    verdict: Verdict = "does not hold" if last < 0.1 else "holds" if between < 0.1 else "holds in part"
-    return Judgement(verdict, last, None, f"In the blocks between, at most {between:.2g}.")
-
-
-def _only_causal(metrics: Metrics) -> Judgement:
-    others = [layer for layer in metrics["causal_layers"] if layer != metrics["me_layer"]]
-    is_causal = metrics["me_layer"] in metrics["causal_layers"]
-    note = f"Halved as well without the FFN of block {', '.join(map(str, others))}." if others else ""
-    verdict: Verdict = "does not hold"
-    if is_causal:
-        verdict = (
-            "holds" if not others else "holds in part" if metrics["strongest_cause"] == metrics["me_layer"] else verdict
-        )
-    return Judgement(verdict, float(len(others)), None, note)
-
-
-def _predicted(metrics: Metrics) -> Judgement:
-    rank = metrics["ranks"]["response"]
-    if rank is None:
-        return Judgement("not measured", note="The ME layer's FFN has no score.")
-    best = ", ".join(f"{score} {place}" for score, place in metrics["ranks"].items())
-    if metrics["n_scored"] < 2:
-        return Judgement("not measured", note="One block alone has an FFN to be scored.")
-    verdict: Verdict = "holds" if rank == 1 else "holds in part" if rank <= 3 < metrics["n_scored"] else "does not hold"
-    return Judgement(verdict, float(rank), None, f"Ranks: {best}, of {metrics['n_scored']}.")
-
-
-def _weakens(metrics: Metrics) -> Judgement:
-    if "sink_why_not" in metrics:
-        return Judgement("not measured", note=metrics["sink_why_not"])
-    ratio, interval = _number(metrics["sink_ratio"], "sink_ratio"), _interval(metrics, "sink_ratio")
-    low, high = interval or (ratio, ratio)
-    verdict: Verdict = "holds" if low >= 0.1 and high <= 0.9 else "does not hold"
-    if verdict != "holds" and low >= 0.1 and high < 1:
-        verdict = "holds in part"
-    return Judgement(verdict, ratio, interval, f"At rate {metrics['paper_rate']:g}.")
-
-
-def _harmless(metrics: Metrics) -> Judgement:
-    if "harm_why_not" in metrics:
-        return Judgement("not measured", note=metrics["harm_why_not"])
-    judged = _at_most(metrics, "weight_where_destroyed", 0.1)
-    places = metrics["destroyed_by"]
-    note = ", ".join(f"{select} masks destroy in {n} places" for select, n in places.items()) + " of the grid."
-    if judged.verdict == "holds" and not all(places.values()):
-        return replace(judged, verdict="holds in part", note=note)
-    return replace(judged, note=note)
-
-
-def _moderate(metrics: Metrics) -> Judgement:
-    if "moderation_why_not" in metrics:
-        return Judgement("not measured", note=metrics["moderation_why_not"])
-    value, interval = _number(metrics["best_dloss"], "best_dloss"), _interval(metrics, "best_dloss")
-    verdict: Verdict = "does not hold"
-    if value < 0 and not metrics["best_rate_is_largest"]:
-        verdict = "holds" if interval is not None and interval[1] < 0 else "holds in part"
-    return Judgement(verdict, value, interval, f"At rate {metrics['best_rate']:g}.")
-
-
-def _scores_better(metrics: Metrics) -> Judgement:
-    return _of_comparisons(metrics["compared"].get("weight"), "better", "worse")
-
-
-def _scores_worse(metrics: Metrics) -> Judgement:
-    counts = [metrics["compared"][select] for select in ("random", "magnitude") if select in metrics["compared"]]
-    together = {key: sum(count[key] for count in counts) for key in counts[0]} if counts else None
-    return _of_comparisons(together, "worse", "better")
-
-
-def _of_comparisons(counts: Mapping[str, int] | None, claimed: str, other: str) -> Judgement:
-    """Judge whether most comparisons turn out as claimed, and none the other way."""
-    if counts is None or not counts["all"]:
-        return Judgement("not measured", note="There was no such comparison.")
-    value = counts[claimed] / counts["all"]
-    verdict: Verdict = "does not hold"
-    if counts[claimed] > counts[other]:
-        verdict = "holds" if value > 0.5 and not counts[other] else "holds in part"
-    none = counts["all"] - counts[claimed] - counts[other]
-    return Judgement(verdict, value, None, f"{counts[claimed]} {claimed}, {counts[other]} {other}, {none} not shown.")
-
-
-def _start_specific(metrics: Metrics) -> Judgement:
-    if "start_why_not" in metrics:
-        return Judgement("not measured", note=metrics["start_why_not"])
-    value = _number(metrics["start_effect_ratio"], "start_effect_ratio")
-    verdict: Verdict = "holds" if value >= 2 else "holds in part" if value > 1 else "does not hold"
-    return Judgement(
-        verdict, value, None, f"The strongest elsewhere is in block {metrics['start_strongest_elsewhere']}."
-    )
-
-
-def _claim_of_tables(
-    name: str,
-    claim: str,
-    statistic: str,
-    *,
-    rows: str,
-    figure: str = "table",
-    source: str = "section 5, tables 1 to 4, 6 and 7",
-) -> Claim:
-    """Make a claim about trainings, judged by how one kind of comparison in a table turned out."""
-    return Claim(
-        id=name,
-        claim=claim,
-        source=source,
-        experiment="tables",
-        figure=figure,
-        statistic=statistic,
-        criterion="> 0.5, and worse in none; in part: better in more than worse",
-        why="most is the least that 'consistently' can mean; shown is p < 0.05 after correction, and more than "
-        "trainings differ among themselves",
-        judge=lambda metrics: _of_comparisons(metrics["compared"].get(rows), "better", "worse"),
-    )
-
-
-CLAIMS: tuple[Claim, ...] = (
-    Claim(
-        id="exists",
-        claim="Some token carries massive activations",
-        source="section 1, figure 1",
-        experiment="emergence",
-        figure="top_dims",
-        statistic="share of prompts with an entry |h| > 100 and > 1,000 × the median |h|",
-        criterion=">= 0.5",
-        why="the criterion is Sun et al.'s (2024); a property of the model shows in most inputs",
-        judge=_exists,
-    ),
-    Claim(
-        id="single-block",
-        claim="A single block brings the massive activation; it does not build up",
-        source="section 3, figure 1",
-        experiment="emergence",
-        figure="emergence",
-        statistic="share of the peak norm that the ME layer alone adds",
-        criterion=">= 0.8; in part: a few blocks",
-        why="what other blocks add is then less than a quarter of it",
-        judge=_single_block,
-    ),
-    Claim(
-        id="magnification",
-        claim="That block magnifies the token hundreds of times",
-        source="section 1, table 8",
-        experiment="emergence",
-        figure="emergence",
-        statistic="‖h_out‖ / ‖h_in‖ at the ME layer",
-        criterion=">= 100; in part >= 10",
-        why="the smallest number that can be called hundreds; 10 is still an order of magnitude",
-        judge=lambda metrics: _at_least(metrics, "magnification", 100, partly=10),
-    ),
-    Claim(
-        id="first-token",
-        claim="The massive token is the first one",
-        source="section 3.1",
-        experiment="emergence",
-        figure="top_dims",
-        statistic="share of prompts whose massive token is at position 0",
-        criterion=">= 0.95; in part >= 0.5",
-        why="1 in 20 may differ before 'consistently' is wrong",
-        judge=lambda metrics: _at_least(metrics, "share_at_first", 0.95, partly=0.5),
-    ),
-    Claim(
-        id="second-massive",
-        claim="The last two blocks make a second massive activation",
-        source="appendix A, figure 1",
-        experiment="emergence",
-        figure="emergence",
-        statistic="largest ‖FFN output‖ of token 0 in the last two blocks, relative to the ME layer's",
-        criterion=">= 0.1, and < 0.1 between; in part: >= 0.1",
-        why="within an order of magnitude of the first",
-        of_token_0=True,
-        of_ffn=True,
-        judge=_second_massive,
-    ),
-    Claim(
-        id="weight-norm",
-        claim="The norm before the FFN makes token 0 stand out, at the ME layer first",
-        source="section 3.1, figure 2",
-        experiment="rmsnorm",
-        figure="weight_norm",
-        statistic="WeightNorm of token 0 over the others' mean at the ME layer",
-        criterion=">= 2 there and at no earlier block; in part: >= 2 there",
-        why="alike is taken as less than twice",
-        of_token_0=True,
-        of_ffn=True,
-        judge=_stands_out_first,
-    ),
-    Claim(
-        id="delta-frac",
-        claim="There its output lies more on the dims with the largest gains",
-        source="section 3.1, equation 1, figure 3",
-        experiment="rmsnorm",
-        figure="gain_alignment",
-        statistic="ΔFrac at the ME layer, K = 1% of the width",
-        criterion="> 0 and the largest up to there; in part: > 0",
-        why="the sign is the paper's; 'far exceeds other layers' its words",
-        of_token_0=True,
-        of_ffn=True,
-        judge=_delta_frac,
-    ),
-    Claim(
-        id="delta-kl",
-        claim="There its output is closer to the distribution of the gains",
-        source="section 3.1, equation 2, figure 3",
-        experiment="rmsnorm",
-        figure="gain_alignment",
-        statistic="ΔKL at the ME layer, nats",
-        criterion="< 0",
-        why="the sign is the paper's",
-        of_token_0=True,
-        of_ffn=True,
-        judge=lambda metrics: _at_most(metrics, "delta_kl", -1e-9),
-    ),
-    Claim(
-        id="concentration",
-        claim="Gate, up and down concentrate token 0 most at the ME layer",
-        source="section 3.1, equation 3, figure 4",
-        experiment="ffn",
-        figure="ffn",
-        statistic="how many of the three concentration differences peak at the ME layer, last two blocks apart",
-        criterion="3; in part 1 or 2",
-        why="the last two blocks are a phenomenon of their own (appendix A)",
-        of_token_0=True,
-        of_ffn=True,
-        blocks_after=0,
-        judge=_peak_together,
-    ),
-    Claim(
-        id="amplification",
-        claim="The FFN amplifies token 0 most at the ME layer",
-        source="section 3.1, figure 4",
-        experiment="ffn",
-        figure="ffn",
-        statistic="‖FFN output‖ / ‖FFN input‖ at the ME layer over the largest at another block, last two apart",
-        criterion="> 1",
-        why="a peak is a peak",
-        of_token_0=True,
-        of_ffn=True,
-        blocks_after=0,
-        judge=lambda metrics: _at_least(metrics, "amplification_over_next", 1),
-    ),
-    Claim(
-        id="ffn-needed",
-        claim="Without the ME layer's FFN the massive activation vanishes",
-        source="appendix B, figure 9",
-        experiment="ablation",
-        figure="removed",
-        statistic="norm of the token afterwards, relative to intact",
-        criterion="<= 0.1; in part <= 0.5",
-        why="a tenth is an order of magnitude less",
-        of_ffn=True,
-        judge=lambda metrics: _at_most(metrics, "left_without_ffn", 0.1, partly=0.5),
-    ),
-    Claim(
-        id="norm-scales",
-        claim="Without the norm before that FFN it persists, but far smaller",
-        source="appendix B, figure 9",
-        experiment="ablation",
-        figure="removed",
-        statistic="norm of the token afterwards, relative to intact, norm replaced by the identity",
-        criterion="<= 0.5 of intact and >= 10 × the other tokens in every sense of 'without'; in part: in some sense",
-        why="half is the least that can be called far smaller; 10 × is still another order of magnitude",
-        of_ffn=True,
-        judge=_persists_smaller,
-    ),
-    Claim(
-        id="only-me-causal",
-        claim="Only the ME layer is causal for it",
-        source="the review, point 1",
-        experiment="ablation",
-        figure="causality",
-        statistic="how many other blocks' FFNs halve it when removed",
-        criterion="0; in part: the ME layer's does most",
-        why="a block without which half is gone is a cause",
-        of_ffn=True,
-        judge=_only_causal,
-    ),
-    Claim(
-        id="norm-stable",
-        claim="Once formed, its norm barely changes",
-        source="section 3.2, figure 5a",
-        experiment="direction",
-        figure="norms",
-        statistic="largest relative change of token 0's norm from the ME layer to the last two blocks",
-        criterion="<= 0.1; in part <= 0.5",
-        why="a tenth cannot be seen on the paper's axes",
-        of_token_0=True,
-        blocks_after=1,
-        judge=lambda metrics: _at_most(metrics, "norm_drift", 0.1, partly=0.5),
-    ),
-    Claim(
-        id="direction-layers",
-        claim="Once formed, its direction barely changes from block to block",
-        source="section 3.2, figure 5b",
-        experiment="direction",
-        figure="between_blocks",
-        statistic="smallest cosine between its states after consecutive blocks",
-        criterion=">= 0.99; in part >= 0.9",
-        why="0.99 is an angle of 8 degrees",
-        of_token_0=True,
-        blocks_after=1,
-        judge=lambda metrics: _at_least(metrics, "consecutive_cosine", 0.99, partly=0.9),
-    ),
-    Claim(
-        id="direction-inputs",
-        claim="Once formed, its direction is the same for all inputs",
-        source="section 3.2, figure 5c",
-        experiment="direction",
-        figure="cosine_by_block",
-        statistic="smallest mean cosine between inputs, over the blocks from the ME layer to the last two",
-        criterion=">= 0.95; in part >= 0.8",
-        why="0.95 is an angle of 18 degrees, where random directions have 90",
-        of_token_0=True,
-        blocks_after=0,
-        judge=lambda metrics: _unless_trivial(metrics, _at_least(metrics, "cosine", 0.95, partly=0.8)),
-    ),
-    Claim(
-        id="same-layer",
-        claim="The ME layer is the same for all task types and lengths",
-        source="appendix D, figure 10",
-        experiment="stability",
-        figure="norms_by_task",
-        statistic="smallest share of prompts with that ME layer in any task type or length",
-        criterion=">= 0.95; in part >= 0.5",
-        why="1 in 20 may differ",
-        judge=_same_everywhere,
-    ),
-    Claim(
-        id="sink-next",
-        claim="The attention sink starts in the block after the ME layer",
-        source="section 6, figure 7",
-        experiment="sinks",
-        figure="sink_mass",
-        statistic="blocks with attention from the ME layer to the first from which the mean sink mass stays over 0.3",
-        criterion="1; in part: sinks before that come and go",
-        why="0.3 is Gu et al.'s (2024)",
-        of_token_0=True,
-        blocks_after=1,
-        judge=_sink_next,
-    ),
-    Claim(
-        id="attention-rank",
-        claim="After the ME layer attention is of lower rank",
-        source="section 6",
-        experiment="sinks",
-        figure="rank",
-        statistic="effective rank of the attention matrices after the ME layer over that before",
-        criterion="<= 0.5; in part < 1",
-        why="a collapse is at least a halving",
-        of_token_0=True,
-        blocks_after=1,
-        judge=lambda metrics: _at_most(metrics, "attention_rank_ratio", 0.5, partly=0.999),
-    ),
-    Claim(
-        id="hidden-rank",
-        claim="After the ME layer the hidden states are of lower rank",
-        source="section 6",
-        experiment="sinks",
-        figure="rank",
-        statistic="effective rank of all tokens' hidden states from the ME layer on over that before",
-        criterion="<= 0.5; in part < 1",
-        why="a collapse is at least a halving",
-        of_token_0=True,
-        blocks_after=0,
-        judge=lambda metrics: _at_most(metrics, "hidden_rank_ratio", 0.5, partly=0.999),
-    ),
-    Claim(
-        id="predictable",
-        claim="The ME layer can be told from the weights alone",
-        source="the review and the research note",
-        experiment="predict",
-        figure="scores",
-        statistic="rank of the ME layer by the FFN's response to its most amplified input",
-        criterion="1; in part <= 3",
-        why="a prediction names one block",
-        of_ffn=True,
-        judge=_predicted,
-    ),
-    Claim(
-        id="mask-weakens-sink",
-        claim="WeMask weakens the sink and does not remove it",
-        source="section 4, figure 8",
-        experiment="wemask",
-        figure="by_block",
-        statistic="sink mass behind the ME layer with the paper's mask, relative to without",
-        criterion="between 0.1 and 0.9; in part below 1",
-        why="a tenth less is the least that a map would show, a tenth left is next to none",
-        of_token_0=True,
-        blocks_after=1,
-        judge=_weakens,
-    ),
-    Claim(
-        id="mask-weight-harmless",
-        claim="Weight-guided masks are harmless or better where random and magnitude masks destroy",
-        source="section 5, table 5",
-        experiment="wemask",
-        figure="loss_change",
-        statistic="largest Δloss of a weight-guided mask where a random or a magnitude mask of its rate and site costs "
-        "a nat or more",
-        criterion="<= 0.1 nats, with random and magnitude masks both destroying somewhere; in part: only one does",
-        why="0.1 nats is a tenth more perplexity; with a nat lost a token has less than 1/e of its probability",
-        of_token_0=True,
-        judge=_harmless,
-    ),
-    Claim(
-        id="mask-moderate",
-        claim="Moderate attenuation of the sink is better than none and than full",
-        source="section 4",
-        experiment="wemask",
-        figure="loss_and_sinks",
-        statistic="lowest Δloss of the paper's mask over the rates",
-        criterion="< 0, at a rate below the largest; in part: on average only",
-        why="better is any lower loss on the same tokens",
-        of_token_0=True,
-        judge=_moderate,
-    ),
-    Claim(
-        id="mask-start",
-        claim="The effect is specific to starting behind the ME layer",
-        source="the review, point 5",
-        experiment="wemask",
-        figure="starts",
-        statistic="change of the sink mass by a mask in the block behind the ME layer alone, over the largest by the "
-        "same mask in another block alone",
-        criterion=">= 2; in part > 1",
-        why="twice the next is the least that can be called specific",
-        of_token_0=True,
-        judge=_start_specific,
-    ),
-    Claim(
-        id="scores-weight-better",
-        claim="Weight-guided masks improve the scores of benchmarks",
-        source="section 5, tables 1, 2, 5, 6 and 7",
-        experiment="benchmark",
-        figure="benchmark_differences",
-        statistic="share of the comparisons with the unmasked model in which a weight-guided mask is shown better",
-        criterion="> 0.5, and worse in none; in part: better in more than worse",
-        why="most is the least that 'consistently' can mean; shown is p < 0.05 after correction",
-        judge=_scores_better,
-    ),
-    Claim(
-        id="scores-others-worse",
-        claim="Random and magnitude masks degrade the scores of benchmarks",
-        source="appendix E, table 5",
-        experiment="benchmark",
-        figure="benchmark_differences",
-        statistic="share of the comparisons with the unmasked model in which a random or magnitude mask is shown to be "
-        "worse",
-        criterion="> 0.5, and better in none; in part: worse in more than better",
-        why="as for the claim before",
-        judge=_scores_worse,
-    ),
-    _claim_of_tables(
-        "inference-over-none",
-        "Masking a trained model at inference alone improves its scores",
-        "share of the comparisons with plain training in which the same model under WeMask is shown better",
-        rows="inference",
-        figure="table_differences",
-    ),
-    _claim_of_tables(
-        "training-over-none",
-        "Training with WeMask gives better scores than training without",
-        "share of the comparisons with plain training in which training with WeMask is shown better",
-        rows="training",
-        figure="table_differences",
-    ),
-    _claim_of_tables(
-        "training-over-inference",
-        "Training with WeMask gives better scores than WeMask at inference alone",
-        "share of the comparisons at equal rates in which training with WeMask is shown better",
-        rows="training over inference",
-    ),
-    _claim_of_tables(
-        "training-over-gates",
-        "Training with WeMask gives better scores than training with gated attention",
-        "share of the comparisons in which training with WeMask is shown better",
-        rows="training over gates",
-        source="appendix G, table 7",
-    ),
-)
-"""What the paper and its review say of one model, in the order of the paper."""
-
-FAMILY_CLAIM = Claim(
-    id="same-in-family",
-    claim="Models of one family have the same ME layer",
-    source="appendix H, table 8",
-    experiment="emergence",
-    figure="emergence",
-    statistic="share of a family's models with its most frequent ME layer",
-    criterion="1",
-    why="'the same' leaves no exception",
-    judge=lambda metrics: Judgement("not measured", note="It takes a sweep over models."),
-)
-
-
-def _judge_families(by_model: dict[str, dict[str, Metrics]], described: dict[str, dict[str, Any]]) -> list[Judgement]:
-    layers: dict[str, dict[str, int | None]] = {}
-    for label, measured in by_model.items():
-        family, name = described[label].get("family"), described[label]["name"]
-        if family is not None:
-            me_layer = next((metrics.get("me_layer") for metrics in measured.values()), None)
-            layers.setdefault(family, {}).setdefault(name, me_layer)
-    judged = []
-    for family, found in layers.items():
-        known = [layer for layer in found.values() if layer is not None]
-        if len(found) < 2 or not known:
-            continue
-        most = max(map(known.count, known)) / len(found)
-        note = f"Family {family}: " + ", ".join(
-            f"{name} {'none' if layer is None else f'block {layer}'}" for name, layer in found.items()
-        )
-        judged.append(Judgement("holds" if most == 1 else "does not hold", most, None, f"{note}."))
-    return judged or [Judgement("not measured", note="No family has two models, of which one has an ME layer.")]

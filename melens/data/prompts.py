@@ -27,6 +27,7 @@ from melens.validation.signatures import checked
 __all__ = [
     "Bos",
     "Prompt",
+    "TokenizedPrompts",
     "byte_tokenizer",
     "check_length",
     "choose_prompts",
@@ -63,6 +64,19 @@ class Prompt:
             raise MelensError(
                 f"A prompt has {half} in it, half of a surrogate pair, which is no character; take it out."
             )
+
+
+@dataclass(frozen=True)
+class TokenizedPrompts:
+    """Prompts with the token ids that a model's tokenizer made of them: it is asked once.
+
+    Attributes:
+        prompts: the texts, with their task and id; empty texts where only token ids are known.
+        tokens: the token ids of each, `[pos]`, on the CPU.
+    """
+
+    prompts: list[Prompt]
+    tokens: list[Int[Tensor, " _"]]
 
 
 @checked
@@ -141,8 +155,8 @@ def choose_prompts(
     max_tokens: int | None = None,
     are_own: bool = True,
     seed: int = 0,
-) -> list[Prompt] | list[Int[Tensor, " _"]]:
-    """Keep the prompts that are short enough, before any is checked against the context.
+) -> TokenizedPrompts:
+    """Turn prompts into tokens, and keep those that are short enough.
 
     Args:
         model: a bridge; without a tokenizer it gets random tokens in place of the project's prompts.
@@ -166,8 +180,10 @@ def choose_prompts(
             min(128, n_ctx, n_ctx if max_tokens is None else max_tokens),
         )
         _log.warning("This model has no tokenizer: %d prompts of random tokens stand in for texts.", n_prompts)
-        return random_tokens(n_prompts, n_tokens, n_vocabulary, seed=seed)
-    lengths = [len(ids) for ids in _token_ids(model, prompts, bos)]
+        drawn = random_tokens(n_prompts, n_tokens, n_vocabulary, seed=seed)
+        return TokenizedPrompts([Prompt(text="") for _ in drawn], drawn)
+    tokens = _token_ids(model, prompts, bos)
+    lengths = [len(ids) for ids in tokens]
     wanted = [row for row, length in enumerate(lengths) if max_tokens is None or length <= max_tokens]
     if not wanted:
         raise MelensError(f"prompts.max_tokens is {max_tokens}, but the shortest prompt has {min(lengths)} tokens.")
@@ -180,7 +196,10 @@ def choose_prompts(
         raise MelensError(f"{told}, first {first}; prompts.max_tokens={n_ctx} leaves them out.")
     if too_long:
         _log.warning("%s and are left out.", told)
-    return [prompts[row] for row in wanted if lengths[row] <= n_ctx]
+    chosen = [row for row in wanted if lengths[row] <= n_ctx]
+    for row in chosen:
+        check_length(lengths[row], str(prompts[row].id or f"number {row}"), n_ctx)
+    return TokenizedPrompts([prompts[row] for row in chosen], [torch.tensor(tokens[row]) for row in chosen])
 
 
 _CHAT_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message['role'] }}

@@ -31,16 +31,16 @@ class Layout:
         n_layers: how many there are.
         attention: those whose attention can be heard.
         ffn: those of whose FFN it can be heard what it writes to the residual stream.
-        unheard_attention, unheard_ffn: those that have one which TransformerLens does not tell apart.
-        silent_attention: those whose attention told nothing in a trace, though it was listened to.
+        unnamed_attention, unnamed_ffn: those that have one which TransformerLens does not tell apart.
+        unrecorded_attention: those whose attention told nothing in a trace, though it was listened to.
     """
 
     n_layers: int
     attention: tuple[int, ...]
     ffn: tuple[int, ...]
-    unheard_attention: tuple[int, ...] = ()
-    unheard_ffn: tuple[int, ...] = ()
-    silent_attention: tuple[int, ...] = ()
+    unnamed_attention: tuple[int, ...] = ()
+    unnamed_ffn: tuple[int, ...] = ()
+    unrecorded_attention: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, model: TransformerBridge) -> Layout:
@@ -58,25 +58,25 @@ class Layout:
             tuple(layer for layer, block in enumerate(blocks) if layer not in ffn and _has_ffn(block)),
         )
 
-    def as_heard(self, layers: Collection[int]) -> Layout:
+    def as_measured(self, layers: Collection[int]) -> Layout:
         """Return the layout as a trace shows it, in which the attention of these blocks was heard."""
         return replace(
             self,
             attention=tuple(layer for layer in self.attention if layer in layers),
-            silent_attention=tuple(layer for layer in self.attention if layer not in layers),
+            unrecorded_attention=tuple(layer for layer in self.attention if layer not in layers),
         )
 
     @property
     def attention_in_words(self) -> str:
         """Say where there is attention."""
-        if self.silent_attention and not self.attention:
-            return f"attention in {listed(self.silent_attention)} that tells nothing of what it looks at"
-        return _in_words("attention", self.attention, self.unheard_attention, self.n_layers)
+        if self.unrecorded_attention and not self.attention:
+            return f"attention in {listed(self.unrecorded_attention)} that tells nothing of what it looks at"
+        return _in_words("attention", self.attention, self.unnamed_attention, self.n_layers)
 
     @property
     def ffn_in_words(self) -> str:
         """Say where there is an FFN."""
-        return _in_words("an FFN", self.ffn, self.unheard_ffn, self.n_layers)
+        return _in_words("an FFN", self.ffn, self.unnamed_ffn, self.n_layers)
 
     def metrics(self) -> dict[str, Any]:
         """Return what the claims must know, ready for JSON."""

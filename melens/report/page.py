@@ -13,7 +13,8 @@ from typing import Any
 import pandas as pd
 from plotly.offline import get_plotlyjs
 
-from melens.report.result import PARTIAL, WHOLE, Figure, Result, claims_of, number_with_interval, write_text
+from melens.report.record import PARTIAL, WHOLE, claims_of, number_with_interval, write_text
+from melens.report.result import Figure, Result, plain_metrics
 
 __all__ = ["write_report"]
 
@@ -40,7 +41,9 @@ def write_report(result: Result, folder: str | Path, *, command: str) -> Path:
     whole, partial = Path(folder) / WHOLE, Path(folder) / PARTIAL
     content = json.loads((whole if whole.is_file() else partial).read_text("utf-8"))
     claims = claims_of(result)
-    skipped = {name: part["not_applicable"] for name, part in result.metrics.items() if "not_applicable" in part}
+    skipped = {
+        name: part["not_applicable"] for name, part in plain_metrics(result.metrics).items() if "not_applicable" in part
+    }
     page = Template(_PAGE).substitute(
         title=f"Massive activations of {escape(result.model['name'])}",
         style=_STYLE,
@@ -72,7 +75,7 @@ def _missing(content: Mapping[str, Any]) -> str:
 
 def _summary(result: Result, claims: pd.DataFrame) -> str:
     model = result.model
-    metrics = next(iter(result.metrics.values()))
+    metrics = next(iter(plain_metrics(result.metrics).values()))
     of_emergence = result.figures.get("emergence")
     sentences = [
         f"{model['name']} ({model['architecture']}, {model['n_layers']} blocks of width {model['d_model']}, "

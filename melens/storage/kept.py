@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pandas as pd
 import plotly.io
 
-from melens.report.result import Figure, Result, plain
+from melens.report.result import Figure, Result, plain, plain_metrics
 from melens.storage.files import whole_folder
 
 __all__ = ["find_kept", "load_result", "save_result"]
@@ -34,7 +35,8 @@ def save_result(result: Result, folder: Path) -> None:
     rest = {
         "experiment": result.experiment,
         "model": result.model,
-        "metrics": result.metrics,
+        "metrics": plain_metrics(result.metrics),
+        "metrics_class": [type(result.metrics).__module__, type(result.metrics).__qualname__],
         "tables": list(result.tables),
         "figures": {
             name: [picture.source, picture.expected, picture.observed] for name, picture in result.figures.items()
@@ -57,12 +59,17 @@ def load_result(folder: Path) -> Result:
     return Result(
         experiment=rest["experiment"],
         model=rest["model"],
-        metrics=rest["metrics"],
+        metrics=_typed(rest["metrics"], *rest["metrics_class"]),
         tables={name: pd.read_parquet(folder / f"{name}.parquet") for name in rest["tables"]},
         figures={name: Figure(plots[name], *texts) for name, texts in rest["figures"].items()},
         findings=[tuple(row) for row in rest["findings"]],
         documents=rest["documents"],
     )
+
+
+def _typed(metrics: dict[str, Any], module: str, name: str) -> Any:
+    kind: Any = metrics if name == "dict" else getattr(import_module(module), name)
+    return metrics if kind is metrics else kind.model_validate(metrics)
 
 
 def find_kept(folder: Path, load: Callable[[Path], _Kept]) -> _Kept | None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-from melens.data.prompts import Prompt, check_length, tokenize
+from melens.data.prompts import Prompt, TokenizedPrompts, check_length, tokenize
 from melens.errors import MelensError
 from melens.models.layout import listed
 from melens.models.quantization import describe_quantization
@@ -44,7 +44,7 @@ from melens.validation.arguments import BosOrNot, Bridge, Probes, Prompts, check
 from melens.validation.signatures import Folder, checked, given
 from melens.validation.types import Count, Number, Said
 
-__all__ = ["Trace", "TraceGiven", "default_probes", "trace"]
+__all__ = ["Progress", "Trace", "TraceGiven", "as_tokens", "default_probes", "trace"]
 
 Progress = Callable[[int, int], None]
 """Called as `progress(tokens_done, tokens_in_all)` after each batch."""
@@ -177,7 +177,8 @@ def trace(
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise MelensError(f"Two probes have the name {twice!r}: give one another, probe.named('{twice}_2').")
-    texts, tokens = _as_tokens(model, prompts, bos)
+    given_prompts = as_tokens(model, prompts, bos)
+    tokens = given_prompts.tokens
     for probe in probes:
         if probe.keys and max(probe.keys) >= (longest := max(map(len, tokens))):
             raise MelensError(
@@ -200,7 +201,7 @@ def trace(
                 if progress is not None:
                     progress(recorder.n_tokens, total)
                 network(input_ids=batch.tokens, use_cache=False)
-            described = _describe(model, verification), _describe_prompts(model, texts, tokens)  # while a GPU computes
+            described = _describe(model, verification), _describe_prompts(model, given_prompts)  # while a GPU computes
         recorder.end()
     if progress is not None:
         progress(recorder.n_tokens, total)
@@ -251,16 +252,20 @@ _Tokens = Int[Tensor, " _"]
 """Token ids of one prompt, of whatever length, on the CPU."""
 
 
-def _as_tokens(model: TransformerBridge, prompts: Any, bos: BosOrNot) -> tuple[list[Prompt], list[_Tokens]]:
+def as_tokens(model: TransformerBridge, prompts: Any, bos: BosOrNot = "auto") -> TokenizedPrompts:
+    """Turn prompts, as `Prompts` lists them, into tokens, which are checked against context and vocabulary."""
+    if isinstance(prompts, TokenizedPrompts):
+        return prompts
     if isinstance(prompts[0], Prompt):
-        return prompts, [torch.tensor(ids) for ids in tokenize(model, prompts, bos=bos)]
+        return TokenizedPrompts(prompts, [torch.tensor(ids) for ids in tokenize(model, prompts, bos=bos)])
     for number, ids in enumerate(prompts):
         check_length(len(ids), f"number {number}", model.cfg.n_ctx)
         check_vocabulary(model, ids, number)
-    return [Prompt(text="") for _ in prompts], prompts
+    return TokenizedPrompts([Prompt(text="") for _ in prompts], prompts)
 
 
-def _describe_prompts(model: TransformerBridge, texts: list[Prompt], tokens: list[_Tokens]) -> pd.DataFrame:
+def _describe_prompts(model: TransformerBridge, prompts: TokenizedPrompts) -> pd.DataFrame:
+    texts, tokens = prompts.prompts, prompts.tokens
     tokenizer, firsts = model.tokenizer, [int(ids[0]) for ids in tokens]
     return pd.DataFrame(
         {

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, PlainValidator
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
-from melens.data.prompts import Bos, Prompt
+from melens.data.prompts import Bos, Prompt, TokenizedPrompts
 from melens.errors import MelensError
 from melens.tracing.probes import Probe
 from melens.validation.signatures import given, must_be
@@ -74,13 +74,17 @@ def check_vocabulary(model: TransformerBridge, ids: Int[Tensor, " pos"], number:
 
 def _listed_ids(prompts: Any) -> list[Int[Tensor, " pos"]]:
     listed = _listed_prompts(prompts)
+    if isinstance(listed, TokenizedPrompts):
+        return listed.tokens
     if isinstance(listed[0], Prompt):
         raise must_be("token ids of each prompt, not texts")
     return listed
 
 
-def _listed_prompts(prompts: Any) -> list[Any]:
+def _listed_prompts(prompts: Any) -> list[Any] | TokenizedPrompts:
     """List prompts, of which one may come alone, as `Prompt`s or as tensors of token ids."""
+    if isinstance(prompts, TokenizedPrompts):
+        return prompts
     is_array = isinstance(prompts, np.ndarray | Tensor)
     if isinstance(prompts, str | Prompt) or (is_array and prompts.ndim < 2 and not _holds_texts(prompts)):
         several = [prompts]
@@ -112,7 +116,7 @@ TokenLists = Annotated[Sequence[Sequence[int]] | Sequence[Tensor], PlainValidato
 """The token ids of each prompt."""
 
 Prompts = Annotated[
-    str | Prompt | Tensor | Sequence[str | Prompt] | Sequence[Sequence[int]] | Sequence[Tensor],
+    str | Prompt | TokenizedPrompts | Tensor | Sequence[str | Prompt] | Sequence[Sequence[int]] | Sequence[Tensor],
     PlainValidator(_listed_prompts),
 ]
 """Texts (`str` or `Prompt`), or the token ids of each prompt: a list, array or tensor `[pos]`; one may come alone."""

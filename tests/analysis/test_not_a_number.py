@@ -18,7 +18,7 @@ from melens import MelensError, WeMask
 from melens.analysis import statistics
 from melens.analysis.statistics import bootstrap_mean, mean_by, paired_permutation_p, peak_layer, tidy
 from melens.benchmarks.catalog import BENCHMARKS
-from melens.benchmarks.harness import Asking, _language_model, evaluate, load_task
+from melens.benchmarks.harness import RequestOptions, _language_model, evaluate
 from melens.benchmarks.refusals import judged_refusals
 from melens.benchmarks.scores import best_rates, check_scores, summarise
 from melens.benchmarks.scoring import Scorer
@@ -103,7 +103,7 @@ def test_an_item_without_a_score_is_named():
 
 def test_a_mean_over_seeds_is_not_one_over_fewer():
     twice = pd.concat([items(none=[1.0, 0.0]), items(none=[1.0]).assign(seed=1)])
-    with pytest.raises(MelensError, match="piqa, item 1: it was not answered under every training and seed"):
+    with pytest.raises(MelensError, match="piqa: item 1 was not scored for every training and seed"):
         summarise(twice, "none")
 
 
@@ -159,7 +159,7 @@ def test_the_harness_on_a_broken_head_stops_by_name(embedded, network, tmp_path,
     benchmark = BENCHMARKS[task]
     (tmp_path / benchmark.file).write_text(json.dumps(ROWS[task]) + "\n")
     with pytest.raises(MelensError, match=message):
-        evaluate(network, embedded.tokenizer, load_task(benchmark, tmp_path), Asking(max_new_tokens=4))
+        evaluate(network, embedded.tokenizer, load_task(benchmark, tmp_path), RequestOptions(max_new_tokens=4))
 
 
 def test_a_text_of_several_windows_is_named(embedded, network, monkeypatch):
@@ -169,12 +169,12 @@ def test_a_text_of_several_windows_is_named(embedded, network, monkeypatch):
     def text(item, words):
         return Instance("loglikelihood_rolling", {}, (" milk" * words,), 0, ("wikitext", item, 1))
 
-    harness = _language_model(network, embedded.tokenizer, Asking(), 512, lambda done: None)
+    harness = _language_model(network, embedded.tokenizer, RequestOptions(), 512, lambda done: None)
     with pytest.raises(MelensError, match=r"^wikitext, item 4: the log-likelihood is nan"):
         harness.loglikelihood_rolling([text(4, 3)])
     healthy = copy.deepcopy(network)
     healthy.lm_head.weight.data.nan_to_num_()
-    harness = _language_model(healthy, embedded.tokenizer, Asking(), 512, lambda done: None)
+    harness = _language_model(healthy, embedded.tokenizer, RequestOptions(), 512, lambda done: None)
     monkeypatch.setattr(type(harness), "max_length", 8)
     both = harness.loglikelihood_rolling([text(4, 3), text(5, 20)])
     assert both == [*harness.loglikelihood_rolling([text(4, 3)]), *harness.loglikelihood_rolling([text(5, 20)])]

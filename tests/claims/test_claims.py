@@ -2,7 +2,7 @@ import pandas as pd
 import pytest
 
 import melens
-from melens.claims.engine import CLAIMS
+from melens.claims.paper import CLAIMS
 
 BASE = {"me_layer": 11, "n_prompts": 9, "distinct_first_tokens": 9, "massive_position": 0}
 

@@ -10,8 +10,8 @@ from planted import FAMILIES, N_LAYERS, VOCABULARY, bridge, gains_apart, plain_m
 import melens
 from experiments.options import compose_options
 from experiments.runner.study import begin_study, run_experiments
-from melens.claims.engine import CLAIMS
-from melens.report import result as results
+from melens.claims.paper import CLAIMS
+from melens.report import record as results
 from melens.report.result import combine
 
 TOKEN, DIM, BLOCK = 7, 21, 1

@@ -19,7 +19,7 @@ from experiments.runner.folders import OwnFolder, own, owned, owned_by_job
 from experiments.runner.jobs import read_jobs
 from experiments.runner.sweep import MergeSweep
 from melens import MelensError
-from melens.report.result import write_failure
+from melens.report.record import write_failure
 
 ROOT = Path(__file__).parents[2]
 

@@ -22,7 +22,8 @@ from experiments.runner.job import run_job
 from experiments.runner.study import begin_study
 from melens import MelensError, Prompt, WeMask, load_model
 from melens.data.chat import PLAIN
-from melens.report.result import Result, combine, show_result, write_result
+from melens.report.record import show_result, write_result
+from melens.report.result import Result, combine
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = (Prompt("Rain is"), Prompt("The capital of France is"))

@@ -18,7 +18,7 @@ from experiments.runner import leaving
 from experiments.runner.job import give_freed_memory_back
 from experiments.runner.leaving import finish, interrupted_by_sigterm, leave, told_if_stopped, what_is_left
 from melens import MelensError
-from melens.report.result import Record, write_result
+from melens.report.record import Record, write_result
 from melens.storage.cache import KEPT
 
 ROOT = Path(__file__).parents[2]

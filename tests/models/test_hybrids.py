@@ -86,7 +86,7 @@ def test_sinks_are_measured_in_the_blocks_with_attention(model_type):
     layout = Layout.of(bridge)
     assert layout.attention == ATTENTION.get(model_type, (1, 3))
     assert layout.ffn == FFN.get(model_type, (0, 1, 2, 3))
-    assert (layout.unheard_attention, layout.unheard_ffn) == ((), (1, 3) if model_type == "zamba2" else ())
+    assert (layout.unnamed_attention, layout.unnamed_ffn) == ((), (1, 3) if model_type == "zamba2" else ())
     if model_type == "recurrent_gemma" and eager_function(plain.model.layers[1].temporal_block) is None:
         pytest.skip("This transformers computes RecurrentGemma's attention without telling its pattern.")
     tokens = torch.arange(10, 22)
@@ -240,10 +240,10 @@ def test_blocks_are_told_in_words():
     assert listed([3]) == "block 3"
     assert listed((2, 5, 8)) == "blocks 2, 5 and 8"
     assert listed(range(6)) == "blocks 0 to 5"
-    partly = Layout(6, attention=(1,), ffn=(), unheard_attention=(4,))
+    partly = Layout(6, attention=(1,), ffn=(), unnamed_attention=(4,))
     assert partly.attention_in_words == "attention in block 1 of 6, in block 4 not told apart by TransformerLens"
     assert partly.ffn_in_words == "no block with an FFN"
-    silent = Layout(6, attention=(1, 4), ffn=()).as_heard([])
+    silent = Layout(6, attention=(1, 4), ffn=()).as_measured([])
     assert silent.attention_in_words == "attention in blocks 1 and 4 that tells nothing of what it looks at"
-    assert Layout(6, attention=(1, 4), ffn=()).as_heard([1, 4]).attention == (1, 4)
+    assert Layout(6, attention=(1, 4), ffn=()).as_measured([1, 4]).attention == (1, 4)
     assert Layout(6, tuple(range(6)), ()).attention_in_words == "attention in all 6 blocks"

@@ -12,9 +12,10 @@ from test_experiments import BLOCK, DIM, TOKEN, prompts_of, study
 
 import melens
 from experiments.runner.study import run_experiments
-from melens.report import result as results
+from melens.report import record as results
 from melens.report.page import write_report
-from melens.report.result import Record, claims_of, combine, plain, write_result
+from melens.report.record import Record, claims_of, write_result
+from melens.report.result import combine, plain
 from melens.storage.cache import Kept
 from melens.storage.kept import load_result, save_result
 

@@ -8,8 +8,9 @@ import pytest
 
 from melens import MelensError
 from melens.environment.versions import untried
-from melens.report import result as results
-from melens.report.result import Figure, Record, Result, combine, read_results, write_failure, write_result
+from melens.report import record as results
+from melens.report.record import Record, read_results, write_failure, write_result
+from melens.report.result import Figure, Result, combine
 
 CONFIG = {"exp": {"name": "emergence"}, "model": {"name": "tiny"}, "seed": 3}
 

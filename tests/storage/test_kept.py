@@ -22,12 +22,14 @@ from experiments.runner.jobs import jobs_of
 from experiments.runner.study import begin_study, run_experiments
 from experiments.training import kept_training
 from melens import WeMask
-from melens.benchmarks import harness
+from melens.benchmarks import tasks as task_definitions
 from melens.benchmarks.catalog import BENCHMARKS
-from melens.benchmarks.harness import Asking, evaluate, load_task
+from melens.benchmarks.harness import RequestOptions, evaluate
+from melens.benchmarks.tasks import load_task
 from melens.masks.comparison import MaskComparison
 from melens.models.view import plain_twin
-from melens.report.result import Result, plain, write_result
+from melens.report.record import write_result
+from melens.report.result import Result, plain
 from melens.storage import cache
 from melens.storage.cache import Store, store_for
 
@@ -321,10 +323,10 @@ def gsm8k(tmp_path):
     "change", [{"generation_kwargs": {"until": ["x"]}}, {"filter_list": None}, {"doc_to_target": "2"}], ids=str
 )
 def test_a_task_is_told_by_its_whole_definition(gsm8k, change, monkeypatch):
-    config_of = harness._config_of
+    config_of = task_definitions._config_of
     before = load_task(BENCHMARKS["gsm8k"], gsm8k).identity
     assert before == load_task(BENCHMARKS["gsm8k"], gsm8k).identity
-    monkeypatch.setattr(harness, "_config_of", lambda benchmark: config_of(benchmark) | change)
+    monkeypatch.setattr(task_definitions, "_config_of", lambda benchmark: config_of(benchmark) | change)
     assert load_task(BENCHMARKS["gsm8k"], gsm8k).identity != before
 
 
@@ -333,7 +335,7 @@ def test_how_a_task_was_asked_does_not_stay_on_it(embedded, gsm8k):
     task = load_task(BENCHMARKS["gsm8k"], gsm8k)
     (of_harness,) = task.tasks.values()
     before = json.dumps(of_harness.config.generation_kwargs), random_state()
-    asking = Asking(max_new_tokens=2, sampling={"temperature": 0.5, "top_p": 0.9})
+    asking = RequestOptions(max_new_tokens=2, sampling={"temperature": 0.5, "top_p": 0.9})
     items = evaluate(plain_twin(embedded), embedded.tokenizer, task, asking)
     assert len(items) == 2
     assert (json.dumps(of_harness.config.generation_kwargs), random_state()) == before

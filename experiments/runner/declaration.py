@@ -1,0 +1,160 @@
+"""How an experiment is declared: its options, what it wants measured, and the function that runs it; light to import.
+
+A module of `experiments/` holds `EXPERIMENTS`, from which the command line, `exp=all` and the options' types are made:
+
+    class SinksOptions(ExperimentOptions):
+        name: Literal["sinks"]
+        map_tokens: AtLeast2
+
+    EXPERIMENTS = (of_analysis("sinks", SinksOptions),)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from melens.validation.types import Count, Flag, Name, Number, Positive, Said, Share, Whole
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformer_lens.model_bridge import TransformerBridge
+
+    from experiments.options.schema import Options
+    from experiments.runner.study import Run
+    from melens.report.result import Result
+    from melens.tracing.probes import Probe
+
+__all__ = [
+    "AS_TYPED",
+    "AtLeast2",
+    "AtLeast3",
+    "AutoFlag",
+    "Experiment",
+    "ExperimentOptions",
+    "Names",
+    "Node",
+    "OptionalCount",
+    "OptionalNumber",
+    "OptionalPositive",
+    "OptionalShare",
+    "OptionalText",
+    "Seeds",
+    "Text",
+    "as_list",
+    "of_analysis",
+]
+
+
+class Node(BaseModel):
+    """A group of options."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ExperimentOptions(Node):
+    """The options of an experiment, `exp.<option>`: each has its default in `conf/exp/`, with a comment.
+
+    Attributes:
+        name: of the experiment.
+    """
+
+    name: str
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether what takes long is kept in the user's cache."""
+        return bool(getattr(self, "keep", False))
+
+    @property
+    def has_report(self) -> bool:
+        """Whether `report.html` is wanted."""
+        return bool(getattr(self, "report", False))
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """The options by name, without the experiment's."""
+        return {name: getattr(self, name) for name in type(self).model_fields if name != "name"}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Something that can be asked for by `exp=`.
+
+    Attributes:
+        name: as it is asked for.
+        options: their types.
+        run: measures, given the run (a `Study`, with all options) and the experiment's own options; a `MelensError`
+            says why it does not apply to this model.
+        probes: what it wants measured in the pass that all experiments of a run share, beyond the default probes.
+        prepare: checks and loads what may be wrong or missing before the model is loaded, which takes longer; what it
+            returns is `run.prepared[name]`.
+        in_all: whether `exp=all` can hold it.
+    """
+
+    name: str
+    options: type[ExperimentOptions]
+    run: Callable[[Run, Any], Result]
+    probes: Callable[[TransformerBridge, Any], list[Probe]] | None = None
+    prepare: Callable[[Options, Path], Any] | None = None
+    in_all: bool = True
+
+
+def of_analysis(
+    name: str,
+    options: type[ExperimentOptions],
+    function: str | None = None,
+    *,
+    probes: Callable[[TransformerBridge, Any], list[Probe]] | None = None,
+) -> Experiment:
+    """Declare the experiment that is a function of `melens.analysis`, called with the options as its arguments.
+
+    Args:
+        name, options, probes: as of an `Experiment`.
+        function: its name, by default the experiment's.
+    """
+
+    def run(run: Run, options: ExperimentOptions) -> Result:
+        analysis = import_module("melens.analysis")  # takes seconds, which checking options need not
+        result: Result = getattr(analysis, function or name)(run, **options.own)
+        return result
+
+    return Experiment(name, options, run, probes)
+
+
+# --- Types of options -------------------------------------------------------------------------------------------------
+
+
+class _AsTyped:
+    """Marks an option that is a text: no number, list or sweep is read out of it."""
+
+
+AS_TYPED = _AsTyped()
+
+
+def as_list(value: Any) -> Any:
+    """Let one thing stand for a list of one."""
+    return value if value is None or isinstance(value, list) else [value]
+
+
+AtLeast2 = Annotated[int, Field(strict=True, ge=2), Said("a whole number of at least 2")]
+AtLeast3 = Annotated[int, Field(strict=True, ge=3), Said("a whole number of at least 3")]
+OptionalCount = Annotated[Count | None, Said("a whole number of at least 1, or null")]
+OptionalPositive = Annotated[Positive | None, Said("a number over 0, or null")]
+OptionalNumber = Annotated[Number | None, Said("a number of at least 0, or null")]
+OptionalShare = Annotated[Share | None, Said("a number over 0 and at most 1, or null")]
+Text = Annotated[Name, AS_TYPED, Said("a text")]
+OptionalText = Annotated[Name | None, AS_TYPED, Said("a text, or null")]
+Names = Annotated[
+    Annotated[list[Name], Field(min_length=1)] | None,
+    BeforeValidator(as_list),
+    Said("a list of names, as [a,b], or null"),
+]
+_Seeds = Annotated[list[Whole], Field(min_length=1)]
+Seeds = Annotated[_Seeds, BeforeValidator(as_list), Said("a list of whole numbers, as [0,1]")]
+AutoFlag = Annotated[Literal["auto"] | Flag, Said("auto, true or false")]
