@@ -28,7 +28,7 @@ from melens.environment import versions
 from melens.errors import MelensError
 from melens.report.result import Result, combine, plain, plain_metrics
 from melens.storage.cache import KEPT
-from melens.storage.files import whole_file
+from melens.storage.files import atomic_file
 
 __all__ = [
     "PARTIAL",
@@ -314,7 +314,7 @@ def write_text(path: Path, text: str) -> Path:
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> Path:
-    with whole_file(path) as partial:
+    with atomic_file(path) as partial:
         write(partial)
     return path
 

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from melens.errors import MelensError
 from melens.models.quantization import is_quantized
-from melens.storage.files import whole_file
+from melens.storage.files import atomic_file
 
 __all__ = [
     "KEPT",
@@ -101,7 +101,7 @@ class Store:
     def _write(self, path: Path, write: Callable[[Path], object]) -> None:
         with if_it_can_be_kept():
             self.folder.mkdir(parents=True, exist_ok=True)
-            with whole_file(path) as partial:
+            with atomic_file(path) as partial:
                 write(partial)
 
 

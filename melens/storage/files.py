@@ -19,14 +19,14 @@ from pathlib import Path
 import psutil
 from safetensors import SafetensorError
 
-__all__ = ["whole_file", "whole_folder"]
+__all__ = ["atomic_file", "atomic_folder"]
 
 _PARTIAL = re.compile(r"\..+\.(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{8}\.partial")
 _A_DAY = 24 * 3600.0
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """Lend a name to write a file under; at the end it takes the file's place.
 
     Args:
@@ -48,7 +48,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(folder: Path, *, replace: bool) -> Iterator[Path]:
+def atomic_folder(folder: Path, *, replace: bool) -> Iterator[Path]:
     """Lend an empty folder to write in; at the end it takes the place of another.
 
     Args:
@@ -57,7 +57,7 @@ def whole_folder(folder: Path, *, replace: bool) -> Iterator[Path]:
             reads it is disturbed.
 
     Raises:
-        OSError: as `whole_file`.
+        OSError: as `atomic_file`.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(folder.parent)

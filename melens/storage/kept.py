@@ -17,7 +17,7 @@ import pandas as pd
 import plotly.io
 
 from melens.report.result import Figure, Result, plain, plain_metrics
-from melens.storage.files import whole_folder
+from melens.storage.files import atomic_folder
 
 __all__ = ["find_kept", "load_result", "save_result"]
 
@@ -44,7 +44,7 @@ def save_result(result: Result, folder: Path) -> None:
         "findings": [list(row) for row in result.findings],
         "documents": result.documents,
     }
-    with whole_folder(folder, replace=False) as partial:
+    with atomic_folder(folder, replace=False) as partial:
         for name, table in result.tables.items():
             table.to_parquet(partial / f"{name}.parquet")
         for name, figure in result.figures.items():
@@ -76,7 +76,7 @@ def find_kept(folder: Path, load: Callable[[Path], _Kept]) -> _Kept | None:
     """Read a folder of the cache; None where there is none, or a damaged one, which is removed.
 
     Args:
-        folder: as `whole_folder` makes it.
+        folder: as `atomic_folder` makes it.
         load: reads it.
     """
     if not folder.is_dir():

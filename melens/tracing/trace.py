@@ -26,7 +26,7 @@ from melens.errors import MelensError
 from melens.models.layout import listed
 from melens.models.quantization import describe_quantization
 from melens.models.view import base_of
-from melens.storage.files import whole_folder
+from melens.storage.files import atomic_folder
 from melens.tracing.batching import forget_longest
 from melens.tracing.lean import any_hooks, lean_forward
 from melens.tracing.probes import (
@@ -89,7 +89,7 @@ class Trace:
         """
         folder = Path(folder).resolve()
         _check_replaceable(folder)
-        with whole_folder(folder, replace=replace) as partial:
+        with atomic_folder(folder, replace=replace) as partial:
             self.prompts.to_parquet(partial / "prompts.parquet")
             for name, table in self.tables.items():
                 table.to_parquet(partial / f"{name}.table.parquet")

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from melens.masks.mask import WeMask
 from melens.models.gates import is_of_gate, save_gates
 from melens.models.view import gathered_twin
-from melens.storage.files import whole_folder
+from melens.storage.files import atomic_folder
 
 __all__ = ["save_trained"]
 
@@ -43,7 +43,7 @@ def save_trained(model: Any, tokenizer: Any, folder: Path, *, mask: WeMask | Non
     if accelerator.is_main_process:
         of_gates = {name: weight for name, weight in weights.items() if is_of_gate(name)}
         _put_aside(folder)
-        with whole_folder(folder, replace=True) as partial:
+        with atomic_folder(folder, replace=True) as partial:
             model.save_pretrained(partial, state_dict={name: w for name, w in weights.items() if name not in of_gates})
             tokenizer.save_pretrained(partial)
             if of_gates:

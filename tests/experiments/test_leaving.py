@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from test_results import CONFIG, Breaks, ffn_result, names, picture, some_result
-from test_whole import full_disk
+from test_files import full_disk
 
 from experiments.options import compose_options
 from experiments.runner import leaving

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from melens.storage import cache
 from melens.storage.cache import Store
-from melens.storage.files import whole_file, whole_folder
+from melens.storage.files import atomic_file, atomic_folder
 
 
 def names(folder):
@@ -37,14 +37,14 @@ def full_disk(size=4096):
 
 
 def write_file(folder, text, error=None):
-    with whole_file(folder / "it") as partial:
+    with atomic_file(folder / "it") as partial:
         partial.write_text(text)
         if error is not None:
             raise error
 
 
 def write_folder(folder, text, error=None, *, replace=True):
-    with whole_folder(folder / "it", replace=replace) as partial:
+    with atomic_folder(folder / "it", replace=replace) as partial:
         (partial / "text").write_text(text)
         if error is not None:
             raise error
@@ -93,9 +93,9 @@ def test_a_folder_that_cannot_take_its_place_leaves_the_one_before(tmp_path, mon
 KILLED = """
 import os, signal
 from pathlib import Path
-from melens.storage.files import whole_file, whole_folder
+from melens.storage.files import atomic_file, atomic_folder
 here = Path({folder!r})
-with whole_file(here / "file") as file, whole_folder(here / "folder", replace=True) as folder:
+with atomic_file(here / "file") as file, atomic_folder(here / "folder", replace=True) as folder:
     file.write_text("half")
     (folder / "text").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
