@@ -17,7 +17,7 @@ from melens import MelensError
 from melens.report.page import write_report
 from melens.report.record import WHOLE, Record
 from melens.report.result import Result, combine
-from melens.storage.cache import KEPT
+from melens.storage.cache import RUN_CACHE
 from melens.training.recipe import METHODS
 
 __all__ = ["finish", "interrupted_by_sigterm", "leave", "told_if_stopped"]
@@ -47,7 +47,7 @@ def _write_report(record: Record, cfg: Options) -> list[Path]:
 @contextmanager
 def told_if_stopped(record: Record, cfg: Options) -> Iterator[None]:
     """Note in what a run leaves that it was stopped; an interrupt tells where the same command goes on."""
-    KEPT.has_begun = KEPT.is_lost = False  # an earlier job of a sweep had its own
+    RUN_CACHE.has_trace = RUN_CACHE.is_incomplete = False  # an earlier job of a sweep had its own
     try:
         yield
     except BaseException as error:
@@ -65,13 +65,13 @@ def what_is_left(record: Record, cfg: Options) -> str:
     """Say what a run that was interrupted has done, and what to do to go on."""
     if record.parts and record.missing:
         done = f"{len(record.parts)} of {len(record.experiments)} experiments are written to {record.folder}"
-        goes_on = f"the same command goes on with {record.missing[0]}" if KEPT.goes_on else "the others are not done"
+        goes_on = f"the same command goes on with {record.missing[0]}" if RUN_CACHE.can_resume else "the others are not done"
         return f"{done}; {goes_on}."
     if record.parts:
         return f"what was found is in {record.folder}."
     earlier = (record.folder / WHOLE).is_file()
     nothing = "no result was written" + f" ({record.folder / WHOLE} is of an earlier run)" * earlier
-    if KEPT.goes_on and cfg.exp.name != "generate":  # which keeps its trace alone
+    if RUN_CACHE.can_resume and cfg.exp.name != "generate":  # which keeps its trace alone
         return f"{nothing}; what was measured so far is kept, and the same command goes on with the rest."
     folder = record.folder if cfg.training.resume is None else Path(cfg.training.resume)
     if cfg.exp.name in METHODS and any((folder / "checkpoints").glob("checkpoint-*/trainer_state.json")):

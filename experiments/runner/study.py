@@ -24,8 +24,8 @@ from melens.data.texts import cut_texts, read_text
 from melens.models.devices import placement
 from melens.models.normalization import has_normalization, read_normalization
 from melens.report.result import Metrics, Result, plain_metrics
-from melens.storage.cache import KEPT, Store, code_version, hash_of, if_it_can_be_kept, store_for
-from melens.storage.kept import find_kept, load_result, save_result
+from melens.storage.cache import RUN_CACHE, Store, code_version, hash_of, store_for, warn_if_not_cached
+from melens.storage.results import load_cached, load_result, save_result
 from melens.tracing.trace import as_tokens
 
 __all__ = ["Run", "begin_study", "named_normalization", "run_experiments"]
@@ -141,16 +141,16 @@ def _find_or_trace(
         progress = stage("tokens traced")
         return melens.trace(model, prompts, probes, max_batch_tokens=cfg.max_batch_tokens, progress=progress)
 
-    KEPT.has_begun = cfg.exp.is_kept
+    RUN_CACHE.has_trace = cfg.exp.is_kept
     if not cfg.exp.is_kept:
         return traced()
     of_probes = [[type(probe).__qualname__, vars(probe)] for probe in probes]
     decides = [model.cfg.model_name, prompts.tokens, prompts.prompts, cfg.max_batch_tokens, of_probes, _code()]
     folder = store_for("traces", model.original_model, *decides).folder
-    trace = find_kept(folder, Trace.load)
+    trace = load_cached(folder, Trace.load)
     if trace is None:
         trace = traced()
-        with if_it_can_be_kept():
+        with warn_if_not_cached():
             trace.save(folder, replace=False)  # another job, that was faster, has readers by now
     return trace
 
@@ -196,12 +196,12 @@ def _find_or_run(run: Run, name: str, options: Any, store: Store | None) -> Resu
     if store is None or hasattr(options, "keep"):  # which keeps its own parts, under what is in the files that it reads
         return _run_one_of_several(run, name, options)
     folder = store.folder / f"{name}-{hash_of(options.model_dump())[:24]}"
-    found = find_kept(folder, load_result)
+    found = load_cached(folder, load_result)
     if found is not None:
         return replace(found, model=run.trace.model, metrics=_measured_before(found.metrics))
     result = _run_one_of_several(run, name, options)
     if "not_applicable" not in plain_metrics(result.metrics):
-        with if_it_can_be_kept():
+        with warn_if_not_cached():
             save_result(result, folder)
     return result
 

@@ -27,7 +27,7 @@ from melens.claims.engine import judge_parts
 from melens.environment import versions
 from melens.errors import MelensError
 from melens.report.result import Result, combine, plain, plain_metrics
-from melens.storage.cache import KEPT
+from melens.storage.cache import RUN_CACHE
 from melens.storage.files import atomic_file
 
 __all__ = [
@@ -161,7 +161,7 @@ class Record:
             "environment": _environment(result.model, self._config, time.perf_counter() - self._began),
             "config": self._config,
         }
-        return shared if status == "ok" else shared | {"missing": self.missing, "goes_on": KEPT.goes_on}
+        return shared if status == "ok" else shared | {"missing": self.missing, "goes_on": RUN_CACHE.can_resume}
 
     def _note(self, status: str) -> None:
         content = self.content(status)

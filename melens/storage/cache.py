@@ -39,14 +39,14 @@ from melens.models.quantization import is_quantized
 from melens.storage.files import atomic_file
 
 __all__ = [
-    "KEPT",
-    "Kept",
+    "RUN_CACHE",
+    "RunCache",
     "Store",
     "cache_folder",
     "code_version",
     "fingerprint",
     "hash_of",
-    "if_it_can_be_kept",
+    "warn_if_not_cached",
     "store_for",
     "store_for_kind",
     "tokenizer_fingerprint",
@@ -99,45 +99,45 @@ class Store:
         self._write(self.folder / f"{name}.json", lambda path: path.write_text(text, "utf-8"))
 
     def _write(self, path: Path, write: Callable[[Path], object]) -> None:
-        with if_it_can_be_kept():
+        with warn_if_not_cached():
             self.folder.mkdir(parents=True, exist_ok=True)
             with atomic_file(path) as partial:
                 write(partial)
 
 
 @dataclass
-class Kept:
+class RunCache:
     """Whether the next process finds what this run measures: what a run says as it is stopped goes by that.
 
     Attributes:
-        has_begun: the trace, which is kept first, is in the cache.
-        is_lost: something could not be written, or is of a model that only this process knows by name.
+        has_trace: the trace, which is kept first, is in the cache.
+        is_incomplete: something could not be written, or is of a model that only this process knows by name.
     """
 
-    has_begun: bool = False
-    is_lost: bool = False
+    has_trace: bool = False
+    is_incomplete: bool = False
 
     @property
-    def goes_on(self) -> bool:
-        return self.has_begun and not self.is_lost
+    def can_resume(self) -> bool:
+        return self.has_trace and not self.is_incomplete
 
 
-KEPT = Kept()
+RUN_CACHE = RunCache()
 """Of the run that this process is in."""
 
 
 @contextmanager
-def if_it_can_be_kept() -> Iterator[None]:
+def warn_if_not_cached() -> Iterator[None]:
     """Write to the cache; where that fails, as in a read-only folder or on a full disk, say so once and go on."""
     try:
         yield
     except OSError as error:
-        KEPT.is_lost = True
-        _tell_not_kept(cache_folder(), error.strerror or str(error))
+        RUN_CACHE.is_incomplete = True
+        _warn_not_cached(cache_folder(), error.strerror or str(error))
 
 
 @cache
-def _tell_not_kept(folder: Path, why: str) -> None:
+def _warn_not_cached(folder: Path, why: str) -> None:
     logging.getLogger(__name__).warning(
         "Nothing can be kept in %s (%s): the next run computes it anew. MELENS_CACHE names another folder.", folder, why
     )
@@ -269,7 +269,7 @@ def fingerprint(network: nn.Module) -> str:
         MelensError: a weight on the meta device that accelerate would not fetch.
     """
     if is_quantized(network):
-        KEPT.is_lost = True
+        RUN_CACHE.is_incomplete = True
         return hash_of(_NAMES.setdefault(network, uuid4().hex))
     weights = []
     here = {id(weight): weight for weight in network.parameters() if not weight.is_meta}

@@ -19,7 +19,7 @@ from experiments.runner.job import give_freed_memory_back
 from experiments.runner.leaving import finish, interrupted_by_sigterm, leave, told_if_stopped, what_is_left
 from melens import MelensError
 from melens.report.record import Record, write_result
-from melens.storage.cache import KEPT
+from melens.storage.cache import RUN_CACHE
 
 ROOT = Path(__file__).parents[2]
 ALL = ("exp=all", "model=random", "exp.experiments=[direction,ffn]")
@@ -39,8 +39,8 @@ def described(result):
 
 @pytest.fixture(autouse=True)
 def _nothing_is_kept(monkeypatch):
-    for name in ("has_begun", "is_lost"):
-        monkeypatch.setattr(KEPT, name, False)
+    for name in ("has_trace", "is_incomplete"):
+        monkeypatch.setattr(RUN_CACHE, name, False)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
@@ -50,7 +50,7 @@ def test_what_a_stopped_run_found_is_there_with_a_report_that_says_so(tmp_path, 
     assert "This run goes on." in (tmp_path / "report.html").read_text()
 
     def stop():
-        KEPT.has_begun = True
+        RUN_CACHE.has_trace = True
         raise error
 
     with pytest.raises(error) as raised, told_if_stopped(record, cfg):
@@ -95,17 +95,17 @@ def test_a_full_disk_is_told_in_a_sentence_and_leaves_what_was_whole(tmp_path):
     ("options", "kept", "sentence"),
     [
         (("exp=emergence",), {}, "no result was written."),
-        (("exp=wemask",), {"has_begun": True}, "no result was written; what was measured so far is kept, and the same"),
+        (("exp=wemask",), {"has_trace": True}, "no result was written; what was measured so far is kept, and the same"),
         (("exp=wemask",), {}, "no result was written."),
-        (("exp=wemask",), {"has_begun": True, "is_lost": True}, "no result was written."),
+        (("exp=wemask",), {"has_trace": True, "is_incomplete": True}, "no result was written."),
         (ALL, {}, "no result was written."),
-        (("exp=generate",), {"has_begun": True}, "no result was written."),
+        (("exp=generate",), {"has_trace": True}, "no result was written."),
         (("exp=sft", "training.dataset=sums"), {}, "no result was written; training.resume={} goes on from the last"),
     ],
 )
 def test_an_interrupt_says_what_is_left(tmp_path, monkeypatch, options, kept, sentence):
     for name, value in kept.items():
-        monkeypatch.setattr(KEPT, name, value)
+        monkeypatch.setattr(RUN_CACHE, name, value)
     (tmp_path / "checkpoints" / "checkpoint-1").mkdir(parents=True)
     (tmp_path / "checkpoints" / "checkpoint-1" / "trainer_state.json").touch()
     told = what_is_left(record_of(tmp_path), compose_options("model=random", *options))
@@ -114,10 +114,10 @@ def test_an_interrupt_says_what_is_left(tmp_path, monkeypatch, options, kept, se
     assert (told == sentence) == sentence.endswith(".")
 
 
-@pytest.mark.parametrize("kept", [{}, {"has_begun": True, "is_lost": True}])
+@pytest.mark.parametrize("kept", [{}, {"has_trace": True, "is_incomplete": True}])
 def test_where_nothing_is_kept_nothing_is_said_of_going_on(tmp_path, monkeypatch, kept):
     for name, value in kept.items():
-        monkeypatch.setattr(KEPT, name, value)
+        monkeypatch.setattr(RUN_CACHE, name, value)
     record = record_of(tmp_path)
     record.parts.append(some_result())
     assert what_is_left(record, compose_options(*ALL)).endswith("; the others are not done.")
@@ -130,13 +130,13 @@ def test_a_run_stopped_as_its_first_result_is_written_has_none(tmp_path):
     assert json.loads((tmp_path / "result.partial.json").read_text())["status"] == "stopped"
 
 
-@pytest.mark.parametrize("has_begun", [True, False])
-def test_an_interrupt_tells_that_the_result_in_the_folder_is_an_earlier_run_s(tmp_path, monkeypatch, has_begun):
-    monkeypatch.setattr(KEPT, "has_begun", has_begun)
+@pytest.mark.parametrize("has_trace", [True, False])
+def test_an_interrupt_tells_that_the_result_in_the_folder_is_an_earlier_run_s(tmp_path, monkeypatch, has_trace):
+    monkeypatch.setattr(RUN_CACHE, "has_trace", has_trace)
     write_result(some_result(), tmp_path, config=CONFIG, duration=1.0)
     told = what_is_left(record_of(tmp_path), compose_options(*ALL))
     start = f"no result was written ({tmp_path / 'result.json'} is of an earlier run)"
-    goes_on = "; what was measured so far is kept, and the same command goes on with the rest" * has_begun
+    goes_on = "; what was measured so far is kept, and the same command goes on with the rest" * has_trace
     assert told == f"{start}{goes_on}."
 
 

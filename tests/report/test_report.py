@@ -16,8 +16,8 @@ from melens.report import record as results
 from melens.report.page import write_report
 from melens.report.record import Record, claims_of, write_result
 from melens.report.result import combine, plain
-from melens.storage.cache import Kept
-from melens.storage.kept import load_result, save_result
+from melens.storage.cache import RunCache
+from melens.storage.results import load_result, save_result
 
 CONFIG = {"exp": {"name": "all"}, "model": {"name": "tiny"}, "seed": 0}
 
@@ -81,7 +81,7 @@ def test_a_result_that_was_kept_is_what_it_was(planted_result, tmp_path):
 
 @pytest.mark.parametrize("goes_on", [True, False])
 def test_a_report_of_a_part_says_what_is_not_there(planted_result, tmp_path, monkeypatch, goes_on):
-    monkeypatch.setattr(results, "KEPT", Kept(has_begun=goes_on))
+    monkeypatch.setattr(results, "RUN_CACHE", RunCache(has_trace=goes_on))
     found = replace(planted_result, experiment="all", metrics={"ffn": planted_result.metrics["ffn"]})
     record = Record(tmp_path, config=CONFIG, experiments=["all", "sinks", "ablation"])
     record.parts.append(found)

@@ -138,7 +138,7 @@ LARGE = {
 
 @pytest.fixture
 def warnings_of_cache(caplog):
-    cache._tell_not_kept.cache_clear()
+    cache._warn_not_cached.cache_clear()
     return lambda: [record.getMessage() for record in caplog.records if record.name == "melens.storage.cache"]
 
 

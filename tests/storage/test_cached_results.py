@@ -245,15 +245,15 @@ def test_prompts_of_other_tasks_are_measured_anew(monkeypatch):
 
 @pytest.mark.parametrize("case", ["", "exp.keep=false", "read-only", "quantised"])
 def test_a_run_is_said_to_go_on_where_something_is_kept(tmp_path, monkeypatch, case):
-    kept = cache.Kept()
+    kept = cache.RunCache()
     for module in (cache, of_run):
-        monkeypatch.setattr(module, "KEPT", kept)
+        monkeypatch.setattr(module, "RUN_CACHE", kept)
     if case == "read-only":
         (tmp_path / "cache").touch()  # no folder, so that none can be made in it
     if case == "quantised":
         monkeypatch.setattr(cache, "is_quantized", lambda network: True)
     next(parts_of(bridge(planted()), *[case] * case.startswith("exp")))
-    assert kept.goes_on == (case == "")
+    assert kept.can_resume == (case == "")
 
 
 # --- Benchmarks -------------------------------------------------------------------------------------------------------

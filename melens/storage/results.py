@@ -19,9 +19,9 @@ import plotly.io
 from melens.report.result import Figure, Result, plain, plain_metrics
 from melens.storage.files import atomic_folder
 
-__all__ = ["find_kept", "load_result", "save_result"]
+__all__ = ["load_cached", "load_result", "save_result"]
 
-_Kept = TypeVar("_Kept")
+_Cached = TypeVar("_Cached")
 
 _REST = "result.json"
 
@@ -72,7 +72,7 @@ def _typed(metrics: dict[str, Any], module: str, name: str) -> Any:
     return metrics if kind is metrics else kind.model_validate(metrics)
 
 
-def find_kept(folder: Path, load: Callable[[Path], _Kept]) -> _Kept | None:
+def load_cached(folder: Path, load: Callable[[Path], _Cached]) -> _Cached | None:
     """Read a folder of the cache; None where there is none, or a damaged one, which is removed.
 
     Args:
