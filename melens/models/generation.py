@@ -72,7 +72,7 @@ def verify_generation(model: Any, mask: WeMask | None = None) -> Generation:
         find_cache_by_any_name(model)
     network = model.original_model if isinstance(model, TransformerBridge) else model
     mask = None if mask is None or mask.positions == "every_call" else mask
-    told = None if mask is None else mask.told()
+    told = None if mask is None else mask.to_dict()
     known = _KNOWN.setdefault(network, {})
     key = hash_of(told)
     if key not in known:

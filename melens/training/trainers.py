@@ -100,7 +100,7 @@ def train(
         "model": fingerprint(model),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "recipe": asdict(recipe),
-        "mask": None if mask is None else mask.told(),
+        "mask": None if mask is None else mask.to_dict(),
         "gate": n_gates,  # of a block
         "data": {"rows": len(rows), "hash": hash_rows(rows)},
     }
