@@ -112,7 +112,7 @@ def test_one_sentence_tells_of_all_blocks_whose_gains_are_equal(apart, told):
     with pytest.warns(UserWarning, match="all alike") as warned:
         WeMask(0.05, start=0).dims(network)
     (sentence,) = (str(one.message) for one in warned)
-    assert sentence == f"The gains of ln1 in {told} are all alike: they choose no dims there."
+    assert sentence == f"The gains of ln1 in {told} are all alike, so the choice of dims there is arbitrary."
 
 
 # --- Padding, caches, generation --------------------------------------------------------------------------------------
@@ -521,7 +521,7 @@ def test_attention_alone_is_masked_where_others_read_the_same_norm(family, reade
             each.remove()
         assert torch.equal(seen["other"][:, 1:], seen["attention"][:, 1:])
         assert not torch.equal(seen["other"][:, 0], seen["attention"][:, 0])
-        with pytest.raises(MelensError, match="more than attention reads ln1"):
+        with pytest.raises(MelensError, match="shares ln1 between attention and another part"):
             mask.install(bridge(network))
 
 
@@ -569,7 +569,7 @@ def test_where_ln1_makes_the_residual_stream_that_stays_whole_in_training_and_af
     for attended, residual in (args[:2] for args in seen):
         assert torch.equal(attended[:, 1:], residual[:, 1:])
         assert not torch.equal(attended[:, 0], residual[:, 0])
-    with pytest.raises(MelensError, match="more than attention reads ln1"):
+    with pytest.raises(MelensError, match="shares ln1 between attention and another part"):
         WeMask(0.3, start=1).install(bridge(network))
 
 
@@ -588,7 +588,7 @@ def test_a_normalisation_behind_attention_is_no_ln1(site):
 def test_a_saved_mask_comes_back_for_its_model_alone(tmp_path):
     network = model_of("llama")
     mask = WeMask(0.1, "random", start=1, layers=[3, 1], positions=[0, 4], seed=7)
-    with pytest.raises(MelensError, match="on no model yet"):
+    with pytest.raises(MelensError, match=r"Nothing to save yet: call mask.on\(model\) first"):
         mask.save(tmp_path)
     with mask.applied(network):
         mask.save(tmp_path)
@@ -608,9 +608,9 @@ def test_a_saved_mask_comes_back_for_its_model_alone(tmp_path):
     with pytest.raises(MelensError, match="weights of ln1 in block"):
         loaded.install(other)
     (tmp_path / "wemask.json").write_text("{}")
-    with pytest.raises(MelensError, match="is no mask that melens saved"):
+    with pytest.raises(MelensError, match="is not a mask that melens saved"):
         WeMask.load(tmp_path)
-    with pytest.raises(MelensError, match="There is no mask"):
+    with pytest.raises(MelensError, match="There is no mask file"):
         WeMask.load(tmp_path / "nowhere")
 
 
@@ -640,13 +640,13 @@ def test_a_mask_of_an_earlier_version_is_refused(tmp_path):
     content = json.loads((tmp_path / "wemask.json").read_text())
     content["model"]["gains"] = [1.0 for _ in content["model"].pop("gain_sketches")]
     (tmp_path / "wemask.json").write_text(json.dumps(content))
-    with pytest.raises(MelensError, match=r"is of an earlier melens, .*: put the mask on its model and save it anew"):
+    with pytest.raises(MelensError, match=r"is from an earlier melens, .*: call mask.on\(model\) and save it again"):
         WeMask.load(tmp_path)
 
 
 def test_the_me_layer_tells_where_to_start():
     network = model_of("llama")
-    with pytest.raises(MelensError, match="tell it the ME layer"):
+    with pytest.raises(MelensError, match="counted from the ME layer: call mask.at"):
         WeMask().install(network)
     assert WeMask().at(1).blocks(network) == (2, 3)
     assert WeMask(start="me-1", layers="first").at(1).blocks(network) == (0,)
@@ -663,7 +663,7 @@ def test_the_me_layer_tells_where_to_start():
 @pytest.mark.parametrize("layer", [np.int64(3), np.uint8(3), torch.tensor(3)], ids=["int64", "uint8", "tensor"])
 def test_an_me_layer_is_an_integer_of_any_kind(layer):
     assert WeMask().at(layer) == WeMask().at(3)
-    assert json.dumps(WeMask().at(layer).told()["start"]) == "4"
+    assert json.dumps(WeMask().at(layer).to_dict()["start"]) == "4"
 
 
 @pytest.mark.parametrize(
@@ -674,7 +674,7 @@ def test_an_me_layer_is_an_integer_of_any_kind(layer):
         ({"rate": True}, "rate is true"),
         ({"select": "wieght"}, "select is 'wieght'; it must be weight, weight_low"),
         ({"site": "mlp"}, "site is 'mlp'; it must be attn_in"),
-        ({"start": N_LAYERS}, "no block 4 to take hold in: the model's are 0 to 3"),
+        ({"start": N_LAYERS}, "no block 4 to mask: its blocks are 0 to 3"),
         ({"start": -1}, "start is -1"),
         ({"start": "you+1"}, "start is 'you\\+1'"),
         ({"layers": [1, 9]}, "no block 9"),
@@ -683,8 +683,8 @@ def test_an_me_layer_is_an_integer_of_any_kind(layer):
         ({"positions": "last"}, "positions is 'last'"),
         ({"strength": 0}, "strength is 0"),
         ({"seed": -1}, "seed is -1"),
-        ({"select": "massive"}, "select=massive has the dims \\(\\)"),
-        ({"select": "massive", "massive_dims": (64,)}, "whose width is 64"),
+        ({"select": "massive"}, "select=massive masks massive_dims, which is \\(\\)"),
+        ({"select": "massive", "massive_dims": (64,)}, "the model's width is 64"),
     ],
 )
 def test_what_is_not_allowed_is_told_in_a_sentence(arguments, message):
@@ -711,7 +711,7 @@ def test_what_cannot_be_masked_is_told_in_a_sentence():
         mask.install(bridge(plain_model("llama")).original_model)
     with pytest.raises(MelensError, match="does not know where LlamaModel keeps its blocks"):
         mask.install(plain_model("llama").base_model)
-    with pytest.raises(MelensError, match="chosen token by token"):
+    with pytest.raises(MelensError, match="chooses its dims token by token"):
         WeMask(0.1, "magnitude", start=0).dims(plain_model("llama"))
     with pytest.raises(MelensError, match="refresh"):
         WeMask(0.1, "random", start=0).install(plain_model("llama"), refresh=True)

@@ -281,7 +281,7 @@ CALLS = {
     "load": (lambda m, t, r: WeMask.load(None), "folder is None"),
     "massive dims": (
         lambda m, t, r: WeMask(start=1, select="massive", massive_dims=(-1,)).dims(m),
-        "has the dims (-1,)",
+        "massive_dims is [-1]; it must be dims, counted from 0",
     ),
     "judge parts": (
         lambda m, t, r: melens.judge(PLANTED | {"experiment": "all", "metrics": {"sinks": 4}}),
