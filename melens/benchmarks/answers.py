@@ -1,13 +1,14 @@
-r"""Which option a reply chooses: the letter that it states to be the answer, or none where it states none.
+r"""Which option a reply chooses: the letter that it states as the answer; None where it states none.
 
-1. Markup goes: full-width forms, LaTeX, bold, quotes, tags. A letter alone in marks or brackets becomes `(B)`, and
-   `\boxed{B}` becomes `Answer: B`.
-2. Each letter is looked at with what stands before and behind it. It is stated in "Answer: B", "the answer must be B",
-   "it is B", "B is correct", "I choose B" and "no, B"; but not in a question, a negation or a condition, nor as the
-   article of "A dog". Where several are stated together, as in "A or B", none is.
-3. The last plain statement counts. Without one, a letter counts that heads the reply or stands alone on its last line,
-   unless it heads a list of the options. Without that, the last statement counts that is a condition's ("if it were
-   wet, it would be A") or another's ("many people think it's A"), or only names an option ("the hottest is B. Venus").
+1. `_plain` removes markup: full-width forms, LaTeX, bold, quotes, tags. A letter alone in marks or brackets becomes
+   `(B)`, and `\boxed{B}` becomes `Answer: B`.
+2. Each letter is judged by the words before and behind it. "Answer: B", "the answer must be B", "it is B", "B is
+   correct", "I choose B" and "no, B" state it. A question, a negation or a condition does not, nor does the article of
+   "A dog". "A or B" states neither.
+3. The last plain statement counts. Without one, the letter counts that begins the reply or stands alone on its last
+   line, unless it begins a list of the options (`_labelled`). Without that, the last hedged statement counts: under a
+   condition ("if it were wet, it would be A"), of somebody else ("many people think it's A"), or in passing ("the
+   hottest is B. Venus").
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from typing import Any
 __all__ = ["LETTERS", "chosen_letter", "read_letters"]
 
 LETTERS = "ABCDEFGHIJ"
-"""Of the options, in their order."""
+"""Letters of the options, in their order."""
 
 
 def read_letters(replies: Sequence[Sequence[str]], docs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Read the letters that replies choose, as a filter of the harness; where one does not, its word "[invalid]"."""
+    """Read the letters that replies choose, as a filter of the harness; "[invalid]", its own word, where none is."""
     return [
         [chosen_letter(reply, doc["choices"]) or "[invalid]" for reply in of_doc]
         for of_doc, doc in zip(replies, docs, strict=True)
@@ -33,11 +34,11 @@ def read_letters(replies: Sequence[Sequence[str]], docs: Sequence[Mapping[str, A
 
 
 def chosen_letter(reply: str, choices: Sequence[str]) -> str | None:
-    """Return the letter of the option that a reply chooses, None where it chooses none or several.
+    """Return the letter of the option that a reply chooses; None where it chooses none or several.
 
     Args:
         reply: without its thoughts.
-        choices: the texts of the options; what is no letter of one of them is no answer.
+        choices: the texts of the options; other letters than theirs are no answer.
     """
     texts = dict(zip(LETTERS, map(_plain, choices), strict=False))
     text = _plain(reply)
@@ -67,7 +68,7 @@ _ENCLOSED = re.compile(rf"(?<!\w){_OPENS}+\s*([A-Ja-j])\s*{_CLOSES}+(?!\w)")
 def _plain(text: str) -> str:
     """Return a text without markup, with a letter that stood alone in some as `(B)`."""
     text = unicodedata.normalize("NFKC", text)
-    for _ in range(2):  # one in the other
+    for _ in range(2):  # commands may be nested
         text = _COMMANDS.sub(r"\1", text)
     text = re.sub(r"\$|\\[()\[\],; ]", "", text)
     text = _BOXED.sub(lambda found: f"\nAnswer: {found[1] or found[2] or ''}\n", text)
@@ -109,7 +110,7 @@ _IS_RIGHT = re.compile(
     r"(?:correct|right|best|better|answer|appropriate|suitable)\b",
     re.IGNORECASE,
 )
-_BEGINS = re.compile(  # a letter that is a noun's, as of "Vitamin C is best", is none
+_BEGINS = re.compile(  # a letter that belongs to a noun, as in "Vitamin C is best", is no answer
     r"(?:^|[.!?;,:\n] ?|\b(?:option|choice|answer|letter|only|so|that|because|think|believe|say|therefore|thus) )$",
     re.IGNORECASE,
 )
@@ -139,17 +140,17 @@ _CONCLUDES = re.compile(
 
 
 def _is_denied(found: re.Match[str], text: str) -> bool:
-    """Tell whether a letter stands in a question, a negation or a condition."""
+    """Return whether a letter stands in a question, a negation or a condition."""
     clause = re.split(r"[.!?;,\n]", text[max(0, found.start() - 200) : found.start()].rstrip())[-1]
     end_of_sentence = re.search(r"[.!?\n]", text[found.end() :])
     return _NOT_STATED.search(clause) is not None or (end_of_sentence is not None and end_of_sentence[0] == "?")
 
 
 def _is_stated(found: re.Match[str], text: str, own_text: str) -> bool:
-    """Tell whether a letter is stated to be the answer where it stands."""
+    """Return whether the words around a letter state it as the answer."""
     before, after = text[max(0, found.start() - 200) : found.start()], text[found.end() :]
     is_answer = _ANSWER_IS.search(before)
-    if found[2] is not None and found[2].islower():  # bare: a letter only where nothing else could stand
+    if found[2] is not None and found[2].islower():  # "a" and "i" are words as well
         return is_answer is not None and _ENDS.match(after) is not None
     is_right = _IS_RIGHT.match(after)
     if is_right and _BEGINS.search(before):
@@ -160,11 +161,11 @@ def _is_stated(found: re.Match[str], text: str, own_text: str) -> bool:
 
 
 def _is_hedged(found: re.Match[str], text: str) -> bool:
-    """Tell whether a statement holds under a condition, or is another's: it does not override a plain one."""
+    """Return whether a statement is under a condition or somebody else's: it does not override a plain one."""
     sentence = re.split(r"[.!?\n]", text[max(0, found.start() - 200) : found.start()])[-1]
-    # "If we read it again, it asks for the sun, so the answer is B": what is concluded is the reply's own.
+    # "If we read it again, it asks for the sun, so the answer is B": the condition does not cover the conclusion.
     conclusion = _CONCLUDES.split(sentence)[-1]
-    # Only as far as the next letter: in "B, as A would be correct if it were wet", the condition is A's.
+    # Up to the next letter only: in "B, as A would be correct if it were wet", the condition is A's.
     after = re.split(r"[.!?;,\n]|\b[A-HJ]\b", text[found.end() :], maxsplit=1)[0]
     if _HEDGES.search(conclusion) or _HEDGES.search(after) or re.match(r"[^.!?;\n]*, but not\b", text[found.end() :]):
         return True
@@ -172,14 +173,14 @@ def _is_hedged(found: re.Match[str], text: str) -> bool:
 
 
 def _is_named(found: re.Match[str], text: str, own_text: str) -> bool:
-    """Tell whether an option is named in full, as in "The hottest is B. Venus", by a sentence about no answer."""
+    """Return whether a sentence that states no answer names an option in full: "The hottest is B. Venus"."""
     before, after = text[max(0, found.start() - 200) : found.start()], text[found.end() :]
     is_label = found[1] is not None or after.startswith((".", ")", ":"))
     return is_label and _NAMES.search(before) is not None and _is_followed_by(after.lstrip(".):"), own_text)
 
 
 def _is_followed_by(after: str, own_text: str) -> bool:
-    """Tell whether behind a letter comes its option's own text: "A dog" is option A where that reads "dog"."""
+    """Return whether a letter is followed by its option's own text: "A dog" is option A if option A is "dog"."""
     return bool(own_text) and " ".join(after.split()).casefold().startswith(own_text.rstrip(".").casefold())
 
 
@@ -194,7 +195,7 @@ _LABEL_BEHIND = re.compile(r"(.*\S) \(([A-J])\)\.?")
 
 
 def _labelled(text: str, texts: Mapping[str, str]) -> str | None:
-    """Return the letter that heads a reply, or is all of its last line."""
+    """Return the letter that begins a reply, or that is all of its last line."""
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     if sum(line.startswith(("-", "•")) for line in lines) == 1:  # more are a list
         lines[0] = lines[0].lstrip("-• ")
@@ -202,7 +203,7 @@ def _labelled(text: str, texts: Mapping[str, str]) -> str | None:
     letters = [label for label in labels if label]
     if not letters:
         return None
-    # A reply may repeat the options, and then answer: their labels rise one by one from A.
+    # A reply may repeat the options before it answers: their labels rise one by one from A.
     rising = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(letters, LETTERS, strict=False)))
     options, answers = (letters[:rising], letters[rising:]) if rising > 1 else (list(texts), letters)
     is_alone = re.fullmatch(_HEAD + r"\(?[A-Ja-j]\)?\.?", lines[-1]) is not None
@@ -213,7 +214,7 @@ def _labelled(text: str, texts: Mapping[str, str]) -> str | None:
     following = chr(ord(labels[0]) + 1)
     # An option's own text may be "Vitamin C."
     others = re.sub(re.escape(texts[labels[0]]), "", lines[0], count=1, flags=re.IGNORECASE)
-    # "B. Venus", explained by "A. is wrong" and "C. is wrong", heads no list.
+    # "B. Venus" that is explained by "A. is wrong" and "C. is wrong" begins no list.
     is_list = letters[1:2] == [following] or re.search(rf"(?<![\w']){following}[.):]", others)
     return None if is_list else labels[0]
 

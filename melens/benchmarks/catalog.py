@@ -1,4 +1,7 @@
-"""The benchmarks that melens knows by name: where the harness defines them, what is counted, how local data looks."""
+"""The benchmarks that melens knows by name: the harness's definition, what is counted, the form of local data.
+
+A benchmark is added here, in one entry of `_ALL`.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,11 @@ from melens.errors import MelensError
 __all__ = ["BENCHMARKS", "Benchmark", "Form", "Kind", "Metric", "benchmarks_of"]
 
 Kind = Literal["knowledge", "maths", "safety", "language"]
-"""What a benchmark asks for. The paper masks every block from the start on for knowledge, the first one alone for maths
-and safety (appendix C); `language` needs no data and asks nothing."""
+"""What a benchmark tests. The paper masks every block from the start on for knowledge, and the first one alone for
+maths and safety (appendix C). Language benchmarks measure prediction and are masked as knowledge is."""
 
 Form = Literal["choices", "answer", "prompts"]
-"""How a line of a local file looks: question, choices and the index of the right one; question and answer; prompt."""
+"""Fields of a line of local data: question, choices and the right one's index; question and answer; prompt."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +28,9 @@ class Metric:
 
     Attributes:
         name: the harness's name for it.
-        filter: which of the harness's ways of reading an answer.
+        filter: the harness's filter that reads the answer.
         higher_is_better: False for a loss, and for what a safe model does rarely.
-        shown: in tables.
+        shown: whether tables have it.
     """
 
     name: str
@@ -37,7 +40,7 @@ class Metric:
 
     @property
     def label(self) -> str:
-        """The metric's name, with the way of reading where there is another."""
+        """The metric's name; of a second reading of the same answers, with its filter."""
         return self.name if self.shown or self.filter == "none" else f"{self.name}, {self.filter}"
 
 
@@ -46,15 +49,15 @@ class Benchmark:
     """A benchmark.
 
     Attributes:
-        name: as the harness calls it, where it has it.
-        kind: what it asks for.
+        name: the harness's, if the harness has it.
+        kind: what it tests.
         metrics: what is counted.
-        config: the file that defines it in the harness's own tasks, or, beginning with `melens/`, in
-            `conf/benchmark/tasks/`; None where nothing is asked.
-        file: the name of its data in a local folder, None where only the hub has it.
+        config: the file that defines it, among the harness's own tasks, or in `conf/benchmark/tasks/` where it begins
+            with `melens/`; None where the harness does not run it.
+        file: name of its data in a local folder; None where only the hub has it.
         form: of that file.
-        generates: whether the model writes in either mode.
-        max_new_tokens: the paper's limit.
+        generates: whether the model writes its answers in both modes.
+        max_new_tokens: the paper's limit on an answer.
     """
 
     name: str
@@ -115,14 +118,14 @@ _ALL = (
 )
 
 BENCHMARKS = {benchmark.name: benchmark for benchmark in _ALL}
-"""By name. The last four need no data."""
+"""All benchmarks by name. The last four need no data."""
 
 
 def benchmarks_of(names: Sequence[str]) -> list[Benchmark]:
     """Return benchmarks by name.
 
     Raises:
-        MelensError: no names, one twice, or one that is not known, with the nearest that are.
+        MelensError: no name is given, or a name is unknown (the nearest are suggested) or given twice.
     """
     if not names:
         raise MelensError("benchmark.tasks is empty; it must name at least one benchmark.")

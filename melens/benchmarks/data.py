@@ -1,4 +1,7 @@
-"""Local benchmark data: JSONL files in three simple forms, as rows that the harness's task definitions read."""
+"""Local benchmark data: JSONL files in three simple forms, turned into the rows that the harness's tasks expect.
+
+`read_rows` reads and checks a file; `harness_row` renames its fields for the harness's definition of the benchmark.
+"""
 
 from __future__ import annotations
 
@@ -36,10 +39,12 @@ def read_rows(folder: Path, benchmark: Benchmark) -> list[dict[str, Any]]:
     """Read a benchmark's file from a folder.
 
     Raises:
-        MelensError: a benchmark that only the hub has, no such file, or a line with a wrong field, which is named.
+        MelensError: only the hub has this benchmark, the file does not exist, or a line has a wrong field.
     """
     if benchmark.file is None:
-        raise MelensError(f"{benchmark.name} comes from the hub only: leave it out, or leave benchmark.data_dir out.")
+        raise MelensError(
+            f"The data of {benchmark.name} is on the hub only. Leave {benchmark.name} or benchmark.data_dir out."
+        )
     return [_checked(read, benchmark) for read in file_rows(folder / benchmark.file)]
 
 
@@ -57,7 +62,7 @@ def _checked(read: Row, benchmark: Benchmark) -> dict[str, Any]:
 
 
 def harness_row(row: dict[str, Any], benchmark: Benchmark) -> dict[str, Any]:
-    """Give a row the names by which the harness's definition of the benchmark calls its question and answer."""
+    """Rename a row's fields as the harness's definition of the benchmark names them."""
     if benchmark.form == "prompts":
         return {"prompt": row["prompt"], "label": row.get("label", "")}
     question, answer = row["question"], row["answer"]

@@ -1,6 +1,7 @@
 """Benchmarks that need no data: loss on a text, induction, copying, and a needle in a long context.
 
-All of them begin with BOS where the prompts do: token 0, on which masks and attention sinks rest, is the same in each.
+`make_questions` builds contexts and continuations, the same for every mask; `score_questions` scores a model on them.
+Every context begins with BOS if the prompts do: masks and attention sinks act on token 0, so it must be the same token.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from melens.benchmarks.catalog import Benchmark
 from melens.benchmarks.scoring import Request, Scored, Scorer
 from melens.errors import MelensError
 
-__all__ = ["Needle", "Questions", "answered", "ask"]
+__all__ = ["Needle", "Questions", "make_questions", "score_questions"]
 
 N_SEQUENCES = 32
-"""Of induction, copying and each needle's places together, where no limit is given."""
+"""Items of induction, of copying, and of all the needle's places together, where no limit is given."""
 
 HALF = 64
-"""Tokens that are repeated, for induction and copying."""
+"""Length of the sequence that induction and copying repeat, in tokens."""
 
 _CITIES = (
     "Oslo", "Lima", "Cairo", "Delhi", "Paris", "Kyiv", "Quito", "Tokyo", "Dublin", "Athens", "Lisbon", "Madrid",
@@ -37,7 +38,7 @@ class Needle:
 
     Attributes:
         lengths: tokens of the context, BOS included.
-        depths: how deep in it, from 0 (the beginning) to 1.
+        depths: the fact's place in it, from 0 (the beginning) to 1 (the end).
     """
 
     lengths: Sequence[int] = (256, 512)
@@ -46,12 +47,12 @@ class Needle:
 
 @dataclass(frozen=True)
 class Questions:
-    """What a benchmark asks, the same for every mask.
+    """The questions of a benchmark, the same for every mask.
 
     Attributes:
-        benchmark: which.
+        benchmark: which one.
         requests: contexts and continuations.
-        items: a name each.
+        items: a name for each.
     """
 
     benchmark: Benchmark
@@ -59,7 +60,7 @@ class Questions:
     items: list[str]
 
 
-def ask(
+def make_questions(
     benchmark: Benchmark,
     tokenizer: Any,
     texts: Int[Tensor, "text pos"],
@@ -76,16 +77,16 @@ def ask(
     Args:
         benchmark: perplexity, induction, copy or needle.
         tokenizer: of the model; only the needle needs one.
-        texts: token ids, for perplexity and copying, each beginning with `bos`.
-        long_text: token ids without it, to hide a needle in.
-        vocabulary: of the model, for random tokens.
-        bos: token ids that every context begins with, of `melens.data.texts.bos_prefix`.
-        limit: at most so many items.
+        texts: token ids for perplexity and copying, each beginning with `bos`.
+        long_text: token ids without `bos`, to hide a needle in.
+        vocabulary: the model's, for random tokens.
+        bos: token ids that every context begins with (`melens.data.texts.bos_prefix`).
+        limit: of items.
         seed: of random tokens and numbers.
-        needle: where.
+        needle: where facts are hidden.
 
     Raises:
-        MelensError: a needle for a model without a tokenizer, or in a context longer than the text.
+        MelensError: the needle needs a tokenizer that the model lacks, or a longer text.
     """
     n = N_SEQUENCES if limit is None else min(limit, N_SEQUENCES)
     if benchmark.name == "needle":
@@ -104,7 +105,7 @@ def ask(
 
 
 def _repetitions(benchmark: Benchmark, rows: Sequence[Sequence[int]], bos: Sequence[int]) -> Questions:
-    """Ask for rows that were seen once; BOS begins the context, and is no part of what comes again."""
+    """Return rows as contexts to be repeated; BOS begins the context and is not repeated."""
     return Questions(benchmark, [([*bos, *row], row) for row in rows], [str(at) for at in range(len(rows))])
 
 
@@ -118,11 +119,11 @@ def _needles(
     bos: Sequence[int],
 ) -> Questions:
     if tokenizer is None:
-        raise MelensError("needle needs a tokenizer, and this model has none.")
+        raise MelensError("The benchmark needle needs a tokenizer, and this model has none.")
     if max(needle.lengths) > len(long_text):
         raise MelensError(
-            f"A needle is to be hidden in {max(needle.lengths)} tokens, but the text has {len(long_text)}: give a "
-            "longer one with data.text, or shorter ones with benchmark.needle.lengths."
+            f"The text has {len(long_text)} tokens, but the needle needs {max(needle.lengths)}. Give a longer text "
+            "with data.text, or lower benchmark.needle.lengths."
         )
     generator = torch.Generator().manual_seed(seed)
     places = [(length, depth) for length in needle.lengths for depth in needle.depths]
@@ -150,8 +151,8 @@ def _needles(
     return Questions(benchmark, [requests[at] for at in kept], [items[at] for at in kept])
 
 
-def answered(scorer: Scorer, questions: Questions, progress: Any = None) -> pd.DataFrame:
-    """Let a model answer: a row an item, in the columns of `harness.evaluate`."""
+def score_questions(scorer: Scorer, questions: Questions, progress: Any = None) -> pd.DataFrame:
+    """Score a model on questions: a row for each item, with the columns of `harness.evaluate`."""
     names = [f"{questions.benchmark.name}, item {item}" for item in questions.items]
     scored = scorer.score(questions.requests, progress, names=names)
     (metric,) = questions.benchmark.metrics

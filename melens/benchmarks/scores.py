@@ -1,4 +1,9 @@
-"""What the items of a benchmark say: means, differences to the unmasked model, and the rate that is best elsewhere."""
+"""Statistics of a benchmark's items: means, differences to the unmasked model, and the best rate.
+
+`summarise` compares every mask with the unmasked model on the same items, `correct` corrects the p-values of all
+comparisons together and gives each a verdict, and `best_rates` chooses the best rate on one half of the items and
+scores it on the other.
+"""
 
 from __future__ import annotations
 
@@ -15,24 +20,24 @@ from melens.errors import MelensError
 __all__ = ["ALPHA", "best_rates", "check_scores", "correct", "count_verdicts", "summarise"]
 
 ALPHA = 0.05
-"""Below which corrected p-value a difference is called one."""
+"""A difference is shown where its corrected p-value is below this."""
 
 
 def check_scores(task: str, items: Iterable[object], scores: Iterable[float], what: str) -> None:
     """Raise a `MelensError` that names the first item whose score is NaN or infinite.
 
-    NaN is neither likely nor unlikely: among choices `argmax` would take it for the likeliest, and greedy decoding for
-    the wrong token, so that a broken model would score as one that guesses.
+    Without this check a broken model would score like one that guesses: among choices `argmax` takes NaN for the
+    likeliest, and greedy decoding for the wrong token.
 
     Args:
         task: the benchmark.
-        items, scores: one to one.
-        what: the score is, as "log-likelihood".
+        items, scores: a score for each item.
+        what: kind of score, such as "log-likelihood".
     """
     for item, score in zip(items, scores, strict=True):
         if not math.isfinite(score):
             raise MelensError(
-                f"{task}, item {item}: the {what} is {score}; look for NaN in the model's weights, or load it in "
+                f"{task}, item {item}: the {what} is {score}. Look for NaN in the model's weights, or load it in "
                 "float32."
             )
 
@@ -41,23 +46,24 @@ def summarise(items: pd.DataFrame, unmasked: str) -> pd.DataFrame:
     """Average the items of each benchmark, metric and mask, and compare them with those of the unmasked model.
 
     Args:
-        items: a row an item, with `task`, `mask`, `seed` and the columns of `harness.COLUMNS`; and `training`, the seed
-            of each model's training, where several trainings are compared. What is of one training, or of none, is
-            compared with each of the other's.
-        unmasked: the mask that stands for none.
+        items: a row for each item, with `task`, `mask`, `seed` and the columns of `harness.COLUMNS`. Where several
+            trainings are compared, `training` is the seed of each; a mask with one training, or with none, is compared
+            with every training of another.
+        unmasked: name of the unmasked model among the masks.
 
     Returns:
-        A row a `task`, `metric` and `mask`: `n` items, `n_seeds` (of samples and trainings), `mean`, its bootstrap
-        interval over items `low` and `high`, `sd` of the seeds' means (NaN with one), `chance`, `higher_is_better`,
-        `shown`, `n_replies` and `n_unfinished` of them, which end inside a thought; and, where the unmasked model
-        answered the same items, `difference`, `difference_low` and `difference_high` (over items, and over trainings
-        where there are several: `n_trainings`), `p` (exact McNemar for right or wrong with one seed, else a paired
-        permutation test over items), `p_corrected` (Holm, over all differences of the shown metrics) and `verdict`.
+        A row for each `task`, `metric` and `mask`: `n` items, `n_seeds` (of samples and trainings), `mean`, its
+        bootstrap interval over items `low` to `high`, `sd` of the seeds' means (NaN with one seed), `chance`,
+        `higher_is_better`, `shown`, `n_replies`, and `n_unfinished` replies that end inside a thought. Where the
+        unmasked model was scored on the same items also `difference` with its interval `difference_low` to
+        `difference_high` (over items; over trainings too where `n_trainings` > 1), `p` (exact McNemar for right or
+        wrong answers of one seed, else a paired permutation test over items), `p_corrected` (Holm, over all differences
+        of shown metrics) and `verdict`.
 
     Raises:
-        MelensError: an item whose value is NaN or infinite, or that some seeds or trainings of a mask lack.
+        MelensError: an item's value is NaN or infinite, or some seeds or trainings of a mask lack an item.
     """
-    items = items.assign(**{name: value for name, value in _WHERE_NOT_TOLD.items() if name not in items})
+    items = items.assign(**{name: value for name, value in _DEFAULTS.items() if name not in items})
     _check_items(items)
     rows = []
     for (task, metric), of_metric in items.groupby(["task", "metric"], sort=False):
@@ -93,7 +99,7 @@ def summarise(items: pd.DataFrame, unmasked: str) -> pd.DataFrame:
     return correct(pd.DataFrame(rows))
 
 
-_WHERE_NOT_TOLD = {"training": 0, "unfinished": False}
+_DEFAULTS = {"training": 0, "unfinished": False}
 
 
 def _check_items(items: pd.DataFrame) -> None:
@@ -107,23 +113,23 @@ def _by_item(items: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
     incomplete = wide.index[wide.isna().any(axis=1)]
     if len(incomplete):
         raise MelensError(
-            f"{items['task'].iloc[0]}, item {incomplete[0]}: it was not answered under every {' and '.join(columns)}, "
-            "so that their means cannot be compared; score the same items each time."
+            f"{items['task'].iloc[0]}: item {incomplete[0]} was not scored for every {' and '.join(columns)}, so the "
+            "means cannot be compared. Score the same items each time."
         )
     return wide
 
 
 def correct(scores: pd.DataFrame) -> pd.DataFrame:
-    """Correct the p-values of scores by Holm's method, over all differences of shown metrics, and judge."""
+    """Correct the p-values by Holm's method, over all differences of shown metrics, and give each a verdict."""
     scores = scores.assign(p_corrected=holm(scores["p"].where(scores["shown"]).to_numpy()))
     return scores.assign(verdict=[_verdict(row) for row in scores.to_dict("records")])
 
 
 def _difference(unmasked: pd.DataFrame, masked: pd.DataFrame) -> dict[str, Any]:
-    items = unmasked.index.intersection(masked.index, sort=False)  # those that both answered
+    items = unmasked.index.intersection(masked.index, sort=False)
     before, after = (
         values.loc[items].T.groupby(level="training").mean().T.to_numpy() for values in (unmasked, masked)
-    )  # [item, training], one of them perhaps of a single training
+    )  # [item, training]; a single training of one side is broadcast over the other's
     differences = after - before
     low, high = bootstrap_mean(differences)
     per_item = differences.mean(axis=1)
@@ -142,7 +148,7 @@ def _difference(unmasked: pd.DataFrame, masked: pd.DataFrame) -> dict[str, Any]:
 
 
 def _verdict(row: Any) -> str:
-    """Judge a difference: with several trainings it must also be more than what these differ among themselves."""
+    """Judge a difference; with several trainings its interval over items and trainings must exclude 0 as well."""
     if np.isnan(row["p_corrected"]):
         return ""
     may_be_none = row["n_trainings"] > 1 and row["difference_low"] <= 0 <= row["difference_high"]
@@ -152,7 +158,7 @@ def _verdict(row: Any) -> str:
 
 
 def count_verdicts(scores: pd.DataFrame, by: str) -> dict[str, dict[str, int]]:
-    """Count `all` compared scores, those `better` and those `worse`, for each value of a column."""
+    """Count the compared scores (`all`) and those `better` and `worse`, for each value of a column."""
     compared = scores[scores["shown"] & scores["p_corrected"].notna()]
     return {
         str(group): {
@@ -164,20 +170,21 @@ def count_verdicts(scores: pd.DataFrame, by: str) -> dict[str, dict[str, int]]:
 
 
 def best_rates(items: pd.DataFrame, rates: pd.DataFrame, unmasked: str, *, seed: int = 0) -> pd.DataFrame:
-    """Choose the best rate on half of a benchmark's items and score it on the other, next to choosing on all.
+    """Choose the best rate on half of a benchmark's items and score it on the other half; compare with all items.
 
-    The best of several rates on the same items is too good by chance alone: the more rates, the better.
+    Choosing and scoring on the same items is biased: the best of several rates looks good by chance alone, and the more
+    rates there are, the better it looks.
 
     Args:
         items: as for `summarise`.
-        rates: a row a `mask`, with `family` (what its masks have in common but the rate) and `rate`.
-        unmasked: the mask that stands for none.
-        seed: of the halves.
+        rates: a row for each `mask`, with its `rate` and its `family`: masks that differ in the rate only.
+        unmasked: name of the unmasked model among the masks.
+        seed: of the split into halves.
 
     Returns:
-        A row a `task`, `metric`, `family` and `selection` (`held-out half`, `same items`): `rate` and `mask` chosen,
-        `n` items scored on, `mean`, `difference` to the unmasked model on these, `low` and `high` of it. Families
-        with one rate are left out.
+        A row for each `task`, `metric`, `family` and `selection` (`held-out half`, `same items`): the chosen `rate` and
+        `mask`, `n` items scored, their `mean`, its `difference` to the unmasked model on the same items, and that
+        difference's interval `low` to `high`. Families with one rate have no row.
 
     Raises:
         MelensError: as `summarise`.

@@ -1,8 +1,12 @@
-"""Log-probabilities of continuations, where those of one context share its forward pass.
+"""Log-probabilities of continuations; continuations of one context share its forward pass.
 
-The choices of a question are laid out behind it in one row, and a mask lets each see the question and itself alone, at
-the positions that it would have alone: the same numbers as a row a choice, for fewer tokens. A state-space block or
-ALiBi does not go by that mask, so the layout is tried on the model at hand before it is used.
+1. `score` groups the requests by context. The choices of a question stand behind it in one row (`_Row`), and an
+   attention mask lets each choice see the question and itself only, at the positions that it would have alone
+   (`_layout`): the same numbers as with a row for each choice, from fewer tokens.
+2. A state-space block or ALiBi ignores that mask. So the layout is first tried on the model at hand (`_agrees_on`), and
+   where the numbers differ, every choice gets a row of its own.
+3. Rows of similar length form a batch (`_batches`), one forward pass runs it (`_run`), and the logits are computed only
+   where a continuation's tokens are predicted (`_read`).
 """
 
 from __future__ import annotations
@@ -31,32 +35,32 @@ Request = tuple[Sequence[int], Sequence[int]]
 """Token ids of a context, at least one, and of its continuation."""
 
 _LOGIT_ROWS = {"cpu": 256, "cuda": 4096}
-"""Tokens whose logits are held together."""
+"""Tokens whose logits are in memory at a time."""
 
 _MAX_PADDING = 0.1
-"""Of a batch: padding is computed, too."""
+"""Share of a batch that may be padding, which costs as much as other tokens."""
 
 _WINDOWS = (
     "sliding_window", "sliding_windows", "sliding_window_size", "sliding_window_len", "window_size", "attention_window",
     "attention_window_size", "attention_chunk_size", "local_attention",
 )  # fmt: skip
-"""Names in configs for how far back some blocks see, or how long the chunks are within which they do."""
+"""Names that configs give to the length of a sliding window or of a chunk of attention."""
 
 _TRIED_TOKENS = 4
-"""Of each continuation in the row that the layout is tried on: one of a single token takes no place behind its context,
-so that nothing could go wrong with it."""
+"""Tokens of each continuation in the row that the layout is tried on. A continuation of one token takes no position
+behind its context, so a row of such continuations would agree on any model."""
 
 _MAX_LEAK = 1e-3
-"""How much of a log-probability may change with another continuation of the same row, in whatever dtype."""
+"""Largest relative change of a log-probability when another continuation of its row changes, in any dtype."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A continuation's tokens, as the model sees them come.
+    """What the model predicts at a continuation's tokens.
 
     Attributes:
-        log_p: of each token, nats.
-        greedy: whether each is the likeliest.
+        log_p: log-probability of each token, nats.
+        greedy: whether each token is the likeliest.
     """
 
     log_p: Float[Tensor, " token"]
@@ -69,8 +73,8 @@ class _Row:
 
     Attributes:
         context: token ids.
-        continuations: token ids, of each request in `requests`.
-        requests: which requests these are.
+        continuations: token ids, one list for each request in `requests`.
+        requests: the requests' indices.
     """
 
     context: tuple[int, ...]
@@ -83,19 +87,19 @@ class _Row:
 
 
 class Scorer:
-    """Scores continuations with a model as it stands: with the masks that are on it."""
+    """Scores continuations with a model as it stands, with the mask that is on it."""
 
     def __init__(
         self, network: Any, *, max_length: int, max_batch_tokens: int = 4096, share_contexts: bool | None = None
     ) -> None:
-        """Get ready.
+        """Prepare to score.
 
         Args:
             network: a causal language model of transformers.
-            max_length: its context.
+            max_length: tokens of its context.
             max_batch_tokens: in a forward pass, padding included.
-            share_contexts: lay the continuations of a context out in one row; None tries with the longest such row
-                whether this model gives the same numbers, and does it if so.
+            share_contexts: put the continuations of a context into one row; None does so if this model gives the same
+                numbers for the longest such row.
         """
         self._network = network
         self._base = base_of(network)
@@ -117,7 +121,7 @@ class Scorer:
         """Score continuations.
 
         Args:
-            requests: one that is longer than the model's context loses tokens on the left, as in the harness.
+            requests: one that is longer than the model's context is cut on the left, as in the harness.
             progress: called with the number of requests done since the last call.
             names: what an error calls each request.
 
@@ -125,8 +129,8 @@ class Scorer:
             In the order of the requests, on the CPU.
 
         Raises:
-            MelensError: a continuation without a token or longer than the model's context, or an empty context; a
-                log-probability that is NaN or infinite.
+            MelensError: a context or a continuation is empty, a continuation is longer than the model's context, or a
+                log-probability is NaN or infinite.
         """
         cut = [self._cut(*request) for request in requests]
         of_context: dict[tuple[int, ...], list[int]] = {}
@@ -144,10 +148,10 @@ class Scorer:
 
     def _cut(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         if not context or not continuation:
-            raise MelensError("A context and its continuation need at least one token each.")
+            raise MelensError("A context or a continuation is empty; each needs at least one token.")
         if len(continuation) > self._max_length:
             raise MelensError(
-                f"A continuation has {len(continuation)} tokens, but the model's context is {self._max_length}."
+                f"A continuation has {len(continuation)} tokens, more than the model's context of {self._max_length}."
             )
         room = self._max_length + 1 - len(continuation)
         return tuple(context)[-room:], tuple(continuation)
@@ -160,26 +164,26 @@ class Scorer:
 
     @cached_property
     def _window(self) -> int:
-        """How far back the most short-sighted block sees: the layout's mask stands in for the windows and chunks."""
+        """The shortest window or chunk of any block: the layout's mask replaces the model's own."""
         config = self._network.config.get_text_config()
         found = [getattr(config, name, None) for name in _WINDOWS]
         sizes = chain.from_iterable(size if isinstance(size, list | tuple) else [size] for size in found)
         return min([self._max_length, *(size for size in sizes if isinstance(size, int) and size > 0)])
 
     def _laid_out(self, rows: list[_Row]) -> list[_Row]:
-        """Take rows with several continuations apart, unless the model gives the same numbers for them together."""
+        """Split rows with several continuations, unless the model gives the same numbers for them together."""
         longest = max(filter(self._may_share, rows), key=lambda row: row.length, default=None)
         if longest is None or not self._shares_up_to(longest):
             return [single for row in rows for single in _apart(row)]
         return [part for row in rows for part in ([row] if self._may_share(row) else _apart(row))]
 
     def _may_share(self, row: _Row) -> bool:
-        """Tell whether the model could not tell the continuations of a row from rows of their own by their length."""
+        """Return whether a row and its continuations alone lie on one side of every length limit of the model."""
         lengths = [row.length, *(single.length for single in _apart(row))]
         return len(row.requests) > 1 and row.length <= self._window and self._rule.may_share(lengths)
 
     def _shares_up_to(self, longest: _Row) -> bool:
-        """Try the layout, anew where a row is longer than any that was tried."""
+        """Return whether the layout agrees up to this row's length; a longer row than any before is tried."""
         if self._share_contexts is not None:
             return self._share_contexts
         if self._agrees and longest.length > self._tried:
@@ -189,7 +193,7 @@ class Scorer:
         return self._agrees
 
     def _agrees_on(self, trial: _Row) -> bool:
-        """Tell whether one row gives what a row a continuation gives: not with ALiBi, state spaces, or their like."""
+        """Return whether one row gives the numbers of a row for each continuation; ALiBi and state spaces do not."""
         if "position_ids" not in inspect.signature(self._base.forward).parameters:
             return False
         alone = self._log_p(*_apart(trial))
@@ -199,9 +203,10 @@ class Scorer:
         try:
             together = self._log_p(trial)
             after_change = self._log_p(_Row(trial.context, [changed, *others], trial.requests))
-        except (RuntimeError, ValueError, TypeError, IndexError):  # an architecture that takes no such mask
+        except (RuntimeError, ValueError, TypeError, IndexError):  # the architecture takes no such mask
             return False
-        # Rounding hides a small leak in bf16, but not here: where nothing leaks, both passes compute the very same
+        # In bf16 rounding hides a small leak from the comparison with rows of their own, but not from this one: without
+        # a leak both passes compute the very same numbers.
         leak = relative_error(after_change[len(first) :], together[len(first) :])
         tolerance = tolerance_of(next(self._network.parameters()).dtype)
         return leak <= min(tolerance, _MAX_LEAK) and relative_error(together, alone) <= tolerance
@@ -214,7 +219,7 @@ class Scorer:
         return torch.cat([scored[number].log_p for number in sorted(scored)])
 
     def _batches(self, rows: list[_Row]) -> list[list[_Row]]:
-        """Put rows of like length together, the longest first: what does not fit into memory shows at once."""
+        """Put rows of similar length together, the longest first: then a lack of memory shows at once."""
         groups = self._rule.groups(
             [row.length for row in rows],
             max_batch_tokens=self._max_batch_tokens,
@@ -232,7 +237,7 @@ class Scorer:
             laid_out = [*row.context, *(token for continuation in row.continuations for token in continuation[:-1])]
             tokens[at, : len(laid_out)] = torch.tensor(laid_out)
         arguments: dict[str, Any] = {"input_ids": tokens.to(self._device), "use_cache": False}
-        if any(len(row.continuations) > 1 for row in rows):  # else the causal mask is all that these rows need
+        if any(len(row.continuations) > 1 for row in rows):  # other rows need the causal mask only
             positions, may_see = _layout(rows, length)
             dtype = next(self._network.parameters()).dtype
             hidden_from = torch.zeros(may_see.shape, dtype=dtype).masked_fill(~may_see, torch.finfo(dtype).min)
@@ -244,7 +249,7 @@ class Scorer:
         return self._read(rows, final)
 
     def _read(self, rows: list[_Row], final: Float[Tensor, "row pos d"]) -> dict[int, Scored]:
-        """Look at the states that each continuation's tokens are foretold from, and at no others."""
+        """Compute logits from the states that predict a continuation's tokens, and from no others."""
         places: list[tuple[int, int]] = []
         targets: list[int] = []
         sizes: list[int] = []
@@ -271,12 +276,12 @@ class Scorer:
 
 
 def _check_finite(scored: Sequence[Scored], names: Sequence[str]) -> None:
-    """Stop where logits are NaN: no token is the likeliest there, so that an accuracy would be 0, and a number."""
+    """Stop at NaN: no token is the likeliest there, so the accuracy would be 0, which looks like a result."""
     for each, name in zip(scored, names, strict=True):
         log_p = float(each.log_p.sum())
         if not math.isfinite(log_p):
             raise MelensError(
-                f"{name}: the log-likelihood is {log_p}; look for NaN in the model's weights, or load it in float32."
+                f"{name}: the log-likelihood is {log_p}. Look for NaN in the model's weights, or load it in float32."
             )
 
 
@@ -288,7 +293,7 @@ def _apart(row: _Row) -> list[_Row]:
 
 
 def _trial(row: _Row) -> _Row:
-    """Return a row of the same length in which each continuation has enough tokens for the layout to fail."""
+    """Return a row of the same length whose continuations are long enough for the layout to fail."""
     continuations = [
         (*own, *islice(chain.from_iterable(repeat(row.context)), max(0, _TRIED_TOKENS - len(own))))
         for own in row.continuations
@@ -298,9 +303,9 @@ def _trial(row: _Row) -> _Row:
 
 
 def _layout(rows: list[_Row], length: int) -> tuple[Int[Tensor, "row pos"], Bool[Tensor, "row pos pos"]]:
-    """Return each token's position in its own text, and which tokens it may see: the context, and its own before it."""
+    """Return each token's position in its own text, and what it may see: the context and its own continuation."""
     positions = torch.zeros(len(rows), length, dtype=torch.long)
-    part = torch.full((len(rows), length), -1)  # of the row: 0 the context, then the continuations; -1 padding
+    part = torch.full((len(rows), length), -1)  # -1 padding, 0 the context, 1... the continuations
     for at, row in enumerate(rows):
         end = len(row.context)
         positions[at, :end], part[at, :end] = torch.arange(end), 0

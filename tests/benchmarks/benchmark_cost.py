@@ -26,7 +26,8 @@ from rich.table import Table
 
 import melens
 from melens.benchmarks.catalog import BENCHMARKS
-from melens.benchmarks.harness import Asking, evaluate, load_task
+from melens.benchmarks.harness import RequestOptions, evaluate
+from melens.benchmarks.tasks import load_task
 from melens.data.texts import read_text
 from melens.models.view import plain_twin
 
@@ -49,7 +50,7 @@ def main() -> None:
         run_harness(lm, {"tasks": task.tasks, "groups": {}}, limit=options.items, bootstrap_iters=0)
 
     def ours() -> None:
-        evaluate(network, tokenizer, task, Asking(), limit=options.items)
+        evaluate(network, tokenizer, task, RequestOptions(), limit=options.items)
 
     def masked() -> None:
         with melens.WeMask(0.1, start=12).applied(network):
@@ -61,7 +62,7 @@ def main() -> None:
         "melens, no mask": ours,
         "melens, one mask": masked,
     }
-    evaluate(network, tokenizer, task, Asking(), limit=4)  # warms up
+    evaluate(network, tokenizer, task, RequestOptions(), limit=4)  # warms up
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(options.repeats):
         for name, run in runs.items():

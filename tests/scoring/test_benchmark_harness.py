@@ -16,9 +16,10 @@ from experiments.options import compose_options
 from experiments.options.benchmark import asked_for
 from experiments.runner.job import run_job
 from melens import MelensError, WeMask, load_model
-from melens.benchmarks import harness
+from melens.benchmarks import harness, tasks
 from melens.benchmarks.catalog import BENCHMARKS
-from melens.benchmarks.harness import Asking, evaluate, load_task
+from melens.benchmarks.harness import RequestOptions, evaluate
+from melens.benchmarks.tasks import load_task
 from melens.data.chat import chat_of
 from melens.data.prompts import byte_tokenizer
 from melens.models.loading import embedded_model_folder
@@ -64,7 +65,7 @@ def test_the_harness_itself_comes_to_the_same_numbers(embedded, network, data, t
 
     rows = [{"goal": q, "sol1": a, "sol2": b, "label": answer} for q, (a, b), answer in PIQA]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = harness._config_of(BENCHMARKS["piqa"])
+    config = tasks._config_of(BENCHMARKS["piqa"])
     files = {"data_files": {"validation": str(tmp_path / "rows.jsonl")}}
     config |= {"task": "own_piqa", "dataset_path": "json", "dataset_kwargs": files}
     config.pop("training_split")
@@ -75,7 +76,7 @@ def test_the_harness_itself_comes_to_the_same_numbers(embedded, network, data, t
         task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
         bootstrap_iters=0,
     )
-    items = evaluate(network, embedded.tokenizer, load_task(BENCHMARKS["piqa"], data), Asking())
+    items = evaluate(network, embedded.tokenizer, load_task(BENCHMARKS["piqa"], data), RequestOptions())
     for metric in ("acc", "acc_norm"):
         of_harness = [sample[metric] for sample in results["samples"]["own_piqa"]]
         assert items[items["metric"] == metric]["value"].tolist() == of_harness
@@ -89,7 +90,7 @@ def test_prompts_padded_in_a_batch_are_answered_as_alone(embedded, network, data
     task = load_task(BENCHMARKS["gsm8k"], data)
 
     def responses(batch_size):
-        asking = Asking(max_new_tokens=12, batch_size=batch_size)
+        asking = RequestOptions(max_new_tokens=12, batch_size=batch_size)
         if mask is None:
             return evaluate(network, embedded.tokenizer, task, asking)["response"].tolist()
         with mask.applied(network):
@@ -117,7 +118,7 @@ def test_prompts_whose_lengths_the_model_tells_apart_are_answered_as_alone(tmp_p
     task = load_task(BENCHMARKS["gsm8k"], tmp_path)
 
     def responses(batch_size):
-        asking = Asking(max_new_tokens=8, batch_size=batch_size)
+        asking = RequestOptions(max_new_tokens=8, batch_size=batch_size)
         return evaluate(network, tokenizer, task, asking)["response"].tolist()
 
     together = responses(3)
@@ -194,7 +195,7 @@ def writes(embedded, network, monkeypatch):
 
 def asked(network, tokenizer, name, data, *, thinking, **options):
     task = load_task(BENCHMARKS[name], data, **options)
-    asking = Asking(chat=chat_of(tokenizer, thinking), max_new_tokens=99, batch_size=1)
+    asking = RequestOptions(chat=chat_of(tokenizer, thinking), max_new_tokens=99, batch_size=1)
     filters = [list(ensemble.filters) for ensemble in task.tasks[name]._filters]
     items = evaluate(network, tokenizer, task, asking, limit=2)
     assert filters == [list(ensemble.filters) for ensemble in task.tasks[name]._filters]  # as another run needs them
@@ -331,7 +332,7 @@ def test_what_a_chat_template_cannot_do_is_told_before_the_model_is_loaded(
 def test_a_system_message_that_the_template_does_not_take_is_not_left_out(network, data, writes):
     tokenizer = writes(template="gemma")
     chat = chat_of(tokenizer)
-    model = harness._language_model(network, tokenizer, Asking(chat=chat), 512, lambda done: None)
+    model = harness._language_model(network, tokenizer, RequestOptions(chat=chat), 512, lambda done: None)
     assert "Hello" in model.apply_chat_template([{"role": "user", "content": "Hello"}])
     with pytest.raises(MelensError, match=r"does not take the roles system, user \(System role not supported"):
         model.apply_chat_template([{"role": "system", "content": "Be"}, {"role": "user", "content": "Hello"}])
@@ -358,18 +359,18 @@ HUB_ROWS = {
 
 @pytest.mark.parametrize("task", HUB_ROWS)
 def test_questions_of_the_hub_can_be_asked_for_by_letter(task):
-    config = harness._config_of(BENCHMARKS[task]) | harness._with_rows([HUB_ROWS[task]])
+    config = tasks._config_of(BENCHMARKS[task]) | tasks._with_rows([HUB_ROWS[task]])
     config.pop("should_decontaminate", None)
-    (row,) = harness._as_rows(harness._task(config))
+    (row,) = tasks._as_rows(tasks._task(config))
     assert row["answer"] == 1
     assert row["choices"][1] in ("down", "It fell off a shelf", "yes", "b", "2")
     assert row["question"] in ("q", "Rest: A man Sits", "... as it shook.", "Ice is cold.\nQuestion: is ice cold?")
-    of_letters = harness._asking_letters(task, [row])
+    of_letters = tasks._letter_task(task, [row])
     assert of_letters.doc_to_target(of_letters.eval_docs[0]) == "B"
 
 
 def test_a_missing_harness_and_a_hub_out_of_reach_are_told(monkeypatch):
-    monkeypatch.setattr(harness, "_config_of", lambda benchmark: (_ for _ in ()).throw(ConnectionError("no way")))
+    monkeypatch.setattr(tasks, "_config_of", lambda benchmark: (_ for _ in ()).throw(ConnectionError("no way")))
     with pytest.raises(MelensError, match=r"piqa could not be loaded from the hub \(no way\).*benchmark.data_dir"):
         load_task(BENCHMARKS["piqa"])
     monkeypatch.setattr("melens.environment.extras.find_spec", lambda name: None)
@@ -391,7 +392,9 @@ def test_a_random_model_scores_at_chance(embedded, tmp_path):
     config = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     config |= {"num_key_value_heads": 2, "vocab_size": len(embedded.tokenizer)}
     model = load_model("random", model_type="llama", config=config, device="cpu")
-    items = evaluate(plain_twin(model), embedded.tokenizer, load_task(BENCHMARKS["openbookqa"], tmp_path), Asking())
+    items = evaluate(
+        plain_twin(model), embedded.tokenizer, load_task(BENCHMARKS["openbookqa"], tmp_path), RequestOptions()
+    )
     accuracy = items[items["metric"] == "acc"]["value"]
     assert abs(accuracy.mean() - 0.25) < 3 * (0.25 * 0.75 / len(accuracy)) ** 0.5
     assert set(items["chance"]) == {0.25}

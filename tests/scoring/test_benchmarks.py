@@ -15,7 +15,7 @@ from melens import MelensError, WeMask
 from melens.analysis.statistics import mcnemar_p
 from melens.benchmarks.catalog import BENCHMARKS, benchmarks_of
 from melens.benchmarks.data import read_rows
-from melens.benchmarks.language import Needle, answered, ask
+from melens.benchmarks.language import Needle, make_questions, score_questions
 from melens.benchmarks.refusals import count_by_label, count_judged, judged_refusals, judging_chat, refuses
 from melens.benchmarks.scores import best_rates, summarise
 from melens.benchmarks.scoring import Scorer, _Row
@@ -265,8 +265,8 @@ def test_perplexity_and_copying_are_read_off_a_whole_forward_pass():
     scorer = Scorer(network, max_length=128)
 
     def values(name):
-        questions = ask(BENCHMARKS[name], None, texts, [], vocabulary=VOCABULARY)
-        return answered(scorer, questions)["value"].tolist()
+        questions = make_questions(BENCHMARKS[name], None, texts, [], vocabulary=VOCABULARY)
+        return score_questions(scorer, questions)["value"].tolist()
 
     with torch.no_grad():
         log_p = network(texts).logits[:, :-1].log_softmax(-1)
@@ -283,7 +283,9 @@ def test_every_benchmark_begins_with_bos_and_says_it_once(embedded, bos):
     texts = torch.tensor([[*bos, *range(10 + row, 110 + row)] for row in range(3)])
     long_text = tokenizer("one two three " * 300)["input_ids"]
     for name in ("perplexity", "copy", "induction", "needle"):
-        asked = ask(BENCHMARKS[name], tokenizer, texts, long_text, vocabulary=9, bos=bos, needle=Needle([90], [0, 1]))
+        asked = make_questions(
+            BENCHMARKS[name], tokenizer, texts, long_text, vocabulary=9, bos=bos, needle=Needle([90], [0, 1])
+        )
         for context, continuation in asked.requests:
             assert context[: len(bos)] == bos
             assert not {*context[len(bos) :], *continuation} & set(bos)
@@ -301,7 +303,7 @@ def test_a_needle_lies_where_it_was_hidden(embedded):
     tokenizer = embedded.tokenizer
     text = tokenizer("The quick brown fox jumps over the lazy dog. " * 60)["input_ids"]
     needle = Needle([128], [0.0, 1.0])
-    questions = ask(
+    questions = make_questions(
         BENCHMARKS["needle"], tokenizer, torch.zeros(1, 3, dtype=torch.long), text, vocabulary=10, needle=needle
     )
     for item, (context, answer) in zip(questions.items, questions.requests, strict=True):
@@ -312,15 +314,15 @@ def test_a_needle_lies_where_it_was_hidden(embedded):
         assert told.endswith("The secret number of " + told.rsplit("number of ")[-1])
         at = told.index(number) / len(told)
         assert at < 0.2 if "depth 0," in item else at > 0.7
-    found = answered(Scorer(plain_twin(embedded), max_length=512), questions)
+    found = score_questions(Scorer(plain_twin(embedded), max_length=512), questions)
     assert found["value"].mean() > 0.5
-    with pytest.raises(MelensError, match="longer one"):
-        ask(BENCHMARKS["needle"], tokenizer, torch.zeros(1, 3, dtype=torch.long), text[:50], vocabulary=10)
+    with pytest.raises(MelensError, match="Give a longer text"):
+        make_questions(BENCHMARKS["needle"], tokenizer, torch.zeros(1, 3, dtype=torch.long), text[:50], vocabulary=10)
 
 
 def test_a_limit_keeps_both_ends_of_the_needle(embedded):
     text = embedded.tokenizer("one two three " * 300)["input_ids"]
-    questions = ask(
+    questions = make_questions(
         BENCHMARKS["needle"], embedded.tokenizer, torch.zeros(1, 3, dtype=torch.long), text, vocabulary=10, limit=2
     )
     assert [item.rsplit(",", 1)[0] for item in questions.items] == ["256 tokens, depth 0", "512 tokens, depth 1"]
@@ -367,12 +369,12 @@ def test_a_judge_prefers_yes_or_no(embedded, monkeypatch):
 def test_a_judge_is_asked_without_thinking_or_not_at_all():
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = None
-    with pytest.raises(MelensError, match=r"The judge J has no chat template; benchmark\.judge must be a chat model"):
+    with pytest.raises(MelensError, match=r"The judge J has no chat template\. Set benchmark\.judge to a chat model"):
         judging_chat(tokenizer, "J")
     tokenizer.chat_template = (TEMPLATES / "qwen3.jinja").read_text()
     assert judging_chat(tokenizer, "J").arguments == {"enable_thinking": False}
     tokenizer.chat_template = (TEMPLATES / "deepseek_r1_distill.jinja").read_text()
-    with pytest.raises(MelensError, match="The judge J thinks before it answers"):
+    with pytest.raises(MelensError, match="The judge J always thinks before it answers"):
         judging_chat(tokenizer, "J")
 
 
