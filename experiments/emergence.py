@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from transformer_lens.model_bridge import TransformerBridge
 
 from experiments.options.schema import ModelOptions
-from experiments.runner.jobs import Job, in_words
+from experiments.runner.jobs import Job, job_name
 from experiments.runner.legacy import EmergenceOptions
 from experiments.runner.study import Run as Study
 from experiments.runner.study import named_normalization
@@ -222,7 +222,7 @@ def merge(jobs: Sequence[Job]) -> Result:
         tables={"table8": table8},
         figures={"norms_side_by_side": _side_by_side(curves, me_layers, list(times))} if curves else {},
         findings=[
-            (in_words(row["model"], {key: row[key] for key in swept}), _in_a_line(row))
+            (job_name(row["model"], {key: row[key] for key in swept}), _in_a_line(row))
             for row in table8.to_dict("records")
         ],
     )

@@ -5,10 +5,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of an installed melens `experiments` is no part
 
-from experiments.runner.interrupts import stop_at_once
+from experiments.runner.interrupts import exit_on_signal
 
 if __name__ == "__main__":
-    stop_at_once()
+    exit_on_signal()
     from experiments.runner.command import run_command  # takes a second, in which Ctrl-C is heard already
 
     sys.exit(run_command())

@@ -24,8 +24,8 @@ from experiments.options.command_line import check_command, prepare_command
 from experiments.options.help import help_text
 from experiments.options.reading import CONF, OptionError, given_options, typed_options
 from experiments.options.unused import unused_options
-from experiments.runner.folders import owned_by_job
-from experiments.runner.interrupts import INTERRUPTED, leave_in_order
+from experiments.runner.interrupts import INTERRUPTED, restore_signals
+from experiments.runner.locks import locked_job_folder
 from melens.environment.versions import warn_untried
 from melens.errors import MelensError
 
@@ -39,7 +39,7 @@ def main(cfg: DictConfig) -> None:
     """Run one job; what goes wrong is told here, and in a sweep recorded, so that it does not end the others."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
-        with owned_by_job(folder):
+        with locked_job_folder(folder):
             _run(cfg, folder)
     except (MelensError, OSError) as error:  # it is another's, who may have a result there
         _failures.append(error)
@@ -62,7 +62,7 @@ def _run(cfg: DictConfig, folder: Path) -> None:
             logging.getLogger(__name__).info("loading torch, transformers and TransformerLens")
         from experiments.runner.job import run_job  # takes seconds, which a mistake need not
 
-        leave_in_order()
+        restore_signals()
         if failed := run_job(options, folder):
             _failures.append(MelensError(f"exp={', '.join(failed)} failed; the other results are written."))
     except Exception as error:

@@ -7,13 +7,13 @@ import signal
 import sys
 from typing import Any
 
-__all__ = ["INTERRUPTED", "leave_in_order", "stop_at_once"]
+__all__ = ["INTERRUPTED", "exit_on_signal", "restore_signals"]
 
 INTERRUPTED = 130
 """The exit code, as the shell has it."""
 
 
-def stop_at_once() -> None:
+def exit_on_signal() -> None:
     """Let Ctrl-C and SIGTERM end the process without a traceback, for the seconds of imports that leave nothing."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell told us to ignore it
         signal.signal(signal.SIGINT, _stop)
@@ -21,7 +21,7 @@ def stop_at_once() -> None:
         signal.signal(signal.SIGTERM, _stop)
 
 
-def leave_in_order() -> None:
+def restore_signals() -> None:
     """Let them do what they do by default, for work that has something to put away."""
     for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
         if signal.getsignal(number) is _stop:

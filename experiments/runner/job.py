@@ -17,11 +17,11 @@ from experiments.generate import check_chat
 from experiments.options import Options
 from experiments.options.masks_asked import mask_in_words, masks_asked
 from experiments.options.training import Planned
-from experiments.runner.folders import owned
-from experiments.runner.leaving import finish, interrupted_by_sigterm, leave, told_if_stopped
+from experiments.runner.locks import locked_folder
 from experiments.runner.processes import is_first_process, shared_folder
 from experiments.runner.progress import StageOf, show_stages
 from experiments.runner.study import begin_study, run_experiments
+from experiments.runner.writing import finish, note_if_stopped, sigterm_interrupts, write_part
 from experiments.tables import prepare_table
 from experiments.training import model_options, prepare_training
 from melens import load_model, load_prompts
@@ -53,7 +53,7 @@ def run_job(cfg: Options, folder: Path) -> list[str]:
     console = Console(quiet=not is_first_process())
     for name, mask in masks.items():
         console.print(f"mask {name}: {mask_in_words(mask)}", markup=False, highlight=False)
-    with interrupted_by_sigterm(), own_resumed(cfg), show_stages(console) as stage:
+    with sigterm_interrupts(), lock_resumed(cfg), show_stages(console) as stage:
         if (planned := prepare(cfg, folder, stage)) is not None:
             config["model"] = model_options(cfg, planned)
         record = Record(folder, config=config, experiments=list(cfg.experiments), png=cfg.png, began=began)
@@ -65,9 +65,9 @@ def run_job(cfg: Options, folder: Path) -> list[str]:
         chosen = choose_prompts(
             model, prompts, bos=given.bos, max_tokens=given.max_tokens, are_own=given.file is None, seed=cfg.seed
         )
-        with told_if_stopped(record, cfg):
+        with note_if_stopped(record, cfg):
             for part in run_experiments(begin_study(model, chosen, cfg, stage, folder)):
-                leave(record, part, cfg)
+                write_part(record, part, cfg)
             paths = finish(record, cfg)
     if not is_first_process():
         return []
@@ -77,11 +77,11 @@ def run_job(cfg: Options, folder: Path) -> list[str]:
     return [part.experiment for part in record.parts if plain_metrics(part.metrics).get("failed")]
 
 
-def own_resumed(cfg: Options) -> AbstractContextManager[None]:
+def lock_resumed(cfg: Options) -> AbstractContextManager[None]:
     """Keep other runs out of the folder of a training that goes on; one that holds none is refused later, untouched."""
     folder = Path(os.path.expanduser(cfg.training.resume or ""))
     is_there = cfg.training.resume is not None and (folder / "checkpoints").is_dir()
-    return owned(folder) if is_there and is_first_process() else nullcontext()
+    return locked_folder(folder) if is_there and is_first_process() else nullcontext()
 
 
 def prepare(cfg: Options, folder: Path, stage: StageOf) -> Planned | None:

@@ -11,7 +11,7 @@ from typing import Any
 from melens.report.record import read_results
 from melens.validation import types as allowed
 
-__all__ = ["Job", "in_words", "jobs_of", "read_jobs"]
+__all__ = ["Job", "job_name", "jobs_of", "read_jobs"]
 
 _TOLD_ELSEWHERE = ("model", "model.name", "exp")
 """Swept options that have a column of their own in every merged table: the model's name, the experiment's."""
@@ -49,7 +49,7 @@ class Job:
 
     def named_by(self, keys: Sequence[str]) -> str:
         """Name the model with some of the swept options."""
-        return in_words(self.model, {key: value for key, value in self.swept.items() if key in keys})
+        return job_name(self.model, {key: value for key, value in self.swept.items() if key in keys})
 
 
 def read_jobs(folder: Path, among: Collection[Path] | None = None) -> list[Job]:
@@ -68,7 +68,7 @@ def jobs_of(results: Mapping[Path, dict[str, Any]]) -> list[Job]:
     for number, (folder, result) in enumerate(results.items()):
         swept = {key: values[key][number] for key in differing}
         model = result["config"]["model"]["name"] if len(models) > 1 else ""
-        jobs.append(Job(folder, result, swept, in_words(model, swept) or f"job {folder.name}"))
+        jobs.append(Job(folder, result, swept, job_name(model, swept) or f"job {folder.name}"))
     doubles = Counter(job.name for job in jobs)  # the same command twice, or two experiments
     return [
         job if doubles[job.name] == 1 else Job(job.folder, job.result, job.swept, f"{job.name} (job {job.folder.name})")
@@ -76,7 +76,7 @@ def jobs_of(results: Mapping[Path, dict[str, Any]]) -> list[Job]:
     ]
 
 
-def in_words(model: str, swept: Mapping[str, Any]) -> str:
+def job_name(model: str, swept: Mapping[str, Any]) -> str:
     """Name a model with options: "qwen3-4b, model.dtype=float32"."""
     return ", ".join(filter(None, [model, *(f"{key}={_plain(value)}" for key, value in swept.items())]))
 

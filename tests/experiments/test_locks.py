@@ -14,8 +14,8 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from experiments.options import compose_options
-from experiments.runner import command, folders
-from experiments.runner.folders import OwnFolder, own, owned, owned_by_job
+from experiments.runner import command, locks
+from experiments.runner.locks import LockFolder, lock_folder, locked_folder, locked_job_folder
 from experiments.runner.jobs import read_jobs
 from experiments.runner.sweep import MergeSweep
 from melens import MelensError
@@ -35,18 +35,18 @@ def another(tmp_path):
 def test_a_second_run_in_a_folder_is_refused_until_the_first_has_ended(tmp_path, another):
     another.acquire()
     with pytest.raises(MelensError, match=rf"Another run writes to {tmp_path}: give this one a folder of its own"):
-        own(tmp_path)
+        lock_folder(tmp_path)
     another.release()
-    with owned(tmp_path):
-        with owned(tmp_path):  # again by the same run
+    with locked_folder(tmp_path):
+        with locked_folder(tmp_path):  # again by the same run
             pass
         assert not is_free(another)
     assert is_free(another)
-    own(tmp_path)
-    with owned(tmp_path):
+    lock_folder(tmp_path)
+    with locked_folder(tmp_path):
         pass
     assert not is_free(another)  # what the run had before, it keeps
-    folders._taken[tmp_path].release()
+    locks._taken[tmp_path].release()
 
 
 def is_free(lock):
@@ -58,7 +58,7 @@ def is_free(lock):
     return True
 
 
-HELD = "import os, signal; from pathlib import Path; from experiments.runner.folders import own; own(Path({!r})); {}"
+HELD = "import os, signal; from pathlib import Path; from experiments.runner.locks import lock_folder; lock_folder(Path({!r})); {}"
 
 
 def test_a_run_that_is_killed_gives_its_folder_back(tmp_path):
@@ -66,7 +66,7 @@ def test_a_run_that_is_killed_gives_its_folder_back(tmp_path):
     done = subprocess.run([sys.executable, "-c", HELD.format(str(tmp_path), kill)], cwd=ROOT, check=False)
     assert done.returncode == -signal.SIGKILL
     assert (tmp_path / ".melens.lock").exists()
-    with owned(tmp_path):
+    with locked_folder(tmp_path):
         pass
 
 
@@ -75,34 +75,34 @@ def test_hydra_writes_nothing_into_the_folder_of_another_run(tmp_path, another, 
     config = OmegaConf.create({"hydra": {"run": {"dir": str(tmp_path)}, "sweep": {"dir": str(tmp_path)}}})
     another.acquire()
     with pytest.raises(SystemExit) as ended:
-        getattr(OwnFolder(), start)(config)
+        getattr(LockFolder(), start)(config)
     assert ended.value.code == 1
     assert capsys.readouterr().err.startswith(f"Error: Another run writes to {tmp_path}")
     another.release()
-    getattr(OwnFolder(), start)(config)
+    getattr(LockFolder(), start)(config)
     assert not is_free(another)
-    folders._taken[tmp_path].release()
+    locks._taken[tmp_path].release()
 
 
 def test_a_folder_that_cannot_be_made_is_left_to_what_writes_there(tmp_path):
     (tmp_path / "file").write_text("")
-    OwnFolder().on_run_start(OmegaConf.create({"hydra": {"run": {"dir": str(tmp_path / "file" / "run")}}}))
+    LockFolder().on_run_start(OmegaConf.create({"hydra": {"run": {"dir": str(tmp_path / "file" / "run")}}}))
 
 
 @pytest.mark.parametrize("mode", [RunMode.RUN, RunMode.MULTIRUN])
 def test_two_jobs_of_a_sweep_do_not_share_a_folder(tmp_path, mode, monkeypatch):
     hydra = SimpleNamespace(initialized=lambda: True, get=lambda: SimpleNamespace(mode=mode))
-    monkeypatch.setattr(folders, "HydraConfig", hydra)
-    with owned_by_job(tmp_path):
+    monkeypatch.setattr(locks, "HydraConfig", hydra)
+    with locked_job_folder(tmp_path):
         pass
     if mode == RunMode.MULTIRUN:
         with (
             pytest.raises(MelensError, match=r"Another job of this sweep .* as \$\{hydra\.job\.num\} does"),
-            owned_by_job(tmp_path),
+            locked_job_folder(tmp_path),
         ):
             pass
     else:
-        with owned_by_job(tmp_path):
+        with locked_job_folder(tmp_path):
             pass
 
 

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from melens.errors import MelensError
 
-__all__ = ["OwnFolder", "own", "owned", "owned_by_job"]
+__all__ = ["LockFolder", "lock_folder", "locked_folder", "locked_job_folder"]
 
 _LOCK = ".melens.lock"
 """In the folder of a run: held for as long as its process lives, and given back by the system when that is killed."""
@@ -25,7 +25,7 @@ _taken: dict[Path, FileLock] = {}
 """The folders that this process has, or has had."""
 
 
-def own(folder: Path) -> None:
+def lock_folder(folder: Path) -> None:
     """Take a folder for this process, until it ends or gives it back; a second time does nothing.
 
     Raises:
@@ -48,15 +48,15 @@ def own(folder: Path) -> None:
 
 
 @contextmanager
-def owned(folder: Path) -> Iterator[None]:
+def locked_folder(folder: Path) -> Iterator[None]:
     """Take a folder for as long as the context lasts; one that this process had before it keeps.
 
     Raises:
-        MelensError, OSError: as `own`.
+        MelensError, OSError: as `lock_folder`.
     """
     lock = _taken.get(folder.resolve())
     had_it_before = lock is not None and lock.is_locked
-    own(folder)
+    lock_folder(folder)
     try:
         yield
     finally:
@@ -65,11 +65,11 @@ def owned(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def owned_by_job(folder: Path) -> Iterator[None]:
+def locked_job_folder(folder: Path) -> Iterator[None]:
     """Take the folder of a job; in a sweep, one in which another job of this process has written is taken.
 
     Raises:
-        MelensError, OSError: as `own`.
+        MelensError, OSError: as `lock_folder`.
     """
     is_of_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     if is_of_sweep and folder.resolve() in _taken:
@@ -77,23 +77,23 @@ def owned_by_job(folder: Path) -> Iterator[None]:
             f"Another job of this sweep has written to {folder}: hydra.sweep.subdir must tell all jobs apart, as "
             "${hydra.job.num} does."
         )
-    with owned(folder):
+    with locked_folder(folder):
         yield
 
 
-class OwnFolder(Callback):
+class LockFolder(Callback):
     """Takes the folder of a run or a sweep before Hydra writes to it."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        _own_or_leave(Path(config.hydra.run.dir))
+        _lock_or_exit(Path(config.hydra.run.dir))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        _own_or_leave(Path(config.hydra.sweep.dir))
+        _lock_or_exit(Path(config.hydra.sweep.dir))
 
 
-def _own_or_leave(folder: Path) -> None:
+def _lock_or_exit(folder: Path) -> None:
     try:
-        own(folder)
+        lock_folder(folder)
     except MelensError as error:  # Hydra goes on after an error in a callback
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(1)

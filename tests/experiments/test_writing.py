@@ -14,9 +14,9 @@ from test_results import CONFIG, Breaks, ffn_result, names, picture, some_result
 from test_files import full_disk
 
 from experiments.options import compose_options
-from experiments.runner import leaving
+from experiments.runner import writing
 from experiments.runner.job import give_freed_memory_back
-from experiments.runner.leaving import finish, interrupted_by_sigterm, leave, told_if_stopped, what_is_left
+from experiments.runner.writing import finish, note_if_stopped, sigterm_interrupts, stopped_message, write_part
 from melens import MelensError
 from melens.report.record import Record, write_result
 from melens.storage.cache import RUN_CACHE
@@ -46,14 +46,14 @@ def _nothing_is_kept(monkeypatch):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
 def test_what_a_stopped_run_found_is_there_with_a_report_that_says_so(tmp_path, error):
     record, cfg = record_of(tmp_path), compose_options(*ALL)
-    leave(record, described(some_result()), cfg)
+    write_part(record, described(some_result()), cfg)
     assert "This run goes on." in (tmp_path / "report.html").read_text()
 
     def stop():
         RUN_CACHE.has_trace = True
         raise error
 
-    with pytest.raises(error) as raised, told_if_stopped(record, cfg):
+    with pytest.raises(error) as raised, note_if_stopped(record, cfg):
         stop()
     assert names(tmp_path) == {"norms.parquet", "norms.html", "plotly.min.js", "report.html", "result.partial.json"}
     assert json.loads((tmp_path / "result.partial.json").read_text())["status"] == "stopped"
@@ -66,9 +66,9 @@ def test_what_a_stopped_run_found_is_there_with_a_report_that_says_so(tmp_path, 
 def test_a_run_that_ended_has_a_report_of_the_whole_and_no_partial_result(tmp_path):
     record, cfg = record_of(tmp_path), compose_options(*ALL)
     for result in (some_result(), ffn_result()):
-        leave(record, described(result), cfg)
+        write_part(record, described(result), cfg)
     paths = finish(record, cfg)
-    with pytest.raises(KeyboardInterrupt) as raised, told_if_stopped(record, cfg):
+    with pytest.raises(KeyboardInterrupt) as raised, note_if_stopped(record, cfg):
         raise KeyboardInterrupt  # in the last moment
     assert str(raised.value) == f"what was found is in {tmp_path}."
     assert [path.name for path in paths[-2:]] == ["result.json", "report.html"]
@@ -78,11 +78,11 @@ def test_a_run_that_ended_has_a_report_of_the_whole_and_no_partial_result(tmp_pa
 
 def test_a_full_disk_is_told_in_a_sentence_and_leaves_what_was_whole(tmp_path):
     record, cfg = record_of(tmp_path), compose_options(*ALL)
-    leave(record, described(some_result()), cfg)
+    write_part(record, described(some_result()), cfg)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     told = pytest.raises(MelensError, match=r"cannot be written to .* \(File too large\)")
-    with full_disk(), told, told_if_stopped(record, cfg):
-        leave(record, described(ffn_result()), cfg)
+    with full_disk(), told, note_if_stopped(record, cfg):
+        write_part(record, described(ffn_result()), cfg)
     after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert {name: after[name] for name in before if name != "result.partial.json"} == {
         name: before[name] for name in before if name != "result.partial.json"
@@ -108,7 +108,7 @@ def test_an_interrupt_says_what_is_left(tmp_path, monkeypatch, options, kept, se
         monkeypatch.setattr(RUN_CACHE, name, value)
     (tmp_path / "checkpoints" / "checkpoint-1").mkdir(parents=True)
     (tmp_path / "checkpoints" / "checkpoint-1" / "trainer_state.json").touch()
-    told = what_is_left(record_of(tmp_path), compose_options("model=random", *options))
+    told = stopped_message(record_of(tmp_path), compose_options("model=random", *options))
     assert told.startswith(sentence.format(tmp_path))
     assert told.endswith(".")
     assert (told == sentence) == sentence.endswith(".")
@@ -120,13 +120,13 @@ def test_where_nothing_is_kept_nothing_is_said_of_going_on(tmp_path, monkeypatch
         monkeypatch.setattr(RUN_CACHE, name, value)
     record = record_of(tmp_path)
     record.parts.append(some_result())
-    assert what_is_left(record, compose_options(*ALL)).endswith("; the others are not done.")
+    assert stopped_message(record, compose_options(*ALL)).endswith("; the others are not done.")
 
 
 def test_a_run_stopped_as_its_first_result_is_written_has_none(tmp_path):
     record, cfg = record_of(tmp_path), compose_options(*ALL)
-    with pytest.raises(KeyboardInterrupt, match=r"^no result was written\.$"), told_if_stopped(record, cfg):
-        leave(record, some_result(figures={"a": picture(Breaks())}), cfg)
+    with pytest.raises(KeyboardInterrupt, match=r"^no result was written\.$"), note_if_stopped(record, cfg):
+        write_part(record, some_result(figures={"a": picture(Breaks())}), cfg)
     assert json.loads((tmp_path / "result.partial.json").read_text())["status"] == "stopped"
 
 
@@ -134,22 +134,22 @@ def test_a_run_stopped_as_its_first_result_is_written_has_none(tmp_path):
 def test_an_interrupt_tells_that_the_result_in_the_folder_is_an_earlier_run_s(tmp_path, monkeypatch, has_trace):
     monkeypatch.setattr(RUN_CACHE, "has_trace", has_trace)
     write_result(some_result(), tmp_path, config=CONFIG, duration=1.0)
-    told = what_is_left(record_of(tmp_path), compose_options(*ALL))
+    told = stopped_message(record_of(tmp_path), compose_options(*ALL))
     start = f"no result was written ({tmp_path / 'result.json'} is of an earlier run)"
     goes_on = "; what was measured so far is kept, and the same command goes on with the rest" * has_trace
     assert told == f"{start}{goes_on}."
 
 
 def test_other_processes_write_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(leaving, "is_first_process", lambda: False)
+    monkeypatch.setattr(writing, "is_first_process", lambda: False)
     record, cfg = record_of(tmp_path / "run"), compose_options(*ALL)
-    leave(record, some_result(), cfg)
+    write_part(record, some_result(), cfg)
     assert finish(record, cfg) == []
     assert names(tmp_path) == set()
 
 
 def test_sigterm_leaves_as_an_interrupt_does():
-    with pytest.raises(KeyboardInterrupt), interrupted_by_sigterm():
+    with pytest.raises(KeyboardInterrupt), sigterm_interrupts():
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
@@ -158,7 +158,7 @@ def test_sigterm_is_left_to_whoever_listens_already():
     heard = []
     before = signal.signal(signal.SIGTERM, lambda *told: heard.append(told))  # as submitit does
     try:
-        with interrupted_by_sigterm():
+        with sigterm_interrupts():
             signal.raise_signal(signal.SIGTERM)
         assert len(heard) == 1
     finally:
@@ -169,7 +169,7 @@ def test_in_another_thread_signals_are_left_alone():
     entered = []
 
     def enter():
-        with interrupted_by_sigterm():
+        with sigterm_interrupts():
             entered.append(True)
 
     thread = threading.Thread(target=enter)
@@ -190,10 +190,10 @@ def test_windows_has_no_libc_to_ask(monkeypatch):
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_before_there_is_work_a_signal_ends_the_run_at_once(name):
     code = (
-        f"import signal; from experiments.runner.interrupts import leave_in_order, stop_at_once; "
-        f"before = signal.getsignal(signal.{name}); stop_at_once(); leave_in_order(); "
+        f"import signal; from experiments.runner.interrupts import exit_on_signal, restore_signals; "
+        f"before = signal.getsignal(signal.{name}); exit_on_signal(); restore_signals(); "
         f"assert signal.getsignal(signal.{name}) is before; "
-        f"stop_at_once(); signal.raise_signal(signal.{name})"
+        f"exit_on_signal(); signal.raise_signal(signal.{name})"
     )
     begin = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {code}"
     done = subprocess.run([sys.executable, "-c", begin], capture_output=True, text=True, cwd=ROOT, check=False)

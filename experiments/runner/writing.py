@@ -20,10 +20,10 @@ from melens.report.result import Result, combine
 from melens.storage.cache import RUN_CACHE
 from melens.training.recipe import METHODS
 
-__all__ = ["finish", "interrupted_by_sigterm", "leave", "told_if_stopped"]
+__all__ = ["finish", "note_if_stopped", "sigterm_interrupts", "write_part"]
 
 
-def leave(record: Record, part: Result, cfg: Options) -> None:
+def write_part(record: Record, part: Result, cfg: Options) -> None:
     """Write what an experiment found; of several also the report, as far as it goes. The first process writes."""
     if is_first_process():
         record.add(part)
@@ -45,7 +45,7 @@ def _write_report(record: Record, cfg: Options) -> list[Path]:
 
 
 @contextmanager
-def told_if_stopped(record: Record, cfg: Options) -> Iterator[None]:
+def note_if_stopped(record: Record, cfg: Options) -> Iterator[None]:
     """Note in what a run leaves that it was stopped; an interrupt tells where the same command goes on."""
     RUN_CACHE.has_trace = RUN_CACHE.is_incomplete = False  # an earlier job of a sweep had its own
     try:
@@ -56,12 +56,12 @@ def told_if_stopped(record: Record, cfg: Options) -> Iterator[None]:
             if record.missing and record.parts:
                 _write_report(record, cfg)
         if isinstance(error, KeyboardInterrupt):
-            error = KeyboardInterrupt(what_is_left(record, cfg))
+            error = KeyboardInterrupt(stopped_message(record, cfg))
         note(f"stopped: {str(error) or type(error).__name__}")
         raise error
 
 
-def what_is_left(record: Record, cfg: Options) -> str:
+def stopped_message(record: Record, cfg: Options) -> str:
     """Say what a run that was interrupted has done, and what to do to go on."""
     if record.parts and record.missing:
         done = f"{len(record.parts)} of {len(record.experiments)} experiments are written to {record.folder}"
@@ -80,7 +80,7 @@ def what_is_left(record: Record, cfg: Options) -> str:
 
 
 @contextmanager
-def interrupted_by_sigterm() -> Iterator[None]:
+def sigterm_interrupts() -> Iterator[None]:
     """Let SIGTERM, as Slurm sends it at the end of a job's time, do what Ctrl-C does; not where another listens."""
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
