@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, Field, create_model, model_vali
 from pydantic.fields import FieldInfo
 
 from experiments.runner.declaration import (
+    AS_TYPED,
     AtLeast2,
     AtLeast3,
     AutoFlag,
