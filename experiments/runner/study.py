@@ -65,7 +65,7 @@ class Run(Study):
     def of_carriers(self, table: pd.DataFrame) -> pd.DataFrame:
         return self.of_massive_prompts(table)
 
-    def metrics(self, kind: Any = None, **own: Any) -> Any:
+    def metrics(self, kind: Any = None, /, **own: Any) -> Any:
         return self.shared_metrics | own if kind is None else super().metrics(kind, **own)
 
     @cached_property

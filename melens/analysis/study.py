@@ -146,7 +146,7 @@ class Study:
         n_prompts = len(self.massive_prompts) if n_prompts is None else n_prompts
         return f"{text}: {self.trace.model['name']}, {n_prompts} prompt{'s' if n_prompts != 1 else ''}"
 
-    def metrics(self, kind: type[M], **own: Any) -> M:
+    def metrics(self, kind: type[M], /, **own: Any) -> M:
         """Return an experiment's metrics, with those that give them a meaning.
 
         Args:
