@@ -15,7 +15,7 @@ from experiments.options import compose_options
 from experiments.runner.jobs import jobs_of
 from experiments.runner.study import begin_study, run_experiments
 from melens import MelensError
-from melens.report.result import write_result
+from melens.report.record import write_result
 
 TOKEN, DIM, BLOCK = 7, 21, 1
 
