@@ -46,9 +46,8 @@ def run(study: Study, options: EmergenceOptions) -> Result:
     sink_mass = sinks.sink_mass_by_layer(trace)
     dims = _top_dims(trace, options.top_dims)
     metrics = study.metrics(
-        **me.metrics(),
+        **me.metrics() | layout.metrics(),
         **_shares_of_prompts(me),
-        **layout.metrics(),
         **_second_massive_activation(study, layout),
         sink_onset_layer=onset.layer,
         first_sink_layer=onset.first_layer,

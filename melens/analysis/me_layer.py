@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from pydantic import InstanceOf
 
-from melens.analysis.statistics import bootstrap_mean
+from melens.analysis.statistics import bootstrap_mean, with_interval
 from melens.errors import MelensError
 from melens.tracing.probes import LargestActivations
 from melens.tracing.trace import Trace, TraceGiven
@@ -69,6 +69,7 @@ class Emergence:
         agreement: share of prompts whose first massive block is `layer`.
         prompts_with: share of prompts with a massive activation at any block.
         positions, dims: where in the output of `layer` they are, most frequent first.
+        n_layers: how many blocks the model has.
         n_prompts, distinct_first_tokens: what all this rests on.
         criterion: the numbers used.
         per_prompt: a row a prompt: `layer` (-1 for none), `pos`, `dim`, `value`, `norm_in`, `norm_out`,
@@ -88,10 +89,17 @@ class Emergence:
     prompts_with: float
     positions: tuple[int, ...]
     dims: tuple[int, ...]
+    n_layers: int
     n_prompts: int
     distinct_first_tokens: int
     criterion: Criterion
     per_prompt: pd.DataFrame
+
+    def __repr__(self) -> str:
+        if self.layer is None or self.magnification is None:
+            return f"no ME layer among {self.n_layers} blocks"
+        lift = with_interval(self.magnification, self.magnification_interval, ",.0f")
+        return f"block {self.layer} of {self.n_layers}, × {lift}, token {self.positions[0]}, dim {self.dims[0]}"
 
     def metrics(self) -> dict[str, Any]:
         """Everything but the table, ready for JSON; the layer under the name `me_layer`."""
@@ -164,6 +172,7 @@ def find_me_layer(trace: TraceGiven, criterion: CriterionGiven | None = None) ->
     shared: dict[str, Any] = {
         "reason": reason,
         "prompts_with": prompts_with,
+        "n_layers": trace.model["n_layers"],
         "n_prompts": n_prompts,
         "distinct_first_tokens": int(trace.prompts["first_token_id"].nunique()),
         "criterion": criterion,

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from handmade import emergence_by_hand
 from planted import FAMILIES, N_LAYERS, VOCABULARY, bridge, plain_model, plant
 
 import melens
@@ -243,3 +244,12 @@ def test_prompts_of_fewer_tokens_than_are_kept_have_an_me_layer_too():
     assert len(empty) == N_LAYERS * 8  # of the seventh token, with eight dims
     assert empty["value"].isna().all()
     assert melens.find_me_layer(trace).layer == 1
+
+
+def test_an_emergence_shows_itself_in_a_line():
+    me = melens.find_me_layer(trace_by_hand(1, 2, 400, 400, 400))
+    assert repr(me) == "block 1 of 4, × 200, token 0, dim 5"
+    assert repr(emergence_by_hand(11, [(11, 3)], first_tokens=[1], n_layers=30)) == (
+        "block 11 of 30, × 200 (180 to 220), token 3, dim 5"
+    )
+    assert repr(melens.find_me_layer(trace_by_hand(1, 2, 2, 2))) == "no ME layer among 3 blocks"
