@@ -15,13 +15,13 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from experiments.runner.legacy import AblationOptions
 from experiments.runner.study import Run as Study
-from experiments.runner.study import named_normalization
 from melens import MassiveTokenRuns, MelensError, Probe
 from melens.analysis.statistics import bootstrap_mean, mean_by, tidy, with_interval
 from melens.figures.curves import Curve, Panel, curves_by_block
 from melens.figures.heatmaps import Heatmap, heatmaps
 from melens.figures.style import COLORS
 from melens.models.layout import Layout
+from melens.models.normalization import named_normalization
 from melens.report.result import Figure, Result
 from melens.tracing.interventions import Hook, Part, ablation, can_ablate
 

@@ -15,7 +15,6 @@ from experiments.options.schema import ModelOptions
 from experiments.runner.jobs import Job, job_name
 from experiments.runner.legacy import EmergenceOptions
 from experiments.runner.study import Run as Study
-from experiments.runner.study import named_normalization
 from melens import Emergence, Probe, Trace
 from melens.analysis import sink_mass as sinks
 from melens.analysis.statistics import bootstrap_mean, with_interval
@@ -23,6 +22,7 @@ from melens.figures.curves import Curve, Panel, curves_by_block
 from melens.figures.heatmaps import dims_heatmap, dims_surface
 from melens.figures.style import FIRST, OTHERS, SINK
 from melens.models.layout import Layout, listed
+from melens.models.normalization import named_normalization
 from melens.report.result import Figure, Result
 
 TABLE8 = (

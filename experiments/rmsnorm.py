@@ -11,13 +11,12 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from experiments.runner.legacy import RmsnormOptions
 from experiments.runner.study import Run as Study
-from experiments.runner.study import named_normalization
 from melens import GainAlignment, MelensError, Probe
 from melens.analysis.statistics import bootstrap_mean, mean_by, peak_layer, with_interval
 from melens.figures.curves import Curve, Panel, curves_by_block
 from melens.figures.style import COLORS, FIRST, OTHERS
 from melens.models.layout import Layout
-from melens.models.normalization import has_normalization, read_normalization
+from melens.models.normalization import has_normalization, named_normalization, read_normalization
 from melens.report.result import Figure, Result
 
 SITES = ("ln2", "ln1")

@@ -22,13 +22,12 @@ from melens.analysis.study import Stage, Study
 from melens.data.prompts import TokenizedPrompts
 from melens.data.texts import cut_texts, read_text
 from melens.models.devices import placement
-from melens.models.normalization import has_normalization, read_normalization
 from melens.report.result import Metrics, Result, plain_metrics
 from melens.storage.cache import RUN_CACHE, Store, code_version, hash_of, store_for, warn_if_not_cached
 from melens.storage.results import load_cached, load_result, save_result
 from melens.tracing.trace import as_tokens
 
-__all__ = ["Run", "begin_study", "named_normalization", "run_experiments"]
+__all__ = ["Run", "begin_study", "run_experiments"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,15 +91,6 @@ class Run(Study):
         return cut_texts(
             self.model, self.text, n_texts=data.n_texts, n_tokens=data.n_tokens, bos=bos, seed=self.cfg.seed
         )
-
-
-def named_normalization(model: TransformerBridge, site: str) -> str | None:
-    """Name a normalisation as the model does, `RMSNorm post_attention_layernorm (ln2)`; None where no block has it."""
-    for layer in range(len(model.blocks)):
-        if has_normalization(model, layer, site):
-            normalization = read_normalization(model, layer, site)
-            return f"{normalization.kind} {normalization.name} ({site})"
-    return None
 
 
 def begin_study(

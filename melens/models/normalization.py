@@ -21,7 +21,7 @@ from melens.validation.arguments import Bridge, check_layer
 from melens.validation.signatures import Layer, checked
 from melens.validation.types import Said
 
-__all__ = ["Normalization", "has_normalization", "read_module", "read_normalization"]
+__all__ = ["Normalization", "has_normalization", "named_normalization", "read_module", "read_normalization"]
 
 
 NormSite = Annotated[str, Field(pattern="^ln[12]$"), Said("ln1 or ln2")]
@@ -85,6 +85,15 @@ def read_normalization(model: Bridge, layer: Layer, site: NormSite) -> Normaliza
         raise MelensError(f"Block {layer} of this model has no normalisation {site!r}.")
     component = getattr(model.blocks[layer], site)
     return read_module(component.original_component, component.name, model.cfg.d_model)
+
+
+def named_normalization(model: TransformerBridge, site: str) -> str | None:
+    """Name a normalisation as the model does, `RMSNorm post_attention_layernorm (ln2)`; None where no block has it."""
+    for layer in range(len(model.blocks)):
+        if has_normalization(model, layer, site):
+            normalization = read_normalization(model, layer, site)
+            return f"{normalization.kind} {normalization.name} ({site})"
+    return None
 
 
 @torch.no_grad()
