@@ -11,7 +11,7 @@ from experiments.runner.declaration import AtLeast2, Experiment, ExperimentOptio
 from melens.validation.types import Count, Flag, Said, Share
 
 MODULES = (
-    "emergence", "rmsnorm", "ffn", "direction", "ablation", "stability", "predict", "wemask", "benchmark", "generate",
+    "emergence", "rmsnorm", "ffn", "direction", "ablation", "stability", "wemask", "benchmark", "generate",
     "tables", "training", "verify", "mask_grid", "training_report", "masks",
 )  # fmt: skip
 
@@ -97,7 +97,6 @@ EXPERIMENTS = (
     _experiment("direction"),
     _experiment("ablation", AblationOptions),
     _experiment("stability", StabilityOptions),
-    _experiment("predict"),
     _experiment("wemask", WemaskOptions),
     _experiment("benchmark", ReportedOptions),
     _experiment("generate", KeptOptions, in_all=False),

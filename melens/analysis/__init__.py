@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from melens.analysis.attention_sinks import sinks
+    from melens.analysis.weights import prediction
 
-__all__ = ["sinks"]
+__all__ = ["prediction", "sinks"]
 
-_MODULES = {"sinks": "attention_sinks"}
+_MODULES = {
+    "prediction": "weights",
+    "sinks": "attention_sinks",
+}
 """Where each function stands: in no module of its own name, which would hide it."""
 
 

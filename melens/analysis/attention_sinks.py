@@ -365,8 +365,8 @@ def _ranks_in_words(metrics: SinksMetrics) -> str:
 def _starts_in_the_next_block(metrics: SinksMetrics) -> Judgement:
     onset, first, me_layer = metrics.sink_onset_layer, metrics.first_sink_layer, metrics.me_layer
     last = metrics.last_lasting_layer
-    assert me_layer is not None
-    assert last is not None
+    if me_layer is None or last is None:
+        return Judgement("not measured", note="The result does not say where the ME layer and the last blocks are.")
     attending = range(last + 1) if metrics.attention_layers is None else metrics.attention_layers
     behind = [layer for layer in attending if me_layer < layer <= last]
     if not behind:

@@ -1,28 +1,44 @@
-"""Can the ME layer be told from the weights alone? Scores of each block's FFN, without a forward pass of the model."""
+"""Can the ME layer be predicted from the weights alone, without a forward pass? (the review, the research note)
+
+    melens.score_blocks(model)                  # a row a block
+    result = melens.analysis.prediction(study)
+    result.metrics.ranks["response"]            # 1: the score names the measured ME layer
+
+1. `score_blocks` reads each block's FFN, the gain of the norm before it folded in, and scores what it could amplify.
+2. `prediction` ranks the ME layer, which the study's trace shows, among the scores of all blocks.
+"""
 
 from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import pandas as pd
+import plotly.graph_objects as go
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from melens.analysis.statistics import peak_layer
+from melens.analysis.study import Study
+from melens.claims.engine import Claim, Judgement, Verdict
 from melens.errors import MelensError
+from melens.figures.curves import Curve, Panel, curves_by_block
+from melens.figures.style import COLORS
 from melens.models.devices import weights_here
+from melens.models.layout import listed
 from melens.models.normalization import has_normalization, read_normalization
 from melens.models.quantization import is_quantized
+from melens.report.result import Figure, Metrics, Result
 from melens.validation.arguments import Bridge
 from melens.validation.signatures import checked
 
-__all__ = ["SCORES", "rank_of", "score_blocks"]
+__all__ = ["CLAIMS", "SCORES", "PredictMetrics", "prediction", "rank_of", "score_blocks"]
 
 SCORES = {
-    "response": "the FFN's answer to the unit-RMS input that its strongest neurons amplify most, ‖FFN(g ⊙ x)‖ / ‖x‖",
+    "response": "the FFN's output for the unit-RMS input that its strongest neurons amplify most, ‖FFN(g ⊙ x)‖ / ‖x‖",
     "neuron": "the strongest neuron's largest output: ‖x‖ (‖gate‖ ‖up‖ + |gate · up|) / 2 · ‖down‖, gain folded in",
     "alignment": "outlierness of the neuron whose gate, up and down are large and aligned: largest over median product",
     "down_max": "largest |entry| of the down projection",
@@ -31,15 +47,6 @@ SCORES = {
 """What the columns of `score_blocks` are; in each a larger value points to the ME layer."""
 
 _N_STRONGEST = 64
-
-
-@dataclass(frozen=True)
-class _Neurons:
-    """An FFN's weights by neuron; the gain of the normalisation before it is folded into `gate` and `up`."""
-
-    gate: Float[Tensor, "d neuron"] | None
-    up: Float[Tensor, "d neuron"]
-    down: Float[Tensor, "neuron d"]
 
 
 @checked
@@ -62,7 +69,8 @@ def score_blocks(model: Bridge) -> pd.DataFrame:
     rows = [_score(model, layer) for layer in range(len(model.blocks)) if _has_neurons(model, layer)]
     if not rows:
         raise MelensError(
-            "TransformerLens tells no FFN module with one up and one down projection apart in any block of this model."
+            "No block of this model has an FFN in which TransformerLens names one up and one down projection, so no "
+            "block can be scored."
         )
     return pd.DataFrame(rows)
 
@@ -75,8 +83,83 @@ def rank_of(layer: int, scores: pd.DataFrame, score: str) -> int | None:
     return int((scores[score] > own).sum()) + 1
 
 
+class PredictMetrics(Metrics):
+    """What `prediction` measures.
+
+    Attributes:
+        n_scored: how many blocks have an FFN that can be scored.
+        top_layer: by score, the block with the largest.
+        ranks: by score, the ME layer's rank among all scored blocks, 1 for the largest; None where it has no score.
+        ranks_without_last_two: the same among the blocks before the trailing ones.
+        predicted_dim: the dim that the ME layer's strongest neuron writes most to.
+    """
+
+    n_scored: int = 0
+    top_layer: dict[str, int] | None = None
+    ranks: dict[str, int | None] | None = None
+    ranks_without_last_two: dict[str, int | None] | None = None
+    predicted_dim: int | None = None
+
+
+def prediction(study: Study) -> Result:
+    """Score every block by its weights, and rank the measured ME layer among them.
+
+    Args:
+        study: as `melens.study` makes it.
+
+    Returns:
+        Metrics `PredictMetrics`; the table `weight_scores`, as `score_blocks` returns it, and the figure `scores`.
+
+    Raises:
+        MelensError: as `score_blocks`.
+    """
+    scores = score_blocks(study.model)
+    metrics = study.metrics(
+        PredictMetrics,
+        **study.layout.metrics(),
+        n_scored=len(scores),
+        top_layer={score: peak_layer(scores, score) for score in SCORES},
+        **_ranks_of_me_layer(study, scores),
+    )
+    observed = _in_words(study, metrics, scores)
+    expected = "The ME layer is found by running the model."
+    figure = Figure(_scores_figure(study, scores), "asked for by the review", expected, observed)
+    findings = [("from the weights", observed)]
+    return Result("predict", study.trace.model, metrics, {"weight_scores": scores}, {"scores": figure}, findings)
+
+
+class _Ranks(TypedDict, total=False):
+    ranks: dict[str, int | None]
+    ranks_without_last_two: dict[str, int | None]
+    predicted_dim: int | None
+
+
+def _ranks_of_me_layer(study: Study, scores: pd.DataFrame) -> _Ranks:
+    if study.me.layer is None:
+        return {}
+    before_trailing = scores[scores["layer"] <= study.last_before_trailing]
+    dims = scores.loc[scores["layer"] == study.me.layer, "dim"]
+    return {
+        "ranks": {score: rank_of(study.me.layer, scores, score) for score in SCORES},
+        "ranks_without_last_two": {score: rank_of(study.me.layer, before_trailing, score) for score in SCORES},
+        "predicted_dim": int(dims.iloc[0]) if len(dims) else None,
+    }
+
+
+# --- Scores -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Neurons:
+    """An FFN's weights by neuron; the gain of the normalisation before it is folded into `gate` and `up`."""
+
+    gate: Float[Tensor, "d neuron"] | None
+    up: Float[Tensor, "d neuron"]
+    down: Float[Tensor, "neuron d"]
+
+
 def _has_neurons(model: TransformerBridge, layer: int) -> bool:
-    """Tell whether a block's FFN is one module of an input, with an up and a down projection."""
+    """Whether a block's FFN is one module of an input, with an up and a down projection."""
     ffn = _ffn(model, layer)
     if any(getattr(ffn, name, None) is None for name in ("in", "out")) or ffn.name is None:
         return False
@@ -85,7 +168,7 @@ def _has_neurons(model: TransformerBridge, layer: int) -> bool:
 
 
 def _ffn(model: TransformerBridge, layer: int) -> Any:
-    """Return a block's FFN; what its experts share is not all of it."""
+    """Return a block's FFN; beside experts, `shared_mlp` is only a part of it."""
     parts = model.blocks[layer]._modules
     return parts.get("mlp", None if "moe" in parts else parts.get("shared_mlp"))
 
@@ -131,17 +214,82 @@ def _norms(weights: Tensor, dim: int) -> Tensor:
 
 
 def _response(model: TransformerBridge, layer: int, neurons: _Neurons, strength: Float[Tensor, " neuron"]) -> float:
-    """Let the FFN itself, and the norm behind it if there is one, answer to its strongest neurons' favourite inputs."""
+    """Run the FFN, and the norm behind it if there is one, on the inputs that amplify its strongest neurons most.
+
+    Such an input is along `up`, or half way between `gate` and `up`; the largest ‖output‖ is returned.
+    """
     block, width = model.blocks[layer], model.cfg.d_model
     strongest = strength.topk(min(_N_STRONGEST, len(strength))).indices
-    favourites = torch.nn.functional.normalize(neurons.up[:, strongest].float(), dim=0)
+    inputs = torch.nn.functional.normalize(neurons.up[:, strongest].float(), dim=0)
     if neurons.gate is not None:
         gate = torch.nn.functional.normalize(neurons.gate[:, strongest].float(), dim=0)
-        favourites = gate + (gate * favourites).sum(0).sign() * favourites
-    inputs = width**0.5 * torch.nn.functional.normalize(favourites, dim=0).T  # [input, d], in front of the gain
+        inputs = gate + (gate * inputs).sum(0).sign() * inputs
+    inputs = width**0.5 * torch.nn.functional.normalize(inputs, dim=0).T  # [input, d]
     if has_normalization(model, layer, "ln2"):
         inputs = inputs * read_normalization(model, layer, "ln2").gain.to(inputs.device)
     output = _ffn(model, layer).original_component(inputs[None].to(neurons.up))
     if (norm_after := getattr(block, "ln2_post", None)) is not None:
         output = norm_after.original_component(output)
     return float(torch.linalg.vector_norm(output, dim=-1, dtype=torch.float32).max())
+
+
+# --- Figure and words -------------------------------------------------------------------------------------------------
+
+
+def _scores_figure(study: Study, scores: pd.DataFrame) -> go.Figure:
+    panels = []
+    for score, color in zip(SCORES, COLORS, strict=False):
+        name, points = score.replace("_", " "), scores[["layer"]].assign(mean=scores[score])
+        is_log = not score.startswith("down")  # which spans less than a decade
+        panels.append(Panel(name, name, [Curve(score, points, color, False)], study.me.layer, log_scale=is_log))
+    title = f"What the FFN's weights could amplify: {study.trace.model['name']}, no forward pass"
+    note = "The ME layer marked is the measured one. response: of the whole FFN; neuron, alignment: of its strongest."
+    return curves_by_block(panels, title=title, note=note, columns=3)
+
+
+def _in_words(study: Study, metrics: PredictMetrics, scores: pd.DataFrame) -> str:
+    if metrics.ranks is None or metrics.ranks_without_last_two is None:
+        return "The model has no ME layer to predict."
+    if metrics.predicted_dim is None:
+        scored = listed(scores["layer"])
+        return f"Block {study.me.layer}, the ME layer, has no FFN whose weights can be scored; {scored} have."
+    ranks = ", ".join(
+        f"{score.replace('_', ' ')} {rank} ({metrics.ranks_without_last_two[score]} without the last two blocks)"
+        for score, rank in metrics.ranks.items()
+    )
+    hit = "the measured massive dim" if metrics.predicted_dim in study.me.dims[:1] else "not the measured one"
+    return (
+        f"Block {study.me.layer} ranks, of {metrics.n_scored}: {ranks}. Its strongest neuron writes dim "
+        f"{metrics.predicted_dim}, {hit}."
+    )
+
+
+# --- Claims -----------------------------------------------------------------------------------------------------------
+
+
+def _ranks_first(metrics: PredictMetrics) -> Judgement:
+    ranks, n_scored = metrics.ranks or {}, metrics.n_scored
+    if (rank := ranks.get("response")) is None:
+        return Judgement("not measured", note="The ME layer's FFN has no score.")
+    if n_scored < 2:
+        return Judgement("not measured", note="Only one block has an FFN that can be scored.")
+    verdict: Verdict = "holds" if rank == 1 else "holds in part" if rank <= 3 < n_scored else "does not hold"
+    by_score = ", ".join(f"{score} {place}" for score, place in ranks.items())
+    return Judgement(verdict, float(rank), note=f"Ranks: {by_score}, of {n_scored}.")
+
+
+CLAIMS = (
+    Claim(
+        id="predictable",
+        claim="The ME layer can be predicted from the weights alone",
+        source="the review and the research note",
+        experiment="predict",
+        metrics=PredictMetrics,
+        figure="scores",
+        statistic="rank of the ME layer by the FFN's response to its most amplified input",
+        criterion="1; in part <= 3",
+        why="a prediction names one block",
+        of_ffn=True,
+        judge=_ranks_first,
+    ),
+)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from melens.analysis.attention_sinks import CLAIMS as SINKS
+from melens.analysis.weights import CLAIMS as WEIGHTS
 from melens.claims.engine import Claim, Judgement, NotANumberError, Verdict
 
 __all__ = ["CLAIMS", "FAMILY_CLAIM", "judge_families"]
@@ -160,17 +161,6 @@ def _only_causal(metrics: Metrics) -> Judgement:
             "holds" if not others else "holds in part" if metrics["strongest_cause"] == metrics["me_layer"] else verdict
         )
     return Judgement(verdict, float(len(others)), None, note)
-
-
-def _predicted(metrics: Metrics) -> Judgement:
-    rank = metrics["ranks"]["response"]
-    if rank is None:
-        return Judgement("not measured", note="The ME layer's FFN has no score.")
-    best = ", ".join(f"{score} {place}" for score, place in metrics["ranks"].items())
-    if metrics["n_scored"] < 2:
-        return Judgement("not measured", note="One block alone has an FFN to be scored.")
-    verdict: Verdict = "holds" if rank == 1 else "holds in part" if rank <= 3 < metrics["n_scored"] else "does not hold"
-    return Judgement(verdict, float(rank), None, f"Ranks: {best}, of {metrics['n_scored']}.")
 
 
 def _weakens(metrics: Metrics) -> Judgement:
@@ -474,18 +464,7 @@ CLAIMS: tuple[Claim[Any], ...] = (
         judge=_same_everywhere,
     ),
     *SINKS,
-    Claim(
-        id="predictable",
-        claim="The ME layer can be told from the weights alone",
-        source="the review and the research note",
-        experiment="predict",
-        figure="scores",
-        statistic="rank of the ME layer by the FFN's response to its most amplified input",
-        criterion="1; in part <= 3",
-        why="a prediction names one block",
-        of_ffn=True,
-        judge=_predicted,
-    ),
+    *WEIGHTS,
     Claim(
         id="mask-weakens-sink",
         claim="WeMask weakens the sink and does not remove it",

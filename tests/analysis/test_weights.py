@@ -38,10 +38,10 @@ def test_the_response_is_that_of_the_ffn_itself():
     plant(network, block=2, token=7, dim=21)
     scores = melens.score_blocks(bridge(network))
     block = network.base_model.layers[2]
-    favourite = torch.zeros(1, 64)
-    favourite[0, 3] = 8  # the planted neuron reads dim 3; the norm of a unit-RMS vector of 64 dims is 8
+    strongest_input = torch.zeros(1, 64)
+    strongest_input[0, 3] = 8  # the planted neuron reads dim 3; the norm of a unit-RMS vector of 64 dims is 8
     with torch.no_grad():
-        answer = block.mlp(block.post_attention_layernorm(favourite)).norm() / 8
+        answer = block.mlp(block.post_attention_layernorm(strongest_input)).norm() / 8
     assert scores.response[2] == pytest.approx(answer.item(), rel=1e-3)
 
 
@@ -53,14 +53,14 @@ def test_ffns_without_a_gate_are_scored_too():
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "mamba", "opt", "bloom"])
-def test_what_cannot_be_scored_is_told(model_type):
+def test_a_model_without_such_an_ffn_gets_a_reason(model_type):
     config = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     if model_type == "mixtral":
         config["num_key_value_heads"] = 2
     if model_type == "opt":
         config |= {"ffn_dim": 64, "word_embed_proj_dim": 32}
     model = melens.load_model("random", model_type=model_type, config=config)
-    with pytest.raises(MelensError, match="TransformerLens tells no FFN module"):
+    with pytest.raises(MelensError, match="no block can be scored"):
         melens.score_blocks(model)
 
 

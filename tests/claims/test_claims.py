@@ -131,7 +131,7 @@ def test_what_a_hybrid_has_no_ffn_for_is_not_judged():
     assert verdict("ffn", "concentration", **metrics, ffn_layers=[3, 11]) == "does not hold"
     result = {"experiment": "ffn", "model": {"name": "m"}, "metrics": BASE | metrics | {"ffn_layers": [3, 11]}}
     notes = melens.judge(result).set_index("id").note
-    assert "Of 30 blocks 2 have an FFN that can be heard." in notes["concentration"]
+    assert "Of 30 blocks 2 have an FFN that can be measured." in notes["concentration"]
 
 
 @pytest.mark.parametrize(
