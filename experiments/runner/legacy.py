@@ -11,7 +11,7 @@ from experiments.runner.declaration import AtLeast2, Experiment, ExperimentOptio
 from melens.validation.types import Count, Flag, Said, Share
 
 MODULES = (
-    "emergence", "rmsnorm", "ffn", "direction", "ablation", "stability", "wemask", "benchmark", "generate",
+    "emergence", "rmsnorm", "ablation", "stability", "wemask", "benchmark", "generate",
     "tables", "training", "verify", "mask_grid", "training_report", "masks",
 )  # fmt: skip
 
@@ -93,8 +93,6 @@ def _experiment(name: str, options: Any = None, *, in_all: bool = True) -> Exper
 EXPERIMENTS = (
     _experiment("emergence", EmergenceOptions),
     _experiment("rmsnorm", RmsnormOptions),
-    _experiment("ffn"),
-    _experiment("direction"),
     _experiment("ablation", AblationOptions),
     _experiment("stability", StabilityOptions),
     _experiment("wemask", WemaskOptions),

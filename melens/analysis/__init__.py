@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from melens.analysis.attention_sinks import sinks
+    from melens.analysis.ffn_concentration import ffn
+    from melens.analysis.token_direction import direction
     from melens.analysis.weights import prediction
 
-__all__ = ["prediction", "sinks"]
+__all__ = ["direction", "ffn", "prediction", "sinks"]
 
-_MODULES = {
+_MODULES = {"direction": "token_direction", "ffn": "ffn_concentration", 
     "prediction": "weights",
     "sinks": "attention_sinks",
 }

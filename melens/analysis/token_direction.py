@@ -1,0 +1,290 @@
+"""Whether token 0's state is the same across inputs and blocks once it is massive: section 3.2, figure 5.
+
+    result = melens.analysis.direction(study)
+    result.figures["cosine_by_block"]
+
+1. The states of token 0 after every block come with the study's trace (`TokenVectors`).
+2. Prompts that share their first token share its every state, so that statistics take one prompt for each first token;
+   the maps of figure 5c show all prompts.
+3. "Once it is massive" means from the ME layer to the last block before the trailing ones (`Study.massive_layers`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypedDict
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from melens.analysis.metrics import l2_norm, pairwise_cosine
+from melens.analysis.statistics import bootstrap_mean, mean_by, tidy
+from melens.analysis.study import Study
+from melens.claims.engine import Claim, at_least, at_most, unless_trivial
+from melens.figures.curves import Curve, Panel, curves_by_block, vectors_by_dim
+from melens.figures.heatmaps import Heatmap, heatmap_with_slider
+from melens.figures.style import COLORS, FIRST, OTHERS
+from melens.report.result import Figure, Interval, Metrics, Result
+
+__all__ = ["CLAIMS", "DirectionMetrics", "direction"]
+
+TRIVIAL = "trivial by construction: all prompts share their first token"
+
+
+class DirectionMetrics(Metrics):
+    """What `direction` measures of token 0's state h, over the blocks in which it is massive.
+
+    Attributes:
+        norm_drift: largest |‖h‖ / ‖h at the ME layer‖ - 1|, mean over prompts.
+        consecutive_cosine: smallest cosine between the states after consecutive blocks, mean over prompts.
+        cosine: mean cosine between the states of two prompts, in the block where it is smallest.
+        cosine_before: the same, mean over the blocks before the ME layer; None where it is the first.
+        least_cosine: smallest cosine between the states of any two prompts in any of the blocks.
+    """
+
+    norm_drift: float | None = None
+    norm_drift_interval: Interval | None = None
+    consecutive_cosine: float | None = None
+    consecutive_cosine_interval: Interval | None = None
+    cosine: float | None = None
+    cosine_interval: Interval | None = None
+    cosine_before: float | None = None
+    least_cosine: float | None = None
+
+
+def direction(study: Study) -> Result:
+    """Compare token 0's states between prompts, and between blocks.
+
+    Args:
+        study: as `melens.study` makes it.
+
+    Returns:
+        Metrics `DirectionMetrics`; the figures `norms` (figure 5a), `dims_by_block` (5b), `cosine_by_block` (5c) and
+        `between_blocks`.
+    """
+    vectors = study.trace.tensors["token_vectors"][:, :, 0]  # [prompt, layer, d]
+    states = vectors[study.distinct_massive_prompts]
+    norms = l2_norm(states)
+    between_inputs = pairwise_cosine(states.transpose(0, 1))
+    to_others = _mean_to_others(between_inputs)
+    to_previous = torch.cosine_similarity(states, states.roll(1, dims=1), dim=-1)
+    to_previous[:, 0] = float("nan")  # no block comes before the first
+    by_block = {
+        "norm": mean_by(tidy(norms.numpy(), "norm"), "norm"),
+        "norm_cv": _by_layer(norms.std(dim=0) / norms.mean(dim=0) if len(norms) > 1 else torch.zeros_like(norms[0])),
+        "cosine_between_inputs": mean_by(tidy(to_others.numpy(), "cosine"), "cosine"),
+        "least_cosine_between_inputs": _by_layer(between_inputs.flatten(1).amin(-1)),
+        "cosine_to_previous_block": mean_by(tidy(to_previous.numpy(), "cosine"), "cosine"),
+    }
+    metrics = study.metrics(DirectionMetrics, **_once_massive(study, norms, to_others, to_previous, by_block))
+    n_distinct = len(states)
+    note = f"{n_distinct} distinct first token{'s' if n_distinct > 1 else f' ({TRIVIAL})'}."
+    observed = f"{_in_words(metrics)} It rests on {note}"
+    figures = {
+        "norms": Figure(
+            _norms_figure(study, norms, by_block["norm_cv"], note),
+            "figure 5a",
+            "After the ME layer the norm is large, barely changes, and is alike for all inputs.",
+            observed,
+        ),
+        "dims_by_block": _dims_figure(study, states.mean(0).numpy(), note),
+        "cosine_by_block": Figure(
+            _cosine_maps(study, vectors, note),
+            "figure 5c",
+            "After the ME layer the cosine between any two inputs is about 1.",
+            observed,
+        ),
+        "between_blocks": Figure(
+            _cosine_figure(study, by_block, note),
+            "figure 5c, by block",
+            "Direction is settled at the ME layer: it barely changes after, whatever the input.",
+            observed,
+        ),
+    }
+    tables = {"direction_by_block": pd.concat([table.assign(quantity=name) for name, table in by_block.items()])}
+    return Result("direction", study.trace.model, metrics, tables, figures, [("direction", observed)])
+
+
+def _mean_to_others(cosines: Float[Tensor, "layer n n"]) -> Float[Tensor, "n layer"]:
+    """Average each prompt's cosine to the others; with a single distinct first token there is none but itself: 1."""
+    n = cosines.shape[1]
+    if n == 1:
+        return torch.ones(1, cosines.shape[0])
+    return ((cosines.sum(-1) - cosines.diagonal(dim1=-2, dim2=-1)) / (n - 1)).T
+
+
+def _by_layer(values: Float[Tensor, " layer"]) -> pd.DataFrame:
+    return pd.DataFrame({"layer": range(len(values)), "mean": values.numpy()})
+
+
+class _OnceMassive(TypedDict, total=False):
+    norm_drift: float
+    norm_drift_interval: Interval
+    consecutive_cosine: float
+    consecutive_cosine_interval: Interval
+    cosine: float
+    cosine_interval: Interval
+    cosine_before: float | None
+    least_cosine: float
+
+
+def _once_massive(
+    study: Study,
+    norms: Float[Tensor, "prompt layer"],
+    to_others: Float[Tensor, "prompt layer"],
+    to_previous: Float[Tensor, "prompt layer"],
+    by_block: Mapping[str, pd.DataFrame],
+) -> _OnceMassive:
+    """Compute how much norm and direction change over the blocks in which token 0 is massive."""
+    layers = list(study.massive_layers)
+    if study.me.layer is None or not layers:
+        return {}
+    measured: _OnceMassive = {}
+    if len(layers) > 1:
+        drift = (norms[:, layers] / norms[:, layers[:1]] - 1).abs().amax(dim=1).numpy()
+        consecutive = to_previous[:, layers[1:]].amin(dim=1).numpy()
+        measured = {
+            "norm_drift": float(drift.mean()),
+            "norm_drift_interval": bootstrap_mean(drift),
+            "consecutive_cosine": float(consecutive.mean()),
+            "consecutive_cosine_interval": bootstrap_mean(consecutive),
+        }
+    names = ("cosine_between_inputs", "least_cosine_between_inputs")
+    means, least = (by_block[name].set_index("layer").loc[layers] for name in names)
+    lowest = means.sort_values("mean").iloc[0]
+    before = to_others[:, : study.me.layer].numpy()
+    return measured | {
+        "cosine": float(lowest["mean"]),
+        "cosine_interval": (float(lowest["low"]), float(lowest["high"])),
+        "cosine_before": float(before.mean()) if before.size else None,
+        "least_cosine": float(least["mean"].min()),
+    }
+
+
+def _in_words(metrics: DirectionMetrics) -> str:
+    if metrics.norm_drift is None:
+        return "Without an ME layer and blocks after it there is no massive state to follow."
+    before = "" if metrics.cosine_before is None else f" ({metrics.cosine_before:.2f} on average before the ME layer)"
+    return (
+        f"From the ME layer to the last two blocks, mean over inputs: the norm changes by {metrics.norm_drift:.1%}, "
+        f"the cosine from block to block falls to {metrics.consecutive_cosine:.4f}, that between inputs to "
+        f"{metrics.cosine:.4f}{before}; between the two most different inputs it is {metrics.least_cosine:.4f}."
+    )
+
+
+# --- Figures ----------------------------------------------------------------------------------------------------------
+
+
+def _norms_figure(study: Study, norms: Float[Tensor, "prompt layer"], variation: pd.DataFrame, note: str) -> go.Figure:
+    inputs = [
+        Curve("token 0, one line a first token", _by_layer(of_prompt), FIRST, in_legend=number == 0)
+        for number, of_prompt in enumerate(norms)
+    ]
+    spread = [Curve("variation", variation, OTHERS)]
+    panels = [
+        Panel("Norm of token 0 after each block", "L2 norm", inputs, study.me.layer, log_scale=True),
+        Panel("Its coefficient of variation", "standard deviation / mean", spread, study.me.layer),
+    ]
+    return curves_by_block(panels, title=study.title("Norm of token 0 by input"), note=note)
+
+
+def _dims_figure(study: Study, mean_states: np.ndarray, note: str) -> Figure:
+    """Draw the states `[layer, d]` after a few blocks: around the ME layer, in the middle and at the end."""
+    last, me_layer = study.n_layers - 1, study.me.layer
+    if me_layer is None:
+        blocks = {0, study.n_layers // 2, last}
+    else:
+        blocks = {me_layer - 1, me_layer, me_layer + 1, (me_layer + study.last_before_trailing) // 2, last}
+    shown = {block: mean_states[block] for block in sorted(blocks) if 0 <= block <= last}
+    titled = {f"block {block}{' (ME layer)' * (block == me_layer)}": state for block, state in shown.items()}
+    plot = vectors_by_dim(titled, title=study.title("Token 0 by dim, mean over prompts"), note=note)
+    largest = ", ".join(f"{np.abs(state).argmax()} after block {block}" for block, state in shown.items())
+    expected = "From the ME layer on the same few dims stand out in every block."
+    return Figure(plot, "figure 5b", expected, f"The largest dim is {largest}.")
+
+
+def _cosine_maps(study: Study, vectors: Float[Tensor, "prompt layer d"], note: str) -> go.Figure:
+    cosines = pairwise_cosine(vectors[study.massive_prompts].transpose(0, 1))
+    prompts = study.of_massive_prompts(study.trace.prompts)
+    firsts = [f"{row.prompt} {row.first_token!r}" for row in prompts.itertuples()]
+    maps = {
+        str(layer): Heatmap("", cosine.numpy(), firsts, firsts, "prompt", "prompt and its first token")
+        for layer, cosine in enumerate(cosines)
+    }
+    me_layer = "" if study.me.layer is None else f"; the ME layer is {study.me.layer}"
+    return heatmap_with_slider(
+        maps,
+        title=study.title("Cosine of token 0's state between inputs"),
+        note=f"{note} Move the slider through the blocks{me_layer}.",
+        z_title="cosine",
+        z_range=(min(0.0, float(cosines.min())), 1),
+        start=str(study.n_layers // 2 if study.me.layer is None else study.me.layer),
+    )
+
+
+def _cosine_figure(study: Study, by_block: Mapping[str, pd.DataFrame], note: str) -> go.Figure:
+    names = {
+        "cosine_between_inputs": "between inputs, mean",
+        "least_cosine_between_inputs": "between inputs, least",
+        "cosine_to_previous_block": "to the block before, same input, mean",
+    }
+    curves = [Curve(text, by_block[name], color) for (name, text), color in zip(names.items(), COLORS, strict=False)]
+    panel = Panel("", "cosine similarity", curves, study.me.layer, zero_line=True)
+    note = f"Bands: 95% bootstrap intervals over prompts. {note}"
+    return curves_by_block([panel], title=study.title("Cosine of token 0's state"), note=note)
+
+
+# --- Claims -----------------------------------------------------------------------------------------------------------
+
+CLAIMS = (
+    Claim(
+        id="norm-stable",
+        claim="Once formed, its norm barely changes",
+        source="section 3.2, figure 5a",
+        experiment="direction",
+        metrics=DirectionMetrics,
+        figure="norms",
+        statistic="largest relative change of token 0's norm from the ME layer to the last two blocks",
+        criterion="<= 0.1; in part <= 0.5",
+        why="a tenth cannot be seen on the paper's axes",
+        of_token_0=True,
+        blocks_after=1,
+        judge=lambda metrics: at_most(metrics.norm_drift, metrics.norm_drift_interval, 0.1, partly=0.5),
+    ),
+    Claim(
+        id="direction-layers",
+        claim="Once formed, its direction barely changes from block to block",
+        source="section 3.2, figure 5b",
+        experiment="direction",
+        metrics=DirectionMetrics,
+        figure="between_blocks",
+        statistic="smallest cosine between its states after consecutive blocks",
+        criterion=">= 0.99; in part >= 0.9",
+        why="0.99 is an angle of 8 degrees",
+        of_token_0=True,
+        blocks_after=1,
+        judge=lambda metrics: at_least(
+            metrics.consecutive_cosine, metrics.consecutive_cosine_interval, 0.99, partly=0.9
+        ),
+    ),
+    Claim(
+        id="direction-inputs",
+        claim="Once formed, its direction is the same for all inputs",
+        source="section 3.2, figure 5c",
+        experiment="direction",
+        metrics=DirectionMetrics,
+        figure="cosine_by_block",
+        statistic="smallest mean cosine between inputs, over the blocks from the ME layer to the last two",
+        criterion=">= 0.95; in part >= 0.8",
+        why="0.95 is an angle of 18 degrees, where random directions have 90",
+        of_token_0=True,
+        blocks_after=0,
+        judge=lambda metrics: unless_trivial(
+            metrics, at_least(metrics.cosine, metrics.cosine_interval, 0.95, partly=0.8)
+        ),
+    ),
+)
