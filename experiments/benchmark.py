@@ -12,10 +12,10 @@ from typing import Any
 import pandas as pd
 from transformer_lens.model_bridge import TransformerBridge
 
-from experiments.masks import masks_of
 from experiments.options import Options
 from experiments.options.benchmark import Asked, asked_for
 from experiments.runner.legacy import ReportedOptions
+from experiments.runner.masks import masks_of
 from experiments.runner.study import Run as Study
 from melens import MelensError, Probe, WeMask, load_model
 from melens.benchmarks.catalog import Benchmark

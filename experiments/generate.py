@@ -17,10 +17,10 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from experiments.masks import only_mask_of
 from experiments.options import Options
 from experiments.options.schema import GenerateOptions
 from experiments.runner.legacy import KeptOptions
+from experiments.runner.masks import only_mask_of
 from experiments.runner.study import Run as Study
 from melens import MelensError, Probe, Prompt, WeMask
 from melens.data.chat import PLAIN, Chat, chat_of, prompt_ids, read_reply

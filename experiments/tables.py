@@ -18,13 +18,13 @@ from filelock import FileLock, Timeout
 from transformer_lens.model_bridge import TransformerBridge
 
 from experiments.benchmark import Bench, Cell, how_asked, load_tasks
-from experiments.masks import masks_of, on_blocks
 from experiments.options import Options
 from experiments.options.benchmark import asked_for
 from experiments.options.masks import Preset, presets_of
 from experiments.options.table import Part, Table, asked_table, of_part
 from experiments.options.training import Planned
 from experiments.runner.legacy import ReportedOptions
+from experiments.runner.masks import masks_of, on_blocks
 from experiments.runner.progress import note
 from experiments.runner.study import Run as Study
 from experiments.runner.study import begin_study

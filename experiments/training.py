@@ -18,10 +18,10 @@ from datasets import disable_progress_bars
 from transformer_lens.model_bridge import TransformerBridge
 
 import melens
-from experiments.masks import only_mask_of
 from experiments.options import Options
 from experiments.options.training import Planned, planned_training
 from experiments.runner.legacy import PlainOptions
+from experiments.runner.masks import only_mask_of
 from experiments.runner.study import Run as Study
 from experiments.training_report import Course, draw
 from melens import MelensError, Probe, WeMask

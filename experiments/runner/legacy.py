@@ -11,8 +11,8 @@ from experiments.runner.declaration import AtLeast2, Experiment, ExperimentOptio
 from melens.validation.types import Count, Flag, Said, Share
 
 MODULES = (
-    "emergence", "rmsnorm", "ablation", "stability", "wemask", "benchmark", "generate",
-    "tables", "training", "verify", "mask_grid", "training_report", "masks",
+    "emergence", "rmsnorm", "ffn", "direction", "ablation", "stability", "benchmark", "generate",
+    "tables", "training", "verify", "training_report",
 )  # fmt: skip
 
 
@@ -50,14 +50,6 @@ class StabilityOptions(ExperimentOptions):
     n_first_tokens: Count
 
 
-class WemaskOptions(ExperimentOptions):
-    name: Literal["wemask"]
-    texts_per_batch: Count
-    map_tokens: AtLeast2
-    patterns: Annotated[Literal["drawn", "all", "none"], Said("drawn, all or none")]
-    keep: Flag
-
-
 class KeptOptions(ExperimentOptions):
     name: Literal["generate"]
     keep: Flag
@@ -93,9 +85,10 @@ def _experiment(name: str, options: Any = None, *, in_all: bool = True) -> Exper
 EXPERIMENTS = (
     _experiment("emergence", EmergenceOptions),
     _experiment("rmsnorm", RmsnormOptions),
+    _experiment("ffn"),
+    _experiment("direction"),
     _experiment("ablation", AblationOptions),
     _experiment("stability", StabilityOptions),
-    _experiment("wemask", WemaskOptions),
     _experiment("benchmark", ReportedOptions),
     _experiment("generate", KeptOptions, in_all=False),
     _experiment("tables", TablesOptions, in_all=False),

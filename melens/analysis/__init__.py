@@ -10,22 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from melens.analysis.attention_sinks import sinks
-    from melens.analysis.ffn_concentration import ffn
-    from melens.analysis.token_direction import direction
     from melens.analysis.weights import prediction
+    from melens.masks.grid import mask_grid
 
-__all__ = ["direction", "ffn", "prediction", "sinks"]
+__all__ = ["mask_grid", "prediction", "sinks"]
 
-_MODULES = {"direction": "token_direction", "ffn": "ffn_concentration", 
+_MODULES = {
+    "mask_grid": ".masks.grid",
     "prediction": "weights",
     "sinks": "attention_sinks",
 }
-"""Where each function stands: in no module of its own name, which would hide it."""
+"""Where each function stands, from here: in no module of its own name, which would hide it."""
 
 
 def __getattr__(name: str) -> Any:
     """Import a function when it is asked for: `melens.analysis.metrics` alone needs none of them."""
     if name not in _MODULES:
         raise AttributeError(f"module 'melens.analysis' has no attribute {name!r}")
-    globals()[name] = getattr(import_module(f"melens.analysis.{_MODULES[name]}"), name)
+    globals()[name] = getattr(import_module(f".{_MODULES[name]}", __name__), name)
     return globals()[name]

@@ -12,10 +12,9 @@ from dataclasses import replace
 from typing import Any
 
 from melens.analysis.attention_sinks import CLAIMS as SINKS
-from melens.analysis.ffn_concentration import CLAIMS as FFN
-from melens.analysis.token_direction import CLAIMS as DIRECTION
 from melens.analysis.weights import CLAIMS as WEIGHTS
 from melens.claims.engine import Claim, Judgement, NotANumberError, Verdict
+from melens.masks.grid_claims import CLAIMS as MASKS
 
 __all__ = ["CLAIMS", "FAMILY_CLAIM", "judge_families"]
 
@@ -111,6 +110,17 @@ def _delta_frac(metrics: Metrics) -> Judgement:
     return judged
 
 
+def _peak_together(metrics: Metrics) -> Judgement:
+    peaks: Mapping[str, int] = metrics["concentration_peaks"]
+    missing = metrics.get("missing_projections", {})
+    if len(peaks) < 3 or any(metrics["me_layer"] in layers for layers in missing.values()):
+        return Judgement("not measured", note="The ME layer's FFN has no gate, up and down projection to tell apart.")
+    there = sum(layer == metrics["me_layer"] for layer in peaks.values())
+    note = ", ".join(f"{name} at block {layer}" for name, layer in peaks.items())
+    verdict: Verdict = "does not hold" if there == 0 else "holds" if there == 3 else "holds in part"
+    return Judgement(verdict, float(there), None, f"Peaks: {note}.")
+
+
 def _persists_smaller(metrics: Metrics) -> Judgement:
     left: Mapping[str, float] = metrics["left_without_norm"]
     over_others: Mapping[str, float] = metrics["over_others_without_norm"]
@@ -154,38 +164,6 @@ def _only_causal(metrics: Metrics) -> Judgement:
     return Judgement(verdict, float(len(others)), None, note)
 
 
-def _weakens(metrics: Metrics) -> Judgement:
-    if "sink_why_not" in metrics:
-        return Judgement("not measured", note=metrics["sink_why_not"])
-    ratio, interval = _number(metrics["sink_ratio"], "sink_ratio"), _interval(metrics, "sink_ratio")
-    low, high = interval or (ratio, ratio)
-    verdict: Verdict = "holds" if low >= 0.1 and high <= 0.9 else "does not hold"
-    if verdict != "holds" and low >= 0.1 and high < 1:
-        verdict = "holds in part"
-    return Judgement(verdict, ratio, interval, f"At rate {metrics['paper_rate']:g}.")
-
-
-def _harmless(metrics: Metrics) -> Judgement:
-    if "harm_why_not" in metrics:
-        return Judgement("not measured", note=metrics["harm_why_not"])
-    judged = _at_most(metrics, "weight_where_destroyed", 0.1)
-    places = metrics["destroyed_by"]
-    note = ", ".join(f"{select} masks destroy in {n} places" for select, n in places.items()) + " of the grid."
-    if judged.verdict == "holds" and not all(places.values()):
-        return replace(judged, verdict="holds in part", note=note)
-    return replace(judged, note=note)
-
-
-def _moderate(metrics: Metrics) -> Judgement:
-    if "moderation_why_not" in metrics:
-        return Judgement("not measured", note=metrics["moderation_why_not"])
-    value, interval = _number(metrics["best_dloss"], "best_dloss"), _interval(metrics, "best_dloss")
-    verdict: Verdict = "does not hold"
-    if value < 0 and not metrics["best_rate_is_largest"]:
-        verdict = "holds" if interval is not None and interval[1] < 0 else "holds in part"
-    return Judgement(verdict, value, interval, f"At rate {metrics['best_rate']:g}.")
-
-
 def _scores_better(metrics: Metrics) -> Judgement:
     return _of_comparisons(metrics["compared"].get("weight"), "better", "worse")
 
@@ -206,16 +184,6 @@ def _of_comparisons(counts: Mapping[str, int] | None, claimed: str, other: str) 
         verdict = "holds" if value > 0.5 and not counts[other] else "holds in part"
     none = counts["all"] - counts[claimed] - counts[other]
     return Judgement(verdict, value, None, f"{counts[claimed]} {claimed}, {counts[other]} {other}, {none} not shown.")
-
-
-def _start_specific(metrics: Metrics) -> Judgement:
-    if "start_why_not" in metrics:
-        return Judgement("not measured", note=metrics["start_why_not"])
-    value = _number(metrics["start_effect_ratio"], "start_effect_ratio")
-    verdict: Verdict = "holds" if value >= 2 else "holds in part" if value > 1 else "does not hold"
-    return Judgement(
-        verdict, value, None, f"The strongest elsewhere is in block {metrics['start_strongest_elsewhere']}."
-    )
 
 
 def _claim_of_tables(
@@ -340,7 +308,34 @@ CLAIMS: tuple[Claim[Any], ...] = (
         of_ffn=True,
         judge=lambda metrics: _at_most(metrics, "delta_kl", -1e-9),
     ),
-    *FFN,
+    Claim(
+        id="concentration",
+        claim="Gate, up and down concentrate token 0 most at the ME layer",
+        source="section 3.1, equation 3, figure 4",
+        experiment="ffn",
+        figure="ffn",
+        statistic="how many of the three concentration differences peak at the ME layer, last two blocks apart",
+        criterion="3; in part 1 or 2",
+        why="the last two blocks are a phenomenon of their own (appendix A)",
+        of_token_0=True,
+        of_ffn=True,
+        blocks_after=0,
+        judge=_peak_together,
+    ),
+    Claim(
+        id="amplification",
+        claim="The FFN amplifies token 0 most at the ME layer",
+        source="section 3.1, figure 4",
+        experiment="ffn",
+        figure="ffn",
+        statistic="‖FFN output‖ / ‖FFN input‖ at the ME layer over the largest at another block, last two apart",
+        criterion="> 1",
+        why="a peak is a peak",
+        of_token_0=True,
+        of_ffn=True,
+        blocks_after=0,
+        judge=lambda metrics: _at_least(metrics, "amplification_over_next", 1),
+    ),
     Claim(
         id="ffn-needed",
         claim="Without the ME layer's FFN the massive activation vanishes",
@@ -377,7 +372,45 @@ CLAIMS: tuple[Claim[Any], ...] = (
         of_ffn=True,
         judge=_only_causal,
     ),
-    *DIRECTION,
+    Claim(
+        id="norm-stable",
+        claim="Once formed, its norm barely changes",
+        source="section 3.2, figure 5a",
+        experiment="direction",
+        figure="norms",
+        statistic="largest relative change of token 0's norm from the ME layer to the last two blocks",
+        criterion="<= 0.1; in part <= 0.5",
+        why="a tenth cannot be seen on the paper's axes",
+        of_token_0=True,
+        blocks_after=1,
+        judge=lambda metrics: _at_most(metrics, "norm_drift", 0.1, partly=0.5),
+    ),
+    Claim(
+        id="direction-layers",
+        claim="Once formed, its direction barely changes from block to block",
+        source="section 3.2, figure 5b",
+        experiment="direction",
+        figure="between_blocks",
+        statistic="smallest cosine between its states after consecutive blocks",
+        criterion=">= 0.99; in part >= 0.9",
+        why="0.99 is an angle of 8 degrees",
+        of_token_0=True,
+        blocks_after=1,
+        judge=lambda metrics: _at_least(metrics, "consecutive_cosine", 0.99, partly=0.9),
+    ),
+    Claim(
+        id="direction-inputs",
+        claim="Once formed, its direction is the same for all inputs",
+        source="section 3.2, figure 5c",
+        experiment="direction",
+        figure="cosine_by_block",
+        statistic="smallest mean cosine between inputs, over the blocks from the ME layer to the last two",
+        criterion=">= 0.95; in part >= 0.8",
+        why="0.95 is an angle of 18 degrees, where random directions have 90",
+        of_token_0=True,
+        blocks_after=0,
+        judge=lambda metrics: _unless_trivial(metrics, _at_least(metrics, "cosine", 0.95, partly=0.8)),
+    ),
     Claim(
         id="same-layer",
         claim="The ME layer is the same for all task types and lengths",
@@ -391,57 +424,7 @@ CLAIMS: tuple[Claim[Any], ...] = (
     ),
     *SINKS,
     *WEIGHTS,
-    Claim(
-        id="mask-weakens-sink",
-        claim="WeMask weakens the sink and does not remove it",
-        source="section 4, figure 8",
-        experiment="wemask",
-        figure="by_block",
-        statistic="sink mass behind the ME layer with the paper's mask, relative to without",
-        criterion="between 0.1 and 0.9; in part below 1",
-        why="a tenth less is the least that a map would show, a tenth left is next to none",
-        of_token_0=True,
-        blocks_after=1,
-        judge=_weakens,
-    ),
-    Claim(
-        id="mask-weight-harmless",
-        claim="Weight-guided masks are harmless or better where random and magnitude masks destroy",
-        source="section 5, table 5",
-        experiment="wemask",
-        figure="loss_change",
-        statistic="largest Δloss of a weight-guided mask where a random or a magnitude mask of its rate and site costs "
-        "a nat or more",
-        criterion="<= 0.1 nats, with random and magnitude masks both destroying somewhere; in part: only one does",
-        why="0.1 nats is a tenth more perplexity; with a nat lost a token has less than 1/e of its probability",
-        of_token_0=True,
-        judge=_harmless,
-    ),
-    Claim(
-        id="mask-moderate",
-        claim="Moderate attenuation of the sink is better than none and than full",
-        source="section 4",
-        experiment="wemask",
-        figure="loss_and_sinks",
-        statistic="lowest Δloss of the paper's mask over the rates",
-        criterion="< 0, at a rate below the largest; in part: on average only",
-        why="better is any lower loss on the same tokens",
-        of_token_0=True,
-        judge=_moderate,
-    ),
-    Claim(
-        id="mask-start",
-        claim="The effect is specific to starting behind the ME layer",
-        source="the review, point 5",
-        experiment="wemask",
-        figure="starts",
-        statistic="change of the sink mass by a mask in the block behind the ME layer alone, over the largest by the "
-        "same mask in another block alone",
-        criterion=">= 2; in part > 1",
-        why="twice the next is the least that can be called specific",
-        of_token_0=True,
-        judge=_start_specific,
-    ),
+    *MASKS,
     Claim(
         id="scores-weight-better",
         claim="Weight-guided masks improve the scores of benchmarks",

@@ -11,7 +11,6 @@ from planted import VOCABULARY, bridge, gains_apart, plain_model, plant
 from test_mask_grid import configuration, study_of
 
 import melens
-from experiments.mask_grid import Grid, report
 from experiments.runner.study import begin_study, run_experiments
 from experiments.training_report import Course, averaged
 from melens import MelensError, WeMask
@@ -22,8 +21,11 @@ from melens.benchmarks.harness import RequestOptions, _language_model, evaluate
 from melens.benchmarks.refusals import judged_refusals
 from melens.benchmarks.scores import best_rates, check_scores, summarise
 from melens.benchmarks.scoring import Scorer
-from melens.claims import engine as claims
+from melens.claims.engine import at_least
+from melens.claims.paper import CLAIMS
 from melens.masks.comparison import MaskComparison
+from melens.masks.grid import Grid, compare_grid
+from melens.masks.grid_claims import MaskGridMetrics
 from melens.models.view import plain_twin
 
 NAN = float("nan")
@@ -244,20 +246,21 @@ def grid(**changes):
     return Grid(cells, by_text, by_block)
 
 
+ON_TEXTS = MaskGridMetrics(sink_layers=[2], me_layer=1, text="a", texts=8, tokens_per_text=12)
+
+
 @pytest.mark.parametrize("name", ["loss", "kl", "sink_mass"])
 def test_one_text_that_is_no_number_gives_no_p_value(name):
-    told = {"sink_layers": [2], "me_layer": 1, "texts": 8, "tokens_per_text": 12}
-    report(grid(), {"name": "tiny"}, told, {}, [])
+    compare_grid(grid(), {"name": "tiny"}, ON_TEXTS)
     with pytest.raises(MelensError, match=f"wemask, a, text 3: .*{name} nan"):
-        report(grid(**{name: NAN}), {"name": "tiny"}, told, {}, [])
+        compare_grid(grid(**{name: NAN}), {"name": "tiny"}, ON_TEXTS)
 
 
 def test_blocks_without_attention_are_left_out_and_no_others():
-    told = {"sink_layers": [2], "me_layer": 1, "texts": 8, "tokens_per_text": 12}
     without = grid()
     without.by_text["sink_mass"] = without.by_block["sink_mass"] = NAN
-    metrics = report(without, {"name": "tiny"}, told, {}, []).metrics
-    assert metrics["sink_why_not"] == "No block behind the ME layer has attention."
+    metrics = compare_grid(without, {"name": "tiny"}, ON_TEXTS).metrics
+    assert metrics.sink_why_not == "No block behind the ME layer has attention."
 
 
 # --- Analyses ---------------------------------------------------------------------------------------------------------
@@ -372,7 +375,7 @@ def null(value):
 @pytest.mark.parametrize("name", list(MEASURED))
 @pytest.mark.parametrize("written", [False, True], ids=["returned", "written"])
 def test_no_verdict_rests_on_what_is_no_number(name, written):
-    (claim,) = (claim for claim in claims.CLAIMS if claim.id == name)
+    (claim,) = (claim for claim in CLAIMS if claim.id == name)
     metrics = {"me_layer": 1, "massive_position": 0, "distinct_first_tokens": 3, **MEASURED[name]}
     result = {
         "experiment": claim.experiment,
@@ -386,8 +389,7 @@ def test_no_verdict_rests_on_what_is_no_number(name, written):
 
 
 def test_one_prompt_has_a_value_and_no_interval():
-    assert claims._interval({"x_interval": (NAN, NAN)}, "x") is None
-    judged = claims._at_least({"x": 2.0, "x_interval": (NAN, NAN)}, "x", 1)
+    judged = at_least(2.0, (NAN, NAN), 1)
     assert (judged.verdict, judged.interval) == ("holds", None)
 
 

@@ -9,12 +9,13 @@ import torch
 from planted import VOCABULARY, bridge, gains_apart, plain_model, plant
 
 import melens
-from experiments.mask_grid import UNMASKED, merge
-from experiments.masks import masks_of
+from experiments import wemask
 from experiments.options import compose_options
 from experiments.runner.jobs import jobs_of
+from experiments.runner.masks import masks_of
 from experiments.runner.study import begin_study, run_experiments
 from melens import MelensError
+from melens.masks.grid import UNMASKED
 from melens.report.record import write_result
 
 TOKEN, DIM, BLOCK = 7, 21, 1
@@ -56,20 +57,20 @@ GRID = (
 
 
 @pytest.mark.usefixtures("_own_cache")
-def test_every_combination_is_a_cell_and_a_second_run_measures_none(model):
+def test_every_combination_is_a_row_and_a_second_run_measures_none(model):
     first = run(model, *GRID)
     cells = first.tables["cells"]
     assert len(cells) == 3 * 2 * (1 + 2 + 1)  # a rate of 0 is no mask; only random masks have seeds
     assert set(cells["start"]) == {BLOCK + 1}
     assert cells["cell"].is_unique
     assert (cells["p_holm"] >= cells["p"]).all()
-    assert first.metrics["cells_kept"] == []
+    assert first.metrics.cells_kept == []
     second = run(model, *GRID)
-    assert len(second.metrics["cells_kept"]) == len(cells)
-    assert second.metrics["unmasked_run_was_kept"]
+    assert len(second.metrics.cells_kept) == len(cells)
+    assert second.metrics.unmasked_run_was_kept
     pd.testing.assert_frame_equal(second.tables["cells"], cells)
     third = run(model, *GRID, "exp.keep=false")
-    assert third.metrics["cells_kept"] == []
+    assert third.metrics.cells_kept == []
     pd.testing.assert_frame_equal(third.tables["cells"], cells)
     assert {"attention_change", "key", "loss_change", "rates", "loss_and_sinks", "by_block"} == set(first.figures)
 
@@ -99,7 +100,7 @@ def test_each_block_in_turn(model):
     result = run(model, "wemask.start=all_blocks", "wemask.layers=first", "wemask.rate=0.5", "exp.keep=false")
     assert result.tables["cells"]["start"].tolist() == [0, 1, 2, 3]
     assert "starts" in result.figures
-    assert result.metrics["start_effect_ratio"] > 0
+    assert result.metrics.start_effect_ratio > 0
     claims = melens.judge([result]).set_index("id")
     assert claims.verdict["mask-start"] != "not measured"
     assert claims.verdict["mask-weight-harmless"] == "not measured"
@@ -114,10 +115,10 @@ def test_the_jobs_of_a_sweep_make_the_tables_of_one_run(model, tmp_path):
         folder = tmp_path / str(number)
         write_result(result, folder, config={"model": {"name": "tiny"}}, duration=0.0)
         jobs[folder] = json.loads((folder / "result.json").read_text())
-    (merged,) = merge(jobs_of(jobs))
+    (merged,) = wemask.merge(jobs_of(jobs))
     pd.testing.assert_frame_equal(merged.tables["cells"], whole.tables["cells"])
     for name in ("sink_ratio", "unmasked_loss", "cells"):
-        assert merged.metrics[name] == whole.metrics[name]
+        assert getattr(merged.metrics, name) == getattr(whole.metrics, name)
     assert {"loss_change", "rates", "by_block"} <= set(merged.figures)
 
 

@@ -10,10 +10,10 @@ import torch
 from planted import bridge, gains_apart, plain_model, plant
 from test_cache import tokenizer
 from test_mask_grid import configuration, study_of
-from test_not_a_number import grid
+from test_not_a_number import ON_TEXTS, grid
 
 import melens
-from experiments import benchmark, ffn, mask_grid, predict, training, wemask
+from experiments import benchmark, ffn, predict, training, wemask
 from experiments.benchmark import Bench, Cell
 from experiments.options import compose_options
 from experiments.options.benchmark import asked_for
@@ -26,6 +26,7 @@ from melens.benchmarks import tasks as task_definitions
 from melens.benchmarks.catalog import BENCHMARKS
 from melens.benchmarks.harness import RequestOptions, evaluate
 from melens.benchmarks.tasks import load_task
+from melens.masks import grid as grids
 from melens.masks.comparison import MaskComparison
 from melens.models.view import plain_twin
 from melens.report.record import write_result
@@ -104,12 +105,11 @@ def test_an_unmasked_run_is_taken_for_the_same_texts_alone(tmp_path, other):
 
 
 def test_jobs_of_other_options_are_not_put_into_one_grid(tmp_path, monkeypatch):
-    monkeypatch.setattr(mask_grid, "_pictures", lambda *told: {})
-    told = {"sink_layers": [2], "me_layer": 1, "text": "a", "texts": 8, "tokens_per_text": 12}
+    monkeypatch.setattr(grids, "grid_figures", lambda *of_grid: {})
     jobs = {}
     for number, (cell, dtype) in enumerate([("a", "float32"), ("b", "float32"), ("a", "bfloat16")]):
         measured = grid()
-        for table in (measured.cells, measured.by_text, measured.by_block):
+        for table in (measured.configurations, measured.by_text, measured.by_block):
             table["cell"] = table["cell"].replace("a", cell)
         given = {"model.dtype": dtype, "wemask.rate": number}
         config = {
@@ -119,9 +119,9 @@ def test_jobs_of_other_options_are_not_put_into_one_grid(tmp_path, monkeypatch):
             "typed": [*given],
         }
         folder = tmp_path / str(number)
-        write_result(mask_grid.report(measured, {"name": "tiny"}, told, {}, []), folder, config=config, duration=0.0)
+        write_result(grids.compare_grid(measured, {"name": "tiny"}, ON_TEXTS), folder, config=config, duration=0.0)
         jobs[folder] = json.loads((folder / "result.json").read_text())
-    merged = mask_grid.merge(jobs_of(jobs))
+    merged = wemask.merge(jobs_of(jobs))
     assert [each.tables["cells"]["cell"].tolist() for each in merged] == [["a", "b"], ["a"]]
     assert [each.model["name"] for each in merged] == ["tiny, model.dtype=float32", "tiny, model.dtype=bfloat16"]
 

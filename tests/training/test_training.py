@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from test_chat import TEMPLATES
 
 from experiments.benchmark import Bench
-from experiments.masks import on_blocks
 from experiments.options import compose_options
 from experiments.options.command_line import prepare_command
 from experiments.runner.job import run_job
+from experiments.runner.masks import on_blocks
 from experiments.tables import _taking_turns, prepare_table
 from melens import MelensError, WeMask, load_model
 from melens.data.chat import check_conversations

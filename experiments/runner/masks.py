@@ -1,9 +1,8 @@
-"""The masks that a configuration asks for: each combination of the lists in `wemask`."""
+"""The masks that options ask for, on a model: each combination of the lists in the node `wemask`."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +10,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from experiments.options.schema import MaskOptions
 from melens import Emergence, MelensError, WeMask
-from melens.masks.mask import FixedDims
+from melens.masks.dims import FixedDims
 from melens.models.view import ModelView, view_model
 
 __all__ = ["masks_of", "on_blocks", "only_mask_of"]
@@ -22,16 +21,18 @@ _LISTS = ("rate", "select", "site", "start", "seed")
 
 
 def masks_of(options: MaskOptions, me: Emergence, model: TransformerBridge) -> list[WeMask | None]:
-    """Return the masks of a grid with their dims settled, None for a rate of 0; each once.
+    """Return the masks of a grid with their dims chosen, None for a rate of 0; each once.
 
     Raises:
         MelensError: a mask that this model cannot have.
     """
     masks: list[WeMask | None] = []
-    for cell in _cells(options, view_model(model)):
-        mask = _saved(cell, model) if cell["select"] == SAVED else None
-        if mask is None and cell["rate"]:
-            mask = WeMask(**cell).at(me).on(model)
+    for arguments in _combinations(options, view_model(model)):
+        mask = None
+        if arguments["select"] == SAVED:
+            mask = on_blocks(WeMask.load(str(model.cfg.model_name)).on(model), arguments["layers"])
+        elif arguments["rate"]:
+            mask = WeMask(**arguments).at(me).on(model)
         if mask not in masks:
             masks.append(mask)
     return masks
@@ -41,17 +42,12 @@ def only_mask_of(options: MaskOptions, me: Emergence, model: TransformerBridge) 
     """Return the one mask of an experiment that takes no grid, None for a rate of 0."""
     masks = masks_of(options, me, model)
     if len(masks) != 1:
-        raise MelensError(f"This experiment takes one mask, but wemask gives {len(masks)}: no lists here.")
+        raise MelensError(f"This experiment takes one mask, but wemask gives {len(masks)}: give no lists in it.")
     return masks[0]
 
 
-def _saved(cell: dict[str, Any], model: TransformerBridge) -> WeMask:
-    """Return the mask beside a trained model, on all of its blocks or on some."""
-    return on_blocks(WeMask.load(str(model.cfg.model_name)).on(model), cell["layers"])
-
-
 def on_blocks(mask: WeMask, layers: Any) -> WeMask:
-    """Leave a settled mask on `all` of its blocks, on the `first` (for maths and safety, appendix C), or on a list.
+    """Leave a mask with its dims on `all` of its blocks, the `first` (for maths and safety, appendix C) or a list.
 
     Raises:
         MelensError: a list with a block that it does not mask.
@@ -69,24 +65,21 @@ def on_blocks(mask: WeMask, layers: Any) -> WeMask:
     return replace(mask, layers=kept, fixed=FixedDims(dims, kept, fixed.model))
 
 
-def _starts(cell: Mapping[str, Any], network: ModelView) -> list[Any]:
-    """Return where a mask starts; of all blocks, one after the other those where it has a place."""
-    if cell["start"] != "all_blocks":
-        return [cell["start"]]
-    blocks = range(len(network.blocks))
-    return [block for block in blocks if cell["site"] == "resid_pre" or network.can_mask_attention(block)]
-
-
-def _cells(options: MaskOptions, network: ModelView) -> list[dict[str, Any]]:
+def _combinations(options: MaskOptions, view: ModelView) -> list[dict[str, Any]]:
     """Combine what is given as lists: arguments of `WeMask`, with a rate of 0 for no mask."""
     plain = options.model_dump()
     lists = {name: plain[name] if isinstance(plain[name], list) else [plain[name]] for name in _LISTS}
     layers = plain["layers"]
     are_blocks = isinstance(layers, list) and all(isinstance(block, int) for block in layers)
     lists["layers"] = layers if isinstance(layers, list) and not are_blocks else [layers]
-    combined = [plain | dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
-    cells = [cell | {"start": start} for cell in combined for start in _starts(cell, network)]
-    for cell in cells:
-        if cell["select"] != "random":
-            cell["seed"] = 0  # else the same mask would count more than once
-    return cells
+    combined = []
+    for values in itertools.product(*lists.values()):
+        arguments = plain | dict(zip(lists, values, strict=True))
+        if arguments["select"] != "random":
+            arguments["seed"] = 0  # else the same mask would count more than once
+        starts = [arguments["start"]]
+        if starts == ["all_blocks"]:  # one after the other, where the mask has a place
+            anywhere = arguments["site"] == "resid_pre"
+            starts = [block for block in range(len(view.blocks)) if anywhere or view.can_mask_attention(block)]
+        combined += [arguments | {"start": start} for start in starts]
+    return combined
