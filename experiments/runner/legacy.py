@@ -11,7 +11,7 @@ from experiments.runner.declaration import AtLeast2, Experiment, ExperimentOptio
 from melens.validation.types import Count, Flag, Said, Share
 
 MODULES = (
-    "emergence", "rmsnorm", "ffn", "direction", "ablation", "stability", "benchmark", "generate",
+    "emergence", "rmsnorm", "ablation", "stability", "benchmark", "generate",
     "tables", "training", "verify", "training_report",
 )  # fmt: skip
 
@@ -85,8 +85,6 @@ def _experiment(name: str, options: Any = None, *, in_all: bool = True) -> Exper
 EXPERIMENTS = (
     _experiment("emergence", EmergenceOptions),
     _experiment("rmsnorm", RmsnormOptions),
-    _experiment("ffn"),
-    _experiment("direction"),
     _experiment("ablation", AblationOptions),
     _experiment("stability", StabilityOptions),
     _experiment("benchmark", ReportedOptions),

@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from melens.analysis.attention_sinks import sinks
+    from melens.analysis.ffn_concentration import ffn
+    from melens.analysis.token_direction import direction
     from melens.analysis.weights import prediction
     from melens.masks.grid import mask_grid
 
-__all__ = ["mask_grid", "prediction", "sinks"]
+__all__ = ["direction", "ffn", "mask_grid", "prediction", "sinks"]
 
 _MODULES = {
+    "direction": "token_direction",
+    "ffn": "ffn_concentration",
     "mask_grid": ".masks.grid",
     "prediction": "weights",
     "sinks": "attention_sinks",

@@ -12,6 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 from melens.analysis.attention_sinks import CLAIMS as SINKS
+from melens.analysis.ffn_concentration import CLAIMS as FFN
+from melens.analysis.token_direction import CLAIMS as DIRECTION
 from melens.analysis.weights import CLAIMS as WEIGHTS
 from melens.claims.engine import Claim, Judgement, NotANumberError, Verdict
 from melens.masks.grid_claims import CLAIMS as MASKS
@@ -108,17 +110,6 @@ def _delta_frac(metrics: Metrics) -> Judgement:
     if metrics.get("top_share", 0.01) != 0.01:
         judged = replace(judged, note=f"{judged.note} Here K was {metrics['top_share']:.2%} of the width.".strip())
     return judged
-
-
-def _peak_together(metrics: Metrics) -> Judgement:
-    peaks: Mapping[str, int] = metrics["concentration_peaks"]
-    missing = metrics.get("missing_projections", {})
-    if len(peaks) < 3 or any(metrics["me_layer"] in layers for layers in missing.values()):
-        return Judgement("not measured", note="The ME layer's FFN has no gate, up and down projection to tell apart.")
-    there = sum(layer == metrics["me_layer"] for layer in peaks.values())
-    note = ", ".join(f"{name} at block {layer}" for name, layer in peaks.items())
-    verdict: Verdict = "does not hold" if there == 0 else "holds" if there == 3 else "holds in part"
-    return Judgement(verdict, float(there), None, f"Peaks: {note}.")
 
 
 def _persists_smaller(metrics: Metrics) -> Judgement:
@@ -308,34 +299,7 @@ CLAIMS: tuple[Claim[Any], ...] = (
         of_ffn=True,
         judge=lambda metrics: _at_most(metrics, "delta_kl", -1e-9),
     ),
-    Claim(
-        id="concentration",
-        claim="Gate, up and down concentrate token 0 most at the ME layer",
-        source="section 3.1, equation 3, figure 4",
-        experiment="ffn",
-        figure="ffn",
-        statistic="how many of the three concentration differences peak at the ME layer, last two blocks apart",
-        criterion="3; in part 1 or 2",
-        why="the last two blocks are a phenomenon of their own (appendix A)",
-        of_token_0=True,
-        of_ffn=True,
-        blocks_after=0,
-        judge=_peak_together,
-    ),
-    Claim(
-        id="amplification",
-        claim="The FFN amplifies token 0 most at the ME layer",
-        source="section 3.1, figure 4",
-        experiment="ffn",
-        figure="ffn",
-        statistic="‖FFN output‖ / ‖FFN input‖ at the ME layer over the largest at another block, last two apart",
-        criterion="> 1",
-        why="a peak is a peak",
-        of_token_0=True,
-        of_ffn=True,
-        blocks_after=0,
-        judge=lambda metrics: _at_least(metrics, "amplification_over_next", 1),
-    ),
+    *FFN,
     Claim(
         id="ffn-needed",
         claim="Without the ME layer's FFN the massive activation vanishes",
@@ -372,45 +336,7 @@ CLAIMS: tuple[Claim[Any], ...] = (
         of_ffn=True,
         judge=_only_causal,
     ),
-    Claim(
-        id="norm-stable",
-        claim="Once formed, its norm barely changes",
-        source="section 3.2, figure 5a",
-        experiment="direction",
-        figure="norms",
-        statistic="largest relative change of token 0's norm from the ME layer to the last two blocks",
-        criterion="<= 0.1; in part <= 0.5",
-        why="a tenth cannot be seen on the paper's axes",
-        of_token_0=True,
-        blocks_after=1,
-        judge=lambda metrics: _at_most(metrics, "norm_drift", 0.1, partly=0.5),
-    ),
-    Claim(
-        id="direction-layers",
-        claim="Once formed, its direction barely changes from block to block",
-        source="section 3.2, figure 5b",
-        experiment="direction",
-        figure="between_blocks",
-        statistic="smallest cosine between its states after consecutive blocks",
-        criterion=">= 0.99; in part >= 0.9",
-        why="0.99 is an angle of 8 degrees",
-        of_token_0=True,
-        blocks_after=1,
-        judge=lambda metrics: _at_least(metrics, "consecutive_cosine", 0.99, partly=0.9),
-    ),
-    Claim(
-        id="direction-inputs",
-        claim="Once formed, its direction is the same for all inputs",
-        source="section 3.2, figure 5c",
-        experiment="direction",
-        figure="cosine_by_block",
-        statistic="smallest mean cosine between inputs, over the blocks from the ME layer to the last two",
-        criterion=">= 0.95; in part >= 0.8",
-        why="0.95 is an angle of 18 degrees, where random directions have 90",
-        of_token_0=True,
-        blocks_after=0,
-        judge=lambda metrics: _unless_trivial(metrics, _at_least(metrics, "cosine", 0.95, partly=0.8)),
-    ),
+    *DIRECTION,
     Claim(
         id="same-layer",
         claim="The ME layer is the same for all task types and lengths",
