@@ -18,14 +18,14 @@ from filelock import FileLock, Timeout
 from transformer_lens.model_bridge import TransformerBridge
 
 from experiments.benchmark import Bench, Cell, how_asked, load_tasks
+from experiments.masks import masks_of, on_blocks
 from experiments.options import Options
 from experiments.options.benchmark import asked_for
 from experiments.options.masks import Preset, presets_of
 from experiments.options.table import Part, Table, asked_table, of_part
 from experiments.options.training import Planned
 from experiments.runner.legacy import ReportedOptions
-from experiments.runner.masks import masks_of, on_blocks
-from experiments.runner.progress import note
+from experiments.runner.progress import log_line
 from experiments.runner.study import Run as Study
 from experiments.runner.study import begin_study
 from experiments.training import fit, free_memory, kept_training, model_options, prepare_training
@@ -247,7 +247,7 @@ class _Rows:
         folder = store.folder
         kept = partial(store.load_table, "training_log")  # which is written last
         if kept() is None:
-            with _taking_turns(folder, lambda: note(f"another run trains {label} (seed {seed}): waiting for it")):
+            with _taking_turns(folder, lambda: log_line(f"another run trains {label} (seed {seed}): waiting for it")):
                 if kept() is None:
                     begun = (folder / "checkpoints" / "training.json").is_file()
                     fitted = fit(replace(self._study, model=base, cfg=cfg), planned, folder, resume=begun)

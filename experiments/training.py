@@ -18,10 +18,10 @@ from datasets import disable_progress_bars
 from transformer_lens.model_bridge import TransformerBridge
 
 import melens
+from experiments.masks import only_mask_of
 from experiments.options import Options
 from experiments.options.training import Planned, planned_training
 from experiments.runner.legacy import PlainOptions
-from experiments.runner.masks import only_mask_of
 from experiments.runner.study import Run as Study
 from experiments.training_report import Course, draw
 from melens import MelensError, Probe, WeMask
@@ -32,9 +32,9 @@ from melens.models.gates import add_gates
 from melens.models.loading import check_memory, load_tokenizer
 from melens.models.quantization import is_quantized
 from melens.models.view import bridged_twin, is_whole, plain_twin, view_model
-from melens.report.record import write_text
 from melens.report.result import Result
 from melens.storage.cache import Store, code_version, store_for, tokenizer_fingerprint
+from melens.storage.files import write_text
 from melens.training.data import TrainingData, format_rows, hash_rows, load_training_data
 from melens.training.rewards import check_answers
 

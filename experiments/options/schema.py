@@ -16,7 +16,6 @@ from pydantic.fields import FieldInfo
 
 from experiments.runner.declaration import (
     AS_TYPED,
-    AS_TYPED,
     AtLeast2,
     AtLeast3,
     AutoFlag,

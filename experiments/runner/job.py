@@ -17,17 +17,19 @@ from experiments.generate import check_chat
 from experiments.options import Options
 from experiments.options.masks_asked import mask_in_words, masks_asked
 from experiments.options.training import Planned
+from experiments.runner.interrupts import sigterm_interrupts
 from experiments.runner.locks import locked_folder
 from experiments.runner.processes import is_first_process, shared_folder
 from experiments.runner.progress import StageOf, show_stages
 from experiments.runner.study import begin_study, run_experiments
-from experiments.runner.writing import finish, note_if_stopped, sigterm_interrupts, write_part
+from experiments.runner.writing import finish, note_if_stopped, write_part
 from experiments.tables import prepare_table
 from experiments.training import model_options, prepare_training
 from melens import load_model, load_prompts
 from melens.data.prompts import choose_prompts
-from melens.report.record import Record, show_result
+from melens.report.record import Record
 from melens.report.result import plain_metrics
+from melens.report.terminal import show_claims, show_findings, show_paths
 from melens.training.recipe import METHODS
 
 __all__ = ["run_job"]
@@ -71,7 +73,9 @@ def run_job(cfg: Options, folder: Path) -> list[str]:
             paths = finish(record, cfg)
     if not is_first_process():
         return []
-    show_result(record.whole, paths, console)
+    show_findings(record.name, [row for part in record.parts for row in part.findings], console)
+    show_claims(record.claims, console)
+    show_paths(paths, console)
     if before := [part.experiment for part in record.parts if plain_metrics(part.metrics).get("measured_before")]:
         console.print(f"Measured before, and kept: {', '.join(before)} (exp.keep=false measures anew).")
     return [part.experiment for part in record.parts if plain_metrics(part.metrics).get("failed")]

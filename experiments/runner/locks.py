@@ -1,4 +1,4 @@
-"""A folder belongs to one run: two that wrote to it at once would mix their files."""
+"""Locks on folders: two runs that wrote to one at once would mix their files."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def lock_folder(folder: Path) -> None:
             lock.acquire(timeout=0)
     except Timeout:
         raise MelensError(
-            f"Another run writes to {folder}: give this one a folder of its own (hydra.run.dir=..., of a sweep "
-            "hydra.sweep.dir=...), or wait until that one has ended."
+            f"Another run is writing to {folder}. Wait until it has ended, or choose another folder: "
+            "hydra.run.dir=..., for a sweep hydra.sweep.dir=..."
         ) from None
     except NotImplementedError:  # by a file system that has no locks
         pass
@@ -74,8 +74,8 @@ def locked_job_folder(folder: Path) -> Iterator[None]:
     is_of_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     if is_of_sweep and folder.resolve() in _taken:
         raise MelensError(
-            f"Another job of this sweep has written to {folder}: hydra.sweep.subdir must tell all jobs apart, as "
-            "${hydra.job.num} does."
+            f"Another job of this sweep has written to {folder}. Give each job a folder of its own: "
+            "hydra.sweep.subdir=${hydra.job.num}."
         )
     with locked_folder(folder):
         yield

@@ -13,12 +13,13 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
-from experiments import emergence, training_report, wemask
+from experiments import emergence, mask_grid, training_report
 from experiments.runner.jobs import Job, read_jobs
 from melens import judge
 from melens.figures.scores import verdicts
-from melens.report.record import show_result, write_tables_and_figures
+from melens.report.record import write_tables_and_figures
 from melens.report.result import Figure, Result
+from melens.report.terminal import show_claims, show_findings, show_paths
 
 __all__ = ["merge_jobs"]
 
@@ -42,26 +43,30 @@ def merge_jobs(folder: Path, among: Collection[Path] | None = None) -> None:
     merged = [] if claims is None else [claims]
     if any(job.result["experiment"] in ("emergence", "all") for job in jobs):
         merged.append(emergence.merge(jobs))
-    grids = wemask.merge(jobs)
+    grids = mask_grid.merge(jobs)
     models = Counter(result.model["name"] for result in grids)
     for result in grids:  # several models, or texts: the figures of each under a name
-        texts = f"-{result.metrics.texts}x{result.metrics.tokens_per_text}"
+        texts = f"-{result.metrics['texts']}x{result.metrics['tokens_per_text']}"
         name = result.model["name"] + (texts if models[result.model["name"]] > 1 else "")
         merged.append(result if len(grids) == 1 else _named(result, re.sub(r"[^\w.=-]+", "-", name)))
     trainings = training_report.merge(jobs)
     if trainings is not None:
         merged.append(trainings)
-    for number, result in enumerate(merged, 1):
-        plots = {name: picture.plot for name, picture in result.figures.items()}
+    console = Console()
+    for result in merged:
+        plots = {name: figure.plot for name, figure in result.figures.items()}
         paths += write_tables_and_figures(result.tables, plots, folder)
-        show_result(result, paths if number == len(merged) else [], Console())
+        show_findings(result.experiment, result.findings, console)
+        if result.metrics:
+            show_claims(result.claims, console)
+    show_paths(paths, console)
 
 
 def _named(result: Result, name: str) -> Result:
     """Put a name to that of every table and figure."""
     tables = {f"{table}-{name}": content for table, content in result.tables.items()}
-    pictures = {f"{picture}-{name}": content for picture, content in result.figures.items()}
-    return replace(result, tables=tables, figures=pictures)
+    figures = {f"{figure}-{name}": content for figure, content in result.figures.items()}
+    return replace(result, tables=tables, figures=figures)
 
 
 def _are_numbers(values: pd.Series) -> bool:
@@ -78,8 +83,8 @@ def _row(job: Job) -> dict[str, Any]:
         else:
             metrics[key] = value
     plain = {key: value for key, value in metrics.items() if not isinstance(value, list | dict)}
-    told = {"experiment": result["experiment"], "model": job.model, "status": result["status"]}
-    return {"job": job.folder.name, **told, "error": result.get("error"), **job.swept, **plain}
+    shared = {"experiment": result["experiment"], "model": job.model, "status": result["status"]}
+    return {"job": job.folder.name, **shared, "error": result.get("error"), **job.swept, **plain}
 
 
 def _merge_claims(jobs: Sequence[Job]) -> Result | None:
@@ -103,7 +108,7 @@ def _merge_claims(jobs: Sequence[Job]) -> Result | None:
     across = claims[claims["model"] == "all models"]
     findings += [(claim["claim"], f"{claim['verdict']}. {claim['note']}") for claim in across.to_dict("records")]
     paper = "The paper makes its claims of every model it looks at."
-    picture = Figure(verdicts(claims), "every figure", paper, f"{len(ok)} jobs.")
+    figure = Figure(verdicts(claims), "every figure", paper, f"{len(ok)} jobs.")
     return Result(
-        "claims", model={}, metrics={}, tables={"claims": claims}, figures={"verdicts": picture}, findings=findings
+        "claims", model={}, metrics={}, tables={"claims": claims}, figures={"verdicts": figure}, findings=findings
     )

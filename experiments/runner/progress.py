@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-__all__ = ["StageOf", "note", "show_stages"]
+__all__ = ["StageOf", "log_line", "show_stages"]
 
 EVERY = 30.0
 """Seconds between two lines of a stage."""
@@ -27,7 +27,7 @@ StageOf = Callable[[str], Done]
 _LOG = logging.getLogger(__name__)
 
 
-def note(sentence: str) -> None:
+def log_line(sentence: str) -> None:
     """Put a sentence among the lines of the log."""
     _LOG.info(sentence)
 

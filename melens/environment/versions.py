@@ -7,14 +7,17 @@ error. `pyproject.toml` is the only place that names them, and pip keeps to it; 
 
 from __future__ import annotations
 
+import subprocess
 import warnings
 from collections.abc import Callable
+from functools import cache
 from importlib import metadata
+from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-__all__ = ["installed", "tried", "untried", "warn_untried"]
+__all__ = ["git_commit", "installed", "tried", "untried", "warn_untried"]
 
 _shown = False
 
@@ -64,8 +67,18 @@ def warn_untried(show: Callable[[str], object] | None = None) -> None:
     _shown = True
     specifiers = tried()
     found = ", ".join(f"{name} {version} (tried: {specifiers[name]})" for name, version in versions.items())
-    sentence = f"melens was not tried with {found}. For what was tried: pip install -c .ci/constraints.txt -e ."
+    sentence = f"melens was not tried with {found}. To install what was: pip install -c .ci/constraints.txt -e ."
     if show is None:
         warnings.warn(sentence, stacklevel=3)
     else:
         show(sentence)
+
+
+@cache
+def git_commit() -> str | None:
+    """Return the commit of melens's source, marked where it was changed since; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -30,6 +30,7 @@ from melens.masks.dims import BY_GAIN, DimFactors, FixedDims, check_same_model, 
 from melens.masks.hooks import InstalledMask, TokenFinder
 from melens.models.kv_cache import find_cache_by_any_name
 from melens.models.view import ModelView, view_model
+from melens.storage.files import write_text
 from melens.validation.signatures import Folder, as_integer, checked, must_be
 from melens.validation.types import Flag, Layers, Positions, Rate, Said, Select, Share, Site, Start, Whole, check_fields
 
@@ -244,8 +245,6 @@ class WeMask:
         Raises:
             MelensError: the mask was never on a model, or the folder cannot be written to.
         """
-        from melens.report.record import write_text
-
         fixed = self.fixed or self._last.get("fixed")
         if fixed is None:
             raise MelensError("Nothing to save yet: call mask.on(model) first.")

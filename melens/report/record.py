@@ -1,62 +1,60 @@
-"""What a run leaves: `result.json`, tidy tables as parquet, figures as HTML; each file whole or not at all."""
+"""What a run writes into its folder: `result.json`, tables as parquet, figures and pages as HTML.
+
+    record = Record(folder, config=config, experiments=["emergence", "sinks"])
+    record.add(result)     # as each experiment ends
+    record.finish()        # or record.stop(), where it was interrupted
+
+1. `result.partial.json` names the files that are about to be written; its status is "running", or "stopped".
+2. Tables and figures are written, each whole or not at all.
+3. `result.partial.json` holds what was found, and no longer names the experiment as missing.
+4. `result.json` takes its place once everything is there: a folder that has one is complete.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import platform
-import subprocess
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-from rich.text import Text
 
-from melens.analysis.statistics import with_interval
 from melens.claims.engine import judge_parts
 from melens.environment import versions
 from melens.errors import MelensError
-from melens.report.result import Result, combine, plain, plain_metrics
+from melens.report.result import Result, plain, plain_metrics
 from melens.storage.cache import RUN_CACHE
-from melens.storage.files import atomic_file
+from melens.storage.files import atomic_file, explain_write_errors, write_text
 
 __all__ = [
+    "COMPLETE",
     "PARTIAL",
-    "WHOLE",
     "Record",
-    "claims_of",
-    "number_with_interval",
     "read_results",
-    "show_result",
     "write_failure",
     "write_result",
     "write_tables_and_figures",
-    "write_text",
 ]
 
-
-WHOLE, PARTIAL = "result.json", "result.partial.json"
+COMPLETE, PARTIAL = "result.json", "result.partial.json"
 
 
 class Record:
     """Writes what a run finds into its folder, each experiment as it ends.
 
-    1. `result.partial.json` names the files, of which some are there; its status is "running", or "stopped".
-    2. Tables and figures are written, each whole or not at all.
-    3. `result.partial.json` holds what was found, and no longer names the experiment as missing.
-    4. `result.json` takes its place once everything is there: a folder that has one is complete.
-
     What an earlier run left in the folder goes as the first experiment ends: figures of two runs never lie together.
+
+    Attributes:
+        folder: of the run.
+        experiments: the names of those that the run was asked for.
+        parts: the results that are written.
+        claims: of the parts, as `melens.judge` returns them, judged once as each part ends.
+        content: what `result.json`, or `result.partial.json`, holds now.
     """
 
     def __init__(
@@ -78,23 +76,21 @@ class Record:
             began: `time.perf_counter()` when the run began.
 
         Raises:
-            MelensError: a folder with a `result.json` that does not tell which files belong to it.
+            MelensError: a folder with a `result.json` that does not list its files.
         """
         self.folder, self.experiments, self.parts = Path(folder), list(experiments), list[Result]()
+        self.claims, self.content = judge_parts([]), dict[str, Any]()
         self._config, self._png = config, png
         self._began = time.perf_counter() if began is None else began
-        self._earlier = [*_noted_files(self.folder / WHOLE), *_noted_files(self.folder / PARTIAL)]
+        self._earlier = [*_listed_files(self.folder / COMPLETE), *_listed_files(self.folder / PARTIAL)]
         self._being_written: list[Result] = []
         self._paths: list[Path] = []
         self._is_finished = False
 
     @property
-    def whole(self) -> Result:
-        """All that was found and written so far."""
-        if not self.parts:
-            name = self.experiments[0] if len(self.experiments) == 1 else "all"
-            return Result(name, self._being_written[0].model, {})
-        return self.parts[0] if len(self.experiments) == 1 else combine(self.parts)
+    def name(self) -> str:
+        """The experiment, or `all` where there are several."""
+        return self.experiments[0] if len(self.experiments) == 1 else "all"
 
     @property
     def missing(self) -> list[str]:
@@ -108,28 +104,26 @@ class Record:
         Raises:
             MelensError: the folder cannot be written to.
         """
-        is_first = not self.parts
-        self._being_written = [result]
-        with _told_in_a_sentence(self.folder):
+        with explain_write_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._note("running")
-            if is_first:
-                (self.folder / WHOLE).unlink(missing_ok=True)
-                for name in self._earlier:
+            self._being_written = [result]
+            self._write_content("running")
+            if not self.parts:
+                for name in (COMPLETE, *self._earlier):
                     (self.folder / name).unlink(missing_ok=True)
                 self._earlier = []
-            figures = {name: picture.plot for name, picture in result.figures.items()}
+            figures = {name: figure.plot for name, figure in result.figures.items()}
             self._paths += write_tables_and_figures(result.tables, figures, self.folder, png=self._png)
             self._paths += [write_text(self.folder / name, text) for name, text in result.documents.items()]
             self.parts.append(result)
+            self.claims = judge_parts(self.parts)
             self._being_written = []
-            self._note("running")
+            self._write_content("running")
 
     def stop(self) -> None:
-        """Note that no more will come, unless all is there."""
+        """Write that no more will come, unless everything is there."""
         if (self.parts or self._being_written) and not self._is_finished:
-            with _told_in_a_sentence(self.folder):
-                self._note("stopped")
+            self._write_content("stopped")
 
     def finish(self) -> list[Path]:
         """Write `result.json`; return the files that a user wants to open.
@@ -137,36 +131,35 @@ class Record:
         Raises:
             MelensError: the folder cannot be written to.
         """
-        with _told_in_a_sentence(self.folder):
-            path = _write(self.folder / WHOLE, _json_writer(self.content("ok")))
-            self._is_finished = True
-            (self.folder / PARTIAL).unlink(missing_ok=True)
+        path = self._write_content("ok")
+        self._is_finished = True
+        (self.folder / PARTIAL).unlink(missing_ok=True)
         return [*self._paths, path]
 
-    def content(self, status: str) -> dict[str, Any]:
-        """Lay out what `result.json` holds."""
-        result = self.whole
-        shared = {
-            "experiment": result.experiment,
+    def _write_content(self, status: str) -> Path:
+        parts, begun = self.parts, [*self.parts, *self._being_written]
+        by_experiment = {part.experiment: plain_metrics(part.metrics) for part in parts}
+        model = begun[0].model
+        content = {
+            "experiment": self.name,
             "status": status,
-            "model": {name: value for name, value in result.model.items() if name != "verified"},
-            "verified": result.model.get("verified"),
-            "metrics": plain_metrics(result.metrics),
-            "claims": claims_of(result).drop(columns="model").to_dict("records"),
+            "model": {name: value for name, value in model.items() if name != "verified"},
+            "verified": model.get("verified"),
+            "metrics": by_experiment if len(self.experiments) > 1 else by_experiment.get(self.name, {}),
+            "claims": self.claims.drop(columns="model").to_dict("records"),
             "figures": {
-                name: {"source": picture.source, "paper": picture.expected, "here": picture.observed}
-                for name, picture in result.figures.items()
+                name: {"source": figure.source, "paper": figure.expected, "here": figure.observed}
+                for part in parts
+                for name, figure in part.figures.items()
             },
-            "files": sorted({name for part in [*self.parts, *self._being_written] for name in self._files(part)}),
-            "environment": _environment(result.model, self._config, time.perf_counter() - self._began),
+            "files": sorted({name for part in begun for name in self._files(part)} | {*self._earlier}),
+            "environment": _environment(model, self._config, time.perf_counter() - self._began),
             "config": self._config,
         }
-        return shared if status == "ok" else shared | {"missing": self.missing, "goes_on": RUN_CACHE.can_resume}
-
-    def _note(self, status: str) -> None:
-        content = self.content(status)
-        content["files"] = sorted({*content["files"], *self._earlier})
-        _write(self.folder / PARTIAL, _json_writer(content))
+        if status != "ok":
+            content |= {"missing": self.missing, "goes_on": RUN_CACHE.can_resume}
+        self.content = plain(content)
+        return _write_json(self.folder / (COMPLETE if status == "ok" else PARTIAL), self.content)
 
     def _files(self, result: Result) -> list[str]:
         figures = [f"{name}.{kind}" for name in result.figures for kind in ("html", *["png"] * self._png)]
@@ -174,27 +167,15 @@ class Record:
         return [*(f"{name}.parquet" for name in result.tables), *figures, *result.documents, *shared]
 
 
-def _noted_files(path: Path) -> list[str]:
-    """Return the files that an earlier run noted in its result as its own; none where there is no result.
-
-    Raises:
-        MelensError: a result that notes none.
-    """
-    try:
-        return [Path(name).name for name in json.loads(path.read_text("utf-8"))["files"]]
-    except OSError:  # it is not there, or cannot be read, as then nothing can be written either
-        return []
-    except (ValueError, LookupError, TypeError) as error:
-        raise MelensError(
-            f"{path} does not tell which files belong to it, as one of an earlier melens does not: give another "
-            f"folder, or move what is in {path.parent}."
-        ) from error
-
-
 def write_result(
     result: Result, folder: str | Path, *, config: dict[str, Any], duration: float, png: bool = False
 ) -> list[Path]:
     """Write a result into a folder; `result.json` comes last, so that a folder that has one is complete.
+
+    Args:
+        result: of one experiment.
+        folder, config, png: as for `Record`.
+        duration: how long the experiment took, in seconds.
 
     Returns:
         The files that a user wants to open.
@@ -208,13 +189,17 @@ def write_result(
     return record.finish()
 
 
-def claims_of(result: Result) -> pd.DataFrame:
-    """Judge the claims that a result measures, in the columns of `melens.judge`."""
-    return judge_parts([result])
+def write_failure(message: str, folder: str | Path, *, config: dict[str, Any]) -> None:
+    """Write into `result.json` why a job of a sweep gave no result."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = sorted({*_listed_files(folder / COMPLETE), *_listed_files(folder / PARTIAL)})
+    content = {"experiment": config["exp"]["name"], "status": "failed", "error": message, "files": files}
+    _write_json(folder / COMPLETE, plain(content | {"config": config}))
 
 
 def write_tables_and_figures(
-    tables: dict[str, pd.DataFrame], figures: dict[str, go.Figure], folder: str | Path, *, png: bool = False
+    tables: Mapping[str, pd.DataFrame], figures: Mapping[str, go.Figure], folder: str | Path, *, png: bool = False
 ) -> list[Path]:
     """Write tables as parquet and figures as HTML, with one plotly.min.js beside them; return the files.
 
@@ -222,109 +207,57 @@ def write_tables_and_figures(
         tables, figures: by name.
         folder: made if need be.
         png: write each figure as a static image too, which takes the extra `png` (kaleido) and a Chrome or Chromium.
+
+    Raises:
+        MelensError: the folder cannot be written to.
     """
-    folder = Path(folder)
-    with _told_in_a_sentence(folder):
+    folder, paths = Path(folder), []
+    with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if figures:
-            _write(folder / "plotly.min.js", lambda path: path.write_text(get_plotlyjs(), "utf-8"))
-        paths = [_write(folder / f"{name}.parquet", table.to_parquet) for name, table in tables.items()]
+            write_text(folder / "plotly.min.js", get_plotlyjs())
+        for name, table in tables.items():
+            paths.append(folder / f"{name}.parquet")
+            with atomic_file(paths[-1]) as partial:
+                table.to_parquet(partial)
         for name, figure in figures.items():
-            paths.append(_write(folder / f"{name}.html", _html_writer(figure)))
+            paths.append(folder / f"{name}.html")
+            with atomic_file(paths[-1]) as partial:
+                figure.write_html(partial, include_plotlyjs="plotly.min.js", config={"displaylogo": False})
             if png:
-                paths.append(_write(folder / f"{name}.png", _png_writer(figure)))
-        return paths
-
-
-def _png_writer(figure: go.Figure) -> Callable[[Path], object]:
-    still = go.Figure(figure)
-    still.layout.updatemenus = still.layout.sliders = ()
-    return lambda path: path.write_bytes(still.to_image("png", width=1100, height=figure.layout.height or 700, scale=2))
-
-
-@contextmanager
-def _told_in_a_sentence(folder: str | Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise MelensError(f"The results cannot be written to {folder} ({error.strerror or error}).") from error
-
-
-def write_failure(message: str, folder: str | Path, *, config: dict[str, Any]) -> None:
-    """Record in `result.json` why a job of a sweep gave no result."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {"experiment": config["exp"]["name"], "status": "failed", "error": message}
-    content["files"] = sorted({*_noted_files(folder / WHOLE), *_noted_files(folder / PARTIAL)})
-    _write(folder / WHOLE, _json_writer(content | {"config": config}))
-
-
-_COLORS = {
-    "holds": "green",
-    "holds in part": "cyan",
-    "does not hold": "red",
-    "trivial here": "yellow",
-    "not measured": "yellow",
-}
-
-
-def show_result(result: Result, paths: list[Path], console: Console) -> None:
-    """Print a short table of the findings, the verdicts and the paths."""
-    side_by_side = any(len(row) > 2 for row in result.findings)
-    findings = Table(show_header=False, show_lines=side_by_side, title=result.experiment)
-    for row in result.findings:
-        findings.add_row(*map(Text, row))  # as it is: brackets in it are no markup
-    console.print(findings)
-    if result.metrics:
-        _show_claims(claims_of(result), console)
-    if paths:
-        written = (os.path.relpath(path) for path in paths)
-        console.print("Written:", *written, sep="\n  ", markup=False, highlight=False, soft_wrap=True)
-
-
-def _show_claims(claims: pd.DataFrame, console: Console) -> None:
-    if claims.empty:
-        return
-    table = Table("verdict", "claim", "value", title="The paper's claims on this model")
-    for claim in claims.to_dict("records"):
-        verdict = f"[{_COLORS[claim['verdict']]}]{claim['verdict']}[/]"
-        measured = f"{claim['statistic']}: {claim['criterion']}. {claim['note']}".strip()
-        what = f"{claim['claim']} ({claim['source']})\n[dim]{escape(measured)}[/]"
-        table.add_row(verdict, what, number_with_interval(claim))
-    console.print(table)
-
-
-def number_with_interval(claim: Mapping[Hashable, Any]) -> str:
-    """Format a claim's value with its interval, as far as it has them."""
-    if pd.isna(claim["value"]):
-        return "-"
-    return with_interval(claim["value"], None if pd.isna(claim["low"]) else (claim["low"], claim["high"]))
+                paths.append(folder / f"{name}.png")
+                still = go.Figure(figure).update_layout(updatemenus=[], sliders=[])
+                image = still.to_image("png", width=1100, height=figure.layout.height or 700, scale=2)
+                with atomic_file(paths[-1]) as partial:
+                    partial.write_bytes(image)
+    return paths
 
 
 def read_results(folder: str | Path) -> dict[Path, dict[str, Any]]:
     """Read every job's `result.json` below a sweep's folder, however deep (`hydra.sweep.subdir`), in order."""
-    paths = sorted(Path(folder).glob(f"*/**/{WHOLE}"), key=lambda path: (len(path.parent.name), path.parent.name))
+    paths = sorted(Path(folder).glob(f"*/**/{COMPLETE}"), key=lambda path: (len(path.parent.name), path.parent.name))
     return {path.parent: json.loads(path.read_text("utf-8")) for path in paths}
 
 
-def write_text(path: Path, text: str) -> Path:
-    """Write a text file whole or not at all; a `MelensError` if its folder cannot be written to."""
-    with _told_in_a_sentence(path.parent):
-        return _write(path, lambda partial: partial.write_text(text, "utf-8"))
+def _listed_files(path: Path) -> list[str]:
+    """Return the files that an earlier run listed in its result as its own; none where there is no result.
+
+    Raises:
+        MelensError: a result that lists none.
+    """
+    try:
+        return [Path(name).name for name in json.loads(path.read_text("utf-8"))["files"]]
+    except OSError:  # it is not there, or cannot be read, as then nothing can be written either
+        return []
+    except (ValueError, LookupError, TypeError) as error:
+        raise MelensError(
+            f"{path} does not list the files that belong to it, so a new run cannot replace them. Choose another "
+            f"folder, or move the contents of {path.parent} away."
+        ) from error
 
 
-def _write(path: Path, write: Callable[[Path], object]) -> Path:
-    with atomic_file(path) as partial:
-        write(partial)
-    return path
-
-
-def _html_writer(figure: go.Figure) -> Callable[[Path], object]:
-    return lambda path: figure.write_html(path, include_plotlyjs="plotly.min.js", config={"displaylogo": False})
-
-
-def _json_writer(content: dict[str, Any]) -> Callable[[Path], object]:
-    return lambda path: path.write_text(json.dumps(plain(content), indent=2, allow_nan=False) + "\n", "utf-8")
+def _write_json(path: Path, content: Any) -> Path:
+    return write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def _environment(model: dict[str, Any], config: dict[str, Any], duration: float) -> dict[str, Any]:
@@ -335,17 +268,7 @@ def _environment(model: dict[str, Any], config: dict[str, Any], duration: float)
         "dtype": model.get("dtype"),
         "quantization": model.get("quantization"),
         "seed": config.get("seed"),
-        "git_commit": _git_commit(),
+        "git_commit": versions.git_commit(),
         "duration_s": round(duration, 2),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-@cache
-def _git_commit() -> str | None:
-    """Return the commit of the source that ran, marked where it was changed since; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

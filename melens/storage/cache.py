@@ -46,10 +46,10 @@ __all__ = [
     "code_version",
     "fingerprint",
     "hash_of",
-    "warn_if_not_cached",
     "store_for",
     "store_for_kind",
     "tokenizer_fingerprint",
+    "warn_if_not_cached",
 ]
 
 

@@ -19,7 +19,9 @@ from pathlib import Path
 import psutil
 from safetensors import SafetensorError
 
-__all__ = ["atomic_file", "atomic_folder"]
+from melens.errors import MelensError
+
+__all__ = ["atomic_file", "atomic_folder", "explain_write_errors", "write_text"]
 
 _PARTIAL = re.compile(r"\..+\.(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{8}\.partial")
 _A_DAY = 24 * 3600.0
@@ -79,6 +81,26 @@ def atomic_folder(folder: Path, *, replace: bool) -> Iterator[Path]:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(before, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a text file, whole or not at all; return its path.
+
+    Raises:
+        MelensError: its folder cannot be written to.
+    """
+    with explain_write_errors(path.parent), atomic_file(path) as partial:
+        partial.write_text(text, "utf-8")
+    return path
+
+
+@contextmanager
+def explain_write_errors(folder: Path) -> Iterator[None]:
+    """Turn what the system says of a folder that it cannot write to into a `MelensError`."""
+    try:
+        yield
+    except OSError as error:
+        raise MelensError(f"Cannot write to {folder}: {error.strerror or error}.") from error
 
 
 def _beside(path: Path) -> Path:

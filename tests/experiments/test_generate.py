@@ -22,11 +22,12 @@ from experiments.runner.job import run_job
 from experiments.runner.study import begin_study
 from melens import MelensError, Prompt, WeMask, load_model
 from melens.data.chat import PLAIN
-from melens.report.record import show_result, write_result
-from melens.report.result import Result, combine
+from melens.report.record import write_result
+from melens.report.result import Result
+from melens.report.terminal import show_findings
 
 ROOT = Path(__file__).parents[2]
-PROMPTS = (Prompt("Rain is"), Prompt("The capital of France is"))
+PROMPTS = [Prompt("Rain is"), Prompt("The capital of France is")]
 RANDOM_DIMS = WeMask(rate=0.3, select="random", site="resid_pre", start=12)
 
 
@@ -309,7 +310,7 @@ def test_the_same_text_on_both_sides_has_no_marks():
 def test_brackets_in_a_finding_are_no_markup_of_the_terminal():
     out = StringIO()
     findings = [("[/b]", "[red]it[/red]", "\\[x]"), ("what", "value")]
-    show_result(Result("generate", {}, {}, findings=findings), [], Console(file=out, width=100))
+    show_findings("generate", findings, Console(file=out, width=100))
     assert all(text in out.getvalue() for text in ("[/b]", "[red]it[/red]", "\\[x]"))
 
 
@@ -318,7 +319,6 @@ def test_a_page_is_written_before_the_result(tmp_path):
     paths = write_result(result, tmp_path, config={"exp": {"name": "generate"}}, duration=1.0)
     assert [path.name for path in paths] == ["generate.html", "result.json"]
     assert (tmp_path / "generate.html").read_text("utf-8") == "<p>é"
-    assert combine([result, Result("ffn", {}, {})]).documents == result.documents
 
 
 def test_the_command_line(tmp_path):

@@ -15,8 +15,8 @@ from omegaconf import OmegaConf
 
 from experiments.options import compose_options
 from experiments.runner import command, locks
-from experiments.runner.locks import LockFolder, lock_folder, locked_folder, locked_job_folder
 from experiments.runner.jobs import read_jobs
+from experiments.runner.locks import LockFolder, lock_folder, locked_folder, locked_job_folder
 from experiments.runner.sweep import MergeSweep
 from melens import MelensError
 from melens.report.record import write_failure
@@ -34,7 +34,9 @@ def another(tmp_path):
 
 def test_a_second_run_in_a_folder_is_refused_until_the_first_has_ended(tmp_path, another):
     another.acquire()
-    with pytest.raises(MelensError, match=rf"Another run writes to {tmp_path}: give this one a folder of its own"):
+    with pytest.raises(
+        MelensError, match=rf"Another run is writing to {tmp_path}\. Wait until it has ended, or choose"
+    ):
         lock_folder(tmp_path)
     another.release()
     with locked_folder(tmp_path):
@@ -58,7 +60,12 @@ def is_free(lock):
     return True
 
 
-HELD = "import os, signal; from pathlib import Path; from experiments.runner.locks import lock_folder; lock_folder(Path({!r})); {}"
+HELD = """
+import os, signal
+from pathlib import Path
+from experiments.runner.locks import lock_folder
+lock_folder(Path({!r})); {}
+"""
 
 
 def test_a_run_that_is_killed_gives_its_folder_back(tmp_path):
@@ -77,7 +84,7 @@ def test_hydra_writes_nothing_into_the_folder_of_another_run(tmp_path, another, 
     with pytest.raises(SystemExit) as ended:
         getattr(LockFolder(), start)(config)
     assert ended.value.code == 1
-    assert capsys.readouterr().err.startswith(f"Error: Another run writes to {tmp_path}")
+    assert capsys.readouterr().err.startswith(f"Error: Another run is writing to {tmp_path}")
     another.release()
     getattr(LockFolder(), start)(config)
     assert not is_free(another)
@@ -97,7 +104,7 @@ def test_two_jobs_of_a_sweep_do_not_share_a_folder(tmp_path, mode, monkeypatch):
         pass
     if mode == RunMode.MULTIRUN:
         with (
-            pytest.raises(MelensError, match=r"Another job of this sweep .* as \$\{hydra\.job\.num\} does"),
+            pytest.raises(MelensError, match=r"Another job of this sweep .*subdir=\$\{hydra\.job\.num\}\."),
             locked_job_folder(tmp_path),
         ):
             pass
@@ -113,7 +120,7 @@ def test_a_job_that_may_not_write_leaves_what_is_there(tmp_path, another, monkey
     another.acquire()
     command.main.__wrapped__(OmegaConf.create({}))
     assert [type(error) for error in command._failures] == [MelensError]
-    assert "Another run writes to" in capsys.readouterr().err
+    assert "Another run is writing to" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == [".melens.lock"]
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves that is stopped, and what it says."""
+"""What a run writes that is stopped, and what it says."""
 
 import ctypes
 import json
@@ -10,13 +10,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from test_results import CONFIG, Breaks, ffn_result, names, picture, some_result
 from test_files import full_disk
+from test_results import CONFIG, Breaks, ffn_result, names, picture, some_result
 
 from experiments.options import compose_options
 from experiments.runner import writing
+from experiments.runner.interrupts import sigterm_interrupts
 from experiments.runner.job import give_freed_memory_back
-from experiments.runner.writing import finish, note_if_stopped, sigterm_interrupts, stopped_message, write_part
+from experiments.runner.writing import finish, note_if_stopped, stopped_message, write_part
 from melens import MelensError
 from melens.report.record import Record, write_result
 from melens.storage.cache import RUN_CACHE
@@ -47,7 +48,7 @@ def _nothing_is_kept(monkeypatch):
 def test_what_a_stopped_run_found_is_there_with_a_report_that_says_so(tmp_path, error):
     record, cfg = record_of(tmp_path), compose_options(*ALL)
     write_part(record, described(some_result()), cfg)
-    assert "This run goes on." in (tmp_path / "report.html").read_text()
+    assert "This run has not finished." in (tmp_path / "report.html").read_text()
 
     def stop():
         RUN_CACHE.has_trace = True
@@ -59,7 +60,7 @@ def test_what_a_stopped_run_found_is_there_with_a_report_that_says_so(tmp_path, 
     assert json.loads((tmp_path / "result.partial.json").read_text())["status"] == "stopped"
     assert "This run was stopped." in (tmp_path / "report.html").read_text()
     if error is KeyboardInterrupt:
-        told = f"1 of 2 experiments are written to {tmp_path}; the same command goes on with ffn."
+        told = f"1 of 2 experiments are written to {tmp_path}. Run the same command again to go on with ffn."
         assert str(raised.value) == told
 
 
@@ -70,17 +71,17 @@ def test_a_run_that_ended_has_a_report_of_the_whole_and_no_partial_result(tmp_pa
     paths = finish(record, cfg)
     with pytest.raises(KeyboardInterrupt) as raised, note_if_stopped(record, cfg):
         raise KeyboardInterrupt  # in the last moment
-    assert str(raised.value) == f"what was found is in {tmp_path}."
+    assert str(raised.value) == f"the results are in {tmp_path}."
     assert [path.name for path in paths[-2:]] == ["result.json", "report.html"]
     assert "result.partial.json" not in names(tmp_path)
-    assert "Not here are" not in (tmp_path / "report.html").read_text()
+    assert 'class="missing"' not in (tmp_path / "report.html").read_text()
 
 
 def test_a_full_disk_is_told_in_a_sentence_and_leaves_what_was_whole(tmp_path):
     record, cfg = record_of(tmp_path), compose_options(*ALL)
     write_part(record, described(some_result()), cfg)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    told = pytest.raises(MelensError, match=r"cannot be written to .* \(File too large\)")
+    told = pytest.raises(MelensError, match=r"^Cannot write to .*: File too large\.$")
     with full_disk(), told, note_if_stopped(record, cfg):
         write_part(record, described(ffn_result()), cfg)
     after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -95,12 +96,20 @@ def test_a_full_disk_is_told_in_a_sentence_and_leaves_what_was_whole(tmp_path):
     ("options", "kept", "sentence"),
     [
         (("exp=emergence",), {}, "no result was written."),
-        (("exp=wemask",), {"has_trace": True}, "no result was written; what was measured so far is kept, and the same"),
+        (
+            ("exp=wemask",),
+            {"has_trace": True},
+            "no result was written. What was measured so far is kept. Run the",
+        ),
         (("exp=wemask",), {}, "no result was written."),
         (("exp=wemask",), {"has_trace": True, "is_incomplete": True}, "no result was written."),
         (ALL, {}, "no result was written."),
         (("exp=generate",), {"has_trace": True}, "no result was written."),
-        (("exp=sft", "training.dataset=sums"), {}, "no result was written; training.resume={} goes on from the last"),
+        (
+            ("exp=sft", "training.dataset=sums"),
+            {},
+            "no result was written. Add training.resume={} to go on from",
+        ),
     ],
 )
 def test_an_interrupt_says_what_is_left(tmp_path, monkeypatch, options, kept, sentence):
@@ -120,7 +129,7 @@ def test_where_nothing_is_kept_nothing_is_said_of_going_on(tmp_path, monkeypatch
         monkeypatch.setattr(RUN_CACHE, name, value)
     record = record_of(tmp_path)
     record.parts.append(some_result())
-    assert stopped_message(record, compose_options(*ALL)).endswith("; the others are not done.")
+    assert stopped_message(record, compose_options(*ALL)).endswith(". The others did not end.")
 
 
 def test_a_run_stopped_as_its_first_result_is_written_has_none(tmp_path):
@@ -136,8 +145,8 @@ def test_an_interrupt_tells_that_the_result_in_the_folder_is_an_earlier_run_s(tm
     write_result(some_result(), tmp_path, config=CONFIG, duration=1.0)
     told = stopped_message(record_of(tmp_path), compose_options(*ALL))
     start = f"no result was written ({tmp_path / 'result.json'} is of an earlier run)"
-    goes_on = "; what was measured so far is kept, and the same command goes on with the rest" * has_trace
-    assert told == f"{start}{goes_on}."
+    again = " What was measured so far is kept. Run the same command again to go on with the rest." * has_trace
+    assert told == f"{start}.{again}"
 
 
 def test_other_processes_write_nothing(tmp_path, monkeypatch):

@@ -3,19 +3,19 @@
 import json
 import re
 import shutil
-from dataclasses import replace
 
 import pandas as pd
 import pytest
+from markupsafe import escape
 from planted import bridge, gains_apart, plain_model, plant
 from test_experiments import BLOCK, DIM, TOKEN, prompts_of, study
 
 import melens
 from experiments.runner.study import run_experiments
-from melens.report import record as results
+from melens.report import record as recording
 from melens.report.page import write_report
-from melens.report.record import Record, claims_of, write_result
-from melens.report.result import combine, plain
+from melens.report.record import Record
+from melens.report.result import plain, plain_metrics
 from melens.storage.cache import RunCache
 from melens.storage.results import load_result, save_result
 
@@ -23,17 +23,37 @@ CONFIG = {"exp": {"name": "all"}, "model": {"name": "tiny"}, "seed": 0}
 
 
 @pytest.fixture(scope="module")
-def planted_result():
+def parts():
     network = gains_apart(plain_model("llama"))
     plant(network, block=BLOCK, token=TOKEN, dim=DIM)
-    return combine(run_experiments(study(bridge(network), prompts_of())))
+    return list(run_experiments(study(bridge(network), prompts_of())))
 
 
 @pytest.fixture(scope="module")
-def report(planted_result, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    write_result(planted_result, folder, config=CONFIG, duration=1.0)
-    return write_report(planted_result, folder, command="python experiments/run.py exp=all note='<b>'")
+def figures(parts):
+    return {name: figure for part in parts for name, figure in part.figures.items()}
+
+
+@pytest.fixture(scope="module")
+def record(parts, tmp_path_factory):
+    return recorded(parts, tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def report(record):
+    return report_of(record, command="python experiments/run.py exp=all note='<b>'")
+
+
+def recorded(parts, folder):
+    record = Record(folder, config=CONFIG, experiments=[part.experiment for part in parts])
+    for part in parts:
+        record.add(part)
+    record.finish()
+    return record
+
+
+def report_of(record, command=""):
+    return write_report(record.parts, record.content, record.folder, command=command)
 
 
 def test_the_report_is_one_file_that_needs_no_network(report):
@@ -43,56 +63,70 @@ def test_the_report_is_one_file_that_needs_no_network(report):
     assert report.stat().st_size < 12 * 2**20
 
 
-def test_the_report_tells_what_was_found_and_how(report, planted_result):
+def test_the_report_tells_what_was_found_and_how(report, record, figures):
     page = report.read_text("utf-8")
     assert f"Block {BLOCK} lifts the token at position 0" in page
-    assert "note=&#x27;&lt;b&gt;&#x27;" in page  # the command, as text
-    for claim in claims_of(planted_result).itertuples():
+    assert "note=&#39;&lt;b&gt;&#39;" in page  # the command, as text
+    assert len(record.claims) > 10
+    for claim in record.claims.itertuples():
         assert f'<tr id="claim-{claim.id}">' in page
         assert f'href="#{claim.figure}"' in page
-    for name, picture in planted_result.figures.items():
+    for name, figure in figures.items():
         assert f'<section id="{name}"' in page
-        assert picture.expected.replace("'", "&#x27;") in page
+        assert str(escape(figure.expected)) in page
+
+
+def test_a_text_in_a_figure_ends_no_script(parts, record, tmp_path):
+    figure = next(figure for part in parts for figure in part.figures.values())
+    title = figure.plot.layout.title.text
+    try:
+        figure.plot.layout.title.text = "</script><!--<script>"
+        page = write_report(record.parts, record.content, tmp_path, command="").read_text("utf-8")
+    finally:
+        figure.plot.layout.title.text = title
+    assert "</script><!--" not in page
+    texts = re.findall(r'<script type="application/json">(.*?)</script>', page)
+    assert "</script><!--<script>" in [json.loads(text)["layout"]["title"]["text"] for text in texts]
 
 
 def test_what_does_not_apply_is_in_the_report(tmp_path):
     model = melens.load_model("random", model_type="mamba", config={"hidden_size": 32, "num_hidden_layers": 3})
-    result = combine(run_experiments(study(model, prompts_of())))
-    write_result(result, tmp_path, config=CONFIG, duration=1.0)
-    page = write_report(result, tmp_path, command="").read_text("utf-8")
+    parts = list(run_experiments(study(model, prompts_of())))
+    page = report_of(recorded(parts, tmp_path)).read_text("utf-8")
     assert "<b>ffn</b> does not apply: No FFN can be listened to: there is no block with an FFN." in page
 
 
-def test_a_result_that_was_kept_is_what_it_was(planted_result, tmp_path):
-    save_result(planted_result, tmp_path / "kept")
-    found = load_result(tmp_path / "kept")
-    assert plain(found.metrics) == plain(planted_result.metrics)
-    assert claims_of(found).equals(claims_of(planted_result))
-    assert list(map(tuple, planted_result.findings)) == found.findings
-    for name, picture in planted_result.figures.items():
-        assert json.loads(found.figures[name].plot.to_json()) == json.loads(picture.plot.to_json())
-        told = found.figures[name]
-        assert (told.source, told.expected, told.observed) == (picture.source, picture.expected, picture.observed)
-    for name, table in planted_result.tables.items():
-        pd.testing.assert_frame_equal(found.tables[name], table, check_dtype=False)
-    assert list(found.tables) == list(planted_result.tables)
-    assert (found.experiment, found.documents, found.model) == ("all", {}, plain(planted_result.model))
+def test_a_result_that_was_cached_is_what_it_was(parts, tmp_path):
+    for part in parts:
+        save_result(part, tmp_path / part.experiment)
+        found = load_result(tmp_path / part.experiment)
+        assert type(found.metrics) is type(part.metrics)
+        assert plain(plain_metrics(found.metrics)) == plain(plain_metrics(part.metrics))
+        assert found.claims.equals(part.claims)
+        assert list(map(tuple, part.findings)) == found.findings
+        for name, figure in part.figures.items():
+            again = found.figures[name]
+            assert json.loads(again.plot.to_json()) == json.loads(figure.plot.to_json())
+            assert (again.source, again.expected, again.observed) == (figure.source, figure.expected, figure.observed)
+        for name, table in part.tables.items():
+            pd.testing.assert_frame_equal(found.tables[name], table, check_dtype=False)
+        assert list(found.tables) == list(part.tables)
+        assert (found.experiment, found.documents, found.model) == (part.experiment, {}, plain(part.model))
 
 
 @pytest.mark.parametrize("goes_on", [True, False])
-def test_a_report_of_a_part_says_what_is_not_there(planted_result, tmp_path, monkeypatch, goes_on):
-    monkeypatch.setattr(results, "RUN_CACHE", RunCache(has_trace=goes_on))
-    found = replace(planted_result, experiment="all", metrics={"ffn": planted_result.metrics["ffn"]})
-    record = Record(tmp_path, config=CONFIG, experiments=["all", "sinks", "ablation"])
-    record.parts.append(found)
-    for status, words in (("running", "This run goes on."), ("stopped", "This run was stopped.")):
-        record._note(status)
-        page = write_report(found, tmp_path, command="").read_text("utf-8")
-        assert f"<b>{words}</b> Not here are: sinks, ablation." in page
-        assert ("ablation. The same command goes on with them.</p>" in page) == goes_on
-    record.experiments = ["all"]
+def test_a_report_of_a_part_says_what_is_missing(parts, tmp_path, monkeypatch, goes_on):
+    monkeypatch.setattr(recording, "RUN_CACHE", RunCache(has_trace=goes_on))
+    record = Record(tmp_path, config=CONFIG, experiments=["ffn", "sinks", "ablation"])
+    record.add(next(part for part in parts if part.experiment == "ffn"))
+    for words in ("This run has not finished.", "This run was stopped."):
+        page = report_of(record).read_text("utf-8")
+        assert f"<b>{words}</b>\nMissing: sinks, ablation." in page
+        assert ("ablation. Run the same command again to go on with them.</p>" in page) == goes_on
+        record.stop()
+    record.experiments = ["ffn"]
     record.finish()
-    assert "goes on" not in write_report(found, tmp_path, command="").read_text("utf-8")
+    assert 'class="missing"' not in report_of(record).read_text("utf-8")
 
 
 def test_the_claims_are_in_the_result_too(report):
@@ -137,12 +171,12 @@ def page(chromium, report, request):
 
 @pytest.mark.browser
 @in_browser
-def test_every_figure_is_drawn_without_an_error(page, planted_result):
+def test_every_figure_is_drawn_without_an_error(page, figures):
     drawn = page.evaluate(
         "[...document.querySelectorAll('.figure')]"
         ".map(figure => figure.querySelectorAll('.main-svg').length > 0 && figure._fullData.length)"
     )
-    assert len(drawn) == len(planted_result.figures)
+    assert len(drawn) == len(figures)
     assert all(drawn)
     assert page.mistakes == []
 

@@ -8,9 +8,8 @@ import pytest
 
 from melens import MelensError
 from melens.environment.versions import untried
-from melens.report import record as results
 from melens.report.record import Record, read_results, write_failure, write_result
-from melens.report.result import Figure, Result, combine
+from melens.report.result import Figure, Result
 
 CONFIG = {"exp": {"name": "emergence"}, "model": {"name": "tiny"}, "seed": 3}
 
@@ -25,7 +24,7 @@ def some_result(**changes):
         "model": {"name": "tiny", "device": "cpu", "dtype": "float32"},
         "metrics": {"me_layer": np.int64(2), "norm_drift": 0.01, "interval": (np.float32(1.5), float("nan"))},
         "tables": {"norms": pd.DataFrame({"layer": [0, 1], "norm": [1.0, 2.0]})},
-        "pictures": {"norms": picture()},
+        "figures": {"norms": picture()},
     }
     return Result(**(content | changes))
 
@@ -135,6 +134,9 @@ def test_each_experiment_is_written_as_it_ends(tmp_path):
     assert names(folder) == {"plotly.min.js", *(path.name for path in paths)}
     whole = read(folder / "result.json")
     assert (whole["status"], set(whole["metrics"]), whole["experiment"]) == ("ok", {"direction", "ffn"}, "all")
+    assert list(whole["figures"]) == ["norms", "ffn"]
+    assert {claim["experiment"] for claim in whole["claims"]} == set(record.claims.experiment) == {"direction", "ffn"}
+    assert whole == record.content
     assert "missing" not in whole
 
 
@@ -161,9 +163,9 @@ def test_figures_of_two_runs_never_lie_in_one_folder(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["{}", "[1]", "half", '{"files": 3}'])
-def test_a_result_that_does_not_tell_its_files_is_left_alone(tmp_path, content):
+def test_a_result_that_does_not_list_its_files_is_left_alone(tmp_path, content):
     (tmp_path / "result.json").write_text(content)
-    with pytest.raises(MelensError, match=r"does not tell which files belong to it.*give another folder"):
+    with pytest.raises(MelensError, match=r"does not list the files that belong to it.*Choose another folder"):
         record_of(tmp_path, "ffn")
     assert (tmp_path / "result.json").read_text() == content
 
@@ -177,17 +179,9 @@ def test_only_files_of_the_folder_itself_are_removed(tmp_path):
     assert outside.read_text() == "three years"
 
 
-def test_several_results_become_one():
-    whole = combine([some_result(), ffn_result()])
-    assert whole.experiment == "all"
-    assert set(whole.metrics) == {"direction", "ffn"}
-    assert list(whole.figures) == ["norms", "ffn"]
-    assert set(results.claims_of(whole).experiment) == {"direction", "ffn"}
-
-
 def test_a_folder_that_cannot_be_written_to_is_told(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(MelensError, match="cannot be written to"):
+    with pytest.raises(MelensError, match=r"^Cannot write to .*run: Not a directory\.$"):
         write_result(some_result(), tmp_path / "file" / "run", config=CONFIG, duration=1.0)
 
 
