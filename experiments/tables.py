@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from transformer_lens.model_bridge import TransformerBridge
 
 from experiments.benchmark import Bench, Cell, how_asked, load_tasks
-from experiments.masks import masks_of, on_blocks
+from experiments.runner.masks import masks_of, on_blocks
 from experiments.options import Options
 from experiments.options.benchmark import asked_for
 from experiments.options.masks import Preset, presets_of

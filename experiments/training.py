@@ -18,7 +18,7 @@ from datasets import disable_progress_bars
 from transformer_lens.model_bridge import TransformerBridge
 
 import melens
-from experiments.masks import only_mask_of
+from experiments.runner.masks import only_mask_of
 from experiments.options import Options
 from experiments.options.training import Planned, planned_training
 from experiments.runner.legacy import PlainOptions

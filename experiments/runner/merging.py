@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
-from experiments import emergence, mask_grid, training_report
+from experiments import emergence, training_report, wemask
 from experiments.runner.jobs import Job, read_jobs
 from melens import judge
 from melens.figures.scores import verdicts
@@ -43,10 +43,10 @@ def merge_jobs(folder: Path, among: Collection[Path] | None = None) -> None:
     merged = [] if claims is None else [claims]
     if any(job.result["experiment"] in ("emergence", "all") for job in jobs):
         merged.append(emergence.merge(jobs))
-    grids = mask_grid.merge(jobs)
+    grids = wemask.merge(jobs)
     models = Counter(result.model["name"] for result in grids)
     for result in grids:  # several models, or texts: the figures of each under a name
-        texts = f"-{result.metrics['texts']}x{result.metrics['tokens_per_text']}"
+        texts = f"-{result.metrics.texts}x{result.metrics.tokens_per_text}"
         name = result.model["name"] + (texts if models[result.model["name"]] > 1 else "")
         merged.append(result if len(grids) == 1 else _named(result, re.sub(r"[^\w.=-]+", "-", name)))
     trainings = training_report.merge(jobs)
