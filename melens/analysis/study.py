@@ -172,7 +172,8 @@ class Study:
 
 
 def _key(probe: Probe) -> str:
-    return hash_of(type(probe).__qualname__, vars(probe))
+    settings = {name: value for name, value in vars(probe).items() if name != "may_miss"}  # which changes no number
+    return hash_of(type(probe).__qualname__, settings)
 
 
 @checked
