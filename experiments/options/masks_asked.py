@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from experiments.options.benchmark import asked_for
+from experiments.options.benchmark import benchmark_request
 from experiments.options.schema import MaskOptions, Options
-from experiments.options.table import asked_table
-from experiments.options.training import planned_training
+from experiments.options.table import table_request
+from experiments.options.training import training_request
 from melens.training.recipe import METHODS
 from melens.validation.types import in_words
 
@@ -26,12 +26,12 @@ def _masks_of(name: str, options: Options) -> dict[str, MaskOptions]:
     if name in ("wemask", "generate"):
         return {str(options.given.get("wemask", "paper")): options.wemask}
     if name == "benchmark":
-        return {preset.name: preset.options for preset in asked_for(options).masks}
+        return {preset.name: preset.options for preset in benchmark_request(options).masks}
     if name in METHODS:
-        preset = planned_training(options, name).mask
+        preset = training_request(options, name).mask
         return {} if preset is None else {preset.name: preset.options}
     if name == "tables":
-        return {"paper": options.wemask.model_copy(update={"rate": list(asked_table(options).rates)})}
+        return {"paper": options.wemask.model_copy(update={"rate": list(table_request(options).rates)})}
     return {}
 
 

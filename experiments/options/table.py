@@ -1,39 +1,58 @@
-"""What `exp=tables` is asked for: the rows and columns of the paper's tables that need a training."""
+"""The request of `exp=tables`: the trainings and the benchmarks of the paper's tables that need a training."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.options.benchmark import asked_for
+from experiments.options.benchmark import BenchmarkRequest, benchmark_request
 from experiments.options.reading import OptionError
 from experiments.options.schema import Options
-from experiments.options.training import planned_training
+from experiments.options.training import TrainingRequest, training_request
 from melens.benchmarks.catalog import benchmarks_of
 from melens.validation.types import in_words
 
-__all__ = ["Part", "Table", "asked_table", "of_part"]
+__all__ = ["TableRequest", "TrainingSet", "table_request"]
 
 _KNOWLEDGE = ("mmlu", "piqa", "arc_challenge", "openbookqa", "mathqa", "strategyqa")
 _INSTRUCTIONS = ("flan", "openorca")
 
+_TABLES: dict[int, tuple[str, dict[str, tuple[str, ...]]]] = {
+    1: ("sft", dict.fromkeys(_INSTRUCTIONS, _KNOWLEDGE)),
+    2: ("sft", {"gsm8k": ("gsm8k", "aime", "hendrycks_math500"), "hh_rlhf": ("sorry_bench", "xstest")}),
+    3: ("dpo", {"hh_rlhf": ("xstest", "advbench")}),
+    4: ("grpo", {"gsm8k": ("aime", "hendrycks_math500")}),
+    6: ("sft", dict.fromkeys(_INSTRUCTIONS, _KNOWLEDGE[:5])),
+    7: ("sft", dict.fromkeys(_INSTRUCTIONS, (*_KNOWLEDGE[:4], "strategyqa"))),
+}
+"""The method of a table, and its training sets with the benchmarks that models trained on them are scored on."""
+
 
 @dataclass(frozen=True)
-class Part:
-    """What one training set is for: the benchmarks that its rows are scored on."""
+class TrainingSet:
+    """A training set of a table.
+
+    Attributes:
+        dataset: its name.
+        options: of the run, with the training set and its benchmarks filled in.
+        benchmarks: on which the models are scored.
+        training: the first one.
+    """
 
     dataset: str
-    tasks: tuple[str, ...]
+    options: Options
+    benchmarks: BenchmarkRequest
+    training: TrainingRequest
 
 
 @dataclass(frozen=True)
-class Table:
+class TableRequest:
     """A table of the paper.
 
     Attributes:
-        number: its.
+        number: in the paper.
         method: of its trainings.
-        parts: its training sets.
+        sets: its training sets.
         rates: of the masks.
         gates: kinds of gated attention to compare with.
         seeds: of the trainings.
@@ -42,49 +61,64 @@ class Table:
 
     number: int
     method: str
-    parts: tuple[Part, ...]
+    sets: tuple[TrainingSet, ...]
     rates: tuple[float | int, ...]
     gates: tuple[str, ...]
     seeds: tuple[int, ...]
     left_out: tuple[str, ...]
 
     @property
-    def shares_tasks(self) -> bool:
-        """Whether two parts are scored on the same benchmark."""
-        tasks = [task for part in self.parts for task in part.tasks]
-        return len(set(tasks)) < len(tasks)
+    def shares_benchmarks(self) -> bool:
+        """Whether two training sets are scored on the same benchmark."""
+        names = [benchmark.name for own in self.sets for benchmark in own.benchmarks.benchmarks]
+        return len(set(names)) < len(names)
 
 
-_TABLES: dict[int, tuple[str, tuple[Part, ...]]] = {
-    1: ("sft", tuple(Part(dataset, _KNOWLEDGE) for dataset in _INSTRUCTIONS)),
-    2: ("sft", (Part("gsm8k", ("gsm8k", "aime", "hendrycks_math500")), Part("hh_rlhf", ("sorry_bench", "xstest")))),
-    3: ("dpo", (Part("hh_rlhf", ("xstest", "advbench")),)),
-    4: ("grpo", (Part("gsm8k", ("aime", "hendrycks_math500")),)),
-    6: ("sft", tuple(Part(dataset, _KNOWLEDGE[:5]) for dataset in _INSTRUCTIONS)),
-    7: ("sft", tuple(Part(dataset, (*_KNOWLEDGE[:4], "strategyqa")) for dataset in _INSTRUCTIONS)),
-}
-
-
-def asked_table(options: Options) -> Table:
-    """Read what table is wanted, with which training set, benchmarks, rates and seeds.
+def table_request(options: Options) -> TableRequest:
+    """Read which table is wanted, and its training sets, benchmarks, rates and seeds.
 
     Raises:
-        MelensError: what a table cannot have.
+        MelensError: an option is one that a table cannot have.
     """
     if options.table is None:
         raise OptionError(f"table is null; exp=tables needs one of {', '.join(map(str, _TABLES))}, as table=1.")
-    method, parts = _TABLES[options.table]
-    benchmark, training = options.benchmark, options.training
-    if training.dataset is not None:
-        every = tuple(dict.fromkeys(task for part in parts for task in part.tasks))
-        parts = (Part(training.dataset, every),)
-    left_out: tuple[str, ...] = ()
+    _check_given(options)
+    method, tasks_of = _TABLES[options.table]
+    rates, seeds = _each_once("wemask.rate", options.wemask.rate), _each_once("training.seed", options.training.seed)
+    if 0 in rates:
+        raise OptionError("wemask.rate has a 0, which masks nothing. Leave it out: a table has rows without a mask.")
+    tasks_of, left_out = _chosen_tasks(options, tasks_of)
+    sets = []
+    for dataset, tasks in tasks_of.items():
+        own = options.changed(
+            benchmark={
+                "tasks": list(tasks), "masks": ["off"], "mode": options.benchmark.mode or "generate", "table": None,
+            },
+            training={"dataset": dataset},
+        )  # fmt: skip
+        sets.append(TrainingSet(dataset, own, benchmark_request(own), training_request(own, method, dataset=dataset)))
+    gates = ("headwise", "elementwise") if options.table == 7 else ()
+    return TableRequest(options.table, method, tuple(sets), rates, gates, seeds, left_out)
+
+
+def _chosen_tasks(
+    options: Options, tasks_of: dict[str, tuple[str, ...]]
+) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
+    """Return the benchmarks of each training set as the user chose them, and those that local data cannot have."""
+    benchmark = options.benchmark
+    if options.training.dataset is not None:
+        tasks_of = {options.training.dataset: tuple(dict.fromkeys(task for own in tasks_of.values() for task in own))}
     if benchmark.tasks is not None:
-        parts = tuple(Part(part.dataset, tuple(benchmark.tasks)) for part in parts)
-    elif benchmark.data_dir is not None:
-        names = tuple(dict.fromkeys(task for part in parts for task in part.tasks))
-        left_out = tuple(b.name for b in benchmarks_of(names) if b.config and b.file is None)
-        parts = tuple(Part(p.dataset, tuple(task for task in p.tasks if task not in left_out)) for p in parts)
+        return dict.fromkeys(tasks_of, tuple(benchmark.tasks)), ()
+    if benchmark.data_dir is None:
+        return tasks_of, ()
+    names = tuple(dict.fromkeys(task for own in tasks_of.values() for task in own))
+    left_out = tuple(each.name for each in benchmarks_of(names) if each.config and each.file is None)
+    return {name: tuple(task for task in own if task not in left_out) for name, own in tasks_of.items()}, left_out
+
+
+def _check_given(options: Options) -> None:
+    benchmark, training = options.benchmark, options.training
     chosen = options.given.get("wemask", "paper")
     for key, is_given in (
         ("training.mask", training.mask not in ("off", "none")),
@@ -96,35 +130,11 @@ def asked_table(options: Options) -> Table:
         (f"wemask={chosen}", chosen != "paper"),
     ):
         if is_given:
-            raise OptionError(f"A table has trainings, masks and gates of its own: {key} is not for it.")
-    table = Table(
-        options.table,
-        method,
-        parts,
-        rates=_each_once("wemask.rate", options.wemask.rate),
-        gates=("headwise", "elementwise") if options.table == 7 else (),
-        seeds=_each_once("training.seed", training.seed),
-        left_out=left_out,
-    )
-    if 0 in table.rates:
-        raise OptionError("wemask.rate has a 0, which masks nothing; a table has rows without a mask anyway.")
-    for part in parts:
-        planned_training(of_part(options, part), method, dataset=part.dataset)
-        asked_for(of_part(options, part))
-    return table
+            raise OptionError(f"A table has its own trainings, masks and gates; leave {key} out.")
 
 
 def _each_once(key: str, given: Any) -> tuple[Any, ...]:
     values = tuple(given) if isinstance(given, list) else (given,)
     if len(set(values)) < len(values):
-        raise OptionError(f"{key} is {in_words(given)}; a table needs each once.")
+        raise OptionError(f"{key} is {in_words(given)}; a table needs each value once.")
     return values
-
-
-def of_part(options: Options, part: Part) -> Options:
-    """Return the options of one part: its benchmarks, its training set."""
-    mode = options.benchmark.mode or "generate"
-    return options.changed(
-        benchmark={"tasks": list(part.tasks), "masks": ["off"], "mode": mode, "table": None},
-        training={"dataset": part.dataset},
-    )

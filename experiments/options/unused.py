@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from experiments.options.benchmark import asked_for
+from experiments.options.benchmark import benchmark_request
 from experiments.options.masks_asked import masks_asked
 from experiments.options.schema import Options
-from experiments.options.table import asked_table
+from experiments.options.table import table_request
 from experiments.options.training import DATASETS
 from melens.data.reading import has_columns, names_file
 from melens.training.recipe import METHODS, known_datasets
@@ -44,7 +44,7 @@ def unused_options(options: Options) -> Iterator[str]:
 
 
 def _method(options: Options) -> str:
-    return asked_table(options).method if options.exp.name == "tables" else options.exp.name
+    return table_request(options).method if options.exp.name == "tables" else options.exp.name
 
 
 def _is_masked(options: Options) -> bool:
@@ -71,8 +71,8 @@ def _trains_on_hub(options: Options) -> bool:
 
 
 def _asks(is_wanted: Callable[..., bool]) -> Callable[[Options], bool]:
-    """Look at the benchmarks; tables choose theirs by part."""
-    return lambda options: "benchmark" not in options.experiments or is_wanted(asked_for(options))
+    """Look at the benchmarks; tables choose theirs by training set."""
+    return lambda options: "benchmark" not in options.experiments or is_wanted(benchmark_request(options))
 
 
 _RULES: tuple[tuple[tuple[str, ...], Callable[[Options], bool], str], ...] = (
@@ -97,27 +97,27 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Options], bool], str], ...] = (
     ),
     (
         ("benchmark.temperature", "benchmark.top_p", "benchmark.seeds"),
-        _asks(lambda asked: asked.generates and any(benchmark.config for benchmark in asked.benchmarks)),
+        _asks(lambda request: request.options.generates and any(own.config for own in request.benchmarks)),
         "nothing is sampled; benchmark.mode=generate does, for benchmarks with data",
     ),
     (
         ("benchmark.mode", "benchmark.chat"),
-        _asks(lambda asked: any(benchmark.config for benchmark in asked.benchmarks)),
+        _asks(lambda request: any(own.config for own in request.benchmarks)),
         "no benchmark here has data",
     ),
     (
         ("benchmark.judge",),
-        _asks(lambda asked: any(benchmark.kind == "safety" for benchmark in asked.benchmarks)),
+        _asks(lambda request: any(own.kind == "safety" for own in request.benchmarks)),
         "no benchmark here is of safety",
     ),
     (
         ("benchmark.needle",),
-        _asks(lambda asked: any(benchmark.name == "needle" for benchmark in asked.benchmarks)),
+        _asks(lambda request: any(own.name == "needle" for own in request.benchmarks)),
         "benchmark.tasks does not have needle",
     ),
     (
         ("benchmark.data_dir",),
-        _asks(lambda asked: any(benchmark.config for benchmark in asked.benchmarks)),
+        _asks(lambda request: any(own.config for own in request.benchmarks)),
         "no benchmark here has data",
     ),
 )

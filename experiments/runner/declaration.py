@@ -94,6 +94,8 @@ class Experiment:
         probes: what it wants measured in the pass that all experiments of a run share, beyond the default probes.
         prepare: checks and loads what may be wrong or missing before the model is loaded, which takes longer; what it
             returns is `run.prepared[name]`.
+        model_options: what the model is loaded with, given all options and what `prepare` returned; by default the
+            node `model`.
         in_all: whether `exp=all` can hold it.
     """
 
@@ -102,6 +104,7 @@ class Experiment:
     run: Callable[[Run, Any], Result]
     probes: Callable[[TransformerBridge, Any], list[Probe]] | None = None
     prepare: Callable[[Options, Path], Any] | None = None
+    model_options: Callable[[Options, Any], dict[str, Any]] | None = None
     in_all: bool = True
 
 

@@ -9,22 +9,20 @@ import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from experiments.benchmark import load_tasks
 from experiments.generate import check_chat
 from experiments.options import Options
 from experiments.options.masks_asked import mask_in_words, masks_asked
-from experiments.options.training import Planned
 from experiments.runner.interrupts import sigterm_interrupts
 from experiments.runner.locks import locked_folder
 from experiments.runner.processes import is_first_process, shared_folder
 from experiments.runner.progress import StageOf, show_stages
+from experiments.runner.registry import EXPERIMENTS
 from experiments.runner.study import begin_study, run_experiments
 from experiments.runner.writing import finish, note_if_stopped, write_part
-from experiments.tables import prepare_table
-from experiments.training import model_options, prepare_training
 from melens import load_model, load_prompts
 from melens.data.prompts import choose_prompts
 from melens.report.record import Record
@@ -56,8 +54,10 @@ def run_job(cfg: Options, folder: Path) -> list[str]:
     for name, mask in masks.items():
         console.print(f"mask {name}: {mask_in_words(mask)}", markup=False, highlight=False)
     with sigterm_interrupts(), lock_resumed(cfg), show_stages(console) as stage:
-        if (planned := prepare(cfg, folder, stage)) is not None:
-            config["model"] = model_options(cfg, planned)
+        prepared = prepare(cfg, folder, stage)
+        for name, request in prepared.items():
+            if (loaded_with := EXPERIMENTS[name].model_options) is not None:
+                config["model"] = loaded_with(cfg, request)
         record = Record(folder, config=config, experiments=list(cfg.experiments), png=cfg.png, began=began)
         prompts = load_prompts(cfg.prompts.file, cfg.prompts.tasks)
         loaded = stage(f"loading {cfg.model.name}")
@@ -68,7 +68,7 @@ def run_job(cfg: Options, folder: Path) -> list[str]:
             model, prompts, bos=given.bos, max_tokens=given.max_tokens, are_own=given.file is None, seed=cfg.seed
         )
         with note_if_stopped(record, cfg):
-            for part in run_experiments(begin_study(model, chosen, cfg, stage, folder)):
+            for part in run_experiments(begin_study(model, chosen, cfg, stage, folder, prepared)):
                 write_part(record, part, cfg)
             paths = finish(record, cfg)
     if not is_first_process():
@@ -88,22 +88,17 @@ def lock_resumed(cfg: Options) -> AbstractContextManager[None]:
     return locked_folder(folder) if is_there and is_first_process() else nullcontext()
 
 
-def prepare(cfg: Options, folder: Path, stage: StageOf) -> Planned | None:
-    """Load data that may be wrong or missing, before the model, which takes longer; return the training, if any."""
-    if not {"benchmark", "generate", "tables", *METHODS} & set(cfg.experiments):
-        return None
-    loaded = stage("loading data")
-    if "benchmark" in cfg.experiments:
-        load_tasks(cfg)
+def prepare(cfg: Options, folder: Path, stage: StageOf) -> dict[str, Any]:
+    """Load data that may be wrong or missing before the model, which takes longer; return it by experiment."""
+    wanted = {name: prepare for name in cfg.experiments if (prepare := EXPERIMENTS[name].prepare) is not None}
     if "generate" in cfg.experiments:
         check_chat(cfg)
-    planned = None
-    if cfg.exp.name in METHODS:
-        planned = prepare_training(cfg, cfg.exp.name, folder=folder)
-    if cfg.exp.name == "tables":
-        planned = prepare_table(cfg)
+    if not wanted:
+        return {}
+    loaded = stage("loading data")
+    prepared = {name: prepare(cfg, folder) for name, prepare in wanted.items()}
     loaded(1, 1)
-    return planned
+    return prepared
 
 
 def give_freed_memory_back() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
-from experiments import emergence, training_report, wemask
+from experiments import emergence, training, wemask
 from experiments.runner.jobs import Job, read_jobs
 from melens import judge
 from melens.figures.scores import verdicts
@@ -49,7 +49,7 @@ def merge_jobs(folder: Path, among: Collection[Path] | None = None) -> None:
         texts = f"-{result.metrics.texts}x{result.metrics.tokens_per_text}"
         name = result.model["name"] + (texts if models[result.model["name"]] > 1 else "")
         merged.append(result if len(grids) == 1 else _named(result, re.sub(r"[^\w.=-]+", "-", name)))
-    trainings = training_report.merge(jobs)
+    trainings = training.merge(jobs)
     if trainings is not None:
         merged.append(trainings)
     console = Console()

@@ -1,13 +1,14 @@
 """Benchmarks that need no data: loss on a text, induction, copying, and a needle in a long context.
 
-`make_questions` builds contexts and continuations, the same for every mask; `score_questions` scores a model on them.
-Every context begins with BOS if the prompts do: masks and attention sinks act on token 0, so it must be the same token.
+`language_data` tokenises the text, `make_questions` builds contexts and continuations, the same for every mask, and
+`score_questions` scores a model on them. Every context begins with BOS if the prompts do: masks and attention sinks act
+on token 0, so it must be the same token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -17,9 +18,11 @@ from torch import Tensor
 
 from melens.benchmarks.catalog import Benchmark
 from melens.benchmarks.scoring import Request, Scored, Scorer
+from melens.data.prompts import Bos
+from melens.data.texts import bos_prefix, cut_texts
 from melens.errors import MelensError
 
-__all__ = ["Needle", "Questions", "make_questions", "score_questions"]
+__all__ = ["LanguageData", "Needle", "Questions", "language_data", "make_questions", "score_questions"]
 
 N_SEQUENCES = 32
 """Items of induction, of copying, and of all the needle's places together, where no limit is given."""
@@ -46,6 +49,25 @@ class Needle:
 
 
 @dataclass(frozen=True)
+class LanguageData:
+    """What questions are made of.
+
+    Attributes:
+        texts: token ids for perplexity and copying, each beginning with `bos`.
+        long_text: token ids without `bos`, to hide a needle in.
+        bos: token ids that every context begins with (`melens.data.texts.bos_prefix`).
+        seed: of random tokens and numbers.
+        needle: where facts are hidden.
+    """
+
+    texts: Int[Tensor, "text pos"]
+    long_text: Sequence[int] = ()
+    bos: Sequence[int] = ()
+    seed: int = 0
+    needle: Needle = field(default_factory=Needle)
+
+
+@dataclass(frozen=True)
 class Questions:
     """The questions of a benchmark, the same for every mask.
 
@@ -60,43 +82,58 @@ class Questions:
     items: list[str]
 
 
-def make_questions(
-    benchmark: Benchmark,
-    tokenizer: Any,
-    texts: Int[Tensor, "text pos"],
-    long_text: Sequence[int],
+def language_data(
+    model: Any,
+    text: str,
     *,
-    vocabulary: int,
-    bos: Sequence[int] = (),
-    limit: int | None = None,
+    n_texts: int = 64,
+    n_tokens: int = 256,
+    bos: Bos = "auto",
     seed: int = 0,
     needle: Needle | None = None,
+) -> LanguageData:
+    """Tokenise a text, and cut pieces of one length out of it.
+
+    Args:
+        model: a bridge; without a tokenizer the pieces are random tokens.
+        text: a long one, such as `melens.data.texts.read_text()` returns.
+        n_texts, n_tokens, bos, seed: as for `cut_texts`.
+        needle: where facts are hidden.
+
+    Raises:
+        MelensError: as `cut_texts`.
+    """
+    tokenizer = model.tokenizer
+    ids = [] if tokenizer is None else tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    texts = cut_texts(model, ids, n_texts=n_texts, n_tokens=n_tokens, bos=bos, seed=seed)
+    return LanguageData(texts, ids, bos_prefix(tokenizer, bos), seed, needle or Needle())
+
+
+def make_questions(
+    benchmark: Benchmark, tokenizer: Any, data: LanguageData, *, vocabulary: int, limit: int | None = None
 ) -> Questions:
     """Make a benchmark's questions.
 
     Args:
         benchmark: perplexity, induction, copy or needle.
         tokenizer: of the model; only the needle needs one.
-        texts: token ids for perplexity and copying, each beginning with `bos`.
-        long_text: token ids without `bos`, to hide a needle in.
-        vocabulary: the model's, for random tokens.
-        bos: token ids that every context begins with (`melens.data.texts.bos_prefix`).
+        data: texts and where a needle is hidden.
+        vocabulary: size of the model's, for random tokens.
         limit: of items.
-        seed: of random tokens and numbers.
-        needle: where facts are hidden.
 
     Raises:
         MelensError: the needle needs a tokenizer that the model lacks, or a longer text.
     """
     n = N_SEQUENCES if limit is None else min(limit, N_SEQUENCES)
     if benchmark.name == "needle":
-        return _needles(benchmark, tokenizer, long_text, needle or Needle(), n if limit else None, seed, bos)
+        return _needles(benchmark, tokenizer, data, n if limit else None)
+    bos = data.bos
     if benchmark.name == "induction":
         drawn = torch.tensor([token for token in range(vocabulary) if token not in bos])
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(data.seed)
         random = drawn[torch.randint(len(drawn), (n, HALF), generator=generator)].tolist()
         return _repetitions(benchmark, random, bos)
-    rows = texts[: limit or len(texts)].tolist()
+    rows = data.texts[: limit or len(data.texts)].tolist()
     if benchmark.name == "copy":
         return _repetitions(benchmark, [row[len(bos) :][:HALF] for row in rows], bos)
     n_given = max(1, len(bos))
@@ -109,15 +146,8 @@ def _repetitions(benchmark: Benchmark, rows: Sequence[Sequence[int]], bos: Seque
     return Questions(benchmark, [([*bos, *row], row) for row in rows], [str(at) for at in range(len(rows))])
 
 
-def _needles(
-    benchmark: Benchmark,
-    tokenizer: Any,
-    long_text: Sequence[int],
-    needle: Needle,
-    limit: int | None,
-    seed: int,
-    bos: Sequence[int],
-) -> Questions:
+def _needles(benchmark: Benchmark, tokenizer: Any, data: LanguageData, limit: int | None) -> Questions:
+    needle, long_text, bos = data.needle, data.long_text, data.bos
     if tokenizer is None:
         raise MelensError("The benchmark needle needs a tokenizer, and this model has none.")
     if max(needle.lengths) > len(long_text):
@@ -125,7 +155,7 @@ def _needles(
             f"The text has {len(long_text)} tokens, but the needle needs {max(needle.lengths)}. Give a longer text "
             "with data.text, or lower benchmark.needle.lengths."
         )
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(data.seed)
     places = [(length, depth) for length in needle.lengths for depth in needle.depths]
     per_place = max(1, N_SEQUENCES // len(places))
     requests: list[Request] = []

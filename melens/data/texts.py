@@ -1,8 +1,12 @@
-"""Texts of one length, to measure a loss on: by default what every machine has, Python's own documentation topics."""
+"""Texts of one length, to measure a loss on; by default from Python's documentation topics, which every machine has.
+
+tokens = cut_texts(model, read_text(), n_texts=32, n_tokens=256)
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -22,39 +26,40 @@ def read_text(source: str | None = None, *, split: str = "test", column: str = "
     """Read a long text.
 
     Args:
-        source: a file, `.jsonl`, `.json` or `.csv` with a column or any text (`melens.data.reading`), or a dataset of
+        source: a file (`.jsonl`, `.json` or `.csv` with a column, or any text: `melens.data.reading`), or a dataset of
             the hub, `org/name` or `org/name:config`; None for Python's documentation topics, whose words differ a
             little between versions of Python.
         split: of a dataset.
-        column: of a dataset or a file that has columns.
+        column: of a dataset, or of a file that has columns.
 
     Raises:
-        MelensError: no such file or dataset, no such column, or a row without a text in it.
+        MelensError: the file, the dataset or the column does not exist, or a row has no text in that column.
     """
     if source is None:
         return "\n\n".join(topics[name] for name in sorted(topics))
     if names_file(source):
         return file_text(Path(os.path.expanduser(source)), column)
     if source.count("/") != 1:
-        raise MelensError(f"data.text is {source!r}; give a file that is there or a dataset of the hub, org/name.")
+        raise MelensError(f"data.text is {source!r}; it must be an existing file or a dataset of the hub (org/name).")
     return "".join(_column_of_dataset(source, split, column))
 
 
 def _column_of_dataset(source: str, split: str, column: str) -> list[str]:
-    from datasets import load_dataset  # seconds, which nobody else needs
+    from datasets import load_dataset  # takes seconds, and only hub datasets need it
 
     name, _, config = source.partition(":")
     try:
         rows: Any = load_dataset(name, config or None, split=split)
-    except Exception as error:  # whichever of the hub client's many
+    except Exception as error:  # the hub's client raises errors of many kinds
         why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise MelensError(f"The dataset {source} could not be loaded: {why}") from error
+        raise MelensError(f"The dataset {source} could not be loaded ({why}). Check its name.") from error
     if column not in rows.column_names:
-        raise MelensError(f"The dataset {source} has no column {column!r}, only {', '.join(rows.column_names)}.")
+        columns = ", ".join(rows.column_names)
+        raise MelensError(f"The dataset {source} has no column {column!r}. Set data.column to one of {columns}.")
     texts = list(rows[column])
     wrong = next((row for row, text in enumerate(texts) if not isinstance(text, str)), None)
     if wrong is not None:
-        raise MelensError(f"Row {wrong} of {source} holds {texts[wrong]!r:.80} as {column!r}; it must be a text.")
+        raise MelensError(f"{source}, row {wrong}: {column!r} is {texts[wrong]!r:.80}; it must be a text.")
     return texts
 
 
@@ -62,11 +67,12 @@ def bos_prefix(tokenizer: Any, bos: Bos = "auto") -> list[int]:
     """Return the token ids that every text begins with: BOS, or none.
 
     Args:
-        tokenizer: of a model; None for a model that has none, whose texts begin with nothing.
-        bos: as for prompts: `"auto"` whatever the tokenizer itself puts before a text, `"true"` BOS, `"false"` nothing.
+        tokenizer: of a model; None for a model without one.
+        bos: as for prompts: `"auto"` for what the tokenizer itself puts before a text, `"true"` for BOS, `"false"` for
+            nothing.
 
     Raises:
-        MelensError: no BOS token.
+        MelensError: the tokenizer has no BOS token.
     """
     if tokenizer is None or bos == "false":
         return []
@@ -80,33 +86,35 @@ def bos_prefix(tokenizer: Any, bos: Bos = "auto") -> list[int]:
 
 
 def cut_texts(
-    model: Any, text: str, *, n_texts: int, n_tokens: int, bos: Bos = "auto", seed: int = 0
+    model: Any, text: str | Sequence[int], *, n_texts: int, n_tokens: int, bos: Bos = "auto", seed: int = 0
 ) -> Int[Tensor, "text pos"]:
-    """Cut pieces of one length out of a long text, evenly spread, each beginning with another token where it can.
+    """Cut pieces of one length out of a long text, evenly spaced, with different first tokens where possible.
 
     Args:
-        model: a bridge; without a tokenizer it gets random tokens.
-        text: the text.
-        n_texts, n_tokens: how many pieces, and how long, BOS included.
+        model: a bridge; without a tokenizer the pieces are random tokens.
+        text: the text, or its token ids without BOS.
+        n_texts, n_tokens: number of pieces, and their length with BOS.
         bos: as for prompts.
         seed: of random tokens.
 
     Raises:
-        MelensError: a text too short for that, pieces longer than the context, or no BOS token.
+        MelensError: the text is too short, the pieces are longer than the context, or the tokenizer has no BOS token.
     """
     tokenizer = model.tokenizer
     if n_tokens > model.cfg.n_ctx:
-        raise MelensError(f"data.n_tokens is {n_tokens}, more than the model's context of {model.cfg.n_ctx:,}.")
+        raise MelensError(f"data.n_tokens is {n_tokens:,}; lower it to the model's context of {model.cfg.n_ctx:,}.")
     if tokenizer is None:
         return torch.stack(random_tokens(n_texts, n_tokens, model.cfg.d_vocab, seed=seed))
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids: Sequence[int] = (
+        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if isinstance(text, str) else text
+    )
     prefix = bos_prefix(tokenizer, bos)
     length = n_tokens - len(prefix)
     stride = len(ids) // n_texts
     if stride < length:
         raise MelensError(
-            f"The text has {len(ids):,} tokens, too few for {n_texts} of {n_tokens}: lower data.n_texts or "
-            "data.n_tokens."
+            f"The text has {len(ids):,} tokens, too few for {n_texts} pieces of {n_tokens}. Lower data.n_texts or "
+            "data.n_tokens, or give a longer text with data.text."
         )
     firsts: set[int] = set()
     pieces = []

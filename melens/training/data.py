@@ -1,4 +1,9 @@
-"""What a model is trained on: a preset's, any dataset of the hub, or a file, in the form that TRL takes."""
+"""Training data: a preset of `conf/training/dataset/`, any dataset of the hub, or a file, in the form that TRL takes.
+
+1. `load_training_data` finds which column has which role (prompt, completion, chosen, ...), checks every value, leaves
+   out rows that teach nothing, and draws a sample.
+2. `format_rows` turns the roles into TRL's forms: conversations for a chat template, or plain text.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +29,7 @@ from melens.training.recipe import known_datasets
 
 __all__ = ["TrainingData", "format_rows", "hash_rows", "load_training_data"]
 
-_NEEDED: dict[str, tuple[frozenset[str], ...]] = {  # the first of these sets that is there is read
+_NEEDED: dict[str, tuple[frozenset[str], ...]] = {  # the first set whose columns all exist is used
     "sft": (
         frozenset({"prompt", "completion"}),
         frozenset({"messages"}),
@@ -47,7 +52,8 @@ class TrainingData:
     Attributes:
         name: of the dataset.
         rows: with columns among `system`, `prompt`, `completion`, `answer`, `chosen`, `rejected`, `messages`, `text`.
-        are_dialogues: `chosen` and `rejected` are whole dialogues, "\\n\\nHuman: … \\n\\nAssistant: …" as in HH-RLHF.
+        are_dialogues: whether `chosen` and `rejected` are whole dialogues, as in HH-RLHF: "\\n\\nHuman: …
+            \\n\\nAssistant: …".
     """
 
     name: str
@@ -78,18 +84,18 @@ def load_training_data(
         data_dir: the folder of a preset's file; None fetches it from the hub.
         columns: which column has which role, over those of a preset.
         split: of a hub dataset.
-        limit: rows, drawn at random by `seed`; None for all.
+        limit: number of rows, drawn at random by `seed`; None for all.
 
     Raises:
-        MelensError: unknown name, no such file or dataset, columns that are missing, a line that is no row, or whose
-            values are of another kind than those before.
+        MelensError: the name is unknown, the file, the dataset or a column does not exist, or a row is malformed or has
+            values of another type than the rows before.
     """
     if name == "sums":
         return TrainingData(name, _sums(limit or 10_000, seed, method))
     preset = known_datasets().get(name)
     if preset is not None and method not in preset["methods"]:
         able = [other for other, its in known_datasets().items() if method in its["methods"]]
-        raise MelensError(f"training.dataset={name} is not for {method}; allowed are {', '.join(able)}, or your own.")
+        raise MelensError(f"training.dataset={name} has no rows for {method}. Use {', '.join(able)}, or your own.")
     path = _path(name, preset, data_dir)
     source = _from_hub(name, preset, split) if path is None else file_rows(path)
     names = _column_names(source)
@@ -113,7 +119,7 @@ def load_training_data(
 
 
 def _sums(n_rows: int, seed: int, method: str) -> Dataset:
-    """Make problems that a model of any size can learn, with a right and a wrong answer each."""
+    """Make sums that a model of any size can learn, each with a right and a wrong answer."""
     draw = random.Random(seed)
     rows = []
     for _ in range(n_rows):
@@ -129,7 +135,7 @@ def _path(name: str, preset: Mapping[str, Any] | None, data_dir: str | None) -> 
     if preset is None:
         if data_dir is not None:
             known = ", ".join(sorted(known_datasets()))
-            raise MelensError(f"training.data_dir holds the files of {known}; leave it out for {name}.")
+            raise MelensError(f"training.data_dir is for the datasets {known}. Leave it out for {name}.")
         return Path(os.path.expanduser(name)) if names_file(name) else None
     return None if data_dir is None else Path(os.path.expanduser(data_dir), preset["file"])
 
@@ -141,22 +147,22 @@ def _column_names(source: Dataset | list[Row]) -> list[str]:
 
 
 def _dataset(rows: Sequence[Row], roles: Mapping[str, str]) -> Dataset:
-    """Lay out the columns that have a role; `Dataset.from_list` leaves out those that the first row does not have."""
+    """Make a dataset of the columns that have a role; `Dataset.from_list` drops those that the first row lacks."""
     table = {column: [row.fields.get(column) for row in rows] for column in roles.values()}
     for role, column in roles.items():
         for row, value in zip(rows, table[column], strict=True):
             _check_value(value, role, row.place)
-    if "answer" in roles:  # numbers and words, which are compared as text
+    if "answer" in roles:  # numbers and words alike are compared as text
         table[roles["answer"]] = [str(answer) for answer in table[roles["answer"]]]
     try:
         return Dataset.from_dict(table)
-    except Exception:  # pyarrow's, where a column has values of several kinds
+    except Exception:  # pyarrow's, where a column has values of several types
         column = next(column for column, values in table.items() if not _are_of_one_kind(values))
         values = table[column]
         odd = bisect.bisect(range(len(values)), False, key=lambda row: not _are_of_one_kind(values[: row + 1]))
         found = json.dumps(values[odd])[:80]
         place = rows[odd].place
-        raise MelensError(f"{place}: {column!r} is {found}, of another kind than in the rows before.") from None
+        raise MelensError(f"{place}: {column!r} is {found}; its type must be that of the rows before.") from None
 
 
 def _are_of_one_kind(values: list[Any]) -> bool:
@@ -168,9 +174,9 @@ def _are_of_one_kind(values: list[Any]) -> bool:
 
 
 def _without_gaps(rows: Dataset, roles: Mapping[str, str], name: str) -> Dataset:
-    """Return the rows of a dataset, whose columns have types, after a look for what is null."""
+    """Return the rows of a dataset after checking its values; its columns have types, so few need a check."""
     if not len(rows):
-        raise MelensError(f"{name} holds no rows.")
+        raise MelensError(f"The dataset {name} is empty.")
     for role, column in roles.items():
         if role == "answer" or rows.data.column(column).null_count:  # a type may be a list's or an object's
             for number, value in enumerate(rows[column], 1):
@@ -179,35 +185,35 @@ def _without_gaps(rows: Dataset, roles: Mapping[str, str], name: str) -> Dataset
 
 
 def _check_value(value: Any, role: str, place: str) -> None:
-    """Raise a `MelensError` for what has the role of no form that rows may have."""
+    """Raise a `MelensError` for a value that its role cannot have."""
     if role == "answer":
         is_right = isinstance(value, str | int | float) and not isinstance(value, bool)
-        allowed = "answer" if value is None else "text or number"
+        allowed = "a text or a number"
     elif role in ("text", "system"):
-        is_right, allowed = isinstance(value, str) or (role == "system" and value is None), "text"
+        is_right, allowed = isinstance(value, str) or (role == "system" and value is None), "a text"
     else:
         is_right = (isinstance(value, str) and role != "messages") or (bool(value) and _is_conversation(value))
-        allowed = "list of messages" if role == "messages" else "text, nor a list of messages"
+        allowed = "a list of messages" if role == "messages" else "a text or a list of messages"
     if not is_right:
-        raise MelensError(f"{place}: {value!r:.80} as {role} is no {allowed}.")
+        raise MelensError(f"{place}: the {role} is {value!r:.80}; it must be {allowed}.")
 
 
 def _from_hub(name: str, preset: Mapping[str, Any] | None, split: str) -> Dataset:
     if preset is None and "/" not in name:
         close = difflib.get_close_matches(name, known_datasets(), n=3, cutoff=0.4) or sorted(known_datasets())
         raise MelensError(
-            f"There is no dataset {name!r}; the nearest known are {', '.join(close)}, or give a hub id (org/name) or "
+            f"There is no dataset {name!r}; the nearest known are {', '.join(close)}. Or give a hub id (org/name), or "
             "a .jsonl, .json or .csv file."
         )
     path, _, subset = (preset["hub"], "", preset.get("subset")) if preset is not None else name.partition(":")
     try:
         return load_dataset(path, subset or None, split=split)
-    except Exception as error:  # of the hub client, of pyarrow, of a builder: whichever
+    except Exception as error:  # the hub's client, pyarrow and builders raise errors of many kinds
         place = f" or set training.data_dir to a folder with {preset['file']}" if preset is not None else ""
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise MelensError(
-            f"The dataset {path} could not be loaded from the hub ({why[:150]}): check its name "
-            f"and the connection, give a .jsonl, .json or .csv file{place}."
+            f"The dataset {path} could not be loaded from the hub ({why[:150]}). Check its name and the connection, or "
+            f"give a .jsonl, .json or .csv file{place}."
         ) from error
 
 
@@ -222,10 +228,10 @@ def _columns_of_roles(
     needed = next((roles for roles in _NEEDED[method] if roles <= set(there)), None)
     if missing or needed is None:
         ways = " or ".join(" and ".join(sorted(roles)) for roles in _NEEDED[method])
-        told = f", not {missing[0]}" if missing else ""
+        without = f", but not {missing[0]}" if missing else ""
         raise MelensError(
-            f"{name} has the columns {', '.join(names)}{told}; {method} needs {ways}: training.columns="
-            "{prompt: question, ...} says which is which."
+            f"{name} has the columns {', '.join(names)}{without}; {method} needs {ways}. Name them with "
+            "training.columns={prompt: question, ...}."
         )
     return {role: column for role, column in there.items() if role in needed or role == "system"}
 
@@ -244,7 +250,7 @@ def _is_dialogue(value: Any) -> bool:
 
 
 def _kept(rows: Dataset, is_wanted: Callable[[Any], bool], name: str, why_not: str) -> Dataset:
-    """Leave out rows that nothing can be learnt from, and tell how many."""
+    """Leave out rows that nothing can be learnt from, and log how many."""
     kept = rows.filter(is_wanted)
     if len(kept) < len(rows):
         _log.warning("%s: %d of %d rows have %s and are left out.", name, len(rows) - len(kept), len(rows), why_not)
@@ -252,7 +258,7 @@ def _kept(rows: Dataset, is_wanted: Callable[[Any], bool], name: str, why_not: s
 
 
 def _is_pair(dialogues: list[Any]) -> bool:
-    """Tell whether dialogues end with a reply, and reply to the same."""
+    """Return whether dialogues end with a reply to the same turns."""
     if not all(isinstance(dialogue, str) and _last_turn(dialogue)[1].strip() for dialogue in dialogues):
         return False
     return len({_before_last_turn(dialogue) for dialogue in dialogues}) == 1
@@ -279,7 +285,7 @@ def format_rows(data: TrainingData, method: str, *, chat: bool) -> Dataset:
                 asked.append({"role": "user", "content": _text(prompt, "prompt")})
                 prompt = asked if chat else "\n".join(turn["content"] for turn in asked) + "\n"
         if _is_conversation(prompt) and not chat:
-            raise MelensError(f"{data.name} holds conversations, which need the chat template: training.chat is false.")
+            raise MelensError(f"{data.name} holds conversations, but training.chat is false. Set training.chat=true.")
         if method == "grpo":
             return {"prompt": prompt, "answer": row["answer"]}
         wanted = ("chosen", "rejected") if method == "dpo" else ("completion" if "completion" in reply else "chosen",)
@@ -297,24 +303,24 @@ def format_rows(data: TrainingData, method: str, *, chat: bool) -> Dataset:
 
 
 class _OtherFormError(ValueError):
-    """A row that is not what its role needs."""
+    """A row has not the form that its role needs."""
 
 
 def _is_conversation(value: Any) -> bool:
-    """Tell whether a value is in TRL's conversational form, a list of messages."""
+    """Return whether a value has TRL's conversational form, a list of messages."""
     return isinstance(value, list) and all(
         isinstance(turn, Mapping) and {"role", "content"} <= set(turn) for turn in value
     )
 
 
 def _prompt_and_replies(row: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Take what is asked and what is answered from a row; without a prompt, from its conversations."""
+    """Return the prompt and the replies of a row; without a prompt, from its conversations."""
     replies = {role: row[role] for role in ("completion", "chosen", "rejected") if role in row}
     if "prompt" in row:
         return row["prompt"], replies
     whole = row.get("messages") if "messages" in row else row.get("chosen")
     if not (_is_conversation(whole) and whole):
-        raise _OtherFormError("without a prompt, rows need messages, or chosen (and rejected) as whole conversations.")
+        raise _OtherFormError("rows without a prompt need messages, or chosen (and rejected) as whole conversations.")
     if "messages" in row:
         replies["completion"] = whole
     return whole[:-1], {role: turns[-1:] if _is_conversation(turns) else turns for role, turns in replies.items()}
@@ -329,7 +335,7 @@ def _reply(value: Any, role: str, before: str, *, chat: bool) -> Any:
 
 def _text(value: Any, role: str) -> str:
     if not isinstance(value, str):
-        raise _OtherFormError(f"{value!r} as {role} is no text, nor a list of messages.")
+        raise _OtherFormError(f"the {role} is {value!r}; it must be a text or a list of messages.")
     return value
 
 
@@ -342,13 +348,13 @@ def hash_rows(rows: Dataset) -> str:
 
 
 def _is_answered(row: Mapping[str, Any]) -> bool:
-    """Tell whether there is anything to learn in a row: some dialogues end with the human."""
+    """Return whether a row has a reply to learn: some dialogues end with the human's turn."""
     texts = [row[key] for key in ("completion", "chosen", "rejected") if key in row]
     return all((text if isinstance(text, str) else (text[-1]["content"] or "")).strip() for text in texts)
 
 
 def _last_turn(dialogue: str) -> tuple[list[tuple[str, str]], str]:
-    """Split a dialogue into the turns before the assistant's last one, and that."""
+    """Split a dialogue into the assistant's last turn and the turns before it."""
     parts = _TURN.split(dialogue)[1:]
     turns = list(zip(parts[::2], parts[1::2], strict=True))
     if not turns or turns[-1][0] != "Assistant":
@@ -362,7 +368,7 @@ def _before_last_turn(dialogue: str) -> str:
 
 
 def _conversation(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
-    """Return messages; what one speaker says in several turns is one, as chat templates want the roles to alternate."""
+    """Return messages; consecutive turns of one speaker become one, because chat templates alternate the roles."""
     role = {"Human": "user", "Assistant": "assistant"}
     by_speaker = groupby(turns, key=lambda turn: turn[0])
     return [{"role": role[who], "content": "\n\n".join(text for _, text in said)} for who, said in by_speaker]

@@ -1,4 +1,4 @@
-"""How a model is trained: the paper's hyperparameters by method and dataset, and what the user says otherwise."""
+"""The hyperparameters of a training: the user's, else those of the dataset, else the paper's for the method."""
 
 from __future__ import annotations
 
@@ -40,26 +40,26 @@ class Lora:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a training does, but for its data, its mask and its gate.
+    """The hyperparameters of a training.
 
     Attributes:
         method: one of `METHODS`.
-        batch_size: rows of an optimiser step over all processes; of GRPO, prompts.
-        micro_batch_size: rows (of GRPO, rollouts) of a forward pass in one process.
-        lr, epochs, weight_decay: as in AdamW; a linear schedule after `warmup`, a share of all steps.
-        steps: of the optimiser; null: as many as the epochs have.
-        max_length: tokens of a row, cut beyond; of GRPO none.
-        max_new_tokens, rollouts, temperature: what GRPO writes for a prompt, and how often.
+        batch_size: rows in an optimiser step over all processes; with GRPO, prompts.
+        micro_batch_size: rows (with GRPO, rollouts) in a forward pass of one process.
+        lr, epochs, weight_decay: of AdamW; the rate falls linearly after `warmup`, a share of all steps.
+        steps: of the optimiser; None makes as many as the epochs need.
+        max_length: tokens of a row, which is cut beyond; not used by GRPO.
+        max_new_tokens, rollouts, temperature: length, number and temperature of the replies that GRPO samples.
         beta: DPO's temperature, or the coefficient of GRPO's KL term.
-        format_weight: of GRPO's format reward, beside the 1 of the right answer.
-        precision: `"float32"`; `"mixed"`: float32 weights, computed with in bfloat16; `"bfloat16"`: weights too;
-            `"auto"`: the caller says which before training.
-        gradient_checkpointing: compute activations anew in the backward pass, for memory.
+        format_weight: weight of GRPO's format reward, beside 1 for the right answer.
+        precision: `"float32"`; `"mixed"` for float32 weights and bfloat16 arithmetic; `"bfloat16"` for weights too;
+            `"auto"` for what suits the machine (`TrainingPlan.on_device`).
+        gradient_checkpointing: compute activations again in the backward pass, to save memory.
         lora: None trains all weights.
         log_every, save_every: in steps; `save_every` 0 keeps no checkpoints.
         report_to: tensorboard, wandb, trackio, or none.
         seed: of the data's order, adapters and rollouts.
-        trainer: further fields of TRL's configuration of the method, by its names.
+        trainer: further fields of TRL's configuration of the method, by their names.
     """
 
     method: Annotated[str, one_of(METHODS), Said(listed(METHODS))]
@@ -89,22 +89,23 @@ class Recipe:
         check_fields(self, "training.{}")
         if self.method == "dpo" and not self.beta:
             raise MelensError(
-                "training.beta is 0; of dpo it must be over 0, or nothing ties the model to its reference."
+                "training.beta is 0; with dpo it must be over 0, or nothing keeps the model near its reference."
             )
         if self.rows_per_step % self.micro_batch_size:
+            size = "batch_size × training.rollouts" if self.method == "grpo" else "batch_size"
             raise MelensError(
-                f"training.batch_size makes steps of {self.rows_per_step} rows, which micro batches of "
-                f"{self.micro_batch_size} (training.micro_batch_size) do not divide."
+                f"training.{size} ({self.rows_per_step}) must be a multiple of training.micro_batch_size "
+                f"({self.micro_batch_size})."
             )
 
     @property
     def rows_per_step(self) -> int:
-        """The rows of a step; GRPO has one for each rollout."""
+        """Rows in an optimiser step; GRPO has one for each rollout."""
         return self.batch_size * (self.rollouts if self.method == "grpo" else 1)
 
     @property
     def bytes_per_weight(self) -> int:
-        """What training keeps for each weight: it, its gradient, AdamW's two moments, the reference model's."""
+        """Memory for each weight: itself, its gradient, AdamW's two moments, and the reference model's weight."""
         own = BYTES_PER_WEIGHT[self.precision]
         needs_reference = self.method == "dpo" or (self.method == "grpo" and self.beta > 0)
         if self.lora is not None:
@@ -113,7 +114,7 @@ class Recipe:
 
 
 def training_conf(name: str, default: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a method: what the user gives, else the dataset's, else the paper's for the method."""
+    """Return the options of a method: those given, else the defaults (of a dataset), else `conf/training/`'s."""
     preset = yaml.safe_load((conf_folder("training") / f"{name}.yaml").read_text("utf-8"))
     return {**preset, **default, **given}
 
@@ -128,12 +129,12 @@ def known_datasets() -> dict[str, dict[str, Any]]:
 
 
 def recipe_fields() -> set[str]:
-    """Return the names of what a `Recipe` takes."""
+    """Return the names of a `Recipe`'s fields."""
     return {of_recipe.name for of_recipe in fields(Recipe)}
 
 
 def check_installed(report_to: str = "none") -> None:
-    """Raise a `MelensError` with pip's command for what a training needs and is not installed."""
+    """Raise a `MelensError` with pip's command if a training needs a package that is not installed."""
     check_extra("train", "Training")
     if report_to != "none" and find_spec(report_to) is None:
-        raise MelensError(f"training.report_to={report_to} needs a package: pip install {report_to}")
+        raise MelensError(f"training.report_to={report_to} needs a package that is missing: pip install {report_to}")

@@ -1,15 +1,15 @@
-r"""What GRPO rewards in the answer to a maths problem, and which right answers it could never reward.
+r"""GRPO's rewards for the answer to a maths problem, and a check for right answers that can never be rewarded.
 
-A completion is right (`is_right`) where its final answer, behind its thoughts, is
+A completion is right (`is_right`) if its final answer, after its thoughts, is
 
-1. the same text as the right one, but for markup: "yes", "(A)", "2:30", `\boxed{50\%}` for 50%;
+1. the same text as the right one, apart from markup: "yes", "(A)", "2:30", `\boxed{50\%}` for 50%;
 2. or the same number: 12 for "12 dollars", 20 for "€20", 1000 for "1e3";
-3. or the same mathematics, as math-verify reads the completion: `\frac{1}{2}` for 0.5. Words and times of day are none:
-   math-verify would read "yes" as the product y·e·s, and 2:30 as a fifteenth.
+3. or the same mathematics, as math-verify reads the completion: `\frac{1}{2}` for 0.5. Words and times of day are not
+   given to math-verify, which reads "yes" as the product y·e·s and 2:30 as a fifteenth.
 
-It is wrong where several are marked as the final answer, "5 or 6": GRPO would teach the model to hedge.
+It is wrong if it marks several final answers, "5 or 6": GRPO would teach the model to hedge.
 
-Rows whose right answer is not even right as a completion of its own would be trained on at reward 0 (`check_answers`).
+`check_answers` finds rows whose right answer is wrong even as a completion of its own: they would only earn 0.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ from melens.errors import MelensError
 __all__ = ["check_answers", "is_right", "reward_answer", "reward_format"]
 
 MOST_UNGRADED = 0.1
-"""Share of the right answers that may be such that no completion is rewarded."""
+"""Largest share of right answers for which no completion can be rewarded."""
 
 MOST_WORDS = 5
-"""Of a right answer that is compared as a text: no model writes a sentence again word by word."""
+"""Most words of a right answer that is compared as a text: no model repeats a sentence word by word."""
 
 
-def reward_answer(completions: Sequence[Any], answer: Sequence[str], **told: Any) -> list[float]:
-    """Give 1 where a completion is right, else 0, as where it ends inside a thought.
+def reward_answer(completions: Sequence[Any], answer: Sequence[str], **columns: Any) -> list[float]:
+    """Return 1 for each completion that is right, else 0; one that ends inside a thought is not.
 
     Args:
         completions: texts, or conversations of one message.
         answer: the right answers, as numbers, LaTeX, a letter, a time or a few words.
-        told: of TRL and the trainer: `opened`, of `Chat`; `completion_ids` and `tokenizer`, as marks of thoughts may be
-            special tokens, which the completions are decoded without.
+        columns: TRL's and the trainer's: `opened`, of `Chat`; `completion_ids` and `tokenizer`, because the marks of
+            thoughts may be special tokens, without which TRL decodes the completions.
     """
-    return [float(is_right(text, right)) for text, right in zip(_answers(completions, told), answer, strict=True)]
+    return [float(is_right(text, right)) for text, right in zip(_answers(completions, columns), answer, strict=True)]
 
 
-def reward_format(completions: Sequence[Any], **told: Any) -> list[float]:
-    r"""Give 1 where a completion ends in its answer: `\boxed{72}`, `#### 72` or "the answer is 72"."""
-    marked = [_marked(text) for text in _answers(completions, told)]
+def reward_format(completions: Sequence[Any], **columns: Any) -> list[float]:
+    r"""Return 1 for each completion that ends in its answer: `\boxed{72}`, `#### 72` or "the answer is 72"."""
+    marked = [_marked(text) for text in _answers(completions, columns)]
     return [
         float(
             found is not None and _ENDED.fullmatch(found.after) is not None and not _UNKNOWN.match(_plain(found.answer))
@@ -60,37 +60,37 @@ def reward_format(completions: Sequence[Any], **told: Any) -> list[float]:
     ]
 
 
-def _answers(completions: Sequence[Any], told: dict[str, Any]) -> list[str]:
-    tokenizer, ids = told.get("tokenizer"), told.get("completion_ids")
+def _answers(completions: Sequence[Any], columns: dict[str, Any]) -> list[str]:
+    tokenizer, ids = columns.get("tokenizer"), columns.get("completion_ids")
     if tokenizer is not None and ids is not None:
         texts = [decode_reply(tokenizer, list(of_one)) for of_one in ids]
     else:
         texts = [str(one if isinstance(one, str) else one[-1]["content"]) for one in completions]
-    return [read_reply(text, told.get("opened", "")).answer for text in texts]
+    return [read_reply(text, columns.get("opened", "")).answer for text in texts]
 
 
 def check_answers(answers: Sequence[str], name: str) -> None:
-    """Warn of right answers that are not even right where a completion gives them, or refuse them where they are many.
+    """Warn of right answers that a completion could never be rewarded for, or refuse the data if they are many.
 
     Args:
-        answers: one a row.
+        answers: one for each row.
         name: of the data.
 
     Raises:
-        MelensError: more than `MOST_UNGRADED` of them.
+        MelensError: they are more than `MOST_UNGRADED` of all.
     """
     ungraded = [(number, right) for number, right in enumerate(answers, 1) if not _is_graded(right)]
     if not ungraded:
         return
     first = ", ".join(f"row {number} ({' '.join(right.split())[:40]!r})" for number, right in ungraded[:3])
-    told = (
-        f"{name}: {len(ungraded)} of {len(answers)} right answers can never be rewarded, as they are not read as an "
-        f"answer: {first}{', ...' if len(ungraded) > 3 else ''}. Numbers, LaTeX, a letter, a time and up to "
-        f"{MOST_WORDS} words are."
+    warning = (
+        f"{name}: {len(ungraded)} of {len(answers)} right answers can never be rewarded: {first}"
+        f"{', ...' if len(ungraded) > 3 else ''}. An answer is a number, LaTeX, a letter, a time or up to {MOST_WORDS} "
+        "words."
     )
     if len(ungraded) > MOST_UNGRADED * len(answers):
-        raise MelensError(f"{told} At most {MOST_UNGRADED:.0%} may be others: training.columns names the right column.")
-    warnings.warn(told, stacklevel=2)
+        raise MelensError(f"{warning} At most {MOST_UNGRADED:.0%} may differ. Name the right column, training.columns.")
+    warnings.warn(warning, stacklevel=2)
 
 
 @cache
@@ -102,11 +102,11 @@ def _is_graded(right: str) -> bool:
 
 
 def is_right(completion: str, right: str) -> bool:
-    """Tell whether a completion gives the right answer.
+    """Return whether a completion gives the right answer.
 
     Args:
         completion: without its thoughts.
-        right: as of `reward_answer`.
+        right: as for `reward_answer`.
     """
     gold = _plain(right)
     if _says_nothing(gold) or len(_WORD.findall(gold)) > MOST_WORDS:
@@ -134,11 +134,11 @@ def is_right(completion: str, right: str) -> bool:
         if number.value == other.value or number.share == other.share:
             return True
     forms = [right] if number is None else number.written()
-    if found is None:  # an escaped dollar hides the number behind it from math-verify
+    if found is None:  # math-verify does not see a number behind an escaped dollar
         return _is_same_mathematics(completion.replace(r"\$", ""), forms)
-    if other is not None:  # whose unit math-verify does not read: 5 million is no 5, and 50% is a half
+    if other is not None:  # math-verify does not read units: 5 million is not 5, and 50% is a half
         return _is_same_mathematics(f"${other.share:f}$", [right] if number is None else [f"{number.share:f}"])
-    if _has_several(given) and not are_several:  # math-verify would take the first, and so reward a hedge
+    if _has_several(given) and not are_several:  # math-verify takes the first, which would reward a hedge
         return False
     return _is_same_mathematics(f"{found.mark} {answer}{'}' if found.mark.endswith('{') else ''}", forms)
 
@@ -148,7 +148,7 @@ _FEW_WORDS = re.compile(r"[^\W\d_]+(?:[ '-][^\W\d_]+)+|no|[^\W\d_]{3,}")
 _TIME = re.compile(r"\d{1,2}(?::\d\d){1,2}(?: ?[ap]\.?m\.?)?|\d{1,2} ?[ap]\.?m\.?", re.IGNORECASE)
 _NO_ANSWER = re.compile(r"n/?a|none|null|nan|see (?:above|below|solution|explanation|proof)", re.IGNORECASE)
 _UNKNOWN = re.compile(r"\W*(?:un(?:clear|known|certain)|not (?:clear|known|certain|sure)|n/a)\b", re.IGNORECASE)
-_REASON = re.compile(  # "5, because …"; but "5, maybe 6" is no reason
+_REASON = re.compile(  # "5, because …" gives a reason; "5, maybe 6" does not
     r"(?<!\\)[,;]\s*(?!(?:or|and|to|but|maybe|perhaps|possibly|probably|likely)\b)(?=[a-z]{2}|[a-z]['’ ][a-z])",
     re.IGNORECASE,
 )
@@ -159,12 +159,12 @@ _SEVERAL_RIGHT = re.compile(r"\b(?:or|and|to)\b|[,;&±]|\\[pm][mp](?![a-z])", re
 
 
 def _says_nothing(gold: str) -> bool:
-    """Tell whether a right answer stands for none: N/A, or punctuation alone; a sign as ∞ or < may be one."""
+    """Return whether a right answer is missing: N/A, or punctuation only; a sign like ∞ or < may be an answer."""
     return _NO_ANSWER.fullmatch(gold) is not None or all(unicodedata.category(one)[0] in "PZ" for one in gold)
 
 
 def _has_several(text: str) -> bool:
-    """Tell whether a text gives several answers, or a range; a tuple, an interval and 1,000 are one."""
+    """Return whether a text gives several answers, or a range; a tuple, an interval and 1,000 are one answer."""
     outside, inside = text, ""
     while outside != inside:
         outside, inside = _BRACKETED.sub("0", outside), outside
@@ -172,7 +172,7 @@ def _has_several(text: str) -> bool:
 
 
 def _is_same_unit(one: str, other: str) -> bool:
-    """Tell whether units may be the same: one is not told, or is short for the other, as ft, hrs and mph are."""
+    """Return whether units may be the same: one is missing, or short for the other, like ft, hrs and mph."""
     short, long = sorted((one, other), key=len)
     words = long.split()
     if not short or short == long or short == words[0].rstrip("s"):  # 10 apples are 10 apples left
@@ -187,7 +187,7 @@ def _is_same_mathematics(completion: str, right: Sequence[str]) -> bool:
 
     for name in ("math_verify.parser", "math_verify.grader", "math_verify.utils"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    in_main_thread = threading.current_thread() is threading.main_thread()  # where alone its alarm can ring
+    in_main_thread = threading.current_thread() is threading.main_thread()  # signals work nowhere else
     limit = 5 if in_main_thread else None
     gold = [read for form in right for read in parse(f"${form}$", parsing_timeout=limit)]
     return bool(verify(gold, parse(completion, parsing_timeout=limit), timeout_seconds=limit))
@@ -208,7 +208,7 @@ class _Marked(NamedTuple):
 
 
 def _marked(text: str) -> _Marked | None:
-    """Return the final answer as it is marked, and what follows it; None where none is marked."""
+    """Return the final answer that is marked, and what follows it; None where none is marked."""
     marks = list(_MARK.finditer(text))
     if not marks:
         return None
@@ -229,7 +229,7 @@ _COMMANDS = re.compile(r"\\(?:text(?:bf|rm|it|sf)?|math(?:bf|rm|it|sf)?|mbox|ope
 
 
 def _plain(text: str) -> str:
-    """Return an answer without the markup that says nothing."""
+    """Return an answer without markup."""
     text = "".join(one if unicodedata.category(one) == "No" else unicodedata.normalize("NFKC", one) for one in text)
     text = _COMMANDS.sub(r"\1", text).replace(r"\%", "%").replace("’", "'").replace("−", "-")
     text = re.sub(r"\\\$|\$|\\!\s*|\\[()\[\],; ]|\\(?:left|right)(?![a-z])|[*`\"“”]", "", text)
@@ -247,11 +247,11 @@ class _Quantity(NamedTuple):
 
     @property
     def share(self) -> Decimal:
-        """The number that it is: 0.5 for 50%."""
+        """The plain number: 0.5 for 50%."""
         return self.value / 100 if self.unit == "%" else self.value
 
     def written(self) -> list[str]:
-        """Return LaTeX for it, of which math-verify reads two forms of percent as different things."""
+        """Return LaTeX for it; math-verify takes the two forms of percent for different things, so both."""
         return [f"{self.value:f}{sign}" for sign in (("%", r"\%") if self.unit == "%" else ("",))]
 
 
@@ -269,7 +269,7 @@ _QUANTITY = re.compile(
 
 
 def _quantity(text: str) -> _Quantity | None:
-    """Read a number with its unit, if that is all that there is."""
+    """Read a number with its unit; None if the text has anything else."""
     found = _QUANTITY.fullmatch(text)
     if found is None:
         return None

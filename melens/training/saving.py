@@ -1,4 +1,4 @@
-"""A trained model as a transformers folder, with its mask and its gates beside the weights."""
+"""Save a trained model as a transformers folder, with its mask and its gates beside the weights."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from melens.storage.files import atomic_folder
 
 __all__ = ["save_trained"]
 
-_TOLD = "training.json"
+_RECORD = "training.json"
 
 
-def save_trained(model: Any, tokenizer: Any, folder: Path, *, mask: WeMask | None, told: dict[str, Any]) -> Path:
+def save_trained(model: Any, tokenizer: Any, folder: Path, *, mask: WeMask | None, record: dict[str, Any]) -> Path:
     """Write a model that `load_model` reads: weights, tokenizer, `wemask.json` if masked, `gate.safetensors` if gated.
 
-    The folder is whole or not there, and takes the place of an earlier training's; anything else there is put aside.
-    Of several processes the first writes; all must call.
+    The folder is written completely or not at all. It replaces that of an earlier training; anything else in its place
+    is moved aside. All processes must call this; the first one writes.
 
     Args:
         model: as `train` returns it.
-        tokenizer: of it.
+        tokenizer: the model's.
         folder: to make.
         mask: that it was trained with.
-        told: what to remember of the training, in `training.json`.
+        record: what `training.json` says of the training.
 
     Raises:
-        MelensError: a mask, and weights gathered from several processes that do not fill the model it is to be for.
+        MelensError: the weights gathered from several processes do not fill the model that the mask is for.
     """
     sharded = any(isinstance(weight, DTensor) for weight in model.parameters())
     accelerator = Accelerator()
@@ -50,14 +50,14 @@ def save_trained(model: Any, tokenizer: Any, folder: Path, *, mask: WeMask | Non
                 save_gates(of_gates, partial)
             if mask is not None:
                 mask.moved_to(gathered_twin(model, weights) if sharded else model).save(partial)
-            (partial / _TOLD).write_text(json.dumps(told, indent=2, default=str), "utf-8")
+            (partial / _RECORD).write_text(json.dumps(record, indent=2, default=str), "utf-8")
     accelerator.wait_for_everyone()
     return folder
 
 
 def _put_aside(folder: Path) -> None:
-    """Move what no training wrote out of the way: it is not ours, and hours of training should not end at it."""
-    if folder.exists() and not (folder / _TOLD).is_file():
+    """Move what no training wrote aside: it is not ours, and hours of training should not be lost over it."""
+    if folder.exists() and not (folder / _RECORD).is_file():
         aside = next(path for n in count(1) if not (path := folder.with_name(f"{folder.name}.{n}")).exists())
         folder.rename(aside)
-        warnings.warn(f"{folder} held no trained model: what it held is in {aside} now.", stacklevel=2)
+        warnings.warn(f"{folder} held something other than a trained model; it was moved to {aside}.", stacklevel=2)

@@ -1,4 +1,11 @@
-"""Train a model with TRL, under a mask that is on every block from the start to the end."""
+"""Train a model with TRL, with a mask on all the time.
+
+1. `train` checks the recipe and the folder, and finds the checkpoint to resume from (`_checkpoint`).
+2. The mask is put on the model, and a trainer of TRL is made from the recipe (`_trainer`); DPO's and GRPO's reference
+   model is a copy with the same mask on.
+3. The trainer stops at a loss or a gradient that is NaN (`_FiniteLoss`), resumes only from complete checkpoints
+   (`_CompleteCheckpoint`), and reports each step to `_Recorder`, which also calls for inspections.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +36,6 @@ from trl.trainer.utils import RepeatSampler, add_fused_lm_head, disable_dropout_
 from melens.data.chat import PLAIN, Chat, chat_of, opened_thought
 from melens.environment.seeding import seeded
 from melens.errors import MelensError
-from melens.masks.hooks import InstalledMask
 from melens.masks.mask import WeMask
 from melens.models.gates import GATE, gates_of
 from melens.models.generation import verify_generation
@@ -40,28 +46,56 @@ from melens.training.data import hash_rows
 from melens.training.recipe import Recipe
 from melens.training.rewards import reward_answer, reward_format
 
-__all__ = ["Trained", "check_folder", "check_trainer", "train"]
+__all__ = ["TrainingOutput", "TrainingStats", "check_folder", "check_trainer", "train"]
 
-Watch = Callable[[int, Any, InstalledMask | None], None]
-"""Called as `watch(step, model, mask)`."""
+Inspect = Callable[[int, Any], None]
+"""Called as `inspect(step, model)`, with the steps that are done."""
 
 _PLAN = "training.json"
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainingStats:
+    """How a training went.
+
+    Attributes:
+        steps: of the optimiser, in all.
+        processes: that trained together.
+        seconds: of this run.
+        step_seconds: median of a step, without inspections and checkpoints.
+        tokens, tokens_per_second: None where TRL does not count them.
+        peak_gb: memory of a GPU.
+        mean_loss, final_loss: as logged.
+        resumed_at: the step of the checkpoint that the training resumed from, else 0.
+        thinking: whether rollouts in a chat were to think, in words.
+    """
+
+    steps: int
+    processes: int
+    seconds: float
+    step_seconds: float | None
+    tokens: float | None
+    tokens_per_second: float | None
+    peak_gb: float | None
+    mean_loss: float | None
+    final_loss: float | None
+    resumed_at: int
+    thinking: str | None
+
+
+@dataclass(frozen=True)
+class TrainingOutput:
     """What a training left.
 
     Attributes:
         model: the transformers model with its new weights, adapters merged into them.
-        log: a row each time that TRL told of its numbers: `step`, `loss`, `learning_rate`, `grad_norm` and others.
-        metrics: `steps`, `processes`, `seconds`, `step_seconds` (median), `tokens`, `tokens_per_second`, `peak_gb`,
-            `mean_loss`, `final_loss`, `resumed_at`, and of rollouts in a chat `thinking`.
+        log: TRL's numbers, a row for each logged `step`: `loss`, `learning_rate`, `grad_norm` and others.
+        stats: how it went.
     """
 
     model: Any
     log: pd.DataFrame
-    metrics: dict[str, Any]
+    stats: TrainingStats
 
 
 def train(
@@ -74,34 +108,34 @@ def train(
     mask: WeMask | None = None,
     resume: bool = False,
     progress: Callable[[int, int], None] | None = None,
-    watch: Watch | None = None,
-    watch_every: int = 0,
-) -> Trained:
+    inspect: Inspect | None = None,
+    inspect_every: int = 0,
+) -> TrainingOutput:
     """Train all weights of a model, or adapters, with a mask on all the time.
 
     Args:
-        model: a transformers model; it is changed. Its gates, if it has some, are trained too.
-        tokenizer: of it.
-        rows: in TRL's form, of `format_rows`.
-        recipe: how.
-        folder: for checkpoints; without `resume`, one that has none.
-        mask: settled on the model; also on the reference model of DPO and GRPO.
+        model: a transformers model, whose weights change. Its gates, if it has some, are trained too.
+        tokenizer: the model's.
+        rows: in TRL's form, as `format_rows` returns them.
+        recipe: hyperparameters.
+        folder: for checkpoints; it has none unless the training resumes.
+        mask: settled on the model; the reference model of DPO and GRPO uses the same mask.
         resume: go on from the last checkpoint in the folder, which must be of the same training.
-        progress: called with the steps done and all of them.
-        watch: called before the first step, each `watch_every` steps (0: not between), and after the last.
+        progress: called with the steps that are done and the number of all steps.
+        inspect: called before the first step, each `inspect_every` steps (0: not in between), and after the last step.
 
     Raises:
-        MelensError: checkpoints of another training or with parts missing, rows that make no batch, a loss that is no
-            number, or for GRPO a model that does not write in a batch with a cache what it writes alone without one.
+        MelensError: the checkpoints are of another training or incomplete, the rows make no batch, the loss is NaN, or,
+            for GRPO, the model writes something else in a batch with a cache than alone without one.
     """
     check_trainer(recipe, len(rows))
-    n_gates = sorted({weight.shape[0] for gate in gates_of(view_model(model)).values() for weight in gate.parameters()})
+    gate_sizes = {weight.shape[0] for gate in gates_of(view_model(model)).values() for weight in gate.parameters()}
     plan = {
         "model": fingerprint(model),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "recipe": asdict(recipe),
         "mask": None if mask is None else mask.to_dict(),
-        "gate": n_gates,  # of a block
+        "gate": sorted(gate_sizes),  # 1 for each head, or for each entry
         "data": {"rows": len(rows), "hash": hash_rows(rows)},
     }
     chat = _chat_of_rollouts(tokenizer, rows, recipe)
@@ -112,20 +146,20 @@ def train(
         written = verify_generation(model, mask)
         if not (written.use_cache and written.together):
             raise MelensError(
-                "With a cache of keys and values, or in a batch, this model writes something else than alone and "
-                "without one, and TRL's rollouts use both: it cannot be trained with grpo."
+                "This model writes something else in a batch or with a cache of keys and values than alone without a "
+                "cache, and TRL's rollouts use both. Train it with sft or dpo."
             )
-    with seeded(recipe.seed), nullcontext() if mask is None else mask.applied(model) as installed:
+    with seeded(recipe.seed), nullcontext() if mask is None else mask.applied(model):
         trainer = _trainer(model, tokenizer, rows, recipe, folder, chat)
         if not len(trainer.train_dataset):
-            raise MelensError("No row is left to train on: training.max_length cuts off all that there is to learn.")
-        record = _Record(trainer, installed, progress, watch, watch_every)
-        trainer.add_callback(record)
+            raise MelensError("training.max_length cuts off the reply of every row, so no row is left. Raise it.")
+        recorder = _Recorder(trainer, progress, inspect, inspect_every)
+        trainer.add_callback(recorder)
         trainer.remove_callback(PrinterCallback)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        with suppress(_NothingLeftError):
+        with suppress(_NoStepsLeftError):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         seconds = time.perf_counter() - start
     state = trainer.state
@@ -133,59 +167,62 @@ def train(
     losses = log["loss"].dropna() if "loss" in log else pd.Series(dtype=float)
     resumed_at = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
     tokens, new_tokens = _count_tokens(log, resumed_at)
-    metrics = {
-        "steps": state.global_step,
-        "processes": PartialState().num_processes,
-        "seconds": seconds,
-        "step_seconds": record.median_step(),
-        "tokens": tokens,
-        "tokens_per_second": None if new_tokens is None else new_tokens / max(record.in_steps(), 1e-9),
-        "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None,
-        "mean_loss": float(losses.mean()) if len(losses) else None,
-        "final_loss": float(losses.iloc[-1]) if len(losses) else None,
-        "resumed_at": resumed_at,
-        "thinking": None if chat is PLAIN else chat.in_words(),
-    }
-    return Trained(_unwrapped(trainer), log, metrics)
+    step_seconds = pd.Series(recorder.step_seconds, dtype=float)
+    stats = TrainingStats(
+        steps=state.global_step,
+        processes=PartialState().num_processes,
+        seconds=seconds,
+        step_seconds=float(step_seconds.median()) if len(step_seconds) else None,
+        tokens=tokens,
+        tokens_per_second=None if new_tokens is None else new_tokens / max(float(step_seconds.sum()), 1e-9),
+        peak_gb=torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None,
+        mean_loss=float(losses.mean()) if len(losses) else None,
+        final_loss=float(losses.iloc[-1]) if len(losses) else None,
+        resumed_at=resumed_at,
+        thinking=None if chat is PLAIN else chat.in_words(),
+    )
+    return TrainingOutput(_unwrapped(trainer), log, stats)
 
 
 def _count_tokens(log: pd.DataFrame, resumed_at: int) -> tuple[float | None, float | None]:
-    """Return how many tokens a training took, in all and since it was resumed: some trainers begin anew at 0 there."""
+    """Return how many tokens a training took, in all and since it resumed."""
     if "num_tokens" not in log:
         return None, None
-    told = log.dropna(subset=["num_tokens"])
-    added = told["num_tokens"].diff().fillna(told["num_tokens"])
-    added = added.where(added >= 0, told["num_tokens"])
-    return float(added.sum()), float(added[told["step"] > resumed_at].sum())
+    logged = log.dropna(subset=["num_tokens"])
+    added = logged["num_tokens"].diff().fillna(logged["num_tokens"])
+    added = added.where(added >= 0, logged["num_tokens"])  # some trainers count from 0 again after a checkpoint
+    return float(added.sum()), float(added[logged["step"] > resumed_at].sum())
 
 
 def check_folder(folder: Path, recipe: Recipe, *, resume: bool) -> None:
-    """Raise a `MelensError` for a folder of checkpoints that this training can neither begin nor go on in."""
+    """Raise a `MelensError` for a folder of checkpoints in which this training can neither begin nor resume."""
     _check_folder(folder, {"recipe": _as_written(asdict(recipe))}, resume=resume)
 
 
 def _check_folder(folder: Path, plan: dict[str, Any], *, resume: bool) -> None:
     if not resume:
-        if _last_whole(folder) is not None:
+        if _last_complete(folder) is not None:
             raise MelensError(
-                f"{folder} holds the checkpoints of a training: training.resume={folder.parent} goes on with it, "
-                "another folder begins a new one."
+                f"{folder} holds the checkpoints of another run. Set training.resume={folder.parent} to go on with it, "
+                "or choose another folder."
             )
         return
     if not (folder / _PLAN).is_file():
-        raise MelensError(f"There is no training to go on with in {folder}.")
+        raise MelensError(f"There is no training to resume in {folder}. Set training.resume to the folder of a run.")
     before = json.loads((folder / _PLAN).read_text("utf-8"))
     other = next((key for key in plan if before.get(key) != plan[key]), None)
     if other is not None:
         changed = _difference(before.get(other), plan[other])
-        raise MelensError(f"The checkpoint in {folder} was trained with another {other}: {changed}.")
+        raise MelensError(
+            f"The training in {folder} has another {other}: {changed}. Resume it with the options of before."
+        )
 
 
 def _checkpoint(folder: Path, plan: dict[str, Any], *, resume: bool) -> Path | None:
-    """Find the checkpoint to go on from, or write down what is trained here."""
+    """Find the checkpoint to resume from, or write down what is trained in this folder."""
     _check_folder(folder, plan, resume=resume)
     if resume:
-        return _last_whole(folder)
+        return _last_complete(folder)
     if PartialState().is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_file(folder / _PLAN) as partial:
@@ -193,13 +230,13 @@ def _checkpoint(folder: Path, plan: dict[str, Any], *, resume: bool) -> Path | N
     return None
 
 
-def _last_whole(folder: Path) -> Path | None:
-    """Return the last checkpoint that was written to its end; that of a killed training is written anew."""
+def _last_complete(folder: Path) -> Path | None:
+    """Return the last checkpoint that is complete; the last one of a killed training may not be."""
     numbers = {path: int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*[0-9]")}
-    return max((path for path in numbers if _is_whole(path)), key=lambda path: numbers[path], default=None)
+    return max((path for path in numbers if _is_complete(path)), key=lambda path: numbers[path], default=None)
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def _is_complete(checkpoint: Path) -> bool:
     try:  # what transformers writes last
         return bool(json.loads((checkpoint / TRAINER_STATE_NAME).read_text("utf-8")))
     except (OSError, ValueError):
@@ -222,25 +259,25 @@ def _difference(before: Any, now: Any) -> str:
 
 
 def check_trainer(recipe: Recipe, n_rows: int) -> None:
-    """Raise a `MelensError` for what TRL's configuration does not take, or rows that make no batches."""
+    """Raise a `MelensError` for options that TRL's configuration does not have, or rows that make no batches."""
     config = _CONFIGS[recipe.method]
     for name, value in recipe.trainer.items():
         field = config.__dataclass_fields__.get(name)
         if field is None:
-            raise MelensError(f"training.trainer.{name} is no field of TRL's {config.__name__}.")
+            raise MelensError(f"training.trainer.{name} is not a field of TRL's {config.__name__}.")
         if name in _OWN_OPTIONS:
-            raise MelensError(f"training.trainer.{name} would contradict {_OWN_OPTIONS[name]}: give that instead.")
+            raise MelensError(f"training.trainer.{name} has an option of its own: set {_OWN_OPTIONS[name]} instead.")
         if isinstance(field.default, int | float) and not isinstance(value, int | float):
             raise MelensError(f"training.trainer.{name} is {value!r}; it must be like {field.default!r}.")
     n_processes = PartialState().num_processes
     if recipe.rows_per_step % (recipe.micro_batch_size * n_processes):
         raise MelensError(
-            f"training.batch_size makes steps of {recipe.rows_per_step} rows, which {n_processes} processes with micro "
-            f"batches of {recipe.micro_batch_size} do not divide."
+            f"A step has {recipe.rows_per_step} rows (training.batch_size), which must be a multiple of "
+            f"{n_processes} processes × {recipe.micro_batch_size} (training.micro_batch_size)."
         )
     least = recipe.batch_size if recipe.method == "grpo" else 1  # TRL leaves out a last batch that is not full
     if n_rows < least:
-        raise MelensError(f"There are {n_rows} rows to train on; {recipe.method} needs at least {least} for a step.")
+        raise MelensError(f"The data has {n_rows} rows; {recipe.method} needs at least {least} for a step.")
 
 
 _CONFIGS = {"sft": SFTConfig, "dpo": DPOConfig, "grpo": GRPOConfig}
@@ -274,11 +311,11 @@ _OWN_OPTIONS = {
     "temperature": "training.temperature",
     "reward_weights": "training.format_weight",
 }
-"""Fields of TRL's configurations that melens has an option of its own for."""
+"""Fields of TRL's configurations that have an option of their own in melens."""
 
 
 def _chat_of_rollouts(tokenizer: Any, rows: Dataset, recipe: Recipe) -> Chat:
-    """Return how rollouts are asked for: without thinking, as in benchmarks, unless TRL's own field says otherwise."""
+    """Return the chat options of rollouts: without thinking, as in benchmarks, unless TRL's own field says so."""
     if recipe.method != "grpo" or not len(rows) or isinstance(rows[0]["prompt"], str):
         return PLAIN
     own = recipe.trainer.get("chat_template_kwargs")
@@ -346,7 +383,7 @@ def _configured(recipe: Recipe, options: dict[str, Any]) -> Any:
         return _CONFIGS[recipe.method](**options)
     except (TypeError, ValueError) as error:
         if recipe.trainer:
-            raise MelensError(f"TRL does not take training.trainer={dict(recipe.trainer)}: {error}") from error
+            raise MelensError(f"TRL refuses training.trainer={dict(recipe.trainer)}: {error}") from error
         raise
 
 
@@ -363,8 +400,8 @@ def _lora(model: Any, recipe: Recipe) -> LoraConfig | None:
     )
 
 
-class _Checked:
-    """Stops a training whose loss or gradient is no number: what comes after would be worth nothing."""
+class _FiniteLoss:
+    """Stops a training at a loss or a gradient that is NaN: every weight would be NaN after the step."""
 
     _batch: Any = None
 
@@ -376,7 +413,7 @@ class _Checked:
         return loss
 
     def explain(self, what: str) -> str:
-        """Say of which step and batch a quantity is no number, and from where to go on."""
+        """Say in which step and batch a quantity is NaN, and which checkpoint is good."""
         trainer: Any = self
         inputs = self._batch
         tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
@@ -385,18 +422,21 @@ class _Checked:
         else:
             texts = [str(row.get("prompt", "")) for row in inputs] if isinstance(inputs, list) else []
         begins = "; ".join(repr(" ".join(text.split())[:50]) for text in texts[:4])
-        last = _last_whole(Path(trainer.args.output_dir))
+        last = _last_complete(Path(trainer.args.output_dir))
         kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
         step = trainer.state.global_step + 1
-        return f"The {what} is no number in step {step}, in a batch of {len(texts)} that begins with {begins}; {kept}."
+        return (
+            f"The {what} is NaN or infinite in step {step}, in a batch of {len(texts)} rows that begins with {begins}; "
+            f"{kept}. Lower training.lr, or look for NaN in the model's weights."
+        )
 
 
-class _Resumed:
-    """Goes on only from a checkpoint that holds all that was trained, where transformers logs what is missing."""
+class _CompleteCheckpoint:
+    """Resumes only from a checkpoint that holds all that was trained; transformers would only log what is missing."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         adapters = Path(resume_from_checkpoint) / SAFETENSORS_WEIGHTS_NAME
-        if adapters.is_file():  # PEFT looks for the adapters' own keys alone, and only warns
+        if adapters.is_file():  # PEFT only warns of missing keys
             trainer: Any = self
             unwrapped = trainer.accelerator.unwrap_model(trainer.model if model is None else model)
             with safe_open(adapters, "pt") as file:
@@ -408,7 +448,8 @@ class _Resumed:
         weights = dict(cast(Any, self).model.named_parameters(remove_duplicate=False))
         missing = set(load_result.missing_keys)
         loaded = {id(weight) for name, weight in weights.items() if name not in missing}
-        _check_complete({name for name in missing if id(weights.get(name)) not in loaded})  # tied ones are written once
+        # Tied weights are saved once, under one of their names
+        _check_complete({name for name in missing if id(weights.get(name)) not in loaded})
         super()._issue_warnings_after_load(load_result)  # type: ignore[misc]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -423,21 +464,21 @@ class _Resumed:
 def _check_complete(missing: set[str]) -> None:
     if missing:
         raise MelensError(
-            f"The checkpoint to go on from lacks {', '.join(sorted(missing)[:3])}"
-            f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}: remove it, to go on from the one before."
+            f"The last checkpoint lacks {', '.join(sorted(missing)[:3])}"
+            f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}. Remove it to resume from the one before."
         )
 
 
-class _Sft(_Checked, _Resumed, SFTTrainer):
+class _Sft(_FiniteLoss, _CompleteCheckpoint, SFTTrainer):
     pass
 
 
-class _Dpo(_Checked, _Resumed, DPOTrainer):
+class _Dpo(_FiniteLoss, _CompleteCheckpoint, DPOTrainer):
     pass
 
 
-class _Grpo(_Checked, _Resumed, GRPOTrainer):
-    """GRPO whose reference is a model at hand, where TRL would load one by its name."""
+class _Grpo(_FiniteLoss, _CompleteCheckpoint, GRPOTrainer):
+    """GRPO with a reference model in memory, where TRL would load one by its name, without the mask."""
 
     def __init__(self, *, reference: Any, beta: float, **options: Any) -> None:
         super().__init__(**options)
@@ -459,37 +500,36 @@ class _Grpo(_Checked, _Resumed, GRPOTrainer):
 
 
 class _OrderByEpoch(RepeatSampler):
-    """Draws the order of an epoch from its number, so that a resumed training goes on as if it had not been stopped."""
+    """Draws the order of an epoch from its number, so that a resumed training has the order of one never stopped."""
 
     def set_epoch(self, epoch: int) -> None:
         if self.shuffle:
             self.generator.manual_seed(self.seed + epoch)
 
 
-class _NothingLeftError(Exception):
-    """There is nothing left to train."""
+class _NoStepsLeftError(Exception):
+    """The training resumed at its end."""
 
 
-class _Record(TrainerCallback):
-    """Shows how far a training is, and lets its model be looked at."""
+class _Recorder(TrainerCallback):
+    """Reports the progress of a training, measures the time of its steps, and has its model inspected.
+
+    Attributes:
+        step_seconds: of each step, without inspections, checkpoints and the start.
+    """
 
     def __init__(
-        self,
-        trainer: Any,
-        mask: InstalledMask | None,
-        progress: Callable[[int, int], None] | None,
-        watch: Watch | None,
-        watch_every: int,
+        self, trainer: Any, progress: Callable[[int, int], None] | None, inspect: Inspect | None, inspect_every: int
     ) -> None:
-        self._trainer, self._mask = trainer, mask
-        self._progress, self._watch, self._every = progress, watch, watch_every
+        self._trainer, self._progress = trainer, progress
+        self._inspect, self._every = inspect, inspect_every
         self._began: float | None = None
-        self._steps: list[float] = []
+        self.step_seconds: list[float] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._look(state)
-        if state.global_step >= state.max_steps:  # resumed at the end, where TRL would do one more step
-            raise _NothingLeftError
+        self._inspect_model(state)
+        if state.global_step >= state.max_steps:  # TRL would make one step more
+            raise _NoStepsLeftError
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         gradients = [weight.grad for weight in self._trainer.model.parameters() if weight.grad is not None]
@@ -504,38 +544,27 @@ class _Record(TrainerCallback):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         if self._began is not None:
-            self._steps.append(time.perf_counter() - self._began)
+            self.step_seconds.append(time.perf_counter() - self._began)
         if self._progress is not None:
             self._progress(state.global_step, state.max_steps)
         if self._every and state.global_step % self._every == 0 and state.global_step < state.max_steps:
-            self._look(state)
+            self._inspect_model(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._look(state)
+        self._inspect_model(state)
 
-    def in_steps(self) -> float:
-        """Return the seconds of all steps, without what looks, checkpoints and the start take."""
-        return float(sum(self._steps))
-
-    def median_step(self) -> float | None:
-        """Return the median seconds of a step."""
-        return float(pd.Series(self._steps).median()) if self._steps else None
-
-    def _look(self, state: Any) -> None:
-        if self._watch is None:
-            return
-        model = self._trainer.accelerator.unwrap_model(self._trainer.model)
-        self._watch(
-            state.global_step, model.get_base_model() if hasattr(model, "get_base_model") else model, self._mask
-        )
+    def _inspect_model(self, state: Any) -> None:
+        if self._inspect is not None:
+            model = self._trainer.accelerator.unwrap_model(self._trainer.model)
+            self._inspect(state.global_step, model.get_base_model() if hasattr(model, "get_base_model") else model)
 
 
 def _unwrapped(trainer: Any) -> Any:
-    """Return the model that was trained, without what the trainer put around and into it."""
+    """Return the trained model without the trainer's wrappers, its adapters merged."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
-    # TRL's forward, which leaves the head out, and accelerate's marks, by which another training would not prepare it
+    # TRL's forward leaves the head out; with accelerate's marks another training would not prepare the model
     for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
         model.__dict__.pop(name, None)
     return model.eval()

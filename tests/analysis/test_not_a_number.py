@@ -12,7 +12,6 @@ from test_mask_grid import configuration, study_of
 
 import melens
 from experiments.runner.study import begin_study, run_experiments
-from experiments.training_report import Course, averaged
 from melens import MelensError, WeMask
 from melens.analysis import statistics
 from melens.analysis.statistics import bootstrap_mean, mean_by, paired_permutation_p, peak_layer, tidy
@@ -27,6 +26,7 @@ from melens.masks.comparison import MaskComparison
 from melens.masks.grid import Grid, compare_grid
 from melens.masks.grid_claims import MaskGridMetrics
 from melens.models.view import plain_twin
+from melens.training.history import TrainingHistory, average_histories
 
 NAN = float("nan")
 BROKEN = 5
@@ -334,19 +334,19 @@ def test_no_analysis_leaves_out_what_is_no_number(name, spoil, message, monkeypa
 
 
 def test_seeds_are_averaged_only_where_all_have_a_number():
-    def course(*losses, sink_mass=0.5):
+    def history(*losses, sink_mass=0.5):
         log = pd.DataFrame({"step": [1, 2, 2], "loss": [*losses, NAN], "reward": [NAN, NAN, 1.0]})
-        looks = pd.DataFrame({"step": [0, 2], "masked": False, "me_layer": [1, None], "sink_mass": [0.5, sink_mass]})
-        return Course("plain", log, looks.assign(magnification_there=NAN))
+        steps = {"step": [0, 2], "masked": False, "me_layer": [1, None], "sink_mass": [0.5, sink_mass]}
+        return TrainingHistory("plain", log, pd.DataFrame(steps).assign(magnification_there=NAN))
 
-    (mean,) = averaged([course(3.0, 2.0), course(1.0, 1.0)])
+    (mean,) = average_histories([history(3.0, 2.0), history(1.0, 1.0)])
     assert mean.log["loss"].tolist() == [2.0, 1.5]
     assert mean.log["reward"].tolist()[1:] == [1.0]
-    assert mean.looks["me_layer"].tolist() == [1, pd.NA]
-    with pytest.raises(MelensError, match="plain: at step 2 only 1 of 2 trainings have a number as loss"):
-        averaged([course(3.0, 2.0), course(1.0, NAN)])
-    with pytest.raises(MelensError, match="plain: at step 2 only 1 of 2 trainings have a number as sink_mass"):
-        averaged([course(3.0, 2.0), course(1.0, 1.0, sink_mass=NAN)])
+    assert mean.inspections["me_layer"].tolist() == [1, pd.NA]
+    with pytest.raises(MelensError, match="plain: only 1 of 2 trainings have the number loss at step 2"):
+        average_histories([history(3.0, 2.0), history(1.0, NAN)])
+    with pytest.raises(MelensError, match="plain: only 1 of 2 trainings have the number sink_mass at step 2"):
+        average_histories([history(3.0, 2.0), history(1.0, 1.0, sink_mass=NAN)])
 
 
 # --- Claims -----------------------------------------------------------------------------------------------------------

@@ -12,13 +12,13 @@ import pytest
 import yaml
 
 from experiments.options import compose_options
-from experiments.options.benchmark import asked_for
+from experiments.options.benchmark import benchmark_request
 from experiments.options.command_line import check_command, prepare_command
 from experiments.options.help import help_text, lines_of
 from experiments.options.masks_asked import mask_in_words, masks_asked
 from experiments.options.reading import CONF, OptionError
 from experiments.options.schema import Options, options_of
-from experiments.options.training import planned_training
+from experiments.options.training import training_request
 from experiments.options.unused import unused_options
 from experiments.runner.command import run_command
 from experiments.runner.jobs import jobs_of
@@ -37,10 +37,9 @@ def typed(*arguments):
 
 
 def rates(*overrides):
-    (mask,) = [
-        preset.options for preset in asked_for(typed("exp=benchmark", *overrides)).masks if preset.name == "paper"
-    ]
-    return mask.rate
+    masks = benchmark_request(typed("exp=benchmark", *overrides)).masks
+    (rate,) = [preset.options.rate for preset in masks if preset.name == "paper"]
+    return rate
 
 
 def test_a_rate_that_is_given_wins_over_a_table_also_where_it_is_the_default():
@@ -52,25 +51,26 @@ def test_a_rate_that_is_given_wins_over_a_table_also_where_it_is_the_default():
 
 
 def test_a_preset_keeps_what_is_its_own_and_takes_what_is_given():
-    (released,) = asked_for(typed("exp=benchmark", "benchmark.masks=[released]")).masks
+    (released,) = benchmark_request(typed("exp=benchmark", "benchmark.masks=[released]")).masks
     assert (released.options.start, released.options.positions) == (7, "every_call")
     given = ("wemask.start=me+1", "wemask.positions=first")
-    (released,) = asked_for(typed("exp=benchmark", "benchmark.masks=[released]", *given)).masks
+    (released,) = benchmark_request(typed("exp=benchmark", "benchmark.masks=[released]", *given)).masks
     assert (released.options.start, released.options.positions) == ("me+1", "first")
     assert released.options.select == "batch_magnitude"
-    mask = planned_training(typed("exp=sft", "training.mask=released", *given), "sft").mask
+    mask = training_request(typed("exp=sft", "training.mask=released", *given), "sft").mask
     assert (mask.options.start, mask.options.positions) == ("me+1", "first")
 
 
 def test_no_mask_stays_none_whatever_is_given():
-    off, paper = asked_for(typed("exp=benchmark", "benchmark.masks=[off,paper]", "wemask.rate=0.3")).masks
+    off, paper = benchmark_request(typed("exp=benchmark", "benchmark.masks=[off,paper]", "wemask.rate=0.3")).masks
     assert (off.options.rate, paper.options.rate) == (0, 0.3)
 
 
 def test_layers_that_are_given_hold_for_maths_too():
     def layers(*overrides):
-        asked = asked_for(typed("exp=benchmark", "benchmark.tasks=[gsm8k]", "benchmark.masks=[paper]", *overrides))
-        return asked.layers_of(asked.benchmarks[0], asked.masks[0])
+        given = ("exp=benchmark", "benchmark.tasks=[gsm8k]", "benchmark.masks=[paper]")
+        request = benchmark_request(typed(*given, *overrides))
+        return request.layers_of(request.benchmarks[0], request.masks[0])
 
     assert layers() == "first"
     assert layers("wemask.layers=all") == "all"
@@ -78,23 +78,24 @@ def test_layers_that_are_given_hold_for_maths_too():
 
 def test_a_scale_counts_as_given_and_the_user_wins_over_it():
     assert typed("scale=smoke").given["wemask.start"] == 1
-    (mask,) = asked_for(typed("exp=benchmark", "scale=smoke", "benchmark.masks=[released]")).masks
+    smoke = ("exp=benchmark", "scale=smoke")
+    (mask,) = benchmark_request(typed(*smoke, "benchmark.masks=[released]")).masks
     assert mask.options.start == 1
-    (mask,) = asked_for(typed("exp=benchmark", "scale=smoke", "benchmark.masks=[paper]", "wemask.start=me+1")).masks
+    (mask,) = benchmark_request(typed(*smoke, "benchmark.masks=[paper]", "wemask.start=me+1")).masks
     assert mask.options.start == "me+1"
 
 
 def test_a_limit_of_null_that_is_typed_is_no_limit():
-    assert planned_training(typed("exp=dpo"), "dpo").limit == 3000
-    assert planned_training(typed("exp=dpo", "training.limit=null"), "dpo").limit is None
-    assert planned_training(typed("exp=dpo", "training.limit=5"), "dpo").limit == 5
-    assert planned_training(typed("exp=dpo", "training.lr=null"), "dpo").recipe.lr == 5e-6  # a rate needs a value
+    assert training_request(typed("exp=dpo"), "dpo").plan.limit == 3000
+    assert training_request(typed("exp=dpo", "training.limit=null"), "dpo").plan.limit is None
+    assert training_request(typed("exp=dpo", "training.limit=5"), "dpo").plan.limit == 5
+    assert training_request(typed("exp=dpo", "training.lr=null"), "dpo").plan.recipe.lr == 5e-6  # a rate needs a value
 
 
 @pytest.mark.parametrize("option", ["wemask.select=random", "wemask=random"])
 def test_masks_by_name_and_another_choice_of_dims_are_refused_together(option):
     with pytest.raises(OptionError, match=f"The masks are those of benchmark.masks, .* {option.split('=')[0]}"):
-        asked_for(typed("exp=benchmark", option))
+        benchmark_request(typed("exp=benchmark", option))
 
 
 def test_the_masks_of_a_run_are_told_as_they_are_in_the_end():

@@ -13,7 +13,7 @@ from test_chat import TEMPLATES
 from test_cli import ROOT, run
 
 from experiments.options import compose_options
-from experiments.options.benchmark import asked_for
+from experiments.options.benchmark import benchmark_request
 from experiments.runner.job import run_job
 from melens import MelensError, WeMask, load_model
 from melens.benchmarks import harness, tasks
@@ -449,7 +449,7 @@ def test_a_run_from_the_command_line_goes_on_where_it_stopped(tmp_path, data, mo
 )
 def test_wrong_options_are_told(override, message):
     with pytest.raises(MelensError, match=re.escape(message)):
-        asked_for(compose_options("exp=benchmark", override))
+        benchmark_request(compose_options("exp=benchmark", override))
 
 
 def test_a_wrong_line_is_told_before_the_model_is_loaded(tmp_path):

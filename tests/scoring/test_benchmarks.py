@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ from melens import MelensError, WeMask
 from melens.analysis.statistics import mcnemar_p
 from melens.benchmarks.catalog import BENCHMARKS, benchmarks_of
 from melens.benchmarks.data import read_rows
-from melens.benchmarks.language import Needle, make_questions, score_questions
+from melens.benchmarks.language import LanguageData, Needle, make_questions, score_questions
 from melens.benchmarks.refusals import count_by_label, count_judged, judged_refusals, judging_chat, refuses
 from melens.benchmarks.scores import best_rates, summarise
 from melens.benchmarks.scoring import Scorer, _Row
@@ -265,7 +266,7 @@ def test_perplexity_and_copying_are_read_off_a_whole_forward_pass():
     scorer = Scorer(network, max_length=128)
 
     def values(name):
-        questions = make_questions(BENCHMARKS[name], None, texts, [], vocabulary=VOCABULARY)
+        questions = make_questions(BENCHMARKS[name], None, LanguageData(texts), vocabulary=VOCABULARY)
         return score_questions(scorer, questions)["value"].tolist()
 
     with torch.no_grad():
@@ -283,10 +284,8 @@ def test_every_benchmark_begins_with_bos_and_says_it_once(embedded, bos):
     texts = torch.tensor([[*bos, *range(10 + row, 110 + row)] for row in range(3)])
     long_text = tokenizer("one two three " * 300)["input_ids"]
     for name in ("perplexity", "copy", "induction", "needle"):
-        asked = make_questions(
-            BENCHMARKS[name], tokenizer, texts, long_text, vocabulary=9, bos=bos, needle=Needle([90], [0, 1])
-        )
-        for context, continuation in asked.requests:
+        data = LanguageData(texts, long_text, bos, needle=Needle([90], [0, 1]))
+        for context, continuation in make_questions(BENCHMARKS[name], tokenizer, data, vocabulary=9).requests:
             assert context[: len(bos)] == bos
             assert not {*context[len(bos) :], *continuation} & set(bos)
             if name in ("copy", "induction"):
@@ -302,10 +301,8 @@ def test_every_benchmark_begins_with_bos_and_says_it_once(embedded, bos):
 def test_a_needle_lies_where_it_was_hidden(embedded):
     tokenizer = embedded.tokenizer
     text = tokenizer("The quick brown fox jumps over the lazy dog. " * 60)["input_ids"]
-    needle = Needle([128], [0.0, 1.0])
-    questions = make_questions(
-        BENCHMARKS["needle"], tokenizer, torch.zeros(1, 3, dtype=torch.long), text, vocabulary=10, needle=needle
-    )
+    data = LanguageData(torch.zeros(1, 3, dtype=torch.long), text, needle=Needle([128], [0.0, 1.0]))
+    questions = make_questions(BENCHMARKS["needle"], tokenizer, data, vocabulary=10)
     for item, (context, answer) in zip(questions.items, questions.requests, strict=True):
         assert len(context) + len(answer) == 128
         told = tokenizer.decode(context)
@@ -317,14 +314,13 @@ def test_a_needle_lies_where_it_was_hidden(embedded):
     found = score_questions(Scorer(plain_twin(embedded), max_length=512), questions)
     assert found["value"].mean() > 0.5
     with pytest.raises(MelensError, match="Give a longer text"):
-        make_questions(BENCHMARKS["needle"], tokenizer, torch.zeros(1, 3, dtype=torch.long), text[:50], vocabulary=10)
+        make_questions(BENCHMARKS["needle"], tokenizer, replace(data, long_text=text[:50]), vocabulary=10)
 
 
 def test_a_limit_keeps_both_ends_of_the_needle(embedded):
     text = embedded.tokenizer("one two three " * 300)["input_ids"]
-    questions = make_questions(
-        BENCHMARKS["needle"], embedded.tokenizer, torch.zeros(1, 3, dtype=torch.long), text, vocabulary=10, limit=2
-    )
+    data = LanguageData(torch.zeros(1, 3, dtype=torch.long), text)
+    questions = make_questions(BENCHMARKS["needle"], embedded.tokenizer, data, vocabulary=10, limit=2)
     assert [item.rsplit(",", 1)[0] for item in questions.items] == ["256 tokens, depth 0", "512 tokens, depth 1"]
 
 

@@ -13,19 +13,22 @@ from test_mask_grid import configuration, study_of
 from test_not_a_number import ON_TEXTS, grid
 
 import melens
-from experiments import benchmark, ffn, predict, training, wemask
-from experiments.benchmark import Bench, Cell
+from experiments import ffn, predict, wemask
 from experiments.options import compose_options
-from experiments.options.benchmark import asked_for
+from experiments.options.training import training_request
 from experiments.runner import study as of_run
 from experiments.runner.jobs import jobs_of
 from experiments.runner.study import begin_study, run_experiments
-from experiments.training import kept_training
 from melens import WeMask
+from melens.benchmarks import evaluation
 from melens.benchmarks import tasks as task_definitions
 from melens.benchmarks.catalog import BENCHMARKS
+from melens.benchmarks.evaluation import Evaluator
 from melens.benchmarks.harness import RequestOptions, evaluate
+from melens.benchmarks.language import LanguageData
+from melens.benchmarks.options import BenchmarkOptions
 from melens.benchmarks.tasks import load_task
+from melens.data.prompts import byte_tokenizer
 from melens.masks import grid as grids
 from melens.masks.comparison import MaskComparison
 from melens.models.view import plain_twin
@@ -33,6 +36,8 @@ from melens.report.record import write_result
 from melens.report.result import Result, plain
 from melens.storage import cache
 from melens.storage.cache import Store, store_for
+from melens.training import runs
+from melens.training.runs import training_store
 
 TEXTS = torch.randint(10, 200, (4, 12), generator=torch.Generator().manual_seed(0))
 
@@ -258,59 +263,60 @@ def test_a_run_is_said_to_go_on_where_something_is_kept(tmp_path, monkeypatch, c
 
 # --- Benchmarks -------------------------------------------------------------------------------------------------------
 
-OPTIONS = ("exp=benchmark", "benchmark.tasks=[induction]", "benchmark.masks=[off]")
+INDUCTION = BENCHMARKS["induction"]
 
 
-def bench_of(model, *options, **changes):
-    prompts = [torch.arange(1, 20), torch.arange(2, 21)]
-    study = begin_study(model, prompts, configuration(*OPTIONS, *options), lambda name: lambda done, total: None)
-    return Bench(replace(study, **changes), asked_for(study.cfg), keep=True)
+def evaluator_of(model, *, judge=None, made=None, **changes):
+    model.tokenizer = None
+    study = melens.study(model, [torch.arange(1, 20), torch.arange(2, 21)])
+    model.tokenizer = made
+    benchmarks = [INDUCTION] if judge is None else [INDUCTION, BENCHMARKS["xstest"]]
+    options = BenchmarkOptions(judge=judge, chat=False)
+    return Evaluator(replace(study, **changes), benchmarks, options, LanguageData(TEXTS), keep=True)
 
 
-def test_items_are_kept_by_batches_context_and_the_code_of_the_experiments(monkeypatch):
+def folder_of(model, **changes):
+    return evaluator_of(model, **changes)._store.folder
+
+
+def test_items_are_kept_by_batches_context_and_the_versions_of_libraries(monkeypatch):
     model = model_of()
-    folders = {bench_of(model)._store.folder, bench_of(model, "max_batch_tokens=64")._store.folder}
+    folders = {folder_of(model), folder_of(model, max_batch_tokens=64)}
     model.cfg.n_ctx = 64
-    folders.add(bench_of(model)._store.folder)
-    monkeypatch.setattr(benchmark, "code_version", lambda folder: "another")
-    folders.add(bench_of(model)._store.folder)
+    folders.add(folder_of(model))
     version = cache._version
     for library in ("lm_eval", "jinja2", "datasets"):
         monkeypatch.setattr(cache, "_version", lambda name, new=library: "0" if name == new else version(name))
-        folders.add(bench_of(model)._store.folder)
-    assert len(folders) == 7
-    assert bench_of(model)._store.folder in folders
+        folders.add(folder_of(model))
+    assert len(folders) == 6
+    assert folder_of(model) in folders
 
 
 def test_items_are_kept_by_tokenizer_not_by_its_size():
     model = model_of()
     folders = set()
     for made in (None, tokenizer(), tokenizer(words=("b", "a", "c")), tokenizer(merges=(("b", "c"),))):
-        bench = bench_of(model)
-        bench._tokenizer = made
-        folders.add(bench._kept().folder)
+        folders.add(folder_of(model, made=made))
     assert len(folders) == 4
 
 
 def test_items_are_kept_by_the_judge_s_weights(monkeypatch):
     model, judge = model_of(), model_of()
-    judge.tokenizer = tokenizer()
-    monkeypatch.setattr(Bench, "_load_judge", lambda self: judge)
-    before = bench_of(model)._store.folder
-    assert bench_of(model)._store.folder == before
+    judge.tokenizer = byte_tokenizer()
+    monkeypatch.setattr(evaluation, "load_model", lambda name, device: judge)
+    before = folder_of(model, judge="J", made=tokenizer())
+    assert folder_of(model, judge="J", made=tokenizer()) == before
     weight = judge.original_model.lm_head.weight
     weight.data = weight.data.flip(0)
-    assert bench_of(model)._store.folder != before
+    assert folder_of(model, judge="J", made=tokenizer()) != before
 
 
 def test_runs_of_one_store_are_told_apart_by_questions_and_mask():
-    bench = bench_of(model_of())
-    task = bench._prepared(BENCHMARKS["induction"])
-    other = replace(task, requests=[*task.requests[1:], task.requests[0]])
+    evaluator = evaluator_of(model_of())
+    questions = evaluator._task(INDUCTION)
+    others = replace(questions, requests=[*questions.requests[1:], questions.requests[0]])
     masks = [None, WeMask(0.3, start=1), WeMask(0.3, start=2), WeMask(0.3, "random", start=1)]
-    cells = [Cell("", "", 0, mask) for mask in masks]
-    keys = {bench._key(BENCHMARKS["induction"], asked, cell, 0) for asked in (task, other) for cell in cells}
-    assert len(keys) == 8
+    assert len({evaluator._key(asked, mask, 0) for asked in (questions, others) for mask in masks}) == 8
 
 
 @pytest.fixture
@@ -352,23 +358,20 @@ def random_state():
 def training_key(monkeypatch):
     """The folder of a kept training, with some of what it depends on changed."""
     rows = {"rows": "the rows"}
-    monkeypatch.setattr(training, "_data", lambda planned: SimpleNamespace(rows=rows["rows"]))
-    monkeypatch.setattr(training, "hash_rows", str)
-    base = model_of()
-    base.tokenizer = tokenizer()
-    network = plain_model("llama")
+    monkeypatch.setattr(runs, "_data", lambda plan: SimpleNamespace(rows=rows["rows"]))
+    monkeypatch.setattr(runs, "hash_rows", str)
+    network = gains_apart(plain_model("llama"))
     plant(network, block=1, token=7, dim=21)
     study = study_of(bridge(network), "exp.keep=false")
     assert study.me.layer == 1
-    cfg = configuration("exp=sft", "training.dataset=sums")
+    study.model.tokenizer = tokenizer()  # of a first one the bridge changes the special tokens
+    plan = training_request(configuration("exp=sft", "training.dataset=sums"), "sft").plan
 
     def key(**changed):
         rows["rows"] = changed.get("rows", "the rows")
-        base.tokenizer = changed.get("tokenizer", tokenizer())
-        planned = training.planned_training(changed.get("cfg", cfg), "sft")
-        if "steps" in changed:
-            planned = replace(planned, recipe=replace(planned.recipe, steps=changed["steps"]))
-        return kept_training(changed.get("study", study), planned, base).folder
+        study.model.tokenizer = changed.get("tokenizer", tokenizer())
+        planned = replace(plan, recipe=replace(plan.recipe, **changed.get("recipe", {})))
+        return training_store(changed.get("study", study), planned, changed.get("mask")).folder
 
     key.study = study
     return key
@@ -376,16 +379,16 @@ def training_key(monkeypatch):
 
 def test_a_training_is_kept_under_all_that_it_depends_on(training_key, monkeypatch):
     study = training_key.study
+    masks = [WeMask(rate, start=1).on(study.model) for rate in (0.1, 0.5)]
     others = [
         {"rows": "other rows"},
         {"tokenizer": tokenizer(words=("b", "a", "c"))},
-        {"steps": 7},
-        {"cfg": configuration("exp=sft", "training.dataset=sums", "training.mask=paper")},
-        {"cfg": configuration("exp=sft", "training.dataset=sums", "training.mask=paper", "wemask.rate=0.5")},
-        {"study": replace(study, tokens=[ids[::-1] for ids in study.tokens])},
+        {"recipe": {"steps": 7}},
+        *({"mask": mask} for mask in masks),
+        {"study": replace(study, tokens=[ids.flip(0) for ids in study.tokens])},
         {"study": replace(study, me=replace(study.me, layer=2))},
         {"study": replace(study, me=replace(study.me, dims=(1, 2)))},
-        {"study": replace(study, cfg=configuration("max_batch_tokens=64"))},
+        {"study": replace(study, max_batch_tokens=64)},
     ]
     folders = [training_key(), *(training_key(**other) for other in others)]
     assert training_key() == folders[0]

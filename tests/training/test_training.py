@@ -17,13 +17,14 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from test_chat import TEMPLATES
 
-from experiments.benchmark import Bench
+from experiments import tables
 from experiments.options import compose_options
 from experiments.options.command_line import prepare_command
 from experiments.runner.job import run_job
 from experiments.runner.masks import on_blocks
-from experiments.tables import _taking_turns, prepare_table
+from experiments.tables import _one_at_a_time
 from melens import MelensError, WeMask, load_model
+from melens.benchmarks.evaluation import Evaluator
 from melens.data.chat import check_conversations
 from melens.data.prompts import byte_tokenizer
 from melens.models.gates import add_gates, gates_of
@@ -33,7 +34,7 @@ from melens.training.data import format_rows, load_training_data
 from melens.training.recipe import Lora, Recipe
 from melens.training.rewards import reward_answer
 from melens.training.saving import save_trained
-from melens.training.trainers import _last_whole, train
+from melens.training.trainers import _last_complete, train
 
 ROOT = Path(__file__).parents[2]
 RECIPES = {
@@ -61,11 +62,11 @@ def sums(method="sft", n=16):
     return format_rows(load_training_data("sums", method, limit=n), method, chat=True)
 
 
-def fit(folder, method="sft", *, mask=None, gate=None, rows=None, resume=False, progress=None, watch=None, **changes):
+def fit(folder, method="sft", *, mask=None, gate=None, rows=None, resume=False, progress=None, inspect=None, **changes):
     model, tokenizer = tiny(gate)
     settled = None if mask is None else mask.on(model)
     rows = sums(method) if rows is None else rows
-    watched = {"watch": watch, "watch_every": 0 if watch is None else 1}
+    watched = {"inspect": inspect, "inspect_every": 0 if inspect is None else 1}
     own = recipe(method, **changes)
     trained = train(model, tokenizer, rows, own, folder, mask=settled, resume=resume, progress=progress, **watched)
     return trained, tokenizer, settled
@@ -94,7 +95,7 @@ def test_the_loss_falls_on_what_can_be_memorised_and_a_mask_changes_it(tmp_path)
 
 
 @pytest.mark.parametrize("method", ["dpo", "grpo"])
-def test_the_reference_wears_the_mask_too(tmp_path, method):
+def test_the_reference_model_uses_the_same_mask(tmp_path, method):
     trained, _, _ = fit(tmp_path, method, mask=MASK, steps=1)
     if method == "dpo":  # the model equals its reference before the first step
         assert trained.log["loss"].iloc[0] == pytest.approx(0.6931, abs=1e-4)
@@ -134,15 +135,15 @@ def test_a_killed_training_goes_on_as_if_it_had_not_been(tmp_path, gate, lora):
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"half")  # as kill -9 leaves it
     resumed, _, _ = fit(tmp_path / "cut", resume=True, **options)
-    assert resumed.metrics["resumed_at"] == 4
-    assert _last_whole(tmp_path / "cut") == half
+    assert resumed.stats.resumed_at == 4
+    assert _last_complete(tmp_path / "cut") == half
     pd.testing.assert_series_equal(resumed.log["loss"], whole.log["loss"], rtol=0, atol=1e-6)
-    assert resumed.metrics["tokens"] == whole.metrics["tokens"] > 0
-    assert resumed.metrics["tokens_per_second"] > 0
+    assert resumed.stats.tokens == whole.stats.tokens > 0
+    assert resumed.stats.tokens_per_second > 0
 
 
 def test_a_training_goes_on_from_the_last_checkpoint_that_is_whole(tmp_path):
-    assert _last_whole(tmp_path / "nowhere") is None
+    assert _last_complete(tmp_path / "nowhere") is None
     for name, state in (
         ("2", "{}"),
         ("8", '{"a": 1}'),
@@ -154,7 +155,7 @@ def test_a_training_goes_on_from_the_last_checkpoint_that_is_whole(tmp_path):
         (tmp_path / f"checkpoint-{name}").mkdir()
         if state is not None:
             (tmp_path / f"checkpoint-{name}" / "trainer_state.json").write_text(state)
-    assert _last_whole(tmp_path) == tmp_path / "checkpoint-10"
+    assert _last_complete(tmp_path) == tmp_path / "checkpoint-10"
 
 
 def test_a_trained_model_is_trained_again_as_a_loaded_one_is(tmp_path):
@@ -182,7 +183,7 @@ def test_it_goes_on_in_the_order_of_a_later_epoch_too(tmp_path, method, monkeypa
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "cut", method, progress=stop_after(6), **options)
     resumed, _, _ = fit(tmp_path / "cut", method, resume=True, **options)
-    assert resumed.metrics["resumed_at"] == 5
+    assert resumed.stats.resumed_at == 5
     assert whole.log["grad_norm"].min() > 0
     pd.testing.assert_series_equal(resumed.log["loss"], whole.log["loss"], rtol=0, atol=1e-6)
 
@@ -195,7 +196,7 @@ def test_rollouts_that_a_cache_would_change_are_refused(tmp_path, monkeypatch):
         return Generation(use_cache=False, together=False, error=0.0)
 
     monkeypatch.setattr("melens.training.trainers.verify_generation", without_a_cache)
-    with pytest.raises(MelensError, match="it cannot be trained with grpo"):
+    with pytest.raises(MelensError, match="Train it with sft or dpo"):
         fit(tmp_path, "grpo", mask=MASK)
     fit(tmp_path / "sft", "sft", mask=MASK, steps=1)
     assert len(asked) == 1
@@ -213,7 +214,7 @@ def test_what_is_rewarded_is_learnt(tmp_path, monkeypatch):
 def test_a_training_that_is_done_is_not_gone_on_with(tmp_path):
     fit(tmp_path, save_every=2)
     resumed, _, _ = fit(tmp_path, save_every=2, resume=True)
-    assert resumed.metrics["steps"] == 4
+    assert resumed.stats.steps == 4
     assert len(resumed.log) == 4
 
 
@@ -221,13 +222,13 @@ def test_a_training_that_is_done_is_not_gone_on_with(tmp_path):
 def test_looking_into_a_model_does_not_change_its_training(tmp_path, lora):
     seen = []
 
-    def watch(step, model, installed):
+    def inspect(step, model):
         with torch.no_grad():
             seen.append(bridged_twin(model, "tiny")(torch.arange(6)[None]))
 
     for gate in (None, "headwise"):
         alone, _, _ = fit(tmp_path / f"alone-{gate}", lora=lora, gate=gate, lr=0.1)
-        watched, _, _ = fit(tmp_path / f"watched-{gate}", lora=lora, gate=gate, lr=0.1, watch=watch)
+        watched, _, _ = fit(tmp_path / f"watched-{gate}", lora=lora, gate=gate, lr=0.1, inspect=inspect)
         pd.testing.assert_frame_equal(alone.log[["loss", "grad_norm"]], watched.log[["loss", "grad_norm"]])
         with torch.no_grad():
             logits = watched.model(torch.arange(6)[None]).logits
@@ -236,15 +237,15 @@ def test_looking_into_a_model_does_not_change_its_training(tmp_path, lora):
 
 def test_checkpoints_of_another_training_are_refused(tmp_path):
     fit(tmp_path, mask=MASK, save_every=2)
-    with pytest.raises(MelensError, match=r"was trained with another mask: rate was 0\.25 and is 0\.5"):
+    with pytest.raises(MelensError, match=r"has another mask: rate was 0\.25 and is 0\.5"):
         fit(tmp_path, mask=WeMask(rate=0.5, start=1), save_every=2, resume=True)
-    with pytest.raises(MelensError, match=r"was trained with another mask: .* is none"):
+    with pytest.raises(MelensError, match=r"has another mask: .* is none"):
         fit(tmp_path, save_every=2, resume=True)
-    with pytest.raises(MelensError, match=r"was trained with another data: hash was .* and is"):
+    with pytest.raises(MelensError, match=r"has another data: hash was .* and is"):
         fit(tmp_path, mask=MASK, save_every=2, resume=True, rows=sums().shuffle(seed=1))
-    with pytest.raises(MelensError, match="holds the checkpoints of a training"):
+    with pytest.raises(MelensError, match="holds the checkpoints of another run"):
         fit(tmp_path, save_every=2)
-    with pytest.raises(MelensError, match="There is no training to go on with"):
+    with pytest.raises(MelensError, match="There is no training to resume"):
         fit(tmp_path / "elsewhere", resume=True)
 
 
@@ -264,11 +265,11 @@ def test_a_checkpoint_with_a_part_missing_is_not_gone_on_from(tmp_path, lora, we
     for part in lost:
         name = next(name for name in kept if part in name)
         save_file({other: weight for other, weight in kept.items() if other != name}, saved / weights, {"format": "pt"})
-        with pytest.raises(MelensError, match=f"The checkpoint to go on from lacks .*{name}.*: remove it"):
+        with pytest.raises(MelensError, match=f"The last checkpoint lacks .*{name}.*Remove it"):
             fit(tmp_path, resume=True, **options)
     save_file(kept, saved / weights, {"format": "pt"})
     (saved / "scheduler.pt").unlink()
-    with pytest.raises(MelensError, match="The checkpoint to go on from lacks the scheduler's state"):
+    with pytest.raises(MelensError, match="The last checkpoint lacks the scheduler's state"):
         fit(tmp_path, resume=True, **options)
 
 
@@ -284,7 +285,7 @@ def test_a_trained_model_is_loaded_with_its_gates_and_its_mask(tmp_path):
     states = np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     trained, tokenizer, settled = fit(tmp_path / "run", mask=MASK, gate="headwise", lr=0.1)
     assert (np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states  # the user's own draws go on
-    folder = save_trained(trained.model, tokenizer, tmp_path / "model", mask=settled, told={})
+    folder = save_trained(trained.model, tokenizer, tmp_path / "model", mask=settled, record={})
     bridge = load_model(str(folder))
     tokens = torch.randint(0, 250, (2, 9))
     with torch.no_grad():
@@ -300,15 +301,17 @@ def test_a_trained_model_takes_the_place_of_another_and_of_nothing_else(tmp_path
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "notes.md").write_text("three years")
-    with pytest.warns(UserWarning, match=r"model held no trained model: what it held is in .*model\.1 now"):
-        save_trained(model, tokenizer, folder, mask=None, told={"run": 1})
+    with pytest.warns(
+        UserWarning, match=r"model held something other than a trained model; it was moved to .*model\.1"
+    ):
+        save_trained(model, tokenizer, folder, mask=None, record={"run": 1})
     assert (tmp_path / "model.1" / "notes.md").read_text() == "three years"
     monkeypatch.setattr(tokenizer, "save_pretrained", lambda partial: 1 / 0)  # the disk is full, or a mistake of ours
     with pytest.raises(ZeroDivisionError):
-        save_trained(model, tokenizer, folder, mask=None, told={"run": 2})
+        save_trained(model, tokenizer, folder, mask=None, record={"run": 2})
     monkeypatch.undo()
     assert json.loads((folder / "training.json").read_text()) == {"run": 1}
-    save_trained(model, tokenizer, folder, mask=None, told={"run": 3})
+    save_trained(model, tokenizer, folder, mask=None, record={"run": 3})
     assert json.loads((folder / "training.json").read_text()) == {"run": 3}
     assert {path.name for path in tmp_path.iterdir()} == {"model", "model.1"}
 
@@ -324,7 +327,7 @@ def test_gathered_weights_that_fill_no_model_are_told():
 
 def test_an_ungated_model_saves_no_gates(tmp_path):
     trained, tokenizer, _ = fit(tmp_path / "run")
-    folder = save_trained(trained.model, tokenizer, tmp_path / "model", mask=None, told={})
+    folder = save_trained(trained.model, tokenizer, tmp_path / "model", mask=None, record={})
     assert not (folder / "gate.safetensors").exists()
     assert not (folder / "wemask.json").exists()
 
@@ -372,7 +375,9 @@ def test_a_loss_that_is_no_number_stops_with_step_batch_and_checkpoint(tmp_path)
         if done == 3:
             model.model.layers[0].mlp.down_proj.weight.data.fill_(float("nan"))
 
-    with pytest.raises(MelensError, match=r"loss is no number in step 4, in a batch of 4 that begins .*checkpoint-2\."):
+    with pytest.raises(
+        MelensError, match=r"loss is NaN or infinite in step 4, in a batch of 4 rows that begins .*checkpoint-2\."
+    ):
         train(model, tokenizer, sums(), recipe(steps=6, save_every=2), tmp_path, progress=spoil)
 
 
@@ -385,7 +390,7 @@ def test_a_gradient_that_is_no_number_stops_before_it_is_saved(tmp_path):
         return gradient * float("nan") if len(calls) == 4 else gradient
 
     model.model.layers[0].mlp.down_proj.weight.register_hook(spoil)
-    with pytest.raises(MelensError, match=r"gradient is no number in step 4, .* good checkpoint is .*checkpoint-2\."):
+    with pytest.raises(MelensError, match=r"gradient is NaN or infinite in step 4, .* checkpoint is .*checkpoint-2\."):
         train(model, tokenizer, sums(), recipe(steps=6, save_every=2), tmp_path)
 
 
@@ -571,7 +576,7 @@ def test_rollouts_answer_without_thinking_unless_told(tmp_path, monkeypatch, tra
     trained = train(model, tokenizer, sums("grpo", n=4), recipe("grpo", steps=1, beta=0.0, trainer=trainer), tmp_path)
     assert set(asked) == {thinking}
     assert rewarded == [(tokenizer, opened)]
-    assert trained.metrics["thinking"] == told
+    assert trained.stats.thinking == told
 
 
 @pytest.mark.parametrize("answer", [{"value": 1}, ["1"], True])
@@ -624,14 +629,17 @@ def test_right_answers_that_are_never_rewarded_are_told_before_the_model_is_load
     ("changes", "message"),
     [
         ({"lr": 0}, "training.lr is 0"),
-        ({"batch_size": 6, "micro_batch_size": 4}, "do not divide"),
+        ({"batch_size": 6, "micro_batch_size": 4}, r"batch_size \(6\) must be a multiple of .*micro_batch_size \(4\)"),
         ({"precision": "half"}, "training.precision is 'half'"),
-        ({"trainer": {"loss_typ": "nll"}}, "training.trainer.loss_typ is no field of TRL's SFTConfig"),
-        ({"trainer": {"learning_rate": 1e-3}}, "training.trainer.learning_rate would contradict training.lr"),
+        ({"trainer": {"loss_typ": "nll"}}, "training.trainer.loss_typ is not a field of TRL's SFTConfig"),
+        (
+            {"trainer": {"learning_rate": 1e-3}},
+            "learning_rate has an option of its own: set training.lr",
+        ),
         ({"trainer": {"max_grad_norm": "abc"}}, "training.trainer.max_grad_norm is 'abc'; it must be like 1.0"),
         ({"method": "dpo", "beta": 0}, "training.beta is 0; of dpo it must be over 0"),
-        ({"method": "grpo", "batch_size": 32}, "There are 16 rows to train on; grpo needs at least 32"),
-        ({"max_length": 2}, "No row is left to train on"),
+        ({"method": "grpo", "batch_size": 32}, "The data has 16 rows; grpo needs at least 32"),
+        ({"max_length": 2}, "cuts off the reply of every row"),
     ],
 )
 def test_wrong_options_are_told(tmp_path, changes, message):
@@ -750,7 +758,7 @@ def test_a_saved_mask_is_kept_on_some_of_its_blocks():
         (["training.lora.rank=0", "training.peft=lora"], "training.lora.rank is 0"),
         (["training.columns=abc"], "training.columns is 'abc'"),
         (["training.mask=paper", "wemask.rate=0"], "masks nothing"),
-        (["training.trainer.foo=1"], "training.trainer.foo is no field of TRL's SFTConfig"),
+        (["training.trainer.foo=1"], "training.trainer.foo is not a field of TRL's SFTConfig"),
         (["training.gate=both"], "training.gate is 'both'"),
         (["training.mask=paper", "wemask.start=me+1"], "no ME layer to start from"),
         (["exp=tables"], "table is null; exp=tables needs one of"),
@@ -758,10 +766,10 @@ def test_a_saved_mask_is_kept_on_some_of_its_blocks():
             ["exp=tables", "table=7", "training.seed=[0,abc]"],
             r"training.seed is \[0, 'abc'\]; it must be a list of whole numbers",
         ),
-        (["exp=tables", "table=7", "wemask.rate=[0.1,0.1]"], "each once"),
-        (["training.mask=paper", "wemask.site=[attn_in,ln1_in]"], "a model is trained with one mask"),
-        (["training.mask=paper", "wemask.start=all_blocks"], "wemask.start is .all_blocks., and a model"),
-        (["training.resume=."], "There is no training to go on with in checkpoints"),
+        (["exp=tables", "table=7", "wemask.rate=[0.1,0.1]"], "each value once"),
+        (["training.mask=paper", "wemask.site=[attn_in,ln1_in]"], "but a model is trained with one mask"),
+        (["training.mask=paper", "wemask.start=all_blocks"], "wemask.start is .all_blocks., but a model"),
+        (["training.resume=."], "There is no training to resume in checkpoints"),
         (["training.batch_size=0"], "training.batch_size is 0"),
         (["training.resume=/nowhere"], "there is no such folder"),
         (
@@ -781,19 +789,19 @@ def test_a_table_without_a_cache_to_write_to_is_told_before_anything_slow(tmp_pa
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MELENS_CACHE", str(tmp_path / "file"))
     with pytest.raises(
-        MelensError, match=r"keeps what it trains in .*file/trainings, which cannot be written to: set MEL"
+        MelensError, match=r"keeps trained models in .*file/trainings, which cannot be written to\. Set MEL"
     ):
-        prepare_table(compose_options("exp=tables", "table=3", "scale=smoke"))
+        tables.prepare(compose_options("exp=tables", "table=3", "scale=smoke"), tmp_path)
 
 
 def test_runs_take_turns_at_a_kept_training(tmp_path):
     told, seen = threading.Event(), []
 
     def other():
-        with _taking_turns(tmp_path / "trainings" / "a", told.set):
+        with _one_at_a_time(tmp_path / "trainings" / "a", told.set):
             seen.append("other")
 
-    with _taking_turns(tmp_path / "trainings" / "a", pytest.fail):
+    with _one_at_a_time(tmp_path / "trainings" / "a", pytest.fail):
         waiting = threading.Thread(target=other)
         waiting.start()
         assert told.wait(10)
@@ -839,13 +847,13 @@ def test_a_table_trains_what_is_missing_and_a_second_time_nothing(tmp_path, monk
         pd.read_parquet(tmp_path / "first" / "table_scores.parquet"),
     )
     blocks = {}
-    run = Bench.run
+    score = Evaluator.score
 
-    def spy(self, benchmark, cells):
-        blocks.update({cell.label: cell.mask and cell.mask.fixed.blocks for cell in cells})
-        return run(self, benchmark, cells)
+    def spy(self, benchmark, configurations):
+        blocks.update({own.label: own.mask and own.mask.fixed.blocks for own in configurations})
+        return score(self, benchmark, configurations)
 
-    monkeypatch.setattr(Bench, "run", spy)
+    monkeypatch.setattr(Evaluator, "score", spy)
     job(tmp_path / "third", *options, "benchmark.layers=[2]")
     masked = {label: (2,) for label in scores["mask"] if "WeMask" in label}
     assert {label: found for label, found in blocks.items() if found} == masked

@@ -1,0 +1,262 @@
+"""Compare masks on benchmarks: tables 1, 2, 5, 6 and 7.
+
+    configurations = [MaskConfiguration("no mask"), MaskConfiguration("paper", WeMask(0.1, start=12).on(model))]
+    result = benchmark(study, {"copy": configurations, "induction": configurations}, data=language_data(model, text))
+    result.figures["benchmark_differences"]
+
+1. An `Evaluator` scores every benchmark under every mask, item by item.
+2. `summarise` compares each mask with the unmasked model on the same items; `best_rates` finds the best rate.
+3. The scores become a table, its figures, findings and the counts that the claims are judged by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+from pydantic import Field
+
+from melens.analysis.study import Study
+from melens.benchmarks.catalog import Benchmark, benchmarks_of
+from melens.benchmarks.evaluation import Evaluator, MaskConfiguration
+from melens.benchmarks.language import LanguageData
+from melens.benchmarks.options import BenchmarkOptions
+from melens.benchmarks.scores import best_rates, count_verdicts, summarise
+from melens.benchmarks.tables import Layout, lay_out
+from melens.claims.engine import Claim, Judgement, Verdict
+from melens.data.chat import Chat
+from melens.figures.scores import score_differences, score_table
+from melens.report.result import Figure, Metrics, Result
+
+__all__ = ["CLAIMS", "UNMASKED", "BenchmarkMetrics", "benchmark", "describe_requests", "judge_comparisons"]
+
+UNMASKED = "no mask"
+"""The label of the unmasked model."""
+
+Counts = dict[str, int]
+"""Compared scores: `all`, `better` and `worse`."""
+
+
+class BenchmarkMetrics(Metrics):
+    """What `benchmark` measures.
+
+    Attributes:
+        tasks, left_out: benchmarks that were scored, and those of the table whose data only the hub has.
+        table: of the paper, whose benchmarks and masks these are.
+        mode: `generate` or `loglikelihood`.
+        thinking: whether the model was to think, in words.
+        n_unfinished: replies that end inside a thought.
+        runs_kept: runs (of one mask and seed) that were found in the cache.
+        masks: by benchmark and label, as `WeMask.to_dict` gives them.
+        compared: by the mask's choice of dims, how many scores were compared, better and worse.
+    """
+
+    tasks: list[str] = Field(default_factory=list)
+    left_out: list[str] = Field(default_factory=list)
+    table: int | None = None
+    mode: str = "loglikelihood"
+    thinking: str | None = None
+    n_unfinished: int = 0
+    runs_kept: int = 0
+    masks: dict[str, dict[str, dict[str, Any]]] = Field(default_factory=dict)
+    compared: dict[str, Counts] = Field(default_factory=dict)
+
+
+def benchmark(
+    study: Study,
+    configurations: Mapping[str, Sequence[MaskConfiguration]],
+    options: BenchmarkOptions | None = None,
+    *,
+    data: LanguageData | None = None,
+    masked_blocks: str = "",
+    table: int | None = None,
+    left_out: Sequence[str] = (),
+    keep: bool = False,
+) -> Result:
+    """Score benchmarks with masks and without, and compare on the same items.
+
+    Args:
+        study: of the model.
+        configurations: the masks of each benchmark, by its name; `MaskConfiguration("no mask")` is what the others are
+            compared with.
+        options: how benchmarks are put to the model.
+        data: what the benchmarks without data of their own are made of.
+        masked_blocks: in words, for the caption.
+        table: of the paper, whose benchmarks these are.
+        left_out: benchmarks of that table that cannot be scored.
+        keep: items in the user's cache, so that a run that was stopped goes on.
+
+    Returns:
+        Metrics `BenchmarkMetrics`; the tables `benchmark_items`, `benchmark_scores` (of `summarise`) and `best_rates`;
+        the figures `benchmark_table` and `benchmark_differences`; the documents `table.md` and `table.tex`.
+
+    Raises:
+        MelensError: as `benchmarks_of`, `Evaluator` and `summarise`.
+    """
+    options = options or BenchmarkOptions()
+    benchmarks = benchmarks_of(list(configurations))
+    evaluator = Evaluator(study, benchmarks, options, data, keep=keep)
+    scored = [evaluator.score(each, configurations[each.name]) for each in benchmarks]
+    items = pd.concat([of_task for of_task, _ in scored], ignore_index=True)
+    scores = summarise(items, UNMASKED)
+    rates = _rates(configurations)
+    best = best_rates(items[items["shown"]], rates, UNMASKED)
+    chat = evaluator.chat
+    layout = lay_out(scores, study.trace.model["name"], describe_requests(benchmarks, options, chat, masked_blocks))
+    metrics = study.metrics(
+        BenchmarkMetrics,
+        tasks=list(configurations),
+        left_out=list(left_out),
+        table=table,
+        mode="generate" if options.generates else "loglikelihood",
+        thinking=None if chat is None else chat.in_words(),
+        n_unfinished=int(scores.loc[scores["shown"], "n_unfinished"].sum()),
+        runs_kept=sum(n_kept for _, n_kept in scored),
+        masks={
+            task: {each.label: each.mask.to_dict() for each in own if each.mask is not None}
+            for task, own in configurations.items()
+        },
+        compared=count_verdicts(scores.merge(rates, on="mask"), "select"),
+    )
+    return Result(
+        "benchmark",
+        study.trace.model,
+        metrics,
+        tables={"benchmark_items": items, "benchmark_scores": scores, **({"best_rates": best} if len(best) else {})},
+        figures=_figures(study.trace.model["name"], scores, layout),
+        findings=_findings(scores, best, metrics),
+        documents={"table.md": layout.markdown(), "table.tex": layout.latex()},
+    )
+
+
+def _rates(configurations: Mapping[str, Sequence[MaskConfiguration]]) -> pd.DataFrame:
+    rows = [
+        (each.label, each.family, each.rate, each.mask.select)
+        for own in configurations.values()
+        for each in own
+        if each.mask is not None
+    ]
+    return pd.DataFrame(rows, columns=["mask", "family", "rate", "select"]).drop_duplicates()
+
+
+def describe_requests(
+    benchmarks: Sequence[Benchmark], options: BenchmarkOptions, chat: Chat | None, masked_blocks: str = ""
+) -> str:
+    """Say in sentences how a model was scored, for the caption of a table."""
+    ways = set()
+    for each in benchmarks:
+        if options.generates and each.kind != "language":
+            ways.add("answers written")
+        else:
+            ways.add("answers written greedily" if each.generates else "log-likelihoods")
+    sentences = [f"Zero-shot, {', or '.join(sorted(ways, reverse=True))}."]
+    if chat is not None:
+        sentences.append(f"Thinking: {chat.in_words()}.")
+    if masked_blocks:
+        sentences.append(f"Masked: {masked_blocks}.")
+    if options.limit is not None:
+        sentences.append(f"The first {options.limit} items of each.")
+    if options.judge is not None:
+        sentences.append(f"Refusals judged by {options.judge}.")
+    return " ".join(sentences)
+
+
+# --- Figures and findings ---------------------------------------------------------------------------------------------
+
+
+def _figures(name: str, scores: pd.DataFrame, layout: Layout) -> dict[str, Figure]:
+    source, expected = "tables 1, 2, 5, 6, 7", "WeMask improves the scores; random and magnitude masks harm them."
+    table = score_table(layout.columns, layout.rows, layout.cells, layout.best, title=f"Scores of {name}")
+    figures = {"benchmark_table": Figure(table, source, expected, layout.caption)}
+    compared = scores[scores["shown"] & scores["p_corrected"].notna()]
+    if len(compared):
+        n_shown = int((compared["verdict"] != "no difference shown").sum())
+        observed = f"{n_shown} of {len(compared)} differences to the unmasked model are shown."
+        note = "Filled: shown (p < 0.05 after correction); hollow: no difference shown."
+        plot = score_differences(compared, title=f"Differences to the unmasked model: {name}", note=note)
+        figures["benchmark_differences"] = Figure(plot, source, expected, observed)
+    return figures
+
+
+def _findings(scores: pd.DataFrame, best: pd.DataFrame, metrics: BenchmarkMetrics) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [("", "score", "difference to no mask, on the same items")]
+    for row in scores[scores["shown"]].to_dict("records"):
+        score = f"{row['mean']:.3f} ({row['low']:.3f} to {row['high']:.3f}; n={row['n']})"
+        if row["n_seeds"] > 1:
+            score += f", sd of {row['n_seeds']} seeds {row['sd']:.3f}"
+        if row["n_unfinished"]:
+            score += f"; {row['n_unfinished']} of {row['n_replies']} replies end inside a thought: no answer"
+        difference = ""
+        if row["verdict"]:
+            interval = f"{row['difference_low']:+.3f} to {row['difference_high']:+.3f}"
+            difference = f"{row['difference']:+.3f} ({interval}), p={row['p_corrected']:.2g}: {row['verdict']}"
+        rows.append((f"{row['task']}, {row['metric']}: {row['mask']}", score, difference))
+    for (task, metric, family), of_family in best.groupby(["task", "metric", "family"], sort=False):
+        held_out, same = of_family.sort_values("selection").to_dict("records")
+        difference = f"{held_out['difference']:+.3f} ({held_out['low']:+.3f} to {held_out['high']:+.3f}; "
+        difference += f"n={held_out['n']}). On the same items the choice would be rate {same['rate']:g} with "
+        difference += f"{same['difference']:+.3f}, which is biased by the choice."
+        chosen = f"rate {held_out['rate']:g}, chosen on one half of the items and scored on the other"
+        rows.append((f"{task}, {metric}: best rate of {family}", chosen, difference))
+    if metrics.thinking is not None:
+        rows.append(("thinking", metrics.thinking, ""))
+    if metrics.left_out:
+        rows.append(("left out", f"{', '.join(metrics.left_out)}: only the hub has this data", ""))
+    return rows
+
+
+# --- Claims -----------------------------------------------------------------------------------------------------------
+
+
+def judge_comparisons(counts: Counts | None, claimed: str, other: str) -> Judgement:
+    """Judge whether most comparisons turn out as claimed, and none the other way.
+
+    Args:
+        counts: None where nothing of the kind was compared.
+        claimed, other: `better` and `worse`, or the other way round.
+    """
+    if counts is None or not counts["all"]:
+        return Judgement("not measured", note="There was no such comparison.")
+    value = counts[claimed] / counts["all"]
+    verdict: Verdict = "does not hold"
+    if counts[claimed] > counts[other]:
+        verdict = "holds" if value > 0.5 and not counts[other] else "holds in part"
+    none = counts["all"] - counts[claimed] - counts[other]
+    return Judgement(verdict, value, None, f"{counts[claimed]} {claimed}, {counts[other]} {other}, {none} not shown.")
+
+
+def _others_worse(metrics: BenchmarkMetrics) -> Judgement:
+    counts = [metrics.compared[select] for select in ("random", "magnitude") if select in metrics.compared]
+    together = {key: sum(count[key] for count in counts) for key in counts[0]} if counts else None
+    return judge_comparisons(together, "worse", "better")
+
+
+CLAIMS = (
+    Claim(
+        id="scores-weight-better",
+        claim="Weight-guided masks improve the scores of benchmarks",
+        source="section 5, tables 1, 2, 5, 6 and 7",
+        experiment="benchmark",
+        metrics=BenchmarkMetrics,
+        figure="benchmark_differences",
+        statistic="share of the comparisons with the unmasked model in which a weight-guided mask is shown better",
+        criterion="> 0.5, and worse in none; in part: better in more than worse",
+        why="most is the least that 'consistently' can mean; shown is p < 0.05 after correction",
+        judge=lambda metrics: judge_comparisons(metrics.compared.get("weight"), "better", "worse"),
+    ),
+    Claim(
+        id="scores-others-worse",
+        claim="Random and magnitude masks degrade the scores of benchmarks",
+        source="appendix E, table 5",
+        experiment="benchmark",
+        metrics=BenchmarkMetrics,
+        figure="benchmark_differences",
+        statistic="share of the comparisons with the unmasked model in which a random or magnitude mask is shown to be "
+        "worse",
+        criterion="> 0.5, and better in none; in part: worse in more than better",
+        why="as for the claim before",
+        judge=_others_worse,
+    ),
+)
+"""What the paper says of masks on benchmarks."""

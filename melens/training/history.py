@@ -1,0 +1,161 @@
+"""The history of a training, step by step: the loss, and what became of the massive activation and the sinks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from melens.errors import MelensError
+from melens.figures.curves import over_steps
+from melens.report.result import Figure
+
+__all__ = ["TrainingHistory", "average_histories", "draw_histories"]
+
+_LOGGED = {
+    "loss": "loss",
+    "reward": "reward",
+    "rewards/margins": "margin of rewards",
+    "mean_token_accuracy": "token accuracy",
+}
+_INSPECTED = {"magnification_there": "magnification of block {me} (ME layer)", "sink_mass": "sink mass {where}"}
+
+
+@dataclass(frozen=True)
+class TrainingHistory:
+    """What one training logged, and what its inspections measured.
+
+    Attributes:
+        name: among other trainings; empty for one alone.
+        log: TRL's numbers, a row for each logged `step`.
+        inspections: a row for each inspected `step` and each `masked` (without the training's mask, with it):
+            `me_layer`, `magnification`, `magnification_there` (of the block that was the ME layer before the training),
+            `sink_mass` (mean over the blocks after it).
+    """
+
+    name: str
+    log: pd.DataFrame
+    inspections: pd.DataFrame
+
+    @property
+    def ends(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The first and the last inspection without the mask; both empty where there was none."""
+        own = self.inspections[~self.inspections["masked"]].sort_values("step")
+        if not len(own):
+            return {}, {}
+        first, last = (
+            {str(key): None if pd.isna(value) else value for key, value in own.iloc[at].items()} for at in (0, -1)
+        )
+        return first, last
+
+    def loss_in_words(self) -> str:
+        """Say how the loss went."""
+        losses = self.log["loss"].dropna() if "loss" in self.log else pd.Series(dtype=float)
+        return f"loss from {losses.iloc[0]:.4g} to {losses.iloc[-1]:.4g}" if len(losses) else "no loss was logged"
+
+    def change_in_words(self) -> str:
+        """Say what became of the massive activation and the sinks."""
+        first, last = self.ends
+        if not first:
+            return "The model was sharded, so it was not inspected."
+        if first["me_layer"] is None and last["me_layer"] is None:
+            layers = "no ME layer before or after"
+        elif first["me_layer"] == last["me_layer"]:
+            layers = f"the ME layer stays block {last['me_layer']}"
+        else:
+            layers = f"the ME layer goes from {_number(first['me_layer'])} to {_number(last['me_layer'])}"
+        sinks = f"{_number(first['sink_mass'], 3)} to {_number(last['sink_mass'], 3)}"
+        if first["magnification_there"] is None:
+            return f"Without the mask {layers}; the sink mass goes from {sinks}."
+        magnification = f"{_number(first['magnification_there'])} to {_number(last['magnification_there'])}"
+        return (
+            f"Without the mask {layers}; its magnification goes from {magnification}, the sink mass behind it from "
+            f"{sinks}."
+        )
+
+
+def _number(value: Any, digits: int = 4) -> str:
+    return "none" if value is None else f"{value:.{digits}g}"
+
+
+def average_histories(histories: Sequence[TrainingHistory]) -> list[TrainingHistory]:
+    """Average what is drawn over trainings of one name, which differ in their seeds.
+
+    An ME layer in which they differ is left out.
+
+    Raises:
+        MelensError: some trainings lack a number at a step where others have it.
+    """
+    averages = []
+    for name in dict.fromkeys(history.name for history in histories):
+        same = [history for history in histories if history.name == name]
+        log = _mean([history.log for history in same], ["step"], _LOGGED, name)
+        inspections = _mean([history.inspections for history in same], ["step", "masked"], _INSPECTED, name)
+        by_step = pd.concat([history.inspections for history in same]).groupby(["step", "masked"])
+        layers = by_step["me_layer"].first().where(by_step["me_layer"].nunique(dropna=False) == 1)
+        averages.append(TrainingHistory(name, log, inspections.assign(me_layer=layers.astype("Int64").array)))
+    return averages
+
+
+def _mean(tables: Sequence[pd.DataFrame], by: list[str], columns: Iterable[str], name: str) -> pd.DataFrame:
+    """Average columns over trainings; a number that none of them logged at a step stays NaN."""
+    together = pd.concat(tables)
+    groups = together.groupby(by)[[column for column in columns if column in together]]
+    n_have = groups.count()
+    for column, of_column in n_have.items():
+        some_have = of_column[(of_column > 0) & (of_column < len(tables))]
+        for step in some_have.index.get_level_values("step")[:1]:
+            raise MelensError(
+                f"{name}: only {some_have.iloc[0]} of {len(tables)} trainings have the number {column} at step {step}, "
+                "so it has no mean. Look for NaN in the others."
+            )
+    return groups.mean().reset_index()
+
+
+def draw_histories(histories: Sequence[TrainingHistory], title: str, me_layer: int | None) -> dict[str, Figure]:
+    """Draw the logged numbers of trainings, and what their inspections measured, over the steps.
+
+    Args:
+        histories: under different names.
+        title: above the figures.
+        me_layer: of the model before training.
+
+    Returns:
+        The figures `training_loss` and `training_trace`, each if there is something to draw.
+    """
+    logged: dict[str, dict[str, pd.DataFrame]] = {}
+    inspected: dict[str, dict[str, pd.DataFrame]] = {}
+    where = "of all blocks" if me_layer is None else f"behind block {me_layer}"
+    for history in histories:
+        for column, quantity in _LOGGED.items():
+            if column in history.log and history.log[column].notna().any():
+                logged.setdefault(quantity, {})[history.name] = _points(history.log, column)
+        has_mask = history.inspections["masked"].any()
+        for column, quantity in _INSPECTED.items():
+            for masked, rows in history.inspections.groupby("masked"):
+                if rows[column].notna().any():
+                    which = ("with the mask" if masked else "without the mask") if has_mask else ""
+                    curve = ", ".join(filter(None, [history.name, which]))
+                    inspected.setdefault(quantity.format(me=me_layer, where=where), {})[curve] = _points(rows, column)
+    source = "asked for by the project"
+    figures = {}
+    if logged:
+        plot = over_steps(logged, title=f"Course of training: {title}")
+        observed = _observed(histories, [history.loss_in_words() for history in histories])
+        figures["training_loss"] = Figure(plot, source, "", observed)
+    if inspected:
+        plot = over_steps(inspected, title=f"Massive activation and sinks in training: {title}", markers=True)
+        observed = _observed(histories, [history.change_in_words() for history in histories])
+        figures["training_trace"] = Figure(plot, source, "", observed)
+    return figures
+
+
+def _points(table: pd.DataFrame, name: str) -> pd.DataFrame:
+    return table[["step", name]].dropna().rename(columns={name: "value"})
+
+
+def _observed(histories: Sequence[TrainingHistory], sentences: Sequence[str]) -> str:
+    named = [f"{own.name}: {text}" if own.name else text for own, text in zip(histories, sentences, strict=True)]
+    return " ".join(text if text.endswith(".") else f"{text}." for text in named)

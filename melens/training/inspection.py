@@ -1,0 +1,108 @@
+"""What becomes of the massive activation and of the sinks while a model is trained.
+
+`train` calls an `Inspector` before the first step, each `inspect_every` steps and after the last one. It traces some
+prompts of the study on the weights as they are, without the training's mask and with it.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from accelerate import PartialState
+from transformer_lens.model_bridge import TransformerBridge
+
+from melens.analysis.me_layer import find_me_layer
+from melens.analysis.sink_mass import sink_mass_by_layer
+from melens.analysis.study import Study
+from melens.masks.mask import WeMask
+from melens.models.view import bridged_twin, is_whole
+from melens.storage.files import write_text
+from melens.tracing.trace import Trace, default_probes, trace
+
+__all__ = ["Inspector"]
+
+
+class Inspector:
+    """Inspects a model in training, and keeps what it measured beside the checkpoints, for a training that resumes."""
+
+    def __init__(
+        self, study: Study, mask: WeMask | None, folder: Path, *, n_prompts: int = 4, resume: bool = False
+    ) -> None:
+        """Choose the prompts and the blocks.
+
+        Args:
+            study: of the model before the training.
+            mask: that it is trained with.
+            folder: of the checkpoints.
+            n_prompts: at most so many, with different first tokens.
+            resume: go on with the inspections in the folder.
+        """
+        self._study, self._mask, self._file = study, mask, folder / "looks.json"
+        self._rows: list[dict[str, Any]] = []
+        if resume and self._file.is_file():
+            self._rows = json.loads(self._file.read_text("utf-8"))
+        prompts = study.distinct_massive_prompts or study.trace.prompts["prompt"].tolist()
+        self._tokens = [study.tokens[prompt] for prompt in prompts[:n_prompts]]
+        after = [] if study.me.layer is None else range(study.me.layer + 1, study.last_before_trailing + 1)
+        self._layers_after = list(after) or list(range(study.n_layers))
+        self._bridge: TransformerBridge | None = None
+
+    def inspect(self, step: int, model: Any) -> None:
+        """Measure a model after so many steps; one that is sharded over processes cannot be measured.
+
+        Args:
+            step: optimiser steps that are done.
+            model: the transformers model in training.
+        """
+        if not is_whole(model):
+            return
+        if self._bridge is None or not _share_weights(self._bridge, model):
+            self._bridge = bridged_twin(model, self._study.trace.model["name"])
+        self._rows = [row for row in self._rows if row["step"] < step]  # a training that was stopped may have gone on
+        for masked in (False, True) if self._mask is not None else (False,):
+            with self._mask.moved_to(self._bridge).applied(self._bridge) if masked and self._mask else nullcontext():
+                self._rows.append({"step": step, "masked": masked} | self._measured(self._bridge))
+        if PartialState().is_main_process:
+            write_text(self._file, json.dumps(self._rows))
+
+    def table(self) -> pd.DataFrame:
+        """Return all inspections, as `TrainingHistory` has them."""
+        columns = ["step", "masked", "me_layer", "magnification", "magnification_there", "sink_mass"]
+        kinds: dict[str, Any] = {"step": int, "masked": bool, "me_layer": "Int64", **dict.fromkeys(columns[3:], float)}
+        return pd.DataFrame(self._rows, columns=columns).astype(kinds)
+
+    def _measured(self, bridge: TransformerBridge) -> dict[str, Any]:
+        study = self._study
+        probes = default_probes(bridge, min_abs=study.me.criterion.min_abs)
+        found = trace(bridge, self._tokens, probes, max_batch_tokens=study.max_batch_tokens)
+        me = find_me_layer(found, study.me.criterion)
+        sinks = sink_mass_by_layer(found)
+        return {
+            "me_layer": me.layer,
+            "magnification": me.magnification,
+            "magnification_there": self._magnification(found),
+            "sink_mass": float(sinks[sinks["layer"].isin(self._layers_after)]["mean"].mean()) if len(sinks) else None,
+        }
+
+    def _magnification(self, found: Trace) -> float | None:
+        """Return ‖h_out‖ / ‖h_in‖ of the massive token in the block that was the ME layer before the training."""
+        layer = self._study.me.layer
+        if layer is None:
+            return None
+        norms = found["norm"].query(f"pos == {self._study.position}")
+        places = [(layer - 1, "hook_resid_post") if layer else (0, "hook_resid_pre"), (layer, "hook_resid_post")]
+        before, after = (
+            norms[(norms["layer"] == block) & (norms["site"] == site)].set_index("prompt")["norm"]
+            for block, site in places
+        )
+        return float((after / before).mean())
+
+
+def _share_weights(bridge: TransformerBridge, model: Any) -> bool:
+    """Return whether a bridge sees every step: not where adapters are merged into copies, or weights were replaced."""
+    trained = {weight.data_ptr() for weight in model.parameters()}
+    return all(weight.data_ptr() in trained for weight in bridge.original_model.parameters())

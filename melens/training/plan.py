@@ -1,0 +1,40 @@
+"""What is trained on what: a recipe with its data, its gates and how often the model is inspected; light to import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from melens.training.recipe import Recipe
+
+__all__ = ["TrainingPlan"]
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """A training but for its model and its mask.
+
+    Attributes:
+        recipe: hyperparameters.
+        dataset, data_dir, columns, split, limit: as for `load_training_data`.
+        chat: learn in the tokenizer's chat template; None does so if there is one.
+        gate: kind of gated attention that is added; None for none.
+        trace_every: inspect the model each so many steps, besides at the beginning and at the end; 0 not in between.
+        trace_prompts: on how many prompts.
+    """
+
+    recipe: Recipe
+    dataset: str
+    data_dir: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    split: str = "train"
+    limit: int | None = None
+    chat: bool | None = None
+    gate: str | None = None
+    trace_every: int = 0
+    trace_prompts: int = 4
+
+    def on_device(self, *, gpu: bool) -> TrainingPlan:
+        """Choose the precision where the recipe leaves it to the machine: mixed on a GPU, else float32."""
+        if self.recipe.precision != "auto":
+            return self
+        return replace(self, recipe=replace(self.recipe, precision="mixed" if gpu else "float32"))

@@ -1,0 +1,308 @@
+"""Train the model of a study, inspect it meanwhile, save it, and draw what became of it.
+
+    plan = TrainingPlan(Recipe("sft", batch_size=16, lr=1e-5), dataset="gsm8k")
+    check_plan(plan, model.tokenizer)
+    result = training(study, plan, Path("my-run"), mask=WeMask(0.1, start=12))
+    result.figures["training_loss"], melens.load_model("my-run/model")
+
+1. The rows are loaded once in a process and tried on the chat template (`check_plan`).
+2. `train_model` takes the plain twin of the study's model, which shares its weights, adds gates, trains it with the
+   mask on, lets an `Inspector` measure it, and saves it. The weights of the study's own model have changed then.
+3. `training` turns that into metrics, tables, figures and findings.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+
+from melens.analysis.study import Study
+from melens.data.chat import check_conversations
+from melens.errors import MelensError
+from melens.masks.mask import WeMask
+from melens.models.devices import is_dispatched
+from melens.models.gates import add_gates
+from melens.models.quantization import is_quantized
+from melens.models.view import plain_twin, view_model
+from melens.report.result import Metrics, Result
+from melens.storage.cache import Store, store_for, tokenizer_fingerprint
+from melens.training.data import TrainingData, format_rows, hash_rows, load_training_data
+from melens.training.history import TrainingHistory, draw_histories
+from melens.training.inspection import Inspector
+from melens.training.plan import TrainingPlan
+from melens.training.rewards import check_answers
+from melens.training.saving import save_trained
+from melens.training.trainers import TrainingStats, check_trainer, train
+
+__all__ = ["TrainedModel", "TrainingMetrics", "check_plan", "train_model", "training", "training_store"]
+
+SPREAD = (
+    "A model that model.device_map or model.max_memory spreads over devices cannot be trained. Leave them out, or "
+    "shard it over GPUs: accelerate launch --config_file conf/training/accelerate/fsdp2.yaml experiments/run.py ..."
+)
+QUANTIZED = "A quantised model cannot be trained, because its weights cannot change. Load it without model.quantize."
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model that was trained and saved.
+
+    Attributes:
+        folder: of the model, for `load_model`.
+        mask: that it was trained with.
+        history: what was logged, and what the inspections measured.
+        stats: how the training went.
+        n_rows: that it learnt from.
+        chat: whether it learnt in its chat template.
+    """
+
+    folder: Path
+    mask: WeMask | None
+    history: TrainingHistory
+    stats: TrainingStats
+    n_rows: int
+    chat: bool
+
+
+def check_plan(plan: TrainingPlan, tokenizer: Any) -> None:
+    """Load the rows, and try them on the trainer, the chat template and GRPO's reward.
+
+    Raises:
+        MelensError: the rows make no batch or have no form for the method, the chat template refuses one of them, too
+            many right answers can never be rewarded, or a single process has several GPUs.
+    """
+    check_trainer(plan.recipe, len(_data(plan).rows))
+    rows = _rows(plan, chat=_is_chat(plan, tokenizer))
+    replies = [role for role in ("completion", "chosen", "rejected") if role in rows.column_names]
+    if len(rows) and "prompt" in rows.column_names and not isinstance(rows[0]["prompt"], str):
+        whole = ([*row["prompt"], *row[reply]] for reply in replies for row in rows)
+        check_conversations(tokenizer, whole if replies else rows["prompt"], plan.dataset)
+    if plan.recipe.method == "grpo":
+        check_answers(rows["answer"], plan.dataset)
+    if torch.cuda.device_count() > 1 and PartialState().num_processes == 1:
+        raise MelensError(
+            "There are several GPUs, but a training in one process uses one. Set CUDA_VISIBLE_DEVICES=0, or start "
+            "accelerate launch --config_file conf/training/accelerate/ddp.yaml experiments/run.py ..."
+        )
+
+
+def _is_chat(plan: TrainingPlan, tokenizer: Any) -> bool:
+    if tokenizer is None:
+        raise MelensError("This model has no tokenizer, so it cannot learn from texts.")
+    if plan.chat and not tokenizer.chat_template:
+        raise MelensError("training.chat is true, but this model's tokenizer has no chat template. Set it to false.")
+    return bool(tokenizer.chat_template) if plan.chat is None else plan.chat
+
+
+def _data(plan: TrainingPlan) -> TrainingData:
+    return _load_once(*_source(plan))
+
+
+def _rows(plan: TrainingPlan, *, chat: bool) -> Dataset:
+    return _format_once(*_source(plan), chat=chat)
+
+
+def _source(plan: TrainingPlan) -> tuple[Any, ...]:
+    columns = tuple(sorted(plan.columns.items()))
+    return plan.dataset, plan.recipe.method, plan.data_dir, columns, plan.split, plan.limit, plan.recipe.seed
+
+
+@cache
+def _load_once(
+    name: str, method: str, data_dir: str | None, columns: tuple, split: str, limit: int | None, seed: int
+) -> TrainingData:
+    options: Any = {"data_dir": data_dir, "columns": dict(columns), "split": split, "limit": limit, "seed": seed}
+    return load_training_data(name, method, **options)
+
+
+@cache
+def _format_once(*source: Any, chat: bool) -> Dataset:
+    return format_rows(_load_once(*source), source[1], chat=chat)
+
+
+def train_model(
+    study: Study, plan: TrainingPlan, folder: Path, *, mask: WeMask | None = None, resume: bool = False
+) -> TrainedModel:
+    """Train the model of a study, whose weights change, and save it.
+
+    Args:
+        study: of the model before the training.
+        plan: what is trained on what.
+        folder: for `checkpoints` and `model`.
+        mask: on all the time, as on the reference model of DPO and GRPO.
+        resume: go on from the checkpoints in the folder.
+
+    Raises:
+        MelensError: the model is spread, quantised or cannot be taken out of its bridge; or as `train`.
+    """
+    tokenizer = study.model.tokenizer
+    chat = _is_chat(plan, tokenizer)
+    if is_dispatched(study.model.original_model):
+        raise MelensError(SPREAD)
+    if is_quantized(study.model.original_model):
+        raise MelensError(QUANTIZED)
+    model = plain_twin(study.model)
+    if model is study.model.original_model:
+        raise MelensError("This model cannot be taken out of its bridge, so it cannot be trained.")
+    mask = None if mask is None else mask.on(model)
+    if plan.gate is not None:
+        add_gates(view_model(model), plan.gate)
+    rows = _rows(plan, chat=chat)
+    inspector = Inspector(study, mask, folder / "checkpoints", n_prompts=plan.trace_prompts, resume=resume)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # TRL's use of transformers
+        trained = train(
+            model,
+            tokenizer,
+            rows,
+            plan.recipe,
+            folder / "checkpoints",
+            mask=mask,
+            resume=resume,
+            progress=study.stage(f"steps of {plan.recipe.method}"),
+            inspect=inspector.inspect,
+            inspect_every=plan.trace_every,
+        )
+    record = {"training": asdict(plan.recipe), "dataset": plan.dataset, "rows": len(rows), "gate": plan.gate}
+    record |= {"model": study.trace.model["name"], "mask": None if mask is None else mask.to_dict()}
+    save_trained(trained.model, tokenizer, folder / "model", mask=mask, record=record | asdict(trained.stats))
+    history = TrainingHistory("", trained.log, inspector.table())
+    return TrainedModel(folder / "model", mask, history, trained.stats, len(rows), chat)
+
+
+def training_store(study: Study, plan: TrainingPlan, mask: WeMask | None) -> Store:
+    """Return where a trained model is kept in the user's cache, by all that decides it, its log and its inspections.
+
+    Args:
+        study: of the model before the training.
+        plan: what is trained on what.
+        mask: settled on the model.
+    """
+    model, me, processes = study.model, study.me, PartialState()
+    decides = [
+        plan,
+        mask,
+        hash_rows(_data(plan).rows),
+        tokenizer_fingerprint(model.tokenizer),
+        [me.layer, me.dims, me.criterion],  # and what the inspections measure:
+        [study.tokens, study.distinct_massive_prompts, study.position, study.max_batch_tokens],
+        [processes.num_processes, str(processes.distributed_type)],
+    ]
+    libraries = ("trl", "peft", "datasets", "jinja2", "math-verify", "sympy", "latex2sympy2-extended")
+    return store_for("trainings", model.original_model, *decides, libraries=libraries)
+
+
+# --- As an experiment -------------------------------------------------------------------------------------------------
+
+
+class TrainingMetrics(Metrics):
+    """What `training` measures.
+
+    Attributes:
+        method, dataset, gate: as planned.
+        training_mask: as `WeMask.to_dict` gives it.
+        saved_in: the folder of the trained model.
+        training_rows: that were learnt from.
+        training_chat: whether in the chat template.
+        training_steps, ...: as `TrainingStats`.
+        me_layer_before, ...: the first inspection without the mask, and the last one, as in `TrainingHistory`.
+    """
+
+    method: str = ""
+    dataset: str = ""
+    training_mask: dict[str, Any] | None = None
+    gate: str | None = None
+    saved_in: str = ""
+    training_rows: int = 0
+    training_chat: bool = False
+    training_steps: int = 0
+    training_processes: int = 1
+    training_seconds: float = 0.0
+    training_step_seconds: float | None = None
+    training_tokens: float | None = None
+    training_tokens_per_second: float | None = None
+    training_peak_gb: float | None = None
+    training_mean_loss: float | None = None
+    training_final_loss: float | None = None
+    training_resumed_at: int = 0
+    training_thinking: str | None = None
+    me_layer_before: int | None = None
+    magnification_there_before: float | None = None
+    sink_mass_before: float | None = None
+    me_layer_after: int | None = None
+    magnification_there_after: float | None = None
+    sink_mass_after: float | None = None
+
+
+def training(
+    study: Study,
+    plan: TrainingPlan,
+    folder: Path,
+    *,
+    mask: WeMask | None = None,
+    mask_name: str = "mask",
+    resume: bool = False,
+) -> Result:
+    """Train, save, and report what became of the model.
+
+    Args:
+        study, plan, folder, mask, resume: as for `train_model`.
+        mask_name: what findings call the mask.
+
+    Returns:
+        Metrics `TrainingMetrics`; the tables `training_log` and `training_trace` and the figures `training_loss` and
+        `training_trace`, of a `TrainingHistory`.
+    """
+    trained = train_model(study, plan, folder, mask=mask, resume=resume)
+    name, method = study.trace.model["name"], plan.recipe.method
+    first, last = trained.history.ends
+    metrics = study.metrics(
+        TrainingMetrics,
+        method=method,
+        dataset=plan.dataset,
+        training_mask=None if trained.mask is None else trained.mask.to_dict(),
+        gate=plan.gate,
+        saved_in=str(trained.folder),
+        training_rows=trained.n_rows,
+        training_chat=trained.chat,
+        **{f"training_{key}": value for key, value in asdict(trained.stats).items()},
+        **{f"{key}_before": first.get(key) for key in ("me_layer", "magnification_there", "sink_mass")},
+        **{f"{key}_after": last.get(key) for key in ("me_layer", "magnification_there", "sink_mass")},
+    )
+    return Result(
+        method,
+        study.trace.model,
+        metrics,
+        tables={"training_log": trained.history.log, "training_trace": trained.history.inspections},
+        figures=draw_histories([trained.history], f"{method.upper()} of {name} on {plan.dataset}", study.me.layer),
+        findings=_findings(plan, trained, mask_name),
+    )
+
+
+def _findings(plan: TrainingPlan, trained: TrainedModel, mask_name: str) -> Sequence[tuple[str, str]]:
+    stats, mask = trained.stats, "none"
+    if trained.mask is not None:
+        mask = f"{mask_name} rate={trained.mask.rate:g} start={trained.mask.start}"
+    speed = f"{stats.seconds:.0f} s, {stats.step_seconds or 0:.3g} s a step"
+    if stats.tokens_per_second:
+        speed += f", {stats.tokens_per_second:,.0f} tokens a second"
+    if stats.peak_gb:
+        speed += f", {stats.peak_gb:.1f} GB at most"
+    what = f"{plan.recipe.method} on {trained.n_rows} rows of {plan.dataset}, mask {mask}, gate {plan.gate or 'none'}"
+    resumed = f", from step {stats.resumed_at} on" if stats.resumed_at else ""
+    return [
+        ("training", what),
+        *([("thinking", f"{stats.thinking} in rollouts")] if stats.thinking else []),
+        ("steps", f"{stats.steps}{resumed}; {trained.history.loss_in_words()}"),
+        ("speed", speed),
+        ("massive activation", trained.history.change_in_words()),
+        ("saved", f"{trained.folder}: model=hub model.name={trained.folder} in any experiment"),
+    ]
