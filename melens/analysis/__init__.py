@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from melens.analysis.attention_sinks import sinks
     from melens.analysis.ffn_concentration import ffn
+    from melens.analysis.norm_gains import normalization
     from melens.analysis.token_direction import direction
     from melens.analysis.weights import prediction
     from melens.masks.grid import mask_grid
 
-__all__ = ["direction", "ffn", "mask_grid", "prediction", "sinks"]
+__all__ = ["direction", "ffn", "mask_grid", "normalization", "prediction", "sinks"]
 
 _MODULES = {
     "direction": "token_direction",
     "ffn": "ffn_concentration",
     "mask_grid": ".masks.grid",
+    "normalization": "norm_gains",
     "prediction": "weights",
     "sinks": "attention_sinks",
 }
