@@ -9,22 +9,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from melens.analysis.across_inputs import stability
     from melens.analysis.attention_sinks import sinks
+    from melens.analysis.block_ablation import ablation
     from melens.analysis.ffn_concentration import ffn
     from melens.analysis.norm_gains import normalization
     from melens.analysis.token_direction import direction
     from melens.analysis.weights import prediction
     from melens.masks.grid import mask_grid
 
-__all__ = ["direction", "ffn", "mask_grid", "normalization", "prediction", "sinks"]
+__all__ = ["ablation", "direction", "ffn", "mask_grid", "normalization", "prediction", "sinks", "stability"]
 
 _MODULES = {
+    "ablation": "block_ablation",
     "direction": "token_direction",
     "ffn": "ffn_concentration",
     "mask_grid": ".masks.grid",
     "normalization": "norm_gains",
     "prediction": "weights",
     "sinks": "attention_sinks",
+    "stability": "across_inputs",
 }
 """Where each function stands, from here: in no module of its own name, which would hide it."""
 

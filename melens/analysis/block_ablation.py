@@ -1,0 +1,509 @@
+"""What makes the massive activation: parts of blocks removed, restored and patched (figure 9; the review's point 1).
+
+    result = melens.analysis.ablation(study)
+    result.metrics.causal_layers   # the blocks without whose FFN at most half of it is left
+
+1. The prompts are cut after their massive token and run once; every run that changes a block starts at that block.
+2. In the ME layer the FFN is removed, the norm before it is changed in three senses, and both are crossed.
+3. In every block the FFN, the norm's gain and the attention output are removed one at a time.
+4. Up to the ME layer FFN outputs are patched between the intact run and one without another block's FFN.
+
+What is left is always ‖h‖ / ‖h intact‖ of the massive token, averaged over `Study.massive_layers`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from melens.analysis.statistics import bootstrap_mean, mean_by, tidy, with_interval
+from melens.analysis.study import Study
+from melens.claims.engine import Claim, Judgement, Verdict, at_most, number
+from melens.errors import MelensError
+from melens.figures.curves import Curve, Panel, curves_by_block
+from melens.figures.heatmaps import Heatmap, heatmaps
+from melens.figures.style import COLORS
+from melens.models.normalization import named_normalization
+from melens.report.result import Figure, Interval, Metrics, Result
+from melens.tracing import interventions
+from melens.tracing.interventions import Hook, MassiveTokenRuns, Part, can_ablate
+
+__all__ = ["CLAIMS", "AblationMetrics", "ablation"]
+
+SENSES: dict[str, Part] = {"identity": "ln2_identity", "no_gain": "ln2_no_gain", "no_norm": "ln2_no_norm"}
+"""What "without the norm before the FFN" may mean."""
+
+TEXTS: dict[Part, str] = {
+    "ffn": "FFN removed",
+    "attention": "attention output removed",
+    "ln2_identity": "norm → identity",
+    "ln2_no_gain": "norm without its gain",
+    "ln2_no_norm": "gain without the norm",
+}
+CAUSES: tuple[Part, ...] = ("ffn", "ln2_no_gain", "attention")
+"""What is removed from every block in turn."""
+
+
+class AblationMetrics(Metrics):
+    """What `ablation` measures. What is left is relative to the intact run, a mean over prompts.
+
+    Attributes:
+        ablation_prompts: how many prompts were run.
+        left_without_ffn: what is left without the ME layer's FFN.
+        left_without_norm: the same by sense of "without the norm before it" (`SENSES`).
+        left_identity_interval: of the sense `identity`.
+        over_others_without_norm: by sense, the massive token's norm over the mean norm of the other tokens, intact.
+        causal_layers: the blocks without whose FFN at most half is left.
+        strongest_cause: the block without whose FFN least is left.
+        left_by_cause: by part (`CAUSES`) and block, what is left without it, from that block on.
+        block_evaluations: how many blocks were run for all causes.
+        block_evaluations_from_the_start: how many it had been if every run began at block 0.
+    """
+
+    ablation_prompts: int | None = None
+    left_without_ffn: float | None = None
+    left_without_ffn_interval: Interval | None = None
+    left_without_norm: dict[str, float | None] = Field(default_factory=dict)
+    left_identity_interval: Interval | None = None
+    over_others_without_norm: dict[str, float | None] = Field(default_factory=dict)
+    causal_layers: list[int] | None = None
+    strongest_cause: int | None = None
+    left_by_cause: dict[str, dict[int, float | None]] = Field(default_factory=dict)
+    block_evaluations: int | None = None
+    block_evaluations_from_the_start: int | None = None
+
+
+def ablation(study: Study, *, max_position: int = 64) -> Result:
+    """Remove, restore and patch parts of blocks, and measure what is left of the massive token's norm.
+
+    Args:
+        study: as `melens.study` makes it.
+        max_position: prompts whose massive token stands there or later are left out, as they make long runs.
+
+    Returns:
+        Metrics `AblationMetrics`; the figures `removed` (figure 9), `factorial`, `causality`, `causes`, `patching`.
+
+    Raises:
+        MelensError: no massive activation, none before `max_position`, an ME layer whose FFN cannot be removed, or a
+            norm that is NaN.
+    """
+    me_layer, runs = study.me.layer, _runs(study, max_position)
+    if me_layer is None or not can_ablate(study.model, me_layer, "ffn"):
+        raise MelensError(
+            f"Block {me_layer}, the ME layer, has no FFN output to remove: there is {study.layout.ffn_in_words}."
+        )
+    senses = {sense: part for sense, part in SENSES.items() if can_ablate(study.model, me_layer, part)}
+    removed = {part: runs.without((me_layer, part)) for part in ("ffn", *senses.values())}
+    by_block, factorial = _removed_by_block(runs, removed), _factorial(runs, senses)
+    evaluated_before = runs.runs.block_evaluations
+    causality, causes = _causality(runs)
+    metrics = study.metrics(
+        AblationMetrics,
+        **study.layout.metrics(),
+        ablation_prompts=runs.n_prompts,
+        **_left_at_me_layer(runs, removed, senses),
+        **_strongest_causes(causes),
+        block_evaluations=runs.runs.block_evaluations - evaluated_before,
+        block_evaluations_from_the_start=causality.groupby(["part", "cause"]).ngroups * study.n_layers,
+    )
+    patched = _patching(runs)
+    figures = {
+        "removed": _removed_figure(runs, by_block, metrics),
+        "factorial": _factorial_figure(runs, factorial),
+        "causality": _causality_figure(runs, causality, metrics),
+        "causes": _causes_figure(runs, causes, metrics),
+        "patching": _patching_figure(runs, patched),
+    }
+    tables = {
+        "removed_by_block": by_block, "factorial": factorial, "causality": causality, "causes": causes,
+        "patching": patched,
+    }  # fmt: skip
+    findings = [
+        ("removed at the ME layer", figures["removed"].observed),
+        ("causes", figures["causes"].observed),
+        ("patching", figures["patching"].observed),
+    ]
+    return Result("ablation", study.trace.model, metrics, tables, figures, findings)
+
+
+# --- Runs -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """The prompts cut after their massive token, and how to read what is left of it.
+
+    Attributes:
+        study: of all prompts.
+        runs: of those whose massive token is looked at.
+        me_layer: of the study.
+        others: [layer], mean norm of the prompts' other tokens, intact.
+    """
+
+    study: Study
+    runs: MassiveTokenRuns
+    me_layer: int
+    others: np.ndarray
+
+    @property
+    def n_prompts(self) -> int:
+        return len(self.runs.intact)
+
+    @property
+    def layers(self) -> list[int]:
+        """The blocks after which the massive activation is there in the intact run, the trailing ones apart."""
+        return list(self.study.massive_layers) or [self.me_layer]
+
+    def left(self, norms: Float[Tensor, "prompt layer"], start: int = 0) -> np.ndarray:
+        """Average ‖h‖ / ‖h intact‖ of each prompt's massive token over those of `layers` from `start` on."""
+        after = [layer for layer in self.layers if layer >= start]
+        ratio: np.ndarray = (norms / self.runs.intact)[:, after].mean(dim=1).numpy()
+        return ratio
+
+    def over_others(self, norms: Float[Tensor, "prompt layer"]) -> float:
+        """Average ‖h‖ over that of the other tokens in the intact run, over the same blocks."""
+        return float((norms.numpy()[:, self.layers] / self.others[self.layers]).mean())
+
+    def without(self, *parts: tuple[int, Part]) -> Float[Tensor, "prompt layer"]:
+        """Run without parts, each given as (block, part)."""
+        hooks = [hook for layer, part in parts for hook in interventions.ablation(self.study.model, layer, part)]
+        return self.run(hooks, min(layer for layer, _ in parts))
+
+    def run(self, hooks: Sequence[Hook], start: int) -> Float[Tensor, "prompt layer"]:
+        """Run from a block on, and measure the massive tokens' norms; NaN before."""
+        norms = self.runs.run(hooks, start)
+        for prompt, after in (~norms[:, start:].isfinite()).nonzero()[:1].tolist():
+            raise MelensError(
+                f"With a part of block {start} changed, the massive token's norm after block {start + after} is "
+                f"{float(norms[prompt, start + after])}: load the model in bfloat16 or float32."
+            )
+        return norms
+
+
+def _runs(study: Study, max_position: int) -> _Runs:
+    if study.me.layer is None:
+        raise MelensError(f"There is no massive activation whose causes could be removed: {study.me.reason}")
+    # prompts that share a massive first token share its every state, so that one of them stands for all
+    chosen = study.massive_prompts if study.position else study.distinct_massive_prompts
+    born = study.me.per_prompt
+    massive = born[born["prompt"].isin(chosen) & (born["pos"] < max_position)]
+    if massive.empty:
+        raise MelensError(f"Every massive token is at position {max_position} or later: raise exp.max_position.")
+    prompts, positions = massive["prompt"].tolist(), massive["pos"].astype(int).tolist()
+    norms = study.trace["norm"].query("site == 'hook_resid_post'")
+    norms = norms.merge(massive[["prompt", "pos"]].rename(columns={"pos": "massive"}), on="prompt")
+    is_massive = norms["pos"] == norms["massive"]
+    traced = norms[is_massive].pivot(index="prompt", columns="layer", values="norm").loc[prompts]
+    tokens = [study.tokens[prompt] for prompt in prompts]
+    runs = MassiveTokenRuns(study.model, tokens, positions, torch.tensor(traced.to_numpy()))
+    others = norms[~is_massive].groupby("layer")["norm"].mean().reindex(range(study.n_layers))
+    return _Runs(study, runs, study.me.layer, others.to_numpy(dtype=float))
+
+
+# --- In the ME layer --------------------------------------------------------------------------------------------------
+
+
+def _removed_by_block(runs: _Runs, removed: dict[Part, Float[Tensor, "prompt layer"]]) -> pd.DataFrame:
+    """Average the massive token's norm after each block, intact and without each part: columns of `mean_by`."""
+    tables = [mean_by(tidy(runs.runs.intact.numpy(), "norm"), "norm").assign(removed="intact")]
+    for part, norms in removed.items():
+        whole = runs.runs.intact.clone()  # before the ME layer nothing changed
+        whole[:, runs.me_layer :] = norms[:, runs.me_layer :]
+        tables.append(mean_by(tidy(whole.numpy(), "norm"), "norm").assign(removed=TEXTS[part]))
+    return pd.concat(tables, ignore_index=True)
+
+
+class _LeftAtMeLayer(TypedDict, total=False):
+    left_without_ffn: float
+    left_without_ffn_interval: Interval
+    left_without_norm: dict[str, float]
+    left_identity_interval: Interval
+    over_others_without_norm: dict[str, float]
+
+
+def _left_at_me_layer(
+    runs: _Runs, removed: dict[Part, Float[Tensor, "prompt layer"]], senses: dict[str, Part]
+) -> _LeftAtMeLayer:
+    without_ffn = runs.left(removed["ffn"])
+    without_norm = {sense: runs.left(removed[part]) for sense, part in senses.items()}
+    measured: _LeftAtMeLayer = {
+        "left_without_ffn": float(without_ffn.mean()),
+        "left_without_ffn_interval": bootstrap_mean(without_ffn),
+        "left_without_norm": {sense: float(left.mean()) for sense, left in without_norm.items()},
+        "over_others_without_norm": {sense: runs.over_others(removed[part]) for sense, part in senses.items()},
+    }
+    if "identity" in without_norm:
+        measured["left_identity_interval"] = bootstrap_mean(without_norm["identity"])
+    return measured
+
+
+def _removed_figure(runs: _Runs, by_block: pd.DataFrame, metrics: AblationMetrics) -> Figure:
+    curves = [
+        Curve(name, by_block[by_block["removed"] == name], color)
+        for name, color in zip(by_block["removed"].unique().tolist(), COLORS, strict=False)
+    ]
+    others = pd.DataFrame({"layer": range(len(runs.others)), "mean": runs.others})
+    curves.append(Curve("other tokens, intact", others, "#999999"))
+    panel = Panel("", "L2 norm of the block output", curves, runs.me_layer, log_scale=True)
+    norm = named_normalization(runs.study.model, "ln2") or "none"
+    note = f"One part of block {runs.me_layer} changed at a time; the norm is {norm}. Bands: 95% bootstrap intervals."
+    title = runs.study.title("Massive token by block", runs.n_prompts)
+    plot = curves_by_block([panel], title=title, note=note, scale_buttons=True)
+    expected = "Without the FFN it appears midway, then fades; without the RMSNorm it persists, but far smaller."
+    left = [f"{TEXTS[SENSES[sense]]}: ×{share:,.3g}" for sense, share in metrics.left_without_norm.items()]
+    assert metrics.left_without_ffn is not None
+    observed = (
+        f"Without the FFN {with_interval(metrics.left_without_ffn, metrics.left_without_ffn_interval, '.1%')} of the "
+        f"norm is left; {', '.join(left) or 'there is no norm of its own before it'}."
+    )
+    return Figure(plot, "figure 9", expected, observed)
+
+
+def _factorial(runs: _Runs, senses: dict[str, Part]) -> pd.DataFrame:
+    """Cross every form of the norm with the FFN intact and removed: what is left, with its interval."""
+    rows = []
+    for ffn in ("intact", "removed"):
+        for part in (None, *senses.values()):
+            parts: list[tuple[int, Part]] = [] if part is None else [(runs.me_layer, part)]
+            if ffn == "removed":
+                parts.append((runs.me_layer, "ffn"))
+            norms = runs.without(*parts) if parts else runs.runs.intact
+            left = runs.left(norms)
+            norm = "intact" if part is None else TEXTS[part]
+            at_me_layer = float(norms[:, runs.me_layer].mean())
+            rows.append((norm, ffn, at_me_layer, float(left.mean()), *bootstrap_mean(left)))
+    return pd.DataFrame(rows, columns=["norm", "ffn", "norm_at_me_layer", "mean", "low", "high"])
+
+
+def _factorial_figure(runs: _Runs, factorial: pd.DataFrame) -> Figure:
+    wide = factorial.pivot(index="norm", columns="ffn", values="mean").loc[factorial["norm"].unique().tolist()]
+    heatmap = Heatmap("", wide.to_numpy(), list(wide.columns), list(wide.index), "FFN", "norm before it")
+    note = "What is left of the massive token's norm afterwards, relative to intact (1); colours are logarithmic."
+    title = runs.study.title(f"Norm × FFN at block {runs.me_layer}", runs.n_prompts)
+    plot = heatmaps([heatmap], title=title, note=note, z_title="left", text=True)
+    observed = "Without the FFN the norm before it has no way to act: that column is the same by construction."
+    return Figure(plot, "asked for by the review", "The paper removes one at a time.", observed)
+
+
+# --- In every block ---------------------------------------------------------------------------------------------------
+
+
+def _causality(runs: _Runs) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Remove a part of every block in turn, and measure ‖h‖ / ‖h intact‖ of the massive token.
+
+    Returns:
+        `part`, `cause`, `effect` (blocks) with `mean`, `low` and `high` over prompts; and `part`, `layer` (the cause)
+        with the same of what is left on average from that block on.
+    """
+    model, n_layers = runs.study.model, runs.study.n_layers
+    removals = [(part, cause) for part in CAUSES for cause in range(n_layers) if can_ablate(model, cause, part)]
+    progress = runs.study.stage("ablations")
+    tables, causes = [], []
+    for done, (part, cause) in enumerate(removals, 1):
+        norms = runs.without((cause, part))
+        by_effect = mean_by(tidy((norms / runs.runs.intact).numpy(), "ratio", "effect"), "ratio", ("effect",))
+        tables.append(by_effect.assign(part=part, cause=cause))
+        if cause <= runs.layers[-1]:  # a later block acts on the trailing ones alone, which count apart
+            left = runs.left(norms, cause)
+            causes.append((part, cause, float(left.mean()), *bootstrap_mean(left)))
+        progress(done, len(removals))
+    columns = ["part", "layer", "mean", "low", "high"]
+    return pd.concat(tables, ignore_index=True), pd.DataFrame(causes, columns=columns)
+
+
+class _StrongestCauses(TypedDict):
+    causal_layers: list[int]
+    strongest_cause: int
+    left_by_cause: dict[str, dict[int, float]]
+
+
+def _strongest_causes(causes: pd.DataFrame) -> _StrongestCauses:
+    left: dict[str, dict[int, float]] = {part: {} for part in CAUSES}
+    for row in causes.to_dict("records"):
+        left[row["part"]][row["layer"]] = row["mean"]
+    of_ffn = left["ffn"]
+    return {
+        "causal_layers": [layer for layer, share in of_ffn.items() if share <= 0.5],
+        "strongest_cause": min(of_ffn, key=lambda layer: of_ffn[layer]),
+        "left_by_cause": left,
+    }
+
+
+def _causality_figure(runs: _Runs, causality: pd.DataFrame, metrics: AblationMetrics) -> Figure:
+    layers = list(range(runs.study.n_layers))
+    maps = []
+    for part in CAUSES:
+        of_part = causality[causality["part"] == part]
+        if len(of_part):
+            wide = of_part.pivot(index="cause", columns="effect", values="mean").reindex(index=layers, columns=layers)
+            values, axes = wide.to_numpy(dtype=float), ("effect: after block", "cause: in block")
+            maps.append(Heatmap(TEXTS[part], values, layers, layers, *axes))
+    plot = heatmaps(
+        maps,
+        title=runs.study.title("What is left of the massive token's norm", runs.n_prompts),
+        note="One part of one block removed at a time. 1: as intact; colours are logarithmic. Blocks are 0-based.",
+        z_title="left",
+        me_layer=runs.me_layer,
+    )
+    return _figure_of_causes(plot, metrics)
+
+
+def _causes_figure(runs: _Runs, causes: pd.DataFrame, metrics: AblationMetrics) -> Figure:
+    curves = [
+        Curve(TEXTS[part], causes[causes["part"] == part], color) for part, color in zip(CAUSES, COLORS, strict=False)
+    ]
+    panel = Panel("", "left from the ME layer on, relative to intact", curves, runs.me_layer, log_scale=True)
+    title = runs.study.title("Massive activation by removed block", runs.n_prompts)
+    note = "Mean over the blocks from the ME layer to the last two. Bands: 95% bootstrap intervals."
+    return _figure_of_causes(curves_by_block([panel], title=title, note=note), metrics)
+
+
+def _figure_of_causes(plot: go.Figure, metrics: AblationMetrics) -> Figure:
+    expected = "Only the ME layer is looked at; its causal role is inferred."
+    if not metrics.causal_layers:
+        return Figure(plot, "asked for by the review", expected, "No single block's FFN halves it when removed.")
+    left = metrics.left_by_cause["ffn"]
+    causal = ", ".join(f"{layer} (leaves {left[layer]:.0%})" for layer in metrics.causal_layers)
+    observed = (
+        f"Removing the FFN of block {causal} leaves at most half; the strongest cause is block "
+        f"{metrics.strongest_cause}. {metrics.block_evaluations:,} block evaluations in place of "
+        f"{metrics.block_evaluations_from_the_start:,}."
+    )
+    return Figure(plot, "asked for by the review", expected, observed)
+
+
+# --- Patching ---------------------------------------------------------------------------------------------------------
+
+
+def _patching(runs: _Runs) -> pd.DataFrame:
+    """Patch the massive token's FFN output of one block between the intact run and one without another block's FFN.
+
+    Returns:
+        `removed` and `patched` (blocks up to the ME layer), `direction`: `"restored"`, the intact output patched into
+        the ablated run (sufficient if 1), or `"carried"`, the ablated run's output patched into the intact one (how
+        much of the damage goes through that block: necessary if as low as the ablation itself); `mean`, `low`, `high`
+        of what is left.
+    """
+    model, intact = runs.study.model, runs.runs
+    blocks = [layer for layer in range(runs.me_layer + 1) if can_ablate(model, layer, "ffn")]
+    progress = runs.study.stage("patches")
+    rows = []
+    for done, removed in enumerate(blocks, 1):
+        without: Sequence[Hook] = interventions.ablation(model, removed, "ffn")
+        _, ablated_ffn = intact.run_with_ffn(without, start=removed)
+        for patched in (layer for layer in blocks if layer >= removed):
+            restored = runs.run([*without, intact.patch_ffn(patched, intact.ffn[patched])], removed)
+            # what a removed FFN writes is recorded before it is removed
+            written = torch.zeros_like(ablated_ffn[patched]) if patched == removed else ablated_ffn[patched]
+            carried = runs.run([intact.patch_ffn(patched, written)], patched)
+            for direction, norms in (("restored", restored), ("carried", carried)):
+                left = runs.left(norms)
+                rows.append((direction, removed, patched, float(left.mean()), *bootstrap_mean(left)))
+        progress(done, len(blocks))
+    return pd.DataFrame(rows, columns=["direction", "removed", "patched", "mean", "low", "high"])
+
+
+def _patching_figure(runs: _Runs, patching: pd.DataFrame) -> Figure:
+    titles = {
+        "restored": "Restored: intact output into the ablated run",
+        "carried": "Carried: ablated output into the intact run",
+    }
+    axes, maps = ("FFN output patched in block", "FFN removed in block"), []
+    for direction, title in titles.items():
+        wide = patching[patching["direction"] == direction].pivot(index="removed", columns="patched", values="mean")
+        maps.append(Heatmap(title, wide.to_numpy(dtype=float), list(wide.columns), list(wide.index), *axes))
+    plot = heatmaps(
+        maps,
+        title=runs.study.title("Patching the massive token's FFN output", runs.n_prompts),
+        note=f"What is left of its norm from the ME layer ({runs.me_layer}) on; 1: as intact. Blocks are 0-based.",
+        z_title="left",
+        columns=2,
+    )
+    into_me_layer = patching[(patching["direction"] == "restored") & (patching["patched"] == runs.me_layer)]
+    least = into_me_layer.iloc[into_me_layer["mean"].argmin()]
+    observed = (
+        f"The intact FFN output of block {runs.me_layer} alone restores at least {least['mean']:.0%}, whichever "
+        f"block's FFN is removed (least for block {int(least['removed'])})."
+    )
+    return Figure(plot, "beyond the paper", "No activation is patched in the paper.", observed)
+
+
+# --- Claims -----------------------------------------------------------------------------------------------------------
+
+
+def _persists_smaller(metrics: AblationMetrics) -> Judgement:
+    if not metrics.left_without_norm:
+        return Judgement("not measured", note="The ME layer's FFN has no norm of its own before it.")
+    agrees = []
+    for sense, left in metrics.left_without_norm.items():
+        over_others = number(metrics.over_others_without_norm.get(sense), f"over_others_without_norm, {sense},")
+        agrees.append(number(left, f"left_without_norm, {sense},") <= 0.5 and over_others >= 10)
+    verdict: Verdict = "holds" if all(agrees) else "holds in part" if any(agrees) else "does not hold"
+    of_identity = at_most(metrics.left_without_norm["identity"], metrics.left_identity_interval, 0.5)
+    note = ", ".join(f"{sense}: {left:.3g} of intact" for sense, left in metrics.left_without_norm.items())
+    return Judgement(verdict, of_identity.value, of_identity.interval, f"{note}.")
+
+
+def _only_me_layer(metrics: AblationMetrics) -> Judgement:
+    if metrics.causal_layers is None:
+        return Judgement("not measured", note="The result has no causal_layers.")
+    others = [layer for layer in metrics.causal_layers if layer != metrics.me_layer]
+    verdict: Verdict = "does not hold"
+    if metrics.me_layer in metrics.causal_layers and not others:
+        verdict = "holds"
+    elif metrics.me_layer in metrics.causal_layers and metrics.strongest_cause == metrics.me_layer:
+        verdict = "holds in part"
+    note = f"Halved as well without the FFN of block {', '.join(map(str, others))}." if others else ""
+    return Judgement(verdict, float(len(others)), note=note)
+
+
+CLAIMS = (
+    Claim(
+        id="ffn-needed",
+        claim="Without the ME layer's FFN the massive activation vanishes",
+        source="appendix B, figure 9",
+        experiment="ablation",
+        metrics=AblationMetrics,
+        figure="removed",
+        statistic="norm of the token afterwards, relative to intact",
+        criterion="<= 0.1; in part <= 0.5",
+        why="a tenth is an order of magnitude less",
+        of_ffn=True,
+        judge=lambda metrics: at_most(metrics.left_without_ffn, metrics.left_without_ffn_interval, 0.1, partly=0.5),
+    ),
+    Claim(
+        id="norm-scales",
+        claim="Without the norm before that FFN it persists, but far smaller",
+        source="appendix B, figure 9",
+        experiment="ablation",
+        metrics=AblationMetrics,
+        figure="removed",
+        statistic="norm of the token afterwards, relative to intact, norm replaced by the identity",
+        criterion="<= 0.5 of intact and >= 10 × the other tokens in every sense of 'without'; in part: in some sense",
+        why="half is the least that can be called far smaller; 10 × is still another order of magnitude",
+        of_ffn=True,
+        judge=_persists_smaller,
+    ),
+    Claim(
+        id="only-me-causal",
+        claim="Only the ME layer is causal for it",
+        source="the review, point 1",
+        experiment="ablation",
+        metrics=AblationMetrics,
+        figure="causality",
+        statistic="how many other blocks' FFNs halve it when removed",
+        criterion="0; in part: the ME layer's does most",
+        why="a block without which half is gone is a cause",
+        of_ffn=True,
+        judge=_only_me_layer,
+    ),
+)
