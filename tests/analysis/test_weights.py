@@ -1,14 +1,18 @@
+from itertools import cycle
+
+import pandas as pd
 import pytest
 import torch
+from handmade import study_by_hand
 from planted import FAMILIES, N_LAYERS, bridge, gains_apart, plain_model, plant
 
 import melens
 from melens import MelensError
+from melens.analysis import weights
 from melens.analysis.weights import SCORES, rank_of
 
 
-@pytest.mark.parametrize("block", range(N_LAYERS))
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "block"), zip(FAMILIES, cycle(range(N_LAYERS)), strict=False))
 def test_a_planted_block_ranks_first_without_a_forward_pass(family, block, monkeypatch):
     network = plain_model(family)
     plant(network, block=block, token=7, dim=21)
@@ -64,6 +68,38 @@ def test_a_model_without_such_an_ffn_gets_a_reason(model_type):
         melens.score_blocks(model)
 
 
-def test_a_block_without_a_score_has_no_rank():
-    scores = melens.score_blocks(bridge(plain_model("llama")))
-    assert rank_of(9, scores, "response") is None
+BY_HAND = pd.DataFrame(
+    {
+        "layer": range(7),
+        "response": [1, 9, 5, 2, 1, 7, 8],
+        "neuron": [5, 5, 5, 1, 1, 1, 1],
+        "alignment": [1, 2, 3, 4, 5, 6, 7],
+        "down_max": [1, 1, 3, 1, 1, 2, 4],
+        "down_outlierness": [7, 6, 5, 4, 3, 2, 1],
+        "neuron_index": 0,
+        "dim": [0, 1, 5, 3, 4, 5, 6],
+    }
+)
+
+
+def test_the_me_layer_is_ranked_among_all_blocks_and_without_the_last_two(monkeypatch):
+    monkeypatch.setattr(weights, "score_blocks", lambda model: BY_HAND)
+    result = melens.analysis.prediction(study_by_hand(2))
+    metrics = result.metrics
+    assert metrics.ranks == {"response": 4, "neuron": 1, "alignment": 5, "down_max": 2, "down_outlierness": 3}
+    assert metrics.ranks_without_last_two == {
+        "response": 2, "neuron": 1, "alignment": 3, "down_max": 1, "down_outlierness": 3,
+    }  # fmt: skip
+    assert metrics.top_layer == {"response": 1, "neuron": 0, "alignment": 6, "down_max": 6, "down_outlierness": 0}
+    assert (metrics.predicted_dim, metrics.n_scored) == (5, 7)
+    assert "dim 5, the measured massive dim" in result.figures["scores"].observed
+    assert result.claims.verdict.tolist() == ["does not hold"]
+
+
+def test_a_block_without_a_score_has_no_rank(monkeypatch):
+    monkeypatch.setattr(weights, "score_blocks", lambda model: BY_HAND[BY_HAND.layer != 2])
+    result = melens.analysis.prediction(study_by_hand(2))
+    assert result.metrics.ranks == dict.fromkeys(SCORES)
+    assert result.metrics.predicted_dim is None
+    assert "Block 2, the ME layer, has no FFN whose weights can be scored" in result.figures["scores"].observed
+    assert result.claims.note.tolist() == ["The ME layer's FFN has no score."]
