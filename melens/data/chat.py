@@ -1,10 +1,9 @@
-"""How a conversation becomes a prompt, and what of a reply is the answer.
+"""How a conversation becomes a prompt, and which part of a reply is the answer.
 
-1. A chat template is known by what it writes (`chat_of`): whether an argument of its own turns thinking on and off,
-   and whether the prompt that it writes opens a thought. The name of a model, or of a variable, is no proof.
-2. A conversation that a template does not take, or of which it leaves a message out, is refused
-   (`check_conversations`).
-3. A reply is read without its thoughts (`read_reply`), and one that ends inside a thought is no answer.
+1. `chat_of` tries what a chat template writes: whether one of its arguments turns thinking on and off, and whether its
+   prompt opens a thought. (Names of models or of the template's variables prove nothing.)
+2. `check_conversations` refuses a conversation that the template refuses, or of which it drops a message.
+3. `read_reply` takes the thoughts out of a reply; a reply that ends inside a thought has no answer.
 
     chat = chat_of(model.tokenizer, thinking=None, option="benchmark.thinking")
     ids = prompt_ids(model.tokenizer, [{"role": "user", "content": "2 + 2?"}], chat)
@@ -35,11 +34,11 @@ __all__ = [
 ]
 
 Message = Mapping[str, Any]
-"""A turn of a conversation: `role` and `content`, and whatever else a dataset has there."""
+"""A turn of a conversation: `role`, `content`, and any other fields of a dataset."""
 
 _SWITCHES = ("enable_thinking", "thinking", "reasoning")
-"""Arguments of chat templates that turn thinking on and off: of Qwen3, GLM, Gemma 4 and most others; of DeepSeek-V3.1
-and Granite; of Command A Reasoning."""
+"""Arguments of chat templates that turn thinking on and off: Qwen3, GLM, Gemma 4 and most others use the first one,
+DeepSeek-V3.1 and Granite the second, Command A Reasoning the third."""
 
 _THOUGHTS = (
     ("<think>", "</think>"),  # Qwen3, DeepSeek-R1, GLM, SmolLM3, Nemotron and most others
@@ -60,12 +59,12 @@ _THOUGHTS = (
 
 @dataclass(frozen=True)
 class Chat:
-    """How a tokenizer's chat template puts a question.
+    """How a tokenizer's chat template is used.
 
     Attributes:
         switch: the template's argument that turns thinking on and off; None where it has none.
-        thinking: which way; None where there is no switch.
-        opened: the mark of the thought that the prompt itself opens, so that a reply begins inside it; else empty.
+        thinking: its value; None where there is no switch.
+        opened: the mark of the thought that the prompt itself opens, inside which the reply begins; else empty.
     """
 
     switch: str | None = None
@@ -74,28 +73,28 @@ class Chat:
 
     @property
     def arguments(self) -> dict[str, bool]:
-        """What the template is given besides the conversation."""
+        """The template's arguments besides the conversation."""
         return {} if self.switch is None or self.thinking is None else {self.switch: self.thinking}
 
     def in_words(self) -> str:
-        """Say whether the model is to think, and by what."""
+        """Say whether the model thinks, and what decides it."""
         if self.switch is not None:
             return f"{'on' if self.thinking else 'off'} ({self.switch}={str(self.thinking).lower()})"
         return "on (the chat template opens a thought)" if self.opened else "as the model likes (no switch)"
 
 
 PLAIN = Chat()
-"""Of a question that is put without a chat template."""
+"""For prompts without a chat template."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model wrote.
+    """A model's reply, split into thoughts and answer.
 
     Attributes:
-        answer: what it says once it has thought; empty where it ends inside a thought.
-        thoughts: what came before, without its marks.
-        is_finished: False where it ends inside a thought.
+        answer: what follows the thoughts; empty where the reply ends inside a thought.
+        thoughts: without their marks.
+        is_finished: False where the reply ends inside a thought.
     """
 
     answer: str
@@ -109,70 +108,70 @@ _QUESTION: tuple[Message, ...] = ({"role": "user", "content": "melens asks"},)
 
 
 def chat_of(tokenizer: Any, thinking: bool | None = None, *, option: str = "thinking") -> Chat:
-    """Find out how a tokenizer's chat template turns thinking on and off, by what it writes either way.
+    """Find out how a tokenizer's chat template turns thinking on and off, from what it writes either way.
 
     Args:
         tokenizer: with a chat template.
-        thinking: let the model think, or not; None: not, where there is a switch, as a small budget of tokens would
-            hold thoughts alone.
-        option: what an error calls `thinking`.
+        thinking: whether the model thinks; None turns thinking off if there is a switch, because a small budget of
+            tokens would be spent on thoughts.
+        option: the name of `thinking` in errors.
 
     Raises:
-        MelensError: the template takes no question, has no such switch, or marks thoughts in a way that is not known.
+        MelensError: the template refuses a single question, has no switch, or marks thoughts in an unknown way.
     """
     if why := _why_not_taken(tokenizer, _QUESTION):
-        raise MelensError(f"This model's chat template does not take a single message of a user ({why}).")
+        raise MelensError(f"This model's chat template refuses a single user message ({why}). Use plain text.")
     switch = next((name for name in _SWITCHES if _is_switch(tokenizer, name)), None)
     if switch is None and thinking is not None:
         effort = ""
         if _writes_otherwise(tokenizer, "reasoning_effort", "low", "high"):
-            effort = "; its reasoning_effort says how long the model thinks, not whether"
+            effort = " (its reasoning_effort sets how long the model thinks, not whether)"
         raise MelensError(
-            f"{option} is {str(thinking).lower()}, but this model's chat template has no switch for thinking{effort}: "
-            f"leave it at auto. Looked for are {', '.join(_SWITCHES)}."
+            f"{option} is {str(thinking).lower()}, but this model's chat template has no switch for thinking{effort}, "
+            f"neither {' nor '.join(_SWITCHES)}. Leave {option} at auto."
         )
     taken = None if switch is None else bool(thinking)
     if taken and not any(mark in str(tokenizer.chat_template) for pair in _THOUGHTS for mark in pair):
         raise MelensError(
-            f"{option} is true, but by which marks this model's thoughts begin and end is not known: they would be "
-            f"read as answers. Known are {', '.join(begin for begin, _ in _THOUGHTS)}."
+            f"{option} is true, but melens does not know the marks of this model's thoughts and would read them as "
+            f"answers. It knows {', '.join(begin for begin, _ in _THOUGHTS)}. Set {option}=false."
         )
     return Chat(switch, taken, opened_thought(tokenizer, {} if switch is None else {switch: taken}))
 
 
 def opened_thought(tokenizer: Any, arguments: Mapping[str, Any]) -> str:
-    """Return the mark of the thought that a chat template opens in the prompt, given some arguments; empty without.
+    """Return the mark of the thought that a chat template opens in the prompt; empty if it opens none.
 
     Raises:
-        MelensError: the template does not take the arguments.
+        MelensError: the template refuses the arguments.
     """
     try:
         written = _written(tokenizer, _QUESTION, **arguments)
     except _RefusalError as error:
-        raise MelensError(f"This model's chat template does not take {dict(arguments)} ({error}).") from error
+        raise MelensError(f"This model's chat template refuses {dict(arguments)} ({error}).") from error
     behind = written.rpartition(_QUESTION[0]["content"])[2]
     return next((begin for begin, end in _THOUGHTS if behind.rfind(begin) > behind.rfind(end)), "")
 
 
 def prompt_text(tokenizer: Any, messages: Sequence[Message], chat: Chat) -> str:
-    """Put a conversation into the chat template, up to where the model's reply begins.
+    """Write a conversation with the chat template, up to where the model's reply begins.
 
     Raises:
-        MelensError: the template does not take it.
+        MelensError: the template refuses it.
     """
     try:
         return _written(tokenizer, messages, **chat.arguments)
     except _RefusalError as error:
-        raise MelensError(f"This model's chat template does not take {_roles(messages)} ({error}).") from error
+        raise MelensError(f"This model's chat template refuses {_roles(messages)} ({error}).") from error
 
 
 def prompt_ids(tokenizer: Any, messages: Sequence[Message], chat: Chat) -> list[int]:
-    """Return the tokens of `prompt_text`; the template itself writes BOS where the model wants it."""
+    """Return the token ids of `prompt_text`; BOS comes from the template, so the tokenizer adds none."""
     return list(tokenizer(prompt_text(tokenizer, messages, chat), add_special_tokens=False)["input_ids"])
 
 
 class _RefusalError(Exception):
-    """A chat template does not take a conversation."""
+    """A chat template refuses a conversation."""
 
 
 def _written(tokenizer: Any, messages: Sequence[Message], *, replied: bool = False, **arguments: Any) -> str:
@@ -180,7 +179,7 @@ def _written(tokenizer: Any, messages: Sequence[Message], *, replied: bool = Fal
         text: str = tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=not replied, **arguments
         )
-    except Exception as error:  # whatever a template of anybody's does with a conversation that it was not made for
+    except Exception as error:  # templates raise errors of any kind
         raise _RefusalError(" ".join(str(error).split())[:120] or type(error).__name__) from error
     return text
 
@@ -190,7 +189,7 @@ def _is_switch(tokenizer: Any, name: str) -> bool:
 
 
 def _writes_otherwise(tokenizer: Any, name: str, *values: Any) -> bool:
-    """Tell whether an argument changes what a template writes; one that does not know it leaves it alone, or fails."""
+    """Return whether an argument changes what a template writes; a template ignores or refuses unknown ones."""
     try:
         return len({_written(tokenizer, _QUESTION, **{name: value}) for value in values}) > 1
     except _RefusalError:
@@ -203,8 +202,8 @@ def _writes_otherwise(tokenizer: Any, name: str, *values: Any) -> bool:
 def check_conversations(tokenizer: Any, conversations: Iterable[Sequence[Message]], name: str) -> None:
     """Raise a `MelensError` for the first conversation that a chat template refuses, or of which it drops a message.
 
-    One of each sequence of roles is tried, with texts of its own: a template that knows no system message may refuse
-    it, or write all but it.
+    One conversation of each sequence of roles is tried. A template without system messages may refuse one, or silently
+    drop it.
 
     Args:
         tokenizer: with a chat template.
@@ -220,8 +219,8 @@ def check_conversations(tokenizer: Any, conversations: Iterable[Sequence[Message
         if why := _why_not_taken(tokenizer, messages):
             begins = " ".join(str(messages[0]["content"]).split())[:40] if messages else ""
             raise MelensError(
-                f"{name}, row {number} of those that are used, which begins {begins!r}: this model's chat template "
-                f"does not take {_roles(messages)} ({why}). {_what_to_do(messages)}"
+                f"{name}, row {number} of the rows in use, which begins {begins!r}: this model's chat template refuses "
+                f"{_roles(messages)} ({why}). {_what_to_do(messages)}"
             )
 
 
@@ -248,21 +247,21 @@ def _roles(messages: Sequence[Message]) -> str:
 def _what_to_do(messages: Sequence[Message]) -> str:
     if any(message["role"] == "system" for message in messages):
         return (
-            "Put the system message's text at the beginning of the first user message, or leave its column out with "
+            "Move the system message's text to the beginning of the first user message, or leave its column out of "
             "training.columns."
         )
-    return "Let user and assistant take turns in the data, beginning with the user."
+    return "Let user and assistant take turns in the data, and the user begin."
 
 
 # --- Replies ----------------------------------------------------------------------------------------------------------
 
 
 def read_reply(text: str, opened: str = "") -> Reply:
-    """Take the thoughts out of a reply.
+    """Split a reply into thoughts and answer.
 
     Args:
-        text: what a model wrote, of `decode_reply`.
-        opened: of `Chat`: the mark of the thought in which it begins.
+        text: what a model wrote, as `decode_reply` returns it.
+        opened: the mark of the thought inside which the reply begins (`Chat.opened`).
     """
     rest = opened + text
     thoughts: list[str] = []
@@ -272,7 +271,7 @@ def read_reply(text: str, opened: str = "") -> Reply:
         closed = re.compile(re.escape(begin) + "(.*?)" + re.escape(end), re.DOTALL)
         thoughts += closed.findall(rest)
         rest = closed.sub("", rest)
-        before, lone_end, after = rest.rpartition(end)  # of a thought whose beginning is not seen
+        before, lone_end, after = rest.rpartition(end)  # the thought began in the prompt
         if lone_end:
             thoughts.append(before)
             rest = after
@@ -283,7 +282,7 @@ def read_reply(text: str, opened: str = "") -> Reply:
 
 
 def decode_reply(tokenizer: Any, ids: Sequence[int]) -> str:
-    """Decode a reply without special tokens, but for those that mark a thought: some families' marks are special."""
+    """Decode a reply without special tokens, except those that mark thoughts in some families."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = {number: str(token) for number, token in added.items() if token.special}
     marks = {number for number, token in special.items() if any(token in mark for pair in _THOUGHTS for mark in pair)}

@@ -1,8 +1,10 @@
-"""Prompts by task type and length, and the rules by which they become tokens.
+"""Prompts by task type and length, and how they become tokens.
 
-In a causal model token 0 sees only itself: prompts that share their first token share its every state. The project's
-own prompts therefore all begin with a different character, so that no tokenizer gives two of them the same first
-token, unless BOS is prepended.
+    tokenized = choose_prompts(model, load_prompts(tasks="maths"), max_tokens=128)
+
+In a causal model token 0 sees only itself: prompts with the same first token have the same states there. So the
+project's own prompts all begin with different characters, and no tokenizer gives two of them the same first token,
+unless BOS is prepended.
 """
 
 from __future__ import annotations
@@ -45,11 +47,11 @@ TASKS = ("commonsense", "maths", "logic", "continuation")
 class Prompt:
     """A text with its task type (one of `TASKS`, or the user's own word) and a name.
 
-    A number as task or name becomes a word, because a column of a table holds one type; NaN, pandas's missing value,
+    A number as task or name becomes text, because a column of a table has one type; NaN, pandas's missing value,
     becomes None.
 
     Raises:
-        MelensError: half of a surrogate pair in it.
+        MelensError: the text has half of a surrogate pair in it.
     """
 
     text: str
@@ -62,13 +64,13 @@ class Prompt:
             object.__setattr__(self, field, None if value is None or value != value else str(value))
         if (half := lone_surrogate([self.text, self.task, self.id])) is not None:
             raise MelensError(
-                f"A prompt has {half} in it, half of a surrogate pair, which is no character; take it out."
+                f"A prompt contains {half}, half of a surrogate pair, which is not a character. Remove it."
             )
 
 
 @dataclass(frozen=True)
 class TokenizedPrompts:
-    """Prompts with the token ids that a model's tokenizer made of them: it is asked once.
+    """Prompts with their token ids.
 
     Attributes:
         prompts: the texts, with their task and id; empty texts where only token ids are known.
@@ -86,12 +88,12 @@ def load_prompts(
     """Read the project's prompts, 9 of each task type from about 10 to more than 1,000 tokens, or a user's file.
 
     Args:
-        file: `.jsonl`, `.json` or `.csv` with the column `text` and, if wanted, `task` and `id`; or any other text file
-            with one prompt a line (`melens.data.reading`). None for the project's own prompts.
+        file: `.jsonl`, `.json` or `.csv` with the column `text` and perhaps `task` and `id`, or a text file with a
+            prompt in each line (`melens.data.reading`); None for the project's own prompts.
         tasks: keep these task types, or this one; None keeps all.
 
     Raises:
-        MelensError: a file that is missing, empty or malformed (the line is named), or a task that no prompt has.
+        MelensError: the file is missing, empty or malformed (the line is named), or no prompt has such a task.
     """
     path = Path(__file__).with_name("prompts.jsonl") if file is None else Path(os.path.expanduser(file))
     prompts = [_prompt(row) for row in file_rows(path)]
@@ -101,15 +103,15 @@ def load_prompts(
     known = sorted({str(prompt.task) for prompt in prompts if prompt.task is not None})
     unknown = [task for task in wanted if task not in known]
     if unknown or not wanted:
-        told = f"No prompt has the task {unknown[0]!r}" if unknown else "prompts.tasks names no task"
-        raise MelensError(f"{told}; the tasks are {', '.join(known) or 'not given'}.")
+        problem = f"No prompt has the task {unknown[0]!r}" if unknown else "prompts.tasks is empty"
+        raise MelensError(f"{problem}; the tasks are {', '.join(known) or 'not given'}.")
     return [prompt for prompt in prompts if prompt.task in wanted]
 
 
 def _prompt(row: Row) -> Prompt:
     text = row.text()
     if not text.strip():
-        raise MelensError(f"{row.place}: the text is empty; a prompt needs at least a word.")
+        raise MelensError(f"{row.place}: the text is empty; a prompt needs at least one word.")
     return Prompt(text, row.word("task"), row.word("id") or row.at)
 
 
@@ -120,10 +122,11 @@ def tokenize(model: Any, prompts: Sequence[Prompt], *, bos: Bos = "auto") -> lis
         model: a bridge with a tokenizer attached.
         prompts: the texts.
         bos: `"auto"` prepends BOS if the model's own tokenizer does, `"true"` always, `"false"` never.
-            (TransformerLens by itself always prepends one, which gives Qwen and SmolLM2 a token 0 they never saw.)
+            (TransformerLens by default always prepends one, which gives Qwen and SmolLM2 a token 0 they never saw.)
 
     Raises:
-        MelensError: no tokenizer, no BOS token, a prompt of fewer than two tokens or longer than the context.
+        MelensError: the model has no tokenizer or no BOS token, or a prompt has fewer than two tokens or more than the
+            context.
     """
     tokens = _token_ids(model, prompts, bos)
     for number, (prompt, ids) in enumerate(zip(prompts, tokens, strict=True)):
@@ -136,7 +139,7 @@ def _token_ids(model: Any, prompts: Sequence[Prompt], bos: Bos) -> list[list[int
         raise MelensError(f"prompts.bos is {bos!r}; allowed are {', '.join(get_args(Bos))}.")
     tokenizer = model.tokenizer
     if tokenizer is None:
-        raise MelensError("This model has no tokenizer: give the prompts as token ids.")
+        raise MelensError("This model has no tokenizer. Give the prompts as token ids.")
     bos_id = tokenizer.bos_token_id
     if bos == "true" and bos_id is None:
         raise MelensError("prompts.bos is 'true', but this model's tokenizer has no BOS token.")
@@ -159,27 +162,27 @@ def choose_prompts(
     """Turn prompts into tokens, and keep those that are short enough.
 
     Args:
-        model: a bridge; without a tokenizer it gets random tokens in place of the project's prompts.
+        model: a bridge; without a tokenizer random tokens take the place of the project's prompts.
         prompts: the texts.
         bos: as for `tokenize`.
         max_tokens: leave longer prompts out; None keeps all.
-        are_own: they are the project's own. Of these, the ones longer than the context are left out as well, which is
-            logged; a user's are left out by `max_tokens` alone.
+        are_own: whether they are the project's own. Of these, prompts longer than the context are left out as well,
+            which is logged; a user's prompts are left out by `max_tokens` only.
         seed: of random tokens.
 
     Raises:
-        MelensError: no prompt is short enough, a user's prompt is longer than the context or cannot become tokens, or
-            BOS is asked of a tokenizer that has none.
+        MelensError: no prompt is short enough, a user's prompt is longer than the context, or the model lacks a
+            tokenizer or a BOS token that is needed.
     """
     n_ctx, n_vocabulary = model.cfg.n_ctx, model.cfg.d_vocab
     if model.tokenizer is None:
         if not are_own:
-            raise MelensError("This model has no tokenizer to read prompts.file with; leave it out for random tokens.")
+            raise MelensError("This model has no tokenizer for prompts.file. Leave it out to use random tokens.")
         n_prompts, n_tokens = (
             min(len(prompts), n_vocabulary),
             min(128, n_ctx, n_ctx if max_tokens is None else max_tokens),
         )
-        _log.warning("This model has no tokenizer: %d prompts of random tokens stand in for texts.", n_prompts)
+        _log.warning("This model has no tokenizer: %d prompts of random tokens replace the texts.", n_prompts)
         drawn = random_tokens(n_prompts, n_tokens, n_vocabulary, seed=seed)
         return TokenizedPrompts([Prompt(text="") for _ in drawn], drawn)
     tokens = _token_ids(model, prompts, bos)
@@ -188,14 +191,14 @@ def choose_prompts(
     if not wanted:
         raise MelensError(f"prompts.max_tokens is {max_tokens}, but the shortest prompt has {min(lengths)} tokens.")
     too_long = [row for row in wanted if lengths[row] > n_ctx]
-    told = f"{len(too_long)} of {len(wanted)} prompts are longer than the model's context of {n_ctx:,} tokens"
+    problem = f"{len(too_long)} of {len(wanted)} prompts are longer than the model's context of {n_ctx:,} tokens"
     if len(too_long) == len(wanted):
-        raise MelensError(f"{told}; the shortest has {min(lengths):,}.")
+        raise MelensError(f"{problem}; the shortest has {min(lengths):,}.")
     if too_long and not are_own:
         first = prompts[too_long[0]].id or f"number {too_long[0]}"
-        raise MelensError(f"{told}, first {first}; prompts.max_tokens={n_ctx} leaves them out.")
+        raise MelensError(f"{problem}; the first is {first}. Set prompts.max_tokens={n_ctx} to leave them out.")
     if too_long:
-        _log.warning("%s and are left out.", told)
+        _log.warning("%s and are left out.", problem)
     chosen = [row for row in wanted if lengths[row] <= n_ctx]
     for row in chosen:
         check_length(lengths[row], str(prompts[row].id or f"number {row}"), n_ctx)
@@ -209,7 +212,7 @@ _CHAT_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message['role'] 
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Make a tokenizer with a token a byte and a chat template, for models with random weights."""
+    """Make a tokenizer with a token for each byte and a chat template, for models with random weights."""
     bytes_as_letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: index for index, letter in enumerate(bytes_as_letters)}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
@@ -226,7 +229,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def check_length(n_tokens: int, name: str, n_ctx: int) -> None:
     """Raise a `MelensError` for a prompt of fewer than two tokens or more than the context."""
     if n_tokens < 2:
-        raise MelensError(f"Prompt {name} has {n_tokens} token(s); at least 2 are needed.")
+        raise MelensError(f"Prompt {name} has {n_tokens} token(s); a prompt needs at least 2.")
     if n_tokens > n_ctx:
         raise MelensError(f"Prompt {name} has {n_tokens:,} tokens, more than the model's context of {n_ctx:,}.")
 

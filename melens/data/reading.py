@@ -1,13 +1,13 @@
-"""Read the files that users hand over: one way for prompts, texts, benchmarks and training data.
+"""Read a user's files: one reader for prompts, texts, benchmarks and training data.
 
-1. The bytes: a gzip file is known by its first bytes, whatever its name, and is decompressed.
-2. The text: UTF-8, or UTF-16 with its byte order mark. Marks are removed; `\\n`, `\\r\\n` and `\\r` end a line, and
-   nothing else does: a form feed, U+0085 or U+2028 belongs to the text.
-3. The rows, by the name's suffix: `.jsonl` and `.ndjson` hold a row a line, `.json` a list of rows, `.csv` and `.tsv`
-   a line of column names and a row a record. Any other file is plain text, with a row a line, and refused if it
-   holds JSON after all.
+1. Bytes: a gzip file is recognised by its first bytes, whatever its name, and decompressed.
+2. Text: UTF-8, or UTF-16 with a byte order mark. Marks are removed. `\\n`, `\\r\\n` and `\\r` end a line; a form feed,
+   U+0085 or U+2028 does not.
+3. Rows, by the name's suffix: `.jsonl` and `.ndjson` have a row in each line, `.json` a list of rows, `.csv` and `.tsv`
+   a line of column names and a row in each record. Any other file is plain text with a row in each line, and is
+   refused if it holds JSON.
 
-Whatever cannot be read so raises a `MelensError` that names the file and the line.
+A file that cannot be read raises a `MelensError` that names the file and the line.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["Row", "file_rows", "file_text", "lone_surrogate", "names_file"]
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _WITH_COLUMNS = (".jsonl", ".ndjson", ".json", *_DELIMITERS)
-_MARKS = re.compile("^\ufeff+", re.MULTILINE)  # files joined by `cat` have them inside too
+_MARKS = re.compile("^\ufeff+", re.MULTILINE)  # files joined by `cat` have marks inside
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +42,8 @@ class Row:
 
     Attributes:
         value: a text, or fields by column.
-        file: where it stands.
-        at: where in the file, `line 3`, or in a list in JSON `row 3`, both counted from 1.
+        file: that it is from.
+        at: its place in the file: `line 3`, or `row 3` of a JSON list, counted from 1.
     """
 
     value: str | dict[str, Any]
@@ -59,7 +59,7 @@ class Row:
     def fields(self) -> dict[str, Any]:
         """The row's fields by column; a `MelensError` if it is a text without columns."""
         if isinstance(self.value, str):
-            raise MelensError(f"{self.place}: expected an object with fields, found a text.")
+            raise MelensError(f"{self.place}: this is a text; it must be an object with fields.")
         return self.value
 
     def text(self, column: str = "text") -> str:
@@ -74,30 +74,31 @@ class Row:
         return found
 
     def word(self, column: str) -> str | None:
-        """Return the word or number in a column as a word; None where there is none, or null, NaN or an empty one."""
+        """Return the word or number in a column as text; None if it is missing, null, NaN or empty."""
         found = None if isinstance(self.value, str) else self.value.get(column)
         if not isinstance(found, str | int | float | None):
-            raise MelensError(f"{self.place}: {column!r} is {json.dumps(found)[:80]}; it must be a word.")
+            raise MelensError(f"{self.place}: {column!r} is {json.dumps(found)[:80]}; it must be a word or a number.")
         return None if found in (None, "") or found != found else str(found)
 
 
 def names_file(name: str) -> bool:
-    """Tell whether a name is that of a file, there or not, and not one of a dataset of the hub, `org/name`."""
+    """Return whether a name is a file's, existing or not, rather than a hub dataset's (`org/name`)."""
     path = Path(os.path.expanduser(name))
     is_known = _suffix(path) in (*_WITH_COLUMNS, ".txt", ".md") or path.suffix.lower() == ".gz"
     return name.startswith((".", "/", "~")) or path.is_absolute() or is_known or os.path.isfile(path)
 
 
 def has_columns(path: Path) -> bool:
-    """Tell whether a file's rows have columns, by its suffix."""
+    """Return whether a file's rows have columns, by its suffix."""
     return _suffix(path) in _WITH_COLUMNS
 
 
 def file_rows(path: Path) -> list[Row]:
-    """Read a file's rows; those of plain text are its lines, without the blank ones.
+    """Read a file's rows; the rows of plain text are its lines that are not blank.
 
     Raises:
-        MelensError: a file that is missing, unreadable, binary, empty or JSON by another name, or a line that is none.
+        MelensError: the file is missing, unreadable, binary or empty, has JSON under another suffix, or has a malformed
+            line.
     """
     suffix = _suffix(path)
     if suffix not in _WITH_COLUMNS:
@@ -111,7 +112,7 @@ def file_rows(path: Path) -> list[Row]:
     else:
         rows = _rows_of_lines(content, path)
     if not rows:
-        raise MelensError(f"The file {path} is empty: it has no rows.")
+        raise MelensError(f"The file {path} is empty.")
     return rows
 
 
@@ -119,11 +120,11 @@ def file_text(path: Path, column: str = "text") -> str:
     """Read a file as one text, with `\\n` at the end of each line.
 
     Args:
-        path: plain text, or a file whose rows are joined by blank lines.
+        path: plain text, or a file with rows, which are joined by blank lines.
         column: of the rows, if they have columns.
 
     Raises:
-        MelensError: as `file_rows`, or a row without a text in the column.
+        MelensError: as `file_rows`, or a row has no text in the column.
     """
     if _suffix(path) not in _WITH_COLUMNS:
         return _plain_text(path)
@@ -133,18 +134,18 @@ def file_text(path: Path, column: str = "text") -> str:
 def _plain_text(path: Path) -> str:
     content = _decoded(path)
     if not content.strip():
-        raise MelensError(f"The file {path} is empty: it has no text.")
+        raise MelensError(f"The file {path} is empty.")
     if _is_json(content):
         raise MelensError(
-            f"{path}, line 1: this is JSON, not plain text; name the file .jsonl, or .json if it holds a list."
+            f"{path}, line 1: this is JSON, not plain text. Rename the file to .jsonl, or to .json if it holds a list."
         )
     return content
 
 
 def lone_surrogate(value: Any) -> str | None:
-    """Return the half of a surrogate pair that a text or a value of JSON has without its other half; None without one.
+    """Return the first lone half of a surrogate pair in a text or a JSON value; None if there is none.
 
-    Python's strings and JSON can hold it, but no tokenizer and no table takes it.
+    Python's strings and JSON can hold one, but tokenizers and tables cannot.
     """
     try:
         json.dumps(value, ensure_ascii=False, default=str).encode()
@@ -168,29 +169,29 @@ def _decoded(path: Path) -> str:
         text = _with_plain_line_ends(data.decode(encoding))
     except UnicodeDecodeError as error:
         line = _last_line(data[: error.start].decode(encoding, "ignore"))
-        raise MelensError(f"{path}, line {line}: this is no text in {encoding}; save the file as UTF-8 text.") from None
+        raise MelensError(f"{path}, line {line}: this is not {encoding} text. Save the file as UTF-8 text.") from None
     if "\0" in text:
         line = _last_line(text[: text.index("\0")])
-        raise MelensError(f"{path}, line {line}: a NUL byte, which no text in UTF-8 has; save the file as UTF-8 text.")
+        raise MelensError(f"{path}, line {line}: a NUL byte is not text. Save the file as UTF-8 text.")
     return _MARKS.sub("", text)
 
 
 def _bytes(path: Path) -> bytes:
     try:
         if path.is_dir():
-            raise MelensError(f"{path} is a folder; give a file in it.")
+            raise MelensError(f"{path} is a folder. Give a file in it.")
         data = path.read_bytes()
         return gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
     except FileNotFoundError:
         raise MelensError(f"There is no file {path}.") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise MelensError(f"The file {path} is a gzip file that is damaged or cut off ({error}).") from None
+        raise MelensError(f"The gzip file {path} is damaged or incomplete ({error}). Copy it again.") from None
     except OSError as error:
         raise MelensError(f"The file {path} cannot be read: {error.strerror}.") from error
 
 
 def _with_plain_line_ends(text: str) -> str:
-    return io.StringIO(text, newline=None).read()  # str.splitlines knows eight ends more
+    return io.StringIO(text, newline=None).read()  # str.splitlines splits at eight more characters
 
 
 def _last_line(text: str) -> int:
@@ -212,31 +213,31 @@ def _rows_of_list(content: str, path: Path) -> list[Row]:
 
 
 def _parsed(text: str, path: Path, line: int) -> Any:
-    """Parse JSON that begins in a line of a file."""
+    """Parse JSON that begins at a line of a file."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         why = str(error)
         if isinstance(error, json.JSONDecodeError):
             line, why = line + error.lineno - 1, f"{error.msg} at column {error.colno}"
-        raise MelensError(f"{path}, line {line}: this is no JSON object ({why}).") from None
+        raise MelensError(f"{path}, line {line}: this is not a JSON object ({why}).") from None
 
 
 def _json_row(value: Any, path: Path, at: str) -> Row:
     if not isinstance(value, str | dict):
-        raise MelensError(f"{path}, {at}: expected an object with fields or a text, found {json.dumps(value)[:80]}.")
+        raise MelensError(f"{path}, {at}: this is {json.dumps(value)[:80]}; it must be an object or a text.")
     if (half := lone_surrogate(value)) is not None:
-        raise MelensError(f"{path}, {at}: {half} is half of a surrogate pair, which is no character; take it out.")
+        raise MelensError(f"{path}, {at}: {half} is half of a surrogate pair, which is not a character. Remove it.")
     return Row(value, path, at)
 
 
 def _begins_with_a_row(content: str) -> bool:
-    """Tell whether the first line is an object of its own: lines of JSON are often named `.json` too."""
+    """Return whether the first line is a whole object: JSON lines are often named `.json`."""
     return _is_object(content.lstrip().partition("\n")[0])
 
 
 def _is_json(content: str) -> bool:
-    """Tell whether plain text is JSON: an object in every line, one object, or a list of objects or of texts."""
+    """Return whether plain text is JSON: an object in every line, one object, or a list of objects or texts."""
     if not content.lstrip().startswith(("{", "[")):
         return False
     if all(_is_object(line) for line in content.split("\n") if line.strip()):
@@ -259,7 +260,7 @@ def _is_object(line: str) -> bool:
 
 
 def _csv_rows(content: str, path: Path, delimiter: str) -> list[Row]:
-    """Read records by the names in the first line; not by pandas, which turns the texts `NA` and `None` into NaN."""
+    """Read records, with the column names in the first line. (pandas would turn the texts `NA` and `None` into NaN.)"""
     header: list[str] = []
     rows = []
     begin = 1
@@ -273,7 +274,7 @@ def _csv_rows(content: str, path: Path, delimiter: str) -> list[Row]:
                     rows.append(_csv_row(header, cells, path, f"line {begin}"))
                 begin = reader.line_num + 1
         except csv.Error as error:
-            raise MelensError(f"{path}, line {begin}: this is no CSV ({error}).") from None
+            raise MelensError(f"{path}, line {begin}: this is not CSV ({error}).") from None
     return rows
 
 
@@ -287,13 +288,13 @@ def _named_once(cells: list[str], place: str) -> list[str]:
     names = [cell.strip() for cell in cells]
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise MelensError(f"{place}: two columns have the name {twice[0]!r}; give one another.")
+        raise MelensError(f"{place}: two columns have the name {twice[0]!r}. Rename one of them.")
     return names
 
 
 @contextmanager
 def _fields_of_any_length(longest: int) -> Iterator[None]:
-    """Lift the limit of 131,072 characters a field for a while: the csv module has one for the whole process."""
+    """Raise the csv module's limit of 131,072 characters in a field, which holds for the whole process, for a while."""
     before = csv.field_size_limit(longest)
     try:
         yield

@@ -59,7 +59,7 @@ def _column_of_dataset(source: str, split: str, column: str) -> list[str]:
     texts = list(rows[column])
     wrong = next((row for row, text in enumerate(texts) if not isinstance(text, str)), None)
     if wrong is not None:
-        raise MelensError(f"{source}, row {wrong}: {column!r} is {texts[wrong]!r:.80}; it must be a text.")
+        raise MelensError(f"{source}, row {wrong + 1}: {column!r} is {texts[wrong]!r:.80}; it must be a text.")
     return texts
 
 

@@ -195,7 +195,7 @@ def _check_value(value: Any, role: str, place: str) -> None:
         is_right = (isinstance(value, str) and role != "messages") or (bool(value) and _is_conversation(value))
         allowed = "a list of messages" if role == "messages" else "a text or a list of messages"
     if not is_right:
-        raise MelensError(f"{place}: the {role} is {value!r:.80}; it must be {allowed}.")
+        raise MelensError(f"{place}: {role!r} is {value!r:.80}; it must be {allowed}.")
 
 
 def _from_hub(name: str, preset: Mapping[str, Any] | None, split: str) -> Dataset:
@@ -335,7 +335,7 @@ def _reply(value: Any, role: str, before: str, *, chat: bool) -> Any:
 
 def _text(value: Any, role: str) -> str:
     if not isinstance(value, str):
-        raise _OtherFormError(f"the {role} is {value!r}; it must be a text or a list of messages.")
+        raise _OtherFormError(f"{role!r} is {value!r}; it must be a text or a list of messages.")
     return value
 
 

@@ -98,7 +98,7 @@ def test_without_a_switch_thinking_is_left_alone_and_what_is_asked_of_it_refused
 def test_thoughts_whose_marks_are_not_known_are_not_asked_for():
     tokenizer = tokenizer_of("{{ messages[0].content }}{{ '<ponder>' if thinking }}")
     assert chat_of(tokenizer).thinking is False
-    with pytest.raises(MelensError, match="by which marks this model's thoughts begin and end is not known"):
+    with pytest.raises(MelensError, match="does not know the marks of this model's thoughts"):
         chat_of(tokenizer, True)
 
 
@@ -114,13 +114,13 @@ def test_what_was_taken_is_told():
 
 @pytest.mark.parametrize("template", ["smolvlm", "{{ raise_exception('Only tools') }}"])
 def test_a_template_that_takes_no_question_is_refused(template):
-    with pytest.raises(MelensError, match=r"does not take a single message of a user \((it leaves|Only tools)"):
+    with pytest.raises(MelensError, match=r"refuses a single user message \((it leaves|Only tools)"):
         chat_of(tokenizer_of(template))
 
 
 def test_arguments_that_a_template_does_not_take_are_told():
     assert opened_thought(tokenizer_of("qwen3_5_think"), {"enable_thinking": True}) == "<think>"
-    with pytest.raises(MelensError, match=r"does not take \{'enable_thinking': 1\} \(Not 1\)"):
+    with pytest.raises(MelensError, match=r"refuses \{'enable_thinking': 1\} \(Not 1\)"):
         opened_thought(
             tokenizer_of("{{ raise_exception('Not 1') if enable_thinking else 'Hi' }}"), {"enable_thinking": 1}
         )
@@ -201,7 +201,9 @@ def test_marks_that_are_special_tokens_are_decoded_and_other_special_tokens_are_
 def test_a_conversation_that_a_template_does_not_take_is_told_by_its_row(template, turns, message):
     tokenizer = tokenizer_of(template)
     rows = [[USER, ASSISTANT], [USER], [{**turns[0], "content": "You are one\nof many."}, *turns[1:]]]
-    with pytest.raises(MelensError, match=f"own, row 3 of those .* begins 'You are one of many.': .*{message}"):
+    with pytest.raises(
+        MelensError, match=f"own, row 3 of the rows in use, which begins 'You are one of many.': .*{message}"
+    ):
         check_conversations(tokenizer, rows, "own")
 
 

@@ -115,16 +115,16 @@ def test_what_is_wrong_with_a_line_is_told(tmp_path, line, message):
 
 
 def test_half_of_a_character_is_told_by_whoever_makes_a_prompt(embedded):
-    with pytest.raises(MelensError, match=r"has \\ud800 in it, half of a surrogate pair"):
+    with pytest.raises(MelensError, match=r"contains \\ud800, half of a surrogate pair"):
         melens.trace(embedded, ["fine", "\ud800"])
-    with pytest.raises(MelensError, match=r"has \\udcff in it"):
+    with pytest.raises(MelensError, match=r"contains \\udcff"):
         Prompt("a", task=os.fsdecode(b"\xff"))
 
 
 def test_one_task_may_be_a_word_and_none_is_told(tmp_path):
     assert load_prompts(tasks="maths") == load_prompts(tasks=["maths"])
     assert {prompt.task for prompt in load_prompts(tasks=("maths", "logic"))} == {"maths", "logic"}
-    with pytest.raises(MelensError, match=r"prompts\.tasks names no task; the tasks are commonsense, continuation"):
+    with pytest.raises(MelensError, match=r"prompts\.tasks is empty; the tasks are commonsense, continuation"):
         load_prompts(tasks=[])
 
 
@@ -157,19 +157,22 @@ def with_context(model, n_ctx):
 def test_own_prompts_that_do_not_fit_are_left_out_and_counted(embedded, caplog, n_ctx, max_tokens, n_kept, n_left_out):
     model = with_context(embedded, n_ctx)
     chosen = choose_prompts(model, load_prompts(), max_tokens=max_tokens)
-    assert max(map(len, tokenize(model, chosen))) <= min(n_ctx, max_tokens or n_ctx)
-    assert len(chosen) == n_kept
-    told = f"{n_left_out} of {n_kept + n_left_out} prompts are longer than the model's context of {n_ctx:,} tokens"
-    assert [told in record.message for record in caplog.records] == [True] * (n_left_out > 0)
+    assert max(map(len, chosen.tokens)) <= min(n_ctx, max_tokens or n_ctx)
+    assert [ids.tolist() for ids in chosen.tokens] == tokenize(model, chosen.prompts)
+    assert len(chosen.prompts) == n_kept
+    sentence = f"{n_left_out} of {n_kept + n_left_out} prompts are longer than the model's context of {n_ctx:,} tokens"
+    assert [sentence in record.message for record in caplog.records] == [True] * (n_left_out > 0)
 
 
 def test_a_users_prompts_are_left_out_only_where_that_was_asked(embedded):
     model = with_context(embedded, 64)
     short, long = Prompt("A short one", id="line 1"), Prompt("word " * 100, id="line 2")
     for max_tokens in (None, 130):
-        with pytest.raises(MelensError, match=r"1 of 2 prompts .* of 64 tokens, first line 2; prompts\.max_tokens=64"):
+        with pytest.raises(
+            MelensError, match=r"1 of 2 prompts .* of 64 tokens; the first is line 2\. Set prompts\.max_tokens=64"
+        ):
             choose_prompts(model, [short, long], max_tokens=max_tokens, are_own=False)
-    assert choose_prompts(model, [short, long], max_tokens=64, are_own=False) == [short]
+    assert choose_prompts(model, [short, long], max_tokens=64, are_own=False).prompts == [short]
     with pytest.raises(MelensError, match=r"prompts\.max_tokens is 0, but the shortest prompt has 3 tokens"):
         choose_prompts(model, [short, long], max_tokens=0, are_own=False)
 
@@ -179,13 +182,13 @@ def test_a_context_that_holds_no_prompt_is_told(embedded):
         choose_prompts(with_context(embedded, 8), load_prompts())
 
 
-def test_random_tokens_stand_in_for_the_projects_prompts_alone(embedded, caplog):
+def test_random_tokens_replace_the_projects_prompts_alone(embedded, caplog):
     model = with_context(embedded, 64)
     model.tokenizer = None
     for max_tokens, n_tokens in ((None, 64), (20, 20), (130, 64)):
-        assert {len(ids) for ids in choose_prompts(model, load_prompts(), max_tokens=max_tokens)} == {n_tokens}
-    assert "no tokenizer: 36 prompts of random tokens stand in for texts" in caplog.text
-    with pytest.raises(MelensError, match=r"no tokenizer to read prompts\.file with"):
+        assert {len(ids) for ids in choose_prompts(model, load_prompts(), max_tokens=max_tokens).tokens} == {n_tokens}
+    assert "no tokenizer: 36 prompts of random tokens replace the texts" in caplog.text
+    with pytest.raises(MelensError, match=r"no tokenizer for prompts\.file"):
         choose_prompts(model, [Prompt("Mine")], are_own=False)
 
 

@@ -80,30 +80,30 @@ def test_rows_are_read_with_their_lines(tmp_path, name, content, rows):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", LINES + b"\n{'text': 1}", "line 4: this is no JSON object .*column 2"),
-        ("a.jsonl", LINES + b"[1]", r"line 3: expected an object with fields or a text, found \[1\]"),
+        ("a.jsonl", LINES + b"\n{'text': 1}", "line 4: this is not a JSON object .*column 2"),
+        ("a.jsonl", LINES + b"[1]", r"line 3: this is \[1\]; it must be an object or a text"),
         ("a.jsonl", b'"\\ud800"', r"line 1: \\ud800 is half of a surrogate pair"),
         ("a.jsonl", LINES + b'{"a": [{"\\uDFFF": 1}]}', r"line 3: \\udfff is half of a surrogate pair"),
         ("a.json", b'["a",\n "\\ud800x"]', r"row 2: \\ud800 is half of a surrogate pair"),
-        ("a.json", b'[\n{"text": "one"},\n{"text": two}]', "line 3: this is no JSON object .*column 10"),
-        ("a.json", b'[{"text": "one"}, 3]', "row 2: expected an object with fields or a text, found 3"),
-        ("a.json", b'{"text": "one"}\n{"text": ', "line 2: this is no JSON object"),
-        ("a.json", b"[" * 100_000, "line 1: this is no JSON object"),
+        ("a.json", b'[\n{"text": "one"},\n{"text": two}]', "line 3: this is not a JSON object .*column 10"),
+        ("a.json", b'[{"text": "one"}, 3]', "row 2: this is 3; it must be an object"),
+        ("a.json", b'{"text": "one"}\n{"text": ', "line 2: this is not a JSON object"),
+        ("a.json", b"[" * 100_000, "line 1: this is not a JSON object"),
         ("a.txt", b"one\ntwo\0\n", "line 2: a NUL byte"),
         ("a.txt", "one\ntwo".encode("utf-16-le"), "line 1: a NUL byte"),
-        ("a.txt", b"one\ntw\xf6\n", "line 2: this is no text in UTF-8"),
-        ("a.txt", b"one\n\xed\xa0\x80", "line 2: this is no text in UTF-8"),
-        ("a.txt", b"\xff\xfeo\0\n\0\x00\xd8", "line 2: this is no text in UTF-16"),
-        ("a.png", b"\x89PNG\r\n\x1a\n\0\0\0", "line 1: this is no text in UTF-8"),
-        ("a.txt.gz", gzip.compress(gzip.compress(b"one", mtime=0), mtime=0), "line 1: this is no text in UTF-8"),
-        ("a.txt.gz", gzip.compress(b"one" * 100, mtime=0)[:-9], "damaged or cut off"),
-        ("a.txt.gz", gzip.compress(b"one", mtime=0)[:-8] + b"\0" * 8, "damaged or cut off"),
-        ("a.txt", LINES, "line 1: this is JSON, not plain text; name the file .jsonl"),
+        ("a.txt", b"one\ntw\xf6\n", "line 2: this is not UTF-8 text"),
+        ("a.txt", b"one\n\xed\xa0\x80", "line 2: this is not UTF-8 text"),
+        ("a.txt", b"\xff\xfeo\0\n\0\x00\xd8", "line 2: this is not UTF-16 text"),
+        ("a.png", b"\x89PNG\r\n\x1a\n\0\0\0", "line 1: this is not UTF-8 text"),
+        ("a.txt.gz", gzip.compress(gzip.compress(b"one", mtime=0), mtime=0), "line 1: this is not UTF-8 text"),
+        ("a.txt.gz", gzip.compress(b"one" * 100, mtime=0)[:-9], "damaged or incomplete"),
+        ("a.txt.gz", gzip.compress(b"one", mtime=0)[:-8] + b"\0" * 8, "damaged or incomplete"),
+        ("a.txt", LINES, "line 1: this is JSON, not plain text. Rename the file to .jsonl"),
         ("a", json.dumps([A, B], indent=1).encode(), "line 1: this is JSON"),
         ("a.txt.gz", gzip.compress(b'["one", "two"]', mtime=0), "line 1: this is JSON"),
         ("a.csv", b"text,task\none\n", "line 2: 1 fields for the 2 columns text, task"),
         ("a.csv", b'text\n"a\nb"\none,two\n', "line 4: 2 fields for the 1 columns text"),
-        ("a.csv", b'text\none\n"two\nthree\n', "line 3: this is no CSV"),
+        ("a.csv", b'text\none\n"two\nthree\n', "line 3: this is not CSV"),
         ("a.csv", b"text,text\none,two\n", "line 1: two columns have the name 'text'"),
         *((f"a.{suffix}", b"", "is empty") for suffix in ("txt", "jsonl", "json", "csv")),
         *((f"a.{suffix}", b"\n \r\n", "is empty") for suffix in ("txt", "jsonl", "json", "csv")),
@@ -138,7 +138,7 @@ def test_files_that_are_none_or_cannot_be_read_are_told(tmp_path):
     path.chmod(0)
     with pytest.raises(MelensError, match=r"a\.txt cannot be read: Permission denied\."), without_rights():
         file_rows(path)
-    with pytest.raises(MelensError, match="is a folder; give a file in it"):
+    with pytest.raises(MelensError, match=r"is a folder\. Give a file in it"):
         file_rows(tmp_path)
     with pytest.raises(MelensError, match=r"There is no file .*nowhere/a\.txt\."):
         file_rows(tmp_path / "nowhere" / "a.txt")
@@ -231,8 +231,8 @@ def test_all_read_the_same_whatever_the_files_name(tmp_path, read, column, kind)
     ("line", "message"),
     [
         ('{"COLUMN": "\\ud800"}', r"line 2: \\ud800 is half"),
-        ("one", "line 2: this is no JSON"),
-        ("[]", "line 2: expected an object"),
+        ("one", "line 2: this is not a JSON"),
+        ("[]", r"line 2: this is \[\]; it must be an object"),
         ("\0", "line 2: a NUL byte"),
     ],
 )
@@ -289,16 +289,20 @@ def test_columns_without_a_role_may_hold_anything_and_answers_become_words(tmp_p
 @pytest.mark.parametrize(
     ("method", "row", "message"),
     [
-        ("sft", {"prompt": 3, "completion": "b"}, r"own\.jsonl, line 3: 3 as prompt is no text, nor a list"),
+        ("sft", {"prompt": 3, "completion": "b"}, r"own\.jsonl, line 3: 'prompt' is 3; it must be a text or a list"),
         (
             "sft",
             {"prompt": [{"role": "user", "content": "a"}], "completion": "b"},
-            r"line 3: 'prompt' is \[\{\"role\": .*, of another kind",
+            r"line 3: 'prompt' is \[\{\"role\": .*; its type must be that of the rows before",
         ),
-        ("sft", {"prompt": "a"}, "line 3: None as completion is no text"),
-        ("sft", {"prompt": "a", "completion": []}, r"line 3: \[\] as completion is no text"),
-        ("sft", {"prompt": "a", "completion": "b", "system": 3}, r"line 3: 3 as system is no text\."),
-        ("grpo", {"prompt": "a", "answer": None}, r"own\.jsonl, line 3: None as answer is no answer\."),
+        ("sft", {"prompt": "a"}, "line 3: 'completion' is None; it must be a text"),
+        ("sft", {"prompt": "a", "completion": []}, r"line 3: 'completion' is \[\]; it must be a text"),
+        ("sft", {"prompt": "a", "completion": "b", "system": 3}, r"line 3: 'system' is 3; it must be a text\."),
+        (
+            "grpo",
+            {"prompt": "a", "answer": None},
+            r"own\.jsonl, line 3: 'answer' is None; it must be a text or a number\.",
+        ),
     ],
 )
 def test_a_row_of_another_kind_is_named(tmp_path, method, row, message):
@@ -315,9 +319,9 @@ def test_the_roles_that_a_method_reads_are_looked_at_alone(tmp_path):
     data = training_rows(tmp_path, "sft", {"prompt": "a", "chosen": "b", "rejected": None})
     assert list(format_rows(data, "sft", chat=True)) == expected
     for row, message in (
-        ({"messages": []}, r"\[\] as messages"),
-        ({"messages": [{"from": "a"}]}, r"\[{'from': 'a'}\] as messages"),
-        ({"text": 3}, "3 as text"),
+        ({"messages": []}, r"'messages' is \[\]"),
+        ({"messages": [{"from": "a"}]}, r"'messages' is \[{'from': 'a'}\]"),
+        ({"text": 3}, "'text' is 3"),
     ):
         with pytest.raises(MelensError, match=f"line 1: {message}"):
             training_rows(tmp_path, "sft", row)
@@ -326,7 +330,7 @@ def test_the_roles_that_a_method_reads_are_looked_at_alone(tmp_path):
 def test_a_gap_in_a_dataset_of_the_hub_is_told(monkeypatch):
     rows = Dataset.from_dict({"prompt": ["a", "b"], "answer": ["c", None], "note": [None, None]})
     monkeypatch.setattr("melens.training.data.load_dataset", lambda name, config, split: rows)
-    with pytest.raises(MelensError, match="org/name, row 2: None as answer is no answer"):
+    with pytest.raises(MelensError, match="org/name, row 2: 'answer' is None; it must be a text or a number"):
         load_training_data("org/name", "grpo")
     rows = rows.select([0])
     assert list(load_training_data("org/name", "grpo").rows) == [{"prompt": "a", "answer": "c"}]
@@ -334,9 +338,9 @@ def test_a_gap_in_a_dataset_of_the_hub_is_told(monkeypatch):
 
 def test_what_is_given_for_a_file_is_not_left_unused(tmp_path):
     row = {"question": "a", "completion": "b", "prompt": "c"}
-    with pytest.raises(MelensError, match="has the columns question, completion, prompt, not sytsem; sft needs"):
+    with pytest.raises(MelensError, match="has the columns question, completion, prompt, but not sytsem; sft needs"):
         training_rows(tmp_path, "sft", row, columns={"system": "sytsem"})
-    with pytest.raises(MelensError, match=r"training\.data_dir holds the files of flan, .* leave it out"):
+    with pytest.raises(MelensError, match=r"training\.data_dir is for the datasets flan, .* Leave it out"):
         training_rows(tmp_path, "sft", row, data_dir=str(tmp_path))
-    with pytest.raises(MelensError, match="line 1: expected an object with fields, found a text"):
+    with pytest.raises(MelensError, match="line 1: this is a text; it must be an object with fields"):
         load_training_data(str(written(tmp_path, "own.txt", b"a line")), "sft")

@@ -30,7 +30,7 @@ def test_a_users_file(tmp_path):
         with pytest.raises(MelensError, match=f"There is no file {Path(wrong)}"):
             read_text(wrong)
     for wrong in ("nowhere", "no/where/at/all"):
-        with pytest.raises(MelensError, match=f"data.text is '{wrong}'; give a file that is there or a dataset"):
+        with pytest.raises(MelensError, match=f"data.text is '{wrong}'; it must be an existing file or a dataset"):
             read_text(wrong)
 
 
@@ -47,14 +47,14 @@ def test_blank_rows_are_texts_and_null_and_numbers_are_none(tmp_path):
 def test_a_datasets_column_holds_texts(monkeypatch):
     rows = datasets.Dataset.from_dict({"text": ["one", "two"], "label": [1, 2], "gap": ["one", None]})
     monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=TimeoutError))
-    with pytest.raises(MelensError, match="The dataset org/name could not be loaded: TimeoutError"):
+    with pytest.raises(MelensError, match="The dataset org/name could not be loaded \\(TimeoutError"):
         read_text("org/name")
     monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: rows)
     assert read_text("org/name") == "onetwo"
     for column, message in (
-        ("body", "The dataset org/name has no column 'body', only text, label, gap"),
-        ("label", "Row 0 of org/name holds 1 as 'label'; it must be a text"),
-        ("gap", "Row 1 of org/name holds None as 'gap'"),
+        ("body", "The dataset org/name has no column 'body'.*text, label, gap"),
+        ("label", "org/name, row 1: 'label' is 1; it must be a text"),
+        ("gap", "org/name, row 2: 'gap' is None"),
     ):
         with pytest.raises(MelensError, match=message):
             read_text("org/name", column=column)
@@ -71,9 +71,9 @@ def test_pieces_are_of_one_length_and_begin_differently(embedded):
 
 
 def test_too_little_text_and_too_long_pieces_are_told(embedded):
-    with pytest.raises(MelensError, match="too few for 3 of 50"):
+    with pytest.raises(MelensError, match="too few for 3 pieces of 50"):
         cut_texts(embedded, "a few words only", n_texts=3, n_tokens=50)
-    with pytest.raises(MelensError, match="more than the model's context"):
+    with pytest.raises(MelensError, match="lower it to the model's context"):
         cut_texts(embedded, read_text(), n_texts=3, n_tokens=100_000)
 
 

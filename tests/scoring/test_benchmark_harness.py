@@ -307,7 +307,7 @@ def test_whether_a_model_was_to_think_is_told_and_decides_what_is_kept(tmp_path,
         ("qwen2_5", ["benchmark.thinking=true"], "benchmark.thinking is true, but .* has no switch for thinking"),
         ("qwen2_5", ["benchmark.thinking=false"], "benchmark.thinking is false, but .* has no switch for thinking"),
         ("qwen3", ["benchmark.thinking=true", "benchmark.chat=false"], "but no benchmark is asked in it"),
-        ("smolvlm", [], "does not take a single message of a user .it leaves the user message out"),
+        ("smolvlm", [], "refuses a single user message .it leaves the user message out"),
         (
             "qwen3",
             [
@@ -334,7 +334,7 @@ def test_a_system_message_that_the_template_does_not_take_is_not_left_out(networ
     chat = chat_of(tokenizer)
     model = harness._language_model(network, tokenizer, RequestOptions(chat=chat), 512, lambda done: None)
     assert "Hello" in model.apply_chat_template([{"role": "user", "content": "Hello"}])
-    with pytest.raises(MelensError, match=r"does not take the roles system, user \(System role not supported"):
+    with pytest.raises(MelensError, match=r"refuses the roles system, user \(System role not supported"):
         model.apply_chat_template([{"role": "system", "content": "Be"}, {"role": "user", "content": "Hello"}])
 
 

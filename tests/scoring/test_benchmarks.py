@@ -220,8 +220,8 @@ def test_the_twin_of_a_bridge_is_the_same_model(family):
 @pytest.mark.parametrize(
     ("task", "line", "message"),
     [
-        ("piqa", "{", "this is no JSON"),
-        ("piqa", "[]", "expected an object"),
+        ("piqa", "{", "this is not a JSON"),
+        ("piqa", "[]", "it must be an object"),
         ("piqa", '{"question": "q", "choices": ["a", "b"]}', "the field 'answer' is missing"),
         ("piqa", '{"question": "q", "choices": ["a"], "answer": 0}', "it must be a list of 2 to 10 texts"),
         ("piqa", '{"question": "q", "choices": ["a", "b"], "answer": 2}', "the answer is 2, but there are 2 choices"),

@@ -481,7 +481,7 @@ def test_pairs_that_reply_to_different_things_are_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("method", "row", "chat", "message"),
     [
-        ("sft", {"prompt": "Hi", "completion": None}, True, "None as completion is no text"),
+        ("sft", {"prompt": "Hi", "completion": None}, True, "'completion' is None; it must be a text"),
         ("dpo", {"chosen": "Yes", "rejected": "No"}, True, "without a prompt, rows need messages, or chosen"),
         ("sft", {"messages": [USER, REPLY]}, False, "training.chat is false"),
     ],
@@ -507,7 +507,7 @@ def test_only_what_follows_the_prompt_is_learnt(tmp_path):
     ("line", "options", "message"),
     [
         ('{"q": "a", "a": "b"}', {}, "has the columns q, a; sft needs completion and prompt"),
-        ("not json", {}, "line 1: this is no JSON object"),
+        ("not json", {}, "line 1: this is not a JSON object"),
         ('{"q": "a", "a": "b"}', {"columns": {"question": "q"}}, "names the role 'question'"),
     ],
 )
@@ -583,11 +583,11 @@ def test_rollouts_answer_without_thinking_unless_told(tmp_path, monkeypatch, tra
 def test_right_answers_are_texts_or_numbers(tmp_path, monkeypatch, answer):
     path = tmp_path / "own.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": "0+1=", "answer": right}) for right in ("1", 1, 1.5, answer)))
-    with pytest.raises(MelensError, match=r"own\.jsonl, line 4: .* as answer is no text or number\."):
+    with pytest.raises(MelensError, match=r"own\.jsonl, line 4: 'answer' is .*; it must be a text or a number\."):
         load_training_data(str(path), "grpo")
     rows = Dataset.from_list([{"prompt": "0+1=", "answer": answer}])
     monkeypatch.setattr("melens.training.data.load_dataset", lambda *_, **__: rows)
-    with pytest.raises(MelensError, match=r"org/name, row 1: .* as answer is no text or number\."):
+    with pytest.raises(MelensError, match=r"org/name, row 1: 'answer' is .*; it must be a text or a number\."):
         load_training_data("org/name", "grpo")
 
 
@@ -608,7 +608,7 @@ def test_conversations_that_the_chat_template_does_not_take_are_told_before_the_
     path = tmp_path / f"{method}.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     options = [f"exp={method}", f"training.dataset={path}", "training.batch_size=1", "training.micro_batch_size=1"]
-    with pytest.raises(MelensError, match=rf"{method}.jsonl, row 1 of those .*{message}"):
+    with pytest.raises(MelensError, match=rf"{method}.jsonl, row 1 of the rows in use.*{message}"):
         job(tmp_path / "run", *options)
 
 
