@@ -8,21 +8,15 @@ from typing import Any, Literal
 from pydantic import create_model
 
 from experiments.runner.declaration import Experiment, ExperimentOptions
-from melens.validation.types import Count, Flag
+from melens.validation.types import Flag
 
 MODULES = (
-    "emergence", "generate", "verify",
+    "generate", "verify",
 
 )  # fmt: skip
 
 
 PlainOptions = ExperimentOptions
-
-
-class EmergenceOptions(ExperimentOptions):
-    name: Literal["emergence"]
-    log_scale: Flag
-    top_dims: Count
 
 
 class KeptOptions(ExperimentOptions):
@@ -46,7 +40,6 @@ def _experiment(name: str, options: Any = None, *, in_all: bool = True) -> Exper
 
 
 EXPERIMENTS = (
-    _experiment("emergence", EmergenceOptions),
     _experiment("generate", KeptOptions, in_all=False),
     _experiment("verify", in_all=False),
 )

@@ -12,17 +12,21 @@ if TYPE_CHECKING:
     from melens.analysis.across_inputs import stability
     from melens.analysis.attention_sinks import sinks
     from melens.analysis.block_ablation import ablation
+    from melens.analysis.emergence_norms import emergence
     from melens.analysis.ffn_concentration import ffn
     from melens.analysis.norm_gains import normalization
     from melens.analysis.token_direction import direction
     from melens.analysis.weights import prediction
     from melens.masks.grid import mask_grid
 
-__all__ = ["ablation", "direction", "ffn", "mask_grid", "normalization", "prediction", "sinks", "stability"]
+__all__ = [
+    "ablation", "direction", "emergence", "ffn", "mask_grid", "normalization", "prediction", "sinks", "stability",
+]  # fmt: skip
 
 _MODULES = {
     "ablation": "block_ablation",
     "direction": "token_direction",
+    "emergence": "emergence_norms",
     "ffn": "ffn_concentration",
     "mask_grid": ".masks.grid",
     "normalization": "norm_gains",

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments.emergence import norm_by_block
+from melens.analysis.emergence_norms import norm_by_block
 from melens import judge
 from melens.figures.attention import attention_maps
 from melens.figures.curves import Curve, Panel, curves_by_block, ffn_figure
