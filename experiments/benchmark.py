@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from experiments.options.benchmark import BenchmarkRequest
-    from experiments.options.schema import Options
+    from experiments.options.schema import MaskOptions, Options
     from experiments.runner.study import Run
     from melens.benchmarks.catalog import Benchmark
     from melens.benchmarks.evaluation import MaskConfiguration
@@ -35,6 +35,12 @@ def prepare(cfg: Options, folder: Path) -> BenchmarkRequest:
     request = benchmark_request(cfg)
     check_request(request, cfg)
     return request
+
+
+def _masks(cfg: Options) -> dict[str, MaskOptions]:
+    from experiments.options.benchmark import benchmark_request
+
+    return {preset.name: preset.options for preset in benchmark_request(cfg).masks}
 
 
 def check_request(request: BenchmarkRequest, cfg: Options) -> None:
@@ -110,4 +116,4 @@ def _configurations(run: Run, request: BenchmarkRequest, benchmark: Benchmark) -
     return list(configurations.values())
 
 
-EXPERIMENTS = (Experiment("benchmark", ReportedOptions, run, prepare=prepare),)
+EXPERIMENTS = (Experiment("benchmark", ReportedOptions, run, prepare=prepare, masks=_masks),)

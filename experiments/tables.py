@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from experiments.options.masks import Preset
-    from experiments.options.schema import Options
+    from experiments.options.schema import MaskOptions, Options
     from experiments.options.table import TableRequest, TrainingSet
     from experiments.options.training import TrainingRequest
     from experiments.runner.study import Run
@@ -283,4 +283,12 @@ def _loaded_with(cfg: Options, request: TableRequest) -> dict[str, Any]:
     return model_options(cfg, request.sets[0].training.plan)
 
 
-EXPERIMENTS = (Experiment("tables", TablesOptions, run, prepare=prepare, model_options=_loaded_with, in_all=False),)
+def _masks(cfg: Options) -> dict[str, MaskOptions]:
+    from experiments.options.table import table_request
+
+    return {"paper": cfg.wemask.model_copy(update={"rate": list(table_request(cfg).rates)})}
+
+
+EXPERIMENTS = (
+    Experiment("tables", TablesOptions, run, prepare=prepare, model_options=_loaded_with, masks=_masks, in_all=False),
+)

@@ -11,7 +11,7 @@ from experiments.runner.declaration import Experiment, ExperimentOptions
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from experiments.options.schema import Options
+    from experiments.options.schema import MaskOptions, Options
     from experiments.options.training import TrainingRequest
     from experiments.runner.jobs import Job
     from experiments.runner.study import Run
@@ -98,7 +98,15 @@ def _experiment(method: Literal["sft", "dpo", "grpo"]) -> Experiment:
     def loaded_with(cfg: Options, request: TrainingRequest) -> dict[str, Any]:
         return model_options(cfg, request.plan)
 
-    return Experiment(method, TrainingOptions, run, prepare=prepare, model_options=loaded_with, in_all=False)
+    def masks(cfg: Options) -> dict[str, MaskOptions]:
+        from experiments.options.training import training_request
+
+        preset = training_request(cfg, method).mask
+        return {} if preset is None else {preset.name: preset.options}
+
+    return Experiment(
+        method, TrainingOptions, run, prepare=prepare, model_options=loaded_with, masks=masks, in_all=False
+    )
 
 
 def merge(jobs: Sequence[Job]) -> Result | None:

@@ -9,11 +9,12 @@ from experiments.runner.declaration import AtLeast2, Experiment, ExperimentOptio
 from melens.validation.types import Count, Flag, Said
 
 if TYPE_CHECKING:
+    from experiments.options.schema import MaskOptions, Options
     from experiments.runner.jobs import Job
     from experiments.runner.study import Run
     from melens.report.result import Result
 
-__all__ = ["EXPERIMENTS", "merge"]
+__all__ = ["EXPERIMENTS", "chosen_mask", "merge"]
 
 
 class WemaskOptions(ExperimentOptions):
@@ -34,7 +35,12 @@ def _run(run: Run, options: WemaskOptions) -> Result:
     return mask_grid(run, masks, run.texts, text=run.cfg.data.text or "pydoc_data.topics", **options.own)
 
 
-EXPERIMENTS = (Experiment("wemask", WemaskOptions, _run),)
+def chosen_mask(cfg: Options) -> dict[str, MaskOptions]:
+    """Return the masks of the node `wemask`, by the name of its preset."""
+    return {str(cfg.given.get("wemask", "paper")): cfg.wemask}
+
+
+EXPERIMENTS = (Experiment("wemask", WemaskOptions, _run, masks=chosen_mask),)
 
 # --- Over a sweep -----------------------------------------------------------------------------------------------------
 

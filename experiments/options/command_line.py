@@ -15,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override, Quote, QuotedString
 from hydra.errors import HydraException
 
-from experiments.options.masks_asked import masks_asked
+from experiments.options.masks import masks_in_use
 from experiments.options.reading import CONF, OptionError, choose_from, compose_options, is_group
 from experiments.options.schema import options_of
 from experiments.runner.declaration import AS_TYPED
@@ -146,7 +146,7 @@ def check_command(arguments: Sequence[str]) -> None:
     overrides = [parser.parse_override(one) for one in own if not one.startswith(("hydra.", "hydra/"))]
     try:
         for variant in _variants(overrides):
-            masks_asked(compose_options(*variant))
+            masks_in_use(compose_options(*variant))
     except MelensError as error:  # of the library, as for a benchmark that it does not know
         raise OptionError(str(error)) from None
 

@@ -1,4 +1,4 @@
-"""The presets of `conf/wemask/` by name, with what the user says otherwise: for benchmarks, trainings and tables."""
+"""The masks of a run as options: presets of `conf/wemask/` by name, with what the user says otherwise, and in words."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import yaml
 
 from experiments.options.reading import CONF, OptionError
 from experiments.options.schema import MaskOptions, Options
+from experiments.runner.registry import EXPERIMENTS
+from melens.validation.types import in_words
 
-__all__ = ["Preset", "presets_of"]
+__all__ = ["Preset", "mask_in_words", "masks_in_use", "presets_of"]
 
 _MASKS = CONF / "wemask"
 
@@ -32,7 +34,7 @@ def presets_of(
 
     Args:
         names: files of `conf/wemask/`.
-        options: of the run; what it was given of the node `wemask` holds for all presets.
+        options: of the run; what the user gives of the node `wemask` holds for all presets.
         key: the option that names the presets.
         rates: of a table, where neither preset nor user says another.
 
@@ -41,8 +43,10 @@ def presets_of(
     """
     chosen = options.given.get("wemask", "paper")
     if chosen != "paper" or "wemask.select" in options.given:
-        told = "wemask.select" if chosen == "paper" else f"wemask={chosen}"
-        raise OptionError(f"The masks are those of {key}, as off, paper or random; {told} is not for it.")
+        other = "wemask.select" if chosen == "paper" else f"wemask={chosen}"
+        raise OptionError(
+            f"The masks are those of {key} (off, paper, random, ...), so {other} has no effect: leave it out."
+        )
     given = {name: value for name, value in options.wemask if f"wemask.{name}" in options.given}
     known = sorted(path.stem for path in _MASKS.glob("*.yaml"))
     presets = []
@@ -55,6 +59,25 @@ def presets_of(
             values["rate"] = 0  # no mask has no other rate
         presets.append(Preset(name, MaskOptions.model_validate(values), "layers" in own or "layers" in given))
     return presets
+
+
+def masks_in_use(options: Options) -> dict[str, MaskOptions]:
+    """Return the masks that a run will use, by the name of their preset; of several experiments with theirs before."""
+    several = len(options.experiments) > 1
+    by_experiment = {name: EXPERIMENTS[name].masks for name in options.experiments}
+    return {
+        f"of {name}: {preset}" if several else preset: mask
+        for name, masks in by_experiment.items()
+        if masks is not None
+        for preset, mask in masks(options).items()
+    }
+
+
+def mask_in_words(mask: MaskOptions) -> str:
+    """Write a mask's options in a line, as one types them."""
+    if mask.rate == 0:
+        return "no mask"
+    return " ".join(f"{name}={in_words(value).replace(chr(39), '')}" for name, value in mask)
 
 
 def _read(name: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from experiments.options.benchmark import benchmark_request
-from experiments.options.masks_asked import masks_asked
+from experiments.options.masks import masks_in_use
 from experiments.options.schema import Options
 from experiments.options.table import table_request
 from experiments.options.training import DATASETS
@@ -48,11 +48,11 @@ def _method(options: Options) -> str:
 
 
 def _is_masked(options: Options) -> bool:
-    return any(mask.rate != 0 for mask in masks_asked(options).values())
+    return any(mask.rate != 0 for mask in masks_in_use(options).values())
 
 
 def _draws_dims(options: Options) -> bool:
-    return any("random" in in_words(mask.select) for mask in masks_asked(options).values())
+    return any("random" in in_words(mask.select) for mask in masks_in_use(options).values())
 
 
 def _reads_dataset(options: Options) -> bool:

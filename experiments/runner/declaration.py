@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from transformer_lens.model_bridge import TransformerBridge
 
-    from experiments.options.schema import Options
+    from experiments.options.schema import MaskOptions, Options
     from experiments.runner.study import Run
     from melens.report.result import Result
     from melens.tracing.probes import Probe
@@ -96,6 +96,7 @@ class Experiment:
             returns is `run.prepared[name]`.
         model_options: what the model is loaded with, given all options and what `prepare` returned; by default the
             node `model`.
+        masks: the masks that it uses, by the name of their preset, given all options; by default none.
         in_all: whether `exp=all` can hold it.
     """
 
@@ -105,6 +106,7 @@ class Experiment:
     probes: Callable[[TransformerBridge, Any], list[Probe]] | None = None
     prepare: Callable[[Options, Path], Any] | None = None
     model_options: Callable[[Options, Any], dict[str, Any]] | None = None
+    masks: Callable[[Options], dict[str, MaskOptions]] | None = None
     in_all: bool = True
 
 

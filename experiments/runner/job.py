@@ -15,7 +15,7 @@ from rich.console import Console
 
 from experiments.generate import check_chat
 from experiments.options import Options
-from experiments.options.masks_asked import mask_in_words, masks_asked
+from experiments.options.masks import mask_in_words, masks_in_use
 from experiments.runner.interrupts import sigterm_interrupts
 from experiments.runner.locks import locked_folder
 from experiments.runner.processes import is_first_process, shared_folder
@@ -47,7 +47,7 @@ def run_job(cfg: Options, folder: Path) -> list[str]:
     give_freed_memory_back()
     if cfg.png:
         logging.getLogger("choreographer").setLevel(logging.WARNING)  # it tells of every temporary folder
-    masks = masks_asked(cfg)
+    masks = masks_in_use(cfg)
     config = cfg.plain() | {"masks": {name: mask.model_dump() for name, mask in masks.items()}}
     folder = shared_folder(folder) if cfg.exp.name in METHODS else folder
     console = Console(quiet=not is_first_process())

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import create_model
 
 from experiments.runner.declaration import Experiment, ExperimentOptions
+from experiments.wemask import chosen_mask
 from melens.validation.types import Flag
 
 MODULES = (
@@ -29,17 +30,17 @@ def _plain(name: str) -> Any:
     return create_model("PlainOptions", __base__=ExperimentOptions, **own)
 
 
-def _experiment(name: str, options: Any = None, *, in_all: bool = True) -> Experiment:
+def _experiment(name: str, options: Any = None, *, masks: Any = None, in_all: bool = True) -> Experiment:
     def run(run: Any, own: Any) -> Any:
         return import_module(f"experiments.{name}").run(run, own)
 
     def probes(model: Any, own: Any) -> Any:
         return import_module(f"experiments.{name}").probes(model, own)
 
-    return Experiment(name, options or _plain(name), run, probes, in_all=in_all)
+    return Experiment(name, options or _plain(name), run, probes, masks=masks, in_all=in_all)
 
 
 EXPERIMENTS = (
-    _experiment("generate", KeptOptions, in_all=False),
+    _experiment("generate", KeptOptions, masks=chosen_mask, in_all=False),
     _experiment("verify", in_all=False),
 )

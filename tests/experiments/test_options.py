@@ -15,7 +15,7 @@ from experiments.options import compose_options
 from experiments.options.benchmark import benchmark_request
 from experiments.options.command_line import check_command, prepare_command
 from experiments.options.help import help_text, lines_of
-from experiments.options.masks_asked import mask_in_words, masks_asked
+from experiments.options.masks import mask_in_words, masks_in_use
 from experiments.options.reading import CONF, OptionError
 from experiments.options.schema import Options, options_of
 from experiments.options.training import training_request
@@ -94,22 +94,22 @@ def test_a_limit_of_null_that_is_typed_is_no_limit():
 
 @pytest.mark.parametrize("option", ["wemask.select=random", "wemask=random"])
 def test_masks_by_name_and_another_choice_of_dims_are_refused_together(option):
-    with pytest.raises(OptionError, match=f"The masks are those of benchmark.masks, .* {option.split('=')[0]}"):
+    with pytest.raises(OptionError, match=f"The masks are those of benchmark.masks .*, so {option.split('=')[0]}"):
         benchmark_request(typed("exp=benchmark", option))
 
 
 def test_the_masks_of_a_run_are_told_as_they_are_in_the_end():
-    asked = masks_asked(typed("exp=benchmark", "benchmark.masks=[off,released]", "wemask.start=me+1"))
+    asked = masks_in_use(typed("exp=benchmark", "benchmark.masks=[off,released]", "wemask.start=me+1"))
     assert {name: mask_in_words(mask) for name, mask in asked.items()} == {
         "off": "no mask",
         "released": "rate=0.1 select=batch_magnitude site=attn_in start=me+1 layers=all positions=every_call "
         "strength=1.0 seed=0",
     }
-    assert list(masks_asked(typed("exp=wemask", "wemask=random"))) == ["random"]
-    assert masks_asked(typed("exp=sft", "training.mask=paper"))["paper"].start == "me+1"
-    assert masks_asked(typed("exp=tables", "table=7"))["paper"].rate == [0.1]
-    assert masks_asked(typed("exp=sinks")) == {}
-    several = masks_asked(
+    assert list(masks_in_use(typed("exp=wemask", "wemask=random"))) == ["random"]
+    assert masks_in_use(typed("exp=sft", "training.mask=paper"))["paper"].start == "me+1"
+    assert masks_in_use(typed("exp=tables", "table=7"))["paper"].rate == [0.1]
+    assert masks_in_use(typed("exp=sinks")) == {}
+    several = masks_in_use(
         typed("exp=all", "exp.experiments=[wemask,benchmark]", "benchmark.table=5", "benchmark.masks=[paper]")
     )
     assert {name: mask.rate for name, mask in several.items()} == {

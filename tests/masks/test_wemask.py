@@ -646,7 +646,7 @@ def test_a_mask_of_an_earlier_version_is_refused(tmp_path):
 
 def test_the_me_layer_tells_where_to_start():
     network = model_of("llama")
-    with pytest.raises(MelensError, match="counted from the ME layer: call mask.at"):
+    with pytest.raises(MelensError, match=r"counted from the ME layer: call mask\.at"):
         WeMask().install(network)
     assert WeMask().at(1).blocks(network) == (2, 3)
     assert WeMask(start="me-1", layers="first").at(1).blocks(network) == (0,)
