@@ -147,6 +147,19 @@ def test_how_it_emerges_by_hand(token_norms, layer, kind, magnification, share):
     assert me.share_of_peak == pytest.approx(share)
 
 
+def test_the_rise_by_hand():
+    """From 4 to 400 in block 1, to 500 in block 2; the others rise by 3 and by 5, and blocks 3 and 4 count apart."""
+    trace = trace_by_hand(2, 4, 400, 500, 900, 1)
+    norms = trace["norm"]
+    for pos, lifted in ((1, 3.0), (2, 5.0)):
+        norms.loc[(norms["site"] == "hook_resid_post") & (norms["layer"] == 1) & (norms["pos"] == pos), "norm"] = lifted
+    me = melens.find_me_layer(trace)
+    assert (me.layer, me.magnification) == (1, 100)
+    assert me.relative_magnification == pytest.approx(100 / 4)
+    assert me.share_of_peak == pytest.approx((400 - 4) / 500)
+    assert (me.climb, me.kind) == ((1, 2), "a few blocks")
+
+
 @pytest.mark.parametrize(("value", "layer"), [(100.0, None), (100.1, 0), (99.0, None)])
 def test_the_criterion_is_strict(value, layer):
     assert melens.find_me_layer(trace_by_hand(1, value, value, value)).layer == layer

@@ -1,0 +1,123 @@
+"""Figure 1 and table 8 of a study made by hand: norms of a few prompts, with every metric worked out on paper."""
+
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+from handmade import emergence_by_hand, study_by_hand, table
+
+import melens
+from melens.analysis.emergence_norms import compare_models, model_in_words
+
+ME_LAYER = 2
+BORN = [(2, 0), (2, 0), (2, 3), (-1, 0)]
+WRITTEN = [  # by the FFNs to token 0, means 1, 1, 200, 8, 4, 40, 60
+    [1.0, 1.0, 100.0, 8.0, 4.0, 60.0, 20.0],
+    [1.0, 1.0, 300.0, 8.0, 4.0, 20.0, 100.0],
+    [1.0, 1.0, 200.0, 8.0, 4.0, 40.0, 60.0],
+    [1.0, 1.0, 200.0, 8.0, 4.0, 40.0, 60.0],
+]
+
+
+def study(written=WRITTEN, me_layer=ME_LAYER, **prompts):
+    n = len(written)
+    vectors = torch.zeros(n, 7, 1, 6)
+    vectors[:, 3, 0, 4] = torch.tensor([-900.0, 700.0, 800.0, 800.0][:n])  # |h| is 800 on average
+    vectors[:, 2, 0, 1] = 500
+    vectors[:, 6, 0, 0] = 50
+    norms = [
+        table(site="hook_mlp_out", pos=0, norm=written),
+        table(site="hook_mlp_out", pos=1, norm=[[9_999.0] * 7] * n),
+        table(site="hook_resid_post", pos=0, norm=[[1.0, 2.0, 400.0, 400.0, 400.0, 200.0, 1.0]] * n),
+        table(site="hook_resid_post", pos=1, norm=[[1.0] * 7] * n),
+    ]
+    tables = {
+        "norm": pd.concat(norms, ignore_index=True),
+        "sink_mass": table(head=0, sink_mass=[[0.1, 0.4, 0.1, 0.5, 0.6, 0.1, 0.1]] * n),
+    }
+    born = [(me_layer, 0)] * n if me_layer not in (None, ME_LAYER) else BORN[:n]
+    return study_by_hand(me_layer, born=born, tables=tables, tensors={"token_vectors": vectors}, **prompts)
+
+
+@pytest.fixture(scope="module")
+def result():
+    return melens.analysis.emergence(study(), top_dims=2)
+
+
+def test_the_last_ffns_are_compared_with_that_of_the_me_layer(result):
+    assert result.metrics.ffn_last_blocks == pytest.approx(60 / 200)
+    assert result.metrics.ffn_between == pytest.approx(8 / 200)
+    assert result.claims.set_index("id").verdict["second-massive"] == "holds"
+
+
+def test_without_blocks_between_there_is_no_second_massive_activation():
+    metrics = melens.analysis.emergence(study(me_layer=4)).metrics
+    assert (metrics.ffn_last_blocks, metrics.ffn_between) == (None, None)
+
+
+def test_shares_of_prompts(result):
+    """Of four prompts three have a massive token, two of these on token 0."""
+    metrics = result.metrics
+    assert metrics.share_at_first == pytest.approx(2 / 3)
+    assert (metrics.prompts_with, metrics.agreement) == (0.75, 0.75)
+    assert metrics.share_at_first_interval == pytest.approx((0, 1))
+    assert metrics.agreement_interval == metrics.prompts_with_interval == pytest.approx((0.25, 1))
+
+
+def test_one_state_seen_many_times_has_no_intervals():
+    metrics = melens.analysis.emergence(study(first_tokens=[8] * 4)).metrics
+    assert metrics.share_at_first == pytest.approx(2 / 3)
+    assert metrics.share_at_first_interval is metrics.agreement_interval is metrics.prompts_with_interval is None
+
+
+def test_the_dims_are_the_largest_anywhere_as_means_of_magnitudes(result):
+    dims = result.tables["top_dims"].set_index(["layer", "dim"])["abs_activation"]
+    assert (dims[3, 4], dims[2, 1], len(dims)) == (800, 500, 2 * 7)
+    assert result.figures["top_dims"].observed == (
+        "The largest is dim 4, with |h| = 800 after block 3 (mean over prompts)."
+    )
+
+
+def test_the_verdicts_and_the_row_of_table_8(result):
+    verdicts = result.claims.set_index("id").verdict
+    assert verdicts[["exists", "single-block", "magnification"]].tolist() == ["holds in part", "holds", "holds"]
+    (row,) = result.tables["table8"].to_dict("records")
+    assert (row["me_layer"], row["n_layers"], row["sink_onset_layer"], row["n_attending"]) == (2, 7, 3, 7)
+    expected = "block 2 of 7, × 200.0 (180.0 to 220.0), one block, 75% of prompts agree, sinks from block 3"
+    assert model_in_words(row) == expected
+    assert model_in_words(row | {"me_layer": None}) == "no ME layer among 7 blocks"
+    assert model_in_words(row | {"sink_onset_layer": None}).endswith("no sinks")
+
+
+def test_what_a_user_reads(result):
+    said = dict(result.findings)
+    assert said["ME layer"] == "block 2 (layer 3 counting from 1)"
+    assert said["how it emerges"] == "one block: the ME layer alone brings 90% of the peak norm"
+    assert said["sinks start"] == "block 3 (over 0.3 first at block 1)"
+    assert said["first tokens"] == "4 distinct"
+    assert repr(study()).endswith("block 2 of 7, × 200 (180 to 220), token 0, dim 5")
+
+
+def test_a_slow_climb_is_no_single_block_and_a_few_blocks_are_in_part():
+    def verdict(**fields):
+        me = emergence_by_hand(ME_LAYER, BORN, first_tokens=[1, 2, 3, 4], **fields)
+        return melens.analysis.emergence(replace(study(), me=me)).claims.set_index("id").verdict["single-block"]
+
+    shares = {"share_of_peak": 0.5, "share_of_peak_interval": (0.4, 0.6)}
+    assert verdict(**shares, kind="slow climb") == "does not hold"
+    assert verdict(**shares, kind="a few blocks") == "holds in part"
+
+
+def test_without_an_me_layer_it_says_so():
+    result = melens.analysis.emergence(study(me_layer=None))
+    assert dict(result.findings)["ME layer"] == "none: Made by hand."
+    assert result.claims.set_index("id").verdict["exists"] == "does not hold"
+    assert "ffn_last_blocks" not in result.metrics.plain()
+
+
+def test_models_are_drawn_side_by_side(result):
+    norms = result.tables["norm_by_block"]
+    figure = compare_models({"a": norms, "b": norms}, {"a": 2, "b": None}, ["a", "b"])
+    assert [text.text for text in figure.plot.layout.annotations] == ["a", "b", "ME layer 2"]
+    assert figure.observed == "2 runs of 2 models."
