@@ -1,121 +1,19 @@
-"""Does melens give transformers' own numbers on this kind of model? Every place with its error, and generation."""
+"""`exp=verify`: does melens give transformers' own numbers on this kind of model?"""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Literal
 
-import pandas as pd
-from transformer_lens.model_bridge import TransformerBridge
+from experiments.runner.declaration import ExperimentOptions, of_analysis
 
-from experiments.runner.legacy import PlainOptions
-from experiments.runner.study import Run as Study
-from melens import Probe, Verification, verify
-from melens.figures.curves import Curve, Panel, curves_by_block
-from melens.figures.style import COLORS
-from melens.models.generation import Generation, verify_generation
-from melens.report.result import Figure, Result
-from melens.tracing.batching import BatchRule
+__all__ = ["EXPERIMENTS"]
 
 
-def probes(model: TransformerBridge, options: PlainOptions) -> list[Probe]:
-    """The check runs prompts of its own."""
-    return []
+class VerifyOptions(ExperimentOptions):
+    """None but the name."""
+
+    name: Literal["verify"]
 
 
-def run(study: Study, options: PlainOptions) -> Result:
-    """Check a trace and a generation, and lay the errors out by site and block."""
-    checked = verify(study.model)
-    written = verify_generation(study.model) if study.model.original_model.can_generate() else None
-    worst = checked.worst
-    metrics = study.metrics(
-        way=checked.way,
-        why_not=checked.why_not or None,
-        largest_error=None if worst is None else worst["error"],
-        limit=None if worst is None else worst["limit"],
-        site=None if worst is None else worst["site"],
-        layer=None if worst is None else worst["layer"],
-        use_cache=None if written is None else written.use_cache,
-        cache_error=None if written is None else written.error,
-    )
-    findings = [
-        *_by_site(checked.errors),
-        ("a trace runs", checked.why_not or _WAYS[checked.way]),
-        ("prompts of a trace", _sharing_in_words(checked.rule)),
-        ("generation", _writing_in_words(written)),
-    ]
-    pictures = {} if worst is None else {"verification": _picture(checked, study)}
-    return Result("verify", study.trace.model, metrics, {"verification": checked.errors}, pictures, findings)
-
-
-_WAYS = {
-    "fast": "transformers' own modules, wherever no hook listens inside",
-    "bridge": "TransformerLens's components, which takes more time and memory",
-}
-
-
-def _by_site(errors: pd.DataFrame) -> list[tuple[str, str]]:
-    """Tell of each site the block where it is furthest off."""
-    worst = errors.loc[errors.groupby("site", sort=False)["error"].idxmax()]
-    return [
-        (row["site"], f"off by {row['error']:.1e} at most (limit {row['limit']:.1e}), {_block(row['layer'])}")
-        for row in worst.to_dict("records")
-    ]
-
-
-def _block(layer: int) -> str:
-    return f"in block {layer}" if layer >= 0 else "outside the blocks"
-
-
-def _sharing_in_words(rule: BatchRule) -> str:
-    if rule.alone:
-        return "run one by one: they would change each other's numbers"
-    words = []
-    if rule.equal_beyond is not None:
-        of_length = f"of more than {rule.equal_beyond} tokens " if rule.equal_beyond else ""
-        words.append(f"those {of_length}share a forward pass only if they are equally long")
-    if rule.limits:
-        words.append(f"those of up to {', '.join(map(str, rule.limits))} tokens share none with longer ones")
-    return "; ".join(words) or "share forward passes"
-
-
-def _writing_in_words(written: Generation | None) -> str:
-    if written is None:
-        return "this model writes no text"
-    cache = "with a cache" if written.use_cache else "without a cache, which is off"
-    batch = "several prompts in a batch" if written.together else "one prompt at a time"
-    return f"{cache}, {batch}: off by {written.error:.1e} of the largest logit against the whole sequence"
-
-
-_PARTS = {
-    "residual stream": ("hook_resid",),
-    "normalisations": ("ln",),
-    "attention": ("attn.", "hook_attn"),
-    "FFN": ("mlp.", "hook_mlp"),
-}
-"""What the sites' names begin with, by the part of a block that they belong to."""
-
-
-def _picture(checked: Verification, study: Study) -> Figure:
-    is_drawn = (checked.errors["layer"] >= 0) & (checked.errors["error"] > 0)  # a logarithmic axis has no 0
-    points = checked.errors[is_drawn].rename(columns={"error": "mean"})
-    panels = []
-    for part, beginnings in _PARTS.items():
-        by_site = points[points["site"].str.startswith(beginnings)].groupby("site", sort=False)
-        curves = [
-            Curve(str(site), own[["layer", "mean"]], color) for (site, own), color in zip(by_site, COLORS, strict=False)
-        ]
-        panels.append(Panel(part, "error", curves, study.me.layer, log_scale=True))
-    worst: Any = checked.worst
-    name = study.trace.model["name"]
-    note = (
-        "Of the worst token, relative to its vector; of attention, the largest difference of a probability. "
-        f"Limit {worst['limit']:.0e}."
-    )
-    title = f"How far a trace is from transformers' own eager modules: {name}, 2 prompts"
-    here = f"At most {worst['error']:.1e}, at {worst['site']} {_block(worst['layer'])}; limit {worst['limit']:.0e}."
-    return Figure(
-        curves_by_block(panels, title=title, note=note),
-        "melens's self-check",
-        "The paper does not ask this.",
-        here,
-    )
+EXPERIMENTS = (replace(of_analysis("verify", VerifyOptions, "verification"), in_all=False),)

@@ -13,7 +13,6 @@ from typing import Any
 
 from rich.console import Console
 
-from experiments.generate import check_chat
 from experiments.options import Options
 from experiments.options.masks import mask_in_words, masks_in_use
 from experiments.runner.interrupts import sigterm_interrupts
@@ -91,8 +90,6 @@ def lock_resumed(cfg: Options) -> AbstractContextManager[None]:
 def prepare(cfg: Options, folder: Path, stage: StageOf) -> dict[str, Any]:
     """Load data that may be wrong or missing before the model, which takes longer; return it by experiment."""
     wanted = {name: prepare for name in cfg.experiments if (prepare := EXPERIMENTS[name].prepare) is not None}
-    if "generate" in cfg.experiments:
-        check_chat(cfg)
     if not wanted:
         return {}
     loaded = stage("loading data")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from importlib import import_module
 from pathlib import Path
 
-from experiments.runner import legacy
 from experiments.runner.declaration import Experiment
 
 __all__ = ["EXPERIMENTS"]
@@ -13,10 +12,9 @@ __all__ = ["EXPERIMENTS"]
 
 def _declared() -> dict[str, Experiment]:
     folder = Path(__file__).parents[1]
-    names = sorted(path.stem for path in folder.glob("*.py") if path.stem not in ("__init__", "run", *legacy.MODULES))
+    names = sorted(path.stem for path in folder.glob("*.py") if path.stem not in ("__init__", "run"))
     modules = [import_module(f"experiments.{name}") for name in names]
-    declared = [experiment for module in modules for experiment in module.EXPERIMENTS]
-    return {experiment.name: experiment for experiment in (*declared, *legacy.EXPERIMENTS)}
+    return {experiment.name: experiment for module in modules for experiment in module.EXPERIMENTS}
 
 
 EXPERIMENTS = _declared()

@@ -14,13 +14,16 @@ if TYPE_CHECKING:
     from melens.analysis.block_ablation import ablation
     from melens.analysis.emergence_norms import emergence
     from melens.analysis.ffn_concentration import ffn
+    from melens.analysis.generated_texts import generate
     from melens.analysis.norm_gains import normalization
+    from melens.analysis.self_check import verification
     from melens.analysis.token_direction import direction
     from melens.analysis.weights import prediction
     from melens.masks.grid import mask_grid
 
 __all__ = [
-    "ablation", "direction", "emergence", "ffn", "mask_grid", "normalization", "prediction", "sinks", "stability",
+    "ablation", "direction", "emergence", "ffn", "generate", "mask_grid", "normalization", "prediction", "sinks",
+    "stability", "verification",
 ]  # fmt: skip
 
 _MODULES = {
@@ -28,11 +31,13 @@ _MODULES = {
     "direction": "token_direction",
     "emergence": "emergence_norms",
     "ffn": "ffn_concentration",
+    "generate": "generated_texts",
     "mask_grid": ".masks.grid",
     "normalization": "norm_gains",
     "prediction": "weights",
     "sinks": "attention_sinks",
     "stability": "across_inputs",
+    "verification": "self_check",
 }
 """Where each function stands, from here: in no module of its own name, which would hide it."""
 

@@ -213,7 +213,7 @@ def _where_massive(per_prompt: pd.DataFrame, me_layer: int | None) -> pd.DataFra
     for name, of_beginning in per_prompt.groupby("beginning", sort=False):
         n = len(of_beginning)
         born = of_beginning[of_beginning["layer"] >= 0]
-        at_first = float((born["pos"] == 0).sum() / n)
+        at_first = float((born["pos"] == 0).sum() / n) if len(born) else 0.0
         rows.append(
             {
                 "beginning": f"{name} (n = {n})",

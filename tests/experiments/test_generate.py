@@ -15,12 +15,23 @@ from planted import FAMILIES, bridge, gains_apart, plain_model
 from rich.console import Console
 from test_chat import TEMPLATES
 
-from experiments import generate
-from experiments.generate import Given, Pair, Side, compare, first_difference, parts, render, write
+from experiments.generate import EXPERIMENTS
 from experiments.options import compose_options
 from experiments.runner.job import run_job
 from experiments.runner.study import begin_study
 from melens import MelensError, Prompt, WeMask, load_model
+from melens.analysis import generated_texts
+from melens.analysis.generated_texts import (
+    Decoding,
+    Given,
+    Pair,
+    Side,
+    compare,
+    first_difference,
+    parts,
+    render_pairs,
+    write,
+)
 from melens.data.chat import PLAIN
 from melens.report.record import write_result
 from melens.report.result import Result
@@ -41,7 +52,7 @@ def study(model, *overrides, prompts=PROMPTS):
 
 def run(model, *overrides, **options):
     of_run = study(model, *overrides, **options)
-    return generate.run(of_run, of_run.cfg.exp)
+    return EXPERIMENTS[0].run(of_run, of_run.cfg.exp)
 
 
 def prompt(model, text="The capital of France is"):
@@ -85,7 +96,7 @@ def test_a_character_of_several_tokens_is_not_cut(embedded):
 def test_the_cache_changes_nothing_masked_or_not(family):
     model = bridge(gains_apart(plain_model(family)))
     ids = torch.randint(10, 200, (14,), generator=torch.Generator().manual_seed(1)).tolist()
-    options = config("generate.max_new_tokens=8").generate
+    options = Decoding(max_new_tokens=8)
     plain, logits = write(model, ids, options)
     again, uncached = write(model, ids, options, use_cache=False)
     assert plain == again
@@ -100,7 +111,7 @@ def test_the_cache_changes_nothing_masked_or_not(family):
 @pytest.mark.newest
 def test_a_text_is_the_likeliest_tokens_one_by_one(embedded):
     ids = prompt(embedded).ids
-    new, logits = write(embedded, ids, config().generate)
+    new, logits = write(embedded, ids, Decoding(4))
     assert embedded.tokenizer.decode(new).startswith(" Paris.")
     assert logits.argmax(-1).tolist() == new
     with torch.no_grad():
@@ -109,15 +120,15 @@ def test_a_text_is_the_likeliest_tokens_one_by_one(embedded):
 
 
 def test_what_the_checkpoint_prefers_is_left_out(embedded, monkeypatch):
-    plain, _ = write(embedded, prompt(embedded).ids, config().generate)
+    plain, _ = write(embedded, prompt(embedded).ids, Decoding(4))
     preferred = embedded.original_model.generation_config
     monkeypatch.setattr(preferred, "repetition_penalty", 50.0)
     monkeypatch.setattr(preferred, "do_sample", True)
-    assert write(embedded, prompt(embedded).ids, config().generate)[0] == plain
+    assert write(embedded, prompt(embedded).ids, Decoding(4))[0] == plain
 
 
 def test_a_text_with_the_mask_and_without(embedded):
-    pair = compare(embedded, RANDOM_DIMS.on(embedded), prompt(embedded), config().generate, seed=0)
+    pair = compare(embedded, RANDOM_DIMS.on(embedded), prompt(embedded), Decoding(4), seed=0)
     assert pair.seed is None
     at = pair.parted_at
     assert pair.without.ids[:at] == pair.masked.ids[:at]
@@ -131,7 +142,7 @@ def test_a_text_with_the_mask_and_without(embedded):
 
 def test_a_mask_that_does_next_to_nothing_leaves_the_text(embedded):
     mask = WeMask(rate=0.01, select="random", site="resid_pre", start=12, strength=1e-6).on(embedded)
-    pair = compare(embedded, mask, prompt(embedded), config().generate, seed=0)
+    pair = compare(embedded, mask, prompt(embedded), Decoding(4), seed=0)
     assert pair.parted_at is None
     assert (pair.without.first, pair.without.log_probabilities) == ("", None)
     assert pair.without.common == pair.masked.common
@@ -141,7 +152,7 @@ def test_a_mask_that_does_next_to_nothing_leaves_the_text(embedded):
 def test_the_divergence_is_that_of_the_unmasked_text(embedded):
     mask = RANDOM_DIMS.on(embedded)
     given = prompt(embedded)
-    pair = compare(embedded, mask, given, config().generate, seed=0)
+    pair = compare(embedded, mask, given, Decoding(4), seed=0)
     tokens = torch.tensor([[*given.ids, *pair.without.ids]])
     with torch.no_grad():
         before = embedded.original_model(tokens).logits[0, len(given.ids) - 1 : -1].log_softmax(-1)
@@ -154,7 +165,7 @@ def test_the_divergence_is_that_of_the_unmasked_text(embedded):
 
 
 def test_a_seed_gives_its_sample_again_and_leaves_the_global_generator_alone(embedded):
-    options = config("generate.sample=true", "generate.temperature=1.5").generate
+    options = Decoding(4, sample=True, temperature=1.5)
     state = torch.random.get_rng_state()
     first, second, other = (write(embedded, prompt(embedded).ids, options, seed=seed)[0] for seed in (1, 1, 2))
     assert first == second != other
@@ -162,7 +173,7 @@ def test_a_seed_gives_its_sample_again_and_leaves_the_global_generator_alone(emb
 
 
 def test_both_sides_draw_with_the_same_random_numbers(embedded):
-    options = config("generate.sample=true", "generate.temperature=1.5").generate
+    options = Decoding(4, sample=True, temperature=1.5)
     mask = WeMask(rate=0.01, select="random", site="resid_pre", start=12, strength=1e-6).on(embedded)
     assert compare(embedded, mask, prompt(embedded), options, seed=3).parted_at is None
 
@@ -183,10 +194,10 @@ def test_a_row_a_prompt_and_seed(embedded):
     rows = result.tables["generations"]
     assert rows[["prompt", "seed"]].to_numpy().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
     assert rows.prompt_text.unique().tolist() == ["Rain is", "The capital of France is"]
-    assert result.metrics["n_pairs"] == 4
-    assert result.metrics["identical_share"] == rows.parted_at.isna().mean()
-    assert result.metrics["mean_kl"] == pytest.approx(rows.kl.mean())
-    assert "blocks 12 to 29" in result.metrics["mask"]
+    assert result.metrics.n_pairs == 4
+    assert result.metrics.identical_share == rows.parted_at.isna().mean()
+    assert result.metrics.mean_kl == pytest.approx(rows.kl.mean())
+    assert "blocks 12 to 29" in result.metrics.mask
     assert result.documents["generate.html"].count("<section>") == 4
 
 
@@ -198,8 +209,7 @@ def test_without_a_prompt_the_runs_own_short_ones_are_continued(embedded):
 
 
 def test_a_chat_is_read_in_the_models_template(embedded):
-    of_run = study(embedded, "generate.chat=true", "generate.prompt=Hello")
-    (given,) = generate._prompts(of_run, PLAIN)
+    (given,) = generated_texts._prompts(study(embedded), "Hello", PLAIN, "auto", 4)
     assert given.text == "Hello"
     assert given.chat.endswith("<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n")
 
@@ -220,8 +230,8 @@ def test_the_chat_template_is_told_whether_to_think(thinking, ending, told):
         r"<summary>In the chat template</summary><pre>(.*?)</pre>", result.documents["generate.html"], re.S
     )
     assert html.unescape(prompt[1]).endswith(ending)
-    assert result.metrics["thinking"] == told
-    assert result.metrics["n_unfinished"] == (2 if thinking == "true" else 0)  # two new tokens close no thought
+    assert result.metrics.thinking == told
+    assert result.metrics.n_unfinished == (2 if thinking == "true" else 0)  # two new tokens close no thought
     summary = result.findings[-1][1]
     assert f"Thinking: {told}." in summary
     assert ("2 of 2 texts end inside a thought" in summary) == (thinking == "true")
@@ -289,7 +299,7 @@ def pair(**changes):
 
 
 def test_markup_in_a_text_is_text_on_the_page():
-    page = render([pair()], title="<model>", summary="1 & 2", mask="a mask")
+    page = render_pairs([pair()], title="<model>", summary="1 & 2", mask="a mask")
     assert "<pre>It is &lt;i&gt;<mark> [red]$x</mark><span>\n&lt;/pre&gt;</span></pre>" in page
     assert "<pre>It is &lt;i&gt;<mark> blue</mark><span></span></pre>" in page
     assert '<pre class="prompt">Say &lt;b&gt;&amp;amp;&lt;/b&gt;</pre>' in page
@@ -302,7 +312,7 @@ def test_markup_in_a_text_is_text_on_the_page():
 
 def test_the_same_text_on_both_sides_has_no_marks():
     same = Side([5, 6], "It is", "", "", None)
-    page = render([pair(without=same, masked=same, parted_at=None, seed=None)], title="t", summary="s", mask="m")
+    page = render_pairs([pair(without=same, masked=same, parted_at=None, seed=None)], title="t", summary="s", mask="m")
     assert page.count("<pre>It is</pre>") == 2
     assert "The same tokens on both sides." in page
 

@@ -412,7 +412,7 @@ def test_models_and_revisions_name_the_jobs(tmp_path):
     assert [job.name for job in jobs] == ["job 0", "job 1"]
 
 
-def test_the_merged_table_has_a_column_for_every_swept_option(tmp_path, monkeypatch):
+def test_the_merged_table_has_a_column_for_every_swept_option(tmp_path):
     import json
 
     results = results_of(
@@ -426,7 +426,6 @@ def test_the_merged_table_has_a_column_for_every_swept_option(tmp_path, monkeypa
     for folder, result in results.items():
         folder.mkdir()
         (folder / "result.json").write_text(json.dumps(result))
-    monkeypatch.setattr("experiments.runner.merging.show_result", lambda *told: None)
     merge_jobs(tmp_path)
     sweep = pd.read_parquet(tmp_path / "sweep.parquet")
     assert sweep["exp.other_shares"].tolist() == ["[0.1]", "[0.1]", "[0.2]", "[0.2]"]

@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from melens.analysis.emergence_norms import norm_by_block
 from melens import judge
+from melens.analysis.emergence_norms import norm_by_block
 from melens.figures.attention import attention_maps
 from melens.figures.curves import Curve, Panel, curves_by_block, ffn_figure
 from melens.figures.heatmaps import Heatmap, dims_heatmap, dims_surface, heatmap_with_slider, heatmaps

@@ -93,7 +93,7 @@ def test_what_does_not_apply_is_in_the_report(tmp_path):
     model = melens.load_model("random", model_type="mamba", config={"hidden_size": 32, "num_hidden_layers": 3})
     parts = list(run_experiments(study(model, prompts_of())))
     page = report_of(recorded(parts, tmp_path)).read_text("utf-8")
-    assert "<b>ffn</b> does not apply: No FFN can be listened to: there is no block with an FFN." in page
+    assert "<b>ffn</b> does not apply: No FFN can be measured: there is no block with an FFN." in page
 
 
 def test_a_result_that_was_cached_is_what_it_was(parts, tmp_path):
