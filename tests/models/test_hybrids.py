@@ -129,7 +129,7 @@ def test_a_mask_on_a_hybrid_changes_the_same_on_either_kind_of_model(model_type)
 @pytest.mark.parametrize(
     ("model_type", "mask", "sentence"),
     [
-        ("nemotron_h", {"start": 0, "layers": "first"}, "Block 0 has no attention, so site=attn_in has no place there"),
+        ("nemotron_h", {"start": 0, "layers": "first"}, "Block 0 has no attention, so site=attn_in cannot mask it; site=resid_pre can"),
         ("nemotron_h", {"layers": [1, 2]}, "Block 1 has no attention"),
         ("zamba2", {"start": 0}, "Block 1 has attention without a norm ln1 of its own before it"),
     ],
@@ -204,15 +204,15 @@ def planted_result():
 
 def test_experiments_say_of_a_hybrid_what_is_so(planted_result):
     said, metrics = dict(planted_result.findings), planted_result.metrics
-    assert not any("not_applicable" in part for part in metrics.values())
-    assert {part["me_layer"] for part in metrics.values()} == {1}
+    assert not any(part.not_applicable for part in metrics.values())
+    assert {part.me_layer for part in metrics.values()} == {1}
     assert said["layout"] == "attention in blocks 3 and 5 of 6; an FFN in blocks 1 and 4 of 6"
     assert said["sinks start"] == "nowhere; there is attention in blocks 3 and 5 of 6"
     assert said["sinks"].endswith("There is attention in blocks 3 and 5 of 6.")
     assert said["FFN"].endswith("There is an FFN in blocks 1 and 4 of 6.")
     assert "No gate projection can be measured in any FFN." in said["FFN"]
-    assert metrics["ablation"]["causal_layers"] == [1]
-    assert metrics["predict"]["ranks"]["response"] == 1
+    assert metrics["ablation"].causal_layers == [1]
+    assert metrics["predict"].ranks["response"] == 1
 
 
 def test_claims_do_not_judge_what_a_hybrid_does_not_show(planted_result):
