@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from melens.errors import MelensError
+from melens.models.layout import listed
 from melens.models.view import ModelView
 from melens.validation.signatures import given
 
@@ -101,14 +102,11 @@ def _warn_of_equal_gains(gains: Mapping[int, Tensor]) -> None:
         for layer, gain in gains.items()
         if not gain.isfinite().all() or gain.abs().max() - gain.abs().min() <= 1e-6 * gain.abs().max()
     ]
-    if not alike:
-        return
-    is_span = len(alike) > 2 and alike == list(range(alike[0], alike[-1] + 1))
-    where = f"{alike[0]} to {alike[-1]}" if is_span else ", ".join(map(str, alike))
-    blocks = f"block {where}" if len(alike) == 1 else f"blocks {where}"
-    warnings.warn(
-        f"The gains of ln1 in {blocks} are all alike, so the choice of dims there is arbitrary.", stacklevel=5
-    )
+    if alike:
+        where = listed(alike)
+        warnings.warn(
+            f"The gains of ln1 in {where} are all alike, so the choice of dims there is arbitrary.", stacklevel=5
+        )
 
 
 # --- In a forward pass ------------------------------------------------------------------------------------------------
@@ -182,12 +180,6 @@ def check_same_model(chosen_on: Mapping[str, Any], model: Mapping[str, Any]) -> 
         if saved != own:
             raise MelensError(f"This mask is of another model: its {name} is {saved!r}, this model's is {own!r}.")
     for layer, (saved, own) in enumerate(zip(chosen_on["gain_sketches"], model["gain_sketches"], strict=True)):
-        if saved is not None and not _are_same_gains(saved, own):
+        # relative to a size of at least 0.1: the weights that a model begins with may be 0
+        if saved and (own is None or math.dist(saved, own) > _SAME_GAINS * max(math.hypot(*saved), 0.1)):
             raise MelensError(f"This mask is of another model: the weights of ln1 in block {layer} differ.")
-
-
-def _are_same_gains(saved: Sequence[float], own: Sequence[float] | None) -> bool:
-    if own is None:
-        return False
-    least = 0.1  # of the size that the tolerance is relative to: weights that a model begins with may be 0
-    return math.dist(saved, own) <= _SAME_GAINS * max(math.hypot(*saved), least)

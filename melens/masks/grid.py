@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -37,6 +37,8 @@ from melens.masks.grid_figures import (
 from melens.masks.mask import WeMask
 from melens.report.result import Figure, Result
 from melens.storage.cache import Store, hash_of, store_for
+from melens.validation.signatures import checked
+from melens.validation.types import Count, Flag
 
 __all__ = ["ARGUMENTS", "UNMASKED", "Grid", "compare_grid", "mask_grid"]
 
@@ -67,16 +69,17 @@ class Grid:
     by_block: pd.DataFrame
 
 
+@checked
 def mask_grid(
     study: Study,
     masks: Sequence[WeMask],
     texts: Int[Tensor, "text pos"],
     *,
     text: str = "",
-    texts_per_batch: int = 8,
-    map_tokens: int = 40,
-    patterns: str = "drawn",
-    keep: bool = True,
+    texts_per_batch: Count = 8,
+    map_tokens: Count = 40,
+    patterns: Literal["drawn", "all", "none"] = "drawn",
+    keep: Flag = True,
 ) -> Result:
     """Measure every mask on the same tokens, and compare it with the unmasked model.
 
@@ -267,16 +270,12 @@ def _lay_out(study: Study, unmasked: Measured, masks: Sequence[WeMask], measured
 def _configuration(mask: WeMask, massive: tuple[int, ...]) -> dict[str, Any]:
     assert mask.fixed is not None
     dims = mask.fixed.dims
-    return {
+    return mask.to_dict() | {
         "cell": mask_name(mask),
         "rate": float(mask.rate),
-        "select": mask.select,
-        "site": mask.site,
-        "start": mask.start,
         "layers": mask.layers if isinstance(mask.layers, str) else ", ".join(map(str, mask.layers)),
         "positions": str(mask.positions),
         "strength": float(mask.strength),
-        "seed": mask.seed,
         "n_blocks": len(mask.fixed.blocks),
         "massive_hits": math.nan if dims is None else sum(bool({*massive} & {*of_block}) for of_block in dims.values()),
     }

@@ -51,7 +51,7 @@ def run(model, *overrides):
 
 
 GRID = (
-    "wemask.rate=[0,0.1,0.3,0.5]", "wemask.select=[weight,random,magnitude]", "wemask.site=[attn_in,ln1_in]",
+    "wemask.rate=[0,0.3]", "wemask.select=[weight,random,magnitude]", "wemask.site=[attn_in,ln1_in]",
     "wemask.seed=[0,1]",
 )  # fmt: skip
 
@@ -60,7 +60,7 @@ GRID = (
 def test_every_combination_is_a_row_and_a_second_run_measures_none(model):
     first = run(model, *GRID)
     cells = first.tables["cells"]
-    assert len(cells) == 3 * 2 * (1 + 2 + 1)  # a rate of 0 is no mask; only random masks have seeds
+    assert len(cells) == 2 * (1 + 2 + 1)  # a rate of 0 is no mask; only random masks have seeds
     assert set(cells["start"]) == {BLOCK + 1}
     assert cells["cell"].is_unique
     assert (cells["p_holm"] >= cells["p"]).all()

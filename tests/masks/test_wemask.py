@@ -104,15 +104,17 @@ def test_equal_gains_choose_the_first_dims_and_say_so():
     assert dims[3].tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize(("apart", "told"), [((), "blocks 0 to 3"), ((1,), "blocks 0, 2, 3"), ((0, 1), "blocks 2, 3")])
-def test_one_sentence_tells_of_all_blocks_whose_gains_are_equal(apart, told):
+@pytest.mark.parametrize(
+    ("apart", "where"), [((), "blocks 0, 1, 2 and 3"), ((1,), "blocks 0, 2 and 3"), ((0, 1), "blocks 2 and 3")]
+)
+def test_one_sentence_names_all_blocks_whose_gains_are_equal(apart, where):
     network = plain_model("llama")
     for layer in apart:
         network.model.layers[layer].input_layernorm.weight.data[0] = 2
     with pytest.warns(UserWarning, match="all alike") as warned:
         WeMask(0.05, start=0).dims(network)
     (sentence,) = (str(one.message) for one in warned)
-    assert sentence == f"The gains of ln1 in {told} are all alike, so the choice of dims there is arbitrary."
+    assert sentence == f"The gains of ln1 in {where} are all alike, so the choice of dims there is arbitrary."
 
 
 # --- Padding, caches, generation --------------------------------------------------------------------------------------
