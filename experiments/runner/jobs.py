@@ -1,4 +1,4 @@
-"""The jobs of a sweep as they ended, each under the name of what tells it from the others."""
+"""The jobs of a sweep as they ended, each named after the options that differ between them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from melens.validation import types as allowed
 
 __all__ = ["Job", "job_name", "jobs_of", "read_jobs"]
 
-_TOLD_ELSEWHERE = ("model", "model.name", "exp")
+_OWN_COLUMN = ("model", "model.name", "exp")
 """Swept options that have a column of their own in every merged table: the model's name, the experiment's."""
 
 
@@ -62,7 +62,7 @@ def jobs_of(results: Mapping[Path, dict[str, Any]]) -> list[Job]:
     """Tell results by folder from each other by what the user swept."""
     keys = dict.fromkeys(key for result in results.values() for key in result["config"].get("typed", ()))
     values = {key: [_value(result["config"], key) for result in results.values()] for key in keys}
-    differing = [key for key in keys if key not in _TOLD_ELSEWHERE and len(set(map(repr, values[key]))) > 1]
+    differing = [key for key in keys if key not in _OWN_COLUMN and len(set(map(repr, values[key]))) > 1]
     models = Counter(result["config"]["model"]["name"] for result in results.values())
     jobs = []
     for number, (folder, result) in enumerate(results.items()):

@@ -97,5 +97,5 @@ def _lock_or_exit(folder: Path) -> None:
     except MelensError as error:  # Hydra goes on after an error in a callback
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(1)
-    except OSError:  # there is no such place, which is told when something is written there
+    except OSError:  # no such place: what writes there says so
         pass

@@ -60,11 +60,11 @@ def show_stages(console: Console, *, every: float = EVERY) -> Iterator[StageOf]:
 
         return done
 
-    with _off_the_terminal() if has_bars else nullcontext(), bars, _repeating(every, lambda: _tell(stages)):
+    with _off_the_terminal() if has_bars else nullcontext(), bars, _repeating(every, lambda: _log(stages)):
         yield stage_of
 
 
-def _tell(stages: list[_Stage]) -> None:
+def _log(stages: list[_Stage]) -> None:
     """Log each stage that goes on, or the last one where none does: what follows it may take long too."""
     for stage in [stage for stage in stages if not stage.has_ended] or stages[-1:]:
         _LOG.info(stage.in_words())
@@ -105,10 +105,10 @@ class _Stage:
 
     def _at_its_end(self, ended: float) -> str:
         seconds, since = ended - self.began, time.monotonic() - ended
-        told = f"done in {_time(seconds)}"
+        summary = f"done in {_time(seconds)}"
         if self.in_all > 1:
-            told = f"{self.in_all:,} in {_time(seconds)}, {_rate(self.in_all, seconds)}"
-        return told if since < 1 else f"{told}; what follows takes {_time(since)} so far"
+            summary = f"{self.in_all:,} in {_time(seconds)}, {_rate(self.in_all, seconds)}"
+        return summary if since < 1 else f"{summary}; the next step has taken {_time(since)} so far"
 
 
 def _rate(count: int, seconds: float) -> str:

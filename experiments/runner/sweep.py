@@ -27,6 +27,6 @@ class MergeSweep(Callback):
 
 
 def _written_in(folder: Path) -> dict[Path, tuple[int, int]]:
-    """Return what tells each job's result from one written later: a result is written to a new file."""
+    """Return inode and time of each job's result: one written later is another file."""
     results = ((path.parent, path.stat()) for path in folder.glob("*/**/result.json"))
     return {job: (stat.st_ino, stat.st_mtime_ns) for job, stat in results}

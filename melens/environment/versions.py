@@ -2,7 +2,8 @@
 
 melens reads and replaces what lies inside these libraries, where any release may change what a number means without an
 error. `pyproject.toml` is the only place that names them, and pip keeps to it; but a user, a cluster's image or a later
-`pip install` may put another version there. That is told once and recorded, not refused: most releases change nothing.
+`pip install` may put another version there. A warning says so once and the result records it; nothing is refused, since
+most releases change nothing.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def untried() -> dict[str, str]:
 
 
 def warn_untried(show: Callable[[str], object] | None = None) -> None:
-    """Tell, once in a process, which installed versions were not tried; nothing where all were.
+    """Warn, once in a process, of installed versions that were not tried.
 
     Args:
         show: what to do with the sentence. By default it becomes a `UserWarning` at the caller's caller.
@@ -67,7 +68,7 @@ def warn_untried(show: Callable[[str], object] | None = None) -> None:
     _shown = True
     specifiers = tried()
     found = ", ".join(f"{name} {version} (tried: {specifiers[name]})" for name, version in versions.items())
-    sentence = f"melens was not tried with {found}. To install what was: pip install -c .ci/constraints.txt -e ."
+    sentence = f"melens was not tried with {found}. To install tried versions: pip install -c .ci/constraints.txt -e ."
     if show is None:
         warnings.warn(sentence, stacklevel=3)
     else:

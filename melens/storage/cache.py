@@ -1,11 +1,14 @@
-"""Where melens keeps what takes long to make, and how it knows that it still holds.
+"""The cache: what takes long to compute is kept under a key of everything that decides it.
 
-A kept result is found again under a key of all that decides it:
+    store = store_for("masks", network, tokens, options)     # a folder, named by the key
+    scores = store.load_table("scores")                      # None where nothing was kept: compute, then save_table
+
+The key is made of
 
 1. the model (`fingerprint`): the bytes of every weight and buffer in their order, its modules, config and generation
    config, and what was hooked or patched onto it;
 2. where and by what it was computed: melens's own source, the versions of the libraries, the kind of device;
-3. what the caller tells (`hash_of`): tokens, masks, options, the tokenizer (`tokenizer_fingerprint`).
+3. what the caller gives (`hash_of`): tokens, masks, options, the tokenizer (`tokenizer_fingerprint`).
 """
 
 from __future__ import annotations
@@ -72,7 +75,7 @@ class Store:
             return None
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write tensors; a folder that cannot be written to keeps nothing, which is told once."""
+        """Write tensors; of a folder that cannot be written to a warning is logged, once."""
         contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
         self._write(self.folder / f"{name}.safetensors", lambda path: save_file(contiguous, path))
 
@@ -107,11 +110,11 @@ class Store:
 
 @dataclass
 class RunCache:
-    """Whether the next process finds what this run measures: what a run says as it is stopped goes by that.
+    """Whether the next process finds what this run measures, as a run says when it is stopped.
 
     Attributes:
         has_trace: the trace, which is kept first, is in the cache.
-        is_incomplete: something could not be written, or is of a model that only this process knows by name.
+        is_incomplete: something could not be written, or belongs to a model that only this process can name.
     """
 
     has_trace: bool = False
@@ -128,7 +131,7 @@ RUN_CACHE = RunCache()
 
 @contextmanager
 def warn_if_not_cached() -> Iterator[None]:
-    """Write to the cache; where that fails, as in a read-only folder or on a full disk, say so once and go on."""
+    """Write to the cache; where that fails, as in a read-only folder or on a full disk, warn once and go on."""
     try:
         yield
     except OSError as error:
@@ -139,11 +142,14 @@ def warn_if_not_cached() -> Iterator[None]:
 @cache
 def _warn_not_cached(folder: Path, why: str) -> None:
     logging.getLogger(__name__).warning(
-        "Nothing can be kept in %s (%s): the next run computes it anew. MELENS_CACHE names another folder.", folder, why
+        "Cannot write to the cache %s (%s), so the next run computes everything again. Set MELENS_CACHE to another "
+        "folder.",
+        folder,
+        why,
     )
 
 
-def store_for(kind: str, network: nn.Module, *told: object, libraries: tuple[str, ...] = ()) -> Store:
+def store_for(kind: str, network: nn.Module, *parts: object, libraries: tuple[str, ...] = ()) -> Store:
     """Return where results of a kind are kept for a model and whatever else they depend on.
 
     Nothing that another version of melens or of a library, another model or another kind of device made is found there.
@@ -151,24 +157,24 @@ def store_for(kind: str, network: nn.Module, *told: object, libraries: tuple[str
     Args:
         kind: a folder in the cache.
         network: the transformers model, on its device.
-        told: whatever `hash_of` takes.
+        parts: whatever else decides it, as `hash_of` takes it.
         libraries: whose inside decides the result too, besides torch, transformers and TransformerLens.
 
     Raises:
         MelensError: as `fingerprint`.
     """
-    return Store(cache_folder() / kind / hash_of(_made_by(network, *libraries), fingerprint(network), told)[:24])
+    return Store(cache_folder() / kind / hash_of(_made_by(network, *libraries), fingerprint(network), parts)[:24])
 
 
-def store_for_kind(kind: str, network: nn.Module, *told: object) -> Store:
-    """Return where is kept what holds of all models of one class, config and precision, whatever their weights.
+def store_for_kind(kind: str, network: nn.Module, *parts: object) -> Store:
+    """Return where results are kept that all models of one class, config and precision share, whatever their weights.
 
     Args:
-        kind, network, told: as for `store_for`.
+        kind, network, parts: as for `store_for`.
     """
     dtypes = sorted({str(weight.dtype) for weight in network.parameters()})
     own = [type(network).__qualname__, dtypes, *_configs(network)]
-    return Store(cache_folder() / kind / hash_of(_made_by(network), own, told)[:24])
+    return Store(cache_folder() / kind / hash_of(_made_by(network), own, parts)[:24])
 
 
 def _made_by(network: nn.Module, *libraries: str) -> list[object]:
@@ -193,7 +199,7 @@ def code_version(folder: Path = Path(__file__).parents[1]) -> str:
     return hash_of({str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.py"))})
 
 
-# --- What is told -----------------------------------------------------------------------------------------------------
+# --- Hashes of values -------------------------------------------------------------------------------------------------
 
 
 def hash_of(*parts: object) -> str:
@@ -204,39 +210,39 @@ def hash_of(*parts: object) -> str:
             (without the fields that begin with `_`).
 
     Raises:
-        TypeError: a value of another type, whose `repr` may not tell all that it holds.
+        TypeError: a value of another type, whose `repr` may leave out some of what it holds.
     """
     digest = hashlib.sha256()
-    _tell(digest, parts)
+    _update(digest, parts)
     return digest.hexdigest()
 
 
-def _tell(digest: Any, part: Any) -> None:
+def _update(digest: Any, part: Any) -> None:
     """Add a value with its type and length before it, so that no two sequences of values give the same bytes."""
     if isinstance(part, Tensor):
         own = part.detach().cpu().contiguous()
-        _tell(digest, [str(own.dtype), list(own.shape), own.view(-1).view(torch.uint8).numpy().tobytes()])
+        _update(digest, [str(own.dtype), list(own.shape), own.view(-1).view(torch.uint8).numpy().tobytes()])
     elif isinstance(part, bytes):
         digest.update(f"bytes {len(part)} ".encode() + part)
     elif isinstance(part, Mapping):
-        _tell(digest, ["dict", *sorted(part.items(), key=lambda item: repr(item[0]))])
+        _update(digest, ["dict", *sorted(part.items(), key=lambda item: repr(item[0]))])
     elif isinstance(part, list | tuple) and part and all(type(each) is int for each in part):
         text = repr(list(part)).encode()  # at once: texts have a million token ids
         digest.update(f"integers {len(text)} ".encode() + text)
     elif isinstance(part, list | tuple):
         digest.update(f"list {len(part)} ".encode())
         for each in part:
-            _tell(digest, each)
+            _update(digest, each)
     elif is_dataclass(part) and not isinstance(part, type):
         own_fields = {field.name: getattr(part, field.name) for field in fields(part) if field.name[0] != "_"}
-        _tell(digest, [type(part).__qualname__, own_fields])
+        _update(digest, [type(part).__qualname__, own_fields])
     elif isinstance(part, BaseModel):
-        _tell(digest, [type(part).__qualname__, part.model_dump()])
+        _update(digest, [type(part).__qualname__, part.model_dump()])
     elif part is None or isinstance(part, str | bool | int | float | Path):
         text = repr(part).encode()  # of a float all digits; of a text its quotes, so that 1 is not "1"
         digest.update(f"value {len(text)} ".encode() + text)
     else:
-        raise TypeError(f"{type(part).__name__} cannot be told in a key; tell what it holds.")
+        raise TypeError(f"A key cannot hold {type(part).__name__}: give what it holds.")
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -262,8 +268,8 @@ def fingerprint(network: nn.Module) -> str:
     """Hash all of a model that decides what it computes, the same on every device.
 
     Weights are hashed where they are: only a sum a block of 128 KiB leaves a GPU. Offloaded ones are fetched one after
-    the other. A quantised model is told by itself alone, so that nothing is kept of it beyond the process: its scales
-    may be in no weight nor buffer.
+    the other. A quantised model gets a random name instead, so that nothing is kept of it beyond the process: its
+    scales may be in no weight nor buffer.
 
     Raises:
         MelensError: a weight on the meta device that accelerate would not fetch.
@@ -293,8 +299,8 @@ def _weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
             for name, weight in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
                 if weight.is_meta:
                     raise MelensError(
-                        f"The weight {path}.{name} has no values here, so that results of this model cannot be kept: "
-                        "give exp.keep=false, or load the model with device_map."
+                        f"The weight {path}.{name} is on the meta device, so results of this model cannot be cached. "
+                        "Set exp.keep=false, or load the model with device_map."
                     )
                 yield f"{path}.{name}", weight
 
@@ -331,8 +337,8 @@ def _configs(network: Any) -> Iterator[str | None]:
     """Write a model's config and generation config out, without where the model lies and who wrote the file."""
     for name in ("config", "generation_config"):
         config: Any = getattr(network, name, None)
-        told = config.to_dict() if hasattr(config, "to_dict") else config
-        yield json.dumps(_without_origin(told), default=str)
+        values = config.to_dict() if hasattr(config, "to_dict") else config
+        yield json.dumps(_without_origin(values), default=str)
     yield getattr(getattr(network, "config", None), "_attn_implementation", None)
 
 
@@ -349,7 +355,7 @@ def _without_origin(config: Any) -> Any:
 def _attached(network: nn.Module) -> Iterator[list[str]]:
     """Name what was hooked onto a model, and each `forward` put in place of a module's own.
 
-    What a user's function does cannot be read from it, so it is told by its address, as known in this process alone.
+    What a user's function does cannot be read from it, so it goes by its address, which only this process knows.
     """
     for path, module in network.named_modules():
         functions = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
@@ -361,5 +367,5 @@ def _attached(network: nn.Module) -> Iterator[list[str]]:
 
 
 _PART_OF_MODEL = ("transformers.", "transformer_lens.model_bridge.", "melens.models.gates", "melens.models.kv_cache")
-"""Where functions come from that a model has for good, some since its first forward pass: code and weights tell them.
+"""Where functions come from that a model has for good, some since its first forward pass: code and weights decide them.
 (What a user hooks to a bridge comes from `transformer_lens.hook_points`.)"""

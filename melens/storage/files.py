@@ -104,7 +104,7 @@ def explain_write_errors(folder: Path) -> Iterator[None]:
 
 
 def _beside(path: Path) -> Path:
-    """Name a new file beside a path; its name tells which process writes it."""
+    """Name a new file beside a path, after the host and the process that write it."""
     return path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
 
 

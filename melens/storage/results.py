@@ -1,7 +1,7 @@
-"""What a run that was stopped finds again: folders of the cache that are whole, and stay as they are.
+"""Results in the cache, which a run that was stopped finds again: a folder each, whole or not there.
 
-Results are plain files, since a cache may be shared: parquet for tables, plotly's JSON for figures, and JSON for the
-rest, with NaN as null as in `result.json`.
+They are plain files, since others may share a cache, and unpickling theirs could run code: parquet for tables,
+plotly's JSON for figures, JSON for the rest, with NaN as null as in `result.json`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import pandas as pd
 import plotly.io
 
-from melens.report.result import Figure, Result, plain, plain_metrics
+from melens.report.result import Figure, Metrics, Result, plain, plain_metrics
 from melens.storage.files import atomic_folder
 
 __all__ = ["load_cached", "load_result", "save_result"]
@@ -38,9 +38,7 @@ def save_result(result: Result, folder: Path) -> None:
         "metrics": plain_metrics(result.metrics),
         "metrics_class": [type(result.metrics).__module__, type(result.metrics).__qualname__],
         "tables": list(result.tables),
-        "figures": {
-            name: [picture.source, picture.expected, picture.observed] for name, picture in result.figures.items()
-        },
+        "figures": {name: [figure.source, figure.expected, figure.observed] for name, figure in result.figures.items()},
         "findings": [list(row) for row in result.findings],
         "documents": result.documents,
     }
@@ -67,9 +65,12 @@ def load_result(folder: Path) -> Result:
     )
 
 
-def _typed(metrics: dict[str, Any], module: str, name: str) -> Any:
-    kind: Any = metrics if name == "dict" else getattr(import_module(module), name)
-    return metrics if kind is metrics else kind.model_validate(metrics)
+def _typed(metrics: dict[str, Any], module: str, name: str) -> Metrics:
+    """Return metrics in their own class, which is one of ours: a file may name any."""
+    if not module.startswith("melens."):
+        raise ValueError(f"{module}.{name} is no class of metrics.")
+    kind: type[Metrics] = getattr(import_module(module), name)
+    return kind.model_validate(metrics)
 
 
 def load_cached(folder: Path, load: Callable[[Path], _Cached]) -> _Cached | None:

@@ -88,7 +88,7 @@ def test_the_sentence_comes_once(environment):
     versions.warn_untried(shown.append)
     assert shown == [
         "melens was not tried with torch 2.14.0 (tried: <2.14,>=2.6)."
-        " To install what was: pip install -c .ci/constraints.txt -e ."
+        " To install tried versions: pip install -c .ci/constraints.txt -e ."
     ]
 
 

@@ -233,7 +233,7 @@ def test_a_fetched_weight_is_let_go_of_before_the_next(monkeypatch):
 
 
 def test_a_weight_without_values_is_refused_by_name():
-    with pytest.raises(MelensError, match=r"model\.embed_tokens\.weight has no values here.*exp\.keep=false"):
+    with pytest.raises(MelensError, match=r"model\.embed_tokens\.weight is on the meta device.*exp\.keep=false"):
         fingerprint(plain_model("llama").to("meta"))
 
 
@@ -293,7 +293,7 @@ def test_what_a_dataclass_remembers_and_the_order_of_names_are_not_told():
 
 
 def test_what_a_repr_would_cut_short_is_refused():
-    with pytest.raises(TypeError, match="object cannot be told in a key"):
+    with pytest.raises(TypeError, match="A key cannot hold object"):
         hash_of([object()])
 
 

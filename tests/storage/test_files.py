@@ -150,7 +150,7 @@ def test_a_full_disk_keeps_nothing_stops_nothing_and_is_told_once(tmp_path, save
         save(store)
     assert names(tmp_path / "store") == []
     (told,) = warnings_of_cache()
-    assert told.startswith(f"Nothing can be kept in {cache.cache_folder()} (")
+    assert told.startswith(f"Cannot write to the cache {cache.cache_folder()} (")
     save(store)
     assert len(names(tmp_path / "store")) == 1
 
