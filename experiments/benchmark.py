@@ -28,19 +28,21 @@ class ReportedOptions(ExperimentOptions):
     report: Flag
 
 
-def prepare(cfg: Options, folder: Path) -> BenchmarkRequest:
-    """Read the request, and check it before the model is loaded, which takes longer."""
+def _request(cfg: Options) -> BenchmarkRequest:
     from experiments.options.benchmark import benchmark_request  # which needs the registry, and that this module
 
-    request = benchmark_request(cfg)
+    return benchmark_request(cfg)
+
+
+def prepare(cfg: Options, folder: Path) -> BenchmarkRequest:
+    """Check the request before the model is loaded, which takes longer."""
+    request: BenchmarkRequest = cfg.requests["benchmark"]
     check_request(request, cfg)
     return request
 
 
 def _masks(cfg: Options) -> dict[str, MaskOptions]:
-    from experiments.options.benchmark import benchmark_request
-
-    return {preset.name: preset.options for preset in benchmark_request(cfg).masks}
+    return {preset.name: preset.options for preset in cfg.requests["benchmark"].masks}
 
 
 def check_request(request: BenchmarkRequest, cfg: Options) -> None:
@@ -116,4 +118,14 @@ def _configurations(run: Run, request: BenchmarkRequest, benchmark: Benchmark) -
     return list(configurations.values())
 
 
-EXPERIMENTS = (Experiment("benchmark", ReportedOptions, run, prepare=prepare, masks=_masks),)
+EXPERIMENTS = (
+    Experiment(
+        "benchmark",
+        ReportedOptions,
+        run,
+        nodes=("wemask", "benchmark", "data"),
+        request=_request,
+        masks=_masks,
+        prepare=prepare,
+    ),
+)

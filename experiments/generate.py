@@ -44,4 +44,8 @@ def prepare(cfg: Options, folder: Path) -> None:
         make_chat(load_tokenizer(**cfg.model.model_dump(exclude_unset=True)), cfg.generate.thinking)
 
 
-EXPERIMENTS = (Experiment("generate", GenerateOptions, run, prepare=prepare, masks=chosen_mask, in_all=False),)
+EXPERIMENTS = (
+    Experiment(
+        "generate", GenerateOptions, run, prepare=prepare, nodes=("wemask", "generate"), masks=chosen_mask, in_all=False
+    ),
+)

@@ -47,16 +47,20 @@ class TablesOptions(ExperimentOptions):
     report: Flag
 
 
+def _request(cfg: Options) -> TableRequest:
+    from experiments.options.table import table_request  # which needs the registry, and that this module
+
+    return table_request(cfg)
+
+
 def prepare(cfg: Options, folder: Path) -> TableRequest:
     """Load all data before the model, and estimate the memory.
 
     Raises:
         MelensError: as `check_request` and `prepare_training`; a cache that cannot be written to.
     """
-    from experiments.options.table import table_request  # which needs the registry, and that this module
-
     _check_cache()
-    request = table_request(cfg)
+    request: TableRequest = cfg.requests["tables"]
     sets = []
     for own in request.sets:
         check_request(own.benchmarks, own.options)
@@ -284,11 +288,19 @@ def _loaded_with(cfg: Options, request: TableRequest) -> dict[str, Any]:
 
 
 def _masks(cfg: Options) -> dict[str, MaskOptions]:
-    from experiments.options.table import table_request
-
-    return {"paper": cfg.wemask.model_copy(update={"rate": list(table_request(cfg).rates)})}
+    return {"paper": cfg.wemask.model_copy(update={"rate": list(cfg.requests["tables"].rates)})}
 
 
 EXPERIMENTS = (
-    Experiment("tables", TablesOptions, run, prepare=prepare, model_options=_loaded_with, masks=_masks, in_all=False),
+    Experiment(
+        "tables",
+        TablesOptions,
+        run,
+        nodes=("wemask", "benchmark", "data", "training", "table"),
+        request=_request,
+        masks=_masks,
+        prepare=prepare,
+        model_options=_loaded_with,
+        in_all=False,
+    ),
 )

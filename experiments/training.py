@@ -77,10 +77,13 @@ def mask_for(run: Run, request: TrainingRequest) -> WeMask | None:
 
 
 def _experiment(method: Literal["sft", "dpo", "grpo"]) -> Experiment:
-    def prepare(cfg: Options, folder: Path) -> TrainingRequest:
+    def request_of(cfg: Options) -> TrainingRequest:
         from experiments.options.training import training_request  # which needs the registry, and that this module
 
-        return prepare_training(cfg, training_request(cfg, method), folder)
+        return training_request(cfg, method)
+
+    def prepare(cfg: Options, folder: Path) -> TrainingRequest:
+        return prepare_training(cfg, cfg.requests[method], folder)
 
     def run(run: Run, options: TrainingOptions) -> Result:
         from melens.training.runs import training
@@ -99,13 +102,20 @@ def _experiment(method: Literal["sft", "dpo", "grpo"]) -> Experiment:
         return model_options(cfg, request.plan)
 
     def masks(cfg: Options) -> dict[str, MaskOptions]:
-        from experiments.options.training import training_request
-
-        preset = training_request(cfg, method).mask
+        preset = cfg.requests[method].mask
         return {} if preset is None else {preset.name: preset.options}
 
     return Experiment(
-        method, TrainingOptions, run, prepare=prepare, model_options=loaded_with, masks=masks, in_all=False
+        method,
+        TrainingOptions,
+        run,
+        nodes=("wemask", "training"),
+        request=request_of,
+        masks=masks,
+        prepare=prepare,
+        model_options=loaded_with,
+        in_all=False,
+        is_distributed=True,
     )
 
 

@@ -40,7 +40,7 @@ def chosen_mask(cfg: Options) -> dict[str, MaskOptions]:
     return {str(cfg.given.get("wemask", "paper")): cfg.wemask}
 
 
-EXPERIMENTS = (Experiment("wemask", WemaskOptions, _run, masks=chosen_mask),)
+EXPERIMENTS = (Experiment("wemask", WemaskOptions, _run, nodes=("wemask", "data"), masks=chosen_mask),)
 
 # --- Over a sweep -----------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override, Quote, QuotedString
 from hydra.errors import HydraException
 
-from experiments.options.masks import masks_in_use
 from experiments.options.reading import CONF, OptionError, choose_from, compose_options, is_group
 from experiments.options.schema import options_of
 from experiments.runner.declaration import AS_TYPED
@@ -146,7 +145,7 @@ def check_command(arguments: Sequence[str]) -> None:
     overrides = [parser.parse_override(one) for one in own if not one.startswith(("hydra.", "hydra/"))]
     try:
         for variant in _variants(overrides):
-            masks_in_use(compose_options(*variant))
+            _ = compose_options(*variant).requests  # which checks what the presets and the options give together
     except MelensError as error:  # of the library, as for a benchmark that it does not know
         raise OptionError(str(error)) from None
 

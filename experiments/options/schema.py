@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
 
@@ -386,11 +387,23 @@ class Options(Node):
             return {name: getattr(chosen, name) for name in chosen.experiments}
         return {self.exp.name: self.exp}
 
+    @cached_property
+    def requests(self) -> dict[str, Any]:
+        """What is asked of each experiment that has a request, by its name.
+
+        Raises:
+            MelensError: an option that an experiment cannot have.
+        """
+        wanted = {name: EXPERIMENTS[name].request for name in self.experiments}
+        return {name: request(self) for name, request in wanted.items() if request is not None}
+
     def changed(self, **nodes: Mapping[str, Any]) -> Options:
         """Return the options with others in some nodes, as if the user had given them."""
         values = {node: getattr(self, node).model_copy(update=dict(own)) for node, own in nodes.items()}
         given = {f"{node}.{key}": value for node, own in nodes.items() for key, value in own.items()}
-        return self.model_copy(update=values | {"given": {**self.given, **given}})
+        changed = self.model_copy(update=values | {"given": {**self.given, **given}})
+        changed.__dict__.pop("requests", None)  # a copy keeps what was cached: the requests of before
+        return changed
 
     def plain(self) -> dict[str, Any]:
         """Return the options as `conf/` has them, with what was given, ready for JSON."""

@@ -1,41 +1,33 @@
-"""Options that were typed and change nothing in this run: told, since somebody expects something of them."""
+"""Options that were typed and change nothing in this run: a warning names each, as somebody expects something of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from experiments.options.benchmark import benchmark_request
 from experiments.options.masks import masks_in_use
 from experiments.options.schema import Options
-from experiments.options.table import table_request
-from experiments.options.training import DATASETS
+from experiments.options.table import TableRequest
+from experiments.options.training import TrainingRequest
+from experiments.runner.registry import EXPERIMENTS
 from melens.data.reading import has_columns, names_file
-from melens.training.recipe import METHODS, known_datasets
+from melens.training.plan import TrainingPlan
+from melens.training.recipe import known_datasets
 from melens.validation.types import in_words
 
 __all__ = ["unused_options"]
 
-_NODES = {
-    "wemask": ("wemask", "data"),
-    "generate": ("wemask", "generate"),
-    "benchmark": ("wemask", "benchmark", "data"),
-    "tables": ("wemask", "benchmark", "data", "training", "table"),
-    **dict.fromkeys(METHODS, ("wemask", "training")),
-}
-"""What the experiments read of the nodes that not all of them do."""
-
 
 def unused_options(options: Options) -> Iterator[str]:
     """Yield a sentence for each typed option that this run does not use."""
-    read = {node for name in options.experiments for node in _NODES.get(name, ())}
-    shared = {node for nodes in _NODES.values() for node in nodes}
+    read = {node for name in options.experiments for node in EXPERIMENTS[name].nodes}
+    not_always_read = {node for experiment in EXPERIMENTS.values() for node in experiment.nodes}
     for key in options.typed:
         node = key.partition(".")[0]
         part = key.split(".")[1] if key.startswith("exp.") and key.count(".") == 2 else None
         if part is not None and part not in options.experiments:
             yield f"{key} is given, and exp.experiments does not name {part}."
-        elif node in shared - read:
+        elif node in not_always_read - read:
             yield f"{key} is given, and exp={options.exp.name} does not use it."
         else:
             for keys, is_used, why in _RULES:
@@ -43,8 +35,28 @@ def unused_options(options: Options) -> Iterator[str]:
                     yield f"{key} is given and changes nothing: {why}."
 
 
+def _plans(options: Options) -> list[TrainingPlan]:
+    """Return the trainings of a run."""
+    plans = []
+    for request in options.requests.values():
+        if isinstance(request, TrainingRequest):
+            plans.append(request.plan)
+        if isinstance(request, TableRequest):
+            plans += [own.training.plan for own in request.sets]
+    return plans
+
+
 def _method(options: Options) -> str:
-    return table_request(options).method if options.exp.name == "tables" else options.exp.name
+    return str(_plans(options)[0].recipe.method)
+
+
+def _trains_on_hub(options: Options) -> bool:
+    return any(
+        plan.data_dir is None
+        if plan.dataset in known_datasets()
+        else plan.dataset != "sums" and not names_file(plan.dataset)
+        for plan in _plans(options)
+    )
 
 
 def _is_masked(options: Options) -> bool:
@@ -63,16 +75,9 @@ def _reads_columns(options: Options) -> bool:
     return _reads_dataset(options) or (options.data.text is not None and has_columns(Path(options.data.text)))
 
 
-def _trains_on_hub(options: Options) -> bool:
-    method = options.exp.name
-    dataset = options.training.dataset or DATASETS.get(method, "")
-    of_preset = dataset in known_datasets() or method == "tables"
-    return options.training.data_dir is None if of_preset else dataset != "sums" and not names_file(dataset)
-
-
-def _asks(is_wanted: Callable[..., bool]) -> Callable[[Options], bool]:
+def _of_benchmarks(is_used: Callable[..., bool]) -> Callable[[Options], bool]:
     """Look at the benchmarks; tables choose theirs by training set."""
-    return lambda options: "benchmark" not in options.experiments or is_wanted(benchmark_request(options))
+    return lambda options: "benchmark" not in options.requests or is_used(options.requests["benchmark"])
 
 
 _RULES: tuple[tuple[tuple[str, ...], Callable[[Options], bool], str], ...] = (
@@ -97,27 +102,27 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Options], bool], str], ...] = (
     ),
     (
         ("benchmark.temperature", "benchmark.top_p", "benchmark.seeds"),
-        _asks(lambda request: request.options.generates and any(own.config for own in request.benchmarks)),
+        _of_benchmarks(lambda request: request.options.generates and any(own.config for own in request.benchmarks)),
         "nothing is sampled; benchmark.mode=generate does, for benchmarks with data",
     ),
     (
         ("benchmark.mode", "benchmark.chat"),
-        _asks(lambda request: any(own.config for own in request.benchmarks)),
+        _of_benchmarks(lambda request: any(own.config for own in request.benchmarks)),
         "no benchmark here has data",
     ),
     (
         ("benchmark.judge",),
-        _asks(lambda request: any(own.kind == "safety" for own in request.benchmarks)),
+        _of_benchmarks(lambda request: any(own.kind == "safety" for own in request.benchmarks)),
         "no benchmark here is of safety",
     ),
     (
         ("benchmark.needle",),
-        _asks(lambda request: any(own.name == "needle" for own in request.benchmarks)),
+        _of_benchmarks(lambda request: any(own.name == "needle" for own in request.benchmarks)),
         "benchmark.tasks does not have needle",
     ),
     (
         ("benchmark.data_dir",),
-        _asks(lambda request: any(own.config for own in request.benchmarks)),
+        _of_benchmarks(lambda request: any(own.config for own in request.benchmarks)),
         "no benchmark here has data",
     ),
 )

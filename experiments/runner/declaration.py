@@ -92,22 +92,28 @@ class Experiment:
         run: measures, given the run (a `Study`, with all options) and the experiment's own options; a `MelensError`
             says why it does not apply to this model.
         probes: what it wants measured in the pass that all experiments of a run share, beyond the default probes.
+        nodes: the nodes of `conf/config.yaml` that it reads, of those that not every experiment does.
+        request: puts presets and the user's options together, once for all that follows: `cfg.requests[name]`.
+        masks: the masks that it uses, by the name of their preset, given all options; by default none.
         prepare: checks and loads what may be wrong or missing before the model is loaded, which takes longer; what it
             returns is `run.prepared[name]`.
         model_options: what the model is loaded with, given all options and what `prepare` returned; by default the
             node `model`.
-        masks: the masks that it uses, by the name of their preset, given all options; by default none.
         in_all: whether `exp=all` can hold it.
+        is_distributed: whether accelerate may start several processes of it, which share the output folder.
     """
 
     name: str
     options: type[ExperimentOptions]
     run: Callable[[Run, Any], Result]
     probes: Callable[[TransformerBridge, Any], list[Probe]] | None = None
+    nodes: tuple[str, ...] = ()
+    request: Callable[[Options], Any] | None = None
+    masks: Callable[[Options], dict[str, MaskOptions]] | None = None
     prepare: Callable[[Options, Path], Any] | None = None
     model_options: Callable[[Options, Any], dict[str, Any]] | None = None
-    masks: Callable[[Options], dict[str, MaskOptions]] | None = None
     in_all: bool = True
+    is_distributed: bool = False
 
 
 def of_analysis(

@@ -27,7 +27,6 @@ from melens.data.prompts import choose_prompts
 from melens.report.record import Record
 from melens.report.result import plain_metrics
 from melens.report.terminal import show_claims, show_findings, show_paths
-from melens.training.recipe import METHODS
 
 __all__ = ["run_job"]
 
@@ -48,7 +47,8 @@ def run_job(cfg: Options, folder: Path) -> list[str]:
         logging.getLogger("choreographer").setLevel(logging.WARNING)  # it tells of every temporary folder
     masks = masks_in_use(cfg)
     config = cfg.plain() | {"masks": {name: mask.model_dump() for name, mask in masks.items()}}
-    folder = shared_folder(folder) if cfg.exp.name in METHODS else folder
+    if any(EXPERIMENTS[name].is_distributed for name in cfg.experiments):
+        folder = shared_folder(folder)
     console = Console(quiet=not is_first_process())
     for name, mask in masks.items():
         console.print(f"mask {name}: {mask_in_words(mask)}", markup=False, highlight=False)

@@ -13,7 +13,7 @@ from melens.errors import MelensError
 from melens.tracing import interventions
 
 MASSIVE = [[10, 10, 100, 200, 400, 50, 50], [20, 20, 200, 400, 800, 100, 100]]
-OTHERS = [[1, 1, 1, 2, 4, 5, 5], [1, 1, 3, 6, 12, 5, 5]]  # mean 2, 4, 8 in the blocks 2, 3, 4
+OTHERS = [[1, 1, 1, 2, 5, 5, 5], [1, 1, 3, 6, 15, 5, 5]]  # mean 2, 4, 10 in the blocks 2, 3, 4
 
 LEFT = {
     "2 ffn": [[0.1, 0.2, 0.3, 9, 9], [0.3, 0.4, 0.5, 9, 9]],  # from block 2 on: 0.2 and 0.4; the last two do not count
@@ -79,8 +79,11 @@ def test_what_is_left_is_the_mean_over_prompts_and_blocks_from_the_me_layer_to_t
 
 def test_the_massive_token_is_compared_with_the_mean_of_the_other_tokens_block_by_block(result):
     over_others = result.metrics.over_others_without_norm
-    # intact 100 / 2 = 200 / 4 = 400 / 8 = 50 in one prompt, 100 in the other
-    assert over_others == pytest.approx({"identity": (25 + 70) / 2, "no_gain": 150, "no_norm": 225})
+    first, second = (100 / 2 + 200 / 4 + 400 / 10) / 3, (200 / 2 + 400 / 4 + 800 / 10) / 3  # intact
+    mean = (first + second) / 2
+    assert over_others == pytest.approx(
+        {"identity": (0.5 * first + 0.7 * second) / 2, "no_gain": 2 * mean, "no_norm": 3 * mean}
+    )
 
 
 def test_causes_are_the_blocks_without_which_half_is_left(result):
