@@ -637,7 +637,7 @@ def test_right_answers_that_are_never_rewarded_are_told_before_the_model_is_load
             "learning_rate has an option of its own: set training.lr",
         ),
         ({"trainer": {"max_grad_norm": "abc"}}, "training.trainer.max_grad_norm is 'abc'; it must be like 1.0"),
-        ({"method": "dpo", "beta": 0}, "training.beta is 0; of dpo it must be over 0"),
+        ({"method": "dpo", "beta": 0}, "training.beta is 0; with dpo it must be over 0"),
         ({"method": "grpo", "batch_size": 32}, "The data has 16 rows; grpo needs at least 32"),
         ({"max_length": 2}, "cuts off the reply of every row"),
     ],
