@@ -27,7 +27,7 @@ from melens.errors import MelensError
 from melens.models.devices import input_device
 from melens.models.view import base_of
 from melens.tracing.batching import BatchRule, forget_longest, measured, relative_error, rule_of, tolerance_of
-from melens.tracing.resume import logits_of
+from melens.tracing.resume import apply_head
 
 __all__ = ["Request", "Scored", "Scorer"]
 
@@ -267,7 +267,7 @@ class Scorer:
         n_rows = _LOGIT_ROWS.get(final.device.type, 256)
         log_p, greedy = [], []
         for some, of_some in zip(states.split(n_rows), wanted.split(n_rows), strict=True):
-            logits = logits_of(self._network, some[None])[0].log_softmax(-1, dtype=torch.float32)
+            logits = apply_head(self._network, some[None])[0].log_softmax(-1, dtype=torch.float32)
             log_p.append(logits.gather(-1, of_some[:, None])[:, 0])
             greedy.append(logits.argmax(-1) == of_some)
         requests = [number for row in rows for number in row.requests]

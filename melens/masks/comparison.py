@@ -7,7 +7,7 @@ the unmasked run.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from melens.analysis.metrics import has_triton, pairwise_cosine
@@ -25,10 +24,11 @@ from melens.models.layout import Layout
 from melens.models.view import base_of
 from melens.storage.cache import Store, hash_of
 from melens.tracing.batching import forget_longest
-from melens.tracing.lean import Listener, is_inside_attention, lean_forward
 from melens.tracing.probes import AttentionEntropy, AttentionSpectrum, Probe
-from melens.tracing.resume import Replay, logits_of
+from melens.tracing.resume import RecordedBlocks, apply_head
+from melens.tracing.sites import Sites
 from melens.tracing.trace import trace
+from melens.tracing.twin import running
 from melens.tracing.verification import verified
 
 __all__ = ["MaskComparison", "Measured"]
@@ -77,8 +77,8 @@ class _Predicted(NamedTuple):
     likeliest: Int[Tensor, "text pos"]
 
 
-class _Heard(NamedTuple):
-    """What was heard in one forward pass, by block."""
+class _Recorded(NamedTuple):
+    """What was recorded in one forward pass, by block."""
 
     sink_mass: dict[int, Float[Tensor, "text head"]]
     input: dict[int, Float[Tensor, "text d"]]
@@ -126,31 +126,25 @@ class MaskComparison:
         if texts.shape[1] < 3:
             raise MelensError(f"The texts have {texts.shape[1]} tokens each; at least 3 are needed.")
         self._model = model
-        self._rule = verified(model, ["hook_resid_post"]).rule
-        texts_per_batch = 1 if self._rule.alone else texts_per_batch
+        found = {name: Sites.of(model).find(site) for name, site in _OF_FIRST.items()}
+        self._of_first = [(name, at.layer, at.hook_point) for name, places in found.items() for at in places]
+        self._verified = verified(model, ["hook_resid_post", *(_OF_FIRST[name] for name in found if found[name])])
+        texts_per_batch = 1 if self._verified.rule.alone else texts_per_batch
         self._texts = texts.to(model.cfg.device)
         self._batches = self._texts.split(texts_per_batch)
         self._short = (min(short_texts, texts_per_batch, len(texts)), min(short_tokens, texts.shape[1]))
         first_tokens = texts[:, 0].tolist()
         self._distinct = [first_tokens.index(token) for token in dict.fromkeys(first_tokens)]
-        hook_dict = model.hook_dict
-        self._of_first = [
-            (name, layer, hook_dict[f"blocks.{layer}.{site}"])
-            for name, site in _OF_FIRST.items()
-            for layer in range(len(model.blocks))
-            if f"blocks.{layer}.{site}" in hook_dict
-        ]
-        self._apart = {id(point) for *_, point in self._of_first if is_inside_attention(model, point)}
         self._with_patterns = patterns
-        self._recorded = sorted({start - 1 for start in starts} - {-1})
-        self._replays: list[Replay] = []
+        self._before_starts = sorted({start - 1 for start in starts} - {-1})
+        self._blocks: list[RecordedBlocks] = []
         self._finals: list[Tensor] = []
         self._kept: dict[int, _Predicted] = {}
-        name = f"unmasked-{hash_of(texts, self._recorded, texts_per_batch, self._short, patterns)[:24]}"
-        found = None if store is None else store.load(name, model.cfg.device)
-        self.shared = found is not None
-        if found is not None:
-            self._take(found)
+        name = f"unmasked-{hash_of(texts, self._before_starts, texts_per_batch, self._short, patterns)[:24]}"
+        kept = None if store is None else store.load(name, model.cfg.device)
+        self.shared = kept is not None
+        if kept is not None:
+            self._take(kept)
         else:
             self._run_unmasked(patterns=patterns)
             if store is not None:
@@ -160,28 +154,26 @@ class MaskComparison:
 
     @torch.no_grad()
     def _run_unmasked(self, *, patterns: bool) -> None:
-        heard = []
+        recorded = []
         for tokens in self._batches:
-            replay = Replay(self._model)
-            with replay.recording(self._recorded), self._hearing(0) as of_batch:
-                forget_longest(self._model.original_model)
-                output = base_of(self._model.original_model)(input_ids=tokens, use_cache=False)
+            blocks = RecordedBlocks(self._model)
+            with blocks.recording(self._before_starts), self._recording(0) as (network, of_batch):
+                output = base_of(network)(input_ids=tokens, use_cache=False)
             self._finals.append(output.last_hidden_state)
-            self._replays.append(replay)
-            heard.append(of_batch)
-        self._hear_apart(heard, 0)
+            self._blocks.append(blocks)
+            recorded.append(of_batch)
         losses = [self._predictions(number).loss.mean(-1) for number in range(len(self._batches))]
         compared = {"loss": torch.cat(losses).cpu(), "kl": torch.zeros(len(self._texts))}
         compared["agreement"] = torch.ones(len(self._texts))
         _check_finite(compared, "the unmasked model")
-        self.unmasked = self._finish(compared, heard, 0, patterns=patterns)
+        self.unmasked = self._finish(compared, recorded, 0, patterns=patterns)
 
     def _to_keep(self) -> dict[str, Tensor]:
         """Return the unmasked run as tensors by name."""
         kept = {f"measured.{name}": values for name, values in vars(self.unmasked).items()}
-        for number, (final, replay) in enumerate(zip(self._finals, self._replays, strict=True)):
+        for number, (final, blocks) in enumerate(zip(self._finals, self._blocks, strict=True)):
             kept[f"final.{number}"] = final
-            for layer, output in replay.outputs.items():
+            for layer, output in blocks.outputs.items():
                 kept[f"output.{layer}.{number}"] = output[0] if isinstance(output, tuple) else output
                 kept[f"in_tuple.{layer}.{number}"] = torch.tensor(isinstance(output, tuple))
         return kept
@@ -192,16 +184,16 @@ class MaskComparison:
         for number in range(len(self._batches)):
             self._finals.append(kept[f"final.{number}"])
             outputs: dict[int, Any] = {}
-            for layer in self._recorded:
+            for layer in self._before_starts:
                 output = kept[f"output.{layer}.{number}"]
                 outputs[layer] = (output,) if kept[f"in_tuple.{layer}.{number}"] else output
-            self._replays.append(Replay(self._model, outputs))
+            self._blocks.append(RecordedBlocks(self._model, outputs))
 
     def _predictions(self, number: int) -> _Predicted:
         """Return what the unmasked model predicts on a batch."""
         if number in self._kept:
             return self._kept[number]
-        logits = logits_of(self._model.original_model, self._finals[number])[:, :-1].to(self._texts.device)
+        logits = apply_head(self._model.original_model, self._finals[number])[:, :-1].to(self._texts.device)
         probabilities = logits.softmax(-1, dtype=torch.float32)
         rows = zip(logits, self._batches[number][:, 1:], probabilities, strict=True)
         loss, negentropy, likeliest = map(torch.stack, zip(*(_predict(*row) for row in rows), strict=True))
@@ -233,66 +225,48 @@ class MaskComparison:
         if patterns and not self._with_patterns:
             raise MelensError("This comparison was made without attention patterns.")
         start = min(mask.blocks(self._model))
-        if start and start - 1 not in self._recorded:
+        if start and start - 1 not in self._before_starts:
             raise MelensError(f"The mask starts in block {start}, which is none of the starts of this comparison.")
-        heard: list[_Heard] = []
+        recorded: list[_Recorded] = []
         texts: list[Tensor] = []
         with mask.applied(self._model):
             for number, tokens in enumerate(self._batches):
-                with self._starting(self._replays[number], start), self._hearing(start) as of_batch:
-                    forget_longest(self._model.original_model)
-                    output = self._model.original_model(input_ids=tokens, use_cache=False)
-                heard.append(of_batch)
+                with self._resuming(self._blocks[number], start), self._recording(start) as (network, of_batch):
+                    output = network(input_ids=tokens, use_cache=False)
+                recorded.append(of_batch)
                 texts += self._against_unmasked(number, output.logits.to(self._texts.device))
-            self._hear_apart(heard, start)
             compared = dict(zip(("loss", "kl", "agreement"), torch.stack(texts, dim=1).cpu(), strict=True))
             _check_finite(compared, f"the mask select={mask.select} rate={mask.rate:g}")
-            return self._finish(compared, heard, start, patterns=patterns)
+            return self._finish(compared, recorded, start, patterns=patterns)
 
     @contextmanager
-    def _starting(self, replay: Replay, start: int) -> Iterator[None]:
-        with ExitStack() as stack:
-            if start:
-                stack.enter_context(replay.starting_at(start))
+    def _resuming(self, blocks: RecordedBlocks, start: int) -> Iterator[None]:
+        with blocks.resuming_at(start) if start else nullcontext():
             yield
 
     @contextmanager
-    def _hearing(self, start: int) -> Iterator[_Heard]:
-        """Collect, from a block on, the attention that later tokens pay to token 0, and token 0's input and key."""
-        heard = _Heard({}, {}, {})
+    def _recording(self, start: int) -> Iterator[tuple[Any, _Recorded]]:
+        """Record, from a block on, the attention that later tokens pay to token 0, and token 0's input and key."""
+        recorded = _Recorded({}, {}, {})
 
-        def hear_sinks(layer: int, attention: Float[Tensor, "text head query 1"]) -> None:
-            heard.sink_mass[layer] = attention[:, :, 1:, 0].mean(-1).to(self._texts.device)
+        def record_sinks(layer: int, attention: Float[Tensor, "text head query 1"]) -> None:
+            recorded.sink_mass[layer] = attention[:, :, 1:, 0].mean(-1).to(self._texts.device)
 
-        listeners = self._listeners(heard, start, apart=False)
-        with lean_forward(self._model, listeners, keys=[0], key_listener=hear_sinks):
-            yield heard
+        def record(kept: dict[int, Tensor], layer: int, activation: Float[Tensor, "text pos *d"]) -> None:
+            kept[layer] = activation[:, 0].flatten(1).to(self._texts.device, copy=True)
 
-    def _hear_apart(self, heard: Sequence[_Heard], start: int) -> None:
-        """Hear what only eager attention tells, as the keys of joint projections: token 0 sees no other, so 2 do."""
-        if not self._apart:
-            return
-        n_tokens = 2 if self._can_be_cut_to(2) else self._texts.shape[1]
-        for number, tokens in enumerate(self._batches):
-            replay = Replay.cut(self._model, [self._replays[number]], range(len(tokens)), n_tokens)
-            listeners = self._listeners(heard[number], start, apart=True)
-            with self._starting(replay, start), lean_forward(self._model, listeners):
-                forget_longest(self._model.original_model)
-                base_of(self._model.original_model)(input_ids=tokens[:, :n_tokens], use_cache=False)
+        recorders = [
+            (hook_point, partial(record, getattr(recorded, name), layer))
+            for name, layer, hook_point in self._of_first
+            if layer >= start
+        ]
+        with running(self._model, recorders, [0], record_sinks, way=self._verified.way) as network:
+            forget_longest(network)
+            yield network, recorded
 
     def _can_be_cut_to(self, n_tokens: int) -> bool:
         """Tell whether texts give the same numbers cut short: rotary frequencies may depend on the length."""
-        return self._rule.may_share([n_tokens, self._texts.shape[1]])
-
-    def _listeners(self, heard: _Heard, start: int, *, apart: bool) -> list[tuple[HookPoint, Listener]]:
-        def hear(kept: dict[int, Tensor], layer: int, activation: Float[Tensor, "text pos *d"]) -> None:
-            kept[layer] = activation[:, 0].flatten(1).to(self._texts.device, copy=True)
-
-        return [
-            (hook_point, partial(hear, getattr(heard, name), layer))
-            for name, layer, hook_point in self._of_first
-            if layer >= start and (id(hook_point) in self._apart) == apart
-        ]
+        return self._verified.rule.may_share([n_tokens, self._texts.shape[1]])
 
     def _against_unmasked(
         self, number: int, logits: Float[Tensor, "text pos vocabulary"]
@@ -306,20 +280,22 @@ class MaskComparison:
             found.append(torch.stack([loss.mean(), (negentropy - cross).clamp(min=0).mean(), agreement.mean()]))
         return found
 
-    def _finish(self, compared: dict[str, Tensor], heard: Sequence[_Heard], start: int, *, patterns: bool) -> Measured:
+    def _finish(
+        self, compared: dict[str, Tensor], recorded: list[_Recorded], start: int, *, patterns: bool
+    ) -> Measured:
         """Put a run's quantities together; blocks before `start` are those of the unmasked run.
 
         Args:
             compared: `loss`, `kl` and `agreement` of each text.
-            heard: in each batch.
+            recorded: in each batch.
             start: the block that the run began with.
             patterns: as for `measure`.
         """
-        if not start and not heard[0].sink_mass:
+        if not start and not recorded[0].sink_mass:
             raise MelensError(f"No sinks can be compared: there is {Layout.of(self._model).attention_in_words}.")
-        own = {"sink_mass": self._gathered([batch.sink_mass for batch in heard]).mT}
+        own = {"sink_mass": self._gathered([batch.sink_mass for batch in recorded]).mT}
         n = len(self._distinct)
-        of_first = {name: self._gathered([getattr(batch, name) for batch in heard]) for name in _OF_FIRST}
+        of_first = {name: self._gathered([getattr(batch, name) for batch in recorded]) for name in _OF_FIRST}
         for name, vectors in of_first.items():
             cosines = pairwise_cosine(vectors[:, self._distinct])
             own[f"{name}_cosine"] = (cosines.sum((1, 2)) - n) / max(1, n * (n - 1))
@@ -338,14 +314,14 @@ class MaskComparison:
         return Measured(**compared, **own)
 
     def _gathered(self, by_batch: Sequence[dict[int, Float[Tensor, "_ d"]]]) -> Float[Tensor, "layer text d"]:
-        """Put what was heard in each batch together; NaN in blocks where nothing was."""
+        """Put what was recorded in each batch together; NaN in blocks where nothing was."""
         n_layers, layers, device = len(self._model.blocks), list(by_batch[0]), self._texts.device
         if not layers:
             return torch.full((n_layers, len(self._texts), 1), float("nan"), device=device)
         values = torch.cat([torch.stack(list(of_batch.values())) for of_batch in by_batch], dim=1)
         whole = torch.full((n_layers, *values.shape[1:]), float("nan"), device=device)
         broken = ~values.isfinite().flatten(1).all(1)
-        if broken.any():  # else it would pass for a block where nothing was heard
+        if broken.any():  # else it would pass for a block where nothing was recorded
             layer = layers[int(broken.nonzero()[0])]
             raise MelensError(f"What attention reads or makes in block {layer} is NaN or infinite: {_LOOK}")
         whole[layers] = values.float()
@@ -361,8 +337,9 @@ class MaskComparison:
             probe.may_miss = True
             probe.layers = range(start, len(self._model.blocks))
         n_rows, n_tokens = self._short
-        replay_from = start if self._can_be_cut_to(n_tokens) else 0
-        with self._starting(Replay.cut(self._model, self._replays[:1], range(n_rows), n_tokens), replay_from):
+        start_of_run = start if self._can_be_cut_to(n_tokens) else 0
+        blocks = RecordedBlocks.cut(self._model, self._blocks[:1], range(n_rows), n_tokens)
+        with self._resuming(blocks, start_of_run):
             traced = trace(self._model, list(self._texts[:n_rows, :n_tokens].cpu()), probes, max_batch_tokens=2**31)
         found = {}
         for name, table in (("entropy", "attention_entropy"), ("effective_rank", "attention_spectrum")):

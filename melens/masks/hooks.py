@@ -17,14 +17,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformer_lens.hook_points import HookPoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from melens.analysis.me_layer import Criterion
 from melens.analysis.metrics import abs_max, abs_median
 from melens.errors import MelensError
 from melens.models.view import Block, ModelView
-from melens.tracing.resume import is_replayed
+from melens.tracing.resume import is_skipped
 
 __all__ = ["Factors", "InstalledMask", "TokenFinder"]
 
@@ -65,7 +64,7 @@ class _Call:
         """Tell how many tokens a block is not given: with shared keys and values it may get the last few alone.
 
         Raises:
-            MelensError: a hidden state of another form, in which token 0 cannot be told.
+            MelensError: a hidden state of another form, in which token 0 cannot be found.
         """
         if self.n_tokens is None:
             return 0
@@ -99,7 +98,7 @@ class TokenFinder:
     """
 
     def __init__(self, positions: str | Sequence[int], *, caches_by_default: bool = True) -> None:
-        """Take the `positions` of a `WeMask`, and whether the model makes a cache if it is not told."""
+        """Take the `positions` of a `WeMask`, and whether the model makes a cache if a call does not say."""
         self.detects = positions == "massive"
         self._positions = positions
         self._caches_by_default = caches_by_default
@@ -247,11 +246,11 @@ class InstalledMask:
             factors: tells how.
         """
         self.layers = tuple(layers)
-        self.first = min(layers)
+        self.first, self._site = min(layers), site
         self._finder, self._factors = finder, factors
         self._calls: dict[int, _Call] = {}  # by thread
         self.idle: set[int] = set()  # threads whose forward call masks nothing
-        self.seen: dict[int, tuple[nn.Module, Tensor]] = {}  # what went into ln1, by thread
+        self.seen: dict[int, Tensor] = {}  # what went into ln1, by thread
         self.carried = f"melens_mask_{id(self)}"
         self._criterion = Criterion()
         self._signature = inspect.signature(network.base.forward)
@@ -277,50 +276,26 @@ class InstalledMask:
         keep(network.base.register_forward_pre_hook(self._begin, with_kwargs=True))
         keep(network.base.register_forward_hook(self._end, always_call=True))
         for layer in self.layers:
-            hooks = _Hooks(self, layer, network.blocks[layer])
-            if network.bridge is not None:
-                names = {"attn_in": "ln1.hook_out", "ln1_in": "ln1.hook_in", "resid_pre": "hook_resid_pre"}
-                if layer == self.first and self._finder.detects:
-                    self._keep_on(network.hook_point(layer, "hook_resid_pre"), hooks.look)
-                self._keep_on(network.hook_point(layer, names[site]), hooks.on_activation)
-                continue
             block = network.blocks[layer]
+            hooks = _Hooks(self, layer, block)
             if layer == self.first and self._finder.detects:
-                keep(block.module.register_forward_pre_hook(hooks.look_at_input, with_kwargs=True))
-            if site == "resid_pre":  # outside what gradient checkpointing repeats
-                keep(block.module.register_forward_pre_hook(hooks.mask_input, with_kwargs=True))
-                continue
-            assert block.attention is not None
-            assert block.ln1 is not None
-            self._untrained.append(hooks)
-            if site == "attn_in":
-                keep(block.attention.register_forward_pre_hook(hooks.mask_input, with_kwargs=True))
-            elif block.ln1_is_shared:
+                keep(block.entries["resid_pre"].register_forward_pre_hook(hooks.look, with_kwargs=True))
+            if site != "resid_pre" and network.bridge is None:  # else outside what gradient checkpointing repeats
+                self._untrained.append(hooks)
+            if site == "ln1_in" and block.ln1_is_shared:
                 self._mask_for_attention(hooks)
             else:
-                hooks.on_ln1 = block.ln1.register_forward_hook(hooks.mask_ln1)
-                keep(hooks.on_ln1)
+                hooks.on_input = block.entries[site].register_forward_pre_hook(hooks.mask_input, with_kwargs=True)
+                keep(hooks.on_input)
 
     def _mask_for_attention(self, hooks: _Hooks) -> None:
         """Mask the input of a block's `ln1` where attention takes its output, which others may read as it is."""
-        ln1, attention = hooks.block.ln1, hooks.block.attention
-        assert ln1 is not None
-        assert attention is not None
-        self._keep(ln1.register_forward_pre_hook(hooks.before_ln1))
-        self._keep(attention.register_forward_pre_hook(hooks.renormalise, with_kwargs=True))
+        entries = hooks.block.entries
+        self._keep(entries["ln1_in"].register_forward_pre_hook(hooks.before_ln1))
+        self._keep(entries["attn_in"].register_forward_pre_hook(hooks.renormalise, with_kwargs=True))
 
-    def _keep(self, handle: Any) -> None:
+    def _keep(self, handle: RemovableHandle) -> None:
         self._removers.append(handle.remove)
-
-    def _keep_on(self, hook_point: HookPoint, hook: Any) -> None:
-        handle = hook_point.add_hook(hook, is_permanent=True)
-
-        def remove() -> None:
-            handle.hook.remove()
-            if handle in hook_point.fwd_hooks:
-                hook_point.fwd_hooks.remove(handle)
-
-        self._removers.append(remove)
 
     # --- A forward call -----------------------------------------------------------------------------------------------
 
@@ -332,8 +307,8 @@ class InstalledMask:
             while self._untrained:
                 hooks = self._untrained.pop()
                 self._keep(hooks.block.module.register_forward_pre_hook(hooks.carry, with_kwargs=True))
-                if hooks.on_ln1 is not None:  # ln1 gets no arguments with which something could be carried
-                    hooks.on_ln1.remove()
+                if self._site == "ln1_in" and not hooks.block.ln1_is_shared:
+                    hooks.on_input.remove()  # ln1 gets no arguments with which something could be carried
                     self._mask_for_attention(hooks)
         arguments = {**self._signature.bind_partial(*args).arguments, **kwargs} if args else kwargs
         call = self._calls[threading.get_ident()] = self._finder.find(arguments)
@@ -359,8 +334,8 @@ class InstalledMask:
         if call is None or call.where is None or output is None:
             return
         missed = [
-            layer for layer, block in self._expected if layer not in call.masked and not is_replayed(block)
-        ]  # a block that hands on what was recorded has nothing to mask
+            layer for layer, block in self._expected if layer not in call.masked and not is_skipped(block)
+        ]  # a block that returns what was recorded has nothing to mask
         if missed:
             raise MelensError(
                 f"The mask did not reach block {missed[0]}, though it is installed there: its hooks were taken off, or "
@@ -424,27 +399,15 @@ class _Hooks:
 
     def __init__(self, mask: InstalledMask, layer: int, block: Block) -> None:
         self.mask, self._layer, self.block = mask, layer, block
-        self.on_ln1: RemovableHandle | None = None
+        self.on_input: RemovableHandle
 
     @cached_property
     def _passes_on(self) -> bool:
         parameters = inspect.signature(self.block.module.forward).parameters.values()
         return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
-    # On a bridge
-
     @_hook
-    def look(self, activation: Float[Tensor, "batch pos d"], hook: HookPoint) -> None:
-        self.mask.detect(self.mask.call(), activation)
-
-    @_hook
-    def on_activation(self, activation: Float[Tensor, "batch pos d"], hook: HookPoint) -> Tensor | None:
-        return self.mask.masked(self.mask.call(), self._layer, activation)
-
-    # On a plain model
-
-    @_hook
-    def look_at_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.mask.detect(self.mask.call(), _hidden(args, kwargs))
 
     @_hook
@@ -466,29 +429,22 @@ class _Hooks:
         return _with_hidden(self.mask.masked(call, self._layer, _hidden(args, kwargs)), args, kwargs)
 
     @_hook
-    def mask_ln1(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        return self._normalised(self.mask.call(), module, args[0], output)
-
-    @_hook
     def before_ln1(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.mask.seen[threading.get_ident()] = (module, args[0])
+        self.mask.seen[threading.get_ident()] = args[0]
 
     @_hook
     def renormalise(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]] | None:
         """Give attention what `ln1` makes of the masked tokens; what else reads `ln1` reads them whole."""
-        call = self.mask.call(kwargs)
-        ln1, before = self.mask.seen.pop(threading.get_ident())
-        return _with_hidden(self._normalised(call, ln1, before, _hidden(args, kwargs)), args, kwargs)
-
-    def _normalised(self, call: _Call, ln1: nn.Module, before: Tensor, after: Tensor) -> Tensor | None:
-        """Return what `ln1` makes of a hidden state whose tokens are masked before it; None where there are none."""
-        where = self.mask.reached(call, self._layer, before)
+        assert self.block.ln1 is not None
+        before = self.mask.seen.pop(threading.get_ident())
+        where = self.mask.reached(self.mask.call(kwargs), self._layer, before)
         if where is None:
             return None
         rows = self.mask.factored(self._layer, before[where])
-        return _put(after, where, ln1.forward(rows[None])[0])
+        normalised = self.block.ln1.forward(rows[None])[0]
+        return _with_hidden(_put(_hidden(args, kwargs), where, normalised), args, kwargs)
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -11,8 +11,8 @@ from typing import Any
 
 from transformer_lens.model_bridge import TransformerBridge
 
-from melens.tracing.attention import eager_function
-from melens.tracing.sites import ATTENTION_ON_KEYS, Places
+from melens.tracing.attention import uses_attention_function
+from melens.tracing.sites import ATTENTION_ON_KEYS, Sites
 
 __all__ = ["Layout", "attends", "listed"]
 
@@ -45,9 +45,9 @@ class Layout:
     @classmethod
     def of(cls, model: TransformerBridge) -> Layout:
         """Look at a bridge's blocks."""
-        places = Places.of(model)
+        sites = Sites.of(model)
         attention, ffn = (
-            tuple(layer for _, layer, _ in places.of_site(site)) for site in (ATTENTION_ON_KEYS, "hook_mlp_out")
+            tuple(place.layer for place in sites.find(site)) for site in (ATTENTION_ON_KEYS, "hook_mlp_out")
         )
         blocks: list[Any] = list(model.blocks)
         return cls(
@@ -94,7 +94,7 @@ class Layout:
 def attends(module: Any) -> bool:
     """Tell whether transformers computes attention somewhere in a module, by whatever name."""
     own = (part for part in module.modules() if type(part).__module__.startswith("transformers."))
-    return any(eager_function(part) is not None for part in own)
+    return any(uses_attention_function(part) for part in own)
 
 
 def _has_ffn(block: Any) -> bool:

@@ -9,7 +9,7 @@ import copy
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,6 @@ from transformer_lens.factories.architecture_adapter_factory import (
     SUPPORTED_ARCHITECTURES,
     ArchitectureAdapterFactory,
 )
-from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformer_lens.model_bridge.sources import build_bridge_from_module
@@ -70,6 +69,7 @@ class Block:
         query, output: the first and the last linear layer of attention, None where it has no such.
         ln1_name: the name of that normalisation in the model.
         ln1_is_shared: whether more than attention reads it: the FFN of a parallel block, a state-space mixer.
+        entries: by the site of a mask, the module whose first argument is masked there; of a bridge, a hook point.
     """
 
     module: nn.Module
@@ -79,6 +79,7 @@ class Block:
     output: nn.Module | None
     ln1_name: str
     ln1_is_shared: bool
+    entries: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -154,16 +155,6 @@ class ModelView:
     def can_mask_attention(self, layer: int) -> bool:
         """Tell whether a block has attention with a normalisation of its own before it."""
         return self.blocks[layer].attention is not None and self.blocks[layer].ln1 is not None
-
-    def hook_point(self, layer: int, name: str) -> HookPoint:
-        """Return a hook point of a block of the bridge."""
-        return self._hook_points[f"blocks.{layer}.{name}"]
-
-    @cached_property
-    def _hook_points(self) -> dict[str, HookPoint]:
-        assert self.bridge is not None
-        hook_points: dict[str, HookPoint] = self.bridge.hook_dict  # put together anew at each look
-        return hook_points
 
 
 @cache
@@ -373,7 +364,10 @@ def _of_bridge(model: TransformerBridge) -> ModelView:
             query = getattr(getattr(parts["attn"], "qkv", None), "original_component", None)
         name = getattr(parts["ln1"], "name", "") or ""
         is_shared = _is_ln1_shared(block._modules, model.original_model.config)
-        blocks.append(Block(block.original_component, ln1, attention, query, output, name, is_shared))
+        entries = {"resid_pre": getattr(block, "hook_resid_pre", block.hook_in)}
+        if parts["ln1"] is not None:
+            entries |= {"ln1_in": parts["ln1"].hook_in, "attn_in": parts["ln1"].hook_out}
+        blocks.append(Block(block.original_component, ln1, attention, query, output, name, is_shared, entries))
     return _checked(model.original_model, tuple(blocks), str(model.cfg.architecture), int(model.cfg.d_model), model)
 
 
@@ -407,7 +401,8 @@ def _of_plain(model: nn.Module, config: Any) -> ModelView:
             if component.name is None or _part(module, component.name) is not None
         ]
         ln1, name = _part(module, names["ln1"]), names["ln1"] or ""
-        blocks.append(Block(module, ln1, attention, query, output, name, _is_ln1_shared(present, config)))
+        entries = {"resid_pre": module, "ln1_in": ln1, "attn_in": attention}
+        blocks.append(Block(module, ln1, attention, query, output, name, _is_ln1_shared(present, config), entries))
     return _checked(model, tuple(blocks), architecture, int(cfg.d_model), None)
 
 

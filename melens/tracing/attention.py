@@ -2,8 +2,8 @@
 
 A fused kernel never forms the pattern, but returns the log-sum-exp of each row of scores; the attention on key j is
 then `exp(q·k_j·scale - logsumexp)`, exact, in memory linear in the sequence. Registered with transformers under
-`FUSED`, it is what a model's own attention modules call while `melens.tracing.lean` leaves the bridge's eager attention
-out.
+`FUSED`, it is what a model's own attention modules call while `melens.tracing.twin` runs them. Only where somebody
+wants the pattern itself is it computed.
 
 Sequences start at position 0 without a cache; padding, if any, is on the right, where a causal model never sees it.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,24 +21,21 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.masking_utils import sdpa_mask
 
 from melens.errors import MelensError
 
 __all__ = [
     "FUSED",
-    "FUSED_BESIDE_EAGER",
     "attention_on_keys",
+    "attention_pattern",
     "causal_attention",
-    "eager_function",
-    "missing_as_zero",
+    "columns_of",
+    "uses_attention_function",
 ]
 
 FUSED = "melens"
-"""The attention implementation for transformers' config when every block runs fused: no mask is ever built."""
-
-FUSED_BESIDE_EAGER = "melens_beside_eager"
-"""The same where some blocks stay eager and need the S × S mask."""
+"""The attention implementation for transformers' config."""
 
 _CHUNK_BYTES = 64 * 2**20  # what the scores of one chunk of queries may take where no fused kernel applies
 
@@ -80,15 +78,23 @@ def causal_attention(
         if fused is not None:
             output, logsumexp = fused
             on_keys = attention_on_keys(query, key, logsumexp, keys=keys, scale=scale, window=window)
-            return output, missing_as_zero(on_keys, wanted, n_pos)
-    output, on_keys = _chunked_attention(query, key, value, scale, keys, window, softcap, sink_logits, mask)
-    return output, missing_as_zero(on_keys, wanted, n_pos)
+            return output, _missing_as_zero(on_keys, wanted, n_pos)
+    options = {"scale": scale, "softcap": softcap, "sink_logits": sink_logits}
+    output, on_keys = _chunked_attention(query, key, value, keys, window, mask, **options)
+    return output, _missing_as_zero(on_keys, wanted, n_pos)
 
 
-def missing_as_zero(
+def columns_of(
+    pattern: Float[Tensor, "batch head query key"], keys: Sequence[int]
+) -> Float[Tensor, "batch head query wanted"]:
+    """Return the columns of some keys in float32, zeros for keys behind the end of the sequences."""
+    within = [position for position in keys if position < pattern.shape[-1]]
+    return _missing_as_zero(pattern[..., within].float(), keys, pattern.shape[-1])
+
+
+def _missing_as_zero(
     on_keys: Float[Tensor, "batch head query within"], keys: Sequence[int], n_pos: int
 ) -> Float[Tensor, "batch head query key"]:
-    """Add columns of zeros for the keys that lie behind the end of the sequences."""
     if on_keys.shape[-1] == len(keys):
         return on_keys
     whole = on_keys.new_zeros((*on_keys.shape[:-1], len(keys)))
@@ -184,47 +190,68 @@ def _chunked_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    scale: float,
     keys: Sequence[int],
     window: int | None,
-    softcap: float | None,
-    sink_logits: Tensor | None,
     mask: Tensor | None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Compute attention for a few queries at a time, with everything that a fused kernel may lack."""
     batch, n_heads, n_pos, _ = query.shape
-    kv_heads = key.shape[1]
     span = n_pos if window is None else min(2 * window, n_pos)
     rows = max(1, _CHUNK_BYTES // (4 * batch * n_heads * span))
     rows = min(rows, n_pos if window is None else window)
     output = query.new_empty((*query.shape[:-1], value.shape[-1]))
     on_keys = query.new_zeros((batch, n_heads, n_pos, len(keys)), dtype=torch.float32)
-    grouped = rearrange(query, "b (kv group) pos d -> b kv group pos d", kv=kv_heads)
     for start in range(0, n_pos, rows):
         stop = min(start + rows, n_pos)
         first = 0 if window is None else max(0, start - window + 1)
-        last = n_pos if mask is not None else stop
-        k, v = (tensor[:, :, None, first:last] for tensor in (key, value))
-        scores = (grouped[..., start:stop, :].float() @ k.float().transpose(-1, -2)) * scale
-        scores = rearrange(scores, "b kv group query key -> b (kv group) query key")
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        if mask is not None:
-            seen = mask[..., start:stop, first:last]
-            scores = scores.masked_fill(~seen, float("-inf")) if seen.dtype == torch.bool else scores + seen
-        else:
-            positions = torch.arange(n_pos, device=query.device)
-            scores = scores.masked_fill(~_sees(positions[start:stop], positions[first:last], window), float("-inf"))
-        normaliser = torch.logsumexp(scores, dim=-1, keepdim=True)
-        if sink_logits is not None:
-            normaliser = torch.logaddexp(normaliser, sink_logits.float()[None, :, None, None])
-        pattern = torch.exp(scores - normaliser)
+        seen = slice(first, n_pos if mask is not None else stop)
+        pattern = attention_pattern(query, key, slice(start, stop), seen, window=window, mask=mask, **options)
         for column, position in enumerate(keys):
-            if first <= position < last:
+            if seen.start <= position < seen.stop:
                 on_keys[:, :, start:stop, column] = pattern[..., position - first]
-        weights = rearrange(pattern.to(value.dtype), "b (kv group) query key -> b kv group query key", kv=kv_heads)
-        output[:, :, start:stop] = rearrange(weights @ v, "b kv group query d -> b (kv group) query d")
+        output[:, :, start:stop] = _attend(pattern, value[:, :, seen])
     return output, on_keys
+
+
+def attention_pattern(
+    query: Float[Tensor, "batch head pos d_head"],
+    key: Float[Tensor, "batch kv_head pos d_head"],
+    rows: slice,
+    columns: slice,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sink_logits: Float[Tensor, " head"] | None = None,
+    mask: Tensor | None = None,
+) -> Float[Tensor, "batch head row column"]:
+    """Compute the attention of some queries on some keys in float32; other arguments as for `causal_attention`.
+
+    The keys must be all that these queries see.
+    """
+    grouped = rearrange(query[..., rows, :], "b (kv group) pos d -> b kv group pos d", kv=key.shape[1])
+    scores = (grouped.float() @ key[:, :, None, columns].float().transpose(-1, -2)) * scale
+    scores = rearrange(scores, "b kv group query key -> b (kv group) query key")
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        seen = mask[..., rows, columns]
+        scores = scores.masked_fill(~seen, float("-inf")) if seen.dtype == torch.bool else scores + seen
+    else:
+        positions = torch.arange(query.shape[2], device=query.device)
+        scores = scores.masked_fill(~_sees(positions[rows], positions[columns], window), float("-inf"))
+    normaliser = torch.logsumexp(scores, dim=-1, keepdim=True)
+    if sink_logits is not None:
+        normaliser = torch.logaddexp(normaliser, sink_logits.float()[None, :, None, None])
+    return torch.exp(scores - normaliser)
+
+
+def _attend(
+    pattern: Float[Tensor, "batch head query key"], value: Float[Tensor, "batch kv_head key d_value"]
+) -> Float[Tensor, "batch head query d_value"]:
+    weights = rearrange(pattern.to(value.dtype), "b (kv group) query key -> b kv group query key", kv=value.shape[1])
+    return rearrange(weights @ value[:, :, None], "b kv group query d -> b (kv group) query d")
 
 
 # --- What transformers calls ------------------------------------------------------------------------------------------
@@ -243,26 +270,30 @@ def _attention_function(
     s_aux: Tensor | None = None,
     dropout: float = 0.0,
     melens_keys: tuple[int, ...] = (),
-    melens_listener: Callable[[Tensor], None] | None = None,
+    melens_record: Callable[[Tensor], None] | None = None,
+    melens_pattern: Callable[[Tensor], Tensor | None] | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     if query.shape[2] != key.shape[2]:
-        raise MelensError("A lean forward pass takes whole sequences: run it with use_cache=False.")
+        raise MelensError("A measurement takes whole sequences: run the model with use_cache=False.")
     _refuse_unknown(others | {"dropout": dropout or None})
-    output, on_keys = causal_attention(
-        query,
-        key,
-        value,
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        keys=melens_keys,
-        window=getattr(module, "sliding_window", None) if sliding_window == 0 else sliding_window,  # 0: not told
-        softcap=softcap,
-        sink_logits=s_aux,
-        mask=attention_mask,
-    )
-    if melens_listener is not None:
-        melens_listener(on_keys)
-    return output.transpose(1, 2), None
+    options: dict[str, Any] = {
+        "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
+        "window": getattr(module, "sliding_window", None) if sliding_window == 0 else sliding_window,  # 0: not given
+        "softcap": softcap,
+        "sink_logits": s_aux,
+        "mask": attention_mask,
+    }
+    if melens_pattern is None:
+        output, on_keys = causal_attention(query, key, value, keys=melens_keys, **options)
+    else:
+        pattern = attention_pattern(query, key, slice(None), slice(None), **options).to(query.dtype)
+        changed = melens_pattern(pattern)
+        pattern = pattern if changed is None else changed
+        output, on_keys = _attend(pattern, value), columns_of(pattern, melens_keys)
+    if melens_record is not None:
+        melens_record(on_keys)
+    return output.transpose(1, 2).contiguous(), None
 
 
 _WITHOUT_EFFECT = frozenset(
@@ -300,32 +331,16 @@ def _no_mask_where_causal(
     return sdpa_mask(allow_is_causal_skip=False, allow_is_bidirectional_skip=False, **kwargs)
 
 
-def _attention_beside_eager(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    melens_eager: bool = False,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    eager = eager_function(module)
-    if melens_eager and eager is not None:
-        return eager(module, query, key, value, attention_mask, **kwargs)
-    is_in_chunks = getattr(module.config, "attention_chunk_size", None) is not None
-    needs_mask = is_in_chunks or not getattr(module, "is_causal", True)
-    return _attention_function(module, query, key, value, attention_mask if needs_mask else None, **kwargs)
+def uses_attention_function(module: nn.Module) -> bool:
+    """Tell whether this is an attention module of transformers that lets its config choose the attention function."""
+    return _names_attention_functions(type(module).forward)
 
 
-def eager_function(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """Return the eager function of a transformers attention module that lets its config choose; None if it does not."""
-    forward: Any = inspect.unwrap(type(module).forward)
-    chooses = "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names
-    return forward.__globals__.get("eager_attention_forward") if chooses else None
+@cache
+def _names_attention_functions(forward: Callable[..., Any]) -> bool:
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
 AttentionInterface.register(FUSED, _attention_function)
 AttentionMaskInterface.register(FUSED, _no_mask_where_causal)
-AttentionInterface.register(FUSED_BESIDE_EAGER, _attention_beside_eager)  # the mask is for the eager blocks
-AttentionMaskInterface.register(FUSED_BESIDE_EAGER, eager_mask)

@@ -133,7 +133,7 @@ def measured(network: Any, rule: BatchRule, *, padding: Literal["right", "left"]
 
     If the longer row gives other numbers beside the shorter one, each row is run alone; if only the shorter one does,
     rows of equal length share. It takes three short forward passes, once a model: call it before hooks are on it that
-    must not hear them.
+    must not take part.
 
     Args:
         network: a causal language model of transformers.

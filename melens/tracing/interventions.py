@@ -26,9 +26,9 @@ from melens.models.devices import input_device
 from melens.models.normalization import has_normalization, read_normalization
 from melens.models.view import base_of
 from melens.tracing.batching import forget_longest
-from melens.tracing.lean import lean_forward
-from melens.tracing.resume import Replay
-from melens.tracing.sites import Places
+from melens.tracing.resume import RecordedBlocks
+from melens.tracing.sites import Sites
+from melens.tracing.twin import running
 from melens.tracing.verification import verified
 from melens.validation.arguments import Bridge, TokenLists, check_layer, check_vocabulary
 from melens.validation.signatures import Layer, PositionList, checked, must_be
@@ -119,13 +119,13 @@ class _Rows:
         prompts: which, as they were given.
         tokens: of them, cut and padded on the right.
         at: the column of each one's massive token.
-        replay: what their blocks returned in the intact run.
+        blocks: what they returned in the intact run.
     """
 
     prompts: list[int]
     tokens: Int[Tensor, "row pos"]
     at: Int[Tensor, " row"]
-    replay: Replay
+    blocks: RecordedBlocks
 
 
 PromptsByLayers = Annotated[Float[Tensor, "prompt layer"], Said("a float tensor [prompt, layer]")]
@@ -182,7 +182,7 @@ class MassiveTokenRuns:
                 f"here are {len(tokens)} prompts and {len(model.blocks)} blocks."
             )
         self._model = model
-        self._rule = verified(model, ["hook_resid_post"]).rule
+        self._verified = verified(model, ["hook_resid_post"])
         self.block_evaluations = 0
         self.is_cut = True
         self._run_intact([ids[: at + 1] for ids, at in zip(tokens, positions, strict=True)], positions)
@@ -195,10 +195,10 @@ class MassiveTokenRuns:
     def _run_intact(self, tokens: Sequence[Int[Tensor, " _"]], positions: Sequence[int]) -> None:
         lengths, device = [len(ids) for ids in tokens], input_device(self._model.original_model)
         self._groups = []
-        for prompts in self._rule.groups(lengths, max_batch_tokens=sys.maxsize, max_padding=1.0):
+        for prompts in self._verified.rule.groups(lengths, max_batch_tokens=sys.maxsize, max_padding=1.0):
             padded = torch.nn.utils.rnn.pad_sequence([tokens[row] for row in prompts], batch_first=True)
             at = torch.tensor([positions[row] for row in prompts])
-            self._groups.append(_Rows(prompts, padded.to(device), at, Replay(self._model)))
+            self._groups.append(_Rows(prompts, padded.to(device), at, RecordedBlocks(self._model)))
         self._now = self._groups[0]
         self.intact, self.ffn = self._run([], 0, record=True)
 
@@ -213,7 +213,7 @@ class MassiveTokenRuns:
 
         Args:
             hooks: what to change.
-            start: the first block that the hooks change; the blocks before replay their intact output.
+            start: the first block that the hooks change; the blocks before return their intact output.
 
         Raises:
             MelensError: no pairs of a hook point's name and a function, or a block that the model does not have.
@@ -226,7 +226,7 @@ class MassiveTokenRuns:
     ) -> tuple[Float[Tensor, "prompt layer"], Float[Tensor, "layer prompt d"]]:
         """Do what `run` does, and return what each block's FFN writes at the massive token besides."""
         check_layer(self._model, start)
-        for name in (name for name, _ in hooks if not Places.of(self._model).of_site(name)):
+        for name in (name for name, _ in hooks if not Sites.of(self._model).find(name)):
             raise MelensError(f"This model has no hook point {name!r}, as 'blocks.3.hook_mlp_out' would be one.")
         return self._run(hooks, start)
 
@@ -245,18 +245,18 @@ class MassiveTokenRuns:
         def ffn_of(layer: int, output: Tensor, hook: HookPoint) -> None:
             ffn[layer, self._now.prompts] = self.at_massive(output).float().cpu()
 
-        listeners: list[Hook] = []
+        recorders: list[Hook] = []
         for layer in range(start, n_layers):
-            listeners.append((f"blocks.{layer}.hook_resid_post", partial(norm_after, layer)))
+            recorders.append((f"blocks.{layer}.hook_resid_post", partial(norm_after, layer)))
             if can_ablate(model, layer, "ffn"):
-                listeners.append((f"blocks.{layer}.hook_mlp_out", partial(ffn_of, layer)))
-        with model.hooks(fwd_hooks=[*hooks, *listeners]):
+                recorders.append((f"blocks.{layer}.hook_mlp_out", partial(ffn_of, layer)))
+        with model.hooks(fwd_hooks=[*hooks, *recorders]):
             for group in self._groups:
                 self._now = group
-                forget_longest(model.original_model)
-                replay = group.replay
-                with replay.recording(range(n_layers)) if record else replay.starting_at(start), lean_forward(model):
-                    base_of(model.original_model)(input_ids=group.tokens, use_cache=False)
+                blocks = group.blocks.recording(range(n_layers)) if record else group.blocks.resuming_at(start)
+                with blocks, running(model, way=self._verified.way) as network:
+                    forget_longest(network)
+                    base_of(network)(input_ids=group.tokens, use_cache=False)
                 self.block_evaluations += n_layers - start
         return norms, ffn
 

@@ -1,4 +1,4 @@
-"""What to measure: a probe names the places it listens at and reduces each activation as it passes.
+"""What to measure: a probe names its sites in a block and reduces each activation that passes there.
 
 A new probe is a class with a name, its sites and a `reduce`:
 
@@ -115,7 +115,7 @@ class Probe(ABC):
         index: what the dimensions after the batch of each returned tensor run over: `"pos"` is the token's position,
             any other name becomes a column of its own. Rows at padded positions are dropped.
         keys: key positions, for `ATTENTION_ON_KEYS`.
-        layers: blocks to listen in; None for all.
+        layers: blocks to measure; None for all.
         kind: `"table"`, or `"tensor"` for wide results, kept as `[prompt, layer, *index]`.
         may_miss: a hook that does not fire in this model leaves a gap; otherwise it is an error.
         waits: `finish` waits for the GPU, so that every other probe's is called before.
@@ -138,7 +138,7 @@ class Probe(ABC):
         """
 
     def reduce_at(self, site: str, layer: int, activation: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Do what `reduce` does; for a probe to which it matters where it listens: `reduce` and more."""
+        """Do what `reduce` does; for a probe that must know the site and the block: override it."""
         return self.reduce(activation, batch)
 
     def finish(self, reduced: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
@@ -338,7 +338,7 @@ class GainAlignment(Probe):
 
     @checked
     def __init__(self, gains: Gains, shares: ShareList = (0.01,)):
-        """Listen to normalisations.
+        """Measure normalisations.
 
         Args:
             gains: by site (`"ln1"` or `"ln2"`) and layer.
@@ -400,7 +400,7 @@ class Spectrum(Probe):
 
 
 class AttentionSpectrum(Probe):
-    """The same of attention matrices `[query, key]`, by block and head; their blocks run in eager attention."""
+    """The same of attention matrices `[query, key]`, by block and head; in memory quadratic in the length."""
 
     name = "attention_spectrum"
     sites = ("attn.hook_pattern",)
@@ -417,7 +417,7 @@ class AttentionSpectrum(Probe):
 class AttentionEntropy(Probe):
     """The entropy in nats of what a query attends to, averaged over the queries that have a choice, by block and head.
 
-    Its blocks run in eager attention.
+    In memory quadratic in the length.
     """
 
     name = "attention_entropy"

@@ -1,4 +1,8 @@
-"""Start a forward pass at a block, or at the head, from what another pass recorded before it."""
+"""Resume from a block: start a forward pass at a block, or at the head, from what another pass recorded before it.
+
+A pass inside `RecordedBlocks.recording` keeps what blocks return. In a pass inside `resuming_at(start)` the blocks
+before `start` return what was recorded instead of computing, so that only the others take time.
+"""
 
 from __future__ import annotations
 
@@ -15,24 +19,24 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from melens.models.view import base_path
 
-__all__ = ["Replay", "is_replayed", "logits_of"]
+__all__ = ["RecordedBlocks", "apply_head", "is_skipped"]
 
 
-class Replay:
-    """Recorded outputs of blocks, for other passes over the same tokens to start from.
+class RecordedBlocks:
+    """Recorded outputs of a bridge's blocks, for other passes over the same tokens to start from.
 
     Attributes:
         outputs: by block, in whatever form it returns them.
     """
 
     def __init__(self, model: TransformerBridge, outputs: dict[int, Any] | None = None) -> None:
-        self._modules = [block.original_component for block in model.blocks]
+        self._blocks = [block.original_component for block in model.blocks]
         self.outputs: dict[int, Any] = outputs or {}
 
     @contextmanager
     def recording(self, layers: Iterable[int]) -> Iterator[None]:
         """Record what these blocks return in the forward pass inside the context."""
-        handles = [self._modules[layer].register_forward_hook(partial(self._record, layer)) for layer in layers]
+        handles = [self._blocks[layer].register_forward_hook(partial(self._record, layer)) for layer in layers]
         try:
             yield
         finally:
@@ -40,13 +44,13 @@ class Replay:
                 handle.remove()
 
     @contextmanager
-    def starting_at(self, start: int) -> Iterator[None]:
-        """Let the blocks before `start` hand on what block `start - 1` returned, instead of computing anything."""
-        blocks = [vars(module) for module in self._modules[:start]]
+    def resuming_at(self, start: int) -> Iterator[None]:
+        """Let the blocks before `start` return what block `start - 1` returned, instead of computing anything."""
+        blocks = [vars(module) for module in self._blocks[:start]]
         of_accelerate = [attributes.get("forward") for attributes in blocks]  # on a model that is spread over devices
         try:
             for attributes in blocks:
-                attributes["forward"] = partial(_hand_on, self.outputs[start - 1])
+                attributes["forward"] = partial(_skip, self.outputs[start - 1])
             yield
         finally:
             for attributes, forward in zip(blocks, of_accelerate, strict=True):
@@ -55,7 +59,9 @@ class Replay:
                     attributes["forward"] = forward
 
     @classmethod
-    def cut(cls, model: TransformerBridge, replays: Sequence[Replay], rows: Sequence[int], n_tokens: int) -> Replay:
+    def cut(
+        cls, model: TransformerBridge, recorded: Sequence[RecordedBlocks], rows: Sequence[int], n_tokens: int
+    ) -> RecordedBlocks:
         """Return what a pass over some rows of these batches, cut short, would have recorded in a causal model."""
 
         def cut(outputs: Sequence[Any]) -> Any:
@@ -63,19 +69,18 @@ class Replay:
             hidden = torch.cat([(output[0] if in_tuple else output)[:, :n_tokens] for output in outputs])[list(rows)]
             return (hidden, *outputs[0][1:]) if in_tuple else hidden
 
-        layers = replays[0].outputs
-        return cls(model, {layer: cut([replay.outputs[layer] for replay in replays]) for layer in layers})
+        return cls(model, {layer: cut([of.outputs[layer] for of in recorded]) for layer in recorded[0].outputs})
 
     def _record(self, layer: int, module: Any, args: Any, output: Any) -> None:
         self.outputs[layer] = output
 
 
-def is_replayed(block: nn.Module) -> bool:
-    """Tell whether a block hands on what was recorded, instead of computing."""
-    return getattr(block.forward, "func", None) is _hand_on
+def is_skipped(block: nn.Module) -> bool:
+    """Tell whether a block returns what was recorded, instead of computing."""
+    return getattr(block.forward, "func", None) is _skip
 
 
-def _hand_on(output: Any, *args: Any, **kwargs: Any) -> Any:
+def _skip(output: Any, *args: Any, **kwargs: Any) -> Any:
     return output
 
 
@@ -103,7 +108,7 @@ class _Given(nn.Module):
 
 
 @torch.no_grad()
-def logits_of(network: Any, final: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos vocabulary"]:
+def apply_head(network: Any, final: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos vocabulary"]:
     """Let a transformers model's own head, soft caps and all, turn final hidden states into logits."""
     path, _, name = base_path(network).rpartition(".")
     parts = network.get_submodule(path)._modules

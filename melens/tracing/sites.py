@@ -1,15 +1,15 @@
-"""Where a probe listens: a model's hook points by the names that probes give them."""
+"""Sites: the names of places in a block at which a probe records, and the hook points of a model that have them."""
 
 from __future__ import annotations
 
 import re
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 from weakref import WeakKeyDictionary
 
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-__all__ = ["ATTENTION_ON_KEYS", "RESID_PRE_0", "Places"]
+__all__ = ["ATTENTION_ON_KEYS", "RESID_PRE_0", "SiteInBlock", "Sites"]
 
 ATTENTION_ON_KEYS = "attn.on_keys"
 """A site of melens's own: the attention on the probe's `keys`, `[batch, head, query, key]`, without the pattern."""
@@ -18,34 +18,50 @@ RESID_PRE_0 = "blocks.0.hook_resid_pre"
 """The embeddings, as the first block sees them; everywhere else a block's input is the output of the one before."""
 
 
-class Places:
+class SiteInBlock(NamedTuple):
+    """A site of one block.
+
+    Attributes:
+        site: its name in the block.
+        layer: the block, -1 outside the blocks.
+        hook_point: None for `ATTENTION_ON_KEYS`.
+    """
+
+    site: str
+    layer: int
+    hook_point: HookPoint | None
+
+
+class Sites:
     """The hook points of a model by site, each looked up once: `model.hook_dict` alone takes a millisecond."""
 
-    _known: ClassVar[WeakKeyDictionary[TransformerBridge, Places]] = WeakKeyDictionary()
+    _known: ClassVar[WeakKeyDictionary[TransformerBridge, Sites]] = WeakKeyDictionary()
 
     def __init__(self, model: TransformerBridge) -> None:
         self._mode = model.compatibility_mode  # with which the names change
         self._hook_dict: dict[str, HookPoint] = model.hook_dict
+        self.hook_points = list(dict.fromkeys(self._hook_dict.values()))  # some have several names
         self._n_layers = len(model.blocks)
-        self._found: dict[str, list[tuple[str, int, HookPoint | None]]] = {}
+        self._found: dict[str, list[SiteInBlock]] = {}
 
     @classmethod
-    def of(cls, model: TransformerBridge) -> Places:
+    def of(cls, model: TransformerBridge) -> Sites:
         if model not in cls._known or cls._known[model]._mode != model.compatibility_mode:
             cls._known[model] = cls(model)
         return cls._known[model]
 
-    def of_site(self, site: str) -> list[tuple[str, int, HookPoint | None]]:
-        """Return where a site is: its name in the block, the block (-1: in none), and the hook point, if it is one."""
+    def find(self, site: str) -> list[SiteInBlock]:
+        """Return where a model has a site, named within a block or in full; nothing where it has none."""
         if site not in self._found:
-            self._found[site] = self._find(site)
+            self._found[site] = self._look_up(site)
         return self._found[site]
 
-    def _find(self, site: str) -> list[tuple[str, int, HookPoint | None]]:
+    def _look_up(self, site: str) -> list[SiteInBlock]:
         if site in self._hook_dict:
             block = re.fullmatch(r"blocks\.(\d+)\.(.*)", site)
-            return [(block[2] if block else site, int(block[1]) if block else -1, self._hook_dict[site])]
+            name, layer = (block[2], int(block[1])) if block else (site, -1)
+            return [SiteInBlock(name, layer, self._hook_dict[site])]
         is_on_keys = site == ATTENTION_ON_KEYS
         names = (f"blocks.{layer}.{'attn.hook_out' if is_on_keys else site}" for layer in range(self._n_layers))
         found = ((layer, self._hook_dict.get(name)) for layer, name in enumerate(names))
-        return [(site, layer, None if is_on_keys else hook) for layer, hook in found if hook is not None]
+        return [SiteInBlock(site, layer, None if is_on_keys else hook) for layer, hook in found if hook is not None]

@@ -28,7 +28,6 @@ from melens.models.quantization import describe_quantization
 from melens.models.view import base_of
 from melens.storage.files import atomic_folder
 from melens.tracing.batching import forget_longest
-from melens.tracing.lean import any_hooks, lean_forward
 from melens.tracing.probes import (
     AbsMedian,
     Batch,
@@ -38,7 +37,8 @@ from melens.tracing.probes import (
     SinkMass,
     TokenVectors,
 )
-from melens.tracing.sites import Places
+from melens.tracing.sites import Sites
+from melens.tracing.twin import Way, is_hooked, running
 from melens.tracing.verification import Verification, verified
 from melens.validation.arguments import BosOrNot, Bridge, Probes, Prompts, check_vocabulary
 from melens.validation.signatures import Folder, checked, given
@@ -185,14 +185,13 @@ def trace(
                 f"The probe {probe.name!r} asks for the key at position {max(probe.keys)}; the longest prompt has "
                 f"{longest} tokens."
             )
-    recorder = _Recorder(probes, [listener for probe in probes for listener in _listeners(model, probe)])
+    recorder = _Recorder(probes, [target for probe in probes for target in _targets(model, probe)])
     verification = verified(model, [site for probe in probes for site in probe.sites])
     total = sum(map(len, tokens))
     with torch.no_grad():
         rule = verification.rule
         groups = rule.groups([len(ids) for ids in tokens], max_batch_tokens=max_batch_tokens)
-        with _listening(model, recorder):
-            network = _network(model, recorder.expected)
+        with _recording(model, recorder, verification.way) as network:
             for rows in groups:
                 batch = _pad(tokens, rows, model.cfg.device)
                 recorder.begin(batch)
@@ -205,9 +204,9 @@ def trace(
         recorder.end()
     if progress is not None:
         progress(recorder.n_tokens, total)
-    heard = [probe for probe in probes if recorder.has(probe)]
-    tables = {probe.name: partial(recorder.table, probe) for probe in heard if probe.kind == "table"}
-    tensors = {probe.name: recorder.tensor(probe, len(tokens)) for probe in heard if probe.kind == "tensor"}
+    recorded = [probe for probe in probes if recorder.has(probe)]
+    tables = {probe.name: partial(recorder.table, probe) for probe in recorded if probe.kind == "table"}
+    tensors = {probe.name: recorder.tensor(probe, len(tokens)) for probe in recorded if probe.kind == "tensor"}
     return Trace(*described, _Tables(tables), tensors)
 
 
@@ -221,11 +220,11 @@ def default_probes(model: Bridge, *, min_abs: Number = 100) -> list[Probe]:
         model: a bridge.
         min_abs: the criterion's, down to which all tokens are kept.
     """
-    places = Places.of(model)
+    sites = Sites.of(model)
     probes: list[Probe] = [Norms(), LargestActivations(min_abs=min_abs), AbsMedian(), TokenVectors(), SinkMass()]
     for probe in probes:
         probe.may_miss = True
-        probe.sites = tuple(site for site in probe.sites if places.of_site(site))
+        probe.sites = tuple(site for site in probe.sites if sites.find(site))
     return [probe for probe in probes if probe.sites]
 
 
@@ -285,73 +284,67 @@ def _pad(tokens: list[_Tokens], rows: list[int], device: Any) -> Batch:
     return Batch(padded.to(device), tuple(len(ids) for ids in of_batch), tuple(rows))
 
 
-# --- Listening --------------------------------------------------------------------------------------------------------
+# --- What to record ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True, eq=False)
-class _Listener:
-    """One probe at one site of one block."""
+class _Target:
+    """One probe at one site of one block; without a hook point it is the attention on the probe's keys."""
 
     probe: Probe
     site: str
     layer: int
-    hook_point: HookPoint | None  # None: the attention on the probe's keys
+    hook_point: HookPoint | None
 
 
-def _listeners(model: TransformerBridge, probe: Probe) -> list[_Listener]:
+def _targets(model: TransformerBridge, probe: Probe) -> list[_Target]:
     n_layers = len(model.blocks)
     layers = range(n_layers) if probe.layers is None else probe.layers
     if any(not 0 <= layer < n_layers for layer in layers):
         raise MelensError(
-            f"The probe {probe.name!r} listens in layers {list(layers)}; the model has 0 to {n_layers - 1}."
+            f"The probe {probe.name!r} measures layers {list(layers)}; the model has 0 to {n_layers - 1}."
         )
-    found: list[_Listener] = []
+    found: list[_Target] = []
     wanted = {-1, *layers}
     for site in probe.sites:  # one named with its block is wanted whatever the layers are
-        places = [place for place in Places.of(model).of_site(site) if place[1] in wanted or place[0] != site]
+        everywhere = Sites.of(model).find(site)
+        places = [place for place in everywhere if place.layer in wanted or place.site != site]
         if not places:
-            has = [layer for _, layer, _ in Places.of(model).of_site(site)]
+            has = [place.layer for place in everywhere]
             where = f" in {listed(layers)}; this model has it in {listed(has)}" if has else ", which no block here has"
-            raise MelensError(f"The probe {probe.name!r} listens at {site!r}{where}.")
-        found += [_Listener(probe, *place) for place in places]
+            raise MelensError(f"The probe {probe.name!r} measures at {site!r}{where}.")
+        found += [_Target(probe, *place) for place in places]
     return found
 
 
 @contextmanager
-def _listening(model: TransformerBridge, recorder: _Recorder) -> Iterator[None]:
-    """Attach every probe and leave out of the forward pass what none of them, nor any other hook, listens to."""
-    at_hook: dict[HookPoint, list[_Listener]] = defaultdict(list)
-    at_keys: dict[int, list[_Listener]] = defaultdict(list)
-    for listener in recorder.expected:
-        if listener.hook_point is None:
-            at_keys[listener.layer].append(listener)
+def _recording(model: TransformerBridge, recorder: _Recorder, way: Way) -> Iterator[Any]:
+    """Let every probe reduce what passes in the model that is given, of which nothing runs that nobody needs."""
+    at_hook: dict[HookPoint, list[_Target]] = defaultdict(list)
+    at_keys: dict[int, list[_Target]] = defaultdict(list)
+    for target in recorder.expected:
+        if target.hook_point is None:
+            at_keys[target.layer].append(target)
         else:
-            at_hook[listener.hook_point].append(listener)
-    keys = sorted({key for listeners in at_keys.values() for listener in listeners for key in listener.probe.keys})
+            at_hook[target.hook_point].append(target)
+    keys = sorted({key for targets in at_keys.values() for target in targets for key in target.probe.keys})
 
-    def hear_keys(layer: int, attention: Tensor) -> None:
-        for listener in at_keys[layer]:
-            columns = [keys.index(key) for key in listener.probe.keys]
+    def record_attention(layer: int, attention: Tensor) -> None:
+        for target in at_keys[layer]:
+            columns = [keys.index(key) for key in target.probe.keys]
             all_of_them = len(columns) == len(keys)
             wanted = attention if all_of_them else torch.stack([attention[..., column] for column in columns], dim=-1)
-            recorder.add(listener, wanted)
+            recorder.add(target, wanted)
 
-    hear = [(hook_point, partial(_listen, recorder, listeners)) for hook_point, listeners in at_hook.items()]
-    with lean_forward(model, hear, keys, hear_keys if at_keys else None):
-        yield
+    def record(targets: list[_Target], activation: Tensor) -> None:
+        for target in targets:
+            recorder.add(target, activation)
 
-
-def _listen(recorder: _Recorder, listeners: list[_Listener], activation: Tensor) -> None:
-    for listener in listeners:
-        recorder.add(listener, activation)
-
-
-def _network(model: TransformerBridge, listeners: Sequence[_Listener]) -> Any:
-    """Return the network that a trace runs: without the unembedding unless someone listens there."""
-    heard = {id(listener.hook_point) for listener in listeners}
+    recorders = [(hook_point, partial(record, targets)) for hook_point, targets in at_hook.items()]
     at_unembedding = [module for module in model.unembed.modules() if isinstance(module, HookPoint)]
-    wants_logits = any(id(hook_point) in heard or any_hooks(hook_point) for hook_point in at_unembedding)
-    return model.original_model if wants_logits else base_of(model.original_model)
+    wants_logits = any(hook_point in at_hook or is_hooked(hook_point) for hook_point in at_unembedding)
+    with running(model, recorders, keys, record_attention if at_keys else None, way=way) as network:
+        yield network if wants_logits else base_of(network)
 
 
 # --- Recording --------------------------------------------------------------------------------------------------------
@@ -369,11 +362,11 @@ class _Chunk:
 class _Recorder:
     """Lets probes reduce what passes, and lays their results out as tables."""
 
-    def __init__(self, probes: Sequence[Probe], expected: list[_Listener]) -> None:
+    def __init__(self, probes: Sequence[Probe], expected: list[_Target]) -> None:
         self.n_tokens = 0
         self.expected = expected
         self._batch: Batch | None = None
-        self._reduced: dict[str, list[tuple[_Listener, dict[str, Tensor]]]] = {probe.name: [] for probe in probes}
+        self._reduced: dict[str, list[tuple[_Target, dict[str, Tensor]]]] = {probe.name: [] for probe in probes}
         self._chunks: dict[str, list[_Chunk]] = {probe.name: [] for probe in probes}
 
     def begin(self, batch: Batch) -> None:
@@ -381,29 +374,29 @@ class _Recorder:
             self.end()
         self._batch = batch
 
-    def add(self, listener: _Listener, activation: Tensor) -> None:
+    def add(self, target: _Target, activation: Tensor) -> None:
         assert self._batch is not None
-        reduced = listener.probe.reduce_at(listener.site, listener.layer, activation, self._batch)
-        self._reduced[listener.probe.name].append((listener, reduced))
+        reduced = target.probe.reduce_at(target.site, target.layer, activation, self._batch)
+        self._reduced[target.probe.name].append((target, reduced))
 
     def end(self) -> None:
         """Bring the batch's results to the CPU, one transfer a quantity, once all of them are under way."""
         batch, self._batch = self._batch, None
         assert batch is not None
-        self._check_each_heard_once()
+        self._check_each_recorded_once()
         finished = []
-        of_probes = [heard for heard in self._reduced.values() if heard]
-        for heard in sorted(of_probes, key=lambda heard: heard[0][0].probe.waits):
-            probe, first = heard[0][0].probe, heard[0][1]
-            _check_alike(probe, heard)
+        of_probes = [recorded for recorded in self._reduced.values() if recorded]
+        for recorded in sorted(of_probes, key=lambda recorded: recorded[0][0].probe.waits):
+            probe, first = recorded[0][0].probe, recorded[0][1]
+            _check_alike(probe, recorded)
             device = next(iter(first.values())).device
-            stacked = {key: torch.stack([reduced[key].to(device) for _, reduced in heard]) for key in first}
-            places = [(listener.site, listener.layer) for listener, _ in heard]
+            stacked = {key: torch.stack([reduced[key].to(device) for _, reduced in recorded]) for key in first}
+            places = [(target.site, target.layer) for target, _ in recorded]
             quantities = probe.finish(stacked, batch)
             _check_dims(probe, quantities, len(places), batch)
             on_cpu = {key: _start_transfer(values) for key, values in quantities.items()}
             finished.append((probe.name, places, on_cpu, device))
-            heard.clear()
+            recorded.clear()
         for device in {device for *_, device in finished if device.type == "cuda"}:
             torch.cuda.synchronize(device)
         for name, places, on_cpu, _ in finished:
@@ -411,13 +404,13 @@ class _Recorder:
             self._chunks[name].append(_Chunk(batch, places, arrays))
         self.n_tokens += sum(batch.lengths)
 
-    def _check_each_heard_once(self) -> None:
-        times = Counter(id(listener) for heard in self._reduced.values() for listener, _ in heard)
-        for listener in self.expected:
-            if times[id(listener)] > 1 or not (times[id(listener)] or listener.probe.may_miss):
+    def _check_each_recorded_once(self) -> None:
+        times = Counter(id(target) for recorded in self._reduced.values() for target, _ in recorded)
+        for target in self.expected:
+            if times[id(target)] > 1 or not (times[id(target)] or target.probe.may_miss):
                 raise MelensError(
-                    f"The probe {listener.probe.name!r} cannot listen at {listener.site!r} in block {listener.layer}: "
-                    f"in this model it fires {times[id(listener)]} times a forward pass."
+                    f"The probe {target.probe.name!r} cannot measure {target.site!r} in block {target.layer}: it needs "
+                    f"one activation a forward pass, and this model has {times[id(target)]} there."
                 )
 
     def has(self, probe: Probe) -> bool:
@@ -442,23 +435,23 @@ class _Recorder:
         return whole
 
 
-def _check_alike(probe: Probe, heard: Sequence[tuple[_Listener, Any]]) -> None:
+def _check_alike(probe: Probe, recorded: Sequence[tuple[_Target, Any]]) -> None:
     """Raise a `MelensError` where a probe's results are no tensors by name, or cannot lie in one table."""
-    first, of_first = heard[0]
-    for listener, reduced in heard:
+    first, of_first = recorded[0]
+    for target, reduced in recorded:
         named = reduced.values() if isinstance(reduced, Mapping) else ()
         if not named or not all(isinstance(values, Tensor) for values in named):
             raise MelensError(
-                f"The probe {probe.name!r} returns {given(reduced)} at {listener.site!r} in block {listener.layer}; "
+                f"The probe {probe.name!r} returns {given(reduced)} at {target.site!r} in block {target.layer}; "
                 "its reduce must return a dict of tensors, such as {'norm': norms}."
             )
-    for listener, reduced in heard[1:]:
+    for target, reduced in recorded[1:]:
         for name, values in reduced.items():
             if of_first[name].shape != values.shape:
                 raise MelensError(
                     f"The probe {probe.name!r} returns {name!r} of shape {list(of_first[name].shape)} at "
-                    f"{first.site!r} in block {first.layer} and of shape {list(values.shape)} at {listener.site!r} in "
-                    f"block {listener.layer}: trace these places with a probe each."
+                    f"{first.site!r} in block {first.layer} and of shape {list(values.shape)} at {target.site!r} in "
+                    f"block {target.layer}: trace these sites with a probe each."
                 )
 
 

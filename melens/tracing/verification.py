@@ -1,18 +1,21 @@
 """Check a kind of model on the spot: do the ways that melens takes give transformers' own numbers?
 
-A trace runs a bridge without its components, with fused attention, on prompts that share a forward pass. Each of these
-rests on how a library is made inside, and a library or an architecture that nobody tried may differ without an error.
-So the first trace of a kind of model (class, config, precision, library versions, places) is preceded by a check:
+A trace runs a bridge without its components (`melens.tracing.twin`), with fused attention, on prompts that share a
+forward pass. Each of these rests on how a library is made inside, and a library or an architecture that nobody tried
+may differ without an error. So the first trace of a kind of model (class, config, precision, library versions, sites)
+is preceded by a check:
 
 1. Two prompts of unequal length run alone through plain transformers modules on the same weights, in eager attention.
-   Each place is read at the module that the bridge wraps there, attention from `output_attentions`.
-2. The same prompts run the fast way, in one batch if they may share one.
-3. Where the two differ, the prompts run alone, then through the bridge as TransformerLens made it. The first way that
+   Each site is read at the module where its tensor passes, attention from `output_attentions`.
+2. Where the kind of component does not say whether the tensor of a hook point passes there, the bridge runs once to
+   tell.
+3. The same prompts run the fast way, in one batch if they may share one.
+4. Where the two differ, the prompts run alone, then through the bridge as TransformerLens made it. The first way that
    agrees is taken from then on, and a warning says so; if none does, the model is refused.
 
 The answer is kept in the user's cache.
 
-    melens.verify(model).errors  # a row a place: site, layer, error, limit
+    melens.verify(model).errors  # a row for each site and block: site, layer, error, limit
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
-from typing import Any, Literal
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -35,22 +38,18 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from melens.errors import MelensError
 from melens.models.devices import input_device
 from melens.models.view import base_of, bridge_around, twin_of
 from melens.storage.cache import Store, store_for_kind
 from melens.tracing.batching import BatchRule, forget_longest, measured, rule_of
-from melens.tracing.lean import hear_input, hear_output, keep_whole, lean_forward
-from melens.tracing.sites import ATTENTION_ON_KEYS, Places
+from melens.tracing.sites import ATTENTION_ON_KEYS, SiteInBlock, Sites
+from melens.tracing.twin import Place, Twin, Way, running
 from melens.validation.arguments import Bridge
 from melens.validation.signatures import SiteList, checked
 
 __all__ = ["Verification", "two_prompts", "verified", "verify"]
-
-Way = Literal["fast", "bridge"]
-"""How a trace runs: transformers' own modules wherever nobody listens inside, or TransformerLens's components."""
 
 _LIMITS = {torch.float32: 1e-3, torch.float64: 1e-3}
 _REDUCED_LIMIT = 3e-2  # in bfloat16 and float16
@@ -58,18 +57,21 @@ _REDUCED_LIMIT = 3e-2  # in bfloat16 and float16
 
 _ROUNDINGS, _REROUTED = 4, 0.3
 
+_ANOTHER = 0.3
+"""From which relative error on two tensors are not the same one, computed in two ways."""
+
 _SHORT, _LONG, _FAR = 9, 24, 512
 """Tokens of the two prompts, the longer one `_SHORT` beyond a window or chunk of up to `_FAR` tokens."""
 
 
-_Place = tuple[str, int]
+_Where = tuple[str, int]
 """A site and its block, -1 for none."""
 
 _Tokens = Int[Tensor, " _"]
 """Token ids of one prompt."""
 
-_Seen = dict[_Place, Tensor]
-"""What passed at each place in a forward pass."""
+_Recorded = dict[_Where, Tensor]
+"""What passed at each site of each block in a forward pass."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,10 @@ class Verification:
     Attributes:
         way: which is taken.
         rule: which prompts may share a forward pass.
-        errors: a row a place: `site`, `layer` (-1 outside the blocks), `error` (of the worst token: the L2 norm of the
-            difference over that of its vector; of attention, the largest difference of a probability), `limit`.
-        unchecked: sites that plain modules do not tell.
+        errors: a row for each site and block: `site`, `layer` (-1 outside the blocks), `error` (of the worst token: the
+            L2 norm of the difference over that of its vector; of attention, the largest difference of a probability),
+            `limit`.
+        unchecked: sites that have no counterpart in plain modules.
         why_not: why not everything could be checked; empty if it was.
     """
 
@@ -93,12 +96,12 @@ class Verification:
 
     @property
     def worst(self) -> dict[str, Any] | None:
-        """The place with the largest error for its limit, None where nothing was checked."""
+        """The site and block with the largest error for its limit, None where nothing was checked."""
         return None if self.errors.empty else _worst_of(self.errors)
 
     @property
     def agrees(self) -> bool:
-        """Whether every place that was checked is within its limit; a NaN is not."""
+        """Whether every site that was checked is within its limit; a NaN is not."""
         return bool((self.errors["error"] <= self.errors["limit"]).all())
 
     @cached_property
@@ -122,23 +125,20 @@ def verify(model: Bridge, sites: SiteList | None = None) -> Verification:
 
     Args:
         model: a bridge; what was hooked onto it, patched or folded is left out of the check.
-        sites: as a probe names them; by default the usual ones that plain modules tell of, of the attention too.
+        sites: as a probe names them; by default the usual ones that plain modules have.
 
     Raises:
         MelensError: a site that the model does not have, or no way agrees with transformers, in a sentence that names
             block and site.
     """
     for site in sites or ():
-        if not Places.of(model).of_site(site):
-            raise MelensError(f"No block of this model has the site {site!r}, as hook_resid_post would be one.")
+        if not Sites.of(model).find(site):
+            raise MelensError(f"No block of this model has the site {site!r}; hook_resid_post would be one.")
     if sites is None:
-        told = {site for site, _ in _plain_places(model, _USUAL)}  # to listen elsewhere would keep attention eager
-        told |= {site for site, _, _ in Places.of(model).of_site(ATTENTION_ON_KEYS)}
-        sites = [site for site in _USUAL if site in told]
+        on_keys = [ATTENTION_ON_KEYS] if Sites.of(model).find(ATTENTION_ON_KEYS) else []
+        sites = [*{site for site, _ in _places_of(model, _USUAL)}, *on_keys]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        found = _verify(model, sorted(set(sites)))
-    _act_upon(model, found)
-    return found
+        return _verify(model, sorted(set(sites)))
 
 
 _USUAL = (
@@ -152,20 +152,14 @@ _KNOWN: WeakKeyDictionary[TransformerBridge, dict[tuple[str, ...], Verification]
 
 def verified(model: TransformerBridge, sites: Sequence[str]) -> Verification:
     """Return what `verify` says of a kind of model: from this process, from the user's cache, or by checking it now."""
-    told = tuple(sorted(set(sites)))
+    asked = tuple(sorted(set(sites)))
     known = _KNOWN.setdefault(model, {})
-    if told not in known:
-        store = store_for_kind("verified", model.original_model, told)
-        known[told] = _read(store) or verify(model, told)
-        _act_upon(model, known[told])
-        if not known[told].why_not:  # else it tells of this model, not of its kind
-            _write(store, known[told])
-    return known[told]
-
-
-def _act_upon(model: TransformerBridge, found: Verification) -> None:
-    if found.way == "bridge":
-        keep_whole(model)
+    if asked not in known:
+        store = store_for_kind("verified", model.original_model, asked)
+        known[asked] = _read(store) or verify(model, asked)
+        if not known[asked].why_not:  # else it is true of this model, not of its kind
+            _write(store, known[asked])
+    return known[asked]
 
 
 def _read(store: Store) -> Verification | None:
@@ -204,16 +198,23 @@ def _verify(model: TransformerBridge, sites: Sequence[str]) -> Verification:
         return Verification("fast", rule, _table({}), tuple(sites), why_not)
     rule = measured(twin.eval(), rule_of(twin))
     prompts = two_prompts(twin)
-    expected = _Expected(network, twin, prompts, _plain_places(model, sites), _attending(model))
-    fresh = bridge_around(twin, "verification")  # what is hooked onto the model, or patched, is not asked here
-    complaints: list[str] = []
-    for way, its_rule in _ways(rule, prompts):
+    places = _places_of(model, sites)
+    expected = _Expected(network, twin, prompts, places, _attending(model))
+    fresh = bridge_around(twin, "verification")  # without what is hooked onto the model, or patched
+    ways, complaints = _ways(rule, prompts), list[str]()
+    if misplaced := _misplaced(fresh, expected, prompts, places):
+        ways = [(way, its_rule) for way, its_rule in ways if way == "bridge"]
+        where = ", ".join(misplaced)
+        complaints.append(
+            f"On {type(network).__name__} the hook points of {where} have another tensor than the module."
+        )
+    for way, its_rule in ways:
         try:
-            errors = expected.errors_of(_run_bridge(fresh, prompts, sites, its_rule, way=way))
+            errors = expected.errors_of(_measure(fresh, prompts, sites, its_rule, way=way))
         except MelensError as error:
             complaints.append(str(error))
             continue
-        unchecked = [site for site in sites if not any(place[:2] in errors for place in Places.of(model).of_site(site))]
+        unchecked = [site for site in sites if not any(at[:2] in errors for at in Sites.of(model).find(site))]
         why_not = "" if expected.is_finite else "The model's own numbers are not all finite."
         found = Verification(way, its_rule, _table(errors), tuple(unchecked), why_not)
         if found.agrees:
@@ -221,7 +222,7 @@ def _verify(model: TransformerBridge, sites: Sequence[str]) -> Verification:
                 warnings.warn(f"{complaints[0]} {_INSTEAD[way]}", stacklevel=4)
             return found
         complaints.append(_complaint(network, found))
-    raise MelensError(f"{complaints[0]} No slower way agrees either, so that nothing is measured on this model.")
+    raise MelensError(f"{complaints[0]} No slower way agrees either, so nothing is measured on this model.")
 
 
 def _ways(rule: BatchRule, prompts: Sequence[Tensor]) -> list[tuple[Way, BatchRule]]:
@@ -254,8 +255,8 @@ def _worst_of(errors: pd.DataFrame) -> dict[str, Any]:
     return {str(name): value for name, value in errors.iloc[int(excess.to_numpy().argmax())].items()}
 
 
-def _table(errors: Mapping[_Place, tuple[float, float]]) -> pd.DataFrame:
-    return pd.DataFrame([(*place, *measured) for place, measured in errors.items()], columns=list(_COLUMNS))
+def _table(errors: Mapping[_Where, tuple[float, float]]) -> pd.DataFrame:
+    return pd.DataFrame([(*where, *measured) for where, measured in errors.items()], columns=list(_COLUMNS))
 
 
 def two_prompts(network: Any, *, room: int = 0) -> list[_Tokens]:
@@ -276,45 +277,42 @@ def two_prompts(network: Any, *, room: int = 0) -> list[_Tokens]:
     return [tokens[0], tokens[1, : min(_SHORT, long - 1)]]
 
 
-# --- What plain modules say -------------------------------------------------------------------------------------------
+# --- What plain modules give ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _ReadAt:
-    """Where plain modules tell what passes at a place: a module by its name, what enters it or the first it returns."""
-
-    module: str
-    is_input: bool
-
-
-def _plain_places(model: TransformerBridge, sites: Sequence[str]) -> dict[_Place, _ReadAt]:
-    """Find for each place the module that the bridge wraps there; of places inside a component there is none."""
-    rims: dict[int, _ReadAt] = {}
-    for path, parent in model.original_model.named_modules():
-        components = {} if isinstance(parent, GeneralizedComponent) else parent._modules
-        for name, component in components.items():
-            if isinstance(component, GeneralizedComponent):
-                own = ".".join(part for part in (*path.split("."), name) if part not in ("", "_original_component"))
-                rims[id(component.hook_in)] = _ReadAt(own, is_input=True)
-                rims[id(component.hook_out)] = _ReadAt(own, is_input=False)
-    places = [place for site in sites for place in Places.of(model).of_site(site)]
-    return {
-        (site, layer): rims[id(hook_point)]
-        for site, layer, hook_point in places
-        if hook_point is not None and id(hook_point) in rims
-    }
+def _places_of(model: TransformerBridge, sites: Sequence[str]) -> dict[_Where, Place]:
+    """Find in the plain twin where the tensor of each site passes; of sites inside a component there is none."""
+    places = Twin(model).places
+    found = [at for site in sites for at in Sites.of(model).find(site) if id(at.hook_point) in places]
+    return {(site, layer): places[id(hook_point)] for site, layer, hook_point in found}
 
 
 def _attending(model: TransformerBridge) -> list[int]:
     """List the blocks with attention: of a hybrid, transformers returns the patterns of these alone."""
-    return [layer for _, layer, _ in Places.of(model).of_site(ATTENTION_ON_KEYS)]
+    return [at.layer for at in Sites.of(model).find(ATTENTION_ON_KEYS)]
+
+
+def _misplaced(
+    fresh: TransformerBridge, expected: _Expected, prompts: Sequence[_Tokens], places: Mapping[_Where, Place]
+) -> list[str]:
+    """List the sites whose hook points give another tensor than passes at their place, which `expected` forgets."""
+    unknown = {site for (site, _), place in places.items() if not place.is_known}
+    if not unknown:
+        return []
+    try:
+        found = _measure(fresh, prompts, sorted(unknown), BatchRule(alone=True), way="bridge")
+    except Exception:  # TransformerLens cannot run what transformers can: nothing to compare with
+        return []
+    misplaced = sorted({site for (site, _), (error, _) in expected.errors_of(found).items() if not error < _ANOTHER})
+    expected.forget(misplaced)
+    return misplaced
 
 
 class _Expected:
     """What transformers computes by itself, each prompt alone, and how far something else is from it.
 
     In reduced precision a rounded bit in the embeddings makes some models differ from themselves by more than any
-    limit, where attention is sharp: a place may be off by `_ROUNDINGS` times that. And in a mixture of experts it sends
+    limit, where attention is sharp: a site may be off by `_ROUNDINGS` times that. And in a mixture of experts it sends
     single tokens to another expert, whatever is run: there `_REROUTED` of the tokens are left out.
     """
 
@@ -323,10 +321,10 @@ class _Expected:
         network: Any,
         twin: Any,
         prompts: Sequence[_Tokens],
-        read_at: Mapping[_Place, _ReadAt],
+        places: Mapping[_Where, Place],
         attending: Sequence[int],
     ) -> None:
-        self._network, self._prompts, self._read_at, self._attending = network, prompts, read_at, attending
+        self._network, self._prompts, self._places, self._attending = network, prompts, places, attending
         self._is_reduced = next(twin.parameters()).dtype not in _LIMITS
         self.limit = _REDUCED_LIMIT if self._is_reduced else _LIMITS[next(twin.parameters()).dtype]
         has_experts = any("expert" in name for name, _ in twin.named_modules())
@@ -334,8 +332,8 @@ class _Expected:
         self._eager = [self._run(twin, prompt) for prompt in prompts]
 
     @cached_property
-    def _rounded(self) -> list[_Seen]:
-        """What the model says when every entry of its embeddings is off by about one rounding."""
+    def _rounded(self) -> list[_Recorded]:
+        """What the model gives when every entry of its embeddings is off by about one rounding."""
         twin = twin_of(self._network, "eager").eval()
         generator = torch.Generator().manual_seed(0)
 
@@ -346,15 +344,9 @@ class _Expected:
         twin.get_input_embeddings().register_forward_hook(perturb)
         return [self._run(twin, prompt) for prompt in self._prompts]
 
-    def _run(self, network: Any, prompt: _Tokens) -> _Seen:
-        seen: dict[_Place, list[Tensor]] = {place: [] for place in self._read_at}
-        handles = []
-        for place, at in self._read_at.items():
-            module, keep = network.get_submodule(at.module), partial(_keep, seen[place])
-            if at.is_input:
-                handles.append(module.register_forward_pre_hook(hear_input(keep), with_kwargs=True))
-            else:
-                handles.append(module.register_forward_hook(hear_output(keep)))
+    def _run(self, network: Any, prompt: _Tokens) -> _Recorded:
+        recorded: dict[_Where, list[Tensor]] = {where: [] for where in self._places}
+        handles = [place.attach(partial(_keep, recorded[where]), network) for where, place in self._places.items()]
         forget_longest(network)
         try:
             ids = prompt[None].to(input_device(network))
@@ -362,7 +354,7 @@ class _Expected:
         finally:
             for handle in handles:
                 handle.remove()
-        whole = {place: values[0] for place, values in seen.items() if len(values) == 1}
+        whole = {where: values[0] for where, values in recorded.items() if len(values) == 1}
         patterns = getattr(output, "attentions", None) or ()
         layers = self._attending if len(patterns) == len(self._attending) else range(len(patterns))
         for layer, pattern in zip(layers, patterns, strict=True):
@@ -374,24 +366,28 @@ class _Expected:
     @property
     def is_finite(self) -> bool:
         """Whether the model's own numbers are, all of them."""
-        return all(bool(values.isfinite().all()) for seen in self._eager for values in seen.values())
+        return all(bool(values.isfinite().all()) for recorded in self._eager for values in recorded.values())
 
-    def errors_of(self, found: Sequence[_Seen]) -> dict[_Place, tuple[float, float]]:
-        """Return the error at each place that both tell, and its limit, of the prompt where it is worse."""
-        errors: dict[_Place, tuple[float, float]] = {}
+    def forget(self, sites: Sequence[str]) -> None:
+        """Expect nothing at some sites."""
+        self._eager = [{at: values for at, values in own.items() if at[0] not in sites} for own in self._eager]
+
+    def errors_of(self, found: Sequence[_Recorded]) -> dict[_Where, tuple[float, float]]:
+        """Return the error at each site that both have, and its limit, of the prompt where it is worse."""
+        errors: dict[_Where, tuple[float, float]] = {}
         for row, own in enumerate(found):
             eager = self._eager[row]
-            for place in sorted(own.keys() & eager.keys(), key=lambda place: (place[1], place[0])):
-                if not eager[place].isfinite().all() and not own[place].isfinite().all():
+            for where in sorted(own.keys() & eager.keys(), key=lambda where: (where[1], where[0])):
+                if not eager[where].isfinite().all() and not own[where].isfinite().all():
                     continue  # the model's own doing, whichever way it runs
-                error, limit = _error(place[0], own[place], eager[place], self._share), self.limit
+                error, limit = _error(where[0], own[where], eager[where], self._share), self.limit
                 if self._is_reduced and not error <= limit:
-                    rounding = _error(place[0], self._rounded[row][place], eager[place], self._share)
+                    rounding = _error(where[0], self._rounded[row][where], eager[where], self._share)
                     limit = max(limit, _ROUNDINGS * rounding)
-                before = errors.get(place, (0.0, 1.0))
+                before = errors.get(where, (0.0, 1.0))
                 if not error / limit <= before[0] / before[1]:  # a NaN is worse than anything
-                    errors[place] = (error, limit)
-                errors.setdefault(place, (error, limit))
+                    errors[where] = (error, limit)
+                errors.setdefault(where, (error, limit))
         return errors
 
 
@@ -428,55 +424,55 @@ def _error(site: str, found: Tensor, expected: Tensor, share: float | int = 1.0)
     return float(errors.flatten().sort().values[math.ceil(share * errors.numel()) - 1])
 
 
-# --- What the bridge says ---------------------------------------------------------------------------------------------
+# --- What a trace gives -----------------------------------------------------------------------------------------------
 
 
-def _run_bridge(
+def _measure(
     model: TransformerBridge,
     prompts: Sequence[_Tokens],
     sites: Sequence[str],
     rule: BatchRule,
     *,
     way: Way,
-) -> list[_Seen]:
-    """Run the prompts as a trace does, and return what each of them gives at each place that fires once."""
-    if way == "bridge":
-        keep_whole(model)
-    network, lengths = model.original_model, [len(prompt) for prompt in prompts]
-    found: list[_Seen] = [{} for _ in prompts]
+) -> list[_Recorded]:
+    """Run the prompts as a trace does, and return what passes once at each site, a prompt each."""
+    lengths = [len(prompt) for prompt in prompts]
+    found: list[_Recorded] = [{} for _ in prompts]
     for rows in [[0, 1]] if rule.may_share(lengths) else [[0], [1]]:
         tokens = torch.nn.utils.rnn.pad_sequence([prompts[row] for row in rows], batch_first=True)
-        heard: dict[_Place, list[Tensor]] = defaultdict(list)
-        forget_longest(network)
-        with _hearing(model, sites, heard):
+        recorded: dict[_Where, list[Tensor]] = defaultdict(list)
+        with _recording(model, sites, recorded, way) as network:
+            forget_longest(network)
             base_of(network)(input_ids=tokens.to(input_device(network)), use_cache=False)
         for at, row in enumerate(rows):
-            for place, values in heard.items():
+            for where, values in recorded.items():
                 if len(values) == 1 and len(values[0]) == len(rows):
-                    found[row][place] = _without_padding(place[0], values[0][at : at + 1], lengths[row])
+                    found[row][where] = _without_padding(where[0], values[0][at : at + 1], lengths[row])
     return found
 
 
 @contextmanager
-def _hearing(model: TransformerBridge, sites: Sequence[str], heard: dict[_Place, list[Tensor]]) -> Iterator[None]:
-    by_hook: dict[HookPoint, list[_Place]] = defaultdict(list)
-    hears_keys = False
-    for name, layer, hook_point in (place for site in sites for place in Places.of(model).of_site(site)):
-        if hook_point is None:
-            hears_keys = True
+def _recording(
+    model: TransformerBridge, sites: Sequence[str], recorded: dict[_Where, list[Tensor]], way: Way
+) -> Iterator[Any]:
+    by_hook: dict[HookPoint, list[SiteInBlock]] = defaultdict(list)
+    records_keys = False
+    for at in (at for site in sites for at in Sites.of(model).find(site)):
+        if at.hook_point is None:
+            records_keys = True
         else:
-            by_hook[hook_point].append((name, layer))
+            by_hook[at.hook_point].append(at)
 
-    def hear(places: Sequence[_Place], activation: Tensor) -> None:
-        for place in places:
-            _keep(heard[place], activation)
+    def record(found: Sequence[SiteInBlock], activation: Tensor) -> None:
+        for site, layer, _ in found:
+            _keep(recorded[site, layer], activation)
 
-    def hear_keys(layer: int, attention: Tensor) -> None:
-        _keep(heard[ATTENTION_ON_KEYS, layer], attention)
+    def record_attention(layer: int, attention: Tensor) -> None:
+        _keep(recorded[ATTENTION_ON_KEYS, layer], attention)
 
-    listeners = [(hook_point, partial(hear, places)) for hook_point, places in by_hook.items()]
-    with lean_forward(model, listeners, keys=[0], key_listener=hear_keys if hears_keys else None):
-        yield
+    recorders = [(hook_point, partial(record, found)) for hook_point, found in by_hook.items()]
+    with running(model, recorders, [0], record_attention if records_keys else None, way=way) as network:
+        yield network
 
 
 def _without_padding(site: str, activation: Tensor, length: int) -> Tensor:

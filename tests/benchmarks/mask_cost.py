@@ -28,7 +28,7 @@ import melens
 from melens import WeMask
 from melens.masks.comparison import MaskComparison
 from melens.models.loading import embedded_model_folder
-from melens.tracing.lean import lean_forward
+from melens.tracing.twin import running
 
 LIMIT = 1.02
 
@@ -127,16 +127,14 @@ def grid_cost(plain: Any, start: int, add: Callable[..., None]) -> None:
         bridge = melens.load_model("smollm2-135m")
         texts, per_batch = torch.randint(40_000, (16, 256), generator=generator), 8
     texts = texts.to(plain.device)
-    network = bridge.original_model
     n_layers, n_masks = len(bridge.blocks), 6
     masks = [WeMask(rate, start=start) for rate in (0.01, 0.03, 0.1, 0.2, 0.3, 0.5)]
 
-    def forward(whole: bool) -> Callable[[], object]:
-        run = network if whole else network.base_model
+    def forward(run: Callable[..., object]) -> Callable[[], object]:
         return lambda: [run(input_ids=batch, use_cache=False) for batch in texts.split(per_batch)]
 
-    with lean_forward(bridge):
-        whole, blocks = (median(seconds_of(forward(whole)) for _ in range(3)) for whole in (True, False))
+    with running(bridge) as network:
+        whole, blocks = (median(seconds_of(forward(run)) for _ in range(3)) for run in (network, network.base_model))
     head = 1 - blocks / whole
     MaskComparison(bridge, texts[:2, :64], [start]).measure(masks[0])  # warms up
     comparison: list[MaskComparison] = []

@@ -26,7 +26,7 @@ from melens.models.loading import check_memory
 from melens.models.normalization import read_normalization
 from melens.models.view import bridged_twin, plain_twin, view_model
 from melens.tracing.interventions import MassiveTokenRuns, ablation
-from melens.tracing.resume import Replay
+from melens.tracing.resume import RecordedBlocks
 
 ROOT = Path(__file__).parents[2]
 BLOCK, N_LAYERS, DIM = 1, 4, 21
@@ -199,17 +199,17 @@ def test_parts_of_a_block_are_switched_off_as_in_the_whole_model(pair, family):
         is_close(of_parted, of_whole)
 
 
-def test_a_replay_leaves_every_block_as_it_was(pair):
+def test_resuming_leaves_every_block_as_it_was(pair):
     _, model = pair()
     tokens = tokens_of(model)[0][None]
-    blocks = [vars(block.original_component) for block in model.blocks]
-    before, logits = [dict(attributes) for attributes in blocks], model(tokens)
-    replay = Replay(model)
-    with replay.recording([2]):
+    attributes = [vars(block.original_component) for block in model.blocks]
+    before, logits = [dict(of_block) for of_block in attributes], model(tokens)
+    blocks = RecordedBlocks(model)
+    with blocks.recording([2]):
         model(tokens)
-    with replay.starting_at(3):
+    with blocks.resuming_at(3):
         is_close(model(tokens), logits)
-    assert all(after.get("forward") is own.get("forward") for after, own in zip(blocks, before, strict=True))
+    assert all(after.get("forward") is own.get("forward") for after, own in zip(attributes, before, strict=True))
     is_close(model(tokens), logits)
 
 

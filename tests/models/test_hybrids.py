@@ -17,7 +17,7 @@ from melens.masks.comparison import MaskComparison
 from melens.models.layout import Layout, listed
 from melens.models.view import plain_twin, view_model
 from melens.report.result import combine
-from melens.tracing.attention import eager_function
+from melens.tracing.attention import uses_attention_function
 
 SIZES: dict[str, Any] = planted.SMALL | {"num_hidden_layers": 4}
 _MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_chunk_size": 16, "mamba_expand": 2}
@@ -87,7 +87,7 @@ def test_sinks_are_measured_in_the_blocks_with_attention(model_type):
     assert layout.attention == ATTENTION.get(model_type, (1, 3))
     assert layout.ffn == FFN.get(model_type, (0, 1, 2, 3))
     assert (layout.unnamed_attention, layout.unnamed_ffn) == ((), (1, 3) if model_type == "zamba2" else ())
-    if model_type == "recurrent_gemma" and eager_function(plain.model.layers[1].temporal_block) is None:
+    if model_type == "recurrent_gemma" and not uses_attention_function(plain.model.layers[1].temporal_block):
         pytest.skip("This transformers computes RecurrentGemma's attention without telling its pattern.")
     tokens = torch.arange(10, 22)
     trace = melens.trace(bridge, [tokens], [melens.SinkMass(), melens.Norms(("hook_resid_post",))])

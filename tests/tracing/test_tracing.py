@@ -203,7 +203,7 @@ def test_a_trace_within_a_trace_is_refused():
         def reduce(self, activation, batch):
             melens.trace(model, prompts)
 
-    with pytest.raises(MelensError, match="already: end it first"):
+    with pytest.raises(MelensError, match="already, by a trace or a comparison: end that"):
         melens.trace(model, prompts, [Nested()])
     assert len(melens.trace(model, prompts)["norm"]) > 0
 
@@ -358,6 +358,7 @@ class Raises(Probe):
 def test_a_probe_that_raises_leaves_the_model_as_it_was(family, site):
     model = bridge(plain_model(family))
     prompts = some_prompts((8,))
+    model.run_with_cache(prompts[0][None])  # the bridge wires hooks of its own at its first run
     before, norms = state_of(model), melens.trace(model, prompts, [melens.Norms()])["norm"]
     with pytest.raises(RuntimeError, match="on purpose"):
         melens.trace(model, prompts, [melens.Norms(), Raises(site)])
@@ -646,7 +647,7 @@ def test_a_trace_survives_saving(tmp_path):
         (lambda model: melens.trace(model, some_prompts(), [Total()]), "name each dimension"),
         (
             lambda model: melens.trace(model, some_prompts(), [melens.Norms(("attn.hook_q", "attn.hook_k"))]),
-            "trace these places with a probe each",
+            "trace these sites with a probe each",
         ),
         (lambda model: melens.trace(model, some_prompts(), [melens.Norms(("hook_nope",))]), "'hook_nope'"),
         (lambda model: melens.trace(model, some_prompts(), max_batch_tokens=0), "at least 1"),

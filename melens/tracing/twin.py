@@ -1,0 +1,424 @@
+"""Run the transformers model that is inside a bridge without the bridge: its plain twin.
+
+A `TransformerBridge` puts a component of its own around every module of a transformers model, so that hooks can fire
+everywhere. That computes attention eagerly, in memory quadratic in the length, and spends more time in Python than a
+GPU takes for a block. `running` is how melens runs a bridge's model instead:
+
+1. `Twin` copies what contains modules (blocks, attention, ...) without the components in between. What holds weights is
+   the bridge's own module, and a copy shares its original's PyTorch hooks. That takes a millisecond and is done for
+   every measurement, so that it sees whatever was replaced since.
+2. On the way it notes where in the twin the tensor of each hook point passes: into a module, or out of it.
+3. Plain forward hooks there call the recorders, and fire the bridge's hook points that somebody hooked; attention is
+   computed by `melens.tracing.attention`.
+4. What has no place in the twin (a hook inside a component, a component that was changed, folded weights) is run by the
+   bridge itself, and a warning says why and what it costs.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import types
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.generalized_components import (
+    BlockBridge,
+    GatedMLPBridge,
+    JointGateUpMLPBridge,
+    JointQKVAttentionBridge,
+    LinearBridge,
+    NormalizationBridge,
+)
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+
+from melens.errors import MelensError
+from melens.tracing.attention import FUSED, columns_of, uses_attention_function
+from melens.tracing.resume import is_skipped
+from melens.tracing.sites import Sites
+
+__all__ = ["Place", "Record", "RecordAttention", "Twin", "Way", "is_hooked", "running"]
+
+Record = Callable[[Tensor], None]
+
+RecordAttention = Callable[[int, Tensor], None]
+"""Called as `record(layer, attention)` with a float32 `[batch, head, query, key]`, a column for each wanted key."""
+
+Way = Literal["fast", "bridge"]
+"""What runs: the plain twin, or the bridge with TransformerLens's components."""
+
+_Fire = Callable[[Tensor], Tensor | None]
+"""Called with an activation; what it returns, if anything, goes on in its place."""
+
+_KNOWN = (BlockBridge, GatedMLPBridge, JointGateUpMLPBridge, LinearBridge, NormalizationBridge)
+"""Components whose `hook_in` and `hook_out` are what enters and leaves their module. Whether it is so of another kind,
+attention aside, `melens.tracing.verification` finds out."""
+
+_LIBRARIES = ("transformer_lens.", "melens.", "accelerate.")
+"""Whose classes of components, and whose PyTorch hooks on them, change nothing that the twin computes."""
+
+
+class Place(NamedTuple):
+    """Where the tensor of a hook point passes in the transformers model.
+
+    Attributes:
+        name, module: a module of the twin.
+        is_input: whether it enters the module, or is the first that the module returns.
+        projection: takes what enters the module to the tensor: the part of a joint projection (q, k, v; gate, up) that
+            the bridge split off and the module does not compute apart.
+        is_known: whether the place follows from the kind of component.
+    """
+
+    name: str
+    module: nn.Module
+    is_input: bool
+    projection: nn.Module | None = None
+    is_known: bool = True
+
+    def attach(self, fire: _Fire, network: nn.Module | None = None) -> RemovableHandle:
+        """Call a function with what passes here, or at this place of another model of the class."""
+        module = self.module if network is None else network.get_submodule(self.name)
+        if self.projection is not None:
+            fire = partial(_on_projected, fire, self.projection)
+        if self.is_input:
+            return module.register_forward_pre_hook(partial(_on_input, fire), with_kwargs=True)
+        return module.register_forward_hook(partial(_on_output, fire))
+
+
+def _on_projected(fire: _Fire, projection: nn.Module, activation: Tensor) -> None:
+    fire(projection(activation))
+
+
+def _on_input(fire: _Fire, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    changed = fire(args[0] if args else kwargs["hidden_states"])
+    if changed is None:
+        return None
+    return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
+
+
+def _on_output(fire: _Fire, module: nn.Module, args: Any, output: Any) -> Any:
+    is_several = isinstance(output, tuple | list)
+    changed = fire(output[0] if is_several else output)
+    return type(output)((changed, *output[1:])) if changed is not None and is_several else changed
+
+
+class Twin:
+    """The transformers model of a bridge without the bridge's components, on the same weights.
+
+    Attributes:
+        network: the model; only what contains a component is a copy.
+        places: by the id of a hook point, where its tensor passes.
+        attention: by block, its attention module.
+        patterns: by the id of a hook point of attention patterns, its block.
+        is_fused: whether `melens.tracing.attention` computes the attention of all blocks; else transformers does,
+            eagerly.
+        why_not: why the twin does not compute what the bridge does, in a clause; empty if it does.
+    """
+
+    def __init__(self, model: TransformerBridge) -> None:
+        self.places: dict[int, Place] = {}
+        self.attention: dict[int, nn.Module] = {}
+        self.patterns: dict[int, int] = {}
+        self.why_not = ""
+        if model.compatibility_mode or getattr(model, "_weights_processed", False):
+            self.why_not = "its weights were folded (compatibility mode, process_weights)"
+        self._layers = {id(block._modules.get("attn")): layer for layer, block in enumerate(model.blocks)}
+        self._plain: dict[int, nn.Module] = {}
+        self._configs: dict[int, Any] = {}
+        self._deepcopied: dict[int, Any] = {}
+        self.network: Any = self._without_components(model.original_model, "")
+        self.is_fused = all(map(uses_attention_function, self.attention.values()))
+        for config in self._configs.values():
+            config._attn_implementation = FUSED if self.is_fused else "eager"
+
+    def _without_components(self, module: nn.Module, name: str) -> nn.Module:
+        component = module if isinstance(module, GeneralizedComponent) else None
+        original: Any = module if component is None else component.original_component
+        if id(original) not in self._plain:  # a model may hold one module in several places
+            prefix = f"{name}." if name else ""
+            parts = {
+                key: part and self._without_components(part, prefix + key) for key, part in original._modules.items()
+            }
+            is_plain = all(part is original._modules[key] for key, part in parts.items())
+            keep = is_plain and not uses_attention_function(original)
+            self._plain[id(original)] = original if keep else self._copy(original, parts, name)
+        if component is not None:
+            self._note(component, self._plain[id(original)], name)
+        return self._plain[id(original)]
+
+    def _copy(self, module: nn.Module, parts: Mapping[str, nn.Module | None], name: str) -> nn.Module:
+        """Make an object of the same class with the same weights, buffers and PyTorch hooks, around other parts."""
+        twin: nn.Module = object.__new__(type(module))
+        vars(twin).update(vars(module), _modules=dict(parts))
+        if not is_skipped(module):
+            for attribute in ("forward", "_old_forward"):  # accelerate's bring what goes in to the module's device
+                if attribute in vars(module):
+                    vars(twin)[attribute] = self._bound_to(twin, vars(module)[attribute], module, name)
+        if "config" in vars(module):
+            config = vars(module)["config"]
+            vars(twin)["config"] = self._configs[id(config)] = copy.deepcopy(config, self._deepcopied)
+        return twin
+
+    def _bound_to(self, twin: nn.Module, forward: Any, module: nn.Module, name: str) -> Any:
+        if isinstance(forward, types.MethodType) and forward.__self__ is module:
+            return types.MethodType(forward.__func__, twin)
+        if isinstance(forward, partial) and forward.args[:1] == (module,):
+            return partial(forward.func, twin, *forward.args[1:], **forward.keywords)
+        self.why_not = self.why_not or f"{name} has a forward that is not its class's"
+        return forward
+
+    def _note(self, component: Any, plain: nn.Module, name: str) -> None:
+        """Note where the tensors of a component's hook points pass, and what was done to the component."""
+        self.why_not = self.why_not or _what_was_done_to(component, name)
+        inside = component._modules  # read past `__getattr__`, which takes longer than all the rest
+        layer = self._layers.get(id(component))
+        is_known = layer is not None or isinstance(component, _KNOWN)
+        self.places[id(inside["hook_in"])] = Place(name, plain, is_input=True, is_known=is_known)
+        self.places[id(inside["hook_out"])] = Place(name, plain, is_input=False, is_known=is_known)
+        if layer is None and not isinstance(component, JointGateUpMLPBridge):
+            return
+        for part in inside.values():  # some wrap a module that the model keeps calling itself (GPT-2's o)
+            own = part._modules.get("_original_component") if isinstance(part, GeneralizedComponent) else None
+            if own is not None and id(part._modules["hook_in"]) not in self.places and id(own) in self._plain:
+                self._note(part, self._plain[id(own)], f"{name}.{part.name}")
+        if layer is not None:
+            self.attention[layer] = plain
+            if "hook_pattern" in inside:
+                self.patterns[id(inside["hook_pattern"])] = layer
+        if isinstance(component, JointQKVAttentionBridge):
+            self._note_joint(component, plain, name, "qkv", ("q", "k", "v"), component.split_qkv_matrix)
+        elif isinstance(component, JointGateUpMLPBridge):
+            self._note_joint(component, plain, name, "gate_up", ("gate", "in"), component.split_gate_up_matrix)
+
+    def _note_joint(
+        self, component: Any, plain: nn.Module, name: str, joint: str, names: Sequence[str], split: Callable[..., Any]
+    ) -> None:
+        if joint in component._modules:  # which the bridge never calls: a hook there does not fire
+            self.places.pop(id(component._modules[joint].hook_in), None)
+            self.places.pop(id(component._modules[joint].hook_out), None)
+        parts = [getattr(component, part) for part in names]
+        for part in parts:
+            self.why_not = self.why_not or _what_was_done_to(part, f"{name} ({part.name})")
+            projection = part.original_component
+            self.places[id(part.hook_out)] = Place(name, plain, is_input=True, projection=projection, is_known=False)
+        if not _holds_the_same(component, [part.original_component for part in parts], split):
+            self.why_not = self.why_not or f"the projections that it split off {name} were changed apart from that"
+
+
+def _what_was_done_to(component: Any, name: str) -> str:
+    """Say what makes a component compute something else than its module; nothing if nothing does."""
+    own, kind = vars(component), type(component)
+    if not kind.__module__.startswith(_LIBRARIES):
+        return f"{name} has a component of the class {kind.__name__}"
+    if "forward" in own and "_hf_hook" not in own:  # accelerate's brings the weights, and nothing else
+        return f"the component of {name} has a forward that is not its class's"
+    for hooks in (component._forward_hooks, component._forward_pre_hooks, component._backward_hooks):
+        if not all((getattr(hook, "__module__", None) or "").startswith(_LIBRARIES) for hook in hooks.values()):
+            return f"there is a PyTorch hook on the component of {name}"
+    return ""
+
+
+_SPLIT: WeakKeyDictionary[nn.Module, list[tuple[int, int, int]]] = WeakKeyDictionary()
+"""By component, the weights with which it was last found to be split as its joint projection is."""
+
+
+def _holds_the_same(component: Any, parts: Sequence[nn.Module], split: Callable[..., Sequence[nn.Module]]) -> bool:
+    """Tell whether what a component split off a joint projection still holds the same: the parts may be edited.
+
+    They are compared anew once a weight has changed. Only a part changed in place behind autograd's back
+    (`weight.data.mul_`) goes unnoticed.
+    """
+    weights = [weight for part in (component.original_component, *parts) for weight in part.parameters()]
+    seen = [(id(weight), weight.data_ptr(), weight._version) for weight in weights]
+    if _SPLIT.get(component) == seen or any(weight.is_meta for weight in weights):  # offloaded: not edited
+        return True
+    with torch.no_grad():
+        is_same = all(
+            now.data_ptr() == then.data_ptr() or torch.equal(now, then.to(now))
+            for part, anew in zip(parts, split(component.original_component), strict=True)
+            for now, then in zip(part.parameters(), anew.parameters(), strict=True)
+        )
+    if is_same:
+        _SPLIT[component] = seen
+    return is_same
+
+
+# --- Running ----------------------------------------------------------------------------------------------------------
+
+_RUNNING: WeakSet[TransformerBridge] = WeakSet()
+
+_WARNED: WeakKeyDictionary[TransformerBridge, set[str]] = WeakKeyDictionary()
+
+
+@contextmanager
+def running(
+    model: TransformerBridge,
+    recorders: Sequence[tuple[HookPoint, Record]] = (),
+    keys: Sequence[int] = (),
+    record_attention: RecordAttention | None = None,
+    *,
+    way: Way = "fast",
+) -> Iterator[Any]:
+    """Give the transformers model to call for a measurement: the bridge's twin, or the model inside the bridge.
+
+    Hooks on the bridge take effect either way, and are as they were when the context ends.
+
+    Args:
+        model: the bridge.
+        recorders: what records the activations that pass hook points, at most one a hook point.
+        keys: key positions whose attention `record_attention` wants.
+        record_attention: called once a block with attention and forward pass.
+        way: "bridge" runs the bridge where the twin could be run, too.
+
+    Raises:
+        MelensError: within another such context of the same model.
+    """
+    if model in _RUNNING:
+        raise MelensError("This model is being measured already, by a trace or a comparison: end that first.")
+    hooked = [hook_point for hook_point in Sites.of(model).hook_points if is_hooked(hook_point)]
+    with ExitStack() as stack:
+        _RUNNING.add(model)
+        stack.callback(_RUNNING.discard, model)
+        if way == "fast":
+            twin = Twin(model)
+            why_not = _why_not(twin, hooked, [hook_point for hook_point, _ in recorders])
+            if not why_not:
+                _attach(twin, hooked, recorders, tuple(keys), record_attention, stack)
+                yield twin.network
+                return
+            _warn(model, why_not)
+        for hook_point, record in recorders:
+            _record_at(hook_point, record, stack)
+        if record_attention is not None:
+            _record_patterns(model, keys, record_attention, stack)
+        yield model.original_model
+
+
+def is_hooked(hook_point: HookPoint) -> bool:
+    """Tell whether a hook of any kind is attached to a hook point."""
+    return bool(hook_point._forward_hooks or hook_point._forward_pre_hooks or hook_point._backward_hooks)
+
+
+def _why_not(twin: Twin, hooked: Sequence[HookPoint], recorded: Sequence[HookPoint]) -> str:
+    """Say why the bridge has to be run, in a clause; nothing if the twin will do."""
+    for hook_point in (*recorded, *hooked):
+        if id(hook_point) not in twin.places and id(hook_point) not in twin.patterns:
+            return f"{hook_point.name} is inside one of them"
+    for hook_point in hooked:  # which may change what passes
+        place = twin.places.get(id(hook_point))
+        if not twin.is_fused if place is None else place.projection is not None:
+            return f"a hook on {hook_point.name} takes effect only there"
+    return twin.why_not
+
+
+def _warn(model: TransformerBridge, why_not: str) -> None:
+    warned = _WARNED.setdefault(model, set())
+    if why_not not in warned:
+        warned.add(why_not)
+        warnings.warn(
+            "This model is run through TransformerLens's own components, in about 4 times the time and in memory "
+            f"quadratic in the length: {why_not}.",
+            stacklevel=4,
+        )
+
+
+def _attach(
+    twin: Twin,
+    hooked: Sequence[HookPoint],
+    recorders: Sequence[tuple[HookPoint, Record]],
+    keys: tuple[int, ...],
+    record_attention: RecordAttention | None,
+    stack: ExitStack,
+) -> None:
+    """Put hooks on a twin that call the recorders and fire the hook points which somebody hooked."""
+    fires: dict[int, _Fire] = {id(hook_point): hook_point for hook_point in hooked}
+    for hook_point, record in recorders:
+        if id(hook_point) in fires or hook_point.hook_conversion is not None:
+            fires[id(hook_point)] = hook_point
+            _record_at(hook_point, record, stack)
+        else:
+            fires[id(hook_point)] = record  # without the hook point, which would take longer
+    at_pattern = {twin.patterns[key]: fire for key, fire in fires.items() if key in twin.patterns}
+    shape: list[int] = []
+
+    def note_shape(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        shape[:] = args[0].shape
+
+    stack.callback(twin.network.get_input_embeddings().register_forward_pre_hook(note_shape).remove)
+    for key, fire in fires.items():
+        if key not in twin.patterns:
+            stack.callback(twin.places[key].attach(partial(_by_prompt, fire, shape)).remove)
+    for layer, attention in twin.attention.items():
+        if record_attention is not None or layer in at_pattern:
+            wanted = _Wanted(keys, record_attention and partial(record_attention, layer), at_pattern.get(layer))
+            stack.callback(wanted.attach(attention, is_fused=twin.is_fused).remove)
+
+
+def _by_prompt(fire: _Fire, shape: Sequence[int], activation: Tensor) -> Tensor | None:
+    """Give `[batch, pos, ...]` where a block works on `[batch · pos, ...]` (OPT's FFN, Llama 4's experts)."""
+    if activation.ndim != 2 or len(activation) != math.prod(shape):
+        return fire(activation)
+    changed = fire(activation.unflatten(0, shape))
+    return None if changed is None else changed.reshape(activation.shape)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What is wanted of a block's attention: that on some keys, to be recorded, and the pattern, to fire with."""
+
+    keys: tuple[int, ...]
+    record: Record | None
+    fire: _Fire | None
+
+    def attach(self, attention: nn.Module, *, is_fused: bool) -> RemovableHandle:
+        if is_fused:
+            return attention.register_forward_pre_hook(self._pass_on, with_kwargs=True)
+        return attention.register_forward_hook(self._read)
+
+    def _pass_on(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """Give a transformers attention module arguments more, which it hands on to its attention function."""
+        wanted = {"melens_keys": self.keys, "melens_record": self.record, "melens_pattern": self.fire}
+        return args, kwargs | wanted
+
+    def _read(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Read the pattern that eager attention returns after its output; a few architectures return none."""
+        others = output[1:] if isinstance(output, tuple | list) else ()
+        for pattern in [other for other in others if isinstance(other, Tensor) and other.ndim == 4][:1]:
+            if self.fire is not None:
+                self.fire(pattern)
+            if self.record is not None:
+                self.record(columns_of(pattern, self.keys))
+
+
+def _record_at(hook_point: HookPoint, record: Record, stack: ExitStack) -> None:
+    """Record what passes a hook point, in the layout of its documentation, until the stack unwinds."""
+
+    def on_activation(activation: Tensor, hook: HookPoint) -> None:
+        record(activation)
+
+    handle = hook_point.add_hook(on_activation)
+    stack.callback(hook_point.fwd_hooks.remove, handle)
+    stack.callback(handle.hook.remove)
+
+
+def _record_patterns(model: TransformerBridge, keys: Sequence[int], record: RecordAttention, stack: ExitStack) -> None:
+    """Record the attention on some keys from a bridge's own patterns."""
+
+    def on_pattern(layer: int, pattern: Float[Tensor, "batch head query key"]) -> None:
+        record(layer, columns_of(pattern, keys))
+
+    for layer, block in enumerate(model.blocks):
+        hook_point = getattr(block._modules.get("attn"), "hook_pattern", None)
+        if hook_point is not None:
+            _record_at(hook_point, partial(on_pattern, layer), stack)

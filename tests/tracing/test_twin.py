@@ -1,0 +1,106 @@
+"""A bridge is measured on its plain twin, with every hook that has a place there; else on itself: a line says why."""
+
+import warnings
+
+import pytest
+import torch
+from planted import bridge, other_model, plain_model
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+
+import melens
+from melens.tracing import twin
+from melens.tracing.twin import running
+
+TOKENS = torch.randint(1, 200, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def recorded(model, site):
+    """Run the twin, which must need no warning, and return what passes a hook point."""
+    found = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with running(model, [(model.hook_dict[site], lambda activation: found.append(activation.clone()))]) as network:
+            assert network is not model.original_model
+            network(input_ids=TOKENS, use_cache=False)
+    (activation,) = found
+    return activation
+
+
+def test_the_twin_has_the_bridges_weights_and_none_of_its_components():
+    model = bridge(plain_model("llama"))
+    with running(model) as network:
+        assert not any(isinstance(module, GeneralizedComponent) for module in network.modules())
+        own, of_bridge = (sorted(p.data_ptr() for p in net.parameters()) for net in (network, model.original_model))
+        assert own == of_bridge
+        assert model.original_model.config._attn_implementation == "eager"
+        assert model.blocks[0].attn.original_component.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    ("name", "site"),
+    [
+        ("gpt2", "attn.hook_k"),  # split off a joint projection
+        ("gpt2", "attn.hook_z"),
+        ("opt", "mlp.hook_pre"),  # in a block that works on [batch · pos, d]
+        ("llama4_text in chunks", "hook_mlp_out"),
+        ("falcon_h1", "attn.hook_pattern"),
+        ("bloom", "attn.hook_pattern"),  # whose attention is not ours
+        ("gpt_oss", "attn.hook_pattern"),
+    ],
+)
+def test_what_passes_a_hook_point_passes_its_place_in_the_twin(name, site):
+    model = other_model(name)
+    with torch.no_grad():
+        _, cache = model.run_with_cache(TOKENS)
+    torch.testing.assert_close(recorded(model, f"blocks.1.{site}"), cache[f"blocks.1.{site}"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("site", ["hook_resid_pre", "attn.hook_q", "attn.hook_pattern", "ln2.hook_out"])
+def test_a_hook_that_changes_something_changes_the_same_in_the_twin(site):
+    model = bridge(plain_model("llama"))
+    with model.hooks(fwd_hooks=[(f"blocks.1.{site}", lambda activation, hook: activation.flip(1))]), torch.no_grad():
+        _, cache = model.run_with_cache(TOKENS)
+        found = recorded(model, "blocks.3.hook_resid_post")
+    torch.testing.assert_close(found, cache["blocks.3.hook_resid_post"], rtol=1e-4, atol=1e-4)
+
+
+def test_where_the_bridge_has_to_run_one_line_says_why():
+    model = bridge(plain_model("llama"))
+
+    def runs_the_bridge():
+        with running(model) as network:
+            return network is model.original_model
+
+    hook = ("blocks.1.ln1.hook_scale", lambda activation, hook: None)
+    with model.hooks(fwd_hooks=[hook]), warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        assert runs_the_bridge()
+        assert runs_the_bridge()
+    assert [str(one.message) for one in warned] == [
+        "This model is run through TransformerLens's own components, in about 4 times the time and in memory quadratic "
+        "in the length: blocks.1.ln1.hook_scale is inside one of them."
+    ]
+    assert not runs_the_bridge()
+
+
+def test_a_site_whose_tensor_passes_elsewhere_is_measured_in_the_bridge(monkeypatch, tmp_path):
+    """GPT-2's FFN is a component of no known kind, so the check compares its hook points with its module."""
+    monkeypatch.setenv("MELENS_CACHE", str(tmp_path))
+    own = twin.Twin._note
+
+    def misplace(self, component, plain, name):
+        own(self, component, plain, name)
+        if name.endswith("mlp"):
+            key = id(component.hook_out)
+            self.places[key] = self.places[key]._replace(is_input=True)
+
+    monkeypatch.setattr(twin.Twin, "_note", misplace)
+    model = other_model("gpt2")
+    with pytest.warns(UserWarning, match=r"On GPT2LMHeadModel .*hook_mlp_out.* It is therefore run through Transf"):
+        norms = melens.trace(model, list(TOKENS), [melens.Norms(("hook_mlp_out",))])
+    assert norms.model["verified"]["way"] == "bridge"
+    with torch.no_grad():
+        _, cache = model.run_with_cache(TOKENS)
+    found = torch.tensor(norms["norm"].query("layer == 1").norm.to_numpy()).view(2, 9)
+    torch.testing.assert_close(found, cache["blocks.1.hook_mlp_out"].norm(dim=-1), rtol=1e-4, atol=1e-5)
