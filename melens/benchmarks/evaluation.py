@@ -36,7 +36,7 @@ from melens.errors import MelensError
 from melens.masks.mask import WeMask
 from melens.models.generation import verify_generation
 from melens.models.loading import load_model
-from melens.models.view import plain_twin
+from melens.models.twins import plain_twin
 from melens.storage.cache import Store, fingerprint, hash_of, store_for, tokenizer_fingerprint
 from melens.tracing.trace import Progress
 

@@ -41,7 +41,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from melens.errors import MelensError
 from melens.models.devices import input_device
-from melens.models.view import base_of, bridge_around, twin_of
+from melens.models.twins import bridge_around, twin_of
+from melens.models.view import base_of
 from melens.storage.cache import Store, store_for_kind
 from melens.tracing.batching import BatchRule, forget_longest, measured, rule_of
 from melens.tracing.sites import ATTENTION_ON_KEYS, SiteInBlock, Sites

@@ -19,7 +19,8 @@ from melens.analysis.me_layer import find_me_layer
 from melens.analysis.sink_mass import sink_mass_by_layer
 from melens.analysis.study import Study
 from melens.masks.mask import WeMask
-from melens.models.view import bridged_twin, is_whole
+from melens.models.twins import bridged_twin
+from melens.models.view import is_whole
 from melens.storage.files import write_text
 from melens.tracing.trace import Trace, default_probes, trace
 

@@ -31,7 +31,8 @@ from melens.masks.mask import WeMask
 from melens.models.devices import is_dispatched
 from melens.models.gates import add_gates
 from melens.models.quantization import is_quantized
-from melens.models.view import plain_twin, view_model
+from melens.models.twins import plain_twin
+from melens.models.view import view_model
 from melens.report.result import Metrics, Result
 from melens.storage.cache import Store, store_for, tokenizer_fingerprint
 from melens.training.data import TrainingData, format_rows, hash_rows, load_training_data

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from melens.masks.mask import WeMask
 from melens.models.gates import is_of_gate, save_gates
-from melens.models.view import gathered_twin
+from melens.models.twins import gathered_twin
 from melens.storage.files import atomic_folder
 
 __all__ = ["save_trained"]

@@ -25,7 +25,7 @@ from melens.claims.paper import CLAIMS
 from melens.masks.comparison import MaskComparison
 from melens.masks.grid import Grid, compare_grid
 from melens.masks.grid_claims import MaskGridMetrics
-from melens.models.view import plain_twin
+from melens.models.twins import plain_twin
 from melens.training.history import TrainingHistory, average_histories
 
 NAN = float("nan")

@@ -29,7 +29,7 @@ from melens.benchmarks.catalog import BENCHMARKS
 from melens.benchmarks.harness import RequestOptions, evaluate
 from melens.benchmarks.tasks import load_task
 from melens.data.texts import read_text
-from melens.models.view import plain_twin
+from melens.models.twins import plain_twin
 
 LIMIT = 1.1
 

@@ -9,7 +9,7 @@ from transformers.models.falcon.modeling_falcon import FalconAttention
 import melens
 from melens import MelensError
 from melens.models import adapters
-from melens.models.view import plain_twin
+from melens.models.twins import plain_twin
 
 _SIZES = {"vocab_size": 200, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 _FALCON = _SIZES | {"new_decoder_architecture": True, "num_kv_heads": 2}

@@ -24,7 +24,8 @@ from melens.models.devices import placement
 from melens.models.gates import GATE_FILE, add_gates, gates_of, save_gates
 from melens.models.loading import check_memory
 from melens.models.normalization import read_normalization
-from melens.models.view import bridged_twin, plain_twin, view_model
+from melens.models.twins import bridged_twin, plain_twin
+from melens.models.view import view_model
 from melens.tracing.interventions import MassiveTokenRuns, ablation
 from melens.tracing.resume import RecordedBlocks
 

@@ -10,7 +10,7 @@ from melens import MelensError, WeMask
 from melens.masks import hooks as masking
 from melens.models import generation
 from melens.models.generation import Generation, verify_generation
-from melens.models.view import plain_twin
+from melens.models.twins import plain_twin
 
 MASK = WeMask(0.3, "magnitude", start=1)
 

@@ -15,7 +15,8 @@ from experiments.options import compose_options
 from experiments.runner.study import begin_study, run_experiments
 from melens.masks.comparison import MaskComparison
 from melens.models.layout import Layout, listed
-from melens.models.view import plain_twin, view_model
+from melens.models.twins import plain_twin
+from melens.models.view import view_model
 from melens.report.result import combine
 from melens.tracing.attention import uses_attention_function
 

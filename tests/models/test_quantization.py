@@ -29,7 +29,8 @@ from melens.data.prompts import byte_tokenizer
 from melens.models import quantization
 from melens.models.gates import add_gates
 from melens.models.skeletons import Skeleton
-from melens.models.view import plain_twin, view_model
+from melens.models.twins import plain_twin
+from melens.models.view import view_model
 from melens.storage.cache import fingerprint
 from melens.tracing.batching import rule_of
 

@@ -23,7 +23,7 @@ from melens.benchmarks.tasks import load_task
 from melens.data.chat import chat_of
 from melens.data.prompts import byte_tokenizer
 from melens.models.loading import embedded_model_folder
-from melens.models.view import plain_twin
+from melens.models.twins import plain_twin
 
 PIQA = [
     ("How do you open a jar?", ["Turn the lid", "Turn the jar into a very old and rusty tractor"], 0),

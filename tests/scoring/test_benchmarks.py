@@ -22,7 +22,7 @@ from melens.benchmarks.scores import best_rates, summarise
 from melens.benchmarks.scoring import Scorer, _Row
 from melens.benchmarks.tables import Layout, lay_out
 from melens.data.prompts import byte_tokenizer
-from melens.models.view import plain_twin
+from melens.models.twins import plain_twin
 from melens.tracing.batching import forget_longest
 
 MASKS = [None, WeMask(0.3, "random", "attn_in", start=1), WeMask(0.3, "magnitude", "resid_pre", start=2)]

@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerFast
 import melens
 from melens import MelensError, WeMask
 from melens.models.gates import add_gates, gates_of
-from melens.models.view import plain_twin, view_model
+from melens.models.twins import plain_twin
+from melens.models.view import view_model
 from melens.storage import cache
 from melens.storage.cache import Store, fingerprint, hash_of, store_for, tokenizer_fingerprint
 

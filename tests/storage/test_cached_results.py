@@ -31,7 +31,7 @@ from melens.benchmarks.tasks import load_task
 from melens.data.prompts import byte_tokenizer
 from melens.masks import grid as grids
 from melens.masks.comparison import MaskComparison
-from melens.models.view import plain_twin
+from melens.models.twins import plain_twin
 from melens.report.record import write_result
 from melens.report.result import Result, plain
 from melens.storage import cache

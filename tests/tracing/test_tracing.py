@@ -22,7 +22,7 @@ from planted import (
 
 import melens
 from melens import MelensError, Probe
-from melens.models.view import plain_twin
+from melens.models.twins import plain_twin
 from melens.tracing.probes import ATTENTION_ON_KEYS
 
 LENGTHS = (23, 9, 16)

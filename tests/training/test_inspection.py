@@ -9,7 +9,7 @@ import torch
 from handmade import study_by_hand, table
 
 from melens import WeMask
-from melens.models.view import plain_twin
+from melens.models.twins import plain_twin
 from melens.training import inspection
 from melens.training.inspection import Inspector
 

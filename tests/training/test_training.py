@@ -29,7 +29,8 @@ from melens.data.chat import check_conversations
 from melens.data.prompts import byte_tokenizer
 from melens.models.gates import add_gates, gates_of
 from melens.models.generation import Generation
-from melens.models.view import bridged_twin, gathered_twin, plain_twin, view_model
+from melens.models.twins import bridged_twin, gathered_twin, plain_twin
+from melens.models.view import view_model
 from melens.training.data import format_rows, load_training_data
 from melens.training.recipe import Lora, Recipe
 from melens.training.rewards import reward_answer
