@@ -26,7 +26,7 @@ from melens.analysis.statistics import bootstrap_mean, holm, paired_permutation_
 from melens.analysis.study import Study
 from melens.errors import MelensError
 from melens.masks.comparison import MaskComparison, Measured
-from melens.masks.grid_claims import MaskGridMetrics, claim_metrics
+from melens.masks.grid_claims import UNMASKED, MaskGridMetrics, claim_metrics
 from melens.masks.grid_figures import (
     attention_figure,
     configuration_in_words,
@@ -40,9 +40,8 @@ from melens.storage.cache import Store, hash_of, store_for
 from melens.validation.signatures import checked
 from melens.validation.types import Count, Flag
 
-__all__ = ["ARGUMENTS", "UNMASKED", "Grid", "compare_grid", "mask_grid"]
+__all__ = ["ARGUMENTS", "Grid", "compare_grid", "mask_grid"]
 
-UNMASKED = "unmasked"
 ARGUMENTS = (
     "cell", "rate", "select", "site", "start", "layers", "positions", "strength", "seed", "n_blocks", "massive_hits",
 )  # fmt: skip

@@ -16,8 +16,10 @@ import pandas as pd
 from melens.claims.engine import Claim, Judgement, Verdict, at_least, at_most
 from melens.report.result import Interval, Metrics
 
-__all__ = ["CLAIMS", "PAPER_RATE", "MaskGridMetrics", "claim_metrics"]
+__all__ = ["CLAIMS", "PAPER_RATE", "UNMASKED", "MaskGridMetrics", "claim_metrics"]
 
+UNMASKED = "unmasked"
+"""What stands for the unmasked model in the tables of a grid."""
 PAPER_RATE = 0.1  # of table 7
 DESTROYS = 1.0
 """Nats a token from which on a mask has destroyed the model: it gives its tokens less than 1/e of their probability."""

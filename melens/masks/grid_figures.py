@@ -22,7 +22,7 @@ from melens.figures.curves import Curve, Panel, curves_by_block, vectors_by_dim
 from melens.figures.heatmaps import Heatmap, loss_changes
 from melens.figures.scores import loss_over_sinks
 from melens.figures.style import COLORS, FIRST, OTHERS, SINK
-from melens.masks.grid_claims import PAPER_RATE, MaskGridMetrics
+from melens.masks.grid_claims import PAPER_RATE, UNMASKED, MaskGridMetrics
 from melens.masks.mask import WeMask
 from melens.report.result import Figure
 from melens.tracing.probes import AttentionMaps
@@ -142,7 +142,7 @@ def _rate_plot(table: pd.DataFrame, of_texts: str) -> go.Figure:
 def _block_plot(table: pd.DataFrame, by_block: pd.DataFrame, me_layer: int | None, of_texts: str) -> go.Figure:
     """Draw what attention looks like block by block, for one mask of each selection, next to none."""
     shown = nearest_paper_rate(table)
-    lines = [("unmasked", "#444444"), *zip(shown["cell"], shown["select"].map(SELECT_COLORS), strict=True)]
+    lines = [(UNMASKED, "#444444"), *zip(shown["cell"], shown["select"].map(SELECT_COLORS), strict=True)]
     panels = []
     for quantity, text in _QUANTITIES.items():
         points = by_block.rename(columns={quantity: "mean"})[["cell", "layer", "mean"]].dropna()
@@ -189,7 +189,7 @@ def _moderation_in_words(table: pd.DataFrame) -> str:
 def _relaxed_in_words(table: pd.DataFrame, by_block: pd.DataFrame, metrics: MaskGridMetrics) -> str:
     name = nearest_paper_rate(table)["cell"].iloc[0]
     behind = by_block[by_block["layer"].isin(metrics.sink_layers)].groupby("cell").mean(numeric_only=True)
-    before, after = behind.loc["unmasked"], behind.loc[name]
+    before, after = behind.loc[UNMASKED], behind.loc[name]
     if np.isnan(before["sink_mass"]):
         return "No block behind the ME layer has attention."
     return (

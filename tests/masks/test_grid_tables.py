@@ -12,8 +12,8 @@ from handmade import study_by_hand
 
 from melens.masks import grid as grids
 from melens.masks.comparison import Measured
-from melens.masks.grid import UNMASKED, Grid, compare_grid
-from melens.masks.grid_claims import MaskGridMetrics
+from melens.masks.grid import Grid, compare_grid
+from melens.masks.grid_claims import UNMASKED, MaskGridMetrics
 from melens.masks.grid_figures import grid_figures, nearest_paper_rate
 
 ME_LAYER, SINK_LAYERS = 1, [2, 3]
@@ -187,7 +187,7 @@ def test_sinks_are_looked_for_behind_the_me_layer(me_layer, layers):
 
 
 def test_a_figure_of_few_masks_shows_of_each_selection_the_rate_nearest_the_papers():
-    rates = [("weight", 0.3), ("random", 0.05), ("weight", 0.12), ("random", 0.3), ("weight", 0.12)]
+    rates = [("weight", 0.3), ("random", 0.05), ("weight", 0.12), ("random", 0.3), ("weight", 0.12), ("weight", 0.01)]
     assert nearest_paper_rate(pd.DataFrame(rates, columns=["select", "rate"])).index.tolist() == [1, 2]
 
 

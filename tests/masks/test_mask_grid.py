@@ -14,8 +14,8 @@ from experiments.options import compose_options
 from experiments.runner.jobs import jobs_of
 from experiments.runner.masks import masks_of
 from experiments.runner.study import begin_study, run_experiments
-from melens import MelensError
-from melens.masks.grid import UNMASKED
+from melens import MelensError, WeMask
+from melens.masks.grid_claims import UNMASKED
 from melens.report.record import write_result
 
 TOKEN, DIM, BLOCK = 7, 21, 1
@@ -75,9 +75,13 @@ def test_every_combination_is_a_row_and_a_second_run_measures_none(model):
     assert {"attention_change", "key", "loss_change", "rates", "loss_and_sinks", "by_block"} == set(first.figures)
 
 
-@pytest.mark.usefixtures("_own_cache")
-def test_differences_are_paired_with_the_unmasked_model(model):
-    result = run(model, "wemask.rate=[0.3]", "wemask.select=magnitude", "wemask.site=ln1_in")
+def test_a_notebook_compares_masks_with_the_unmasked_model_text_by_text(model):
+    study = study_of(model)
+    texts, study = study.texts[:4], melens.study(model, study.tokens)
+    mask = WeMask(0.3, "magnitude", site="ln1_in")
+    with pytest.raises(MelensError, match="patterns is 'some'; it must be drawn, all or none"):
+        melens.analysis.mask_grid(study, [mask], texts, patterns="some")
+    result = melens.analysis.mask_grid(study, [mask], texts, patterns="none", keep=False)
     by_text = result.tables["by_text"].pivot(index="text", columns="cell", values="loss")
     (cell,) = result.tables["cells"].to_dict("records")
     difference = by_text[cell["cell"]] - by_text[UNMASKED]
@@ -122,7 +126,7 @@ def test_the_jobs_of_a_sweep_make_the_tables_of_one_run(model, tmp_path):
     assert {"loss_change", "rates", "by_block"} <= set(merged.figures)
 
 
-def test_what_no_model_allows_is_told_before_there_is_one():
+def test_what_no_model_allows_is_refused_before_there_is_one():
     for override, message in (
         ("wemask.rate=[0.1,2]", r"wemask.rate is \[0.1, 2\]; it must be a number from 0 \(no mask\) to 1, or a list"),
         ("wemask.rate=false", "wemask.rate is false; it must be a number"),
@@ -136,7 +140,7 @@ def test_what_no_model_allows_is_told_before_there_is_one():
         assert configuration(f"wemask={preset}").given["wemask"] == preset
 
 
-def test_a_text_that_nobody_can_read_is_told(model, tmp_path):
+def test_a_text_that_nobody_can_read_is_refused(model, tmp_path):
     (tmp_path / "text.txt").write_text("Where is the key?")
     with pytest.raises(MelensError, match=r"no tokenizer to read data\.text with"):
         run(model, f"data.text={tmp_path / 'text.txt'}")
