@@ -1,4 +1,9 @@
-"""Where a model's massive activation is born: the criterion, and `find_me_layer(trace) -> Emergence`."""
+"""Where a model's massive activation is born: the criterion, and `find_me_layer(trace) -> Emergence` (section 3).
+
+1. `massive_activations` lists the entries of every block's output that meet the criterion (Sun et al. 2024).
+2. Of each prompt the first block with such an entry counts, and how the norm of the token with the largest one rises.
+3. The ME layer is the block that is the first in most prompts; of these prompts the numbers are averaged.
+"""
 
 from __future__ import annotations
 
@@ -185,7 +190,8 @@ def find_me_layer(trace: TraceGiven, criterion: CriterionGiven | None = None) ->
         )  # fmt: skip
     agreeing = born[born["layer"] == layer]
     entries = massive[(massive["layer"] == layer) & massive["prompt"].isin(agreeing["prompt"])]
-    share, climb = float(agreeing["share_of_peak"].mean()), _median_climb(agreeing)
+    share = float(agreeing["share_of_peak"].mean())
+    climb = int(agreeing["climb_from"].median()), int(agreeing["climb_to"].median())
     first_tokens = trace.prompts.set_index("prompt")["first_token_id"].reindex(agreeing["prompt"]).to_numpy()
     apart = agreeing[(agreeing["pos"] > 0) | ~pd.Series(first_tokens, index=agreeing.index).duplicated()]
     return Emergence(
@@ -245,14 +251,10 @@ def _kind(share_of_peak: float, climb: tuple[int, int], criterion: Criterion) ->
     return "a few blocks" if climb[1] - climb[0] < criterion.few_blocks else "slow climb"
 
 
-def _median_climb(agreeing: pd.DataFrame) -> tuple[int, int]:
-    return int(agreeing["climb_from"].median()), int(agreeing["climb_to"].median())
-
-
 def _per_prompt(trace: Trace, massive: pd.DataFrame, criterion: Criterion) -> pd.DataFrame:
     norms = _norms_by_layer(trace)
     rows = []
-    for prompt, (first, last) in enumerate(zip(norms.starts, norms.ends, strict=True)):
+    for prompt in range(len(trace.prompts)):
         row: dict[str, Any] = {"prompt": prompt, "layer": -1}
         of_prompt = massive[massive["prompt"] == prompt]
         if not of_prompt.empty:
@@ -260,7 +262,7 @@ def _per_prompt(trace: Trace, massive: pd.DataFrame, criterion: Criterion) -> pd
             largest = at_birth.loc[at_birth["value"].abs().idxmax()]
             row |= {"layer": int(largest["layer"]), "pos": int(largest["pos"]), "dim": int(largest["dim"])}
             row["value"] = float(largest["value"])
-            row |= _rise(norms.values[:, first:last], row["layer"], row["pos"], set(at_birth["pos"]), criterion)
+            row |= _rise(norms[prompt].to_numpy(dtype=float), row["layer"], row["pos"], set(at_birth["pos"]), criterion)
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -289,21 +291,15 @@ def _rise(
     }
 
 
-@dataclass(frozen=True)
-class _LayerNorms:
-    """‖h‖ as `[embeddings and blocks, position]`, all prompts one after the other."""
-
-    values: np.ndarray
-    starts: np.ndarray
-    ends: np.ndarray
-
-
-def _norms_by_layer(trace: Trace) -> _LayerNorms:
+def _norms_by_layer(trace: Trace) -> pd.DataFrame:
+    """Lay ‖h‖ out with a row for the embeddings (-1) and each block, a column for each prompt and position."""
     table = trace["norm"]
     table = table[table["site"].isin(_SITES)]
     layers = table["layer"].where(table["site"] == "hook_resid_post", -1)
     wide = table.assign(layer=layers).pivot(index="layer", columns=["prompt", "pos"], values="norm").sort_index(axis=1)
     if list(wide.index) != list(range(-1, trace.model["n_layers"])) or wide.isna().any(axis=None):
-        raise MelensError("find_me_layer needs the norms of the embeddings and of every block's output.")
-    lengths = trace.prompts["n_tokens"].to_numpy()
-    return _LayerNorms(wide.to_numpy(dtype=float), np.cumsum(lengths) - lengths, np.cumsum(lengths))
+        raise MelensError(
+            "find_me_layer needs the norms of the embeddings and of every block's output: trace with "
+            "melens.default_probes(model)."
+        )
+    return wide

@@ -98,7 +98,10 @@ _CHUNK = 2**21  # entries
 
 
 def concentration(activation: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
-    """Compute Σ (h_i² / Σ h_j²)², from 1/d (spread evenly) to 1 (all in one dim): equation 3, as (‖h‖₄ / ‖h‖₂)⁴."""
+    """Compute the inverse participation ratio Σ (h_i² / Σ h_j²)², which the paper calls concentration (equation 3).
+
+    It runs from 1/d (spread evenly) to 1 (all in one dim). It is (‖h‖₄ / ‖h‖₂)⁴, which needs no copy of the activation.
+    """
     return (torch.linalg.vector_norm(activation, ord=4, dim=-1, dtype=torch.float32) / l2_norm(activation)) ** 4
 
 
