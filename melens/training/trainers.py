@@ -41,7 +41,7 @@ from melens.models.gates import GATE, gates_of
 from melens.models.generation import verify_generation
 from melens.models.view import view_model
 from melens.storage.cache import fingerprint, tokenizer_fingerprint
-from melens.storage.files import atomic_file
+from melens.storage.files import write_text
 from melens.training.data import hash_rows
 from melens.training.recipe import Recipe
 from melens.training.rewards import reward_answer, reward_format
@@ -225,8 +225,7 @@ def _checkpoint(folder: Path, plan: dict[str, Any], *, resume: bool) -> Path | N
         return _last_complete(folder)
     if PartialState().is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_file(folder / _PLAN) as partial:
-            partial.write_text(json.dumps(plan, indent=2), "utf-8")
+        write_text(folder / _PLAN, json.dumps(plan, indent=2))
     return None
 
 

@@ -1,5 +1,6 @@
 import json
 import multiprocessing
+import platform
 import shutil
 from pathlib import Path
 
@@ -209,8 +210,8 @@ def test_a_damaged_cache_is_noticed_and_made_anew(small_cache, damage):
 
 def test_a_process_killed_half_way_leaves_nothing_that_looks_finished(small_cache):
     folder = models.embedded_model_folder()
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.move(folder, partial)  # as a killed process leaves it
+    partial = folder.with_name(f".{folder.name}.{platform.node()}-{2**22 + 1}-0123abcd.partial")
+    shutil.move(folder, partial)  # as a killed process leaves it: no process has this number
     (partial / "manifest.json").unlink()
     assert models._is_intact(models.embedded_model_folder())
     assert not partial.exists()
