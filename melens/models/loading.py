@@ -49,7 +49,8 @@ from melens.models.quantization import (
 from melens.models.skeletons import Skeleton, by_place
 from melens.models.sources import Source, in_short
 from melens.models.specs import ModelSpec, known_models, spec_of
-from melens.models.view import bridge_around, view_model
+from melens.models.twins import bridge_around
+from melens.models.view import view_model
 from melens.storage.cache import cache_folder
 from melens.storage.files import atomic_folder
 
