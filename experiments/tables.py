@@ -1,44 +1,30 @@
 """`exp=tables`: the paper's tables with their trainings. What is trained and scored is kept, and not done twice.
 
 1. `prepare` loads all data, and estimates the memory, before the model.
-2. `_Rows` trains what is not in the user's cache, and scores every model under its masks.
+2. `TableRows` trains what is not in the user's cache, and scores every model under its masks.
 3. `melens.benchmarks.training_table` compares the rows.
 """
 
 from __future__ import annotations
 
-import gc
 import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from functools import partial
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from experiments.benchmark import check_request, data_for
+from experiments.benchmark import check_request
 from experiments.runner.declaration import Experiment, ExperimentOptions
-from experiments.training import mask_for, model_options, prepare_training
+from experiments.training import model_options, prepare_training
 from melens.validation.types import Flag
 
 if TYPE_CHECKING:
-    import pandas as pd
-
-    from experiments.options.masks import Preset
     from experiments.options.schema import MaskOptions, Options
-    from experiments.options.table import TableRequest, TrainingSet
-    from experiments.options.training import TrainingRequest
+    from experiments.options.table import TableRequest
     from experiments.runner.study import Run
-    from melens.data.chat import Chat
-    from melens.masks.mask import WeMask
     from melens.report.result import Result
-    from melens.training.history import TrainingHistory
 
 __all__ = ["EXPERIMENTS"]
-
-BASE = "base"
-"""The label of the model before any training."""
 
 
 class TablesOptions(ExperimentOptions):
@@ -87,200 +73,20 @@ def run(run: Run, options: TablesOptions) -> Result:
     """Train what is missing, score every row, and compare the rows."""
     import pandas as pd
 
+    from experiments.runner.table_rows import TableRows
     from melens.benchmarks.comparison import describe_requests
     from melens.benchmarks.training_table import ScoredSet, training_table
 
     request: TableRequest = run.prepared["tables"]
     scored, histories = [], []
     for own in request.sets:
-        rows = _Rows(run, request, own)
+        rows = TableRows(run, request, own)
         items = pd.concat(list(rows.items()), ignore_index=True)
         benchmarks = own.benchmarks
         requests = describe_requests(benchmarks.benchmarks, benchmarks.options, rows.chat, benchmarks.masked_blocks)
         scored.append(ScoredSet(own.dataset, items, rows.label(request.method.upper()), requests, rows.chat))
         histories += rows.histories
     return training_table(run, request.number, request.method, scored, histories, left_out=request.left_out)
-
-
-# --- Rows -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Row:
-    """A row of a table: a model with no mask, with WeMask of a rate, or with the mask that it was trained with."""
-
-    label: str
-    kind: Literal["base", "plain", "inference", "training", "gates"]
-    mask: float | int | WeMask | None = None
-
-
-class _Rows:
-    """The rows of one training set.
-
-    Attributes:
-        histories: of the trainings, as they are done.
-        chat: how the chat template was used, once a row was scored.
-    """
-
-    def __init__(self, run: Run, request: TableRequest, own: TrainingSet) -> None:
-        self._run, self._request, self._set = run, request, own
-        self.histories: list[TrainingHistory] = []
-        self.chat: Chat | None = None
-
-    def label(self, row: str) -> str:
-        """Name a row; where training sets share their benchmarks, by the training set too."""
-        return f"{row}, {self._set.dataset}" if self._request.shares_benchmarks else row
-
-    def items(self) -> Iterator[pd.DataFrame]:
-        """Train and score row by row."""
-        from melens.masks.mask import WeMask
-
-        method, rates = self._request.method.upper(), self._request.rates
-        self._masks(self._run, "all")  # a model without an ME layer fails now, and not after the first training
-        yield self._scored(self._run, [_Row(self.label(BASE), "base")], seed=0)
-        for seed in self._request.seeds:
-            plain = _Row(self.label(method), "plain")
-            free = [_Row(self.label(f"{method} + WeMask rate={rate:g} (TF)"), "inference", rate) for rate in rates]
-            yield self._scored(self._trained(plain.label, seed), [plain, *free], seed)
-            for rate in rates:
-                label = self.label(f"WeMask rate={rate:g} ({method})")
-                trained = self._trained(label, seed, rate=rate)
-                saved = WeMask.load(trained.trace.model["name"])
-                yield self._scored(trained, [_Row(label, "training", saved)], seed)
-                del trained
-            for gate in self._request.gates:
-                label = self.label(f"gated attention, {gate} ({method})")
-                yield self._scored(self._trained(label, seed, gate=gate), [_Row(label, "gates")], seed)
-
-    def _trained(self, label: str, seed: int, *, rate: float | None = None, gate: str = "none") -> Run:
-        """Return a run on the trained model, with a mask of this rate or a gate; train it now if it is not kept."""
-        import pandas as pd
-
-        from experiments.options.training import training_request
-        from experiments.runner.study import begin_study
-        from melens.models.loading import load_model
-        from melens.training.history import TrainingHistory
-        from melens.training.runs import training_store
-
-        changes: dict[str, Any] = {
-            "training": {"seed": [seed], "mask": "off" if rate is None else "paper", "gate": gate}
-        }
-        cfg = self._set.options.changed(**changes if rate is None else changes | {"wemask": {"rate": rate}})
-        _free_memory()
-        request = prepare_training(cfg, training_request(cfg, self._request.method, dataset=self._set.dataset))
-        store = training_store(self._run, request.plan, mask_for(self._run, request))
-        kept = partial(store.load_table, "training_log")  # it is written last
-        if kept() is None:
-            with _one_at_a_time(store.folder, lambda: log_wait(label, seed)):
-                if kept() is None:
-                    trained = self._train(cfg, request, store.folder)
-                    store.save_table("training_trace", trained.inspections)
-                    store.save_table("training_log", trained.log)
-                    shutil.rmtree(store.folder / "checkpoints", ignore_errors=True)
-        mask = "none" if rate is None else f"rate={rate:g}"
-        log, inspections = (
-            pd.DataFrame(store.load_table(name)).assign(
-                dataset=self._set.dataset, training_mask=mask, gate=gate, seed=seed
-            )
-            for name in ("training_log", "training_trace")
-        )
-        has_one_name = len(self._request.sets) == 1 or self._request.shares_benchmarks
-        name = label if has_one_name else f"{label}, {self._set.dataset}"
-        self.histories.append(TrainingHistory(name, log, inspections))
-        options = model_options(cfg, request.plan)
-        options |= {"name": str(store.folder / "model"), "source": "hub", "hub_id": None}
-        return begin_study(load_model(**options), self._run.tokens, cfg, self._run.stage, self._run.folder)
-
-    def _train(self, cfg: Options, request: TrainingRequest, folder: Path) -> TrainingHistory:
-        """Train a fresh copy of the model, whose weights change; resume where a run was stopped."""
-        from melens.models.loading import load_model
-        from melens.training.runs import train_model
-
-        base = replace(self._run, model=load_model(**model_options(cfg, request.plan)), cfg=cfg)
-        has_begun = (folder / "checkpoints" / "training.json").is_file()
-        trained = train_model(base, request.plan, folder, mask=mask_for(base, request), resume=has_begun)
-        del base
-        _free_memory()
-        return trained.history
-
-    def _scored(self, run: Run, rows: Sequence[_Row], seed: int) -> pd.DataFrame:
-        """Score a model row by row; `training` is the seed, `kind` that of the row."""
-        import pandas as pd
-
-        from experiments.runner.masks import on_blocks
-        from melens.benchmarks.evaluation import Evaluator, MaskConfiguration
-        from melens.masks.mask import WeMask
-
-        request = self._set.benchmarks
-        data = data_for(run, request.benchmarks)
-        evaluator = Evaluator(run, request.benchmarks, request.options, data, keep=run.cfg.exp.is_kept)
-        self.chat = evaluator.chat
-        found = []
-        for benchmark in request.benchmarks:
-            layers = request.layers_of(benchmark, self._preset())
-            configurations = []
-            for row in rows:
-                if isinstance(row.mask, WeMask):
-                    mask: WeMask | None = on_blocks(row.mask, layers)
-                else:
-                    mask = None if row.mask is None else self._masks(run, layers)[row.mask]
-                configurations.append(MaskConfiguration(row.label, mask, row.label))
-            found.append(evaluator.score(benchmark, configurations)[0])
-        items = pd.concat(found, ignore_index=True)
-        return items.assign(training=seed, kind=items["mask"].map({row.label: row.kind for row in rows}))
-
-    def _preset(self) -> Preset:
-        from experiments.options.masks import presets_of
-
-        cfg = self._set.options.changed(wemask={"rate": list(self._request.rates)})
-        (preset,) = presets_of(["paper"], cfg, key="the table")
-        return preset
-
-    def _masks(self, run: Run, layers: Any) -> dict[float | int, WeMask]:
-        """Return the masks at inference by rate; as in training, they start from the ME layer before the training."""
-        from experiments.runner.masks import masks_of
-
-        options = self._preset().options.model_copy(update={"layers": layers})
-        masks = [mask for mask in masks_of(options, self._run.me, run.model) if mask is not None]
-        return dict(zip(self._request.rates, masks, strict=True))
-
-
-def log_wait(label: str, seed: int) -> None:
-    """Say that another run trains a row."""
-    from experiments.runner.progress import log_line
-
-    log_line(f"Another run trains {label} (seed {seed}); this run waits for it.")
-
-
-@contextmanager
-def _one_at_a_time(folder: Path, report_wait: Callable[[], object]) -> Iterator[None]:
-    """Let one run at a time into a kept training's folder. The processes of one run train together, and all go in."""
-    from accelerate import PartialState
-    from filelock import FileLock, Timeout
-
-    if PartialState().num_processes > 1:
-        yield
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        report_wait()
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _free_memory() -> None:
-    """Give back the memory of a training: trainer and optimiser refer to each other until they are collected."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _loaded_with(cfg: Options, request: TableRequest) -> dict[str, Any]:

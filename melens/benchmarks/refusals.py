@@ -95,8 +95,8 @@ def judged_refusals(
     chat = judging_chat(tokenizer, getattr(judge, "name_or_path", "model"))
     requests: list[Request] = []
     for prompt, reply in zip(prompts, replies, strict=True):
-        asked = [{"role": "user", "content": _QUESTION.format(prompt=prompt, reply=reply)}]
-        context = prompt_ids(tokenizer, asked, chat)
+        messages = [{"role": "user", "content": _QUESTION.format(prompt=prompt, reply=reply)}]
+        context = prompt_ids(tokenizer, messages, chat)
         requests += [(context, tokenizer(word, add_special_tokens=False)["input_ids"]) for word in ("Yes", "No")]
     names = [f"Reply {number // 2}, as judged" for number in range(len(requests))]
     scored = Scorer(judge, max_length=max_length).score(requests, progress, names=names)

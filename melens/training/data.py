@@ -281,9 +281,9 @@ def format_rows(data: TrainingData, method: str, *, chat: bool) -> Dataset:
         else:
             prompt, reply = _prompt_and_replies(row)
             if not _is_conversation(prompt):
-                asked = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-                asked.append({"role": "user", "content": _text(prompt, "prompt")})
-                prompt = asked if chat else "\n".join(turn["content"] for turn in asked) + "\n"
+                turns = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+                turns.append({"role": "user", "content": _text(prompt, "prompt")})
+                prompt = turns if chat else "\n".join(turn["content"] for turn in turns) + "\n"
         if _is_conversation(prompt) and not chat:
             raise MelensError(f"{data.name} holds conversations, but training.chat is false. Set training.chat=true.")
         if method == "grpo":

@@ -22,7 +22,7 @@ from experiments.options import compose_options
 from experiments.options.command_line import prepare_command
 from experiments.runner.job import run_job
 from experiments.runner.masks import on_blocks
-from experiments.tables import _one_at_a_time
+from experiments.runner.table_rows import one_at_a_time
 from melens import MelensError, WeMask, load_model
 from melens.benchmarks.evaluation import Evaluator
 from melens.data.chat import check_conversations
@@ -799,10 +799,10 @@ def test_runs_take_turns_at_a_kept_training(tmp_path):
     told, seen = threading.Event(), []
 
     def other():
-        with _one_at_a_time(tmp_path / "trainings" / "a", told.set):
+        with one_at_a_time(tmp_path / "trainings" / "a", told.set):
             seen.append("other")
 
-    with _one_at_a_time(tmp_path / "trainings" / "a", pytest.fail):
+    with one_at_a_time(tmp_path / "trainings" / "a", pytest.fail):
         waiting = threading.Thread(target=other)
         waiting.start()
         assert told.wait(10)
