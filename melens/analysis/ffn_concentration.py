@@ -10,8 +10,6 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
-
 import numpy as np
 import pandas as pd
 from transformer_lens.model_bridge import TransformerBridge
@@ -150,16 +148,9 @@ def _amplification(study: Study) -> pd.DataFrame:
     return table
 
 
-class _AmplificationMetrics(TypedDict, total=False):
-    amplification: float
-    amplification_interval: Interval
-    amplification_peak: int | None
-    amplification_over_next: float
-    amplification_over_next_interval: Interval
-    amplification_over_next_why_not: str
-
-
-def _amplification_metrics(study: Study, amplification: pd.DataFrame, by_block: pd.DataFrame) -> _AmplificationMetrics:
+def _amplification_metrics(
+    study: Study, amplification: pd.DataFrame, by_block: pd.DataFrame
+) -> dict[str, float | int | str | Interval | None]:
     wide = amplification.pivot(index="prompt", columns="layer", values="amplification")
     others = wide[
         [layer for layer in range(study.last_before_trailing + 1) if layer in wide and layer != study.me.layer]

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypedDict
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -101,24 +100,12 @@ def normalization(study: Study, *, top_share: float = 0.01, other_shares: Sequen
     trace = study.traced(probes(study.model, top_share, other_shares))
     shares = sorted({top_share, *other_shares})
     table = _compared(study.of_massive_prompts(trace["gain_alignment"]))
-    quantities = [
-        "delta_kl",
-        *(f"delta_frac_{share:g}" for share in shares),
-        "weight_norm",
-        "weight_norm_others",
-        "weight_norm_ratio",
-    ]
+    deltas = ["delta_kl", *(f"delta_frac_{share:g}" for share in shares)]
+    quantities = [*deltas, "weight_norm", "weight_norm_others", "weight_norm_ratio"]
     means = [mean_by(table, name, ("site", "layer")).assign(quantity=name) for name in quantities]
     by_block = pd.concat(means, ignore_index=True)
-    at_ln2 = by_block[(by_block["site"] == "ln2.hook_out") & (by_block["quantity"] == "weight_norm_ratio")]
-    stands_out = at_ln2[at_ln2["mean"] >= STANDS_OUT]
-    metrics = study.metrics(
-        RmsnormMetrics,
-        **study.layout.metrics(),
-        **_at_me_layer(study, table, top_share, shares),
-        weight_norm_first_layer=int(stands_out["layer"].iloc[0]) if len(stands_out) else None,
-    )
-    norm, along = _weight_norm_in_words(metrics), _alignment_in_words(metrics, top_share)
+    metrics = _metrics(study, table, by_block, top_share, shares)
+    norm, along = _in_words(metrics)
     figures = {
         "weight_norm": Figure(
             _weight_norm_figure(study, by_block),
@@ -144,56 +131,49 @@ def _compared(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(**deltas, weight_norm_ratio=table["weight_norm"] / table["weight_norm_others"])
 
 
-class _AtMeLayer(TypedDict, total=False):
-    why_not: str
-    top_share: float
-    delta_frac_top_layer: int
-    delta_frac_by_share: dict[str, float]
-    weight_norm_ratio: float
-    weight_norm_ratio_interval: Interval
-    delta_kl: float
-    delta_kl_interval: Interval
-    delta_frac: float
-    delta_frac_interval: Interval
-
-
-def _at_me_layer(study: Study, table: pd.DataFrame, top_share: float, shares: Sequence[float]) -> _AtMeLayer:
+def _metrics(
+    study: Study, table: pd.DataFrame, by_block: pd.DataFrame, top_share: float, shares: Sequence[float]
+) -> RmsnormMetrics:
+    ratios = by_block[(by_block["site"] == "ln2.hook_out") & (by_block["quantity"] == "weight_norm_ratio")]
+    stands_out = ratios[ratios["mean"] >= STANDS_OUT]["layer"]
+    first = int(stands_out.iloc[0]) if len(stands_out) else None
+    shared = study.layout.metrics() | {"weight_norm_first_layer": first}
     n_tokens = table["prompt"].map(study.trace.prompts.set_index("prompt")["n_tokens"])
     at_ln2 = table[(table["site"] == "ln2.hook_out") & (n_tokens > 1)]  # else there are no other tokens
     here = at_ln2[at_ln2["layer"] == study.me.layer]
     if here.empty:
-        return {"why_not": NO_NORM}
+        return study.metrics(RmsnormMetrics, **shared, why_not=NO_NORM)
     frac = f"delta_frac_{top_share:g}"
-    return {
-        "top_share": top_share,
-        "delta_frac_top_layer": peak_layer(mean_by(at_ln2[at_ln2["layer"] <= study.me.layer], frac)),
-        "delta_frac_by_share": {f"{share:g}": float(here[f"delta_frac_{share:g}"].mean()) for share in shares},
-        "weight_norm_ratio": float(here["weight_norm_ratio"].mean()),
-        "weight_norm_ratio_interval": bootstrap_mean(here["weight_norm_ratio"].to_numpy()),
-        "delta_kl": float(here["delta_kl"].mean()),
-        "delta_kl_interval": bootstrap_mean(here["delta_kl"].to_numpy()),
-        "delta_frac": float(here[frac].mean()),
-        "delta_frac_interval": bootstrap_mean(here[frac].to_numpy()),
-    }
-
-
-def _weight_norm_in_words(metrics: RmsnormMetrics) -> str:
-    if metrics.weight_norm_ratio is None:
-        return "Without an ME layer, or without a normalisation before its FFN, there is no block to compare in."
-    ratio, first = (
-        with_interval(metrics.weight_norm_ratio, metrics.weight_norm_ratio_interval),
-        metrics.weight_norm_first_layer,
+    return study.metrics(
+        RmsnormMetrics,
+        **shared,
+        top_share=top_share,
+        delta_frac_top_layer=peak_layer(mean_by(at_ln2[at_ln2["layer"] <= study.me.layer], frac)),
+        delta_frac_by_share={f"{share:g}": float(here[f"delta_frac_{share:g}"].mean()) for share in shares},
+        weight_norm_ratio=float(here["weight_norm_ratio"].mean()),
+        weight_norm_ratio_interval=bootstrap_mean(here["weight_norm_ratio"].to_numpy()),
+        delta_kl=float(here["delta_kl"].mean()),
+        delta_kl_interval=bootstrap_mean(here["delta_kl"].to_numpy()),
+        delta_frac=float(here[frac].mean()),
+        delta_frac_interval=bootstrap_mean(here[frac].to_numpy()),
     )
+
+
+def _in_words(metrics: RmsnormMetrics) -> tuple[str, str]:
+    """Say what figures 2 and 3 show."""
+    ratio, frac, kl = metrics.weight_norm_ratio, metrics.delta_frac, metrics.delta_kl
+    if ratio is None or frac is None or kl is None:
+        nothing = "Without an ME layer, or without a normalisation before its FFN, there is no block to compare in."
+        return nothing, nothing
+    first = metrics.weight_norm_first_layer
     where = f"it is first twice theirs in block {first}" if first is not None else "in no block is it twice theirs"
-    return f"In block {metrics.me_layer} the norm of token 0 is {ratio} times the others'; {where}."
-
-
-def _alignment_in_words(metrics: RmsnormMetrics, top_share: float) -> str:
-    if metrics.delta_frac is None or metrics.delta_kl is None:
-        return "Without an ME layer, or without a normalisation before its FFN, there is no block to compare in."
-    frac = with_interval(metrics.delta_frac, metrics.delta_frac_interval, "+.3f")
-    kl = with_interval(metrics.delta_kl, metrics.delta_kl_interval, "+.3f")
-    return f"In block {metrics.me_layer} ΔFrac (K = {top_share:.1%} of the width) is {frac}, ΔKL {kl} nats."
+    times = with_interval(ratio, metrics.weight_norm_ratio_interval)
+    share = with_interval(frac, metrics.delta_frac_interval, "+.3f")
+    nats = with_interval(kl, metrics.delta_kl_interval, "+.3f")
+    return (
+        f"In block {metrics.me_layer} the norm of token 0 is {times} times the others'; {where}.",
+        f"In block {metrics.me_layer} ΔFrac (K = {metrics.top_share:.1%} of the width) is {share}, ΔKL {nats} nats.",
+    )
 
 
 # --- Figures ----------------------------------------------------------------------------------------------------------

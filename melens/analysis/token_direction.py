@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypedDict
 
 import numpy as np
 import pandas as pd
@@ -121,29 +120,18 @@ def _by_layer(values: Float[Tensor, " layer"]) -> pd.DataFrame:
     return pd.DataFrame({"layer": range(len(values)), "mean": values.numpy()})
 
 
-class _OnceMassive(TypedDict, total=False):
-    norm_drift: float
-    norm_drift_interval: Interval
-    consecutive_cosine: float
-    consecutive_cosine_interval: Interval
-    cosine: float
-    cosine_interval: Interval
-    cosine_before: float | None
-    least_cosine: float
-
-
 def _once_massive(
     study: Study,
     norms: Float[Tensor, "prompt layer"],
     to_others: Float[Tensor, "prompt layer"],
     to_previous: Float[Tensor, "prompt layer"],
     by_block: Mapping[str, pd.DataFrame],
-) -> _OnceMassive:
+) -> dict[str, float | Interval | None]:
     """Compute how much norm and direction change over the blocks in which token 0 is massive."""
     layers = list(study.massive_layers)
     if study.me.layer is None or not layers:
         return {}
-    measured: _OnceMassive = {}
+    measured: dict[str, float | Interval | None] = {}
     if len(layers) > 1:
         drift = (norms[:, layers] / norms[:, layers[:1]] - 1).abs().amax(dim=1).numpy()
         consecutive = to_previous[:, layers[1:]].amin(dim=1).numpy()
