@@ -34,14 +34,11 @@ _MOST_DRAWN = 2**20
 def bootstrap_mean(
     values: np.ndarray, *, confidence: float = 0.95, resamples: int = 2_000, seed: int = 0
 ) -> tuple[float, float]:
-    """Compute the percentile bootstrap interval of a mean over prompts (Efron 1979).
+    """Compute the percentile bootstrap interval (Efron 1979) of a mean over prompts: of one alone (nan, nan).
 
     Args:
         values: [prompt]; or [prompt, training], where prompts and trainings are both resampled.
         confidence, resamples, seed: of the bootstrap.
-
-    Returns:
-        The interval's two ends; (nan, nan) of fewer than two prompts, which have none.
 
     Raises:
         MelensError: a value is NaN or infinite.
@@ -58,7 +55,7 @@ def bootstrap_mean(
             method="percentile", rng=generator,
         )  # fmt: skip
         return (float(found.confidence_interval.low), float(found.confidence_interval.high))
-    # scipy resamples one of two factors: prompts are drawn first, for all trainings alike, then trainings
+    # scipy's resamples one factor; of these two, prompts are drawn first, for all trainings alike, then trainings
     means = []
     for begin in range(0, resamples, batch):
         rows = generator.integers(len(values), size=(min(batch, resamples - begin), len(values)))
@@ -74,12 +71,9 @@ def paired_permutation_p(differences: np.ndarray, *, resamples: int = 10_000, se
     """Compute the two-sided p-value of a paired permutation test: how often random signs give as large a mean.
 
     Args:
-        differences: [pair], of two values each that were measured on the same item.
+        differences: [item], of two values each; fewer than two have no p-value (nan).
         resamples: random choices of signs; where there are no more choices than that, each is tried once.
         seed: of the random signs.
-
-    Returns:
-        The p-value; nan of fewer than two differences.
 
     Raises:
         MelensError: a difference is NaN or infinite.

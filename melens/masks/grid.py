@@ -126,7 +126,7 @@ def mask_grid(
         cells_kept=[mask_name(mask) for mask in kept],
     )
     figures = {}
-    # in a hybrid model the first masked block may have no attention to look at: the next that has
+    # of a hybrid model the first masked block may have no attention: the next one that has is shown
     if masks and (block := study.layout.next_attention(min(shown[0].blocks(model)) - 1)) is not None:
         name = mask_name(shown[0])
         if f"blocks.{block}.attn.hook_pattern" in model.hook_dict:
@@ -317,8 +317,8 @@ def _check_texts(by_text: pd.DataFrame) -> None:
     for row in broken.head(1).to_dict("records"):
         values = ", ".join(f"{name} {row[name]:g}" for name in names)
         raise MelensError(
-            f"wemask, {row['cell']}, text {row['text']}: {values}; look for NaN in the model's weights, or load it in "
-            "float32."
+            f"Text {row['text']} has {values} in the configuration {row['cell']}: look for NaN in the model's weights, "
+            "or load it in float32."
         )
 
 

@@ -252,7 +252,7 @@ ON_TEXTS = MaskGridMetrics(sink_layers=[2], me_layer=1, text="a", texts=8, token
 @pytest.mark.parametrize("name", ["loss", "kl", "sink_mass"])
 def test_one_text_that_is_no_number_gives_no_p_value(name):
     compare_grid(grid(), {"name": "tiny"}, ON_TEXTS)
-    with pytest.raises(MelensError, match=f"wemask, a, text 3: .*{name} nan"):
+    with pytest.raises(MelensError, match=f"Text 3 has .*{name} nan.* in the configuration a"):
         compare_grid(grid(**{name: NAN}), {"name": "tiny"}, ON_TEXTS)
 
 
