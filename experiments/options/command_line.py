@@ -55,7 +55,7 @@ _WITH_VALUE = (
 
 def _prepare(argument: str, *, sweeps: bool, own_conf: bool) -> str | None:
     if argument.startswith("~"):
-        raise OptionError(f"{argument}: options cannot be taken out; most have a value for that, as null, off or none.")
+        raise OptionError(f"{argument}: an option cannot be removed; set it to null, off or none instead.")
     found = _KEY_AND_VALUE.fullmatch(argument)
     if found is None:
         raise OptionError(f"{argument!r} is no option; options are written as name=value, as exp=sinks.")
@@ -68,7 +68,7 @@ def _prepare(argument: str, *, sweeps: bool, own_conf: bool) -> str | None:
         override = OverridesParser.create().parse_override(f"{key}={value}")
     except HydraException as error:
         why = str(error).splitlines()[0]
-        raise OptionError(f"The value of {argument} cannot be read ({why}); quotes help, as {key}=\"'...'\".") from None
+        raise OptionError(f"The value of {argument} cannot be read ({why}); quotes help: {key}=\"'...'\".") from None
     if key.startswith(("hydra.", "hydra/")) or "/" in key or "@" in key:
         return argument if key not in _FOLDERS else f"{key}={value}"
     if not is_group(override) and (CONF / key).is_dir():

@@ -34,7 +34,7 @@ CONF = Path(__file__).parents[2] / "conf"
 _CHOSEN_BY = {"model": "source", "exp": "name"}
 """The key of a node by which one of several types is chosen for it; pydantic puts its value into an error's place."""
 _SETTLED = ("exp.name", "model.source")
-"""Options by which a choice tells what it is: nobody gives them."""
+"""Options that the choice of a file sets: nobody gives them."""
 
 
 class OptionError(MelensError):
@@ -62,9 +62,9 @@ def read_options(cfg: DictConfig, overrides: Sequence[str] = ()) -> Options:
     typed = typed_options(overrides)
     for key in typed:
         if key in _SETTLED:
-            raise OptionError(f"{key} goes with the choice: {key.partition('.')[0]}=... changes it.")
+            raise OptionError(f"{key} is set by the choice of a file: change it with {key.partition('.')[0]}=...")
     if "given" in plain or "typed" in plain:
-        raise OptionError("There is no option given and none typed: they say what was.")
+        raise OptionError("There is no option given or typed: melens writes them into result.json.")
     try:
         return Options.model_validate(plain | {"given": given_options(plain, overrides), "typed": typed})
     except ValidationError as error:
@@ -90,7 +90,7 @@ def typed_options(overrides: Sequence[str]) -> list[str]:
 
 
 def is_group(override: Override) -> bool:
-    """Tell whether an override chooses a file of a folder of `conf/`, as `model=qwen3-4b`."""
+    """Whether an override chooses a file of a folder of `conf/`, as `model=qwen3-4b`."""
     return override.key_or_group in groups()
 
 
@@ -129,10 +129,10 @@ def _sentence(error: Mapping[str, Any], known: Sequence[str]) -> str:
     key = ".".join(map(str, places))
     if error["type"] == "extra_forbidden":
         return f"There is no option {key}{_nearest(key, known)}"
-    if error["type"] == "value_error":  # a rule of several options, which tells itself
+    if error["type"] == "value_error":  # a rule about several options, which has its own sentence
         return str(error["ctx"]["error"])
     if error["type"] == "missing":
-        return f"{key} is not given, and this needs it."
+        return f"{key} is missing: give {key}=..."
     if error["type"] in ("model_type", "model_attributes_type"):
         return f"{key} is {in_words(error['input'])}; it is a group of options, as {key}.<name>=..."
     if error["type"] == "union_tag_invalid":

@@ -82,7 +82,7 @@ def _check_folder(option: str, folder: str | None) -> None:
         raise MelensError(f"{option} is {folder!r}; there is no such folder.")
 
 
-# --- What is looked at ------------------------------------------------------------------------------------------------
+# --- Model, prompts and text ------------------------------------------------------------------------------------------
 
 
 class ModelOptions(Node):
@@ -198,7 +198,7 @@ class MaskOptions(Node):
     ]
 
 
-# --- What is asked of a model -----------------------------------------------------------------------------------------
+# --- What a model does ------------------------------------------------------------------------------------------------
 
 
 class GenerateOptions(Node):
@@ -219,8 +219,8 @@ class GenerateOptions(Node):
     def _thinks_in_chat(self) -> GenerateOptions:
         if self.thinking != "auto" and not self.chat:
             raise MelensError(
-                f"generate.thinking is {str(self.thinking).lower()}, which the chat template is told, but "
-                "generate.chat is false: give generate.chat=true, or leave thinking at auto."
+                f"generate.thinking={str(self.thinking).lower()} is an option of the chat template, but generate.chat "
+                "is false: give generate.chat=true, or leave generate.thinking at auto."
             )
         return self
 
@@ -389,7 +389,7 @@ class Options(Node):
 
     @cached_property
     def requests(self) -> dict[str, Any]:
-        """What is asked of each experiment that has a request, by its name.
+        """The request of each experiment that has one, by its name: presets and options put together, once.
 
         Raises:
             MelensError: an option that an experiment cannot have.

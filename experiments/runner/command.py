@@ -1,4 +1,10 @@
-"""The command line: prepare what was typed, let Hydra run the jobs, and tell what goes wrong."""
+"""The command line: from what was typed to an exit code.
+
+1. `prepare_command` writes what was typed as Hydra reads it; `check_command` refuses a wrong option in a sentence.
+2. Hydra composes `conf/` and calls `main` for the run, or for each job of a sweep.
+3. `main` checks the job's options, warns of those that change nothing, and runs it (`run_job`).
+4. An error is printed as a sentence, and decides the exit code.
+"""
 
 from __future__ import annotations
 
@@ -29,21 +35,21 @@ from experiments.runner.locks import locked_job_folder
 from melens.environment.versions import warn_untried
 from melens.errors import MelensError
 
-os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, we tell
+os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print, and `print_error` prints it
 FAILED, WRONG_OPTION = 1, 2
 _failures: list[Exception] = []
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def main(cfg: DictConfig) -> None:
-    """Run one job; what goes wrong is told here, and in a sweep recorded, so that it does not end the others."""
+    """Run one job. An error is printed here, and in a sweep written beside the results: the other jobs go on."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
         with locked_job_folder(folder):
             _run(cfg, folder)
-    except (MelensError, OSError) as error:  # it is another's, who may have a result there
+    except (MelensError, OSError) as error:  # another run has the folder, and may have a result there
         _failures.append(error)
-        tell(error, verbose=bool(HydraConfig.get().verbose))
+        print_error(error, verbose=bool(HydraConfig.get().verbose))
 
 
 def _run(cfg: DictConfig, folder: Path) -> None:
@@ -67,14 +73,14 @@ def _run(cfg: DictConfig, folder: Path) -> None:
             _failures.append(MelensError(f"exp={', '.join(failed)} failed; the other results are written."))
     except Exception as error:
         _failures.append(error)
-        message = tell(error, verbose=bool(hydra_cfg.verbose))
+        message = print_error(error, verbose=bool(hydra_cfg.verbose))
         if hydra_cfg.mode == RunMode.MULTIRUN:
             from melens.report.record import write_failure
 
             write_failure(message, folder, config=config)
 
 
-def tell(error: BaseException, *, verbose: bool) -> str:
+def print_error(error: BaseException, *, verbose: bool) -> str:
     """Print an error in a sentence, with its traceback for those who want it or where it is no user's mistake."""
     expected = (MelensError, HydraException, OmegaConfBaseException, OSError)
     if verbose or not isinstance(error, expected):
@@ -98,7 +104,7 @@ def exit_code(error: BaseException) -> int:
 
 
 def quiet_other_processes() -> None:
-    """Of several processes that accelerate starts, only the first has a folder and talks."""
+    """Of several processes that accelerate starts, let only the first write to the folder and the terminal."""
     if int(os.environ.get("RANK", "0")) > 0:
         warn_untried(lambda sentence: None)
         nowhere = tempfile.mkdtemp(prefix="melens-")
@@ -110,7 +116,7 @@ def run_command() -> int:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(help_text())
         return 0
-    warnings.formatwarning = lambda message, *told, **more: f"Warning: {message}\n"
+    warnings.formatwarning = lambda message, *_, **more: f"Warning: {message}\n"
     quiet_other_processes()
     warn_untried(lambda sentence: print(f"Warning: {sentence}", file=sys.stderr))
     try:
@@ -121,6 +127,6 @@ def run_command() -> int:
         print(f"Interrupted: {str(interrupt) or 'no result was written.'}", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:  # before any job: a wrong option, or no place for the output
-        tell(error, verbose="hydra.verbose=true" in sys.argv)
+        print_error(error, verbose="hydra.verbose=true" in sys.argv)
         return exit_code(error)
     return exit_code(_failures[0]) if _failures else 0

@@ -1,4 +1,12 @@
-"""One job: a model, its prompts, the experiments that were asked for, and what they leave."""
+"""One job: a model, its prompts, the experiments that are asked for, and what they write.
+
+1. Each experiment's `prepare` checks and loads what it can before the model, which takes longer.
+2. The model and the prompts are loaded, and `begin_study` traces the prompts once for all experiments.
+3. Each experiment runs on that study; its result is judged and written as it ends.
+4. The terminal shows findings, verdicts and paths.
+
+Nothing here depends on an experiment's name: what differs is a field of `Experiment`.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +33,6 @@ from experiments.runner.writing import finish, note_if_stopped, write_part
 from melens import load_model, load_prompts
 from melens.data.prompts import choose_prompts
 from melens.report.record import Record
-from melens.report.result import plain_metrics
 from melens.report.terminal import show_claims, show_findings, show_paths
 
 __all__ = ["run_job"]
@@ -44,7 +51,7 @@ def run_job(cfg: Options, folder: Path) -> list[str]:
     began = time.perf_counter()
     give_freed_memory_back()
     if cfg.png:
-        logging.getLogger("choreographer").setLevel(logging.WARNING)  # it tells of every temporary folder
+        logging.getLogger("choreographer").setLevel(logging.WARNING)  # it logs every temporary folder
     masks = masks_in_use(cfg)
     config = cfg.plain() | {"masks": {name: mask.model_dump() for name, mask in masks.items()}}
     if any(EXPERIMENTS[name].is_distributed for name in cfg.experiments):
@@ -75,13 +82,13 @@ def run_job(cfg: Options, folder: Path) -> list[str]:
     show_findings(record.name, [row for part in record.parts for row in part.findings], console)
     show_claims(record.claims, console)
     show_paths(paths, console)
-    if before := [part.experiment for part in record.parts if plain_metrics(part.metrics).get("measured_before")]:
+    if before := [part.experiment for part in record.parts if part.metrics.measured_before]:
         console.print(f"Measured before, and kept: {', '.join(before)} (exp.keep=false measures anew).")
-    return [part.experiment for part in record.parts if plain_metrics(part.metrics).get("failed")]
+    return [part.experiment for part in record.parts if part.metrics.failed]
 
 
 def lock_resumed(cfg: Options) -> AbstractContextManager[None]:
-    """Keep other runs out of the folder of a training that goes on; one that holds none is refused later, untouched."""
+    """Keep other runs out of the folder of a training that is resumed; one without checkpoints is refused later."""
     folder = Path(os.path.expanduser(cfg.training.resume or ""))
     is_there = cfg.training.resume is not None and (folder / "checkpoints").is_dir()
     return locked_folder(folder) if is_there and is_first_process() else nullcontext()

@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
@@ -22,7 +21,7 @@ from melens.analysis.study import Stage, Study
 from melens.data.prompts import TokenizedPrompts
 from melens.data.texts import cut_texts, read_text
 from melens.models.devices import placement
-from melens.report.result import Metrics, Result, plain_metrics
+from melens.report.result import Metrics, Result
 from melens.storage.cache import RUN_CACHE, Store, code_version, hash_of, store_for, warn_if_not_cached
 from melens.storage.results import load_cached, load_result, save_result
 from melens.tracing.trace import as_tokens
@@ -44,29 +43,6 @@ class Run(Study):
     folder: Path = field(default=Path(), kw_only=True)
     prepared: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
 
-    # names of before, until every experiment is a function of `melens.analysis`
-    @property
-    def last_lasting(self) -> int:
-        return self.last_before_trailing
-
-    @property
-    def lasting(self) -> range:
-        return self.massive_layers
-
-    @property
-    def carriers(self) -> list[int]:
-        return self.massive_prompts
-
-    @property
-    def distinct_carriers(self) -> list[int]:
-        return self.distinct_massive_prompts
-
-    def of_carriers(self, table: pd.DataFrame) -> pd.DataFrame:
-        return self.of_massive_prompts(table)
-
-    def metrics(self, kind: Any = None, /, **own: Any) -> Any:
-        return self.shared_metrics | own if kind is None else super().metrics(kind, **own)
-
     @cached_property
     def text(self) -> str:
         """The text that a loss is measured on (the node `data`); empty for a model without a tokenizer.
@@ -79,8 +55,8 @@ class Run(Study):
             return read_text(data.text, split=data.split, column=data.column)
         if data.text is not None:
             raise MelensError(
-                "This model has no tokenizer to read data.text with: leave it out, and the loss is measured on random "
-                "tokens."
+                "This model has no tokenizer to read data.text with. Leave data.text out: the loss is then measured on "
+                "random tokens."
             )
         return ""
 
@@ -160,8 +136,8 @@ def _probes(model: TransformerBridge, name: str, options: Any) -> list[Probe]:
 def run_experiments(run: Run) -> Iterator[Result]:
     """Run every experiment of the configuration, and yield what each found as it ends.
 
-    One of several that does not apply, or fails, tells in its metrics. What each of several found is kept, so that a
-    run that was stopped goes on with the next.
+    Of several, one that does not apply, or fails, has the reason in its metrics (`not_applicable`). The results of
+    several are kept, so that a run that was stopped goes on with the next.
     """
     chosen = run.cfg.experiments
     if len(chosen) == 1:
@@ -178,8 +154,8 @@ def run_experiments(run: Run) -> Iterator[Result]:
 def _store_of_results(run: Run) -> Store:
     """Return where the results of this model, prompts and options are kept; those of each experiment come apart."""
     shared = {node: value for node, value in run.cfg.plain().items() if node not in ("exp", "png", "given", "typed")}
-    told = [run.tokens, run.trace.prompts.to_dict("list"), shared, _code()]
-    return store_for("experiments", run.model.original_model, *told, libraries=("plotly",))
+    decides = [run.tokens, run.trace.prompts.to_dict("list"), shared, _code()]
+    return store_for("experiments", run.model.original_model, *decides, libraries=("plotly",))
 
 
 def _find_or_run(run: Run, name: str, options: Any, store: Store | None) -> Result:
@@ -188,9 +164,10 @@ def _find_or_run(run: Run, name: str, options: Any, store: Store | None) -> Resu
     folder = store.folder / f"{name}-{hash_of(options.model_dump())[:24]}"
     found = load_cached(folder, load_result)
     if found is not None:
-        return replace(found, model=run.trace.model, metrics=_measured_before(found.metrics))
+        metrics = found.metrics.model_copy(update={"measured_before": True})
+        return replace(found, model=run.trace.model, metrics=metrics)
     result = _run_one_of_several(run, name, options)
-    if "not_applicable" not in plain_metrics(result.metrics):
+    if result.metrics.not_applicable is None:
         with warn_if_not_cached():
             save_result(result, folder)
     return result
@@ -207,9 +184,3 @@ def _run_one_of_several(run: Run, name: str, options: Any) -> Result:
         why = f"It failed with {type(error).__name__}: {error}"
         metrics = run.metrics(Metrics, not_applicable=why, failed=True)
         return Result(name, run.trace.model, metrics, findings=[(name, why)])
-
-
-def _measured_before(metrics: Any) -> Any:
-    if isinstance(metrics, Metrics):
-        return metrics.model_copy(update={"measured_before": True})
-    return metrics | {"measured_before": True}

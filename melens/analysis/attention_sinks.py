@@ -3,7 +3,7 @@
     result = melens.analysis.sinks(study)
     result.figures["sink_mass"]
 
-1. The sink mass of every block and head comes with the study's trace (`SinkMass`), and tells where sinks start.
+1. The sink mass of every block and head comes with the study's trace (`SinkMass`), and shows where they start.
 2. Figure 7's maps take one further pass over one prompt: a pattern is quadratic in its length.
 3. Ranks take another, over prompts cut to one length: a rank grows with the number of tokens.
 """

@@ -39,7 +39,7 @@ class SinkOnset:
 
 @checked
 def measured_layers(trace: TraceGiven) -> list[int]:
-    """List the blocks whose attention a trace heard."""
+    """List the blocks whose attention a trace measured."""
     return sorted(set(trace["sink_mass"]["layer"].tolist())) if "sink_mass" in trace.tables else []
 
 

@@ -59,7 +59,7 @@ def score_blocks(model: Bridge) -> pd.DataFrame:
 
     Returns:
         A row a block: `layer`, the columns of `SCORES`, and what they predict: the strongest `neuron_index` and the
-        `dim` it writes most to. Blocks without an FFN whose neurons can be told apart are left out.
+        `dim` it writes most to. Blocks whose FFN has not one up and one down projection are left out.
 
     Raises:
         MelensError: no block has such an FFN (mixture of experts, state-space blocks), or the weights are quantised.
