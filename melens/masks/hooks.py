@@ -1,5 +1,10 @@
 """Put a mask on a model: which tokens of each forward call it is for, and the hooks that carry it out.
 
+1. A hook on the model reads from the arguments of each forward call which tokens are masked (`TokenFinder`).
+2. A hook in each masked block multiplies the dims of these tokens in what enters a module (`Block.entries`). On a
+   bridge that is a hook point, which fires in a plain call, `run_with_cache`, a generation and `melens.trace` alike.
+3. When the call ends, a hook on the model checks that every masked block was reached.
+
 Token 0 is the first that is no padding, at its absolute position: padding on either side, a prompt fed in chunks and
 decoding with a cache lead to the same states as the bare prompt without a cache.
 """

@@ -1,22 +1,21 @@
 """Let a bridge's attention find the cache of keys and values under the name that transformers gives it.
 
 TransformerLens 4.3 computes attention itself and looks for the cache as `past_key_values`. transformers 5.24 hands it
-over as `cache`, so that each decode step attends to its own token alone, without a word.
+over as `cache`, so that each decode step attends to its own token alone, without an error.
 """
 
 from __future__ import annotations
 
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components import AttentionBridge
 
-__all__ = ["cache_hooks", "find_cache_by_any_name"]
+__all__ = ["find_cache_by_any_name"]
 
-_HANDLES: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()
+_DONE: WeakSet[nn.Module] = WeakSet()
 
 
 def find_cache_by_any_name(model: TransformerBridge) -> None:
@@ -24,13 +23,9 @@ def find_cache_by_any_name(model: TransformerBridge) -> None:
     for component in model.modules():
         # The base class hands everything on to transformers' own attention, which knows its names.
         computes_itself = isinstance(component, AttentionBridge) and type(component) is not AttentionBridge
-        if computes_itself and component not in _HANDLES:
-            _HANDLES[component] = component.register_forward_pre_hook(_rename, with_kwargs=True)
-
-
-def cache_hooks(component: nn.Module) -> set[int]:
-    """Return the ids of the hooks that `find_cache_by_any_name` put on a component: they change nothing else."""
-    return {_HANDLES[component].id} if component in _HANDLES else set()
+        if computes_itself and component not in _DONE:
+            component.register_forward_pre_hook(_rename, with_kwargs=True)
+            _DONE.add(component)
 
 
 def _rename(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:

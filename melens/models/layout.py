@@ -1,4 +1,4 @@
-"""Which blocks of a model have attention, and which an FFN: of a hybrid not all do, and not all can be heard.
+"""Which blocks of a model have attention, and which an FFN: of a hybrid not all do, and not all can be measured.
 
 Layout.of(model).attention_in_words  # "attention in blocks 2, 5 and 8 of 12"
 """
@@ -29,10 +29,10 @@ class Layout:
 
     Attributes:
         n_layers: how many there are.
-        attention: those whose attention can be heard.
-        ffn: those of whose FFN it can be heard what it writes to the residual stream.
-        unnamed_attention, unnamed_ffn: those that have one which TransformerLens does not tell apart.
-        unrecorded_attention: those whose attention told nothing in a trace, though it was listened to.
+        attention: those whose attention can be measured.
+        ffn: those where it can be measured what the FFN writes to the residual stream.
+        unnamed_attention, unnamed_ffn: those that have one which TransformerLens does not name.
+        unrecorded_attention: those whose attention returned no pattern in a trace.
     """
 
     n_layers: int
@@ -59,7 +59,7 @@ class Layout:
         )
 
     def as_measured(self, layers: Collection[int]) -> Layout:
-        """Return the layout as a trace shows it, in which the attention of these blocks was heard."""
+        """Return the layout as a trace shows it, in which the attention of these blocks was recorded."""
         return replace(
             self,
             attention=tuple(layer for layer in self.attention if layer in layers),
@@ -70,7 +70,7 @@ class Layout:
     def attention_in_words(self) -> str:
         """Say where there is attention."""
         if self.unrecorded_attention and not self.attention:
-            return f"attention in {listed(self.unrecorded_attention)} that tells nothing of what it looks at"
+            return f"attention in {listed(self.unrecorded_attention)} that returns no pattern"
         return _in_words("attention", self.attention, self.unnamed_attention, self.n_layers)
 
     @property
@@ -87,7 +87,7 @@ class Layout:
         }
 
     def next_attention(self, layer: int) -> int | None:
-        """Return the first block behind another whose attention can be heard."""
+        """Return the first block behind another whose attention can be measured."""
         return next((attending for attending in self.attention if attending > layer), None)
 
 
@@ -104,14 +104,14 @@ def _has_ffn(block: Any) -> bool:
     return not parts or not parts.isdisjoint(_FFN) or not own.isdisjoint(_FFN_OF_TRANSFORMERS)
 
 
-def _in_words(what: str, heard: Sequence[int], unheard: Sequence[int], n_layers: int) -> str:
-    if len(heard) == n_layers:
+def _in_words(what: str, measured: Sequence[int], unnamed: Sequence[int], n_layers: int) -> str:
+    if len(measured) == n_layers:
         return f"{what} in all {n_layers} blocks"
-    words = f"{what} in {listed(heard)} of {n_layers}" if heard else f"no block with {what}"
-    if unheard:
-        untold = f"in {listed(unheard)} not told apart by TransformerLens"
-        words = f"{words}, {untold}" if heard else f"{what} {untold}"
-    return words
+    of_unnamed = f"{what} in {listed(unnamed)} that TransformerLens does not name" if unnamed else ""
+    if not measured:
+        return of_unnamed or f"no block with {what}"
+    words = f"{what} in {listed(measured)} of {n_layers}"
+    return f"{words}, and {of_unnamed}" if unnamed else words
 
 
 def listed(layers: Collection[int]) -> str:

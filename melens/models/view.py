@@ -45,7 +45,7 @@ __all__ = [
 register_adapters()
 
 _SKETCH = 8
-"""Numbers that a weight is told by: one pair in ten million looks a tenth as far apart as it is, or less."""
+"""Numbers that a weight is known by: one pair in ten million looks a tenth as far apart as it is, or less."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class ModelView:
         return read_module(block.ln1, block.ln1_name, self.d_model).gain
 
     def gain_sketches(self) -> list[list[float] | None]:
-        """Return a few random projections of the weight of each block's `ln1`: enough to tell models apart.
+        """Return a few random projections of the weight of each block's `ln1`: enough to distinguish models.
 
         They nearly keep the distance between two weights (Johnson and Lindenstrauss 1984): that of a shuffled one is
         large, that of a rounded one small. None without `ln1`, or where the weight is not here in full.
@@ -279,7 +279,7 @@ def _checked(
     if not is_decoder or not any(block.attention is not None for block in blocks):
         if is_decoder and attends(model):
             bridged_before = "; melens.load_model does" if architecture in HYBRIDS else ", so it cannot be masked"
-            raise MelensError(f"TransformerLens does not tell {architecture}'s attention apart{bridged_before}.")
+            raise MelensError(f"TransformerLens does not name the attention of {architecture}{bridged_before}.")
         raise MelensError(f"{architecture} is no decoder with attention, so it cannot be masked.")
     vocabulary = model.get_input_embeddings().weight.shape[0]
     return ModelView(bridge, base_of(model), blocks, architecture, d_model, int(vocabulary))

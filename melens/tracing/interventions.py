@@ -72,7 +72,7 @@ def ablation(model: Bridge, layer: Layer, part: Part) -> list[Hook]:
     """
     check_layer(model, layer)
     if not can_ablate(model, layer, part):
-        raise MelensError(f"Block {layer} of this model has no part {part!r} that TransformerLens tells apart.")
+        raise MelensError(f"Block {layer} of this model has no part {part!r} that TransformerLens names.")
     if part in _WRITES:
         return [(f"blocks.{layer}.{_WRITES[part]}", _zero)]
     normalization = read_normalization(model, layer, "ln2")
@@ -275,7 +275,7 @@ class MassiveTokenRuns:
         """
         check_layer(self._model, layer)
         if not can_ablate(self._model, layer, "ffn"):
-            raise MelensError(f"Block {layer} of this model has no FFN that TransformerLens tells apart.")
+            raise MelensError(f"Block {layer} of this model has no FFN that TransformerLens names.")
         if (shape := tuple(values.shape)) != (wanted := tuple(self.ffn.shape[1:])):
             raise MelensError(f"The values are {list(shape)}; here are {wanted[0]} prompts of width {wanted[1]}.")
 

@@ -320,13 +320,10 @@ def _targets(model: TransformerBridge, probe: Probe) -> list[_Target]:
 @contextmanager
 def _recording(model: TransformerBridge, recorder: _Recorder, way: Way) -> Iterator[Any]:
     """Let every probe reduce what passes in the model that is given, of which nothing runs that nobody needs."""
-    at_hook: dict[HookPoint, list[_Target]] = defaultdict(list)
     at_keys: dict[int, list[_Target]] = defaultdict(list)
     for target in recorder.expected:
         if target.hook_point is None:
             at_keys[target.layer].append(target)
-        else:
-            at_hook[target.hook_point].append(target)
     keys = sorted({key for targets in at_keys.values() for target in targets for key in target.probe.keys})
 
     def record_attention(layer: int, attention: Tensor) -> None:
@@ -336,13 +333,10 @@ def _recording(model: TransformerBridge, recorder: _Recorder, way: Way) -> Itera
             wanted = attention if all_of_them else torch.stack([attention[..., column] for column in columns], dim=-1)
             recorder.add(target, wanted)
 
-    def record(targets: list[_Target], activation: Tensor) -> None:
-        for target in targets:
-            recorder.add(target, activation)
-
-    recorders = [(hook_point, partial(record, targets)) for hook_point, targets in at_hook.items()]
-    at_unembedding = [module for module in model.unembed.modules() if isinstance(module, HookPoint)]
-    wants_logits = any(hook_point in at_hook or is_hooked(hook_point) for hook_point in at_unembedding)
+    recorders = [(at.hook_point, partial(recorder.add, at)) for at in recorder.expected if at.hook_point is not None]
+    recorded = {id(hook_point) for hook_point, _ in recorders}
+    at_head = [module for module in model.unembed.modules() if isinstance(module, HookPoint)]
+    wants_logits = any(id(hook_point) in recorded or is_hooked(hook_point) for hook_point in at_head)
     with running(model, recorders, keys, record_attention if at_keys else None, way=way) as network:
         yield network if wants_logits else base_of(network)
 

@@ -276,7 +276,7 @@ def running(
 
     Args:
         model: the bridge.
-        recorders: what records the activations that pass hook points, at most one a hook point.
+        recorders: what records the activations that pass hook points.
         keys: key positions whose attention `record_attention` wants.
         record_attention: called once a block with attention and forward pass.
         way: "bridge" runs the bridge where the twin could be run, too.
@@ -342,23 +342,27 @@ def _attach(
     stack: ExitStack,
 ) -> None:
     """Put hooks on a twin that call the recorders and fire the hook points which somebody hooked."""
-    fires: dict[int, _Fire] = {id(hook_point): hook_point for hook_point in hooked}
-    for hook_point, record in recorders:
-        if id(hook_point) in fires or hook_point.hook_conversion is not None:
-            fires[id(hook_point)] = hook_point
-            _record_at(hook_point, record, stack)
-        else:
-            fires[id(hook_point)] = record  # without the hook point, which would take longer
-    at_pattern = {twin.patterns[key]: fire for key, fire in fires.items() if key in twin.patterns}
     shape: list[int] = []
 
     def note_shape(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         shape[:] = args[0].shape
 
+    def attach(key: int, fire: _Fire) -> None:
+        stack.callback(twin.places[key].attach(partial(_by_prompt, fire, shape)).remove)
+
     stack.callback(twin.network.get_input_embeddings().register_forward_pre_hook(note_shape).remove)
-    for key, fire in fires.items():
+    fired = {id(hook_point): hook_point for hook_point in hooked}
+    for hook_point, record in recorders:
+        key = id(hook_point)
+        if key in fired or key in twin.patterns or hook_point.hook_conversion is not None:
+            fired[key] = hook_point
+            _record_at(hook_point, record, stack)
+        else:
+            attach(key, record)  # without the hook point, which would take longer
+    at_pattern = {twin.patterns[key]: hook_point for key, hook_point in fired.items() if key in twin.patterns}
+    for key, hook_point in fired.items():
         if key not in twin.patterns:
-            stack.callback(twin.places[key].attach(partial(_by_prompt, fire, shape)).remove)
+            attach(key, hook_point)
     for layer, attention in twin.attention.items():
         if record_attention is not None or layer in at_pattern:
             wanted = _Wanted(keys, record_attention and partial(record_attention, layer), at_pattern.get(layer))

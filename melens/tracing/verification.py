@@ -24,8 +24,7 @@ import json
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -36,7 +35,6 @@ import pandas as pd
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from melens.errors import MelensError
@@ -45,7 +43,7 @@ from melens.models.twins import bridge_around, twin_of
 from melens.models.view import base_of
 from melens.storage.cache import Store, store_for_kind
 from melens.tracing.batching import BatchRule, forget_longest, measured, rule_of
-from melens.tracing.sites import ATTENTION_ON_KEYS, SiteInBlock, Sites
+from melens.tracing.sites import ATTENTION_ON_KEYS, Sites
 from melens.tracing.twin import Place, Twin, Way, running
 from melens.validation.arguments import Bridge
 from melens.validation.signatures import SiteList, checked
@@ -438,11 +436,18 @@ def _measure(
 ) -> list[_Recorded]:
     """Run the prompts as a trace does, and return what passes once at each site, a prompt each."""
     lengths = [len(prompt) for prompt in prompts]
+    wanted = [at for site in sites for at in Sites.of(model).find(site)]
+    on_keys = ATTENTION_ON_KEYS in sites
     found: list[_Recorded] = [{} for _ in prompts]
     for rows in [[0, 1]] if rule.may_share(lengths) else [[0], [1]]:
         tokens = torch.nn.utils.rnn.pad_sequence([prompts[row] for row in rows], batch_first=True)
         recorded: dict[_Where, list[Tensor]] = defaultdict(list)
-        with _recording(model, sites, recorded, way) as network:
+        recorders = [(at.hook_point, partial(_keep, recorded[at[:2]])) for at in wanted if at.hook_point is not None]
+
+        def record_attention(layer: int, attention: Tensor, recorded: Any = recorded) -> None:
+            _keep(recorded[ATTENTION_ON_KEYS, layer], attention)
+
+        with running(model, recorders, [0], record_attention if on_keys else None, way=way) as network:
             forget_longest(network)
             base_of(network)(input_ids=tokens.to(input_device(network)), use_cache=False)
         for at, row in enumerate(rows):
@@ -450,30 +455,6 @@ def _measure(
                 if len(values) == 1 and len(values[0]) == len(rows):
                     found[row][where] = _without_padding(where[0], values[0][at : at + 1], lengths[row])
     return found
-
-
-@contextmanager
-def _recording(
-    model: TransformerBridge, sites: Sequence[str], recorded: dict[_Where, list[Tensor]], way: Way
-) -> Iterator[Any]:
-    by_hook: dict[HookPoint, list[SiteInBlock]] = defaultdict(list)
-    records_keys = False
-    for at in (at for site in sites for at in Sites.of(model).find(site)):
-        if at.hook_point is None:
-            records_keys = True
-        else:
-            by_hook[at.hook_point].append(at)
-
-    def record(found: Sequence[SiteInBlock], activation: Tensor) -> None:
-        for site, layer, _ in found:
-            _keep(recorded[site, layer], activation)
-
-    def record_attention(layer: int, attention: Tensor) -> None:
-        _keep(recorded[ATTENTION_ON_KEYS, layer], attention)
-
-    recorders = [(hook_point, partial(record, found)) for hook_point, found in by_hook.items()]
-    with running(model, recorders, [0], record_attention if records_keys else None, way=way) as network:
-        yield network
 
 
 def _without_padding(site: str, activation: Tensor, length: int) -> Tensor:

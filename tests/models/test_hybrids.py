@@ -130,7 +130,11 @@ def test_a_mask_on_a_hybrid_changes_the_same_on_either_kind_of_model(model_type)
 @pytest.mark.parametrize(
     ("model_type", "mask", "sentence"),
     [
-        ("nemotron_h", {"start": 0, "layers": "first"}, "Block 0 has no attention, so site=attn_in cannot mask it; site=resid_pre can"),
+        (
+            "nemotron_h",
+            {"start": 0, "layers": "first"},
+            "Block 0 has no attention, so site=attn_in cannot mask it; site=resid_pre can",
+        ),
         ("nemotron_h", {"layers": [1, 2]}, "Block 1 has no attention"),
         ("zamba2", {"start": 0}, "Block 1 has attention without a norm ln1 of its own before it"),
     ],
@@ -175,9 +179,9 @@ def test_what_transformer_lens_does_not_tell_apart_is_said_not_to_be(monkeypatch
     monkeypatch.setitem(ArchitectureAdapterFactory._adapters, "Zamba2ForCausalLM", Zamba2ArchitectureAdapter)
     bridge = build_bridge_from_module(plain, "Zamba2ForCausalLM", hf_config=plain.config, model_name="tiny")
     layout = Layout.of(bridge)
-    assert layout.attention_in_words == "attention in blocks 1 and 3 not told apart by TransformerLens"
-    assert layout.ffn_in_words == "an FFN in blocks 1 and 3 not told apart by TransformerLens"
-    with pytest.raises(melens.MelensError, match=r"Zamba2ForCausalLM's attention apart; melens\.load_model does"):
+    assert layout.attention_in_words == "attention in blocks 1 and 3 that TransformerLens does not name"
+    assert layout.ffn_in_words == "an FFN in blocks 1 and 3 that TransformerLens does not name"
+    with pytest.raises(melens.MelensError, match=r"the attention of Zamba2ForCausalLM; melens\.load_model does"):
         view_model(bridge)
 
 
@@ -242,9 +246,10 @@ def test_blocks_are_told_in_words():
     assert listed((2, 5, 8)) == "blocks 2, 5 and 8"
     assert listed(range(6)) == "blocks 0 to 5"
     partly = Layout(6, attention=(1,), ffn=(), unnamed_attention=(4,))
-    assert partly.attention_in_words == "attention in block 1 of 6, in block 4 not told apart by TransformerLens"
+    named_and_not = "attention in block 1 of 6, and attention in block 4 that TransformerLens does not name"
+    assert partly.attention_in_words == named_and_not
     assert partly.ffn_in_words == "no block with an FFN"
     silent = Layout(6, attention=(1, 4), ffn=()).as_measured([])
-    assert silent.attention_in_words == "attention in blocks 1 and 4 that tells nothing of what it looks at"
+    assert silent.attention_in_words == "attention in blocks 1 and 4 that returns no pattern"
     assert Layout(6, attention=(1, 4), ffn=()).as_measured([1, 4]).attention == (1, 4)
     assert Layout(6, tuple(range(6)), ()).attention_in_words == "attention in all 6 blocks"

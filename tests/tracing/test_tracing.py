@@ -91,15 +91,15 @@ def test_every_probe_equals_run_with_cache(family):
     check_against_cache(trace, prompts, caches, N_LAYERS)
 
 
-@pytest.mark.parametrize("beside_eager", [False, True])
+@pytest.mark.parametrize("with_patterns", [False, True])
 @pytest.mark.parametrize("name", OTHERS)
-def test_attention_of_other_kinds_equals_run_with_cache(name, beside_eager):
+def test_attention_of_other_kinds_equals_run_with_cache(name, with_patterns):
     model = other_model(name)
     prompts = some_prompts((30, 12))
     probes = [melens.Norms(("hook_resid_post",)), melens.SinkMass()]
     entropies = melens.AttentionEntropy()
     entropies.layers = [1]
-    trace = melens.trace(model, prompts, [*probes, entropies] if beside_eager else probes)
+    trace = melens.trace(model, prompts, [*probes, entropies] if with_patterns else probes)
     with torch.no_grad():
         caches = [model.run_with_cache(prompt[None])[1] for prompt in prompts]
     for prompt, cache in enumerate(caches):
@@ -108,7 +108,7 @@ def test_attention_of_other_kinds_equals_run_with_cache(name, beside_eager):
             close(rows(trace["norm"], **at).norm.to_numpy(), cache[f"blocks.{layer}.hook_resid_post"][0].norm(dim=-1))
             pattern = cache[f"blocks.{layer}.attn.hook_pattern"][0]
             close(rows(trace["sink_mass"], **at).sink_mass.to_numpy(), pattern[:, 1:, 0].mean(-1))
-            if beside_eager and layer == 1:
+            if with_patterns and layer == 1:
                 entropy = -torch.xlogy(pattern, pattern).sum(-1)[:, 1:].mean(-1)
                 close(rows(trace["attention_entropy"], **at).entropy.to_numpy(), entropy)
 
