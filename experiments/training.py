@@ -115,7 +115,7 @@ def _experiment(method: Literal["sft", "dpo", "grpo"]) -> Experiment:
         prepare=prepare,
         model_options=loaded_with,
         in_all=False,
-        is_distributed=True,
+        trains=True,
     )
 
 

@@ -100,7 +100,7 @@ class Experiment:
         model_options: what the model is loaded with, given all options and what `prepare` returned; by default the
             node `model`.
         in_all: whether `exp=all` can hold it.
-        is_distributed: whether accelerate may start several processes of it, which share the output folder.
+        trains: whether it trains: accelerate may start several processes of it, with one folder and its checkpoints.
     """
 
     name: str
@@ -113,7 +113,7 @@ class Experiment:
     prepare: Callable[[Options, Path], Any] | None = None
     model_options: Callable[[Options, Any], dict[str, Any]] | None = None
     in_all: bool = True
-    is_distributed: bool = False
+    trains: bool = False
 
 
 def of_analysis(

@@ -54,7 +54,7 @@ def run_job(cfg: Options, folder: Path) -> list[str]:
         logging.getLogger("choreographer").setLevel(logging.WARNING)  # it logs every temporary folder
     masks = masks_in_use(cfg)
     config = cfg.plain() | {"masks": {name: mask.model_dump() for name, mask in masks.items()}}
-    if any(EXPERIMENTS[name].is_distributed for name in cfg.experiments):
+    if any(EXPERIMENTS[name].trains for name in cfg.experiments):
         folder = shared_folder(folder)
     console = Console(quiet=not is_first_process())
     for name, mask in masks.items():

@@ -10,12 +10,12 @@ from pathlib import Path
 from experiments.options import Options
 from experiments.runner.processes import is_first_process
 from experiments.runner.progress import log_line
+from experiments.runner.registry import EXPERIMENTS
 from melens import MelensError
 from melens.report.page import write_report
 from melens.report.record import COMPLETE, Record
 from melens.report.result import Result
 from melens.storage.cache import RUN_CACHE
-from melens.training.recipe import METHODS
 
 __all__ = ["finish", "note_if_stopped", "write_part"]
 
@@ -71,6 +71,7 @@ def stopped_message(record: Record, cfg: Options) -> str:
     if RUN_CACHE.can_resume and cfg.exp.name != "generate":  # which keeps its trace alone
         return f"{nothing} What was measured so far is kept. {again} the rest."
     folder = record.folder if cfg.training.resume is None else Path(cfg.training.resume)
-    if cfg.exp.name in METHODS and any((folder / "checkpoints").glob("checkpoint-*/trainer_state.json")):
+    trains = any(EXPERIMENTS[name].trains for name in cfg.experiments)
+    if trains and any((folder / "checkpoints").glob("checkpoint-*/trainer_state.json")):
         return f"{nothing} Add training.resume={folder} to go on from the last checkpoint."
     return nothing

@@ -7,7 +7,7 @@
 3. What was not measured, and why, is found first; then the claim's own `judge` decides, mostly by `at_least`.
 4. Over several models, the claim about families is judged as well.
 
-To add a claim: append a `Claim` to `CLAIMS` beside the analysis that measures it (`melens/analysis/sinks.py`).
+To add a claim: append a `Claim` to `CLAIMS` beside what measures it, as in `melens/analysis/attention_sinks.py`.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ class Claim(Generic[M]):
     statistic: str
     criterion: str
     why: str
+    metrics: type[M]
     judge: Callable[[M], Judgement]
-    metrics: type[M] | None = None
     of_token_0: bool = False
     of_ffn: bool = False
     blocks_after: int | None = None
@@ -183,8 +183,7 @@ def _judge_one(claim: Claim[Any], measured: Mapping[str, Any]) -> Judgement:
     if (why_not := _why_not_measured(claim, shared)) is not None:
         return Judgement("not measured", note=why_not)
     try:
-        metrics = _of(claim.metrics, found) if claim.metrics else found if isinstance(found, Mapping) else found.plain()
-        judged = claim.judge(metrics)
+        judged = claim.judge(_of(claim.metrics, found))
     except KeyError as missing:
         return Judgement("not measured", note=f"The result has no metric {missing}.")
     except NotANumberError as broken:  # every comparison with NaN is false, which would read as "does not hold"

@@ -21,6 +21,7 @@ from melens.benchmarks.comparison import CLAIMS as BENCHMARK
 from melens.benchmarks.training_table import CLAIMS as TABLES
 from melens.claims.engine import Claim, Judgement
 from melens.masks.grid_claims import CLAIMS as MASKS
+from melens.report.result import Metrics
 
 __all__ = ["CLAIMS", "FAMILY_CLAIM", "judge_families"]
 
@@ -40,8 +41,9 @@ CLAIMS: tuple[Claim[Any], ...] = (
 """What the paper and its review say of one model, in the order of the paper."""
 
 
-FAMILY_CLAIM: Claim[Any] = Claim(
+FAMILY_CLAIM = Claim(
     id="same-in-family",
+    metrics=Metrics,
     claim="Models of one family have the same ME layer",
     source="appendix H, table 8",
     experiment="emergence",

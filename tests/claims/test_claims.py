@@ -1,7 +1,9 @@
 import pandas as pd
 import pytest
+from pydantic import ValidationError
 
 import melens
+from melens import MelensError
 from melens.claims.paper import CLAIMS
 
 BASE = {"me_layer": 11, "n_prompts": 9, "distinct_first_tokens": 9, "massive_position": 0}
@@ -39,10 +41,7 @@ def test_a_mean_must_clear_its_threshold_with_its_interval(value, interval, expe
 )
 def test_a_mean_must_stay_below_its_threshold_with_its_interval(value, interval, expected):
     metrics = {"left_without_ffn": value, "left_without_ffn_interval": interval}
-    ablation = {
-        "left_without_norm": {}, "over_others_without_norm": {}, "causal_layers": [], "strongest_cause": 3, **metrics,
-    }  # fmt: skip
-    assert verdict("ablation", "ffn-needed", **ablation) == expected
+    assert verdict("ablation", "ffn-needed", **metrics) == expected
 
 
 @pytest.mark.parametrize(
@@ -82,8 +81,7 @@ def test_concentrations_must_peak_together(peaks, expected):
 )
 def test_without_the_norm_it_must_persist_and_be_smaller(left, over_others, expected):
     metrics = {"left_without_norm": left, "over_others_without_norm": over_others}
-    shared = {"causal_layers": [], "strongest_cause": 3}
-    assert verdict("ablation", "norm-scales", **metrics, **shared) == expected
+    assert verdict("ablation", "norm-scales", **metrics) == expected
 
 
 @pytest.mark.parametrize(
@@ -92,8 +90,7 @@ def test_without_the_norm_it_must_persist_and_be_smaller(left, over_others, expe
 )
 def test_only_the_me_layer_may_be_a_cause(causal, strongest, expected):
     metrics = {"causal_layers": causal, "strongest_cause": strongest}
-    shared = {"left_without_norm": {}, "over_others_without_norm": {}}
-    assert verdict("ablation", "only-me-causal", **metrics, **shared) == expected
+    assert verdict("ablation", "only-me-causal", **metrics) == expected
 
 
 @pytest.mark.parametrize(
@@ -149,6 +146,18 @@ def test_a_metric_that_is_missing_says_why():
         "metrics": BASE | {"hidden_rank_ratio_why_not": "No block."},
     }
     assert melens.judge(result).set_index("id").note["hidden-rank"] == "No block."
+
+
+def test_a_metric_of_another_type_is_refused_by_name():
+    result = {"experiment": "sinks", "model": {"name": "m"}, "metrics": BASE | {"sink_onset_layer": "twelve"}}
+    with pytest.raises(MelensError, match=r"the metric sink_onset_layer is 'twelve', .*: run the experiment again"):
+        melens.judge(result)
+
+
+@pytest.mark.parametrize("kind", {claim.metrics for claim in CLAIMS})
+def test_a_field_that_an_experiment_does_not_have_is_an_error(kind):
+    with pytest.raises(ValidationError, match="sink_onset_leyer"):
+        kind(sink_onset_leyer=3)
 
 
 def test_what_follows_from_a_shared_first_token_is_trivial():
