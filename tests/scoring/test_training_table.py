@@ -7,7 +7,7 @@ from handmade import study_by_hand
 
 from melens import WeMask
 from melens.benchmarks.catalog import BENCHMARKS
-from melens.benchmarks.comparison import benchmark, describe_requests
+from melens.benchmarks.comparison import benchmark, describe_requests, judge_comparisons
 from melens.benchmarks.evaluation import MaskConfiguration
 from melens.benchmarks.language import LanguageData
 from melens.benchmarks.options import BenchmarkOptions
@@ -63,6 +63,15 @@ def test_trainings_are_compared_row_by_row():
     assert verdicts["training-over-none"] == "holds"
     assert verdicts["inference-over-none"] == "does not hold"
     assert {"table", "table_differences", "training_loss", "training_trace"} == set(result.figures)
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "n", "verdict"),
+    [(4, 0, 7, "holds"), (2, 0, 4, "holds in part"), (4, 1, 7, "holds in part"), (1, 1, 2, "does not hold")],
+)
+def test_most_comparisons_are_more_than_half(better, worse, n, verdict):
+    judged = judge_comparisons({"all": n, "better": better, "worse": worse}, "better", "worse")
+    assert (judged.verdict, judged.value) == (verdict, pytest.approx(better / n))
 
 
 def test_masks_are_compared_without_hydra():
