@@ -13,11 +13,12 @@ from test_mask_grid import configuration, study_of
 from test_not_a_number import ON_TEXTS, grid
 
 import melens
-from experiments import ffn, predict, wemask
+from experiments import wemask
 from experiments.options import compose_options
 from experiments.options.training import training_request
 from experiments.runner import study as of_run
 from experiments.runner.jobs import jobs_of
+from experiments.runner.registry import EXPERIMENTS
 from experiments.runner.study import begin_study, run_experiments
 from melens import WeMask
 from melens.benchmarks import evaluation
@@ -33,9 +34,10 @@ from melens.masks import grid as grids
 from melens.masks.comparison import MaskComparison
 from melens.models.twins import plain_twin
 from melens.report.record import write_result
-from melens.report.result import Result, plain
+from melens.report.result import Metrics, Result, plain
 from melens.storage import cache
 from melens.storage.cache import Store, store_for
+from melens.storage.results import load_cached, load_result, save_result
 from melens.training import runs
 from melens.training.runs import training_store
 
@@ -145,6 +147,23 @@ def measured(*_):
     raise AssertionError("It was measured again.")
 
 
+def run_by(monkeypatch, name, function):
+    """Let a function run the experiment of a name."""
+    monkeypatch.setitem(EXPERIMENTS, name, replace(EXPERIMENTS[name], run=function))
+
+
+def same_but_for_nan(left, right):
+    """JSON has no NaN: what was read has None there."""
+    return type(left) is type(right) and plain(left.model_dump()) == plain(right.model_dump())
+
+
+def counted(monkeypatch, name):
+    """Return a list that grows whenever the experiment of a name is run."""
+    ran, run = [], EXPERIMENTS[name].run
+    run_by(monkeypatch, name, lambda *given: ran.append(given) or run(*given))
+    return ran
+
+
 def test_a_run_that_was_stopped_goes_on_with_what_it_has_not_done(monkeypatch):
     model = bridge(planted())
 
@@ -152,27 +171,25 @@ def test_a_run_that_was_stopped_goes_on_with_what_it_has_not_done(monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(predict, "run", stop)
+        run_by(patch, "predict", stop)
         parts = parts_of(model)
         first = next(parts)
         with pytest.raises(KeyboardInterrupt):
             next(parts)
     with monkeypatch.context() as patch:
-        patch.setattr(ffn, "run", measured)
+        run_by(patch, "ffn", measured)
         patch.setattr(melens, "trace", measured)
         found, second = parts_of(model)
-        patch.setattr(predict, "run", measured)
-        assert [part.metrics["measured_before"] for part in parts_of(model)] == [True, True]
-    assert found.metrics.pop("measured_before")
-    assert "measured_before" not in second.metrics
-    assert plain(found.metrics) == plain(first.metrics)
+        run_by(patch, "predict", measured)
+        assert [part.metrics.measured_before for part in parts_of(model)] == [True, True]
+    assert (found.metrics.measured_before, second.metrics.measured_before) == (True, False)
+    assert same_but_for_nan(found.metrics.model_copy(update={"measured_before": False}), first.metrics)
     assert set(found.figures) == set(first.figures)
-    assert second.metrics["ranks"]["response"] == 1
+    assert second.metrics.ranks["response"] == 1
 
 
 def test_what_an_experiment_found_is_kept_under_all_that_it_depends_on(monkeypatch):
-    model, ran, run = bridge(planted()), [], ffn.run
-    monkeypatch.setattr(ffn, "run", lambda *told: ran.append(told) or run(*told))
+    model, ran = bridge(planted()), counted(monkeypatch, "ffn")
     times = []
     for options in (
         (),
@@ -184,7 +201,7 @@ def test_what_an_experiment_found_is_kept_under_all_that_it_depends_on(monkeypat
     ):
         found = next(parts_of(model, *options))
         times.append(len(ran))
-        assert ("measured_before" in found.metrics) == (times[-2:] == [times[-1]] * 2)
+        assert found.metrics.measured_before == (times[-2:] == [times[-1]] * 2)
     assert times == [1, 1, 1, 2, 3, 4]
 
 
@@ -194,8 +211,20 @@ def test_other_prompts_and_other_weights_are_measured_anew(monkeypatch):
     next(parts_of(bridge(network), shift=1))
     network.model.layers[0].mlp.up_proj.weight.data[5] *= 2
     next(parts_of(bridge(network)))
-    monkeypatch.setattr(ffn, "run", measured)
+    run_by(monkeypatch, "ffn", measured)
     next(parts_of(bridge(network)))
+
+
+def test_a_cached_result_names_no_class_but_one_of_ours(tmp_path):
+    folder = tmp_path / "ffn"
+    save_result(Result("ffn", {"name": "tiny"}, Metrics(me_layer=1, n_prompts=3)), folder)
+    assert load_result(folder).metrics == Metrics(me_layer=1, n_prompts=3)
+    content = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps(content | {"metrics_class": ["http.server", "test"]}))
+    with pytest.raises(ValueError, match=r"http\.server\.test is no class of metrics"):
+        load_result(folder)
+    assert load_cached(folder, load_result) is None
+    assert not folder.exists()
 
 
 def test_what_is_damaged_is_measured_anew_and_mended(tmp_path, monkeypatch):
@@ -204,20 +233,21 @@ def test_what_is_damaged_is_measured_anew_and_mended(tmp_path, monkeypatch):
     (folder,) = (tmp_path / "cache" / "experiments").glob("*/ffn-*")
     next(folder.glob("*.parquet")).write_bytes(b"half")
     again = next(parts_of(model))
-    assert plain(again.metrics) == plain(before.metrics)
-    monkeypatch.setattr(ffn, "run", measured)
-    assert next(parts_of(model)).metrics["measured_before"]
+    assert same_but_for_nan(again.metrics, before.metrics)
+    run_by(monkeypatch, "ffn", measured)
+    assert next(parts_of(model)).metrics.measured_before
 
 
 def test_only_what_was_found_is_kept_and_not_what_reads_files_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(predict, "run", lambda *_: 1 / 0)
-    monkeypatch.setattr(wemask, "run", lambda study, options: Result("wemask", study.trace.model, {"cells": 1}))
+    run_by(monkeypatch, "predict", lambda *_: 1 / 0)
+    run_by(monkeypatch, "wemask", lambda run, options: Result("wemask", run.trace.model, Metrics(n_prompts=7)))
     parts = parts_of(model_of(), "exp.experiments=[ablation,predict,wemask,ffn]")
     metrics = {part.experiment: part.metrics for part in parts}
-    assert "not_applicable" in metrics["ablation"]  # this model has no massive activation
-    assert metrics["predict"]["failed"]
-    assert metrics["wemask"] == {"cells": 1}
-    assert next(parts_of(model_of(), "exp.experiments=[wemask,ffn]", "exp.wemask.keep=false")).metrics == {"cells": 1}
+    assert metrics["ablation"].not_applicable is not None  # this model has no massive activation
+    assert metrics["predict"].failed
+    assert metrics["wemask"].n_prompts == 7
+    found = next(parts_of(model_of(), "exp.experiments=[wemask,ffn]", "exp.wemask.keep=false"))
+    assert found.metrics.n_prompts == 7
     kept = [folder.name.split("-")[0] for folder in (tmp_path / "cache" / "experiments").glob("*/*")]
     assert kept == ["ffn"]
 
@@ -237,8 +267,7 @@ def test_what_an_experiment_keeps_of_its_own_goes_by_keep_of_all(given, kept):
 
 
 def test_prompts_of_other_tasks_are_measured_anew(monkeypatch):
-    model, ran, run = bridge(planted()), [], ffn.run
-    monkeypatch.setattr(ffn, "run", lambda *told: ran.append(told) or run(*told))
+    model, ran = bridge(planted()), counted(monkeypatch, "ffn")
     cfg = compose_options("exp=all", "model=random", "exp.experiments=[ffn,predict]")
     prompts = [torch.arange(1, 20), torch.arange(2, 21)]
     study = begin_study(model, prompts, cfg, lambda name: lambda done, total: None)
