@@ -144,7 +144,7 @@ class Twin:
 
     def _without_components(self, module: nn.Module, name: str) -> nn.Module:
         component = module if isinstance(module, GeneralizedComponent) else None
-        original: Any = module if component is None else component.original_component
+        original: Any = module if component is None else component._modules["_original_component"]
         if id(original) not in self._plain:  # a model may hold one module in several places
             prefix = f"{name}." if name else ""
             parts = {
@@ -224,7 +224,7 @@ def _what_was_done_to(component: Any, name: str) -> str:
     if "forward" in own and "_hf_hook" not in own:  # accelerate's brings the weights, and nothing else
         return f"the component of {name} has a forward that is not its class's"
     for hooks in (component._forward_hooks, component._forward_pre_hooks, component._backward_hooks):
-        if not all((getattr(hook, "__module__", None) or "").startswith(_LIBRARIES) for hook in hooks.values()):
+        if hooks and not all((getattr(hook, "__module__", "") or "").startswith(_LIBRARIES) for hook in hooks.values()):
             return f"there is a PyTorch hook on the component of {name}"
     return ""
 

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from planted import bridge, other_model, plain_model
+from planted import bridge, gains_apart, other_model, plain_model
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 import melens
@@ -104,3 +104,15 @@ def test_a_site_whose_tensor_passes_elsewhere_is_measured_in_the_bridge(monkeypa
         _, cache = model.run_with_cache(TOKENS)
     found = torch.tensor(norms["norm"].query("layer == 1").norm.to_numpy()).view(2, 9)
     torch.testing.assert_close(found, cache["blocks.1.hook_mlp_out"].norm(dim=-1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("site", ["attn_in", "ln1_in", "resid_pre"])
+def test_a_mask_on_a_bridge_is_on_its_twin_too(site):
+    model = bridge(gains_apart(plain_model("llama")))
+    unmasked = recorded(model, "blocks.3.hook_resid_post")
+    with melens.WeMask(0.3, site=site, start=1).applied(model), torch.no_grad():
+        _, cache = model.run_with_cache(TOKENS)
+        found = recorded(model, "blocks.3.hook_resid_post")
+    torch.testing.assert_close(found, cache["blocks.3.hook_resid_post"], rtol=1e-4, atol=1e-4)
+    assert (found - unmasked).abs().max() > 1e-2
+    torch.testing.assert_close(recorded(model, "blocks.3.hook_resid_post"), unmasked)
