@@ -196,8 +196,8 @@ def _real_keys(mask: Any) -> Bool[Tensor, "batch key"] | None:
         may_attend = mask if mask.dtype == torch.bool else mask >= 0
         return may_attend.any(dim=(1, 2))
     raise MelensError(
-        "This form of attention mask does not tell a WeMask where the sequences begin: give the tokenizer's [batch, "
-        "pos] mask."
+        "A WeMask cannot read from an attention mask of this form where the sequences begin: give the tokenizer's "
+        "[batch, pos] mask."
     )
 
 
@@ -235,7 +235,7 @@ class InstalledMask:
 
     def __init__(
         self,
-        network: ModelView,
+        view: ModelView,
         layers: Sequence[int],
         site: str,
         finder: TokenFinder,
@@ -244,11 +244,11 @@ class InstalledMask:
         """Attach the hooks.
 
         Args:
-            network: the model.
+            view: of the model.
             layers: blocks to mask; massive tokens are looked for in what enters the first.
             site: where.
-            finder: tells which tokens.
-            factors: tells how.
+            finder: finds the tokens.
+            factors: gives the factors of their dims.
         """
         self.layers = tuple(layers)
         self.first, self._site = min(layers), site
@@ -258,13 +258,13 @@ class InstalledMask:
         self.seen: dict[int, Tensor] = {}  # what went into ln1, by thread
         self.carried = f"melens_mask_{id(self)}"
         self._criterion = Criterion()
-        self._signature = inspect.signature(network.base.forward)
-        self._expected = [(layer, network.blocks[layer].module) for layer in self.layers]
+        self._signature = inspect.signature(view.base.forward)
+        self._expected = [(layer, view.blocks[layer].module) for layer in self.layers]
         self._removers: list[Callable[[], None]] = [factors.remove]
         self._untrained: list[_Hooks] = []  # of blocks as they are until the model is trained
         torch.compiler.reset()  # code compiled without these hooks would go on without them
         try:
-            self._attach(network, site)
+            self._attach(view, site)
         except BaseException:
             self.remove()
             raise
@@ -276,16 +276,16 @@ class InstalledMask:
         while self._removers:
             self._removers.pop()()
 
-    def _attach(self, network: ModelView, site: str) -> None:
+    def _attach(self, view: ModelView, site: str) -> None:
         keep = self._keep
-        keep(network.base.register_forward_pre_hook(self._begin, with_kwargs=True))
-        keep(network.base.register_forward_hook(self._end, always_call=True))
+        keep(view.base.register_forward_pre_hook(self._begin, with_kwargs=True))
+        keep(view.base.register_forward_hook(self._end, always_call=True))
         for layer in self.layers:
-            block = network.blocks[layer]
+            block = view.blocks[layer]
             hooks = _Hooks(self, layer, block)
             if layer == self.first and self._finder.detects:
                 keep(block.entries["resid_pre"].register_forward_pre_hook(hooks.look, with_kwargs=True))
-            if site != "resid_pre" and network.bridge is None:  # else outside what gradient checkpointing repeats
+            if site != "resid_pre" and view.bridge is None:  # else outside what gradient checkpointing repeats
                 self._untrained.append(hooks)
             if site == "ln1_in" and block.ln1_is_shared:
                 self._mask_for_attention(hooks)
