@@ -128,9 +128,7 @@ def judge(results: Any) -> pd.DataFrame:
 def judge_parts(results: Sequence[Result]) -> pd.DataFrame:
     """Judge only the claims that these results of one model measure, in the columns of `judge`."""
     claims = judge(results)
-    measured = {
-        name for result in results for name in (result.metrics if result.experiment == "all" else [result.experiment])
-    }
+    measured = {result.experiment for result in results}
     return claims[claims["experiment"].isin(measured)]
 
 

@@ -9,7 +9,7 @@ result.claims                    # what the paper's claims about it come to
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from pydantic import BaseModel, ConfigDict, model_validator
 
-__all__ = ["Figure", "Interval", "Metrics", "Result", "combine", "plain", "plain_metrics"]
+__all__ = ["Figure", "Interval", "Metrics", "Result", "plain", "plain_metrics"]
 
 Interval = tuple[float | None, float | None]
 """A 95% interval; of a single prompt there is none: (NaN, NaN), which JSON holds as (null, null)."""
@@ -100,8 +100,7 @@ class Result:
     Attributes:
         experiment: its name.
         model: as in `Trace.model`.
-        metrics: its numbers, for `result.json` and `melens.judge`; of several experiments together (`"all"`), by
-            experiment.
+        metrics: its numbers, for `result.json` and `melens.judge`.
         tables: tidy data by name, each what a figure shows.
         figures: by name.
         findings: what to show the user, as (what, value) rows of plain text, or (what, left, right) to lay two texts
@@ -130,25 +129,9 @@ class Result:
         return "\n".join([f"{self.experiment} of {self.model.get('name')}", *lines, *named])
 
 
-def combine(results: Iterable[Result]) -> Result:
-    """Put the results of several experiments on one model together."""
-    results = list(results)
-    return Result(
-        experiment="all",
-        model=results[0].model,
-        metrics={result.experiment: result.metrics for result in results},
-        tables={name: table for result in results for name, table in result.tables.items()},
-        figures={name: figure for result in results for name, figure in result.figures.items()},
-        findings=[finding for result in results for finding in result.findings],
-        documents={name: text for result in results for name, text in result.documents.items()},
-    )
-
-
 def plain_metrics(metrics: Any) -> dict[str, Any]:
-    """Return metrics as `result.json` holds them, those of several experiments by experiment."""
-    if isinstance(metrics, Metrics):
-        return metrics.plain()
-    return {name: plain_metrics(part) if isinstance(part, Metrics) else part for name, part in metrics.items()}
+    """Return metrics as `result.json` holds them."""
+    return metrics.plain() if isinstance(metrics, Metrics) else dict(metrics)
 
 
 def plain(value: Any) -> Any:

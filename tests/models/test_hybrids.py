@@ -17,7 +17,6 @@ from melens.masks.comparison import MaskComparison
 from melens.models.layout import Layout, listed
 from melens.models.twins import plain_twin
 from melens.models.view import view_model
-from melens.report.result import combine
 from melens.tracing.attention import uses_attention_function
 
 SIZES: dict[str, Any] = planted.SMALL | {"num_hidden_layers": 4}
@@ -186,7 +185,7 @@ def test_what_transformer_lens_does_not_tell_apart_is_said_not_to_be(monkeypatch
 
 
 @pytest.fixture(scope="module")
-def planted_result():
+def parts():
     """Experiments on a Nemotron-H whose second block, an FFN, makes token 7 massive."""
     kinds = ["mamba", "mlp", "mamba", "attention", "mlp", "attention"]
     config = AutoConfig.for_model(
@@ -204,11 +203,12 @@ def planted_result():
     cfg = compose_options("exp=all", "model=random", "exp.sinks.rank_tokens=12", some)
     prompts = [torch.cat([torch.tensor([7]), torch.arange(10, 10 + length)]) for length in (12, 13)]
     study = begin_study(planted.bridge(network), prompts, cfg, lambda name: lambda done, total: None)
-    return combine(run_experiments(study))
+    return list(run_experiments(study))
 
 
-def test_experiments_say_of_a_hybrid_what_is_so(planted_result):
-    said, metrics = dict(planted_result.findings), planted_result.metrics
+def test_experiments_say_of_a_hybrid_what_is_so(parts):
+    said = dict(row for part in parts for row in part.findings)
+    metrics = {part.experiment: part.metrics for part in parts}
     assert not any(part.not_applicable for part in metrics.values())
     assert {part.me_layer for part in metrics.values()} == {1}
     assert said["layout"] == "attention in blocks 3 and 5 of 6; an FFN in blocks 1 and 4 of 6"
@@ -220,8 +220,8 @@ def test_experiments_say_of_a_hybrid_what_is_so(planted_result):
     assert metrics["predict"].ranks["response"] == 1
 
 
-def test_claims_do_not_judge_what_a_hybrid_does_not_show(planted_result):
-    judged = melens.judge(planted_result).set_index("id")
+def test_claims_do_not_judge_what_a_hybrid_does_not_show(parts):
+    judged = melens.judge(parts).set_index("id")
     assert judged.verdict[["exists", "ffn-needed", "predictable"]].eq("holds").all()
     assert judged.verdict["second-massive"] == "not measured"  # block 5 is attention
     assert judged.note["second-massive"].endswith("that can be measured: there is an FFN in blocks 1 and 4 of 6.")
