@@ -306,7 +306,7 @@ def test_whether_a_model_was_to_think_is_told_and_decides_what_is_kept(tmp_path,
     [
         ("qwen2_5", ["benchmark.thinking=true"], "benchmark.thinking is true, but .* has no switch for thinking"),
         ("qwen2_5", ["benchmark.thinking=false"], "benchmark.thinking is false, but .* has no switch for thinking"),
-        ("qwen3", ["benchmark.thinking=true", "benchmark.chat=false"], "but no benchmark is asked in it"),
+        ("qwen3", ["benchmark.thinking=true", "benchmark.chat=false"], "but no benchmark uses the chat template"),
         ("smolvlm", [], "refuses a single user message .it leaves the user message out"),
         (
             "qwen3",

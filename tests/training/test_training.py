@@ -483,7 +483,7 @@ def test_pairs_that_reply_to_different_things_are_left_out(tmp_path):
     ("method", "row", "chat", "message"),
     [
         ("sft", {"prompt": "Hi", "completion": None}, True, "'completion' is None; it must be a text"),
-        ("dpo", {"chosen": "Yes", "rejected": "No"}, True, "without a prompt, rows need messages, or chosen"),
+        ("dpo", {"chosen": "Yes", "rejected": "No"}, True, "rows without a prompt need messages, or chosen"),
         ("sft", {"messages": [USER, REPLY]}, False, "training.chat is false"),
     ],
 )
