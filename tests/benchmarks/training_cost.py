@@ -38,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=4, help="of each")
     parser.add_argument("--steps", type=int, default=8, help="of a turn")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     on_gpu = torch.cuda.is_available()
     warnings.filterwarnings("ignore")
     disable_progress_bars()
@@ -50,14 +50,14 @@ def main() -> None:
     else:
         model = transformers.AutoModelForCausalLM.from_pretrained(embedded_model_folder())
         name, (n_rows, n_tokens), start = "SmolLM2-135M, CPU", (2, 128), 12
-    ids = torch.randint(200, (n_rows * asked.steps, n_tokens), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(200, (n_rows * options.steps, n_tokens), generator=torch.Generator().manual_seed(0))
     rows = Dataset.from_dict({"input_ids": ids.tolist()})
     recipe = Recipe(
         "sft",
         batch_size=n_rows,
         micro_batch_size=n_rows,
         lr=1e-6,
-        steps=asked.steps,
+        steps=options.steps,
         precision="mixed" if on_gpu else "float32",
         gradient_checkpointing=True,
         save_every=0,
@@ -65,7 +65,7 @@ def main() -> None:
     mask = WeMask(rate=0.1, start=start)
     seconds: dict[str, list[float]] = {"no mask": [], "WeMask": []}
     memory: dict[str, float] = {}
-    for turn in range(2 * asked.turns):
+    for turn in range(2 * options.turns):
         which = ("no mask", "WeMask", "WeMask", "no mask")[turn % 4]
         ends: list[float] = []
         with tempfile.TemporaryDirectory() as folder:
@@ -73,7 +73,7 @@ def main() -> None:
             watch = {"progress": lambda done, total, ends=ends: ends.append(time.perf_counter())}
             trained = train(model, byte_tokenizer(), rows, recipe, Path(folder), mask=settled, **watch)
         seconds[which] += [after - before for before, after in itertools.pairwise(ends)]
-        memory[which] = max(memory.get(which, 0), trained.metrics["peak_gb"] or 0)
+        memory[which] = max(memory.get(which, 0), trained.stats.peak_gb or 0)
         del trained
         gc.collect()  # the optimiser
     table = Table("", "a step", "× without", "peak memory", "× without", title=f"{name}, {n_rows} x {n_tokens} tokens")
@@ -81,9 +81,9 @@ def main() -> None:
     if on_gpu:
         ratios["memory"] = memory["WeMask"] / memory["no mask"]
     for which in seconds:
-        told = [f"{ratio:.4f}" if which == "WeMask" else "" for ratio in ratios.values()]
+        shown = [f"{ratio:.4f}" if which == "WeMask" else "" for ratio in ratios.values()]
         peak = [f"{memory[which]:.2f} GB"] if on_gpu else []
-        table.add_row(which, f"{min(seconds[which]):.3f} s", told[0], *peak, *told[1:])
+        table.add_row(which, f"{min(seconds[which]):.3f} s", shown[0], *peak, *shown[1:])
     Console().print(table)
     sys.exit(1 if max(ratios.values()) > LIMIT else 0)
 
