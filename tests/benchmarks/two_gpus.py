@@ -151,8 +151,9 @@ def compare(folder: Path, experiment: str, placement: str, options: list[str], t
     spread, of_spread = job(folder, f"{experiment}-{placement}", *EXPERIMENTS[experiment], *options)
     where, difference = max(differences(spread, alone), key=lambda found: found[1], default=("nothing", 0.0))
     lies = json.loads((spread / "result.json").read_text())["model"]["placement"]
-    label = f"{placement} {lies}"
-    table.add_row(label, experiment, f"{difference:.1e}", where, f"{of_spread:.0f}", f"{seconds:.0f}" if seconds else "")
+    where_it_lies = f"{placement} {lies}"
+    times = [f"{of_spread:.0f}", f"{seconds:.0f}" if seconds else ""]
+    table.add_row(where_it_lies, experiment, f"{difference:.1e}", where, *times)
     return difference <= LIMIT and len(lies) > 1
 
 
