@@ -51,9 +51,10 @@ def test_the_twin_has_the_bridges_weights_and_none_of_its_components():
 )
 def test_what_passes_a_hook_point_passes_its_place_in_the_twin(name, site):
     model = other_model(name)
+    found = recorded(model, f"blocks.1.{site}")  # before the bridge runs, which then knows how long the prompts are
     with torch.no_grad():
         _, cache = model.run_with_cache(TOKENS)
-    torch.testing.assert_close(recorded(model, f"blocks.1.{site}"), cache[f"blocks.1.{site}"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, cache[f"blocks.1.{site}"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("site", ["hook_resid_pre", "attn.hook_q", "attn.hook_pattern", "ln2.hook_out"])
