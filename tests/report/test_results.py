@@ -162,6 +162,25 @@ def test_figures_of_two_runs_never_lie_in_one_folder(tmp_path):
     assert names(tmp_path) == {"notes.md", "plotly.min.js", "ffn.html", "result.json"}
 
 
+def test_files_of_an_earlier_run_stay_listed_until_they_are_gone(tmp_path, monkeypatch):
+    write_result(some_result(), tmp_path, config=CONFIG, duration=1.0)
+    unlink = type(tmp_path).unlink
+
+    def stopped(path, **options):
+        if path.name == "norms.parquet":
+            raise KeyboardInterrupt
+        unlink(path, **options)
+
+    record = record_of(tmp_path, "ffn")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tmp_path), "unlink", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            record.add(ffn_result())
+    assert names(tmp_path) == {"norms.parquet", "plotly.min.js", "result.partial.json"}
+    write_result(ffn_result(), tmp_path, config=CONFIG, duration=1.0)
+    assert names(tmp_path) == {"plotly.min.js", "ffn.html", "result.json"}
+
+
 @pytest.mark.parametrize("content", ["{}", "[1]", "half", '{"files": 3}'])
 def test_a_result_that_does_not_list_its_files_is_left_alone(tmp_path, content):
     (tmp_path / "result.json").write_text(content)
