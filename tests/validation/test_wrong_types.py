@@ -160,7 +160,7 @@ PROBES = {
     "no name": ([_like_kurtosis(name=None)], "whose name is a text, not None"),
     "an index as a text": ([_like_kurtosis(index="pos")], "whose index is a tuple, not 'pos'"),
     "another kind": ([_like_kurtosis(kind="array")], "whose kind is table or tensor, not 'array'"),
-    "an unknown site": ([Norms("hook_resid")], "listens at 'hook_resid', which no block"),
+    "an unknown site": ([Norms("hook_resid")], "measures at 'hook_resid', which no block"),
     "a block beyond": ([Norms(layers=9)], "the model has 0 to 3"),
     "a tensor": ([_returns(torch.ones(2))], "returns a Tensor of torch.float32"),
     "numbers": ([_returns({"x": 1.0})], "must return a dict of tensors"),
