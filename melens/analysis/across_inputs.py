@@ -43,6 +43,7 @@ class StabilityMetrics(Metrics):
         positions_by_beginning: by other beginning, the share of prompts whose massive token is at position 0.
     """
 
+    experiment = "stability"
     least_agreement: float | None = None
     least_agreement_interval: Interval | None = None
     n_tasks: int = 0
@@ -288,7 +289,6 @@ CLAIMS = (
         id="same-layer",
         claim="The ME layer is the same for all task types and lengths",
         source="appendix D, figure 10",
-        experiment="stability",
         metrics=StabilityMetrics,
         figure="norms_by_task",
         statistic="smallest share of prompts with that ME layer in any task type or length",

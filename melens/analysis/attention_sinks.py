@@ -56,6 +56,7 @@ class SinksMetrics(Metrics):
         rank_prompts: on how many prompts ranks were measured.
     """
 
+    experiment = "sinks"
     sink_onset_layer: int | None = None
     first_sink_layer: int | None = None
     sink_mass_at_me_layer: float | None = None
@@ -385,7 +386,6 @@ CLAIMS = (
         id="sink-next",
         claim="The attention sink starts in the block after the ME layer",
         source="section 6, figure 7",
-        experiment="sinks",
         metrics=SinksMetrics,
         figure="sink_mass",
         statistic="blocks with attention from the ME layer to the first from which the mean sink mass stays over 0.3",
@@ -399,7 +399,6 @@ CLAIMS = (
         id="attention-rank",
         claim="After the ME layer attention is of lower rank",
         source="section 6",
-        experiment="sinks",
         metrics=SinksMetrics,
         figure="rank",
         statistic="effective rank of the attention matrices after the ME layer over that before",
@@ -419,7 +418,6 @@ CLAIMS = (
         id="hidden-rank",
         claim="After the ME layer the hidden states are of lower rank",
         source="section 6",
-        experiment="sinks",
         metrics=SinksMetrics,
         figure="rank",
         statistic="effective rank of all tokens' hidden states from the ME layer on over that before",

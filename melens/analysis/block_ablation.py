@@ -69,6 +69,7 @@ class AblationMetrics(Metrics):
         block_evaluations_from_the_start: how many it had been if every run began at block 0.
     """
 
+    experiment = "ablation"
     ablation_prompts: int | None = None
     left_without_ffn: float | None = None
     left_without_ffn_interval: Interval | None = None
@@ -471,7 +472,6 @@ CLAIMS = (
         id="ffn-needed",
         claim="Without the ME layer's FFN the massive activation vanishes",
         source="appendix B, figure 9",
-        experiment="ablation",
         metrics=AblationMetrics,
         figure="removed",
         statistic="norm of the token afterwards, relative to intact",
@@ -484,7 +484,6 @@ CLAIMS = (
         id="norm-scales",
         claim="Without the norm before that FFN it persists, but far smaller",
         source="appendix B, figure 9",
-        experiment="ablation",
         metrics=AblationMetrics,
         figure="removed",
         statistic="norm of the token afterwards, relative to intact, norm replaced by the identity",
@@ -497,7 +496,6 @@ CLAIMS = (
         id="only-me-causal",
         claim="Only the ME layer is causal for it",
         source="the review, point 1",
-        experiment="ablation",
         metrics=AblationMetrics,
         figure="causality",
         statistic="how many other blocks' FFNs halve it when removed",

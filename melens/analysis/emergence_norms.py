@@ -45,6 +45,7 @@ class EmergenceMetrics(Metrics):
         sink_onset_layer, first_sink_layer: as `SinkOnset`.
     """
 
+    experiment = "emergence"
     reason: str | None = None
     kind: Kind | None = None
     magnification: float | None = None
@@ -358,7 +359,6 @@ CLAIMS = (
         id="exists",
         claim="Some token carries massive activations",
         source="section 1, figure 1",
-        experiment="emergence",
         metrics=EmergenceMetrics,
         figure="top_dims",
         statistic="share of prompts with an entry |h| > 100 and > 1,000 × the median |h|",
@@ -371,7 +371,6 @@ CLAIMS = (
         id="single-block",
         claim="A single block brings the massive activation; it does not build up",
         source="section 3, figure 1",
-        experiment="emergence",
         metrics=EmergenceMetrics,
         figure="emergence",
         statistic="share of the peak norm that the ME layer alone adds",
@@ -383,7 +382,6 @@ CLAIMS = (
         id="magnification",
         claim="That block magnifies the token hundreds of times",
         source="section 1, table 8",
-        experiment="emergence",
         metrics=EmergenceMetrics,
         figure="emergence",
         statistic="‖h_out‖ / ‖h_in‖ at the ME layer",
@@ -395,7 +393,6 @@ CLAIMS = (
         id="first-token",
         claim="The massive token is the first one",
         source="section 3.1",
-        experiment="emergence",
         metrics=EmergenceMetrics,
         figure="top_dims",
         statistic="share of prompts whose massive token is at position 0",
@@ -407,7 +404,6 @@ CLAIMS = (
         id="second-massive",
         claim="The last two blocks make a second massive activation",
         source="appendix A, figure 1",
-        experiment="emergence",
         metrics=EmergenceMetrics,
         figure="emergence",
         statistic="largest ‖FFN output‖ of token 0 in the last two blocks, relative to the ME layer's",

@@ -40,6 +40,7 @@ class FfnMetrics(Metrics):
         amplification_over_next: that of the ME layer over the largest of any other block, mean over prompts.
     """
 
+    experiment = "ffn"
     concentration_peaks: dict[str, int | None] | None = None
     missing_projections: dict[str, list[int]] | None = None
     amplification: float | None = None
@@ -206,7 +207,6 @@ CLAIMS = (
         id="concentration",
         claim="Gate, up and down concentrate token 0 most at the ME layer",
         source="section 3.1, equation 3, figure 4",
-        experiment="ffn",
         metrics=FfnMetrics,
         figure="ffn",
         statistic="how many of the three concentration differences peak at the ME layer, last two blocks apart",
@@ -221,7 +221,6 @@ CLAIMS = (
         id="amplification",
         claim="The FFN amplifies token 0 most at the ME layer",
         source="section 3.1, figure 4",
-        experiment="ffn",
         metrics=FfnMetrics,
         figure="ffn",
         statistic="‖FFN output‖ / ‖FFN input‖ at the ME layer over the largest at another block, last two apart",

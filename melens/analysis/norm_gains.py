@@ -48,6 +48,7 @@ class RmsnormMetrics(Metrics):
         weight_norm_first_layer: the first block where that is at least 2; None where it never is.
     """
 
+    experiment = "rmsnorm"
     top_share: float = 0.01
     delta_frac_top_layer: int | None = None
     delta_frac_by_share: dict[str, float] | None = None
@@ -256,7 +257,6 @@ CLAIMS = (
         id="weight-norm",
         claim="The norm before the FFN makes token 0 stand out, at the ME layer first",
         source="section 3.1, figure 2",
-        experiment="rmsnorm",
         metrics=RmsnormMetrics,
         figure="weight_norm",
         statistic="WeightNorm of token 0 over the others' mean at the ME layer",
@@ -270,7 +270,6 @@ CLAIMS = (
         id="delta-frac",
         claim="There its output lies more on the dims with the largest gains",
         source="section 3.1, equation 1, figure 3",
-        experiment="rmsnorm",
         metrics=RmsnormMetrics,
         figure="gain_alignment",
         statistic="ΔFrac at the ME layer, K = 1% of the width",
@@ -284,7 +283,6 @@ CLAIMS = (
         id="delta-kl",
         claim="There its output is closer to the distribution of the gains",
         source="section 3.1, equation 2, figure 3",
-        experiment="rmsnorm",
         metrics=RmsnormMetrics,
         figure="gain_alignment",
         statistic="ΔKL at the ME layer, nats",

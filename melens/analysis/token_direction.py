@@ -45,6 +45,7 @@ class DirectionMetrics(Metrics):
         least_cosine: smallest cosine between the states of any two prompts in any of the blocks.
     """
 
+    experiment = "direction"
     norm_drift: float | None = None
     norm_drift_interval: Interval | None = None
     consecutive_cosine: float | None = None
@@ -233,7 +234,6 @@ CLAIMS = (
         id="norm-stable",
         claim="Once formed, its norm barely changes",
         source="section 3.2, figure 5a",
-        experiment="direction",
         metrics=DirectionMetrics,
         figure="norms",
         statistic="largest relative change of token 0's norm from the ME layer to the last two blocks",
@@ -247,7 +247,6 @@ CLAIMS = (
         id="direction-layers",
         claim="Once formed, its direction barely changes from block to block",
         source="section 3.2, figure 5b",
-        experiment="direction",
         metrics=DirectionMetrics,
         figure="between_blocks",
         statistic="smallest cosine between its states after consecutive blocks",
@@ -263,7 +262,6 @@ CLAIMS = (
         id="direction-inputs",
         claim="Once formed, its direction is the same for all inputs",
         source="section 3.2, figure 5c",
-        experiment="direction",
         metrics=DirectionMetrics,
         figure="cosine_by_block",
         statistic="smallest mean cosine between inputs, over the blocks from the ME layer to the last two",

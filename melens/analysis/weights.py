@@ -94,6 +94,7 @@ class PredictMetrics(Metrics):
         predicted_dim: the dim that the ME layer's strongest neuron writes most to.
     """
 
+    experiment = "predict"
     n_scored: int = 0
     top_layer: dict[str, int] | None = None
     ranks: dict[str, int | None] | None = None
@@ -283,7 +284,6 @@ CLAIMS = (
         id="predictable",
         claim="The ME layer can be predicted from the weights alone",
         source="the review and the research note",
-        experiment="predict",
         metrics=PredictMetrics,
         figure="scores",
         statistic="rank of the ME layer by the FFN's response to its most amplified input",

@@ -52,6 +52,7 @@ class BenchmarkMetrics(Metrics):
         compared: by the mask's choice of dims, how many scores were compared, better and worse.
     """
 
+    experiment = "benchmark"
     tasks: list[str] = Field(default_factory=list)
     left_out: list[str] = Field(default_factory=list)
     table: int | None = None
@@ -237,7 +238,6 @@ CLAIMS = (
         id="scores-weight-better",
         claim="Weight-guided masks improve the scores of benchmarks",
         source="section 5, tables 1, 2, 5, 6 and 7",
-        experiment="benchmark",
         metrics=BenchmarkMetrics,
         figure="benchmark_differences",
         statistic="share of the comparisons with the unmasked model in which a weight-guided mask is shown better",
@@ -249,7 +249,6 @@ CLAIMS = (
         id="scores-others-worse",
         claim="Random and magnitude masks degrade the scores of benchmarks",
         source="appendix E, table 5",
-        experiment="benchmark",
         metrics=BenchmarkMetrics,
         figure="benchmark_differences",
         statistic="share of the comparisons with the unmasked model in which a random or magnitude mask is shown to be "

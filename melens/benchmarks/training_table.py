@@ -42,6 +42,7 @@ class TableMetrics(Metrics):
         compared: by the kind of row or pair, how many scores were compared (`all`), `better` and `worse`.
     """
 
+    experiment = "tables"
     table: int | None = None
     method: str = ""
     datasets: list[str] = Field(default_factory=list)
@@ -198,7 +199,6 @@ def _claim(
         id=name,
         claim=claim,
         source=source,
-        experiment="tables",
         metrics=TableMetrics,
         figure=figure,
         statistic=statistic,

@@ -13,7 +13,7 @@ To add a claim: append a `Claim` to `CLAIMS` beside what measures it, as in `mel
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, TypeVar
 
@@ -57,8 +57,7 @@ class Claim(Generic[M]):
         id: a short name.
         claim: in our words.
         source: where it is made.
-        experiment: which experiment measures it.
-        metrics: the class of that experiment's metrics.
+        metrics: the class of the metrics of the experiment that measures it.
         figure: which of that experiment's figures shows it.
         statistic: what is measured.
         criterion: what it must satisfy.
@@ -73,7 +72,6 @@ class Claim(Generic[M]):
     id: str
     claim: str
     source: str
-    experiment: str
     figure: str
     statistic: str
     criterion: str
@@ -84,6 +82,11 @@ class Claim(Generic[M]):
     of_ffn: bool = False
     blocks_after: int | None = None
     needs_me_layer: bool = True
+
+    @property
+    def experiment(self) -> str:
+        """The experiment that measures it."""
+        return self.metrics.experiment
 
 
 _COLUMNS = ("id", "claim", "source", "experiment", "figure", "statistic", "criterion", "why")
@@ -106,71 +109,51 @@ def judge(results: Any) -> pd.DataFrame:
     from melens.claims.paper import CLAIMS, FAMILY_CLAIM, judge_families  # whose analyses use this module
 
     by_model: dict[str, dict[str, Any]] = {}
-    families: dict[str, dict[str, Any]] = {}
+    models: dict[str, dict[str, Any]] = {}
     for content in _contents(results):
-        if content.get("status", "ok") != "ok":
-            continue
-        model = content["model"]
+        experiment, model, metrics = (content[name] for name in ("experiment", "model", "metrics"))
         name = model.get("label", model["name"])
-        parts = content["metrics"] if content["experiment"] == "all" else {content["experiment"]: content["metrics"]}
-        by_model.setdefault(name, {}).update(parts)
-        families[name] = model
-    rows = [_row(name, claim, _judge_one(claim, measured)) for name, measured in by_model.items() for claim in CLAIMS]
+        by_model.setdefault(name, {}).update(metrics if experiment == "all" else {experiment: metrics})
+        models[name] = model
+    judged = [(name, claim, _judge_one(claim, parts)) for name, parts in by_model.items() for claim in CLAIMS]
     if len(by_model) > 1:
-        me_layers = {
-            name: next((_of(Metrics, metrics).me_layer for metrics in measured.values()), None)
-            for name, measured in by_model.items()
-        }
-        rows += [_row("all models", FAMILY_CLAIM, judged) for judged in judge_families(me_layers, families)]
+        me_layers = {name: _of(Metrics, next(iter(parts.values()), {})).me_layer for name, parts in by_model.items()}
+        judged += [("all models", FAMILY_CLAIM, one) for one in judge_families(me_layers, models)]
+    rows = []
+    for name, claim, one in judged:
+        of_claim, interval = (getattr(claim, column) for column in _COLUMNS), one.interval or (None, None)
+        rows.append((name, *of_claim, one.value, *interval, one.verdict, one.note))
     return pd.DataFrame(rows, columns=["model", *_COLUMNS, "value", "low", "high", "verdict", "note"])
 
 
 def judge_parts(results: Sequence[Result]) -> pd.DataFrame:
     """Judge only the claims that these results of one model measure, in the columns of `judge`."""
     claims = judge(results)
-    measured = {result.experiment for result in results}
-    return claims[claims["experiment"].isin(measured)]
+    return claims[claims["experiment"].isin({result.experiment for result in results})]
 
 
-def _contents(results: Any) -> list[Mapping[str, Any]]:
-    """Read results, of which one may come alone, as what their `result.json` holds."""
+def _contents(results: Any) -> Iterator[Mapping[str, Any]]:
+    """Read results, of which one may come alone, as what their `result.json` holds, but for jobs that failed."""
     is_one = isinstance(results, Mapping | Result)
     if isinstance(results, str) or not (is_one or isinstance(results, Iterable)):
         raise MelensError(
             f"judge: results is {given(results)}; it must be results, or what json.loads reads from their result.json."
         )
-    contents = []
     for position, result in enumerate([results] if is_one else results):
         content = result if isinstance(result, Mapping) else getattr(result, "__dict__", {})
-        needed = ("experiment", "model", "metrics") if content.get("status", "ok") == "ok" else ()
-        lacking = [name for name in needed if name not in content]
-        lacking += [
-            name for name in needed if name != "experiment" and not isinstance(content.get(name), Mapping | Metrics)
-        ]
-        if not lacking and content.get("experiment") == "all":
-            parts = content["metrics"].items()
-            lacking = [f"metrics.{name}" for name, part in parts if not isinstance(part, Mapping | Metrics)]
-        if not lacking and "name" not in content.get("model", {"name": ""}):
-            lacking = ["model.name"]
-        if lacking:
+        if content.get("status", "ok") != "ok":
+            continue
+        has = {"experiment": "experiment" in content, "model": isinstance(content.get("model"), Mapping)}
+        parts = {"metrics": content.get("metrics")}
+        if content.get("experiment") == "all" and isinstance(parts["metrics"], Mapping):
+            parts |= {f"metrics.{name}": part for name, part in parts["metrics"].items()}
+        has |= {name: isinstance(part, Mapping | Metrics) for name, part in parts.items()}
+        has["model.name"] = has["model"] and "name" in content["model"]
+        for name in [name for name, is_there in has.items() if not is_there][:1]:
             raise MelensError(
-                f"judge: results[{position}] is {given(result)}; it must be a result, which has a field {lacking[0]!r}."
+                f"judge: results[{position}] is {given(result)}; it must be a result, which has a field {name!r}."
             )
-        contents.append(content)
-    return contents
-
-
-def _row(model: str, claim: Claim[Any], judgement: Judgement) -> dict[str, Any]:
-    low, high = judgement.interval or (None, None)
-    return {
-        "model": model,
-        **{name: getattr(claim, name) for name in _COLUMNS},
-        "value": judgement.value,
-        "low": low,
-        "high": high,
-        "verdict": judgement.verdict,
-        "note": judgement.note,
-    }
+        yield content
 
 
 def _judge_one(claim: Claim[Any], measured: Mapping[str, Any]) -> Judgement:

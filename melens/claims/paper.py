@@ -13,6 +13,7 @@ from melens.analysis.across_inputs import CLAIMS as STABILITY
 from melens.analysis.attention_sinks import CLAIMS as SINKS
 from melens.analysis.block_ablation import CLAIMS as ABLATION
 from melens.analysis.emergence_norms import CLAIMS as EMERGENCE
+from melens.analysis.emergence_norms import EmergenceMetrics
 from melens.analysis.ffn_concentration import CLAIMS as FFN
 from melens.analysis.norm_gains import CLAIMS as RMSNORM
 from melens.analysis.token_direction import CLAIMS as DIRECTION
@@ -21,32 +22,20 @@ from melens.benchmarks.comparison import CLAIMS as BENCHMARK
 from melens.benchmarks.training_table import CLAIMS as TABLES
 from melens.claims.engine import Claim, Judgement
 from melens.masks.grid_claims import CLAIMS as MASKS
-from melens.report.result import Metrics
 
 __all__ = ["CLAIMS", "FAMILY_CLAIM", "judge_families"]
 
 CLAIMS: tuple[Claim[Any], ...] = (
-    *EMERGENCE,
-    *RMSNORM,
-    *FFN,
-    *ABLATION,
-    *DIRECTION,
-    *STABILITY,
-    *SINKS,
-    *WEIGHTS,
-    *MASKS,
-    *BENCHMARK,
-    *TABLES,
-)
+    *EMERGENCE, *RMSNORM, *FFN, *ABLATION, *DIRECTION, *STABILITY, *SINKS, *WEIGHTS, *MASKS, *BENCHMARK, *TABLES,
+)  # fmt: skip
 """What the paper and its review say of one model, in the order of the paper."""
 
 
 FAMILY_CLAIM = Claim(
     id="same-in-family",
-    metrics=Metrics,
+    metrics=EmergenceMetrics,
     claim="Models of one family have the same ME layer",
     source="appendix H, table 8",
-    experiment="emergence",
     figure="emergence",
     statistic="share of a family's models with its most frequent ME layer",
     criterion="1",
@@ -64,17 +53,14 @@ def judge_families(me_layers: Mapping[str, int | None], models: Mapping[str, Map
     """
     layers: dict[str, dict[str, int | None]] = {}
     for label, me_layer in me_layers.items():
-        family = models[label].get("family")
-        if family is not None:
+        if (family := models[label].get("family")) is not None:
             layers.setdefault(family, {}).setdefault(models[label]["name"], me_layer)
     judged = []
     for family, found in layers.items():
         known = [layer for layer in found.values() if layer is not None]
-        if len(found) < 2 or not known:
-            continue
-        most = max(map(known.count, known)) / len(found)
-        note = f"Family {family}: " + ", ".join(
-            f"{name} {'none' if layer is None else f'block {layer}'}" for name, layer in found.items()
-        )
-        judged.append(Judgement("holds" if most == 1 else "does not hold", most, None, f"{note}."))
+        if len(found) > 1 and known:
+            most = max(map(known.count, known)) / len(found)
+            each = [f"{name} {'none' if layer is None else f'block {layer}'}" for name, layer in found.items()]
+            note = f"Family {family}: {', '.join(each)}."
+            judged.append(Judgement("holds" if most == 1 else "does not hold", most, note=note))
     return judged or [Judgement("not measured", note="No family has two models, of which one has an ME layer.")]

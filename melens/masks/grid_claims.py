@@ -47,6 +47,7 @@ class MaskGridMetrics(Metrics):
             many times as large the first is.
     """
 
+    experiment = "wemask"
     texts: int = 0
     tokens_per_text: int = 0
     text_first_tokens: int | None = None
@@ -231,7 +232,6 @@ CLAIMS: tuple[Claim[MaskGridMetrics], ...] = (
         id="mask-weakens-sink",
         claim="WeMask weakens the sink and does not remove it",
         source="section 4, figure 8",
-        experiment="wemask",
         metrics=MaskGridMetrics,
         figure="by_block",
         statistic="sink mass behind the ME layer with the paper's mask, relative to without",
@@ -245,7 +245,6 @@ CLAIMS: tuple[Claim[MaskGridMetrics], ...] = (
         id="mask-weight-harmless",
         claim="Weight-guided masks are harmless or better where random and magnitude masks destroy",
         source="section 5, table 5",
-        experiment="wemask",
         metrics=MaskGridMetrics,
         figure="loss_change",
         statistic="largest Δloss of a weight-guided mask where a random or a magnitude mask of its rate and site costs "
@@ -259,7 +258,6 @@ CLAIMS: tuple[Claim[MaskGridMetrics], ...] = (
         id="mask-moderate",
         claim="Moderate attenuation of the sink is better than none and than full",
         source="section 4",
-        experiment="wemask",
         metrics=MaskGridMetrics,
         figure="loss_and_sinks",
         statistic="lowest Δloss of the paper's mask over the rates",
@@ -272,7 +270,6 @@ CLAIMS: tuple[Claim[MaskGridMetrics], ...] = (
         id="mask-start",
         claim="The effect is specific to starting behind the ME layer",
         source="the review, point 5",
-        experiment="wemask",
         metrics=MaskGridMetrics,
         figure="starts",
         statistic="change of the sink mass by a mask in the block behind the ME layer alone, over the largest by the "

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -29,6 +29,7 @@ class Metrics(BaseModel):
     A field without a value was not measured, and is not in `result.json`. Each experiment adds its own fields.
 
     Attributes:
+        experiment: which one measures them; of the class.
         me_layer: the ME layer, 0-based; None without one.
         n_prompts, distinct_first_tokens: what the trace rests on.
         massive_position: where the massive token most often is.
@@ -44,6 +45,7 @@ class Metrics(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
+    experiment: ClassVar[str] = ""
     me_layer: int | None = None
     n_prompts: int | None = None
     distinct_first_tokens: int | None = None
