@@ -132,6 +132,6 @@ def _figure(checked: Verification, study: Study) -> Figure:
         f"Limit {worst['limit']:.0e}."
     )
     title = f"How far a trace is from transformers' own eager modules: {name}, 2 prompts"
-    observed = f"At most {worst['error']:.1e}, at {worst['site']} {_block(worst['layer'])}; limit {worst['limit']:.0e}."
+    observed = f"At most {worst['error']:.1e}, at {worst['site']} {_block(int(worst['layer']))}; limit {worst['limit']:.0e}."
     plot = curves_by_block(panels, title=title, note=note)
     return Figure(plot, "melens's self-check", "The paper does not ask this.", observed)
