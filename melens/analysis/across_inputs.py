@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain, repeat
-from typing import TypedDict
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -75,23 +75,26 @@ def stability(
     Raises:
         MelensError: as `melens.trace`.
     """
-    prompts = study.trace.prompts.merge(study.me.per_prompt, on="prompt")
-    bins = [0, *length_bins, np.inf]
-    length = pd.cut(prompts["n_tokens"], bins, labels=_bin_names(length_bins)).astype(str)
+    prompts, bins = study.trace.prompts.merge(study.me.per_prompt, on="prompt"), _bin_names(length_bins)
+    length = pd.cut(prompts["n_tokens"], [0, *length_bins, np.inf], labels=bins).astype(str)
     prompts = prompts.assign(length=length, task=prompts["task"].fillna("not given"))
-    groups = _agreement(study, prompts, length_bins)
+    groups = _agreement(study, prompts, bins)
     beginnings = _beginnings(study, n_prompts, max_tokens, n_first_tokens)
+    least, least_agreement = groups.iloc[groups["agreement"].argmin()], dict[str, Any]()
+    if study.me.layer is not None:
+        interval = (float(least["low"]), float(least["high"]))
+        least_agreement = {"least_agreement": float(least["agreement"]), "least_agreement_interval": interval}
     metrics = study.metrics(
         StabilityMetrics,
-        **_least_agreement(study, groups),
+        **least_agreement,
         n_tasks=prompts["task"].nunique(),
         n_length_bins=prompts["length"].nunique(),
         agreement_by_group=dict(zip(groups["group"], groups["agreement"], strict=True)),
         positions_by_beginning=dict(zip(beginnings["beginning"], beginnings["at_first"], strict=True)),
     )
-    agreement = _agreement_in_words(study, groups)
+    agreement = _agreement_in_words(study, groups, least)
     figures = {
-        "norms_by_task": _norms_figure(study, prompts, length_bins, agreement),
+        "norms_by_task": _norms_figure(study, prompts, bins, agreement),
         "agreement": _agreement_figure(study, groups, agreement),
         "beginnings": _beginnings_figure(study, beginnings, min(n_prompts, len(study.tokens))),
     }
@@ -108,14 +111,14 @@ def _bin_names(edges: Sequence[int]) -> list[str]:
     return [f"{low}-{high} tokens" for low, high in zip(lows, edges, strict=False)] + [f"over {lows[-1] - 1} tokens"]
 
 
-def _agreement(study: Study, prompts: pd.DataFrame, edges: Sequence[int]) -> pd.DataFrame:
+def _agreement(study: Study, prompts: pd.DataFrame, bins: Sequence[str]) -> pd.DataFrame:
     """List by task type and by length how many prompts have the ME layer of all: `agreement` with its interval.
 
     `me_layer` is the group's own: the block where most of its massive tokens are born, NA if most have none.
     """
     rows = []
-    of_kind = {"task": sorted(set(prompts["task"])), "length": _bin_names(edges)}
-    for kind, group in ((kind, group) for kind, groups in of_kind.items() for group in groups):
+    of_kinds = (*(("task", task) for task in sorted(set(prompts["task"]))), *(("length", name) for name in bins))
+    for kind, group in of_kinds:
         layers = prompts.loc[prompts[kind] == group, "layer"]
         if layers.empty:
             continue
@@ -127,26 +130,13 @@ def _agreement(study: Study, prompts: pd.DataFrame, edges: Sequence[int]) -> pd.
     return pd.DataFrame(rows, columns=columns).astype({"me_layer": "Int64"})
 
 
-class _LeastAgreement(TypedDict, total=False):
-    least_agreement: float
-    least_agreement_interval: Interval
-
-
-def _least_agreement(study: Study, groups: pd.DataFrame) -> _LeastAgreement:
-    if study.me.layer is None:
-        return {}
-    least = groups.iloc[groups["agreement"].argmin()]
-    interval = (float(least["low"]), float(least["high"]))
-    return {"least_agreement": float(least["agreement"]), "least_agreement_interval": interval}
-
-
-def _norms_figure(study: Study, prompts: pd.DataFrame, edges: Sequence[int], observed: str) -> Figure:
+def _norms_figure(study: Study, prompts: pd.DataFrame, bins: Sequence[str], observed: str) -> Figure:
     norms = study.trace["norm"].query("site == 'hook_resid_post' and pos == 0")
     norms = norms.rename(columns={"norm": "mean"}).merge(prompts[["prompt", "task", "length"]], on="prompt")
     panels = []
     for kind, title, groups, colors in (
         ("task", "By task type", sorted(norms["task"].unique()), COLORS),
-        ("length", "By length", [name for name in _bin_names(edges) if name in set(norms["length"])], COLORS[4:]),
+        ("length", "By length", [name for name in bins if name in set(norms["length"])], COLORS[4:]),
     ):
         curves = []
         for group, color in zip(groups, chain(colors, repeat(COLORS[-1])), strict=False):
@@ -162,30 +152,24 @@ def _norms_figure(study: Study, prompts: pd.DataFrame, edges: Sequence[int], obs
 
 
 def _agreement_figure(study: Study, groups: pd.DataFrame, observed: str) -> Figure:
-    names = [f"{row['group']} (n = {row['n_prompts']})" for row in groups.to_dict("records")]
+    rows = [f"{row['group']} (n = {row['n_prompts']})" for row in groups.to_dict("records")]
     agrees = groups["agreement"].to_numpy()
-    me_layer = "no ME layer" if study.me.layer is None else f"ME layer {study.me.layer}"
-    plot = shares(
-        pd.DataFrame({"agrees": agrees, "other": 1 - agrees}, index=names),
-        names=(me_layer, "another layer, or none"),
-        title=study.title("Share of prompts with the ME layer of all", study.me.n_prompts),
-        note="By task type and by length; blocks are 0-based.",
-    )
+    table = pd.DataFrame({"agrees": agrees, "other": 1 - agrees}, index=rows)
+    names = ("no ME layer" if study.me.layer is None else f"ME layer {study.me.layer}", "another layer, or none")
+    title = study.title("Share of prompts with the ME layer of all", study.me.n_prompts)
+    plot = shares(table, names=names, title=title, note="By task type and by length; blocks are 0-based.")
     return Figure(plot, "figure 10, table", "The ME layer is the same for every type and length.", observed)
 
 
-def _agreement_in_words(study: Study, groups: pd.DataFrame) -> str:
+def _agreement_in_words(study: Study, groups: pd.DataFrame, least: pd.Series) -> str:
     if study.me.layer is None:
         return "No prompt type has an ME layer."
-    least = groups.iloc[groups["agreement"].argmin()]
     if least["agreement"] == 1:
         return f"Block {study.me.layer} in every prompt of every task type and length."
     elsewhere = groups[(groups["me_layer"] != study.me.layer).fillna(True)]["group"].tolist()
     where = f"in every group but {', '.join(elsewhere)}" if elsewhere else "in every group"
-    return (
-        f"Block {study.me.layer} is the most frequent {where}; agreement is lowest for {least['group']}, "
-        f"{least['agreement']:.0%} of {least['n_prompts']} prompts."
-    )
+    lowest = f"{least['group']}, {least['agreement']:.0%} of {least['n_prompts']} prompts"
+    return f"Block {study.me.layer} is the most frequent {where}; agreement is lowest for {lowest}."
 
 
 # --- Other beginnings -------------------------------------------------------------------------------------------------
@@ -206,26 +190,13 @@ def _beginnings(study: Study, n_prompts: int, max_tokens: int, n_first_tokens: i
     found = trace(study.model, tokens, probes, max_batch_tokens=study.max_batch_tokens, progress=progress)
     per_prompt = find_me_layer(found, study.me.criterion).per_prompt
     beginnings = [name for name, sequences in variants.items() for _ in sequences]
-    return _where_massive(per_prompt.assign(beginning=beginnings), study.me.layer)
-
-
-def _where_massive(per_prompt: pd.DataFrame, me_layer: int | None) -> pd.DataFrame:
     rows = []
-    for name, of_beginning in per_prompt.groupby("beginning", sort=False):
-        n = len(of_beginning)
-        born = of_beginning[of_beginning["layer"] >= 0]
+    for name, of_beginning in per_prompt.assign(beginning=beginnings).groupby("beginning", sort=False):
+        n, born = len(of_beginning), of_beginning[of_beginning["layer"] >= 0]
         at_first = float((born["pos"] == 0).sum() / n) if len(born) else 0.0
-        rows.append(
-            {
-                "beginning": f"{name} (n = {n})",
-                "n": n,
-                "at_first": at_first,
-                "elsewhere": len(born) / n - at_first,
-                "none": 1 - len(born) / n,
-                "same_layer": float((born["layer"] == me_layer).mean()),  # NaN where none is born
-            }
-        )
-    return pd.DataFrame(rows)
+        same_layer = float((born["layer"] == study.me.layer).mean())  # NaN where none is born
+        rows.append((f"{name} (n = {n})", n, at_first, len(born) / n - at_first, 1 - len(born) / n, same_layer))
+    return pd.DataFrame(rows, columns=["beginning", "n", "at_first", "elsewhere", "none", "same_layer"])
 
 
 def _variants(study: Study, bodies: list[list[int]], n_first_tokens: int) -> dict[str, list[list[int]]]:
@@ -252,26 +223,21 @@ def _variants(study: Study, bodies: list[list[int]], n_first_tokens: int) -> dic
 
 
 def _beginnings_figure(study: Study, beginnings: pd.DataFrame, n_prompts: int) -> Figure:
-    plot = shares(
-        beginnings.set_index("beginning")[["at_first", "elsewhere", "none"]],
-        names=("position 0", "another position", "no massive token"),
-        title=study.title("Where the massive token is when a prompt begins otherwise", n_prompts),
-        note="Share of prompts; n: how many were run.",
-    )
+    table = beginnings.set_index("beginning")[["at_first", "elsewhere", "none"]]
+    names = ("position 0", "another position", "no massive token")
+    title = study.title("Where the massive token is when a prompt begins otherwise", n_prompts)
+    plot = shares(table, names=names, title=title, note="Share of prompts; n: how many were run.")
     expected = "Inputs begin as they come: what the first token is, is not varied."
-    return Figure(plot, "beyond the paper", expected, _beginnings_in_words(study, beginnings))
-
-
-def _beginnings_in_words(study: Study, beginnings: pd.DataFrame) -> str:
-    if study.me.layer is None:
-        return "Without massive activations no beginning makes a difference."
     least = beginnings.iloc[beginnings["at_first"].argmin()]
-    if least["at_first"] == 1:
-        return "Whatever the prompts begin with, the massive token is at position 0."
-    return (
+    observed = (
         f"The massive token is at position 0 least often with '{least['beginning']}': {least['at_first']:.0%}; "
         f"elsewhere in {least['elsewhere']:.0%}, nowhere in {least['none']:.0%}."
     )
+    if least["at_first"] == 1:
+        observed = "Whatever the prompts begin with, the massive token is at position 0."
+    if study.me.layer is None:
+        observed = "Without massive activations no beginning makes a difference."
+    return Figure(plot, "beyond the paper", expected, observed)
 
 
 # --- Claims -----------------------------------------------------------------------------------------------------------

@@ -10,22 +10,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypedDict
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from melens.analysis.sink_mass import (
-    SINK_THRESHOLD,
-    SinkOnset,
-    find_sink_onset,
-    measured_layers,
-    sink_mass_by_head,
-    sink_mass_by_layer,
-)
-from melens.analysis.statistics import bootstrap_mean, mean_by, with_interval
+from melens.analysis import sink_mass as masses
+from melens.analysis.sink_mass import SINK_THRESHOLD, SinkOnset
+from melens.analysis.statistics import mean_by, mean_metric, with_interval
 from melens.analysis.study import Study
 from melens.claims.engine import Claim, Judgement, Verdict, at_most
 from melens.errors import MelensError
@@ -41,6 +34,7 @@ from melens.tracing.trace import trace
 __all__ = ["CLAIMS", "SinksMetrics", "sinks"]
 
 PATTERN = "attn.hook_pattern"
+RANK_TEXTS = {"effective_rank": "effective rank", "first_share": "share of the first singular value"}
 
 
 class SinksMetrics(Metrics):
@@ -91,13 +85,13 @@ def sinks(study: Study, *, map_tokens: int = 40, rank_tokens: int = 128, rank_pr
     Raises:
         MelensError: a model without attention that can be measured, or a rank that is NaN.
     """
-    layout = study.layout.as_measured(measured_layers(study.trace))
+    layout = study.layout.as_measured(masses.measured_layers(study.trace))
     if "sink_mass" not in study.trace.tables:
         raise MelensError(f"Sinks cannot be looked for: there is {layout.attention_in_words}.")
     sink_mass = study.of_massive_prompts(study.trace["sink_mass"])
     of_massive = replace(study.trace, tables={"sink_mass": sink_mass})
-    by_layer, by_head = sink_mass_by_layer(of_massive), sink_mass_by_head(of_massive)
-    onset = find_sink_onset(of_massive, trailing_blocks=study.me.criterion.trailing_blocks)
+    by_layer, by_head = masses.sink_mass_by_layer(of_massive), masses.sink_mass_by_head(of_massive)
+    onset = masses.find_sink_onset(of_massive, trailing_blocks=study.me.criterion.trailing_blocks)
     ranks = _ranks(study, rank_tokens, rank_prompts)
     why_not = f"Not measured: no prompt has {rank_tokens} tokens (exp.rank_tokens)."
     metrics = study.metrics(
@@ -116,7 +110,8 @@ def sinks(study: Study, *, map_tokens: int = 40, rank_tokens: int = 128, rank_pr
         figures = {"attention_maps": maps, **figures}
     tables = {"sink_mass_by_head": by_head, "sinks_by_block": by_layer}
     if len(ranks):
-        tables["rank_by_block"] = _ranks_by_block(ranks)
+        by_block = [mean_by(ranks, name, ("of", "layer")).assign(quantity=name) for name in RANK_TEXTS]
+        tables["rank_by_block"] = pd.concat(by_block)
         figures["rank"] = _rank_figure(study, tables["rank_by_block"], metrics, rank_tokens)
     findings = [("sinks", observed), ("rank", _ranks_in_words(metrics) if len(ranks) else why_not)]
     return Result("sinks", study.trace.model, metrics, tables, figures, findings)
@@ -125,25 +120,17 @@ def sinks(study: Study, *, map_tokens: int = 40, rank_tokens: int = 128, rank_pr
 # --- Sink mass --------------------------------------------------------------------------------------------------------
 
 
-class _MassAroundMeLayer(TypedDict, total=False):
-    sink_mass_at_me_layer: float
-    sink_mass_at_me_layer_interval: Interval
-    sink_mass_after: float
-    sink_mass_after_interval: Interval
-
-
-def _mass_around_me_layer(study: Study, sink_mass: pd.DataFrame, layout: Layout) -> _MassAroundMeLayer:
+def _mass_around_me_layer(study: Study, sink_mass: pd.DataFrame, layout: Layout) -> dict[str, Any]:
     if study.me.layer is None:
         return {}
-    mean = sink_mass.groupby(["layer", "prompt"])["sink_mass"].mean()
-    of_layer = {layer: mean[layer].to_numpy() for layer in set(sink_mass["layer"])}
-    measured: _MassAroundMeLayer = {}
-    if (at := of_layer.get(study.me.layer)) is not None:
-        measured["sink_mass_at_me_layer"] = float(at.mean())
-        measured["sink_mass_at_me_layer_interval"] = bootstrap_mean(at)
-    if (after := of_layer.get(layout.next_attention(study.me.layer))) is not None:
-        measured["sink_mass_after"] = float(after.mean())
-        measured["sink_mass_after_interval"] = bootstrap_mean(after)
+    of_layer: dict[Any, pd.Series] = dict(
+        iter(sink_mass.groupby(["layer", "prompt"])["sink_mass"].mean().groupby("layer"))
+    )
+    blocks = {"sink_mass_at_me_layer": study.me.layer, "sink_mass_after": layout.next_attention(study.me.layer)}
+    measured: dict[str, Any] = {}
+    for name, layer in blocks.items():
+        if layer in of_layer:
+            measured |= mean_metric(name, of_layer[layer].to_numpy())
     return measured
 
 
@@ -151,25 +138,19 @@ def _sink_mass_figure(study: Study, by_head: pd.DataFrame, by_layer: pd.DataFram
     wide = by_head.pivot(index="head", columns="layer", values="sink_mass")
     heads = Heatmap("Sink mass by block and head", wide.to_numpy(), list(wide.columns), list(wide.index), BLOCK, "head")
     share = by_layer.assign(mean=by_layer["share_of_heads"])[["layer", "mean"]]
-    curves = [
-        Curve("sink mass, mean and 10% to 90% of heads", by_layer, SINK),
-        Curve(f"share of heads over {SINK_THRESHOLD:g}", share, FIRST),
-    ]
-    plot = heatmap_over_curves(
-        heads,
-        Panel("By block", "share", curves, study.me.layer, y_range=(0, 1)),
-        title=study.title("Attention that later tokens pay to position 0"),
-        z_title="sink mass",
-    )
+    mass = Curve("sink mass, mean and 10% to 90% of heads", by_layer, SINK)
+    curves = [mass, Curve(f"share of heads over {SINK_THRESHOLD:g}", share, FIRST)]
+    panel = Panel("By block", "share", curves, study.me.layer, y_range=(0, 1))
+    title = study.title("Attention that later tokens pay to position 0")
+    plot = heatmap_over_curves(heads, panel, title=title, z_title="sink mass")
     expected = "Sinks start in the block after the ME layer, in many heads at once."
     return Figure(plot, "section 6", expected, observed)
 
 
 def _sinks_in_words(metrics: SinksMetrics, onset: SinkOnset, layout: Layout) -> str:
+    words = "No sink lasts." if onset.looked_at else "Attention is in the last blocks alone, which count apart."
     if onset.layer is not None:
         words = f"Sinks last from block {onset.layer} on."
-    else:
-        words = "No sink lasts." if onset.looked_at else "Attention is in the last blocks alone, which count apart."
     if onset.first_layer not in (None, onset.layer):
         words += f" The first are in block {onset.first_layer}."
     is_hybrid = len(layout.attention) < layout.n_layers
@@ -193,20 +174,16 @@ def _maps_figure(study: Study, map_tokens: int) -> Figure | None:
     chosen = min(range(len(lengths)), key=lambda row: (lengths[row] < map_tokens, abs(lengths[row] - map_tokens)))
     tokens = study.tokens[chosen][:map_tokens]
     maps = trace(study.model, [tokens], [AttentionMaps(blocks)]).tensors["attention_maps"][0]  # [layer, head, q, k]
-    plot = attention_maps(
-        {
-            f"block {block}" + (" (ME layer)" if block == study.me.layer else ""): of_block.numpy()
-            for block, of_block in zip(blocks, maps, strict=True)
-        },
-        _token_labels(study, tokens.tolist()),
-        title=study.title("Attention maps", 1),
-        note=f"Prompt {study.trace.prompts['id'][chosen]}, its first {len(tokens)} tokens. Choose a head in the list.",
-    )
-    on_first = ", ".join(
-        f"{float(of_block[:, 1:, 0].mean()):.2f} in block {block}" for block, of_block in zip(blocks, maps, strict=True)
-    )
+    by_block, on_first = {}, []
+    for block, of_block in zip(blocks, maps, strict=True):
+        by_block[f"block {block}" + " (ME layer)" * (block == study.me.layer)] = of_block.numpy()
+        on_first.append(f"{float(of_block[:, 1:, 0].mean()):.2f} in block {block}")
+    tokenizer, ids = study.model.tokenizer, tokens.tolist()
+    labels = [f"{at}: {i}" if tokenizer is None else f"{at} {tokenizer.decode([i])!r}" for at, i in enumerate(ids)]
+    note = f"Prompt {study.trace.prompts['id'][chosen]}, its first {len(tokens)} tokens. Choose a head in the list."
+    plot = attention_maps(by_block, labels, title=study.title("Attention maps", 1), note=note)
     expected = "The ME layer has no sink yet; in the next block one column takes it all."
-    return Figure(plot, "figure 7", expected, f"Mean attention on token 0: {on_first}.")
+    return Figure(plot, "figure 7", expected, f"Mean attention on token 0: {', '.join(on_first)}.")
 
 
 def _blocks_around_me_layer(study: Study) -> list[int]:
@@ -218,13 +195,6 @@ def _blocks_around_me_layer(study: Study) -> list[int]:
     return before[-1:] + behind[:1]
 
 
-def _token_labels(study: Study, tokens: Sequence[int]) -> list[str]:
-    tokenizer = study.model.tokenizer
-    if tokenizer is None:
-        return [f"{position}: {token}" for position, token in enumerate(tokens)]
-    return [f"{position} {tokenizer.decode([token])!r}" for position, token in enumerate(tokens)]
-
-
 # --- Rank -------------------------------------------------------------------------------------------------------------
 
 
@@ -234,9 +204,7 @@ def _ranks(study: Study, rank_tokens: int, rank_prompts: int) -> pd.DataFrame:
     chosen = _across_tasks(study, rank_tokens)[:rank_prompts]
     if not chosen:
         return pd.DataFrame(columns=[*columns, "of"])
-    probes: list[Probe] = [Spectrum()]
-    if _blocks_around_me_layer(study):
-        probes.append(AttentionSpectrum())
+    probes: list[Probe] = [Spectrum(), *([AttentionSpectrum()] if _blocks_around_me_layer(study) else [])]
     for probe in probes:
         probe.may_miss = True
     cut = [study.tokens[prompt][:rank_tokens] for prompt in chosen]
@@ -270,89 +238,54 @@ def _across_tasks(study: Study, rank_tokens: int) -> list[int]:
     return chosen
 
 
-def _ranks_by_block(ranks: pd.DataFrame) -> pd.DataFrame:
-    quantities = ("effective_rank", "first_share")
-    return pd.concat([mean_by(ranks, name, ("of", "layer")).assign(quantity=name) for name in quantities])
-
-
-def _compared_ranks(study: Study, ranks: pd.DataFrame, layout: Layout) -> dict[str, float | str | Interval]:
-    """Compare the mean effective rank after the ME layer with that before, prompt by prompt.
-
-    Attention in the ME layer itself still reads states without the massive activation: it counts as before.
-    """
+def _compared_ranks(study: Study, ranks: pd.DataFrame, layout: Layout) -> dict[str, Any]:
+    """Compare the mean effective rank after the ME layer with that before, prompt by prompt."""
     if study.me.layer is None or not len(ranks):
         return {}
-    of_attention = _ranks_around(study, ranks, "attention", first_after=study.me.layer + 1)
-    of_hidden = _ranks_around(study, ranks, "hidden states", first_after=study.me.layer)
-    nothing = "Nothing lies both before and after the ME layer"
-    measured: dict[str, float | str | Interval] = {}
-    if of_attention is None:
-        measured["attention_rank_ratio_why_not"] = f"{nothing}: there is {layout.attention_in_words}."
-    else:
-        measured |= {f"attention_rank_{name}": value for name, value in of_attention.items()}
-    if of_hidden is None:
-        measured["hidden_rank_ratio_why_not"] = f"{nothing}."
-    else:
-        measured |= {f"hidden_rank_{name}": value for name, value in of_hidden.items()}
+    measured: dict[str, Any] = {}
+    for name, of, first_after, why_not in (
+        # attention in the ME layer itself still reads states without the massive activation: it counts as before
+        ("attention_rank", "attention", study.me.layer + 1, f": there is {layout.attention_in_words}"),
+        ("hidden_rank", "hidden states", study.me.layer, ""),
+    ):
+        table = ranks[(ranks["of"] == of) & (ranks["layer"] <= study.last_before_trailing)]
+        is_after = table["layer"] >= first_after
+        before, after = (table[side].groupby("prompt")["effective_rank"].mean() for side in (~is_after, is_after))
+        if len(before) and len(after):
+            measured |= {f"{name}_before": float(before.mean()), f"{name}_after": float(after.mean())}
+            measured |= mean_metric(f"{name}_ratio", (after / before).to_numpy(dtype=float))
+        else:  # a massive activation of block 0 leaves no block before
+            measured[f"{name}_ratio_why_not"] = f"Nothing lies both before and after the ME layer{why_not}."
     return measured
 
 
-def _ranks_around(
-    study: Study, ranks: pd.DataFrame, of: str, *, first_after: int
-) -> dict[str, float | Interval] | None:
-    """Return the mean effective rank `before` and `after` a block and their `ratio`; None where one side is empty."""
-    table = ranks[(ranks["of"] == of) & (ranks["layer"] <= study.last_before_trailing)]
-    is_after = table["layer"] >= first_after
-    after = table[is_after].groupby("prompt")["effective_rank"].mean()
-    before = table[~is_after].groupby("prompt")["effective_rank"].mean()
-    if not len(after) or not len(before):  # a massive activation of block 0 leaves no block before
-        return None
-    ratio = (after / before).to_numpy(dtype=float)
-    return {
-        "before": float(before.mean()),
-        "after": float(after.mean()),
-        "ratio": float(ratio.mean()),
-        "ratio_interval": bootstrap_mean(ratio),
-    }
-
-
 def _rank_figure(study: Study, by_block: pd.DataFrame, metrics: SinksMetrics, rank_tokens: int) -> Figure:
-    texts = {"effective_rank": "effective rank", "first_share": "share of the first singular value"}
     panels = []
     for of, color in zip(("attention", "hidden states"), COLORS, strict=False):
-        for quantity, text in texts.items():
+        for quantity, text in RANK_TEXTS.items():
             points = by_block[(by_block["of"] == of) & (by_block["quantity"] == quantity)]
             if len(points):
                 y_range = (0.0, 1.0) if quantity == "first_share" else None
                 title = f"{of.capitalize()}: {text}"
                 panels.append(Panel(title, text, [Curve(of, points, color)], study.me.layer, y_range=y_range))
-    note = (
-        f"The first {rank_tokens} tokens of each prompt; attention: mean over heads. Bands: 95% bootstrap intervals "
-        "over prompts."
-    )
+    note = f"The first {rank_tokens} tokens of each prompt; attention: mean over heads. "
+    note += "Bands: 95% bootstrap intervals over prompts."
     plot = curves_by_block(panels, title=study.title("Rank by block", metrics.rank_prompts), note=note)
     expected = "Attention weights and hidden states both collapse to low rank after the ME layer."
     return Figure(plot, "section 6", expected, _ranks_in_words(metrics))
 
 
 def _ranks_in_words(metrics: SinksMetrics) -> str:
-    measured = {
-        "of attention": (
-            metrics.attention_rank_before,
-            metrics.attention_rank_after,
-            metrics.attention_rank_ratio,
-            metrics.attention_rank_ratio_interval,
-        ),
-        "of the hidden states": (
-            metrics.hidden_rank_before,
-            metrics.hidden_rank_after,
-            metrics.hidden_rank_ratio,
-            metrics.hidden_rank_ratio_interval,
-        ),
-    }
+    m = metrics
+    measured = (
+        ("attention", m.attention_rank_before, m.attention_rank_after,
+         m.attention_rank_ratio, m.attention_rank_ratio_interval),
+        ("the hidden states", m.hidden_rank_before, m.hidden_rank_after,
+         m.hidden_rank_ratio, m.hidden_rank_ratio_interval),
+    )  # fmt: skip
     parts = [
-        f"{what} {before:.3g} before and {after:.3g} after (ratio {with_interval(ratio, interval, '.2f')})"
-        for what, (before, after, ratio, interval) in measured.items()
+        f"of {what} {before:.3g} before and {after:.3g} after (ratio {with_interval(ratio, interval, '.2f')})"
+        for what, before, after, ratio, interval in measured
         if ratio is not None
     ]
     if parts:

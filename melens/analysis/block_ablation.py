@@ -13,9 +13,10 @@ What is left is always ‖h‖ / ‖h intact‖ of the massive token, averaged o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,7 +26,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from melens.analysis.statistics import bootstrap_mean, mean_by, tidy, with_interval
+from melens.analysis.statistics import bootstrap_mean, mean_by, mean_metric, tidy, with_interval
 from melens.analysis.study import Study
 from melens.claims.engine import Claim, Judgement, Verdict, at_most, number
 from melens.errors import MelensError
@@ -97,8 +98,9 @@ def ablation(study: Study, *, max_position: int = 64) -> Result:
         MelensError: no massive activation, none before `max_position`, an ME layer whose FFN cannot be removed, or a
             norm that is NaN.
     """
-    me_layer, runs = study.me.layer, _runs(study, max_position)
-    if me_layer is None or not can_ablate(study.model, me_layer, "ffn"):
+    runs = _runs(study, max_position)
+    me_layer = runs.me_layer
+    if not can_ablate(study.model, me_layer, "ffn"):
         raise MelensError(
             f"Block {me_layer}, the ME layer, has no FFN output to remove: there is {study.layout.ffn_in_words}."
         )
@@ -107,12 +109,17 @@ def ablation(study: Study, *, max_position: int = 64) -> Result:
     by_block, factorial = _removed_by_block(runs, removed), _factorial(runs, senses)
     evaluated_before = runs.runs.block_evaluations
     causality, causes = _causality(runs)
+    by_part = {part: causes[causes["part"] == part] for part in CAUSES}
+    left_by_cause = {part: dict(zip(rows["layer"], rows["mean"], strict=True)) for part, rows in by_part.items()}
+    of_ffn = left_by_cause["ffn"]
     metrics = study.metrics(
         AblationMetrics,
         **study.layout.metrics(),
         ablation_prompts=runs.n_prompts,
         **_left_at_me_layer(runs, removed, senses),
-        **_strongest_causes(causes),
+        causal_layers=[layer for layer, left in of_ffn.items() if left <= 0.5],
+        strongest_cause=min(of_ffn, key=of_ffn.__getitem__),
+        left_by_cause=left_by_cause,
         block_evaluations=runs.runs.block_evaluations - evaluated_before,
         block_evaluations_from_the_start=causality.groupby(["part", "cause"]).ngroups * study.n_layers,
     )
@@ -124,15 +131,10 @@ def ablation(study: Study, *, max_position: int = 64) -> Result:
         "causes": _causes_figure(runs, causes, metrics),
         "patching": _patching_figure(runs, patched),
     }
-    tables = {
-        "removed_by_block": by_block, "factorial": factorial, "causality": causality, "causes": causes,
-        "patching": patched,
-    }  # fmt: skip
-    findings = [
-        ("removed at the ME layer", figures["removed"].observed),
-        ("causes", figures["causes"].observed),
-        ("patching", figures["patching"].observed),
-    ]
+    tables = {"removed_by_block": by_block, "factorial": factorial}
+    tables |= {"causality": causality, "causes": causes, "patching": patched}
+    what = {"removed": "removed at the ME layer", "causes": "causes", "patching": "patching"}
+    findings = [(text, figures[name].observed) for name, text in what.items()]
     return Result("ablation", study.trace.model, metrics, tables, figures, findings)
 
 
@@ -167,8 +169,7 @@ class _Runs:
     def left(self, norms: Float[Tensor, "prompt layer"], start: int = 0) -> np.ndarray:
         """Average ‖h‖ / ‖h intact‖ of each prompt's massive token over those of `layers` from `start` on."""
         after = [layer for layer in self.layers if layer >= start]
-        ratio: np.ndarray = (norms / self.runs.intact)[:, after].mean(dim=1).numpy()
-        return ratio
+        return (norms / self.runs.intact)[:, after].mean(dim=1).numpy()
 
     def over_others(self, norms: Float[Tensor, "prompt layer"]) -> float:
         """Average ‖h‖ over that of the other tokens in the intact run, over the same blocks."""
@@ -223,35 +224,21 @@ def _removed_by_block(runs: _Runs, removed: dict[Part, Float[Tensor, "prompt lay
     return pd.concat(tables, ignore_index=True)
 
 
-class _LeftAtMeLayer(TypedDict, total=False):
-    left_without_ffn: float
-    left_without_ffn_interval: Interval
-    left_without_norm: dict[str, float]
-    left_identity_interval: Interval
-    over_others_without_norm: dict[str, float]
-
-
 def _left_at_me_layer(
     runs: _Runs, removed: dict[Part, Float[Tensor, "prompt layer"]], senses: dict[str, Part]
-) -> _LeftAtMeLayer:
-    without_ffn = runs.left(removed["ffn"])
+) -> dict[str, Any]:
     without_norm = {sense: runs.left(removed[part]) for sense, part in senses.items()}
-    measured: _LeftAtMeLayer = {
-        "left_without_ffn": float(without_ffn.mean()),
-        "left_without_ffn_interval": bootstrap_mean(without_ffn),
-        "left_without_norm": {sense: float(left.mean()) for sense, left in without_norm.items()},
-        "over_others_without_norm": {sense: runs.over_others(removed[part]) for sense, part in senses.items()},
-    }
+    measured = mean_metric("left_without_ffn", runs.left(removed["ffn"]))
+    measured["left_without_norm"] = {sense: float(left.mean()) for sense, left in without_norm.items()}
+    measured["over_others_without_norm"] = {sense: runs.over_others(removed[part]) for sense, part in senses.items()}
     if "identity" in without_norm:
         measured["left_identity_interval"] = bootstrap_mean(without_norm["identity"])
     return measured
 
 
 def _removed_figure(runs: _Runs, by_block: pd.DataFrame, metrics: AblationMetrics) -> Figure:
-    curves = [
-        Curve(name, by_block[by_block["removed"] == name], color)
-        for name, color in zip(by_block["removed"].unique().tolist(), COLORS, strict=False)
-    ]
+    names = by_block["removed"].unique().tolist()
+    curves = [Curve(name, by_block[by_block["removed"] == name], COLORS[i]) for i, name in enumerate(names)]
     others = pd.DataFrame({"layer": range(len(runs.others)), "mean": runs.others})
     curves.append(Curve("other tokens, intact", others, "#999999"))
     panel = Panel("", "L2 norm of the block output", curves, runs.me_layer, log_scale=True)
@@ -260,28 +247,23 @@ def _removed_figure(runs: _Runs, by_block: pd.DataFrame, metrics: AblationMetric
     title = runs.study.title("Massive token by block", runs.n_prompts)
     plot = curves_by_block([panel], title=title, note=note, scale_buttons=True)
     expected = "Without the FFN it appears midway, then fades; without the RMSNorm it persists, but far smaller."
-    left = [f"{TEXTS[SENSES[sense]]}: ×{share:,.3g}" for sense, share in metrics.left_without_norm.items()]
     assert metrics.left_without_ffn is not None
-    observed = (
-        f"Without the FFN {with_interval(metrics.left_without_ffn, metrics.left_without_ffn_interval, '.1%')} of the "
-        f"norm is left; {', '.join(left) or 'there is no norm of its own before it'}."
-    )
-    return Figure(plot, "figure 9", expected, observed)
+    of_ffn = with_interval(metrics.left_without_ffn, metrics.left_without_ffn_interval, ".1%")
+    of_norm = [f"{TEXTS[SENSES[sense]]}: ×{share:,.3g}" for sense, share in metrics.left_without_norm.items()]
+    without_norm = ", ".join(of_norm) or "there is no norm of its own before it"
+    return Figure(plot, "figure 9", expected, f"Without the FFN {of_ffn} of the norm is left; {without_norm}.")
 
 
 def _factorial(runs: _Runs, senses: dict[str, Part]) -> pd.DataFrame:
     """Cross every form of the norm with the FFN intact and removed: what is left, with its interval."""
     rows = []
-    for ffn in ("intact", "removed"):
-        for part in (None, *senses.values()):
-            parts: list[tuple[int, Part]] = [] if part is None else [(runs.me_layer, part)]
-            if ffn == "removed":
-                parts.append((runs.me_layer, "ffn"))
-            norms = runs.without(*parts) if parts else runs.runs.intact
-            left = runs.left(norms)
-            norm = "intact" if part is None else TEXTS[part]
-            at_me_layer = float(norms[:, runs.me_layer].mean())
-            rows.append((norm, ffn, at_me_layer, float(left.mean()), *bootstrap_mean(left)))
+    ffns: dict[str, list[Part]] = {"intact": [], "removed": ["ffn"]}
+    norms: dict[str, list[Part]] = {"intact": [], **{TEXTS[part]: [part] for part in senses.values()}}
+    for (ffn, of_ffn), (norm, of_norm) in itertools.product(ffns.items(), norms.items()):
+        parts = [(runs.me_layer, part) for part in (*of_norm, *of_ffn)]
+        after = runs.without(*parts) if parts else runs.runs.intact
+        left, at_me_layer = runs.left(after), float(after[:, runs.me_layer].mean())
+        rows.append((norm, ffn, at_me_layer, float(left.mean()), *bootstrap_mean(left)))
     return pd.DataFrame(rows, columns=["norm", "ffn", "norm_at_me_layer", "mean", "low", "high"])
 
 
@@ -321,24 +303,6 @@ def _causality(runs: _Runs) -> tuple[pd.DataFrame, pd.DataFrame]:
     return pd.concat(tables, ignore_index=True), pd.DataFrame(causes, columns=columns)
 
 
-class _StrongestCauses(TypedDict):
-    causal_layers: list[int]
-    strongest_cause: int
-    left_by_cause: dict[str, dict[int, float]]
-
-
-def _strongest_causes(causes: pd.DataFrame) -> _StrongestCauses:
-    left: dict[str, dict[int, float]] = {part: {} for part in CAUSES}
-    for row in causes.to_dict("records"):
-        left[row["part"]][row["layer"]] = row["mean"]
-    of_ffn = left["ffn"]
-    return {
-        "causal_layers": [layer for layer, share in of_ffn.items() if share <= 0.5],
-        "strongest_cause": min(of_ffn, key=lambda layer: of_ffn[layer]),
-        "left_by_cause": left,
-    }
-
-
 def _causality_figure(runs: _Runs, causality: pd.DataFrame, metrics: AblationMetrics) -> Figure:
     layers = list(range(runs.study.n_layers))
     maps = []
@@ -348,20 +312,14 @@ def _causality_figure(runs: _Runs, causality: pd.DataFrame, metrics: AblationMet
             wide = of_part.pivot(index="cause", columns="effect", values="mean").reindex(index=layers, columns=layers)
             values, axes = wide.to_numpy(dtype=float), ("effect: after block", "cause: in block")
             maps.append(Heatmap(TEXTS[part], values, layers, layers, *axes))
-    plot = heatmaps(
-        maps,
-        title=runs.study.title("What is left of the massive token's norm", runs.n_prompts),
-        note="One part of one block removed at a time. 1: as intact; colours are logarithmic. Blocks are 0-based.",
-        z_title="left",
-        me_layer=runs.me_layer,
-    )
+    title = runs.study.title("What is left of the massive token's norm", runs.n_prompts)
+    note = "One part of one block removed at a time. 1: as intact; colours are logarithmic. Blocks are 0-based."
+    plot = heatmaps(maps, title=title, note=note, z_title="left", me_layer=runs.me_layer)
     return _figure_of_causes(plot, metrics)
 
 
 def _causes_figure(runs: _Runs, causes: pd.DataFrame, metrics: AblationMetrics) -> Figure:
-    curves = [
-        Curve(TEXTS[part], causes[causes["part"] == part], color) for part, color in zip(CAUSES, COLORS, strict=False)
-    ]
+    curves = [Curve(TEXTS[part], causes[causes["part"] == part], COLORS[i]) for i, part in enumerate(CAUSES)]
     panel = Panel("", "left from the ME layer on, relative to intact", curves, runs.me_layer, log_scale=True)
     title = runs.study.title("Massive activation by removed block", runs.n_prompts)
     note = "Mean over the blocks from the ME layer to the last two. Bands: 95% bootstrap intervals."
@@ -394,10 +352,9 @@ def _patching(runs: _Runs) -> pd.DataFrame:
         much of the damage goes through that block: necessary if as low as the ablation itself); `mean`, `low`, `high`
         of what is left.
     """
-    model, intact = runs.study.model, runs.runs
+    model, intact, rows = runs.study.model, runs.runs, []
     blocks = [layer for layer in range(runs.me_layer + 1) if can_ablate(model, layer, "ffn")]
     progress = runs.study.stage("patches")
-    rows = []
     for done, removed in enumerate(blocks, 1):
         without: Sequence[Hook] = interventions.ablation(model, removed, "ffn")
         _, ablated_ffn = intact.run_with_ffn(without, start=removed)
@@ -414,21 +371,14 @@ def _patching(runs: _Runs) -> pd.DataFrame:
 
 
 def _patching_figure(runs: _Runs, patching: pd.DataFrame) -> Figure:
-    titles = {
-        "restored": "Restored: intact output into the ablated run",
-        "carried": "Carried: ablated output into the intact run",
-    }
+    titles = ("Restored: intact output into the ablated run", "Carried: ablated output into the intact run")
     axes, maps = ("FFN output patched in block", "FFN removed in block"), []
-    for direction, title in titles.items():
+    for direction, title in zip(("restored", "carried"), titles, strict=True):
         wide = patching[patching["direction"] == direction].pivot(index="removed", columns="patched", values="mean")
         maps.append(Heatmap(title, wide.to_numpy(dtype=float), list(wide.columns), list(wide.index), *axes))
-    plot = heatmaps(
-        maps,
-        title=runs.study.title("Patching the massive token's FFN output", runs.n_prompts),
-        note=f"What is left of its norm from the ME layer ({runs.me_layer}) on; 1: as intact. Blocks are 0-based.",
-        z_title="left",
-        columns=2,
-    )
+    title = runs.study.title("Patching the massive token's FFN output", runs.n_prompts)
+    note = f"What is left of its norm from the ME layer ({runs.me_layer}) on; 1: as intact. Blocks are 0-based."
+    plot = heatmaps(maps, title=title, note=note, z_title="left", columns=2)
     into_me_layer = patching[(patching["direction"] == "restored") & (patching["patched"] == runs.me_layer)]
     least = into_me_layer.iloc[into_me_layer["mean"].argmin()]
     observed = (
@@ -459,10 +409,10 @@ def _only_me_layer(metrics: AblationMetrics) -> Judgement:
         return Judgement("not measured", note="The result has no causal_layers.")
     others = [layer for layer in metrics.causal_layers if layer != metrics.me_layer]
     verdict: Verdict = "does not hold"
-    if metrics.me_layer in metrics.causal_layers and not others:
-        verdict = "holds"
-    elif metrics.me_layer in metrics.causal_layers and metrics.strongest_cause == metrics.me_layer:
+    if metrics.me_layer in metrics.causal_layers and metrics.strongest_cause == metrics.me_layer:
         verdict = "holds in part"
+    if metrics.causal_layers == [metrics.me_layer]:
+        verdict = "holds"
     note = f"Halved as well without the FFN of block {', '.join(map(str, others))}." if others else ""
     return Judgement(verdict, float(len(others)), note=note)
 

@@ -21,6 +21,7 @@ __all__ = [
     "holm",
     "mcnemar_p",
     "mean_by",
+    "mean_metric",
     "paired_permutation_p",
     "peak_layer",
     "tidy",
@@ -128,6 +129,11 @@ def with_interval(value: float, interval: tuple[float | None, float | None] | No
     if low is None or high is None or np.isnan(low):
         return format(value, form)
     return f"{value:{form}} ({low:{form}} to {high:{form}})"
+
+
+def mean_metric(name: str, values: np.ndarray) -> dict[str, Any]:
+    """Return the mean over prompts `[prompt]` and its interval as fields of metrics: `name` and `name_interval`."""
+    return {name: float(values.mean()), f"{name}_interval": bootstrap_mean(values)}
 
 
 def tidy(values: np.ndarray, name: str, column: str = "layer") -> pd.DataFrame:

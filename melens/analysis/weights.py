@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -67,20 +67,18 @@ def score_blocks(model: Bridge) -> pd.DataFrame:
     if is_quantized(model.original_model):
         raise MelensError("The weights of this model are quantised, so none can be read: load it without quantisation.")
     rows = [_score(model, layer) for layer in range(len(model.blocks)) if _has_neurons(model, layer)]
-    if not rows:
-        raise MelensError(
-            "No block of this model has an FFN in which TransformerLens names one up and one down projection, so no "
-            "block can be scored."
-        )
-    return pd.DataFrame(rows)
+    if rows:
+        return pd.DataFrame(rows)
+    raise MelensError(
+        "No block of this model has an FFN in which TransformerLens names one up and one down projection, so no block "
+        "can be scored."
+    )
 
 
 def rank_of(layer: int, scores: pd.DataFrame, score: str) -> int | None:
     """Rank a block by a score: 1 for the largest; None for a block that has no score."""
-    if layer not in set(scores["layer"]):
-        return None
-    own = scores.loc[scores["layer"] == layer, score].iloc[0]
-    return int((scores[score] > own).sum()) + 1
+    own = scores.loc[scores["layer"] == layer, score]
+    return int((scores[score] > own.iloc[0]).sum()) + 1 if len(own) else None
 
 
 class PredictMetrics(Metrics):
@@ -114,37 +112,17 @@ def prediction(study: Study) -> Result:
     Raises:
         MelensError: as `score_blocks`.
     """
-    scores = score_blocks(study.model)
-    metrics = study.metrics(
-        PredictMetrics,
-        **study.layout.metrics(),
-        n_scored=len(scores),
-        top_layer={score: peak_layer(scores, score) for score in SCORES},
-        **_ranks_of_me_layer(study, scores),
-    )
-    observed = _in_words(study, metrics, scores)
-    expected = "The ME layer is found by running the model."
+    scores, me_layer = score_blocks(study.model), study.me.layer
+    measured: dict[str, Any] = {"top_layer": {score: peak_layer(scores, score) for score in SCORES}}
+    if me_layer is not None:
+        tables = {"ranks": scores, "ranks_without_last_two": scores[scores["layer"] <= study.last_before_trailing]}
+        measured |= {name: {s: rank_of(me_layer, table, s) for s in SCORES} for name, table in tables.items()}
+        measured["predicted_dim"] = next(iter(scores.loc[scores["layer"] == me_layer, "dim"]), None)
+    metrics = study.metrics(PredictMetrics, **study.layout.metrics(), n_scored=len(scores), **measured)
+    observed, expected = _in_words(study, metrics, scores), "The ME layer is found by running the model."
     figure = Figure(_scores_figure(study, scores), "asked for by the review", expected, observed)
-    findings = [("from the weights", observed)]
-    return Result("predict", study.trace.model, metrics, {"weight_scores": scores}, {"scores": figure}, findings)
-
-
-class _Ranks(TypedDict, total=False):
-    ranks: dict[str, int | None]
-    ranks_without_last_two: dict[str, int | None]
-    predicted_dim: int | None
-
-
-def _ranks_of_me_layer(study: Study, scores: pd.DataFrame) -> _Ranks:
-    if study.me.layer is None:
-        return {}
-    before_trailing = scores[scores["layer"] <= study.last_before_trailing]
-    dims = scores.loc[scores["layer"] == study.me.layer, "dim"]
-    return {
-        "ranks": {score: rank_of(study.me.layer, scores, score) for score in SCORES},
-        "ranks_without_last_two": {score: rank_of(study.me.layer, before_trailing, score) for score in SCORES},
-        "predicted_dim": int(dims.iloc[0]) if len(dims) else None,
-    }
+    tables, figures, findings = {"weight_scores": scores}, {"scores": figure}, [("from the weights", observed)]
+    return Result("predict", study.trace.model, metrics, tables, figures, findings)
 
 
 # --- Scores -----------------------------------------------------------------------------------------------------------
@@ -254,15 +232,12 @@ def _in_words(study: Study, metrics: PredictMetrics, scores: pd.DataFrame) -> st
     if metrics.predicted_dim is None:
         scored = listed(scores["layer"])
         return f"Block {study.me.layer}, the ME layer, has no FFN whose weights can be scored; {scored} have."
-    ranks = ", ".join(
-        f"{score.replace('_', ' ')} {rank} ({metrics.ranks_without_last_two[score]} without the last two blocks)"
-        for score, rank in metrics.ranks.items()
-    )
+    without, ranks = metrics.ranks_without_last_two, []
+    for score, rank in metrics.ranks.items():
+        ranks.append(f"{score.replace('_', ' ')} {rank} ({without[score]} without the last two blocks)")
     hit = "the measured massive dim" if metrics.predicted_dim in study.me.dims[:1] else "not the measured one"
-    return (
-        f"Block {study.me.layer} ranks, of {metrics.n_scored}: {ranks}. Its strongest neuron writes dim "
-        f"{metrics.predicted_dim}, {hit}."
-    )
+    written = f"Its strongest neuron writes dim {metrics.predicted_dim}, {hit}."
+    return f"Block {study.me.layer} ranks, of {metrics.n_scored}: {', '.join(ranks)}. {written}"
 
 
 # --- Claims -----------------------------------------------------------------------------------------------------------
