@@ -1,1 +1,5 @@
-"""Plotly figures from tidy data: curves, heatmaps, attention maps, scores, and the style they share."""
+"""Plotly figures from tidy data: curves, heatmaps, attention maps, scores, and the style they share.
+
+Of every figure `title` stands above, `note` in small below that, and `me_layer` is the 0-based block that is marked, or
+None.
+"""

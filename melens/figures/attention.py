@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -20,7 +21,6 @@ def attention_maps(maps: Mapping[str, np.ndarray], tokens: Sequence[str], *, tit
     Args:
         maps: by the panel's title, `[head, query, key]`.
         tokens: labels of the positions.
-        title, note: above the figure.
     """
     figure = make_subplots(1, len(maps), subplot_titles=list(maps), horizontal_spacing=0.12)
     n_heads = next(iter(maps.values())).shape[0]
@@ -31,18 +31,12 @@ def attention_maps(maps: Mapping[str, np.ndarray], tokens: Sequence[str], *, tit
             figure.add_trace(heatmap_trace(heatmap, "attention"), row=1, col=column)
         figure.update_xaxes(title_text="key", tickangle=-90, tickfont={"size": 9}, row=1, col=column)
         figure.update_yaxes(title_text="query", autorange="reversed", tickfont={"size": 9}, row=1, col=column)
-    per_map = n_heads + 1
-    for index, trace in enumerate(figure.data):
-        trace.visible = index % per_map == 0
-    labels = ["mean over heads", *(f"head {head}" for head in range(n_heads))]
-    buttons = [
-        {
-            "label": label,
-            "method": "update",
-            "args": [{"visible": [i % per_map == shown for i in range(len(figure.data))]}],
-        }
-        for shown, label in enumerate(labels)
-    ]
+    buttons: list[dict[str, Any]] = []
+    for shown, label in enumerate(["mean over heads", *(f"head {head}" for head in range(n_heads))]):
+        visible = [index % (n_heads + 1) == shown for index in range(len(figure.data))]
+        buttons.append({"label": label, "method": "update", "args": [{"visible": visible}]})
+    for trace, is_mean in zip(figure.data, buttons[0]["args"][0]["visible"], strict=True):
+        trace.visible = is_mean
     return finish(
         figure,
         title,
@@ -62,7 +56,6 @@ def attention_change(
     Args:
         unmasked, masked: `[head, query, key]`.
         tokens: labels of the positions.
-        title, note: above the figure.
     """
     panels = {"without the mask": unmasked, "with the mask": masked, "difference": masked - unmasked}
     figure = attention_maps(panels, tokens, title=title, note=note)

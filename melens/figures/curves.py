@@ -11,7 +11,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from melens.figures.style import BLOCK, COLORS, FIRST, finish, legend_below, mark_me_layer, panels_in_rows
+from melens.figures.style import BLOCK, COLORS, FIRST, finish, legend_below, mark_me_layer, panels_in_rows, whiskers
 
 __all__ = ["Curve", "Panel", "add_curve", "curves_by_block", "ffn_figure", "over_steps", "vectors_by_dim"]
 
@@ -56,26 +56,27 @@ def curves_by_block(
 
     Args:
         panels: left to right, top to bottom.
-        title: above the figure, and `note` below it in small: what lines and bands are.
+        note: what lines and bands are.
         columns: panels in a row.
         scale_buttons: let the reader switch the panels without a `y_range` between logarithmic and linear.
     """
     figure, places = panels_in_rows([panel.title for panel in panels], columns, gap=0.1, row_gap=0.3)
     in_legend: set[str] = set()
     switched = []
-    for index, (panel, at) in enumerate(zip(panels, places, strict=True)):
+    for number, (panel, at) in enumerate(zip(panels, places, strict=True), 1):
         for curve in panel.curves:
             add_curve(figure, curve, at, in_legend=curve.in_legend and curve.name not in in_legend)
             in_legend.add(curve.name)
         figure.update_yaxes(title_text=panel.y_title, range=panel.y_range, **at)
         figure.update_yaxes(**_value_axis(panel.log_scale), **at)
-        if panel.log_scale and _spread(panel) < 30:
+        means = pd.concat([curve.points["mean"] for curve in panel.curves])
+        if panel.log_scale and not means.max() >= 30 * means[means > 0].min():
             figure.update_yaxes(dtick="D2", **at)
         if panel.zero_line:
             figure.add_hline(y=0, line={"color": "#888", "width": 1}, **at)
         mark_me_layer(figure, panel.me_layer, **at)
         if panel.y_range is None:
-            switched.append("yaxis" + (str(index + 1) if index else ""))
+            switched.append(f"yaxis{number}" if number > 1 else "yaxis")
     figure.update_xaxes(title_text=BLOCK, rangemode="tozero")
     height = 170 + 310 * places[-1]["row"]
     below = -_BELOW / (height - 150)
@@ -92,35 +93,18 @@ def ffn_figure(
     Args:
         concentrations: by projection ("gate", "up", "down"): `layer`, `mean`, `low`, `high`.
         amplification: the same of ‖FFN output‖ / ‖FFN input‖ of token 0.
-        me_layer: 0-based block, or None.
-        title: above the figure.
     """
     figure = make_subplots(specs=[[{"secondary_y": True}]])
-    figure.add_trace(
-        go.Bar(
-            x=amplification["layer"],
-            y=amplification["mean"],
-            name="FFN amplification (right axis)",
-            marker={"color": "rgba(120,120,120,0.45)"},
-            error_y={
-                "type": "data",
-                "symmetric": False,
-                "array": amplification["high"] - amplification["mean"],
-                "arrayminus": amplification["mean"] - amplification["low"],
-                "thickness": 1,
-                "width": 2,
-            },
-            hovertemplate="block %{x}: ×%{y:.4g}<extra>FFN amplification</extra>",
-        ),
-        secondary_y=True,
-    )
+    layers, mean = amplification["layer"], amplification["mean"]
+    bar = go.Bar(x=layers, y=mean, name="FFN amplification (right axis)", marker={"color": "rgba(120,120,120,0.45)"})
+    bar.error_y = whiskers(mean, amplification["low"], amplification["high"]) | {"thickness": 1, "width": 2}
+    bar.hovertemplate = "block %{x}: ×%{y:.4g}<extra>FFN amplification</extra>"
+    figure.add_trace(bar, secondary_y=True)
     for (name, points), color in zip(concentrations.items(), COLORS, strict=False):
         add_curve(figure, Curve(f"after {name}", points, color), {"row": 1, "col": 1}, in_legend=True)
     figure.update_yaxes(title_text="concentration, token 0 minus the others", secondary_y=False, zeroline=True)
-    figure.update_yaxes(
-        title_text="‖FFN output‖ / ‖FFN input‖ of token 0", secondary_y=True, type="log", dtick=1, showgrid=False
-    )
-    figure.update_yaxes(exponentformat="power", secondary_y=True)
+    ratio = "‖FFN output‖ / ‖FFN input‖ of token 0"
+    figure.update_yaxes(title_text=ratio, secondary_y=True, **_value_axis(log_scale=True), showgrid=False)
     figure.update_xaxes(title_text=BLOCK)
     mark_me_layer(figure, me_layer)
     note = "Lines and bars: means over prompts. Bands and whiskers: their 95% bootstrap intervals."
@@ -132,14 +116,11 @@ def vectors_by_dim(vectors: Mapping[str, np.ndarray], *, title: str, note: str =
 
     Args:
         vectors: by the panel's title, `[d_model]`.
-        title, note: above the figure.
     """
     figure = make_subplots(len(vectors), 1, shared_xaxes=True, subplot_titles=list(vectors), vertical_spacing=0.06)
     for row, vector in enumerate(vectors.values(), 1):
-        line = go.Scatter(
-            x=np.arange(len(vector)), y=vector, mode="lines", line={"color": FIRST, "width": 1}, showlegend=False
-        )
-        line.hovertemplate = "dim %{x}: %{y:.4g}<extra></extra>"
+        line = go.Scatter(x=np.arange(len(vector)), y=vector, mode="lines", showlegend=False)
+        line.update(line={"color": FIRST, "width": 1}, hovertemplate="dim %{x}: %{y:.4g}<extra></extra>")
         figure.add_trace(line, row=row, col=1)
         largest = int(np.abs(vector).argmax())
         label = {"showarrow": False, "xanchor": "left", "xshift": 6, "font": {"size": 12}}
@@ -154,27 +135,17 @@ def over_steps(panels: Mapping[str, Mapping[str, pd.DataFrame]], *, title: str, 
 
     Args:
         panels: by the quantity's name, by the curve's name (empty for a lone one), `step` and `value`.
-        title: above.
         markers: for curves of few points.
     """
     figure = make_subplots(1, len(panels), subplot_titles=list(panels), horizontal_spacing=0.12)
     in_legend: set[str] = set()
     for column, curves in enumerate(panels.values(), 1):
         for number, (name, points) in enumerate(curves.items()):
-            figure.add_trace(
-                go.Scatter(
-                    x=points["step"],
-                    y=points["value"],
-                    mode="lines+markers" if markers else "lines",
-                    name=name,
-                    showlegend=bool(name) and name not in in_legend,
-                    legendgroup=name,
-                    line={"color": COLORS[number % len(COLORS)], "width": 2},
-                    hovertemplate="step %{x}: %{y:.4g}<extra>" + name + "</extra>",
-                ),
-                row=1,
-                col=column,
-            )
+            line = go.Scatter(x=points["step"], y=points["value"], mode="lines+markers" if markers else "lines")
+            line.update(name=name, legendgroup=name, showlegend=bool(name) and name not in in_legend)
+            line.hovertemplate = f"step %{{x}}: %{{y:.4g}}<extra>{name}</extra>"
+            line.line = {"color": COLORS[number % len(COLORS)], "width": 2}
+            figure.add_trace(line, row=1, col=column)
             in_legend.add(name)
     figure.update_xaxes(title_text="step", rangemode="tozero")
     return finish(figure, title, height=430, legend=legend_below(-0.22))
@@ -185,37 +156,14 @@ def add_curve(figure: go.Figure, curve: Curve, at: dict[str, int], *, in_legend:
     points, layers = curve.points, curve.points["layer"]
     if "low" in points and points["low"].notna().any():
         red, green, blue = (int(curve.color[i : i + 2], 16) for i in (1, 3, 5))
-        band = go.Scatter(
-            x=[*layers, *layers[::-1]],
-            y=[*points["high"], *points["low"][::-1]],
-            mode="lines",
-            fill="toself",
-            fillcolor=f"rgba({red},{green},{blue},0.15)",
-            line={"width": 0},
-            hoverinfo="skip",
-            showlegend=False,
-            legendgroup=curve.name,
-        )
+        band = go.Scatter(x=[*layers, *layers[::-1]], y=[*points["high"], *points["low"][::-1]], mode="lines")
+        band.update(fill="toself", fillcolor=f"rgba({red},{green},{blue},0.15)", line={"width": 0})
+        band.update(hoverinfo="skip", showlegend=False, legendgroup=curve.name)
         figure.add_trace(band, **at)
-    line = go.Scatter(
-        x=layers,
-        y=points["mean"],
-        name=curve.name,
-        legendgroup=curve.name,
-        showlegend=in_legend,
-        mode="lines+markers",
-        line={"color": curve.color, "width": 2},
-        marker={"size": 5},
-        hovertemplate=f"block %{{x}}: %{{y:.4g}}<extra>{curve.name}</extra>",
-    )
+    line = go.Scatter(x=layers, y=points["mean"], mode="lines+markers", marker={"size": 5})
+    line.update(name=curve.name, legendgroup=curve.name, showlegend=in_legend, line={"color": curve.color, "width": 2})
+    line.hovertemplate = f"block %{{x}}: %{{y:.4g}}<extra>{curve.name}</extra>"
     figure.add_trace(line, **at)
-
-
-def _spread(panel: Panel) -> float:
-    """Compute by which factor the values of a panel differ."""
-    means = pd.concat([curve.points["mean"] for curve in panel.curves])
-    positive = means[means > 0]
-    return float(positive.max() / positive.min()) if len(positive) else 1.0
 
 
 def _value_axis(log_scale: bool) -> dict[str, Any]:
@@ -223,17 +171,9 @@ def _value_axis(log_scale: bool) -> dict[str, Any]:
 
 
 def _scale_buttons(axes: Sequence[str], log_scale: bool, y: float) -> dict[str, Any]:
-    def button(label: str, log: bool) -> dict[str, Any]:
-        changes = {f"{axis}.{key}": value for axis in axes for key, value in _value_axis(log).items()}
-        return {"label": label, "method": "relayout", "args": [changes]}
-
-    return {
-        "type": "buttons",
-        "direction": "right",
-        "active": 0 if log_scale else 1,
-        "buttons": [button("log", True), button("linear", False)],
-        "x": 1,
-        "xanchor": "right",
-        "y": y,
-        "yanchor": "top",
-    }
+    buttons = []
+    for label, is_log in (("log", True), ("linear", False)):
+        changes = {f"{axis}.{key}": value for axis in axes for key, value in _value_axis(is_log).items()}
+        buttons.append({"label": label, "method": "relayout", "args": [changes]})
+    place = {"x": 1, "xanchor": "right", "y": y, "yanchor": "top"}
+    return {"type": "buttons", "direction": "right", "active": 0 if log_scale else 1, "buttons": buttons, **place}

@@ -27,15 +27,9 @@ from melens.figures.style import (
 )
 
 __all__ = [
-    "Heatmap",
-    "dims_heatmap",
-    "dims_surface",
-    "heatmap_over_curves",
-    "heatmap_trace",
-    "heatmap_with_slider",
-    "heatmaps",
-    "loss_changes",
-]
+    "Heatmap", "dims_heatmap", "dims_surface", "heatmap_over_curves", "heatmap_trace", "heatmap_with_slider",
+    "heatmaps", "loss_changes",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,10 +65,9 @@ def heatmaps(
 
     Args:
         maps: left to right, top to bottom.
-        title, note: above the figure.
         z_title: of the colours.
         columns: maps in a row.
-        me_layer: 0-based block to mark on both axes.
+        me_layer: marked on both axes.
         text: write the values into the cells.
     """
     figure, places = panels_in_rows([heatmap.title for heatmap in maps], columns, gap=0.09, row_gap=0.25)
@@ -87,13 +80,9 @@ def heatmaps(
             figure.add_hline(y=me_layer, line=ME_LINE, **at)
     ticks = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
     colorbar = {"title": z_title, "tickvals": np.log10(ticks), "ticktext": [f"{tick:g}" for tick in ticks]}
-    return finish(
-        figure,
-        title,
-        note,
-        height=190 + (430 if min(columns, len(maps)) > 1 else 480) * places[-1]["row"],
-        coloraxis={"colorscale": "RdBu", "cmin": -2, "cmax": 2, "colorbar": colorbar},
-    )
+    colors = {"colorscale": "RdBu", "cmin": -2, "cmax": 2, "colorbar": colorbar}
+    height = 190 + (430 if min(columns, len(maps)) > 1 else 480) * places[-1]["row"]
+    return finish(figure, title, note, height=height, coloraxis=colors)
 
 
 def heatmap_with_slider(
@@ -109,22 +98,17 @@ def heatmap_with_slider(
 
     Args:
         maps: by block, all with the same axes.
-        title, note: above the figure.
         z_title, z_range: of the colours.
         start: the one that is shown first.
     """
-    names = list(maps)
-    figure = go.Figure([heatmap_trace(heatmap, z_title) for heatmap in maps.values()])
-    for name, trace in zip(names, figure.data, strict=True):
-        trace.visible = name == start
-    first = maps[start]
+    traces = [heatmap_trace(heatmap, z_title).update(visible=name == start) for name, heatmap in maps.items()]
+    figure, names = go.Figure(traces), list(maps)
     figure.update_xaxes(constrain="domain", tickangle=-90)
-    figure.update_yaxes(title_text=first.y_title, autorange="reversed", scaleanchor="x", constrain="domain")
-    steps = [
-        {"label": name, "method": "update", "args": [{"visible": [other == name for other in names]}]} for name in names
-    ]
-    value = {"prefix": "after block "}
-    slider = {"active": names.index(start), "steps": steps, "currentvalue": value, "pad": {"t": 100}}
+    figure.update_yaxes(title_text=maps[start].y_title, autorange="reversed", scaleanchor="x", constrain="domain")
+    visible = {name: {"visible": [other == name for other in names]} for name in names}
+    steps = [{"label": name, "method": "update", "args": [shown]} for name, shown in visible.items()]
+    slider = {"active": names.index(start), "steps": steps, "currentvalue": {"prefix": "after block "}}
+    slider["pad"] = {"t": 100}
     colors = {"colorscale": "Viridis", "cmin": z_range[0], "cmax": z_range[1], "colorbar": {"title": z_title}}
     return finish(figure, title, note, height=760, sliders=[slider], coloraxis=colors)
 
@@ -164,23 +148,15 @@ def dims_heatmap(activations: pd.DataFrame, *, me_layer: int | None, title: str)
 
     Args:
         activations: `layer`, `dim`, `abs_activation`, the mean over prompts.
-        me_layer: 0-based block, or None.
-        title: above the figure.
     """
-    wide = _by_block_and_dim(activations)
+    wide = activations.pivot(index="dim", columns="layer", values="abs_activation")
+    wide = wide.loc[wide.max(axis=1).sort_values(ascending=False).index]
     powers = range(-2, int(np.ceil(np.log10(wide.to_numpy().max()))) + 1)
     ticks = {"tickvals": list(powers), "ticktext": [f"10<sup>{power}</sup>" for power in powers]}
-    figure = go.Figure(
-        go.Heatmap(
-            z=np.log10(wide.to_numpy().clip(min=1e-2)),
-            x=wide.columns,
-            y=[str(dim) for dim in wide.index],
-            customdata=wide.to_numpy().tolist(),
-            hovertemplate="block %{x}, dim %{y}: |h| = %{customdata:.4g}<extra></extra>",
-            colorscale="Viridis",
-            colorbar={"title": "|h|", **ticks},
-        )
-    )
+    trace = go.Heatmap(x=wide.columns, y=[str(dim) for dim in wide.index], z=np.log10(wide.to_numpy().clip(min=1e-2)))
+    trace.update(customdata=wide.to_numpy().tolist(), colorscale="Viridis", colorbar={"title": "|h|", **ticks})
+    trace.hovertemplate = "block %{x}, dim %{y}: |h| = %{customdata:.4g}<extra></extra>"
+    figure = go.Figure(trace)
     figure.update_xaxes(title_text=BLOCK)
     figure.update_yaxes(title_text="dim of the residual stream, largest first", type="category", autorange="reversed")
     mark_me_layer(figure, me_layer, annotation_yanchor="bottom")  # above the colours
@@ -189,32 +165,19 @@ def dims_heatmap(activations: pd.DataFrame, *, me_layer: int | None, title: str)
 
 def dims_surface(activations: pd.DataFrame, *, me_layer: int | None, title: str) -> go.Figure:
     """Draw the same as a 3-D surface, as the authors do; arguments as for `dims_heatmap`."""
-    wide = _by_block_and_dim(activations).sort_index()
-    figure = go.Figure(
-        go.Surface(
-            z=wide.to_numpy(),
-            x=wide.columns,
-            y=np.arange(len(wide)),
-            colorscale="Viridis",
-            showscale=False,
-            hovertemplate="block %{x}: |h| = %{z:.4g}<extra></extra>",
-        )
-    )
+    wide = activations.pivot(index="dim", columns="layer", values="abs_activation")
+    heights, rows = wide.to_numpy(), np.arange(len(wide))
+    surface = go.Surface(z=heights, x=wide.columns, y=rows, colorscale="Viridis", showscale=False)
+    surface.hovertemplate = "block %{x}: |h| = %{z:.4g}<extra></extra>"
+    figure = go.Figure(surface)
     if me_layer is not None:
-        along = {
-            "x": [me_layer] * len(wide),
-            "y": np.arange(len(wide)),
-            "z": wide[me_layer] + 0.01 * wide.to_numpy().max(),
-        }
-        me_line = {"mode": "lines", "line": {"color": "#d62728", "width": 5}, "hoverinfo": "skip"}
-        figure.add_scatter3d(**along, **me_line, name=f"ME layer {me_layer}", showlegend=True)
+        above, name = wide[me_layer] + 0.01 * heights.max(), f"ME layer {me_layer}"
+        figure.add_scatter3d(x=[me_layer] * len(wide), y=rows, z=above, mode="lines", name=name, showlegend=True)
+        figure.data[-1].update(line={"color": "#d62728", "width": 5}, hoverinfo="skip")
     dims = {"tickvals": list(range(0, len(wide), 4)), "ticktext": [str(dim) for dim in wide.index[::4]]}
-    scene = {
-        "xaxis": {"title": {"text": BLOCK}},
-        "yaxis": {"title": {"text": "dim"}, **dims},
-        "zaxis": {"title": {"text": "|h| of token 0"}},
-        "camera": {"eye": {"x": -1.5, "y": -1.6, "z": 0.8}},
-    }
+    axes = {"xaxis": {"title": {"text": BLOCK}}, "yaxis": {"title": {"text": "dim"}, **dims}}
+    axes["zaxis"] = {"title": {"text": "|h| of token 0"}}
+    scene = axes | {"camera": {"eye": {"x": -1.5, "y": -1.6, "z": 0.8}}}
     return finish(figure, title, height=700, scene=scene)
 
 
@@ -246,8 +209,3 @@ def _scaled_trace(
         trace.text = [["" if np.isnan(value) else text.format(value) for value in row] for row in heatmap.values]
         trace.texttemplate = "%{text}"
     return trace
-
-
-def _by_block_and_dim(activations: pd.DataFrame) -> pd.DataFrame:
-    wide = activations.pivot(index="dim", columns="layer", values="abs_activation")
-    return wide.loc[wide.max(axis=1).sort_values(ascending=False).index]

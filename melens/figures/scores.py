@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from melens.figures.style import FIRST, ME_LINE, OTHERS, finish, legend_below, signed_log, signed_ticks
+from melens.figures.style import FIRST, ME_LINE, OTHERS, finish, legend_below, signed_log, signed_ticks, whiskers
 
 __all__ = ["loss_over_sinks", "score_differences", "score_table", "shares", "verdicts"]
 
@@ -27,13 +28,11 @@ def score_table(
         [f"<b>{cell}</b>" if is_best else cell for cell, is_best in zip(of_row, are_best, strict=True)]
         for of_row, are_best in zip(cells, best, strict=True)
     ]
-    table = go.Table(
-        columnwidth=[2, *[1.6 for _ in columns]],
-        header={"values": ["", *columns], "align": "left", "fill_color": "#e8ecf1", "height": 30},
-        cells={"values": [list(rows), *map(list, zip(*shown, strict=True))], "align": "left", "height": 28},
-    )
-    figure = go.Figure(table)
-    return finish(figure, title, height=220 + 30 * len(rows))
+    by_column = [list(rows), *map(list, zip(*shown, strict=True))]
+    header = {"values": ["", *columns], "align": "left", "fill_color": "#e8ecf1", "height": 30}
+    table = go.Table(header=header, cells={"values": by_column, "align": "left", "height": 28})
+    table.columnwidth = [2, *[1.6 for _ in columns]]
+    return finish(go.Figure(table), title, height=220 + 30 * len(rows))
 
 
 def score_differences(scores: pd.DataFrame, *, title: str, note: str = "") -> go.Figure:
@@ -41,44 +40,25 @@ def score_differences(scores: pd.DataFrame, *, title: str, note: str = "") -> go
 
     Args:
         scores: of `benchmarks.scores.summarise`, the compared rows; hollow marks are differences not shown.
-        title, note: above.
     """
-    places = list(dict.fromkeys(zip(scores["task"], scores["metric"], strict=True)))
-    columns = min(3, len(places))
-    rows = -(-len(places) // columns)
-    row_height, gap = 40 + 30 * scores["mask"].nunique(), 110  # pixels
-    inner = rows * row_height + (rows - 1) * gap
-    figure = make_subplots(
-        rows,
-        columns,
-        shared_yaxes=True,
-        subplot_titles=[f"{task}, {metric.replace('_', ' ')}" for task, metric in places],
-        vertical_spacing=gap / inner if rows > 1 else 0,
-        horizontal_spacing=0.05,
-    )
-    for index, (task, metric) in enumerate(places):
+    panels = [own for _, own in scores.groupby(["task", "metric"], sort=False)]
+    columns, rows = min(3, len(panels)), -(-len(panels) // 3)
+    gap = 110  # pixels
+    inner = rows * (40 + 30 * scores["mask"].nunique()) + (rows - 1) * gap
+    spacing = {"horizontal_spacing": 0.05, "vertical_spacing": gap / inner if rows > 1 else 0}
+    titles = [f"{own['task'].iloc[0]}, {own['metric'].iloc[0].replace('_', ' ')}" for own in panels]
+    figure = make_subplots(rows, columns, shared_yaxes=True, subplot_titles=titles, **spacing)
+    for index, own in enumerate(panels):
         at = {"row": index // columns + 1, "col": index % columns + 1}
-        own = scores[(scores["task"] == task) & (scores["metric"] == metric)]
-        is_shown = own["verdict"] != "no difference shown"
+        symbols = ["circle-open" if verdict == "no difference shown" else "circle" for verdict in own["verdict"]]
         higher = bool(own["higher_is_better"].iloc[0])
-        figure.add_trace(
-            go.Scatter(
-                x=own["difference"],
-                y=own["mask"],
-                mode="markers",
-                error_x={
-                    "array": own["difference_high"] - own["difference"],
-                    "arrayminus": own["difference"] - own["difference_low"],
-                    "thickness": 1.5,
-                },
-                marker={"size": 9, "color": OTHERS, "symbol": ["circle" if s else "circle-open" for s in is_shown]},
-                customdata=own[["p_corrected", "verdict", "n"]],
-                hovertemplate="%{y}: %{x:+.3f}<br>p = %{customdata[0]:.2g}, n = %{customdata[2]}<br>%{customdata[1]}"
-                "<extra></extra>",
-                showlegend=False,
-            ),
-            **at,
-        )
+        points = go.Scatter(x=own["difference"], y=own["mask"], mode="markers", showlegend=False)
+        points.error_x = whiskers(own["difference"], own["difference_low"], own["difference_high"]) | {"thickness": 1.5}
+        points.marker = {"size": 9, "color": OTHERS, "symbol": symbols}
+        points.customdata = own[["p_corrected", "verdict", "n"]]
+        p_and_n = "p = %{customdata[0]:.2g}, n = %{customdata[2]}<br>%{customdata[1]}"
+        points.hovertemplate = f"%{{y}}: %{{x:+.3f}}<br>{p_and_n}<extra></extra>"
+        figure.add_trace(points, **at)
         figure.add_vline(x=0, line={"color": "#888", "width": 1}, **at)
         figure.update_xaxes(title_text="← worse, better →" if higher else "← better, worse →", **at)
         figure.update_yaxes(autorange="reversed", automargin=True, **at)
@@ -97,24 +77,16 @@ def loss_over_sinks(
         cells: `select`, `site`, `label`, `sink_mass`, and `dloss` with `dloss_low` and `dloss_high`.
         sink_mass: without a mask.
         colors: by select.
-        title, note: above the figure.
     """
-    figure = go.Figure()
+    figure, symbols = go.Figure(), dict(zip(cells["site"].unique(), cycle(_SYMBOLS), strict=False))
     for (select, site), group in cells.groupby(["select", "site"], sort=False):
-        middle, high, low = (signed_log(group[name]) for name in ("dloss", "dloss_high", "dloss_low"))
-        symbol = _SYMBOLS[list(dict.fromkeys(cells["site"])).index(site) % len(_SYMBOLS)]
-        figure.add_trace(
-            go.Scatter(
-                x=group["sink_mass"],
-                y=middle,
-                error_y={"type": "data", "symmetric": False, "array": high - middle, "arrayminus": middle - low},
-                mode="markers",
-                name=f"{select}, {site}",
-                marker={"color": colors[str(select)], "symbol": symbol, "size": 10},
-                customdata=np.stack([group["label"], group["dloss"]], axis=-1),
-                hovertemplate="%{customdata[0]}<br>sink mass %{x:.3f}, Δloss %{customdata[1]:+.4f}<extra></extra>",
-            )
-        )
+        middle, low, high = (signed_log(group[name]) for name in ("dloss", "dloss_low", "dloss_high"))
+        points = go.Scatter(x=group["sink_mass"], y=middle, mode="markers", name=f"{select}, {site}")
+        points.error_y = whiskers(middle, low, high)
+        points.marker = {"color": colors[str(select)], "symbol": symbols[site], "size": 10}
+        points.customdata = np.stack([group["label"], group["dloss"]], axis=-1)
+        points.hovertemplate = "%{customdata[0]}<br>sink mass %{x:.3f}, Δloss %{customdata[1]:+.4f}<extra></extra>"
+        figure.add_trace(points)
     figure.add_hline(y=0, line={"color": "#888", "width": 1})
     figure.add_vline(x=sink_mass, line=ME_LINE, annotation_text="no mask", annotation_position="top left")
     figure.update_xaxes(title_text="mean sink mass behind the ME layer", rangemode="tozero")
@@ -148,26 +120,15 @@ def verdicts(claims: pd.DataFrame, *, title: str = "Verdicts on the paper's clai
     """Draw which claim holds of which model, from the rows of `melens.judge`."""
     names = list(_VERDICT_COLORS)
     once = claims.drop_duplicates(["model", "id"])
-    models = list(dict.fromkeys(once["model"]))
-    wide = once.pivot(index="claim", columns="model", values="verdict").loc[list(dict.fromkeys(once["claim"])), models]
+    models = once["model"].unique()
+    wide = once.pivot(index="claim", columns="model", values="verdict").loc[once["claim"].unique(), models]
     codes = [[names.index(verdict) if verdict in names else None for verdict in row] for row in wide.to_numpy()]
     steps = [(edge / len(names), color) for i, color in enumerate(_VERDICT_COLORS.values()) for edge in (i, i + 1)]
-    figure = go.Figure(
-        go.Heatmap(
-            z=codes,
-            x=[model.replace(", ", "<br>") for model in models],
-            y=list(wide.index),
-            text=[[verdict if verdict in names else "" for verdict in row] for row in wide.to_numpy()],
-            texttemplate="%{text}",
-            hovertemplate="%{x}<br>%{y}<br>%{text}<extra></extra>",
-            colorscale=steps,
-            zmin=-0.5,
-            zmax=len(names) - 0.5,
-            showscale=False,
-            xgap=2,
-            ygap=2,
-        )
-    )
+    trace = go.Heatmap(x=[model.replace(", ", "<br>") for model in models], y=list(wide.index), z=codes)
+    trace.update(colorscale=steps, zmin=-0.5, zmax=len(names) - 0.5, showscale=False, xgap=2, ygap=2)
+    trace.update(text=wide.fillna("").to_numpy(), texttemplate="%{text}")
+    trace.hovertemplate = "%{x}<br>%{y}<br>%{text}<extra></extra>"
+    figure = go.Figure(trace)
     figure.update_yaxes(autorange="reversed", automargin=True, dtick=1)
     lines = max(model.count(", ") for model in models)  # of a job's name, an option each
     figure.update_xaxes(tickangle=0 if lines else None, tickfont={"size": 11} if lines else None, automargin=True)

@@ -10,20 +10,9 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 __all__ = [
-    "BLOCK",
-    "COLORS",
-    "FIRST",
-    "ME_LINE",
-    "OTHERS",
-    "SINK",
-    "finish",
-    "legend_below",
-    "mark_me_layer",
-    "panels_in_rows",
-    "signed_log",
-    "signed_ticks",
-]
-
+    "BLOCK", "COLORS", "FIRST", "ME_LINE", "OTHERS", "SINK", "finish", "legend_below", "mark_me_layer",
+    "panels_in_rows", "signed_log", "signed_ticks", "whiskers",
+]  # fmt: skip
 
 FIRST = "#c1272d"
 OTHERS = "#0072b2"
@@ -42,22 +31,17 @@ _LAYOUT: dict[str, Any] = {
 def panels_in_rows(
     titles: Sequence[str], columns: int, *, gap: float, row_gap: float
 ) -> tuple[go.Figure, list[dict[str, int]]]:
-    """Make a figure of panels, left to right and top to bottom.
+    """Make a figure of panels, left to right and top to bottom; return it with the `row` and `col` of each panel.
 
     Args:
         titles: of the panels.
         columns: panels in a row, at most.
-        gap: between columns, as a share of the width.
-        row_gap: between rows, as a share of a row's height.
-
-    Returns:
-        The figure, and the `row` and `col` of each panel.
+        gap: between columns, as a share of the width; `row_gap` between rows, of a row's height.
     """
     columns = min(columns, len(titles))
     rows = -(-len(titles) // columns)
-    figure = make_subplots(
-        rows, columns, subplot_titles=titles, horizontal_spacing=gap, vertical_spacing=row_gap / rows
-    )
+    gaps = {"horizontal_spacing": gap, "vertical_spacing": row_gap / rows}
+    figure = make_subplots(rows, columns, subplot_titles=titles, **gaps)
     return figure, [{"row": at // columns + 1, "col": at % columns + 1} for at in range(len(titles))]
 
 
@@ -81,6 +65,11 @@ def mark_me_layer(figure: go.Figure, me_layer: int | None, **at: Any) -> None:
         figure.add_vline(x=me_layer, line=ME_LINE, annotation_font_size=12, **note, **at)
 
 
+def whiskers(middle: Any, low: Any, high: Any) -> dict[str, Any]:
+    """Lay intervals out as plotly's error bars."""
+    return {"type": "data", "symmetric": False, "array": high - middle, "arrayminus": middle - low}
+
+
 _SIGNED_TICKS = (-10, -3, -1, -0.3, -0.1, -0.03, 0, 0.03, 0.1, 0.3, 1, 3, 10)
 _LINEAR_UP_TO = 0.02
 
@@ -91,7 +80,5 @@ def signed_log(values: Any) -> Any:
 
 
 def signed_ticks() -> dict[str, Any]:
-    return {
-        "tickvals": signed_log(_SIGNED_TICKS),
-        "ticktext": [f"{tick:+g}" if tick else "0" for tick in _SIGNED_TICKS],
-    }
+    texts = [f"{tick:+g}" if tick else "0" for tick in _SIGNED_TICKS]
+    return {"tickvals": signed_log(_SIGNED_TICKS), "ticktext": texts}
