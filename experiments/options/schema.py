@@ -23,6 +23,7 @@ from experiments.runner.declaration import (
     ExperimentOptions,
     Names,
     Node,
+    OneOrMore,
     OptionalCount,
     OptionalNumber,
     OptionalPositive,
@@ -56,15 +57,7 @@ from melens.validation.types import (
     listed,
 )
 
-__all__ = [
-    "BenchmarkOptions",
-    "GenerateOptions",
-    "MaskOptions",
-    "ModelOptions",
-    "Options",
-    "TrainingOptions",
-    "options_of",
-]
+__all__ = ["MaskOptions", "Options", "options_of"]
 
 
 def _off(value: Any) -> Any:
@@ -128,10 +121,10 @@ class PromptOptions(Node):
 
     @model_validator(mode="after")
     def _can_be_read(self) -> PromptOptions:
+        path = Path(os.path.expanduser(self.file or ""))
+        if not path.exists():
+            raise MelensError(f"There is no prompt file {self.file}.")
         if self.file is not None:
-            path = Path(os.path.expanduser(self.file))
-            if not path.exists():
-                raise MelensError(f"There is no prompt file {self.file}.")
             file_text(path)
         return self
 
@@ -165,37 +158,27 @@ class DataOptions(Node):
 
 _AnySelect = Select | Literal["saved"]
 _AnyStart = Start | Literal["all_blocks"]
-_Rule = Literal["all", "first"]
-_SomeBlocks = Annotated[list[Whole], Field(min_length=1)]
+_Blocks = Literal["all", "first"] | OneOrMore[Whole]
 
 
 class MaskOptions(Node):
     """Arguments of `melens.WeMask`, or lists of them: every combination is a mask of `exp=wemask`."""
 
-    rate: Annotated[
-        Rate | Annotated[list[Rate], Field(min_length=1)], Said("a number from 0 (no mask) to 1, or a list of them")
-    ]
-    select: Annotated[
-        _AnySelect | Annotated[list[_AnySelect], Field(min_length=1)],
-        Said(f"{listed((*SELECTS, 'saved'))}, or a list of them"),
-    ]
-    site: Annotated[Site | Annotated[list[Site], Field(min_length=1)], Said(f"{listed(SITES)}, or a list of them")]
+    rate: Annotated[Rate | OneOrMore[Rate], Said("a number from 0 (no mask) to 1, or a list of them")]
+    select: Annotated[_AnySelect | OneOrMore[_AnySelect], Said(f"{listed((*SELECTS, 'saved'))}, or a list of them")]
+    site: Annotated[Site | OneOrMore[Site], Said(f"{listed(SITES)}, or a list of them")]
     start: Annotated[
-        _AnyStart | Annotated[list[_AnyStart], Field(min_length=1)],
-        Said("a block, me, me+1, me-2 and the like, or all_blocks, or a list of them"),
+        _AnyStart | OneOrMore[_AnyStart], Said("a block, me, me+1, me-2 and the like, or all_blocks, or a list of them")
     ]
     layers: Annotated[
-        _Rule | _SomeBlocks | Annotated[list[_Rule | _SomeBlocks], Field(min_length=1)],
-        Said("all, first or a list of blocks, as [12,13], or a list of those"),
+        _Blocks | OneOrMore[_Blocks], Said("all, first or a list of blocks, as [12,13], or a list of those")
     ]
     positions: Annotated[
-        Literal["first", "massive", "all", "every_call"] | _SomeBlocks,
+        Literal["first", "massive", "all", "every_call"] | OneOrMore[Whole],
         Said("first, massive, all, every_call or a list of positions, as [0,5]"),
     ]
     strength: Share
-    seed: Annotated[
-        Whole | Annotated[list[Whole], Field(min_length=1)], Said("a whole number of at least 0, or a list of them")
-    ]
+    seed: Annotated[Whole | OneOrMore[Whole], Said("a whole number of at least 0, or a list of them")]
 
 
 # --- What a model does ------------------------------------------------------------------------------------------------
@@ -203,9 +186,7 @@ class MaskOptions(Node):
 
 class GenerateOptions(Node):
     prompt: Annotated[
-        Annotated[list[Name], Field(min_length=1)] | Name | None,
-        AS_TYPED,
-        Said("a text that is not empty, a list of them, or null"),
+        OneOrMore[Name] | Name | None, AS_TYPED, Said("a text that is not empty, a list of them, or null")
     ]
     max_new_tokens: Count
     chat: Flag
@@ -227,23 +208,21 @@ class GenerateOptions(Node):
 
 class NeedleOptions(Node):
     lengths: Annotated[
-        list[Annotated[int, Field(strict=True, ge=64)]],
-        Field(min_length=1),
-        Said("a list of whole numbers of at least 64 tokens"),
+        OneOrMore[Annotated[int, Field(strict=True, ge=64)]], Said("a list of whole numbers of at least 64 tokens")
     ]
-    depths: Annotated[list[Rate], Field(min_length=1), Said("a list of numbers from 0 to 1")]
+    depths: Annotated[OneOrMore[Rate], Said("a list of numbers from 0 to 1")]
 
 
 class BenchmarkOptions(Node):
     tasks: Names
     masks: Annotated[
-        Annotated[list[Annotated[Name, BeforeValidator(_off)]], Field(min_length=1)] | None,
+        OneOrMore[Annotated[Name, BeforeValidator(_off)]] | None,
         BeforeValidator(as_list),
         Said("a list of presets, as [off,paper], or null"),
     ]
     table: Annotated[Literal[1, 2, 5, 6, 7] | None, Said("1, 2, 5, 6, 7 or null")]
     mode: Annotated[Literal["loglikelihood", "generate"] | None, Said("loglikelihood, generate or null")]
-    layers: Annotated[Literal["auto", "all", "first"] | _SomeBlocks, Said("auto, all, first or a list of blocks")]
+    layers: Annotated[Literal["auto"] | _Blocks, Said("auto, all, first or a list of blocks")]
     limit: OptionalCount
     seeds: Seeds
     data_dir: OptionalText
@@ -321,7 +300,7 @@ def _all_options() -> type[ExperimentOptions]:
     """Make the options of `exp=all`: those of several experiments in one run, each in a node of its name."""
     nodes: Any = {name: (experiment.options, ...) for name, experiment in EXPERIMENTS.items() if experiment.in_all}
     chosen = Annotated[
-        Annotated[list[Literal[*nodes]], Field(min_length=1)],  # type: ignore[valid-type]
+        OneOrMore[Literal[*nodes]],  # type: ignore[valid-type]
         BeforeValidator(as_list),
         Said(f"a list of at least one of {listed(list(nodes))}"),
     ]
@@ -365,16 +344,12 @@ class Options(Node):
     typed: Sequence[str] = ()
 
     @model_validator(mode="after")
-    def _names_one_model(self) -> Options:
+    def _can_be_run(self) -> Options:
         name, chosen = self.given.get("model.name"), self.given.get("model")
         if name is not None and chosen != "hub":
             raise MelensError(f"model.name is for model=hub: model=hub model.name={name}.")
         if name in known_models() and not os.path.exists(str(name)):
             raise MelensError(f"{name} has a file in conf/model, with options of its own: model={name}.")
-        return self
-
-    @model_validator(mode="after")
-    def _can_draw(self) -> Options:
         if self.png:
             check_extra("png", "png=true")
         return self
@@ -420,22 +395,12 @@ def options_of(
         schema, prefix: of the node to begin at.
     """
     for name, field in schema.model_fields.items():
-        inside = None if plain is None else plain.get(name)
-        nodes = _nodes(field, inside if isinstance(inside, Mapping) else None)
+        kinds, by = (field.annotation, *get_args(field.annotation)), field.discriminator
+        nodes = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        inside = (plain or {}).get(name)
+        inside = inside if isinstance(inside, Mapping) else None
         for node in nodes:
-            yield from options_of(inside if isinstance(inside, Mapping) else None, node, f"{prefix}{name}.")
+            if inside is None or by is None or inside.get(by) in get_args(node.model_fields[str(by)].annotation):
+                yield from options_of(inside, node, f"{prefix}{name}.")
         if not nodes and name not in ("given", "typed"):
             yield f"{prefix}{name}", field
-
-
-def _nodes(field: FieldInfo, plain: Mapping[str, Any] | None) -> list[type[BaseModel]]:
-    """Return the types that a node may have: of several, the one that a configuration chooses, if it does."""
-    kinds = [
-        kind
-        for kind in (field.annotation, *get_args(field.annotation))
-        if isinstance(kind, type) and issubclass(kind, BaseModel)
-    ]
-    by = field.discriminator
-    if plain is None or not isinstance(by, str):
-        return kinds
-    return [kind for kind in kinds if plain.get(by) in get_args(kind.model_fields[by].annotation)]

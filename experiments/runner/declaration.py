@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -31,24 +31,10 @@ if TYPE_CHECKING:
     from melens.tracing.probes import Probe
 
 __all__ = [
-    "AS_TYPED",
-    "AtLeast2",
-    "AtLeast3",
-    "AutoFlag",
-    "Experiment",
-    "ExperimentOptions",
-    "Names",
-    "Node",
-    "OptionalCount",
-    "OptionalNumber",
-    "OptionalPositive",
-    "OptionalShare",
-    "OptionalText",
-    "Seeds",
-    "Text",
-    "as_list",
+    "AS_TYPED", "AtLeast2", "AtLeast3", "AutoFlag", "Experiment", "ExperimentOptions", "Names", "Node", "OneOrMore",
+    "OptionalCount", "OptionalNumber", "OptionalPositive", "OptionalShare", "OptionalText", "Seeds", "Text", "as_list",
     "of_analysis",
-]
+]  # fmt: skip
 
 
 class Node(BaseModel):
@@ -58,11 +44,7 @@ class Node(BaseModel):
 
 
 class ExperimentOptions(Node):
-    """The options of an experiment, `exp.<option>`: each has its default in `conf/exp/`, with a comment.
-
-    Attributes:
-        name: of the experiment.
-    """
+    """The options of the experiment `name`, `exp.<option>`: each has its default in `conf/exp/`, with a comment."""
 
     name: str
 
@@ -132,8 +114,7 @@ def of_analysis(
 
     def run(run: Run, options: ExperimentOptions) -> Result:
         analysis = import_module("melens.analysis")  # takes seconds, which checking options need not
-        result: Result = getattr(analysis, function or name)(run, **options.own)
-        return result
+        return getattr(analysis, function or name)(run, **options.own)
 
     return Experiment(name, options, run, probes)
 
@@ -141,11 +122,9 @@ def of_analysis(
 # --- Types of options -------------------------------------------------------------------------------------------------
 
 
-class _AsTyped:
-    """Marks an option that is a text: no number, list or sweep is read out of it."""
-
-
-AS_TYPED = _AsTyped()
+T = TypeVar("T")
+AS_TYPED = "as typed"
+"""Marks an option that is a text: no number, list or sweep is read out of it."""
 
 
 def as_list(value: Any) -> Any:
@@ -161,11 +140,7 @@ OptionalNumber = Annotated[Number | None, Said("a number of at least 0, or null"
 OptionalShare = Annotated[Share | None, Said("a number over 0 and at most 1, or null")]
 Text = Annotated[Name, AS_TYPED, Said("a text")]
 OptionalText = Annotated[Name | None, AS_TYPED, Said("a text, or null")]
-Names = Annotated[
-    Annotated[list[Name], Field(min_length=1)] | None,
-    BeforeValidator(as_list),
-    Said("a list of names, as [a,b], or null"),
-]
-_Seeds = Annotated[list[Whole], Field(min_length=1)]
-Seeds = Annotated[_Seeds, BeforeValidator(as_list), Said("a list of whole numbers, as [0,1]")]
+OneOrMore = Annotated[list[T], Field(min_length=1)]
+Names = Annotated[OneOrMore[Name] | None, BeforeValidator(as_list), Said("a list of names, as [a,b], or null")]
+Seeds = Annotated[OneOrMore[Whole], BeforeValidator(as_list), Said("a list of whole numbers, as [0,1]")]
 AutoFlag = Annotated[Literal["auto"] | Flag, Said("auto, true or false")]
