@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override, Quote, QuotedString
@@ -36,12 +35,10 @@ def prepare_command(arguments: Sequence[str]) -> list[str]:
     """
     sweeps = any(argument in _MULTIRUN for argument in arguments)
     own_conf = any(argument.startswith(_OTHER_CONF) for argument in arguments)
-    prepared = [
-        argument
-        if argument.startswith("-") or before in _WITH_VALUE
-        else _prepare(argument, sweeps=sweeps, own_conf=own_conf)
-        for before, argument in zip(["", *arguments], arguments, strict=False)
-    ]
+    prepared = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        is_flag = argument.startswith("-") or before in _WITH_VALUE
+        prepared.append(argument if is_flag else _prepare(argument, sweeps=sweeps, own_conf=own_conf))
     return [argument for argument in prepared if argument is not None]
 
 
@@ -60,7 +57,8 @@ def _prepare(argument: str, *, sweeps: bool, own_conf: bool) -> str | None:
     if found is None:
         raise OptionError(f"{argument!r} is no option; options are written as name=value, as exp=sinks.")
     key, value = found["key"], found["value"]
-    if key in _texts() or key in _FOLDERS:
+    texts = {key for key, field in options_of() if AS_TYPED in field.metadata}
+    if key in texts or key in _FOLDERS:
         value = _as_text(value, sweeps=sweeps)
     if key == "generate.prompt":
         value = re.sub(r"(?<!\\)\$\{", r"\${", value)  # a text to go on with is no place for interpolations
@@ -71,49 +69,37 @@ def _prepare(argument: str, *, sweeps: bool, own_conf: bool) -> str | None:
         raise OptionError(f"The value of {argument} cannot be read ({why}); quotes help: {key}=\"'...'\".") from None
     if key.startswith(("hydra.", "hydra/")) or "/" in key or "@" in key:
         return argument if key not in _FOLDERS else f"{key}={value}"
-    if not is_group(override) and (CONF / key).is_dir():
-        raise OptionError(f"{key} is a group of options, as {key}.<name>=...; it has no value of its own.")
     if not is_group(override):
+        if (CONF / key).is_dir():
+            raise OptionError(f"{key} is a group of options, as {key}.<name>=...; it has no value of its own.")
         return f"++{key}={value}"
     if key == "scale" and override.value() is None:  # which is the default, and no file
         return None
     return f"{key}={value}" if own_conf else f"{key}={','.join(_choices(override))}"
 
 
-def _texts() -> set[str]:
-    return {key for key, field in options_of() if AS_TYPED in field.metadata}
-
-
 def _as_text(value: str, *, sweeps: bool) -> str:
     """Quote a text, or each one of a sweep, unless it is quoted, null, or a list or a function of Hydra's."""
-    if value == "null" or _is_list_or_function(value, sweeps=sweeps):
-        return value
-    several = sweeps and "," in value and not Path(os.path.expanduser(value)).exists()
-    return ",".join(map(_quoted, value.split(",") if several else [value]))
-
-
-def _is_list_or_function(value: str, *, sweeps: bool) -> bool:
     functions = r"|(choice|range|sort|shuffle)\(" if sweeps else ""
-    if not re.match(rf"""\[|['"]{functions}""", value):
-        return False
-    try:
-        OverridesParser.create().parse_override(f"key={value}")
-    except HydraException:
-        return False
-    return not Path(os.path.expanduser(value)).exists()
-
-
-def _quoted(text: str) -> str:
-    return text if _is_quoted(text) else QuotedString(text, Quote.single).with_quotes()
+    is_file = os.path.exists(os.path.expanduser(value))  # unlike that of a Path, not too long a name
+    may_be_read = re.match(rf"""\[|['"]{functions}""", value) and not is_file
+    if value == "null" or (may_be_read and _parsed(value) is not None):
+        return value
+    texts = value.split(",") if sweeps and not is_file else [value]
+    return ",".join(text if _is_quoted(text) else QuotedString(text, Quote.single).with_quotes() for text in texts)
 
 
 def _is_quoted(text: str) -> bool:
-    if not re.fullmatch(r"""(['"]).*\1""", text, re.DOTALL):
-        return False
+    """Whether it is one quoted text, and not one that begins and ends with a quote: "Yes," she said, "please"."""
+    parsed = _parsed(text) if re.fullmatch(r"""(['"]).*\1""", text, re.DOTALL) else None
+    return parsed is not None and isinstance(parsed._value, QuotedString)
+
+
+def _parsed(value: str) -> Override | None:
     try:
-        return isinstance(OverridesParser.create().parse_override(f"key={text}")._value, QuotedString)
-    except HydraException:  # it begins and ends with a quote, as in "Yes," she said, "please"
-        return False
+        return OverridesParser.create().parse_override(f"key={value}")
+    except HydraException:
+        return None
 
 
 def _choices(override: Override) -> list[str]:
@@ -152,16 +138,12 @@ def check_command(arguments: Sequence[str]) -> None:
 
 def _variants(overrides: Sequence[Override]) -> Iterator[list[str]]:
     """Yield overrides without sweeps: the first values together, then each other value beside the first ones."""
-    values = [_values(override) for override in overrides]
+    values = []
+    for one in overrides:
+        swept = one.sweep_string_iterator() if one.is_discrete_sweep() else None
+        values.append([one.input_line] if swept is None else [f"{one.get_key_element()}={value}" for value in swept])
     first = [several[0] for several in values]
     yield first
     for place, several in enumerate(values):
         for value in several[1:]:
             yield [*first[:place], value, *first[place + 1 :]]
-
-
-def _values(override: Override) -> list[str]:
-    if not override.is_discrete_sweep():
-        return [str(override.input_line)]
-    key = override.get_key_element()
-    return [f"{key}={value}" for value in override.sweep_string_iterator()]

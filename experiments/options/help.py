@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import textwrap
 from collections.abc import Iterator
@@ -28,7 +29,8 @@ _GROUPS = {
     "wemask": "The mask: wemask=",
     "scale": "How much of it, for trainings and tables: scale=",
 }
-_OF_RANDOM = ("model_type", "tokenizer", "seed", "config")
+_OF_MODELS = {"hub": ("name",), "random": ("model_type", "tokenizer", "seed", "config")}
+_SETTLED = {"name", "defaults"}
 _WIDEST = 34
 
 
@@ -55,14 +57,10 @@ def help_text() -> str:
         for path in sorted((CONF / group).glob("*.yaml")):
             header, lines = lines_of(path)
             parts.append(_entry(f"  {path.stem}", header))
-            if path.stem == "hub":
-                parts += [_option(f"model.{line.key}", line, indent=4) for line in lines if line.key == "name"]
-            if path.stem == "random":
-                parts += [_option(f"model.{line.key}", line, indent=4) for line in lines if line.key in _OF_RANDOM]
-            if group == "exp":
-                parts += [_option(f"exp.{line.key}", line, indent=4) for line in lines if _is_own(line)]
-        if group in ("prompts", "wemask"):
-            shown = "default" if group == "prompts" else "paper"
+            if group in ("model", "exp"):
+                own = _OF_MODELS.get(path.stem, ()) if group == "model" else {line.key for line in lines} - _SETTLED
+                parts += [_option(f"{group}.{line.key}", line, indent=4) for line in lines if line.key in own]
+        if (shown := {"prompts": "default", "wemask": "paper"}.get(group)) is not None:
             parts += [_option(f"{group}.{line.key}", line) for line in lines_of(CONF / group / f"{shown}.yaml")[1]]
         parts.append("")
     _, lines = lines_of(CONF / "config.yaml")
@@ -73,10 +71,6 @@ def help_text() -> str:
             parts.append("")
         parts.append(_option(line.key, line))
     return "\n".join(parts)
-
-
-def _is_own(line: Line) -> bool:
-    return line.key not in ("name", "defaults")
 
 
 def _option(key: str, line: Line, indent: int = 2) -> str:
@@ -96,25 +90,19 @@ def lines_of(path: Path) -> tuple[str, list[Line]]:
     """Read a file of `conf/`: the comment at its head, and its options with theirs."""
     text = path.read_text("utf-8")
     rows = text.splitlines()
-    head = []
-    for row in rows:
-        if not row.startswith("#"):
-            break
-        if not row.startswith("# @"):
-            head.append(row.lstrip("# "))
-    node = yaml.compose(text)
-    return " ".join(head), list(_lines(node, text, rows, ""))
+    head = itertools.takewhile(lambda row: row.startswith("#"), rows)
+    header = " ".join(row.lstrip("# ") for row in head if not row.startswith("# @"))
+    return header, list(_lines(yaml.compose(text), text, rows, ""))
 
 
 def _lines(node: yaml.Node | None, text: str, rows: list[str], prefix: str) -> Iterator[Line]:
     assert isinstance(node, yaml.MappingNode)
     for key, value in node.value:
         name = f"{prefix}{key.value}"
-        if isinstance(value, yaml.MappingNode) and not value.flow_style:
-            yield Line(name, None, _comment(rows, key.end_mark))
-            yield from _lines(value, text, rows, f"{name}.")
-        elif isinstance(value, yaml.SequenceNode) and not value.flow_style:
-            yield Line(name, "", _comment(rows, key.end_mark))
+        if isinstance(value, yaml.CollectionNode) and not value.flow_style:
+            is_node = isinstance(value, yaml.MappingNode)
+            yield Line(name, None if is_node else "", _comment(rows, key.end_mark))
+            yield from _lines(value, text, rows, f"{name}.") if is_node else ()
         else:
             default = text[value.start_mark.index : value.end_mark.index]
             yield Line(name, default, _comment(rows, value.end_mark))
@@ -123,9 +111,5 @@ def _lines(node: yaml.Node | None, text: str, rows: list[str], prefix: str) -> I
 def _comment(rows: list[str], mark: yaml.Mark) -> str:
     """Return the comment behind a mark, with the lines below it that are nothing else."""
     _, found, comment = rows[mark.line][mark.column :].partition("#")
-    below = []
-    for row in rows[mark.line + 1 :]:
-        if not row.lstrip().startswith("#"):
-            break
-        below.append(row.lstrip(" #"))
-    return " ".join([comment.strip(), *below]) if found else ""
+    below = itertools.takewhile(lambda row: row.lstrip().startswith("#"), rows[mark.line + 1 :])
+    return " ".join([comment.strip(), *(row.lstrip(" #") for row in below)]) if found else ""

@@ -20,15 +20,9 @@ from melens.errors import MelensError
 from melens.validation.types import in_words, why_not
 
 __all__ = [
-    "CONF",
-    "OptionError",
-    "choose_from",
-    "compose_options",
-    "given_options",
-    "is_group",
-    "read_options",
-    "typed_options",
-]
+    "CONF", "OptionError", "choose_from", "compose_options", "given_options", "is_group", "read_options",
+    "typed_options", "value_at",
+]  # fmt: skip
 
 CONF = Path(__file__).parents[2] / "conf"
 _CHOSEN_BY = {"model": "source", "exp": "name"}
@@ -69,7 +63,7 @@ def read_options(cfg: DictConfig, overrides: Sequence[str] = ()) -> Options:
         return Options.model_validate(plain | {"given": given_options(plain, overrides), "typed": typed})
     except ValidationError as error:
         known = [key for key, _ in options_of(plain) if key not in _SETTLED]
-        raise OptionError("\n".join(_sentences(error, known))) from None
+        raise OptionError("\n".join(dict.fromkeys(_sentence(one, known) for one in error.errors()))) from None
 
 
 def given_options(plain: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -80,7 +74,7 @@ def given_options(plain: Mapping[str, Any], overrides: Sequence[str]) -> dict[st
     scale = CONF / "scale" / f"{chosen.get('scale')}.yaml"
     if scale.is_file():
         keys += _leaves(yaml.safe_load(scale.read_text("utf-8")))
-    return chosen | {key: _at(plain, key) for key in keys if not key.startswith(("hydra.", "defaults"))}
+    return chosen | {key: value_at(plain, key) for key in keys if not key.startswith(("hydra.", "defaults"))}
 
 
 def typed_options(overrides: Sequence[str]) -> list[str]:
@@ -91,14 +85,20 @@ def typed_options(overrides: Sequence[str]) -> list[str]:
 
 def is_group(override: Override) -> bool:
     """Whether an override chooses a file of a folder of `conf/`, as `model=qwen3-4b`."""
-    return override.key_or_group in groups()
+    return override.key_or_group in _groups()
 
 
 @cache
-def groups() -> tuple[str, ...]:
-    """Return the config groups: folders of `conf/` of which a run takes one file."""
+def _groups() -> set[str]:
     defaults = yaml.safe_load((CONF / "config.yaml").read_text("utf-8"))["defaults"]
-    return tuple(group for chosen in defaults if isinstance(chosen, dict) for group in chosen)
+    return {group for chosen in defaults if isinstance(chosen, dict) for group in chosen}
+
+
+def value_at(plain: Any, key: str) -> Any:
+    """Return what an option by its dotted name is in a configuration; None where it is not there."""
+    for name in key.split("."):
+        plain = plain.get(name) if isinstance(plain, Mapping) else None
+    return plain
 
 
 def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -109,36 +109,26 @@ def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{key}"
 
 
-def _at(plain: Any, key: str) -> Any:
-    for name in key.split("."):
-        plain = plain.get(name) if isinstance(plain, Mapping) else None
-    return plain
-
-
 # --- Sentences --------------------------------------------------------------------------------------------------------
-
-
-def _sentences(error: ValidationError, known: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(_sentence(one, known) for one in error.errors()))
 
 
 def _sentence(error: Mapping[str, Any], known: Sequence[str]) -> str:
     places = list(error["loc"])
     if len(places) > 1 and places[0] in _CHOSEN_BY:
         del places[1]
-    key = ".".join(map(str, places))
-    if error["type"] == "extra_forbidden":
-        return f"There is no option {key}{_nearest(key, known)}"
-    if error["type"] == "value_error":  # a rule about several options, which has its own sentence
-        return str(error["ctx"]["error"])
-    if error["type"] == "missing":
-        return f"{key} is missing: give {key}=..."
-    if error["type"] in ("model_type", "model_attributes_type"):
-        return f"{key} is {in_words(error['input'])}; it is a group of options, as {key}.<name>=..."
-    if error["type"] == "union_tag_invalid":
-        key = f"{key}.{_CHOSEN_BY[key]}"
-        return f"{key} cannot be changed: choose with {key.split('.')[0]}=."
-    return f"{key} is {in_words(error['input'])}; {why_not(error)}."
+    key, given = ".".join(map(str, places)), in_words(error["input"])
+    match error["type"]:
+        case "extra_forbidden":
+            return f"There is no option {key}{_nearest(key, known)}"
+        case "value_error":  # a rule about several options, which has its own sentence
+            return str(error["ctx"]["error"])
+        case "missing":
+            return f"{key} is missing: give {key}=..."
+        case "model_type" | "model_attributes_type":
+            return f"{key} is {given}; it is a group of options, as {key}.<name>=..."
+        case "union_tag_invalid":
+            return f"{key}.{_CHOSEN_BY[key]} cannot be changed: choose with {key}=."
+    return f"{key} is {given}; {why_not(error)}."
 
 
 def _nearest(key: str, known: Sequence[str]) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from experiments.options.reading import value_at
 from melens.report.record import read_results
 from melens.validation import types as allowed
 
@@ -35,8 +36,7 @@ class Job:
 
     @property
     def model(self) -> str:
-        name: str = self.result["config"]["model"]["name"]
-        return name
+        return str(self.result["config"]["model"]["name"])
 
     @property
     def swept_in_words(self) -> dict[str, str]:
@@ -69,11 +69,8 @@ def jobs_of(results: Mapping[Path, dict[str, Any]]) -> list[Job]:
         swept = {key: values[key][number] for key in differing}
         model = result["config"]["model"]["name"] if len(models) > 1 else ""
         jobs.append(Job(folder, result, swept, job_name(model, swept) or f"job {folder.name}"))
-    doubles = Counter(job.name for job in jobs)  # the same command twice, or two experiments
-    return [
-        job if doubles[job.name] == 1 else Job(job.folder, job.result, job.swept, f"{job.name} (job {job.folder.name})")
-        for job in jobs
-    ]
+    times = Counter(job.name for job in jobs)  # the same command twice, or two experiments, have one name
+    return [job if times[job.name] == 1 else replace(job, name=f"{job.name} (job {job.folder.name})") for job in jobs]
 
 
 def job_name(model: str, swept: Mapping[str, Any]) -> str:
@@ -83,12 +80,8 @@ def job_name(model: str, swept: Mapping[str, Any]) -> str:
 
 def _value(config: Mapping[str, Any], key: str) -> Any:
     """Return what an option is in a job, also where only other jobs had it typed; of a config group what was chosen."""
-    if "." not in key and key in config.get("given", {}):
-        return config["given"][key]
-    value: Any = config
-    for name in key.split("."):
-        value = value.get(name) if isinstance(value, Mapping) else None
-    return value
+    groups = {} if "." in key else config.get("given", {})
+    return groups[key] if key in groups else value_at(config, key)
 
 
 def _plain(value: Any) -> str:
