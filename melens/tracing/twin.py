@@ -5,8 +5,8 @@ everywhere. That computes attention eagerly, in memory quadratic in the length, 
 GPU takes for a block. `running` is how melens runs a bridge's model instead:
 
 1. `Twin` copies what contains modules (blocks, attention, ...) without the components in between. What holds weights is
-   the bridge's own module, and a copy shares its original's PyTorch hooks. That takes a millisecond and is done for
-   every measurement, so that it sees whatever was replaced since.
+   the bridge's own module, and a copy shares its original's weights, buffers and PyTorch hooks. The twin lives with its
+   bridge, and is made anew once a module was replaced, patched or switched (`is_current`).
 2. On the way it notes where in the twin the tensor of each hook point passes: into a module, or out of it.
 3. Plain forward hooks there call the recorders, and fire the bridge's hook points that somebody hooked; attention is
    computed by `melens.tracing.attention`.
@@ -126,6 +126,14 @@ class Twin:
         why_not: why the twin does not compute what the bridge does, in a clause; empty if it does.
     """
 
+    @classmethod
+    def of(cls, model: TransformerBridge) -> Twin:
+        """Return the twin that lives with a bridge, or a new one where the bridge is not as it was."""
+        twin = _TWINS.get(model)
+        if twin is None or not twin.is_current(model):
+            twin = _TWINS[model] = cls(model)
+        return twin
+
     def __init__(self, model: TransformerBridge) -> None:
         self.places: dict[int, Place] = {}
         self.attention: dict[int, nn.Module] = {}
@@ -135,12 +143,34 @@ class Twin:
             self.why_not = "its weights were folded (compatibility mode, process_weights)"
         self._layers = {id(block._modules.get("attn")): layer for layer, block in enumerate(model.blocks)}
         self._plain: dict[int, nn.Module] = {}
-        self._configs: dict[int, Any] = {}
+        self._copied: list[tuple[nn.Module, _Ids, _Ids]] = []
+        self._components: list[tuple[nn.Module, str, Any, type, nn.Module]] = []
+        self._splits: list[tuple[Any, Sequence[nn.Module], Callable[..., Any]]] = []
+        self._configs: dict[int, tuple[Any, Any, Any]] = {}  # by id: a config, as it is now, and the twin's
         self._deepcopied: dict[int, Any] = {}
         self.network: Any = self._without_components(model.original_model, "")
         self.is_fused = all(map(uses_attention_function, self.attention.values()))
-        for config in self._configs.values():
+        for *_, config in self._configs.values():
             config._attn_implementation = FUSED if self.is_fused else "eager"
+
+    def is_current(self, model: TransformerBridge) -> bool:
+        """Tell whether the bridge is as it was: each component in its place and as its class makes it, each copied
+        module with the same attributes, parts and config, each joint projection split into what it holds."""
+        return (
+            not self.why_not
+            and not model.compatibility_mode
+            and not getattr(model, "_weights_processed", False)
+            and all(
+                parent._modules.get(key) is component
+                and type(component) is kind
+                and component._modules["_original_component"] is original
+                and not _what_was_done_to(component, "")
+                for parent, key, component, kind, original in self._components
+            )
+            and all(_ids(vars(each)) == own and _ids(each._modules) == parts for each, own, parts in self._copied)
+            and all(vars(config) == vars(before) for config, before, _ in self._configs.values())
+            and all(_holds_the_same(*split) for split in self._splits)
+        )
 
     def _without_components(self, module: nn.Module, name: str) -> nn.Module:
         component = module if isinstance(module, GeneralizedComponent) else None
@@ -150,9 +180,14 @@ class Twin:
             parts = {
                 key: part and self._without_components(part, prefix + key) for key, part in original._modules.items()
             }
+            for key, part in original._modules.items():
+                if isinstance(part, GeneralizedComponent):
+                    self._components.append((original, key, part, type(part), part._modules["_original_component"]))
             is_plain = all(part is original._modules[key] for key, part in parts.items())
             keep = is_plain and not uses_attention_function(original)
             self._plain[id(original)] = original if keep else self._copy(original, parts, name)
+            if not keep:
+                self._copied.append((original, _ids(vars(original)), _ids(original._modules)))
         if component is not None:
             self._note(component, self._plain[id(original)], name)
         return self._plain[id(original)]
@@ -167,7 +202,9 @@ class Twin:
                     vars(twin)[attribute] = self._bound_to(twin, vars(module)[attribute], module, name)
         if "config" in vars(module):
             config = vars(module)["config"]
-            vars(twin)["config"] = self._configs[id(config)] = copy.deepcopy(config, self._deepcopied)
+            if id(config) not in self._configs:
+                self._configs[id(config)] = config, copy.deepcopy(config), copy.deepcopy(config, self._deepcopied)
+            vars(twin)["config"] = self._configs[id(config)][-1]
         return twin
 
     def _bound_to(self, twin: nn.Module, forward: Any, module: nn.Module, name: str) -> Any:
@@ -212,7 +249,8 @@ class Twin:
             self.why_not = self.why_not or _what_was_done_to(part, f"{name} ({part.name})")
             projection = part.original_component
             self.places[id(part.hook_out)] = Place(name, plain, is_input=True, projection=projection, is_known=False)
-        if not _holds_the_same(component, [part.original_component for part in parts], split):
+        self._splits.append((component, [part.original_component for part in parts], split))
+        if not _holds_the_same(*self._splits[-1]):
             self.why_not = self.why_not or f"the projections that it split off {name} were changed apart from that"
 
 
@@ -228,6 +266,15 @@ def _what_was_done_to(component: Any, name: str) -> str:
             return f"there is a PyTorch hook on the component of {name}"
     return ""
 
+
+_Ids = tuple[int, ...]
+
+
+def _ids(values: Mapping[str, Any]) -> _Ids:
+    return tuple(map(id, values.values()))
+
+
+_TWINS: WeakKeyDictionary[TransformerBridge, Twin] = WeakKeyDictionary()
 
 _SPLIT: WeakKeyDictionary[nn.Module, list[tuple[int, int, int]]] = WeakKeyDictionary()
 """By component, the weights with which it was last found to be split as its joint projection is."""
@@ -291,7 +338,7 @@ def running(
         _RUNNING.add(model)
         stack.callback(_RUNNING.discard, model)
         if way == "fast":
-            twin = Twin(model)
+            twin = Twin.of(model)
             why_not = _why_not(twin, hooked, [hook_point for hook_point, _ in recorders])
             if not why_not:
                 _attach(twin, hooked, recorders, tuple(keys), record_attention, stack)

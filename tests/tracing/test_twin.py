@@ -1,5 +1,6 @@
 """A bridge is measured on its plain twin, with every hook that has a place there; else on itself: a line says why."""
 
+import copy
 import warnings
 
 import pytest
@@ -8,8 +9,10 @@ from planted import bridge, gains_apart, other_model, plain_model
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 import melens
+from melens.models.gates import add_gates, gates_of
+from melens.models.view import view_model
 from melens.tracing import twin
-from melens.tracing.twin import running
+from melens.tracing.twin import Twin, running
 
 TOKENS = torch.randint(1, 200, (2, 9), generator=torch.Generator().manual_seed(0))
 
@@ -117,3 +120,52 @@ def test_a_mask_on_a_bridge_is_on_its_twin_too(site):
     torch.testing.assert_close(found, cache["blocks.3.hook_resid_post"], rtol=1e-4, atol=1e-4)
     assert (found - unmasked).abs().max() > 1e-2
     torch.testing.assert_close(recorded(model, "blocks.3.hook_resid_post"), unmasked)
+
+
+def _replace_module(model):
+    parent = model.blocks[1].original_component
+    parent.mlp = copy.deepcopy(parent.mlp)
+
+
+def _replace_weight(model):
+    down = model.blocks[1].mlp.out.original_component
+    down.weight = torch.nn.Parameter(2 * down.weight.detach())
+
+
+def _edit_weight(model):
+    with torch.no_grad():
+        model.blocks[1].mlp.out.original_component.weight.mul_(2)
+
+
+def _add_gate(model):
+    add_gates(view_model(model), "headwise")
+    with torch.no_grad():
+        for gate in gates_of(view_model(model)).values():
+            gate.weight.normal_()
+
+
+def _change_config(model):
+    model.original_model.config.rms_norm_eps = 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "is_new"),
+    [
+        (_replace_module, True),
+        (_replace_weight, False),
+        (_edit_weight, False),
+        (_add_gate, True),
+        (_change_config, True),
+    ],
+)
+def test_a_twin_lives_with_its_bridge_and_sees_what_was_changed(change, is_new):
+    model = bridge(gains_apart(plain_model("llama")))
+    before, twin = recorded(model, "blocks.3.hook_resid_post"), Twin.of(model)
+    assert Twin.of(model) is twin
+    change(model)
+    assert (Twin.of(model) is not twin) == makes_anew
+    found = recorded(model, "blocks.3.hook_resid_post")
+    with torch.no_grad():
+        _, cache = model.run_with_cache(TOKENS)
+    torch.testing.assert_close(found, cache["blocks.3.hook_resid_post"], rtol=1e-4, atol=1e-4)
+    assert ((found - before).abs().max() > 1e-2) == (change not in (_replace_module, _change_config))
