@@ -149,16 +149,16 @@ def _change_config(model):
 
 
 @pytest.mark.parametrize(
-    ("change", "is_new"),
+    ("change", "makes_anew"),
     [
         (_replace_module, True),
-        (_replace_weight, False),
+        (_replace_weight, False),  # a twin's modules have the bridge's weights, whatever they are
         (_edit_weight, False),
         (_add_gate, True),
         (_change_config, True),
     ],
 )
-def test_a_twin_lives_with_its_bridge_and_sees_what_was_changed(change, is_new):
+def test_a_twin_lives_with_its_bridge_and_sees_what_was_changed(change, makes_anew):
     model = bridge(gains_apart(plain_model("llama")))
     before, twin = recorded(model, "blocks.3.hook_resid_post"), Twin.of(model)
     assert Twin.of(model) is twin
