@@ -120,7 +120,7 @@ def generate(
     """
     if study.model.tokenizer is None:
         raise MelensError("This model has no tokenizer, so it cannot write a text.")
-    mask = mask.on(study.model)
+    mask = mask if mask.fixed is not None else mask.at(study.me).on(study.model)
     template = make_chat(study.model.tokenizer, thinking) if chat else None
     prompts = _prompts(study, prompt, template, bos, max_new_tokens)
     checks = [verify_generation(study.model), verify_generation(study.model, mask)]
