@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from experiments.runner.study import Run
     from melens.report.result import Result
 
-__all__ = ["EXPERIMENTS", "merge"]
+__all__ = ["EXPERIMENTS"]
 
 
 class EmergenceOptions(ExperimentOptions):
@@ -34,8 +34,6 @@ def _run(run: Run, options: EmergenceOptions) -> Result:
     return replace(result, tables=result.tables | {"table8": table8})
 
 
-EXPERIMENTS = (Experiment("emergence", EmergenceOptions, _run),)
-
 # --- Over a sweep -----------------------------------------------------------------------------------------------------
 
 TABLE8 = (
@@ -45,15 +43,17 @@ TABLE8 = (
 )  # fmt: skip
 
 
-def merge(jobs: Sequence[Job]) -> Result:
+def _merge(jobs: Sequence[Job]) -> list[Result]:
     """Merge the jobs of a sweep over models: table 8, grouped by family, and the norm curves side by side."""
     import pandas as pd
 
     from experiments.runner.jobs import job_name
     from melens.analysis.emergence_norms import compare_models, model_in_words
-    from melens.report.result import Result
+    from melens.report.result import Metrics, Result
 
     jobs = [job for job in jobs if job.result["experiment"] in ("emergence", "all")]
+    if not jobs:
+        return []
     swept = dict.fromkeys(key for job in jobs for key in job.swept)
     times = Counter(job.model for job in jobs)
     rows: list[dict[Any, Any]] = []
@@ -70,12 +70,12 @@ def merge(jobs: Sequence[Job]) -> Result:
     table8 = pd.DataFrame(rows, columns=[*TABLE8[:1], *swept, *TABLE8[1:]])
     table8 = table8.sort_values("family", kind="stable").reset_index(drop=True)
     table8 = table8.astype({name: "Int64" for name in TABLE8 if name.endswith("_layer") or name == "n_layers"})
-    findings = [
-        (
-            job_name(row["model"], {key: row[key] for key in swept}),
-            model_in_words(row) if pd.isna(row["error"]) else f"failed: {row['error']}",
-        )
-        for row in table8.to_dict("records")
-    ]
+    findings = []
+    for row in table8.to_dict("records"):
+        words = model_in_words(row) if pd.isna(row["error"]) else f"failed: {row['error']}"
+        findings.append((job_name(row["model"], {key: row[key] for key in swept}), words))
     figures = {"norms_side_by_side": compare_models(norms, me_layers, list(times))} if norms else {}
-    return Result("table 8", {}, {}, {"table8": table8}, figures, findings)
+    return [Result("table 8", {}, Metrics(), {"table8": table8}, figures, findings)]
+
+
+EXPERIMENTS = (Experiment("emergence", EmergenceOptions, _run, merge=_merge),)

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from experiments.runner.declaration import ExperimentOptions, of_analysis
 from melens.validation.types import Said, Share
-
-if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
-
-    from melens.tracing.probes import Probe
 
 __all__ = ["EXPERIMENTS"]
 
@@ -23,10 +18,4 @@ class RmsnormOptions(ExperimentOptions):
     other_shares: Annotated[list[Share], Said("a list of shares of the width, each over 0 and at most 1")]
 
 
-def _probes(model: TransformerBridge, options: RmsnormOptions) -> list[Probe]:
-    from melens.analysis.norm_gains import probes
-
-    return probes(model, options.top_share, options.other_shares)
-
-
-EXPERIMENTS = (of_analysis("rmsnorm", RmsnormOptions, "normalization", probes=_probes),)
+EXPERIMENTS = (of_analysis("rmsnorm", RmsnormOptions, "normalization", probes="norm_gains"),)

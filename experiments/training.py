@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from melens.report.result import Result
     from melens.training.plan import TrainingPlan
 
-__all__ = ["EXPERIMENTS", "mask_for", "merge", "model_options", "prepare_training"]
+__all__ = ["EXPERIMENTS", "mask_for", "model_options", "prepare_training"]
 
 
 class TrainingOptions(ExperimentOptions):
@@ -116,14 +116,15 @@ def _experiment(method: Literal["sft", "dpo", "grpo"]) -> Experiment:
         model_options=loaded_with,
         in_all=False,
         trains=True,
+        merge=merge,
     )
 
 
-def merge(jobs: Sequence[Job]) -> Result | None:
-    """Draw the trainings of a sweep side by side; None where it has none."""
+def merge(jobs: Sequence[Job]) -> list[Result]:
+    """Draw the trainings of a sweep side by side."""
     import pandas as pd
 
-    from melens.report.result import Result
+    from melens.report.result import Metrics, Result
     from melens.training.history import TrainingHistory, draw_histories
 
     trained = [
@@ -134,7 +135,7 @@ def merge(jobs: Sequence[Job]) -> Result | None:
         and (job.folder / "training_trace.parquet").is_file()
     ]
     if not trained:
-        return None
+        return []
     histories = [
         TrainingHistory(
             job.name, *(pd.read_parquet(job.folder / f"training_{kind}.parquet") for kind in ("log", "trace"))
@@ -146,7 +147,7 @@ def merge(jobs: Sequence[Job]) -> Result | None:
     title = f"{len(histories)} of {' and '.join(methods)}"
     figures = draw_histories(histories, title, me_layers.pop() if len(me_layers) == 1 else None)
     findings = [(own.name, f"{own.loss_in_words()}. {own.change_in_words()}") for own in histories]
-    return Result("trainings", model={}, metrics={}, figures=figures, findings=findings)
+    return [Result("trainings", {}, Metrics(), figures=figures, findings=findings)]
 
 
 EXPERIMENTS = tuple(_experiment(method) for method in ("sft", "dpo", "grpo"))

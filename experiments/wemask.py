@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from experiments.runner.declaration import AtLeast2, Experiment, ExperimentOptions
@@ -40,8 +43,6 @@ def chosen_mask(cfg: Options) -> dict[str, MaskOptions]:
     return {str(cfg.given.get("wemask", "paper")): cfg.wemask}
 
 
-EXPERIMENTS = (Experiment("wemask", WemaskOptions, _run, nodes=("wemask", "data"), masks=chosen_mask),)
-
 # --- Over a sweep -----------------------------------------------------------------------------------------------------
 
 _TEXTS = ("text", "texts", "tokens_per_text")
@@ -54,6 +55,7 @@ _OF_MODEL = (
 def merge(jobs: Sequence[Job]) -> list[Result]:
     """Put what a sweep's jobs measured together: a `Result` for each model and text, as one job would have given.
 
+    Of several, tables and figures have the model's name behind theirs, and the size of its text if there are two.
     Jobs that differ in any other option than their masks, as in dtype or seed, are not of one grid.
     """
     from melens.storage.cache import hash_of
@@ -77,6 +79,16 @@ def merge(jobs: Sequence[Job]) -> list[Result]:
         name += f" (job {first.folder.name})" if (name, *texts) in named else ""
         named.add((name, *texts))
         merged.append(_merged(of_grid, first.result["model"] | {"name": name}))
+    if len(merged) == 1:
+        return merged
+    times = Counter(result.model["name"] for result in merged)
+    for index, result in enumerate(merged):
+        name, metrics = result.model["name"], result.metrics.plain()
+        name += f"-{metrics['texts']}x{metrics['tokens_per_text']}" if times[name] > 1 else ""
+        behind = re.sub(r"[^\w.=-]+", "-", name)
+        tables = {f"{table}-{behind}": content for table, content in result.tables.items()}
+        figures = {f"{figure}-{behind}": content for figure, content in result.figures.items()}
+        merged[index] = replace(result, tables=tables, figures=figures)
     return merged
 
 
@@ -98,3 +110,6 @@ def _merged(jobs: Sequence[Job], model: dict[str, Any]) -> Result:
     )
     shared = {name: value for name, value in jobs[0].result["metrics"].items() if name in (*_TEXTS, *_OF_MODEL)}
     return compare_grid(grid, model, MaskGridMetrics(**shared))
+
+
+EXPERIMENTS = (Experiment("wemask", WemaskOptions, _run, nodes=("wemask", "data"), masks=chosen_mask, merge=merge),)

@@ -11,7 +11,7 @@ A module of `experiments/` holds `EXPERIMENTS`, from which the command line, `ex
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
     from experiments.options.schema import MaskOptions, Options
+    from experiments.runner.jobs import Job
     from experiments.runner.study import Run
     from melens.report.result import Result
     from melens.tracing.probes import Probe
@@ -83,6 +84,7 @@ class Experiment:
             node `model`.
         in_all: whether `exp=all` can hold it.
         trains: whether it trains: accelerate may start several processes of it, with one folder and its checkpoints.
+        merge: puts together what the jobs of a sweep measured, of which some may be of other experiments.
     """
 
     name: str
@@ -96,6 +98,7 @@ class Experiment:
     model_options: Callable[[Options, Any], dict[str, Any]] | None = None
     in_all: bool = True
     trains: bool = False
+    merge: Callable[[Sequence[Job]], list[Result]] | None = None
 
 
 def of_analysis(
@@ -103,20 +106,24 @@ def of_analysis(
     options: type[ExperimentOptions],
     function: str | None = None,
     *,
-    probes: Callable[[TransformerBridge, Any], list[Probe]] | None = None,
+    probes: str = "",
 ) -> Experiment:
     """Declare the experiment that is a function of `melens.analysis`, called with the options as its arguments.
 
     Args:
-        name, options, probes: as of an `Experiment`.
+        name, options: as of an `Experiment`.
         function: its name, by default the experiment's.
+        probes: a module of `melens.analysis`, whose `probes(model, **options)` are what it wants measured.
     """
+
+    def wanted(model: TransformerBridge, options: ExperimentOptions) -> list[Probe]:
+        return import_module(f"melens.analysis.{probes}").probes(model, **options.own)
 
     def run(run: Run, options: ExperimentOptions) -> Result:
         analysis = import_module("melens.analysis")  # takes seconds, which checking options need not
         return getattr(analysis, function or name)(run, **options.own)
 
-    return Experiment(name, options, run, probes)
+    return Experiment(name, options, run, wanted if probes else None)
 
 
 # --- Types of options -------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from melens.report.result import Figure, Result, plain_metrics
+from melens.report.result import Figure, Metrics, Result
 from melens.report.terminal import number_with_interval
 from melens.storage.files import write_text
 
@@ -56,13 +56,13 @@ def write_report(parts: Sequence[Result], content: Mapping[str, Any], folder: st
         MelensError: the folder cannot be written to.
     """
     figures = {name: figure for part in parts for name, figure in part.figures.items()}
-    metrics = {part.experiment: plain_metrics(part.metrics) for part in parts}
+    skipped = {part.experiment: part.metrics.not_applicable for part in parts if part.metrics.not_applicable}
     page = render(
         "report.html",
         content=content,
-        summary=_summary(content, next(iter(metrics.values())), figures),
+        summary=_summary(content, parts[0].metrics, figures),
         verdicts=_VERDICTS,
-        skipped={name: of_part["not_applicable"] for name, of_part in metrics.items() if "not_applicable" in of_part},
+        skipped=skipped,
         figures=figures,
         command=command,
         plotly=get_plotlyjs(),
@@ -73,11 +73,11 @@ def write_report(parts: Sequence[Result], content: Mapping[str, Any], folder: st
     return write_text(Path(folder) / "report.html", page)
 
 
-def _summary(content: Mapping[str, Any], metrics: Mapping[str, Any], figures: Mapping[str, Figure]) -> list[str]:
+def _summary(content: Mapping[str, Any], metrics: Metrics, figures: Mapping[str, Figure]) -> list[str]:
     model = content["model"]
     sentences = [
         f"{model['name']} ({model['architecture']}, {model['n_layers']} blocks of width {model['d_model']}, "
-        f"{model['dtype']}) was run on {metrics['n_prompts']} prompts with {metrics['distinct_first_tokens']} distinct "
+        f"{model['dtype']}) was run on {metrics.n_prompts} prompts with {metrics.distinct_first_tokens} distinct "
         "first tokens."
     ]
     if "emergence" in figures:

@@ -27,19 +27,11 @@ from plotly.offline import get_plotlyjs
 from melens.claims.engine import judge_parts
 from melens.environment import versions
 from melens.errors import MelensError
-from melens.report.result import Result, plain, plain_metrics
+from melens.report.result import Result, plain
 from melens.storage.cache import RUN_CACHE
 from melens.storage.files import atomic_file, explain_write_errors, write_text
 
-__all__ = [
-    "COMPLETE",
-    "PARTIAL",
-    "Record",
-    "read_results",
-    "write_failure",
-    "write_result",
-    "write_tables_and_figures",
-]
+__all__ = ["COMPLETE", "PARTIAL", "Record", "read_results", "write_failure", "write_result", "write_tables_and_figures"]
 
 COMPLETE, PARTIAL = "result.json", "result.partial.json"
 
@@ -51,21 +43,16 @@ class Record:
 
     Attributes:
         folder: of the run.
-        experiments: the names of those that the run was asked for.
+        experiments, name: those that the run was asked for; the one, or `all` where there are several.
         parts: the results that are written.
         claims: of the parts, as `melens.judge` returns them, judged once as each part ends.
         content: what `result.json`, or `result.partial.json`, holds now.
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        *,
-        config: dict[str, Any],
-        experiments: Sequence[str],
-        png: bool = False,
+        self, folder: str | Path, *, config: dict[str, Any], experiments: Sequence[str], png: bool = False,
         began: float | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Prepare to write.
 
         Args:
@@ -79,18 +66,14 @@ class Record:
             MelensError: a folder with a `result.json` that does not list its files.
         """
         self.folder, self.experiments, self.parts = Path(folder), list(experiments), list[Result]()
+        self.name = self.experiments[0] if len(self.experiments) == 1 else "all"
         self.claims, self.content = judge_parts([]), dict[str, Any]()
         self._config, self._png = config, png
         self._began = time.perf_counter() if began is None else began
-        self._earlier = [*_listed_files(self.folder / COMPLETE), *_listed_files(self.folder / PARTIAL)]
+        self._earlier = _files_of_earlier_run(self.folder)
         self._being_written: list[Result] = []
         self._paths: list[Path] = []
         self._is_finished = False
-
-    @property
-    def name(self) -> str:
-        """The experiment, or `all` where there are several."""
-        return self.experiments[0] if len(self.experiments) == 1 else "all"
 
     @property
     def missing(self) -> list[str]:
@@ -137,8 +120,9 @@ class Record:
         return [*self._paths, path]
 
     def _write_content(self, status: str) -> Path:
-        parts, begun = self.parts, [*self.parts, *self._being_written]
-        by_experiment = {part.experiment: plain_metrics(part.metrics) for part in parts}
+        parts, begun, config = self.parts, [*self.parts, *self._being_written], self._config
+        by_experiment = {part.experiment: part.metrics.plain() for part in parts}
+        figures = {name: figure for part in parts for name, figure in part.figures.items()}
         model = begun[0].model
         content = {
             "experiment": self.name,
@@ -149,12 +133,19 @@ class Record:
             "claims": self.claims.drop(columns="model").to_dict("records"),
             "figures": {
                 name: {"source": figure.source, "paper": figure.expected, "here": figure.observed}
-                for part in parts
-                for name, figure in part.figures.items()
+                for name, figure in figures.items()
             },
             "files": sorted({name for part in begun for name in self._files(part)} | {*self._earlier}),
-            "environment": _environment(model, self._config, time.perf_counter() - self._began),
-            "config": self._config,
+            "environment": {
+                "versions": {"python": platform.python_version()} | versions.installed(),
+                "untried": versions.untried(),
+                **{name: model.get(name) for name in ("device", "dtype", "quantization")},
+                "seed": config.get("seed"),
+                "git_commit": versions.git_commit(),
+                "duration_s": round(time.perf_counter() - self._began, 2),
+                "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            },
+            "config": config,
         }
         if status != "ok":
             content |= {"missing": self.missing, "goes_on": RUN_CACHE.can_resume}
@@ -170,15 +161,10 @@ class Record:
 def write_result(
     result: Result, folder: str | Path, *, config: dict[str, Any], duration: float, png: bool = False
 ) -> list[Path]:
-    """Write a result into a folder; `result.json` comes last, so that a folder that has one is complete.
+    """Write the result of one experiment, which took `duration` seconds; return the files that a user wants to open.
 
     Args:
-        result: of one experiment.
         folder, config, png: as for `Record`.
-        duration: how long the experiment took, in seconds.
-
-    Returns:
-        The files that a user wants to open.
 
     Raises:
         MelensError: the folder cannot be written to, or as `Record`.
@@ -193,9 +179,8 @@ def write_failure(message: str, folder: str | Path, *, config: dict[str, Any]) -
     """Write into `result.json` why a job of a sweep gave no result."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    files = sorted({*_listed_files(folder / COMPLETE), *_listed_files(folder / PARTIAL)})
-    content = {"experiment": config["exp"]["name"], "status": "failed", "error": message, "files": files}
-    _write_json(folder / COMPLETE, plain(content | {"config": config}))
+    content = {"experiment": config["exp"]["name"], "status": "failed", "error": message}
+    _write_json(folder / COMPLETE, plain(content | {"files": _files_of_earlier_run(folder), "config": config}))
 
 
 def write_tables_and_figures(
@@ -239,36 +224,21 @@ def read_results(folder: str | Path) -> dict[Path, dict[str, Any]]:
     return {path.parent: json.loads(path.read_text("utf-8")) for path in paths}
 
 
-def _listed_files(path: Path) -> list[str]:
-    """Return the files that an earlier run listed in its result as its own; none where there is no result.
-
-    Raises:
-        MelensError: a result that lists none.
-    """
-    try:
-        return [Path(name).name for name in json.loads(path.read_text("utf-8"))["files"]]
-    except OSError:  # it is not there, or cannot be read, as then nothing can be written either
-        return []
-    except (ValueError, LookupError, TypeError) as error:
-        raise MelensError(
-            f"{path} does not list the files that belong to it, so a new run cannot replace them. Choose another "
-            f"folder, or move the contents of {path.parent} away."
-        ) from error
+def _files_of_earlier_run(folder: Path) -> list[str]:
+    """Return the files that an earlier run listed in its results as its own; raise where one lists none."""
+    files: set[str] = set()
+    for path in (folder / COMPLETE, folder / PARTIAL):
+        try:
+            files |= {Path(name).name for name in json.loads(path.read_text("utf-8"))["files"]}
+        except OSError:  # it is not there, or cannot be read, as then nothing can be written either
+            continue
+        except (ValueError, LookupError, TypeError) as error:
+            raise MelensError(
+                f"{path} does not list the files that belong to it, so a new run cannot replace them. Choose another "
+                f"folder, or move the contents of {folder} away."
+            ) from error
+    return sorted(files)
 
 
 def _write_json(path: Path, content: Any) -> Path:
     return write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
-
-
-def _environment(model: dict[str, Any], config: dict[str, Any], duration: float) -> dict[str, Any]:
-    return {
-        "versions": {"python": platform.python_version()} | versions.installed(),
-        "untried": versions.untried(),
-        "device": model.get("device"),
-        "dtype": model.get("dtype"),
-        "quantization": model.get("quantization"),
-        "seed": config.get("seed"),
-        "git_commit": versions.git_commit(),
-        "duration_s": round(duration, 2),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-    }

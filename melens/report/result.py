@@ -17,7 +17,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from pydantic import BaseModel, ConfigDict, model_validator
 
-__all__ = ["Figure", "Interval", "Metrics", "Result", "plain", "plain_metrics"]
+__all__ = ["Figure", "Interval", "Metrics", "Result", "plain"]
 
 Interval = tuple[float | None, float | None]
 """A 95% interval; of a single prompt there is none: (NaN, NaN), which JSON holds as (null, null)."""
@@ -37,8 +37,7 @@ class Metrics(BaseModel):
         last_lasting_layer: the last block before the trailing ones, which count apart (appendix A).
         n_layers: how many blocks there are.
         attention_layers, ffn_layers: the blocks whose attention, and whose FFN, can be measured (`Layout`).
-        not_applicable: why the experiment says nothing of this model.
-        failed: whether that is a mistake of melens.
+        not_applicable, failed: why the experiment says nothing of this model, and whether that is a mistake of melens.
         measured_before: whether the result was kept by an earlier run.
         why_not: why nothing of it was measured.
     """
@@ -112,7 +111,7 @@ class Result:
 
     experiment: str
     model: dict[str, Any]
-    metrics: Any
+    metrics: Metrics
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
     figures: dict[str, Figure] = field(default_factory=dict)
     findings: Sequence[tuple[str, ...]] = ()
@@ -129,11 +128,6 @@ class Result:
         lines = [f"{what}: {value}" for what, value, *_ in self.findings]
         named = [f"{kind}: {', '.join(names)}" for kind in ("tables", "figures") if (names := getattr(self, kind))]
         return "\n".join([f"{self.experiment} of {self.model.get('name')}", *lines, *named])
-
-
-def plain_metrics(metrics: Any) -> dict[str, Any]:
-    """Return metrics as `result.json` holds them."""
-    return metrics.plain() if isinstance(metrics, Metrics) else dict(metrics)
 
 
 def plain(value: Any) -> Any:

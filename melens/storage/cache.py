@@ -18,7 +18,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass
 from datetime import date
 from functools import cache
@@ -42,18 +42,9 @@ from melens.models.quantization import is_quantized
 from melens.storage.files import atomic_file
 
 __all__ = [
-    "RUN_CACHE",
-    "RunCache",
-    "Store",
-    "cache_folder",
-    "code_version",
-    "fingerprint",
-    "hash_of",
-    "store_for",
-    "store_for_kind",
-    "tokenizer_fingerprint",
-    "warn_if_not_cached",
-]
+    "RUN_CACHE", "RunCache", "Store", "cache_folder", "code_version", "fingerprint", "hash_of", "store_for",
+    "store_for_kind", "tokenizer_fingerprint", "warn_if_not_cached",
+]  # fmt: skip
 
 
 def cache_folder() -> Path:
@@ -61,50 +52,45 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MELENS_CACHE") or user_cache_path("melens"))
 
 
+@dataclass(frozen=True)
 class Store:
-    """Tensors and tables by name in a folder, each file whole or not at all, so that several processes may share it."""
+    """Tensors, tables and texts by name in a folder, each file whole or not at all: several processes may share it.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    A `load` gives None where there is nothing, or nothing that can be read; a `save` into a folder that cannot be
+    written to logs a warning, once.
+    """
+
+    folder: Path
 
     def load(self, name: str, device: torch.device | str = "cpu") -> dict[str, Tensor] | None:
-        """Read what was saved under a name; None where there is nothing, or nothing that can be read."""
-        try:
+        with suppress(Exception):  # missing, or cut short by a full disk: it is made again
             return load_file(self.folder / f"{name}.safetensors", device=str(device))
-        except Exception:  # missing, or cut short by a full disk: it is made again
-            return None
+        return None
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write tensors; of a folder that cannot be written to a warning is logged, once."""
         contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        self._write(self.folder / f"{name}.safetensors", lambda path: save_file(contiguous, path))
+        self._write(f"{name}.safetensors", lambda path: save_file(contiguous, path))
 
     def load_table(self, name: str) -> pd.DataFrame | None:
-        """Read a table that was saved under a name; None as in `load`."""
-        try:
+        with suppress(Exception):
             return pd.read_parquet(self.folder / f"{name}.parquet")
-        except Exception:
-            return None
+        return None
 
     def save_table(self, name: str, table: pd.DataFrame) -> None:
-        """Write a table, as `save` does tensors."""
-        self._write(self.folder / f"{name}.parquet", lambda path: table.to_parquet(path, index=False))
+        self._write(f"{name}.parquet", lambda path: table.to_parquet(path, index=False))
 
     def load_text(self, name: str) -> str | None:
-        """Read a text that was saved under a name; None as in `load`."""
-        try:
+        with suppress(OSError, UnicodeDecodeError):
             return (self.folder / f"{name}.json").read_text("utf-8")
-        except (OSError, UnicodeDecodeError):
-            return None
+        return None
 
     def save_text(self, name: str, text: str) -> None:
-        """Write a text, as `save` does tensors."""
-        self._write(self.folder / f"{name}.json", lambda path: path.write_text(text, "utf-8"))
+        self._write(f"{name}.json", lambda path: path.write_text(text, "utf-8"))
 
-    def _write(self, path: Path, write: Callable[[Path], object]) -> None:
+    def _write(self, name: str, write: Callable[[Path], object]) -> None:
         with warn_if_not_cached():
             self.folder.mkdir(parents=True, exist_ok=True)
-            with atomic_file(path) as partial:
+            with atomic_file(self.folder / name) as partial:
                 write(partial)
 
 
@@ -141,12 +127,8 @@ def warn_if_not_cached() -> Iterator[None]:
 
 @cache
 def _warn_not_cached(folder: Path, why: str) -> None:
-    logging.getLogger(__name__).warning(
-        "Cannot write to the cache %s (%s), so the next run computes everything again. Set MELENS_CACHE to another "
-        "folder.",
-        folder,
-        why,
-    )
+    sentence = "so the next run computes everything again. Set MELENS_CACHE to another folder."
+    logging.getLogger(__name__).warning("Cannot write to the cache %s (%s), %s", folder, why, sentence)
 
 
 def store_for(kind: str, network: nn.Module, *parts: object, libraries: tuple[str, ...] = ()) -> Store:
@@ -345,11 +327,8 @@ def _configs(network: Any) -> Iterator[str | None]:
 def _without_origin(config: Any) -> Any:
     if not isinstance(config, Mapping):
         return config
-    return {
-        key: _without_origin(value)
-        for key, value in config.items()
-        if key not in ("_name_or_path", "transformers_version")
-    }
+    origin = ("_name_or_path", "transformers_version")
+    return {key: _without_origin(value) for key, value in config.items() if key not in origin}
 
 
 def _attached(network: nn.Module) -> Iterator[list[str]]:

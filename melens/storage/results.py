@@ -11,12 +11,12 @@ import shutil
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pandas as pd
 import plotly.io
 
-from melens.report.result import Figure, Metrics, Result, plain, plain_metrics
+from melens.report.result import Figure, Metrics, Result, plain
 from melens.storage.files import atomic_folder
 
 __all__ = ["load_cached", "load_result", "save_result"]
@@ -35,7 +35,7 @@ def save_result(result: Result, folder: Path) -> None:
     rest = {
         "experiment": result.experiment,
         "model": result.model,
-        "metrics": plain_metrics(result.metrics),
+        "metrics": result.metrics.plain(),
         "metrics_class": [type(result.metrics).__module__, type(result.metrics).__qualname__],
         "tables": list(result.tables),
         "figures": {name: [figure.source, figure.expected, figure.observed] for name, figure in result.figures.items()},
@@ -53,24 +53,20 @@ def save_result(result: Result, folder: Path) -> None:
 def load_result(folder: Path) -> Result:
     """Read what `save_result` wrote."""
     rest = json.loads((folder / _REST).read_text("utf-8"))
+    module, kind = rest["metrics_class"]
+    if not module.startswith("melens."):  # a file may name any class
+        raise ValueError(f"{module}.{kind} is no class of metrics.")
+    metrics: Metrics = getattr(import_module(module), kind).model_validate(rest["metrics"])
     plots = {name: plotly.io.from_json((folder / f"{name}.figure.json").read_text("utf-8")) for name in rest["figures"]}
     return Result(
-        experiment=rest["experiment"],
-        model=rest["model"],
-        metrics=_typed(rest["metrics"], *rest["metrics_class"]),
+        rest["experiment"],
+        rest["model"],
+        metrics,
         tables={name: pd.read_parquet(folder / f"{name}.parquet") for name in rest["tables"]},
         figures={name: Figure(plots[name], *texts) for name, texts in rest["figures"].items()},
         findings=[tuple(row) for row in rest["findings"]],
         documents=rest["documents"],
     )
-
-
-def _typed(metrics: dict[str, Any], module: str, name: str) -> Metrics:
-    """Return metrics in their own class, which is one of ours: a file may name any."""
-    if not module.startswith("melens."):
-        raise ValueError(f"{module}.{name} is no class of metrics.")
-    kind: type[Metrics] = getattr(import_module(module), name)
-    return kind.model_validate(metrics)
 
 
 def load_cached(folder: Path, load: Callable[[Path], _Cached]) -> _Cached | None:

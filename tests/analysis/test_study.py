@@ -9,7 +9,6 @@ import melens
 from melens import analysis
 from melens.analysis import study as studies
 from melens.data.prompts import Prompt, TokenizedPrompts
-from melens.report.result import plain, plain_metrics
 
 TOKEN, DIM, BLOCK = 7, 21, 1
 
@@ -73,7 +72,7 @@ def test_every_analysis_is_had_without_hydra(study, name):
     claims = result.claims
     assert set(claims["experiment"]) == {result.experiment}
     assert set(claims[claims["verdict"] != "not measured"]["figure"]) <= set(result.figures)
-    assert plain(plain_metrics(result.metrics))["me_layer"] == BLOCK
+    assert result.metrics.me_layer == BLOCK
     for figure in result.figures.values():
         assert figure.plot.data
     assert repr(result).startswith(result.experiment)

@@ -34,7 +34,7 @@ from melens.analysis.generated_texts import (
 )
 from melens.data.chat import PLAIN
 from melens.report.record import write_result
-from melens.report.result import Result
+from melens.report.result import Metrics, Result
 from melens.report.terminal import show_findings
 
 ROOT = Path(__file__).parents[2]
@@ -325,7 +325,7 @@ def test_brackets_in_a_finding_are_no_markup_of_the_terminal():
 
 
 def test_a_page_is_written_before_the_result(tmp_path):
-    result = Result("generate", {"name": "tiny"}, {}, documents={"generate.html": "<p>é"})
+    result = Result("generate", {"name": "tiny"}, Metrics(), documents={"generate.html": "<p>é"})
     paths = write_result(result, tmp_path, config={"exp": {"name": "generate"}}, duration=1.0)
     assert [path.name for path in paths] == ["generate.html", "result.json"]
     assert (tmp_path / "generate.html").read_text("utf-8") == "<p>é"

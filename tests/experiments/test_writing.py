@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,9 +34,8 @@ def record_of(folder, *experiments):
 def described(result):
     """A report tells of the model and the prompts too."""
     model = {"architecture": "LlamaForCausalLM", "n_layers": 4, "d_model": 64}
-    result.model.update(model)
-    result.metrics.update(n_prompts=3, distinct_first_tokens=3)
-    return result
+    metrics = result.metrics.model_copy(update={"n_prompts": 3, "distinct_first_tokens": 3})
+    return replace(result, model=result.model | model, metrics=metrics)
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from experiments.runner.study import run_experiments
 from melens.report import record as recording
 from melens.report.page import write_report
 from melens.report.record import Record
-from melens.report.result import plain, plain_metrics
+from melens.report.result import plain
 from melens.storage.cache import RunCache
 from melens.storage.results import load_result, save_result
 
@@ -101,7 +101,7 @@ def test_a_result_that_was_cached_is_what_it_was(parts, tmp_path):
         save_result(part, tmp_path / part.experiment)
         found = load_result(tmp_path / part.experiment)
         assert type(found.metrics) is type(part.metrics)
-        assert plain(plain_metrics(found.metrics)) == plain(plain_metrics(part.metrics))
+        assert plain(found.metrics.plain()) == plain(part.metrics.plain())
         assert found.claims.equals(part.claims)
         assert list(map(tuple, part.findings)) == found.findings
         for name, figure in part.figures.items():

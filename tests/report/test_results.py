@@ -7,6 +7,8 @@ import plotly.graph_objects as go
 import pytest
 
 from melens import MelensError
+from melens.analysis.ffn_concentration import FfnMetrics
+from melens.analysis.token_direction import DirectionMetrics
 from melens.environment.versions import untried
 from melens.report.record import Record, read_results, write_failure, write_result
 from melens.report.result import Figure, Result
@@ -22,7 +24,7 @@ def some_result(**changes):
     content = {
         "experiment": "direction",
         "model": {"name": "tiny", "device": "cpu", "dtype": "float32"},
-        "metrics": {"me_layer": np.int64(2), "norm_drift": 0.01, "interval": (np.float32(1.5), float("nan"))},
+        "metrics": DirectionMetrics(me_layer=np.int64(2), norm_drift=0.01, cosine_interval=(1.5, float("nan"))),
         "tables": {"norms": pd.DataFrame({"layer": [0, 1], "norm": [1.0, 2.0]})},
         "figures": {"norms": picture()},
     }
@@ -35,7 +37,7 @@ def test_what_a_run_leaves(tmp_path):
     assert {path.name for path in paths} == {"norms.parquet", "norms.html", "result.json"}
     assert {path.name for path in (tmp_path / "run").iterdir()} == {path.name for path in paths} | {"plotly.min.js"}
     content = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert content["metrics"] == {"me_layer": 2, "norm_drift": 0.01, "interval": [1.5, None]}
+    assert content["metrics"] == {"me_layer": 2, "norm_drift": 0.01, "cosine_interval": [1.5, None]}
     claims = {claim["id"]: claim for claim in content["claims"]}
     assert claims["norm-stable"] | {"verdict": "holds", "value": 0.01, "low": None} == claims["norm-stable"]
     assert set(claims) == {"norm-stable", "direction-layers", "direction-inputs"}  # what this experiment measures
@@ -108,7 +110,7 @@ def test_an_experiment_has_ended_once_its_files_are_there(tmp_path, earlier):
 
 
 def ffn_result():
-    return some_result(experiment="ffn", metrics={"me_layer": 2}, tables={}, figures={"ffn": picture()})
+    return some_result(experiment="ffn", metrics=FfnMetrics(me_layer=2), tables={}, figures={"ffn": picture()})
 
 
 def record_of(folder, *experiments):

@@ -129,7 +129,9 @@ def test_jobs_of_other_options_are_not_put_into_one_grid(tmp_path, monkeypatch):
         write_result(grids.compare_grid(measured, {"name": "tiny"}, ON_TEXTS), folder, config=config, duration=0.0)
         jobs[folder] = json.loads((folder / "result.json").read_text())
     merged = wemask.merge(jobs_of(jobs))
-    assert [each.tables["cells"]["cell"].tolist() for each in merged] == [["a", "b"], ["a"]]
+    names = ["cells-tiny-model.dtype=float32", "cells-tiny-model.dtype=bfloat16"]
+    cells = [each.tables[name]["cell"].tolist() for each, name in zip(merged, names, strict=True)]
+    assert cells == [["a", "b"], ["a"]]
     assert [each.model["name"] for each in merged] == ["tiny, model.dtype=float32", "tiny, model.dtype=bfloat16"]
 
 
