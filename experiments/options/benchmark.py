@@ -15,6 +15,10 @@ __all__ = ["BenchmarkRequest", "benchmark_request"]
 
 _DEFAULT_TASKS = ("perplexity", "induction", "copy", "needle")
 _DEFAULT_MASKS = ("off", "paper", "random", "magnitude")
+_AS_GIVEN = {
+    "limit", "data_dir", "chat", "thinking", "temperature", "top_p", "max_new_tokens", "batch_size", "judge",
+}  # fmt: skip
+"""Options of the node that `BenchmarkOptions` has too."""
 _KNOWLEDGE = ("mmlu", "piqa", "arc_challenge", "openbookqa")
 
 
@@ -43,8 +47,7 @@ class BenchmarkRequest:
     Attributes:
         benchmarks: to score.
         left_out: benchmarks of the table that local data cannot have.
-        masks: presets.
-        table: of the paper.
+        masks, table: presets, and the table of the paper.
         layers: which blocks are masked: `auto`, `all`, `first` or a list.
         options: the other keys of the node.
     """
@@ -93,6 +96,8 @@ def benchmark_request(options: Options) -> BenchmarkRequest:
         check_extra("benchmark", "benchmark.tasks")
     names = node.masks or (_DEFAULT_MASKS if table is None else table.masks)
     masks = presets_of(names, options, key="benchmark.masks", rates=None if table is None else table.rates)
+    as_given = node.model_dump(include=_AS_GIVEN)
+    auto = {name: None for name in ("chat", "thinking", "max_new_tokens") if as_given[name] == "auto"}
     return BenchmarkRequest(
         benchmarks=tuple(benchmarks),
         left_out=tuple(left_out),
@@ -100,17 +105,9 @@ def benchmark_request(options: Options) -> BenchmarkRequest:
         table=node.table,
         layers=node.layers,
         options=BenchmarkOptions(
+            **as_given | auto,
             generates=(node.mode or ("loglikelihood" if table is None else "generate")) == "generate",
-            limit=node.limit,
             seeds=tuple(node.seeds),
-            data_dir=node.data_dir,
-            chat=None if node.chat == "auto" else node.chat,
-            thinking=None if node.thinking == "auto" else node.thinking,
-            temperature=node.temperature,
-            top_p=node.top_p,
-            max_new_tokens=None if node.max_new_tokens == "auto" else node.max_new_tokens,
-            batch_size=node.batch_size,
-            judge=node.judge,
             judge_device=options.model.device,
         ),
     )

@@ -81,7 +81,7 @@ def _prepare(argument: str, *, sweeps: bool, own_conf: bool) -> str | None:
 def _as_text(value: str, *, sweeps: bool) -> str:
     """Quote a text, or each one of a sweep, unless it is quoted, null, or a list or a function of Hydra's."""
     functions = r"|(choice|range|sort|shuffle)\(" if sweeps else ""
-    is_file = os.path.exists(os.path.expanduser(value))  # unlike that of a Path, not too long a name
+    is_file = os.path.exists(os.path.expanduser(value))  # Path.exists raises where a text is too long for a name
     may_be_read = re.match(rf"""\[|['"]{functions}""", value) and not is_file
     if value == "null" or (may_be_read and _parsed(value) is not None):
         return value

@@ -63,14 +63,12 @@ def presets_of(
 
 def masks_in_use(options: Options) -> dict[str, MaskOptions]:
     """Return the masks that a run will use, by the name of their preset; of several experiments with theirs before."""
-    several = len(options.experiments) > 1
-    by_experiment = {name: EXPERIMENTS[name].masks for name in options.experiments}
-    return {
-        f"of {name}: {preset}" if several else preset: mask
-        for name, masks in by_experiment.items()
-        if masks is not None
-        for preset, mask in masks(options).items()
-    }
+    used: dict[str, MaskOptions] = {}
+    for name in options.experiments:
+        before = f"of {name}: " if len(options.experiments) > 1 else ""
+        if (masks := EXPERIMENTS[name].masks) is not None:
+            used |= {f"{before}{preset}": mask for preset, mask in masks(options).items()}
+    return used
 
 
 def mask_in_words(mask: MaskOptions) -> str:

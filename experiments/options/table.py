@@ -17,7 +17,8 @@ __all__ = ["TableRequest", "TrainingSet", "table_request"]
 _KNOWLEDGE = ("mmlu", "piqa", "arc_challenge", "openbookqa", "mathqa", "strategyqa")
 _INSTRUCTIONS = ("flan", "openorca")
 
-_TABLES: dict[int, tuple[str, dict[str, tuple[str, ...]]]] = {
+_TasksOf = dict[str, tuple[str, ...]]
+_TABLES: dict[int, tuple[str, _TasksOf]] = {
     1: ("sft", dict.fromkeys(_INSTRUCTIONS, _KNOWLEDGE)),
     2: ("sft", {"gsm8k": ("gsm8k", "aime", "hendrycks_math500"), "hh_rlhf": ("sorry_bench", "xstest")}),
     3: ("dpo", {"hh_rlhf": ("xstest", "advbench")}),
@@ -51,11 +52,9 @@ class TableRequest:
 
     Attributes:
         number: in the paper.
-        method: of its trainings.
-        sets: its training sets.
+        method, sets, seeds: of its trainings.
         rates: of the masks.
         gates: kinds of gated attention to compare with.
-        seeds: of the trainings.
         left_out: benchmarks that local data cannot have.
     """
 
@@ -88,32 +87,24 @@ def table_request(options: Options) -> TableRequest:
     if 0 in rates:
         raise OptionError("wemask.rate has a 0, which masks nothing. Leave it out: a table has rows without a mask.")
     tasks_of, left_out = _chosen_tasks(options, tasks_of)
-    sets = []
+    sets, scored = [], {"masks": ["off"], "mode": options.benchmark.mode or "generate", "table": None}
     for dataset, tasks in tasks_of.items():
-        own = options.changed(
-            benchmark={
-                "tasks": list(tasks), "masks": ["off"], "mode": options.benchmark.mode or "generate", "table": None,
-            },
-            training={"dataset": dataset},
-        )  # fmt: skip
+        own = options.changed(benchmark={"tasks": list(tasks), **scored}, training={"dataset": dataset})
         sets.append(TrainingSet(dataset, own, benchmark_request(own), training_request(own, method, dataset=dataset)))
     gates = ("headwise", "elementwise") if options.table == 7 else ()
     return TableRequest(options.table, method, tuple(sets), rates, gates, seeds, left_out)
 
 
-def _chosen_tasks(
-    options: Options, tasks_of: dict[str, tuple[str, ...]]
-) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
+def _chosen_tasks(options: Options, tasks_of: _TasksOf) -> tuple[_TasksOf, tuple[str, ...]]:
     """Return the benchmarks of each training set as the user chose them, and those that local data cannot have."""
-    benchmark = options.benchmark
+    benchmark, every = options.benchmark, tuple(dict.fromkeys(task for own in tasks_of.values() for task in own))
     if options.training.dataset is not None:
-        tasks_of = {options.training.dataset: tuple(dict.fromkeys(task for own in tasks_of.values() for task in own))}
+        tasks_of = {options.training.dataset: every}
     if benchmark.tasks is not None:
         return dict.fromkeys(tasks_of, tuple(benchmark.tasks)), ()
     if benchmark.data_dir is None:
         return tasks_of, ()
-    names = tuple(dict.fromkeys(task for own in tasks_of.values() for task in own))
-    left_out = tuple(each.name for each in benchmarks_of(names) if each.config and each.file is None)
+    left_out = tuple(each.name for each in benchmarks_of(every) if each.config and each.file is None)
     return {name: tuple(task for task in own if task not in left_out) for name, own in tasks_of.items()}, left_out
 
 

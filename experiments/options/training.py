@@ -50,26 +50,16 @@ def training_request(options: Options, method: str, *, dataset: str | None = Non
     dataset = node.dataset or dataset or DATASETS[method]
     if len(node.seed) != 1 and options.exp.name != "tables":
         raise OptionError("training.seed is a list, which only exp=tables takes. Sweep with -m training.seed=0,1,2.")
-    given = {
-        key: value for key, value in node if value is not None or f"training.{key}" in options.given.keys() & _LIMITS
-    }
+    no_limit = options.given.keys() & _LIMITS
+    given = {key: value for key, value in node if value is not None or f"training.{key}" in no_limit}
     values = training_conf(method, known_datasets().get(dataset, {}).get(method, {}), given)
     own = {key: value for key, value in values.items() if key in recipe_fields()}
     lora = Lora(**node.lora.model_dump()) if node.peft == "lora" else None
     recipe = Recipe(**own | {"method": method, "lora": lora, "seed": node.seed[0]})
     check_installed(recipe.report_to)
-    plan = TrainingPlan(
-        recipe,
-        dataset,
-        data_dir=node.data_dir,
-        columns=node.columns,
-        split=node.split,
-        limit=values["limit"],
-        chat=None if node.chat == "auto" else node.chat,
-        gate=None if node.gate == "none" else node.gate,
-        trace_every=node.trace_every,
-        trace_prompts=node.trace_prompts,
-    )
+    as_given = node.model_dump(include={"data_dir", "columns", "split", "trace_every", "trace_prompts"})
+    chat, gate = None if node.chat == "auto" else node.chat, None if node.gate == "none" else node.gate
+    plan = TrainingPlan(recipe, dataset, limit=values["limit"], chat=chat, gate=gate, **as_given)
     return TrainingRequest(plan, _mask(options), None if node.resume is None else Path(os.path.expanduser(node.resume)))
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from experiments.options.benchmark import BenchmarkRequest
 from experiments.options.masks import masks_in_use
 from experiments.options.schema import Options
 from experiments.options.table import TableRequest
 from experiments.options.training import TrainingRequest
 from experiments.runner.registry import EXPERIMENTS
+from melens.benchmarks.catalog import Benchmark
 from melens.data.reading import has_columns, names_file
 from melens.training.plan import TrainingPlan
 from melens.training.recipe import known_datasets
@@ -51,20 +53,11 @@ def _method(options: Options) -> str:
 
 
 def _trains_on_hub(options: Options) -> bool:
-    return any(
-        plan.data_dir is None
-        if plan.dataset in known_datasets()
-        else plan.dataset != "sums" and not names_file(plan.dataset)
-        for plan in _plans(options)
-    )
-
-
-def _is_masked(options: Options) -> bool:
-    return any(mask.rate != 0 for mask in masks_in_use(options).values())
-
-
-def _draws_dims(options: Options) -> bool:
-    return any("random" in in_words(mask.select) for mask in masks_in_use(options).values())
+    for plan in _plans(options):
+        is_file = plan.dataset == "sums" or names_file(plan.dataset)
+        if plan.data_dir is None if plan.dataset in known_datasets() else not is_file:
+            return True
+    return False
 
 
 def _reads_dataset(options: Options) -> bool:
@@ -75,15 +68,28 @@ def _reads_columns(options: Options) -> bool:
     return _reads_dataset(options) or (options.data.text is not None and has_columns(Path(options.data.text)))
 
 
-def _of_benchmarks(is_used: Callable[..., bool]) -> Callable[[Options], bool]:
-    """Look at the benchmarks; tables choose theirs by training set."""
-    return lambda options: "benchmark" not in options.requests or is_used(options.requests["benchmark"])
+def _of_benchmarks(is_used: Callable[[BenchmarkRequest, Benchmark], bool]) -> Callable[[Options], bool]:
+    """Look at the benchmarks, of which one is enough; tables choose theirs by training set."""
+
+    def is_used_by_any(options: Options) -> bool:
+        request = options.requests.get("benchmark")
+        return request is None or any(is_used(request, benchmark) for benchmark in request.benchmarks)
+
+    return is_used_by_any
 
 
 _RULES: tuple[tuple[tuple[str, ...], Callable[[Options], bool], str], ...] = (
-    (("wemask",), lambda options: options.wemask.rate == 0 or _is_masked(options), "this run has no mask"),
+    (
+        ("wemask",),
+        lambda options: options.wemask.rate == 0 or any(mask.rate != 0 for mask in masks_in_use(options).values()),
+        "this run has no mask",
+    ),
     (("training.epochs",), lambda options: options.training.steps is None, "training.steps is given"),
-    (("wemask.seed",), _draws_dims, "it is of random dims, and no mask has some"),
+    (
+        ("wemask.seed",),
+        lambda options: any("random" in in_words(mask.select) for mask in masks_in_use(options).values()),
+        "it is of random dims, and no mask has some",
+    ),
     (("data.split",), _reads_dataset, "it is of a dataset of the hub"),
     (("data.column",), _reads_columns, "it is of a dataset of the hub, or of a file that has columns"),
     (("training.split",), _trains_on_hub, "it is of a dataset of the hub"),
@@ -102,27 +108,18 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Options], bool], str], ...] = (
     ),
     (
         ("benchmark.temperature", "benchmark.top_p", "benchmark.seeds"),
-        _of_benchmarks(lambda request: request.options.generates and any(own.config for own in request.benchmarks)),
+        _of_benchmarks(lambda request, own: request.options.generates and bool(own.config)),
         "nothing is sampled; benchmark.mode=generate does, for benchmarks with data",
     ),
     (
-        ("benchmark.mode", "benchmark.chat"),
-        _of_benchmarks(lambda request: any(own.config for own in request.benchmarks)),
+        ("benchmark.mode", "benchmark.chat", "benchmark.data_dir"),
+        _of_benchmarks(lambda _, own: bool(own.config)),
         "no benchmark here has data",
     ),
-    (
-        ("benchmark.judge",),
-        _of_benchmarks(lambda request: any(own.kind == "safety" for own in request.benchmarks)),
-        "no benchmark here is of safety",
-    ),
+    (("benchmark.judge",), _of_benchmarks(lambda _, own: own.kind == "safety"), "no benchmark here is of safety"),
     (
         ("benchmark.needle",),
-        _of_benchmarks(lambda request: any(own.name == "needle" for own in request.benchmarks)),
+        _of_benchmarks(lambda _, own: own.name == "needle"),
         "benchmark.tasks does not have needle",
-    ),
-    (
-        ("benchmark.data_dir",),
-        _of_benchmarks(lambda request: any(own.config for own in request.benchmarks)),
-        "no benchmark here has data",
     ),
 )
