@@ -36,7 +36,6 @@ from melens.environment.versions import warn_untried
 from melens.errors import MelensError
 
 os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print, and `print_error` prints it
-FAILED, WRONG_OPTION = 1, 2
 _failures: list[Exception] = []
 
 
@@ -97,27 +96,16 @@ _ADVICE = re.compile(r"\n?To append to your .* use \+.*")
 """Hydra's, for options of its own that do not exist: with a plus they would do nothing."""
 
 
-def exit_code(error: BaseException) -> int:
-    """Return 2 for a wrong option, 1 for anything else."""
-    wrong = isinstance(error, OptionError | HydraException | OmegaConfBaseException)
-    return WRONG_OPTION if wrong else FAILED
-
-
-def quiet_other_processes() -> None:
-    """Of several processes that accelerate starts, let only the first write to the folder and the terminal."""
-    if int(os.environ.get("RANK", "0")) > 0:
-        warn_untried(lambda sentence: None)
-        nowhere = tempfile.mkdtemp(prefix="melens-")
-        sys.argv += [f"hydra.run.dir={nowhere}", "hydra.output_subdir=null", "hydra/job_logging=none"]
-
-
 def run_command() -> int:
-    """Run what was typed, and return the exit code."""
+    """Run what was typed, and return the exit code: 2 for a wrong option, 1 for any other error."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(help_text())
         return 0
     warnings.formatwarning = lambda message, *_, **more: f"Warning: {message}\n"
-    quiet_other_processes()
+    if int(os.environ.get("RANK", "0")) > 0:  # of processes that accelerate starts, the first alone writes and talks
+        warn_untried(lambda sentence: None)
+        nowhere = tempfile.mkdtemp(prefix="melens-")
+        sys.argv += [f"hydra.run.dir={nowhere}", "hydra.output_subdir=null", "hydra/job_logging=none"]
     warn_untried(lambda sentence: print(f"Warning: {sentence}", file=sys.stderr))
     try:
         sys.argv[1:] = prepare_command(sys.argv[1:])
@@ -128,5 +116,7 @@ def run_command() -> int:
         return INTERRUPTED
     except Exception as error:  # before any job: a wrong option, or no place for the output
         print_error(error, verbose="hydra.verbose=true" in sys.argv)
-        return exit_code(error)
-    return exit_code(_failures[0]) if _failures else 0
+        _failures.insert(0, error)
+    if not _failures:
+        return 0
+    return 2 if isinstance(_failures[0], OptionError | HydraException | OmegaConfBaseException) else 1

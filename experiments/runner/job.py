@@ -17,7 +17,6 @@ import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -26,7 +25,7 @@ from experiments.options.masks import mask_in_words, masks_in_use
 from experiments.runner.interrupts import sigterm_interrupts
 from experiments.runner.locks import locked_folder
 from experiments.runner.processes import is_first_process, shared_folder
-from experiments.runner.progress import StageOf, show_stages
+from experiments.runner.progress import show_stages
 from experiments.runner.registry import EXPERIMENTS
 from experiments.runner.study import begin_study, run_experiments
 from experiments.runner.writing import finish, note_if_stopped, write_part
@@ -60,7 +59,11 @@ def run_job(cfg: Options, folder: Path) -> list[str]:
     for name, mask in masks.items():
         console.print(f"mask {name}: {mask_in_words(mask)}", markup=False, highlight=False)
     with sigterm_interrupts(), lock_resumed(cfg), show_stages(console) as stage:
-        prepared = prepare(cfg, folder, stage)
+        prepares = {name: prepare for name in cfg.experiments if (prepare := EXPERIMENTS[name].prepare) is not None}
+        loaded = stage("loading data") if prepares else None
+        prepared = {name: prepare(cfg, folder) for name, prepare in prepares.items()}
+        if loaded is not None:
+            loaded(1, 1)
         for name, request in prepared.items():
             if (loaded_with := EXPERIMENTS[name].model_options) is not None:
                 config["model"] = loaded_with(cfg, request)
@@ -69,10 +72,8 @@ def run_job(cfg: Options, folder: Path) -> list[str]:
         loaded = stage(f"loading {cfg.model.name}")
         model = load_model(**config["model"])
         loaded(1, 1)
-        given = cfg.prompts
-        chosen = choose_prompts(
-            model, prompts, bos=given.bos, max_tokens=given.max_tokens, are_own=given.file is None, seed=cfg.seed
-        )
+        bos, max_tokens, are_own = cfg.prompts.bos, cfg.prompts.max_tokens, cfg.prompts.file is None
+        chosen = choose_prompts(model, prompts, bos=bos, max_tokens=max_tokens, are_own=are_own, seed=cfg.seed)
         with note_if_stopped(record, cfg):
             for part in run_experiments(begin_study(model, chosen, cfg, stage, folder, prepared)):
                 write_part(record, part, cfg)
@@ -94,22 +95,8 @@ def lock_resumed(cfg: Options) -> AbstractContextManager[None]:
     return locked_folder(folder) if is_there and is_first_process() else nullcontext()
 
 
-def prepare(cfg: Options, folder: Path, stage: StageOf) -> dict[str, Any]:
-    """Load data that may be wrong or missing before the model, which takes longer; return it by experiment."""
-    wanted = {name: prepare for name in cfg.experiments if (prepare := EXPERIMENTS[name].prepare) is not None}
-    if not wanted:
-        return {}
-    loaded = stage("loading data")
-    prepared = {name: prepare(cfg, folder) for name, prepare in wanted.items()}
-    loaded(1, 1)
-    return prepared
-
-
 def give_freed_memory_back() -> None:
     """Let glibc return large freed blocks to the system: else small results that lie between them pin gigabytes."""
-    if not sys.platform.startswith("linux"):
-        return
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
+    if sys.platform.startswith("linux") and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         mmap_threshold = -3
         libc.mallopt(mmap_threshold, 4 * 2**20)

@@ -9,6 +9,7 @@ from typing import Any
 from transformer_lens.model_bridge import TransformerBridge
 
 from experiments.options.schema import MaskOptions
+from experiments.runner.declaration import as_list
 from melens import Emergence, MelensError, WeMask
 from melens.masks.dims import FixedDims
 from melens.models.view import ModelView, view_model
@@ -17,7 +18,6 @@ __all__ = ["masks_of", "on_blocks", "only_mask_of"]
 
 SAVED = "saved"
 """Of `wemask.select`: the mask that the model was trained with."""
-_LISTS = ("rate", "select", "site", "start", "seed")
 
 
 def masks_of(options: MaskOptions, me: Emergence, model: TransformerBridge) -> list[WeMask | None]:
@@ -68,18 +68,18 @@ def on_blocks(mask: WeMask, layers: Any) -> WeMask:
 def _combinations(options: MaskOptions, view: ModelView) -> list[dict[str, Any]]:
     """Combine what is given as lists: arguments of `WeMask`, with a rate of 0 for no mask."""
     plain = options.model_dump()
-    lists = {name: plain[name] if isinstance(plain[name], list) else [plain[name]] for name in _LISTS}
-    layers = plain["layers"]
-    are_blocks = isinstance(layers, list) and all(isinstance(block, int) for block in layers)
-    lists["layers"] = layers if isinstance(layers, list) and not are_blocks else [layers]
+    lists = {name: as_list(plain[name]) for name in ("rate", "select", "site", "start", "seed")}
+    are_blocks = isinstance(plain["layers"], list) and isinstance(plain["layers"][0], int)
+    lists["layers"] = [plain["layers"]] if are_blocks else as_list(plain["layers"])
     combined = []
     for values in itertools.product(*lists.values()):
         arguments = plain | dict(zip(lists, values, strict=True))
         if arguments["select"] != "random":
             arguments["seed"] = 0  # else the same mask would count more than once
-        starts = [arguments["start"]]
-        if starts == ["all_blocks"]:  # one after the other, where the mask has a place
+        if arguments["start"] == "all_blocks":  # one after the other, where the mask has a place
             anywhere = arguments["site"] == "resid_pre"
             starts = [block for block in range(len(view.blocks)) if anywhere or view.can_mask_attention(block)]
-        combined += [arguments | {"start": start} for start in starts]
+            combined += [arguments | {"start": start} for start in starts]
+        else:
+            combined.append(arguments)
     return combined

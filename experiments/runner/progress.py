@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 from rich.console import Console
@@ -60,14 +60,12 @@ def show_stages(console: Console, *, every: float = EVERY) -> Iterator[StageOf]:
 
         return done
 
-    with _off_the_terminal() if has_bars else nullcontext(), bars, _repeating(every, lambda: _log(stages)):
+    def log() -> None:  # the last one where none goes on: what follows it may take long too
+        for stage in [stage for stage in stages if stage.ended is None] or stages[-1:]:
+            _LOG.info(stage.in_words())
+
+    with _off_the_terminal() if has_bars else nullcontext(), bars, _repeating(every, log):
         yield stage_of
-
-
-def _log(stages: list[_Stage]) -> None:
-    """Log each stage that goes on, or the last one where none does: what follows it may take long too."""
-    for stage in [stage for stage in stages if not stage.has_ended] or stages[-1:]:
-        _LOG.info(stage.in_words())
 
 
 @dataclass
@@ -78,37 +76,26 @@ class _Stage:
     began: float = field(default_factory=lambda: time.monotonic())
     ended: float | None = None
 
-    @property
-    def has_ended(self) -> bool:
-        return self.ended is not None
-
     def reach(self, so_far: int, in_all: int) -> bool:
         """Note how far it is; True where this ends it."""
         self.so_far, self.in_all = so_far, in_all
-        if self.has_ended or so_far < in_all:
+        if self.ended is not None or so_far < in_all:
             return False
         self.ended = time.monotonic()
         return True
 
     def in_words(self) -> str:
-        return f"{self.name}: {self._so_far() if self.ended is None else self._at_its_end(self.ended)}"
-
-    def _so_far(self) -> str:
-        seconds = time.monotonic() - self.began
-        if not self.so_far:
-            return f"{_time(seconds)} so far"
-        left = seconds * (self.in_all - self.so_far) / self.so_far
-        share = self.so_far / self.in_all
-        return (
-            f"{self.so_far:,} of {self.in_all:,} ({share:.0%}), {_rate(self.so_far, seconds)}, about {_time(left)} left"
-        )
-
-    def _at_its_end(self, ended: float) -> str:
-        seconds, since = ended - self.began, time.monotonic() - ended
-        summary = f"done in {_time(seconds)}"
-        if self.in_all > 1:
-            summary = f"{self.in_all:,} in {_time(seconds)}, {_rate(self.in_all, seconds)}"
-        return summary if since < 1 else f"{summary}; the next step has taken {_time(since)} so far"
+        now, name, n, in_all = time.monotonic(), self.name, self.so_far, self.in_all
+        if self.ended is not None:
+            seconds, since = self.ended - self.began, now - self.ended
+            several = f"{in_all:,} in {_time(seconds)}, {_rate(in_all, seconds)}" if in_all > 1 else ""
+            after = "" if since < 1 else f"; the next step has taken {_time(since)} so far"
+            return f"{name}: {several or f'done in {_time(seconds)}'}{after}"
+        seconds = now - self.began
+        if not n:
+            return f"{name}: {_time(seconds)} so far"
+        left = _time(seconds * (in_all - n) / n)
+        return f"{name}: {n:,} of {in_all:,} ({n / in_all:.0%}), {_rate(n, seconds)}, about {left} left"
 
 
 def _rate(count: int, seconds: float) -> str:
@@ -145,15 +132,13 @@ def _repeating(every: float, action: Callable[[], None]) -> Iterator[None]:
 @contextmanager
 def _off_the_terminal() -> Iterator[None]:
     """Keep the lines out of the log's own output to the terminal, where there are bars; its files have them."""
-    handlers = [handler for handler in logging.getLogger().handlers if type(handler) is logging.StreamHandler]
-
-    def is_of_another(record: logging.LogRecord) -> bool:
-        return record.name != __name__
-
-    for handler in handlers:
-        handler.addFilter(is_of_another)
-    try:
+    with ExitStack() as stack:
+        for handler in logging.getLogger().handlers:
+            if type(handler) is logging.StreamHandler:
+                handler.addFilter(_is_of_another)
+                stack.callback(handler.removeFilter, _is_of_another)
         yield
-    finally:
-        for handler in handlers:
-            handler.removeFilter(is_of_another)
+
+
+def _is_of_another(record: logging.LogRecord) -> bool:
+    return record.name != __name__

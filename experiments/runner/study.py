@@ -28,6 +28,8 @@ from melens.tracing.trace import as_tokens
 
 __all__ = ["Run", "begin_study", "run_experiments"]
 
+_EXPERIMENTS = Path(__file__).parents[1]
+
 
 @dataclass(frozen=True, eq=False)
 class Run(Study):
@@ -63,10 +65,8 @@ class Run(Study):
     @cached_property
     def texts(self) -> Int[Tensor, "text pos"]:
         """Pieces of that text, of one length; random tokens for a model without a tokenizer."""
-        data, bos = self.cfg.data, self.cfg.prompts.bos
-        return cut_texts(
-            self.model, self.text, n_texts=data.n_texts, n_tokens=data.n_tokens, bos=bos, seed=self.cfg.seed
-        )
+        data, bos, seed = self.cfg.data, self.cfg.prompts.bos, self.cfg.seed
+        return cut_texts(self.model, self.text, n_texts=data.n_texts, n_tokens=data.n_tokens, bos=bos, seed=seed)
 
 
 def begin_study(
@@ -111,18 +111,14 @@ def _find_or_trace(
     if not cfg.exp.is_kept:
         return traced()
     of_probes = [[type(probe).__qualname__, vars(probe)] for probe in probes]
-    decides = [model.cfg.model_name, prompts.tokens, prompts.prompts, cfg.max_batch_tokens, of_probes, _code()]
-    folder = store_for("traces", model.original_model, *decides).folder
+    decides = [model.cfg.model_name, prompts.tokens, prompts.prompts, cfg.max_batch_tokens, of_probes]
+    folder = store_for("traces", model.original_model, *decides, code_version(_EXPERIMENTS)).folder
     trace = load_cached(folder, Trace.load)
     if trace is None:
         trace = traced()
         with warn_if_not_cached():
             trace.save(folder, replace=False)  # another job, that was faster, has readers by now
     return trace
-
-
-def _code() -> str:
-    return code_version(Path(__file__).parents[1])
 
 
 def _probes(model: TransformerBridge, name: str, options: Any) -> list[Probe]:
@@ -143,19 +139,16 @@ def run_experiments(run: Run) -> Iterator[Result]:
     if len(chosen) == 1:
         yield from (EXPERIMENTS[name].run(run, options) for name, options in chosen.items())
         return
-    store = _store_of_results(run) if run.cfg.exp.is_kept else None
+    store = None
+    if run.cfg.exp.is_kept:  # under all that every experiment depends on
+        shared = {node: own for node, own in run.cfg.plain().items() if node not in ("exp", "png", "given", "typed")}
+        decides = [run.tokens, run.trace.prompts.to_dict("list"), shared, code_version(_EXPERIMENTS)]
+        store = store_for("experiments", run.model.original_model, *decides, libraries=("plotly",))
     for name, options in chosen.items():
         ended = run.stage(f"exp={name}")
         result = _find_or_run(run, name, options, store)
         ended(1, 1)
         yield result
-
-
-def _store_of_results(run: Run) -> Store:
-    """Return where the results of this model, prompts and options are kept; those of each experiment come apart."""
-    shared = {node: value for node, value in run.cfg.plain().items() if node not in ("exp", "png", "given", "typed")}
-    decides = [run.tokens, run.trace.prompts.to_dict("list"), shared, _code()]
-    return store_for("experiments", run.model.original_model, *decides, libraries=("plotly",))
 
 
 def _find_or_run(run: Run, name: str, options: Any, store: Store | None) -> Result:
@@ -177,10 +170,9 @@ def _run_one_of_several(run: Run, name: str, options: Any) -> Result:
     try:
         return EXPERIMENTS[name].run(run, options)
     except MelensError as error:
-        metrics = run.metrics(Metrics, not_applicable=str(error))
-        return Result(name, run.trace.model, metrics, findings=[(name, f"does not apply: {error}")])
+        metrics, finding = run.metrics(Metrics, not_applicable=str(error)), f"does not apply: {error}"
     except Exception as error:  # a mistake of ours should not cost the user the other experiments
         logging.getLogger(__name__).exception("exp=%s failed", name)
-        why = f"It failed with {type(error).__name__}: {error}"
-        metrics = run.metrics(Metrics, not_applicable=why, failed=True)
-        return Result(name, run.trace.model, metrics, findings=[(name, why)])
+        finding = f"It failed with {type(error).__name__}: {error}"
+        metrics = run.metrics(Metrics, not_applicable=finding, failed=True)
+    return Result(name, run.trace.model, metrics, findings=[(name, finding)])
