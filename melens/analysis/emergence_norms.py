@@ -96,25 +96,21 @@ def emergence(study: Study, *, log_scale: bool = True, top_dims: int = 24) -> Re
     )
     title = study.title("Token 0's largest dims after each block", me.n_prompts)
     largest = dims.sort_values("abs_activation").iloc[-1]
+    by_block = _emergence_figure(study, norms, sink_mass, log_scale=log_scale)
+    expected = "Flat, then one block lifts token 0 by hundreds of times; flat again until the last two blocks."
+    observed = (
+        f"The largest is dim {int(largest['dim'])}, with |h| = {largest['abs_activation']:,.4g} after block "
+        f"{int(largest['layer'])} (mean over prompts)."
+    )
+    heatmap = dims_heatmap(dims, me_layer=me.layer, title=title)
+    surface = dims_surface(dims, me_layer=me.layer, title=title)
+    few = "A few dims of the first token hold all of the massive activation."
+    same = "The same dims stand out in every block from the ME layer on."
     figures = {
-        "emergence": Figure(
-            _emergence_figure(study, norms, sink_mass, log_scale=log_scale),
-            "figure 1 (bottom), figures 11-20",
-            "Flat, then one block lifts token 0 by hundreds of times; flat again until the last two blocks.",
-            _in_words(me),
-        ),
-        "top_dims": Figure(
-            dims_heatmap(dims, me_layer=me.layer, title=title),
-            "figure 1 (top)",
-            "A few dims of the first token hold all of the massive activation.",
-            f"The largest is dim {int(largest['dim'])}, with |h| = {largest['abs_activation']:,.4g} after block "
-            f"{int(largest['layer'])} (mean over prompts).",
-        ),
+        "emergence": Figure(by_block, "figure 1 (bottom), figures 11-20", expected, _in_words(me)),
+        "top_dims": Figure(heatmap, "figure 1 (top)", few, observed),
         "top_dims_surface": Figure(
-            dims_surface(dims, me_layer=me.layer, title=title),
-            "the authors' 3-D plot",
-            "The same dims stand out in every block from the ME layer on.",
-            "The data of the figure before, as a surface.",
+            surface, "the authors' 3-D plot", same, "The data of the figure before, as a surface."
         ),
     }
     tables = {
@@ -220,23 +216,13 @@ def _top_dims(study: Study, n_dims: int) -> pd.DataFrame:
 
 
 def _table8_row(study: Study, onset: SinkOnset, layout: Layout) -> dict[str, Any]:
-    me = study.me
+    me, model = study.me, study.trace.model
     low, high = me.magnification_interval or (None, None)
-    return {
-        "model": study.trace.model["name"],
-        "family": study.trace.model.get("family"),
-        "n_layers": me.n_layers,
-        "me_layer": me.layer,
-        "magnification": me.magnification,
-        "magnification_low": low,
-        "magnification_high": high,
-        "relative_magnification": me.relative_magnification,
-        "share_of_peak": me.share_of_peak,
-        "kind": me.kind,
-        "agreement": me.agreement,
-        "sink_onset_layer": onset.layer,
-        "n_attending": len(layout.attention),
-    }
+    lift = {"magnification": me.magnification, "magnification_low": low, "magnification_high": high}
+    names = ("relative_magnification", "share_of_peak", "kind", "agreement")
+    row = {"model": model["name"], "family": model.get("family"), "n_layers": me.n_layers, "me_layer": me.layer}
+    row |= lift | {name: getattr(me, name) for name in names}
+    return row | {"sink_onset_layer": onset.layer, "n_attending": len(layout.attention)}
 
 
 # --- Words ------------------------------------------------------------------------------------------------------------
@@ -276,9 +262,8 @@ def _findings(study: Study, onset: SinkOnset, layout: Layout) -> list[tuple[str,
 def _sinks_start(onset: SinkOnset, layout: Layout) -> str:
     if not layout.attention:
         return f"not measured: there is {layout.attention_in_words}"
-    earlier = (
-        "" if onset.first_layer == onset.layer else f" (over {onset.threshold:g} first at block {onset.first_layer})"
-    )
+    is_first = onset.first_layer == onset.layer
+    earlier = "" if is_first else f" (over {onset.threshold:g} first at block {onset.first_layer})"
     if onset.layer is not None:
         return f"block {onset.layer}{earlier}"
     if not onset.looked_at:
@@ -311,12 +296,9 @@ def _emergence_figure(study: Study, norms: pd.DataFrame, sink_mass: pd.DataFrame
         curve = Curve("sink mass, mean of heads", sink_mass, SINK)
         title = "Attention on token 0 (sink mass)"
         panels.append(Panel(title, "share of attention", [curve], study.me.layer, y_range=(0, 1)))
-    return curves_by_block(
-        panels,
-        title=study.title("Token 0 against the others by block", study.me.n_prompts),
-        note="Lines: means. Bands: 10% to 90% of prompts (token 0), tokens or heads.",
-        scale_buttons=True,
-    )
+    title = study.title("Token 0 against the others by block", study.me.n_prompts)
+    note = "Lines: means. Bands: 10% to 90% of prompts (token 0), tokens or heads."
+    return curves_by_block(panels, title=title, note=note, scale_buttons=True)
 
 
 def _curves(norms: pd.DataFrame, site: str) -> list[Curve]:
@@ -356,61 +338,39 @@ def _second_massive(metrics: EmergenceMetrics) -> Judgement:
 
 CLAIMS = (
     Claim(
-        id="exists",
+        id="exists", source="section 1, figure 1", figure="top_dims", metrics=EmergenceMetrics,
         claim="Some token carries massive activations",
-        source="section 1, figure 1",
-        metrics=EmergenceMetrics,
-        figure="top_dims",
         statistic="share of prompts with an entry |h| > 100 and > 1,000 × the median |h|",
-        criterion=">= 0.5",
-        why="the criterion is Sun et al.'s (2024); a property of the model shows in most inputs",
-        judge=_exists,
-        needs_me_layer=False,
+        criterion=">= 0.5", why="the criterion is Sun et al.'s (2024); a property of the model shows in most inputs",
+        needs_me_layer=False, judge=_exists,
     ),
     Claim(
-        id="single-block",
+        id="single-block", source="section 3, figure 1", figure="emergence", metrics=EmergenceMetrics,
         claim="A single block brings the massive activation; it does not build up",
-        source="section 3, figure 1",
-        metrics=EmergenceMetrics,
-        figure="emergence",
         statistic="share of the peak norm that the ME layer alone adds",
-        criterion=">= 0.8; in part: a few blocks",
-        why="what other blocks add is then less than a quarter of it",
+        criterion=">= 0.8; in part: a few blocks", why="what other blocks add is then less than a quarter of it",
         judge=_single_block,
     ),
     Claim(
-        id="magnification",
+        id="magnification", source="section 1, table 8", figure="emergence", metrics=EmergenceMetrics,
         claim="That block magnifies the token hundreds of times",
-        source="section 1, table 8",
-        metrics=EmergenceMetrics,
-        figure="emergence",
         statistic="‖h_out‖ / ‖h_in‖ at the ME layer",
         criterion=">= 100; in part >= 10",
         why="the smallest number that can be called hundreds; 10 is still an order of magnitude",
         judge=lambda metrics: at_least(metrics.magnification, metrics.magnification_interval, 100, partly=10),
     ),
     Claim(
-        id="first-token",
+        id="first-token", source="section 3.1", figure="top_dims", metrics=EmergenceMetrics,
         claim="The massive token is the first one",
-        source="section 3.1",
-        metrics=EmergenceMetrics,
-        figure="top_dims",
         statistic="share of prompts whose massive token is at position 0",
-        criterion=">= 0.95; in part >= 0.5",
-        why="1 in 20 may differ before 'consistently' is wrong",
+        criterion=">= 0.95; in part >= 0.5", why="1 in 20 may differ before 'consistently' is wrong",
         judge=lambda metrics: at_least(metrics.share_at_first, metrics.share_at_first_interval, 0.95, partly=0.5),
     ),
     Claim(
-        id="second-massive",
+        id="second-massive", source="appendix A, figure 1", figure="emergence", metrics=EmergenceMetrics,
         claim="The last two blocks make a second massive activation",
-        source="appendix A, figure 1",
-        metrics=EmergenceMetrics,
-        figure="emergence",
         statistic="largest ‖FFN output‖ of token 0 in the last two blocks, relative to the ME layer's",
-        criterion=">= 0.1, and < 0.1 between; in part: >= 0.1",
-        why="within an order of magnitude of the first",
-        of_token_0=True,
-        of_ffn=True,
-        judge=_second_massive,
+        criterion=">= 0.1, and < 0.1 between; in part: >= 0.1", why="within an order of magnitude of the first",
+        of_token_0=True, of_ffn=True, judge=_second_massive,
     ),
-)
+)  # fmt: skip

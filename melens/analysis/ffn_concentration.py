@@ -88,16 +88,12 @@ def ffn(study: Study) -> Result:
     differences = {name: mean_by(table[table["after"] == name], "difference") for name in measured}
     amplification = _amplification(study)
     by_block = mean_by(amplification, "amplification")
-    missing = {
-        name: layers
-        for name in PROJECTIONS
-        if (layers := [layer for layer, has in by_layer.items() if has and name not in has])
-    }
+    lacking = {name: [layer for layer, has in by_layer.items() if has and name not in has] for name in PROJECTIONS}
     metrics = study.metrics(
         FfnMetrics,
         **study.layout.metrics(),
         concentration_peaks={name: _peak(points, study.last_before_trailing) for name, points in differences.items()},
-        missing_projections=missing,
+        missing_projections={name: layers for name, layers in lacking.items() if layers},
         **_amplification_metrics(study, amplification, by_block),
     )
     title = study.title("Concentration of token 0 after the FFN's projections, and the FFN's amplification")
@@ -106,14 +102,9 @@ def ffn(study: Study) -> Result:
     observed = _in_words(metrics, study.layout)
     tables = [points.assign(quantity=f"concentration after {name}") for name, points in differences.items()]
     tables.append(by_block.assign(quantity="amplification"))
-    return Result(
-        "ffn",
-        study.trace.model,
-        metrics,
-        tables={"ffn_by_block": pd.concat(tables, ignore_index=True)},
-        figures={"ffn": Figure(plot, "figure 4", expected, observed)},
-        findings=[("FFN", observed)],
-    )
+    figures = {"ffn": Figure(plot, "figure 4", expected, observed)}
+    by_block = pd.concat(tables, ignore_index=True)
+    return Result("ffn", study.trace.model, metrics, {"ffn_by_block": by_block}, figures, [("FFN", observed)])
 
 
 def _projections(model: TransformerBridge) -> dict[int, dict[str, str]]:
@@ -153,9 +144,8 @@ def _amplification_metrics(
     study: Study, amplification: pd.DataFrame, by_block: pd.DataFrame
 ) -> dict[str, float | int | str | Interval | None]:
     wide = amplification.pivot(index="prompt", columns="layer", values="amplification")
-    others = wide[
-        [layer for layer in range(study.last_before_trailing + 1) if layer in wide and layer != study.me.layer]
-    ]
+    before_last = wide.loc[:, wide.columns <= study.last_before_trailing]
+    others = before_last.drop(columns=study.me.layer, errors="ignore")
     if study.me.layer not in wide.columns or others.empty:
         return {"amplification_over_next_why_not": "The ME layer's FFN has no norm before it, or no other to compare."}
     at_me_layer = wide[study.me.layer].to_numpy(dtype=float)
@@ -204,36 +194,20 @@ def _peak_together(metrics: FfnMetrics) -> Judgement:
 
 CLAIMS = (
     Claim(
-        id="concentration",
+        id="concentration", source="section 3.1, equation 3, figure 4", figure="ffn", metrics=FfnMetrics,
         claim="Gate, up and down concentrate token 0 most at the ME layer",
-        source="section 3.1, equation 3, figure 4",
-        metrics=FfnMetrics,
-        figure="ffn",
         statistic="how many of the three concentration differences peak at the ME layer, last two blocks apart",
-        criterion="3; in part 1 or 2",
-        why="the last two blocks are a phenomenon of their own (appendix A)",
-        of_token_0=True,
-        of_ffn=True,
-        blocks_after=0,
-        judge=_peak_together,
+        criterion="3; in part 1 or 2", why="the last two blocks are a phenomenon of their own (appendix A)",
+        of_token_0=True, of_ffn=True, blocks_after=0, judge=_peak_together,
     ),
     Claim(
-        id="amplification",
+        id="amplification", source="section 3.1, figure 4", figure="ffn", metrics=FfnMetrics,
         claim="The FFN amplifies token 0 most at the ME layer",
-        source="section 3.1, figure 4",
-        metrics=FfnMetrics,
-        figure="ffn",
         statistic="‖FFN output‖ / ‖FFN input‖ at the ME layer over the largest at another block, last two apart",
-        criterion="> 1",
-        why="a peak is a peak",
-        of_token_0=True,
-        of_ffn=True,
-        blocks_after=0,
-        judge=lambda metrics: at_least(
-            metrics.amplification_over_next,
-            metrics.amplification_over_next_interval,
-            1,
-            why_not=metrics.amplification_over_next_why_not,
+        criterion="> 1", why="a peak is a peak",
+        of_token_0=True, of_ffn=True, blocks_after=0,
+        judge=lambda m: at_least(
+            m.amplification_over_next, m.amplification_over_next_interval, 1, why_not=m.amplification_over_next_why_not
         ),
     ),
-)
+)  # fmt: skip

@@ -107,19 +107,12 @@ def normalization(study: Study, *, top_share: float = 0.01, other_shares: Sequen
     by_block = pd.concat(means, ignore_index=True)
     metrics = _metrics(study, table, by_block, top_share, shares)
     norm, along = _in_words(metrics)
+    of_norm, of_gain = _weight_norm_figure(study, by_block), _alignment_figure(study, by_block, shares)
+    like_others = "Token 0 is amplified like the others before the ME layer, and far more there."
+    signs = "At the ME layer ΔFrac is large and positive, ΔKL negative."
     figures = {
-        "weight_norm": Figure(
-            _weight_norm_figure(study, by_block),
-            "figure 2",
-            "Token 0 is amplified like the others before the ME layer, and far more there.",
-            norm,
-        ),
-        "gain_alignment": Figure(
-            _alignment_figure(study, by_block, shares),
-            "figure 3",
-            "At the ME layer ΔFrac is large and positive, ΔKL negative.",
-            along,
-        ),
+        "weight_norm": Figure(of_norm, "figure 2", like_others, norm),
+        "gain_alignment": Figure(of_gain, "figure 3", signs, along),
     }
     findings = [("normalisation", norm), ("along its gain", along)]
     return Result("rmsnorm", study.trace.model, metrics, {"rmsnorm_by_block": by_block}, figures, findings)
@@ -145,19 +138,17 @@ def _metrics(
     if here.empty:
         return study.metrics(RmsnormMetrics, **shared, why_not=NO_NORM)
     frac = f"delta_frac_{top_share:g}"
+    ratio, kl, delta_frac = (here[name].to_numpy() for name in ("weight_norm_ratio", "delta_kl", frac))
     return study.metrics(
         RmsnormMetrics,
         **shared,
         top_share=top_share,
         delta_frac_top_layer=peak_layer(mean_by(at_ln2[at_ln2["layer"] <= study.me.layer], frac)),
         delta_frac_by_share={f"{share:g}": float(here[f"delta_frac_{share:g}"].mean()) for share in shares},
-        weight_norm_ratio=float(here["weight_norm_ratio"].mean()),
-        weight_norm_ratio_interval=bootstrap_mean(here["weight_norm_ratio"].to_numpy()),
-        delta_kl=float(here["delta_kl"].mean()),
-        delta_kl_interval=bootstrap_mean(here["delta_kl"].to_numpy()),
-        delta_frac=float(here[frac].mean()),
-        delta_frac_interval=bootstrap_mean(here[frac].to_numpy()),
-    )
+        weight_norm_ratio=float(ratio.mean()), weight_norm_ratio_interval=bootstrap_mean(ratio),
+        delta_kl=float(kl.mean()), delta_kl_interval=bootstrap_mean(kl),
+        delta_frac=float(delta_frac.mean()), delta_frac_interval=bootstrap_mean(delta_frac),
+    )  # fmt: skip
 
 
 def _in_words(metrics: RmsnormMetrics) -> tuple[str, str]:
@@ -191,19 +182,11 @@ def _named_sites(study: Study) -> list[tuple[str, str]]:
 
 
 def _weight_norm_figure(study: Study, by_block: pd.DataFrame) -> go.Figure:
-    panels = [
-        Panel(
-            f"Output of {name}",
-            "WeightNorm ‖ĥ‖",
-            [
-                _curve(by_block, site, "weight_norm_others", "other tokens", OTHERS),
-                _curve(by_block, site, "weight_norm", "token 0", FIRST),
-            ],
-            study.me.layer,
-            log_scale=True,
-        )
-        for site, name in _named_sites(study)
-    ]
+    panels = []
+    for site, name in _named_sites(study):
+        others = _curve(by_block, site, "weight_norm_others", "other tokens", OTHERS)
+        first = _curve(by_block, site, "weight_norm", "token 0", FIRST)
+        panels.append(Panel(f"Output of {name}", "WeightNorm ‖ĥ‖", [others, first], study.me.layer, log_scale=True))
     note = "Lines: means over prompts. Bands: their 95% bootstrap intervals."
     title = study.title("Norm of the normalisations' outputs")
     return curves_by_block(panels, title=title, note=note, scale_buttons=True)
@@ -254,42 +237,26 @@ def _delta_frac(metrics: RmsnormMetrics) -> Judgement:
 
 CLAIMS = (
     Claim(
-        id="weight-norm",
+        id="weight-norm", source="section 3.1, figure 2", figure="weight_norm", metrics=RmsnormMetrics,
         claim="The norm before the FFN makes token 0 stand out, at the ME layer first",
-        source="section 3.1, figure 2",
-        metrics=RmsnormMetrics,
-        figure="weight_norm",
         statistic="WeightNorm of token 0 over the others' mean at the ME layer",
-        criterion=">= 2 there and at no earlier block; in part: >= 2 there",
-        why="alike is taken as less than twice",
-        of_token_0=True,
-        of_ffn=True,
-        judge=_stands_out_first,
+        criterion=">= 2 there and at no earlier block; in part: >= 2 there", why="alike is taken as less than twice",
+        of_token_0=True, of_ffn=True, judge=_stands_out_first,
     ),
     Claim(
-        id="delta-frac",
+        id="delta-frac", source="section 3.1, equation 1, figure 3", figure="gain_alignment", metrics=RmsnormMetrics,
         claim="There its output lies more on the dims with the largest gains",
-        source="section 3.1, equation 1, figure 3",
-        metrics=RmsnormMetrics,
-        figure="gain_alignment",
         statistic="ΔFrac at the ME layer, K = 1% of the width",
         criterion="> 0 and the largest up to there; in part: > 0",
         why="the sign is the paper's; 'far exceeds other layers' its words",
-        of_token_0=True,
-        of_ffn=True,
-        judge=_delta_frac,
+        of_token_0=True, of_ffn=True, judge=_delta_frac,
     ),
     Claim(
-        id="delta-kl",
+        id="delta-kl", source="section 3.1, equation 2, figure 3", figure="gain_alignment", metrics=RmsnormMetrics,
         claim="There its output is closer to the distribution of the gains",
-        source="section 3.1, equation 2, figure 3",
-        metrics=RmsnormMetrics,
-        figure="gain_alignment",
         statistic="ΔKL at the ME layer, nats",
-        criterion="< 0",
-        why="the sign is the paper's",
-        of_token_0=True,
-        of_ffn=True,
+        criterion="< 0", why="the sign is the paper's",
+        of_token_0=True, of_ffn=True,
         judge=lambda metrics: at_most(metrics.delta_kl, metrics.delta_kl_interval, -1e-9, why_not=metrics.why_not),
     ),
-)
+)  # fmt: skip

@@ -84,26 +84,14 @@ def direction(study: Study) -> Result:
     n_distinct = len(states)
     note = f"{n_distinct} distinct first token{'s' if n_distinct > 1 else f' ({TRIVIAL})'}."
     observed = f"{_in_words(metrics)} It rests on {note}"
+    alike = "After the ME layer the norm is large, barely changes, and is alike for all inputs."
+    near_1 = "After the ME layer the cosine between any two inputs is about 1."
+    settled = "Direction is settled at the ME layer: it barely changes after, whatever the input."
     figures = {
-        "norms": Figure(
-            _norms_figure(study, norms, by_block["norm_cv"], note),
-            "figure 5a",
-            "After the ME layer the norm is large, barely changes, and is alike for all inputs.",
-            observed,
-        ),
+        "norms": Figure(_norms_figure(study, norms, by_block["norm_cv"], note), "figure 5a", alike, observed),
         "dims_by_block": _dims_figure(study, states.mean(0).numpy(), note),
-        "cosine_by_block": Figure(
-            _cosine_maps(study, vectors, note),
-            "figure 5c",
-            "After the ME layer the cosine between any two inputs is about 1.",
-            observed,
-        ),
-        "between_blocks": Figure(
-            _cosine_figure(study, by_block, note),
-            "figure 5c, by block",
-            "Direction is settled at the ME layer: it barely changes after, whatever the input.",
-            observed,
-        ),
+        "cosine_by_block": Figure(_cosine_maps(study, vectors, note), "figure 5c", near_1, observed),
+        "between_blocks": Figure(_cosine_figure(study, by_block, note), "figure 5c, by block", settled, observed),
     }
     tables = {"direction_by_block": pd.concat([table.assign(quantity=name) for name, table in by_block.items()])}
     return Result("direction", study.trace.model, metrics, tables, figures, [("direction", observed)])
@@ -112,9 +100,7 @@ def direction(study: Study) -> Result:
 def _mean_to_others(cosines: Float[Tensor, "layer n n"]) -> Float[Tensor, "n layer"]:
     """Average each prompt's cosine to the others; with a single distinct first token there is none but itself: 1."""
     n = cosines.shape[1]
-    if n == 1:
-        return torch.ones(1, cosines.shape[0])
-    return ((cosines.sum(-1) - cosines.diagonal(dim1=-2, dim2=-1)) / (n - 1)).T
+    return torch.ones(1, len(cosines)) if n == 1 else ((cosines.sum(-1) - cosines.diagonal(0, -2, -1)) / (n - 1)).T
 
 
 def _by_layer(values: Float[Tensor, " layer"]) -> pd.DataFrame:
@@ -205,14 +191,10 @@ def _cosine_maps(study: Study, vectors: Float[Tensor, "prompt layer d"], note: s
         for layer, cosine in enumerate(cosines)
     }
     me_layer = "" if study.me.layer is None else f"; the ME layer is {study.me.layer}"
-    return heatmap_with_slider(
-        maps,
-        title=study.title("Cosine of token 0's state between inputs"),
-        note=f"{note} Move the slider through the blocks{me_layer}.",
-        z_title="cosine",
-        z_range=(min(0.0, float(cosines.min())), 1),
-        start=str(study.n_layers // 2 if study.me.layer is None else study.me.layer),
-    )
+    title = study.title("Cosine of token 0's state between inputs")
+    note, z_range = f"{note} Move the slider through the blocks{me_layer}.", (min(0.0, float(cosines.min())), 1)
+    start = str(study.n_layers // 2 if study.me.layer is None else study.me.layer)
+    return heatmap_with_slider(maps, title=title, note=note, z_title="cosine", z_range=z_range, start=start)
 
 
 def _cosine_figure(study: Study, by_block: Mapping[str, pd.DataFrame], note: str) -> go.Figure:
@@ -231,46 +213,31 @@ def _cosine_figure(study: Study, by_block: Mapping[str, pd.DataFrame], note: str
 
 CLAIMS = (
     Claim(
-        id="norm-stable",
+        id="norm-stable", source="section 3.2, figure 5a", figure="norms", metrics=DirectionMetrics,
         claim="Once formed, its norm barely changes",
-        source="section 3.2, figure 5a",
-        metrics=DirectionMetrics,
-        figure="norms",
         statistic="largest relative change of token 0's norm from the ME layer to the last two blocks",
-        criterion="<= 0.1; in part <= 0.5",
-        why="a tenth cannot be seen on the paper's axes",
-        of_token_0=True,
-        blocks_after=1,
+        criterion="<= 0.1; in part <= 0.5", why="a tenth cannot be seen on the paper's axes",
+        of_token_0=True, blocks_after=1,
         judge=lambda metrics: at_most(metrics.norm_drift, metrics.norm_drift_interval, 0.1, partly=0.5),
     ),
     Claim(
-        id="direction-layers",
+        id="direction-layers", source="section 3.2, figure 5b", figure="between_blocks", metrics=DirectionMetrics,
         claim="Once formed, its direction barely changes from block to block",
-        source="section 3.2, figure 5b",
-        metrics=DirectionMetrics,
-        figure="between_blocks",
         statistic="smallest cosine between its states after consecutive blocks",
-        criterion=">= 0.99; in part >= 0.9",
-        why="0.99 is an angle of 8 degrees",
-        of_token_0=True,
-        blocks_after=1,
+        criterion=">= 0.99; in part >= 0.9", why="0.99 is an angle of 8 degrees",
+        of_token_0=True, blocks_after=1,
         judge=lambda metrics: at_least(
             metrics.consecutive_cosine, metrics.consecutive_cosine_interval, 0.99, partly=0.9
         ),
     ),
     Claim(
-        id="direction-inputs",
+        id="direction-inputs", source="section 3.2, figure 5c", figure="cosine_by_block", metrics=DirectionMetrics,
         claim="Once formed, its direction is the same for all inputs",
-        source="section 3.2, figure 5c",
-        metrics=DirectionMetrics,
-        figure="cosine_by_block",
         statistic="smallest mean cosine between inputs, over the blocks from the ME layer to the last two",
-        criterion=">= 0.95; in part >= 0.8",
-        why="0.95 is an angle of 18 degrees, where random directions have 90",
-        of_token_0=True,
-        blocks_after=0,
-        judge=lambda metrics: unless_trivial(
-            metrics, at_least(metrics.cosine, metrics.cosine_interval, 0.95, partly=0.8)
+        criterion=">= 0.95; in part >= 0.8", why="0.95 is an angle of 18 degrees, where random directions have 90",
+        of_token_0=True, blocks_after=0,
+        judge=lambda metrics: unless_trivial(metrics, at_least(
+            metrics.cosine, metrics.cosine_interval, 0.95, partly=0.8)
         ),
     ),
-)
+)  # fmt: skip
