@@ -12,8 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
 
-from pydantic import BaseModel, BeforeValidator, Field, create_model, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, create_model, model_validator
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 from experiments.runner.declaration import (
     AS_TYPED,
@@ -70,9 +71,13 @@ def _word(value: Any) -> Any:
     return str(value).lower() if isinstance(value, bool) else value
 
 
-def _check_folder(option: str, folder: str | None) -> None:
-    if folder is not None and not Path(os.path.expanduser(folder)).is_dir():
-        raise MelensError(f"{option} is {folder!r}; there is no such folder.")
+def _existing(folder: str | None) -> str | None:
+    if folder is not None and not os.path.isdir(os.path.expanduser(folder)):
+        raise PydanticCustomError("no_folder", "there is no such folder")
+    return folder
+
+
+_Folder = Annotated[OptionalText, AfterValidator(_existing)]
 
 
 # --- Model, prompts and text ------------------------------------------------------------------------------------------
@@ -198,12 +203,12 @@ class GenerateOptions(Node):
 
     @model_validator(mode="after")
     def _thinks_in_chat(self) -> GenerateOptions:
-        if self.thinking != "auto" and not self.chat:
-            raise MelensError(
-                f"generate.thinking={str(self.thinking).lower()} is an option of the chat template, but generate.chat "
-                "is false: give generate.chat=true, or leave generate.thinking at auto."
-            )
-        return self
+        if self.thinking == "auto" or self.chat:
+            return self
+        raise MelensError(
+            f"generate.thinking={str(self.thinking).lower()} is an option of the chat template, but generate.chat is "
+            "false: give generate.chat=true, or leave generate.thinking at auto."
+        )
 
 
 class NeedleOptions(Node):
@@ -225,7 +230,7 @@ class BenchmarkOptions(Node):
     layers: Annotated[Literal["auto"] | _Blocks, Said("auto, all, first or a list of blocks")]
     limit: OptionalCount
     seeds: Seeds
-    data_dir: OptionalText
+    data_dir: _Folder
     chat: AutoFlag
     thinking: AutoFlag
     temperature: OptionalPositive
@@ -234,11 +239,6 @@ class BenchmarkOptions(Node):
     batch_size: Count
     judge: OptionalText
     needle: NeedleOptions
-
-    @model_validator(mode="after")
-    def _is_there(self) -> BenchmarkOptions:
-        _check_folder("benchmark.data_dir", self.data_dir)
-        return self
 
 
 class LoraOptions(Node):
@@ -253,7 +253,7 @@ class TrainingOptions(Node):
     """What is learnt, and fields of `melens.training.recipe.Recipe`: null for what the paper says of them."""
 
     dataset: OptionalText
-    data_dir: OptionalText
+    data_dir: _Folder
     columns: Annotated[dict[str, Name], Said("like {prompt: question, completion: solution}")]
     split: Text
     limit: OptionalCount
@@ -281,16 +281,10 @@ class TrainingOptions(Node):
     trace_prompts: Count
     log_every: Count
     save_every: Whole
-    resume: OptionalText
+    resume: _Folder
     report_to: Tracker
     seed: Seeds
     trainer: Annotated[dict[str, Any], Said("fields of TRL's configuration by name")]
-
-    @model_validator(mode="after")
-    def _is_there(self) -> TrainingOptions:
-        _check_folder("training.data_dir", self.data_dir)
-        _check_folder("training.resume", self.resume)
-        return self
 
 
 # --- Experiments ------------------------------------------------------------------------------------------------------

@@ -71,8 +71,7 @@ def locked_job_folder(folder: Path) -> Iterator[None]:
     Raises:
         MelensError, OSError: as `lock_folder`.
     """
-    is_of_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-    if is_of_sweep and folder.resolve() in _taken:
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN and folder.resolve() in _taken:
         raise MelensError(
             f"Another job of this sweep has written to {folder}. Give each job a folder of its own: "
             "hydra.sweep.subdir=${hydra.job.num}."

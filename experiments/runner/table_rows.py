@@ -90,33 +90,26 @@ class TableRows:
 
     def _trained(self, label: str, seed: int, *, rate: float | None = None, gate: str = "none") -> Run:
         """Return a run on the trained model, with a mask of this rate or a gate; train it now if it is not kept."""
-        changes: dict[str, Any] = {
-            "training": {"seed": [seed], "mask": "off" if rate is None else "paper", "gate": gate}
-        }
-        cfg = self._set.options.changed(**changes if rate is None else changes | {"wemask": {"rate": rate}})
+        mask, masked = ("off", {}) if rate is None else ("paper", {"wemask": {"rate": rate}})
+        cfg = self._set.options.changed(training={"seed": [seed], "mask": mask, "gate": gate}, **masked)
         _free_memory()
         request = prepare_training(cfg, training_request(cfg, self._request.method, dataset=self._set.dataset))
         store = training_store(self._run, request.plan, mask_for(self._run, request))
         kept = partial(store.load_table, "training_log")  # it is written last
         if kept() is None:
-            with one_at_a_time(
-                store.folder, lambda: log_line(f"Waiting for another run that trains {label} (seed {seed}).")
-            ):
+            waiting = f"Waiting for another run that trains {label} (seed {seed})."
+            with one_at_a_time(store.folder, partial(log_line, waiting)):
                 if kept() is None:
                     trained = self._train(cfg, request, store.folder)
                     store.save_table("training_trace", trained.inspections)
                     store.save_table("training_log", trained.log)
                     shutil.rmtree(store.folder / "checkpoints", ignore_errors=True)
         mask = "none" if rate is None else f"rate={rate:g}"
-        log, inspections = (
-            pd.DataFrame(store.load_table(name)).assign(
-                dataset=self._set.dataset, training_mask=mask, gate=gate, seed=seed
-            )
-            for name in ("training_log", "training_trace")
-        )
+        about: dict[str, Any] = {"dataset": self._set.dataset, "training_mask": mask, "gate": gate, "seed": seed}
+        tables = [pd.DataFrame(store.load_table(name)) for name in ("training_log", "training_trace")]
         has_one_name = len(self._request.sets) == 1 or self._request.shares_benchmarks
         name = label if has_one_name else f"{label}, {self._set.dataset}"
-        self.histories.append(TrainingHistory(name, log, inspections))
+        self.histories.append(TrainingHistory(name, *(table.assign(**about) for table in tables)))
         options = model_options(cfg, request.plan)
         options |= {"name": str(store.folder / "model"), "source": "hub", "hub_id": None}
         return begin_study(load_model(**options), self._run.tokens, cfg, self._run.stage, self._run.folder)
@@ -141,10 +134,9 @@ class TableRows:
             layers = request.layers_of(benchmark, self._preset())
             configurations = []
             for row in rows:
-                if isinstance(row.mask, WeMask):
-                    mask: WeMask | None = on_blocks(row.mask, layers)
-                else:
-                    mask = None if row.mask is None else self._masks(run, layers)[row.mask]
+                mask = on_blocks(row.mask, layers) if isinstance(row.mask, WeMask) else None
+                if isinstance(row.mask, float | int):
+                    mask = self._masks(run, layers)[row.mask]
                 configurations.append(MaskConfiguration(row.label, mask, row.label))
             found.append(evaluator.score(benchmark, configurations)[0])
         items = pd.concat(found, ignore_index=True)

@@ -98,11 +98,10 @@ def sinks(study: Study, *, map_tokens: int = 40, rank_tokens: int = 128, rank_pr
         SinksMetrics,
         sink_onset_layer=onset.layer,
         first_sink_layer=onset.first_layer,
-        rank_prompts=int(ranks["prompt"].nunique()) if len(ranks) else 0,
+        rank_prompts=ranks["prompt"].nunique(),
         **layout.metrics(),
         **_mass_around_me_layer(study, sink_mass, layout),
-        **_compared_ranks(study, ranks, layout),
-        **({} if len(ranks) else {"why_not": why_not}),
+        **_compared_ranks(study, ranks, layout) if len(ranks) else {"why_not": why_not},
     )
     observed = _sinks_in_words(metrics, onset, layout)
     figures = {"sink_mass": _sink_mass_figure(study, by_head, by_layer, observed)}
@@ -123,9 +122,8 @@ def sinks(study: Study, *, map_tokens: int = 40, rank_tokens: int = 128, rank_pr
 def _mass_around_me_layer(study: Study, sink_mass: pd.DataFrame, layout: Layout) -> dict[str, Any]:
     if study.me.layer is None:
         return {}
-    of_layer: dict[Any, pd.Series] = dict(
-        iter(sink_mass.groupby(["layer", "prompt"])["sink_mass"].mean().groupby("layer"))
-    )
+    means = sink_mass.groupby(["layer", "prompt"])["sink_mass"].mean()
+    of_layer: dict[Any, pd.Series] = dict(iter(means.groupby("layer")))
     blocks = {"sink_mass_at_me_layer": study.me.layer, "sink_mass_after": layout.next_attention(study.me.layer)}
     measured: dict[str, Any] = {}
     for name, layer in blocks.items():
@@ -234,13 +232,12 @@ def _across_tasks(study: Study, rank_tokens: int) -> list[int]:
     prompts = study.of_massive_prompts(study.trace.prompts)
     prompts = prompts[prompts["n_tokens"] >= rank_tokens]
     turn = prompts.groupby(prompts["task"].fillna(""))["prompt"].rank().to_numpy()
-    chosen: list[int] = prompts.assign(turn=turn).sort_values("turn", kind="stable")["prompt"].tolist()
-    return chosen
+    return prompts.assign(turn=turn).sort_values("turn", kind="stable")["prompt"].tolist()
 
 
 def _compared_ranks(study: Study, ranks: pd.DataFrame, layout: Layout) -> dict[str, Any]:
     """Compare the mean effective rank after the ME layer with that before, prompt by prompt."""
-    if study.me.layer is None or not len(ranks):
+    if study.me.layer is None:
         return {}
     measured: dict[str, Any] = {}
     for name, of, first_after, why_not in (

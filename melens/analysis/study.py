@@ -89,19 +89,21 @@ class Study:
         return range(0 if self.me.layer is None else self.me.layer, self.last_before_trailing + 1)
 
     @cached_property
+    def _born(self) -> pd.DataFrame:
+        """The rows of `me.per_prompt` whose massive activation is born in the ME layer."""
+        return self.me.per_prompt[self.me.per_prompt["layer"] == self.me.layer]
+
+    @cached_property
     def position(self) -> int:
         """Where the massive token most often is when it is born in the ME layer; 0 without one."""
-        positions = self.me.per_prompt[self.me.per_prompt["layer"] == self.me.layer].get(
-            "pos", pd.Series([], dtype=int)
-        )
-        return int(positions.mode().iloc[0]) if len(positions) else 0
+        return int(self._born["pos"].mode().iloc[0]) if len(self._born) else 0
 
     @cached_property
     def massive_prompts(self) -> list[int]:
         """The prompts whose massive activation is born in the ME layer: on token 0, if most are; all without one."""
         if self.me.layer is None:
             return self.trace.prompts["prompt"].tolist()
-        born = self.me.per_prompt[self.me.per_prompt["layer"] == self.me.layer]
+        born = self._born
         return (born if self.position else born[born["pos"] == 0])["prompt"].tolist()
 
     @cached_property
@@ -126,13 +128,8 @@ class Study:
         own = {_key(probe) for probe in self.probes}
         missing = [probe for key, probe in wanted.items() if key not in own | self._traced.keys()]
         if missing:
-            more = trace(
-                self.model,
-                list(self.tokens),
-                missing,
-                max_batch_tokens=self.max_batch_tokens,
-                progress=self.stage("more tokens traced"),
-            )
+            tokens, most, progress = list(self.tokens), self.max_batch_tokens, self.stage("more tokens traced")
+            more = trace(self.model, tokens, missing, max_batch_tokens=most, progress=progress)
             self._traced.update({_key(probe): more for probe in missing})
         traces = [self._traced[key] for key in wanted if key in self._traced]
         if not traces:
@@ -147,12 +144,7 @@ class Study:
         return f"{text}: {self.trace.model['name']}, {n_prompts} prompt{'s' if n_prompts != 1 else ''}"
 
     def metrics(self, kind: type[M], /, **own: Any) -> M:
-        """Return an experiment's metrics, with those that give them a meaning.
-
-        Args:
-            kind: the experiment's class of metrics.
-            own: its fields.
-        """
+        """Return an experiment's metrics, of its class and with its own fields, and those that give them a meaning."""
         return kind(**self.shared_metrics | own)
 
     @property

@@ -247,11 +247,10 @@ def at_least(
     if value is None:
         return Judgement("not measured", note=why_not or "The result does not have it.")
     value, measured = number(value, "value"), _measured(interval)
-    low = value if measured is None else measured[0]
-    if low >= enough:
-        verdict: Verdict = "holds"
-    else:
-        verdict = "holds in part" if value >= (enough if partly is None else min(partly, enough)) else "does not hold"
+    in_part = value >= (enough if partly is None else min(partly, enough))
+    verdict: Verdict = "holds in part" if in_part else "does not hold"
+    if (value if measured is None else measured[0]) >= enough:
+        verdict = "holds"
     return Judgement(verdict, value, measured)
 
 
@@ -266,13 +265,8 @@ def at_most(
     """Judge the other way round: the whole interval must stay at or below `enough`."""
     measured = _measured(interval)
     mirrored = None if measured is None else (-measured[1], -measured[0])
-    judged = at_least(
-        None if value is None else -value,
-        mirrored,
-        -enough,
-        partly=None if partly is None else -partly,
-        why_not=why_not,
-    )
+    negative, partly = None if value is None else -value, None if partly is None else -partly
+    judged = at_least(negative, mirrored, -enough, partly=partly, why_not=why_not)
     return judged if judged.value is None else replace(judged, value=value, interval=measured)
 
 
