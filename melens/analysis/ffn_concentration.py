@@ -144,8 +144,8 @@ def _amplification_metrics(
     study: Study, amplification: pd.DataFrame, by_block: pd.DataFrame
 ) -> dict[str, float | int | str | Interval | None]:
     wide = amplification.pivot(index="prompt", columns="layer", values="amplification")
-    before_last = wide.loc[:, wide.columns <= study.last_before_trailing]
-    others = before_last.drop(columns=study.me.layer, errors="ignore")
+    before_trailing = range(study.last_before_trailing + 1)
+    others = wide[[layer for layer in before_trailing if layer in wide and layer != study.me.layer]]
     if study.me.layer not in wide.columns or others.empty:
         return {"amplification_over_next_why_not": "The ME layer's FFN has no norm before it, or no other to compare."}
     at_me_layer = wide[study.me.layer].to_numpy(dtype=float)

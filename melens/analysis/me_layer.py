@@ -65,18 +65,15 @@ class Emergence:
         kind: whether one block brings the massive activation, a few do, or the norm climbs slowly; None without one.
         magnification: ‖h_out‖ / ‖h_in‖ of the massive token at that block, mean over prompts (table 8).
         magnification_interval: its 95% bootstrap interval over prompts, of which those that share a massive first token
-            count once (they share its every state); None for a single one.
+            count once (they share its every state); None for a single one. `share_of_peak_interval` in the same way.
         relative_magnification: the same divided by the mean magnification of the prompt's other tokens in that block
             (block 0 lifts every token), mean over the prompts that have some; NaN where none has.
         share_of_peak: how much of the token's peak norm that one block brings, (‖h_out‖ - ‖h_in‖) / peak.
-        share_of_peak_interval: its interval, in the same way.
         climb: first and last block of the climb from 10% to 90% of the peak norm (median over prompts).
-        agreement: share of prompts whose first massive block is `layer`.
-        prompts_with: share of prompts with a massive activation at any block.
+        agreement, prompts_with: share of prompts whose first massive block is `layer`, and of those that have any.
         positions, dims: where in the output of `layer` they are, most frequent first.
         n_layers: how many blocks the model has.
-        n_prompts, distinct_first_tokens: what all this rests on.
-        criterion: the numbers used.
+        n_prompts, distinct_first_tokens, criterion: what all this rests on.
         per_prompt: a row a prompt: `layer` (-1 for none), `pos`, `dim`, `value`, `norm_in`, `norm_out`,
             `magnification`, `relative_magnification`, `peak`, `share_of_peak`, `climb_from`, `climb_to`.
     """
@@ -172,17 +169,12 @@ def find_me_layer(trace: TraceGiven, criterion: CriterionGiven | None = None) ->
     per_prompt = _per_prompt(trace, massive, criterion)
     n_prompts = len(per_prompt)
     born = per_prompt[per_prompt["layer"] >= 0]
-    prompts_with = len(born) / n_prompts
     layer, reason = _settle(trace, born, n_prompts, criterion)
     shared: dict[str, Any] = {
-        "reason": reason,
-        "prompts_with": prompts_with,
-        "n_layers": trace.model["n_layers"],
-        "n_prompts": n_prompts,
-        "distinct_first_tokens": int(trace.prompts["first_token_id"].nunique()),
-        "criterion": criterion,
-        "per_prompt": per_prompt,
-    }
+        "reason": reason, "prompts_with": len(born) / n_prompts, "n_layers": trace.model["n_layers"],
+        "n_prompts": n_prompts, "distinct_first_tokens": int(trace.prompts["first_token_id"].nunique()),
+        "criterion": criterion, "per_prompt": per_prompt,
+    }  # fmt: skip
     if layer is None:
         return Emergence(
             layer=None, kind=None, magnification=None, magnification_interval=None, relative_magnification=None,
@@ -192,11 +184,14 @@ def find_me_layer(trace: TraceGiven, criterion: CriterionGiven | None = None) ->
     entries = massive[(massive["layer"] == layer) & massive["prompt"].isin(agreeing["prompt"])]
     share = float(agreeing["share_of_peak"].mean())
     climb = int(agreeing["climb_from"].median()), int(agreeing["climb_to"].median())
+    kind: Kind = "a few blocks" if climb[1] - climb[0] < criterion.few_blocks else "slow climb"
+    if share >= criterion.one_block:
+        kind = "one block"
     first_tokens = trace.prompts.set_index("prompt")["first_token_id"].reindex(agreeing["prompt"]).to_numpy()
     apart = agreeing[(agreeing["pos"] > 0) | ~pd.Series(first_tokens, index=agreeing.index).duplicated()]
     return Emergence(
         layer=layer,
-        kind=_kind(share, climb, criterion),
+        kind=kind,
         magnification=float(agreeing["magnification"].mean()),
         magnification_interval=_interval(apart["magnification"]),
         relative_magnification=float(agreeing["relative_magnification"].mean()),
@@ -239,16 +234,8 @@ def _settle(trace: Trace, born: pd.DataFrame, n_prompts: int, criterion: Criteri
         return None, f"Only {len(born)} of {n_prompts} prompts hold a massive activation at any block."
     counts = born["layer"].value_counts().sort_index().sort_values(ascending=False, kind="stable")
     others = ", ".join(f"block {layer} in {count}" for layer, count in counts.iloc[1:].items())
-    layer = int(counts.index[0])
-    return layer, f"First massive at block {layer} in {counts.iloc[0]} of {n_prompts} prompts" + (
-        f" ({others})." if others else "."
-    )
-
-
-def _kind(share_of_peak: float, climb: tuple[int, int], criterion: Criterion) -> Kind:
-    if share_of_peak >= criterion.one_block:
-        return "one block"
-    return "a few blocks" if climb[1] - climb[0] < criterion.few_blocks else "slow climb"
+    layer, end = int(counts.index[0]), f" ({others})." if others else "."
+    return layer, f"First massive at block {layer} in {counts.iloc[0]} of {n_prompts} prompts{end}"
 
 
 def _per_prompt(trace: Trace, massive: pd.DataFrame, criterion: Criterion) -> pd.DataFrame:
@@ -271,24 +258,19 @@ def _rise(
     norms: np.ndarray, layer: int, position: int, massive_positions: set[int], criterion: Criterion
 ) -> dict[str, float | int]:
     """Describe how a prompt's massive token rises; `norms` is `[embeddings and blocks, pos]`."""
-    norm_in, norm_out = norms[layer], norms[layer + 1]
+    before, after = norms[layer], norms[layer + 1]
     ordinary = [at for at in range(norms.shape[1]) if at not in massive_positions]
-    others = [at for at in ordinary if norm_in[at] > 0]  # a padding token's embedding may be 0
-    magnification = float(norm_out[position] / norm_in[position])
-    token = norms[1:, position]
+    others = [at for at in ordinary if before[at] > 0]  # a padding token's embedding may be 0
+    token, norm_in, norm_out = norms[1:, position], float(before[position]), float(after[position])
     peak = float(token[: max(layer + 1, len(token) - criterion.trailing_blocks)].max())
+    magnification = float(after[position] / before[position])
+    relative = magnification / float((after[others] / before[others]).mean()) if others else np.nan
     return {
-        "norm_in": float(norm_in[position]),
-        "norm_out": float(norm_out[position]),
-        "magnification": magnification,
-        "relative_magnification": magnification / float((norm_out[others] / norm_in[others]).mean())
-        if others
-        else np.nan,
-        "peak": peak,
-        "share_of_peak": float(norm_out[position] - norm_in[position]) / peak,
-        "climb_from": int(np.argmax(token >= 0.1 * peak)),
-        "climb_to": int(np.argmax(token >= 0.9 * peak)),
-    }
+        "norm_in": norm_in, "norm_out": norm_out,
+        "magnification": magnification, "relative_magnification": relative,
+        "peak": peak, "share_of_peak": (norm_out - norm_in) / peak,
+        "climb_from": int(np.argmax(token >= 0.1 * peak)), "climb_to": int(np.argmax(token >= 0.9 * peak)),
+    }  # fmt: skip
 
 
 def _norms_by_layer(trace: Trace) -> pd.DataFrame:

@@ -17,9 +17,6 @@ def seeded(seed: int) -> Iterator[None]:
     """Seed the generators of Python, numpy and torch, and give them their states back at the end.
 
     For code of others that draws from them: the user's own draws before and after go on as if it had not run.
-
-    Args:
-        seed: of all of them.
     """
     of_python, of_numpy = random.getstate(), np.random.get_state()
     gpus_are_used = torch.cuda.is_initialized()  # else to ask for their states would take memory on each

@@ -11,6 +11,7 @@ from __future__ import annotations
 import subprocess
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -29,9 +30,8 @@ def tried() -> dict[str, SpecifierSet]:
         requirements = [Requirement(line) for line in metadata.requires("melens") or ()]
     except metadata.PackageNotFoundError:
         return {}
-    bounded = (
-        each for each in requirements if any(part.operator in ("<", "<=", "==", "~=") for part in each.specifier)
-    )
+    upper = {"<", "<=", "==", "~="}
+    bounded = [each for each in requirements if upper & {part.operator for part in each.specifier}]
     return {each.name.replace("-", "_"): each.specifier for each in bounded}
 
 
@@ -39,29 +39,20 @@ def installed() -> dict[str, str]:
     """Return melens's own version and those of the libraries in `tried` that are installed."""
     versions = {}
     for name in ("melens", *tried()):
-        try:
+        with suppress(metadata.PackageNotFoundError):  # of an extra that is not there
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # of an extra that is not there
-            continue
     return versions
 
 
 def untried() -> dict[str, str]:
     """Return the installed versions outside those that were tried, by library."""
-    versions = installed()
-    return {
-        name: versions[name]
-        for name, specifier in tried().items()
-        if name in versions and not specifier.contains(versions[name], prereleases=True)
-    }
+    specifiers = {"melens": SpecifierSet(), **tried()}
+    found = installed().items()
+    return {name: own for name, own in found if not specifiers[name].contains(own, prereleases=True)}
 
 
 def warn_untried(show: Callable[[str], object] | None = None) -> None:
-    """Warn, once in a process, of installed versions that were not tried.
-
-    Args:
-        show: what to do with the sentence. By default it becomes a `UserWarning` at the caller's caller.
-    """
+    """Warn, once in a process, of untried versions: by `show`, or by a `UserWarning` at the caller's caller."""
     global _shown
     if _shown or not (versions := untried()):
         return

@@ -149,30 +149,22 @@ def store_for(kind: str, network: nn.Module, *parts: object, libraries: tuple[st
 
 
 def store_for_kind(kind: str, network: nn.Module, *parts: object) -> Store:
-    """Return where results are kept that all models of one class, config and precision share, whatever their weights.
-
-    Args:
-        kind, network, parts: as for `store_for`.
-    """
+    """As `store_for`, of results that all models of one class, config and precision share, whatever their weights."""
     dtypes = sorted({str(weight.dtype) for weight in network.parameters()})
     own = [type(network).__qualname__, dtypes, *_configs(network)]
     return Store(cache_folder() / kind / hash_of(_made_by(network), own, parts)[:24])
 
 
-def _made_by(network: nn.Module, *libraries: str) -> list[object]:
-    versions = {name: _version(name) for name in (*_LIBRARIES, *libraries)}
-    devices = sorted({weight.device.type for weight in network.parameters()})
-    return [code_version(), versions, devices, torch.get_float32_matmul_precision()]
-
-
 _LIBRARIES = ("torch", "transformers", "transformer_lens", "tokenizers", "accelerate", "numpy", "pandas")
 
 
-def _version(library: str) -> str:
-    try:
-        return metadata.version(library)
-    except metadata.PackageNotFoundError:  # of an extra that is not there
-        return "none"
+def _made_by(network: nn.Module, *libraries: str) -> list[object]:
+    versions = dict.fromkeys([*_LIBRARIES, *libraries], "none")
+    for library in versions:
+        with suppress(metadata.PackageNotFoundError):  # of an extra that is not there
+            versions[library] = metadata.version(library)
+    devices = sorted({weight.device.type for weight in network.parameters()})
+    return [code_version(), versions, devices, torch.get_float32_matmul_precision()]
 
 
 @cache
@@ -270,8 +262,7 @@ def fingerprint(network: nn.Module) -> str:
     return hash_of(weights, str(network), network.training, *_configs(network), list(_attached(network)))
 
 
-_NAMES: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
-"""Of quantised models."""
+_NAMES: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # of quantised models
 
 
 def _weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -287,8 +278,7 @@ def _weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{path}.{name}", weight
 
 
-_BLOCK = 2**15
-"""Words of 32 bits in a block."""
+_BLOCK = 2**15  # words of 32 bits
 
 
 def _block_sums(weight: Tensor) -> Int[Tensor, " block"]:

@@ -31,11 +31,8 @@ _A_DAY = 24 * 3600.0
 def atomic_file(path: Path) -> Iterator[Path]:
     """Lend a name to write a file under; at the end it takes the file's place.
 
-    Args:
-        path: in a folder that exists.
-
     Raises:
-        OSError: it cannot be written, as on a full or read-only disk.
+        OSError: it cannot be written, as on a full or read-only disk, or its folder does not exist.
     """
     _remove_leftovers(path.parent)
     partial = _beside(path)
@@ -113,12 +110,8 @@ def _remove_leftovers(folder: Path) -> None:
     for path in [path for path in folder.iterdir() if path.name.endswith(".partial")]:
         with suppress(OSError):  # another process was faster, or this one may not
             named = _PARTIAL.fullmatch(path.name)
-            if named is None or not _has_ended(named["host"], int(named["pid"]), path.stat().st_mtime):
-                continue
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+            if named is not None and _has_ended(named["host"], int(named["pid"]), path.stat().st_mtime):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _has_ended(host: str, pid: int, last_written: float) -> bool:

@@ -311,8 +311,8 @@ def test_texts_of_other_lengths_have_another_store(network):
 @pytest.mark.parametrize("library", ["torch", "transformers", "transformer_lens", "numpy", "pandas", "trl"])
 def test_another_version_of_a_library_has_another_store(network, library, monkeypatch):
     before = store_for("a", network, libraries=("trl",)).folder
-    version = cache._version
-    monkeypatch.setattr(cache, "_version", lambda name: "0" if name == library else version(name))
+    version = cache.metadata.version
+    monkeypatch.setattr(cache.metadata, "version", lambda name: "0" if name == library else version(name))
     assert store_for("a", network, libraries=("trl",)).folder != before
 
 

@@ -315,9 +315,9 @@ def test_items_are_kept_by_batches_context_and_the_versions_of_libraries(monkeyp
     folders = {folder_of(model), folder_of(model, max_batch_tokens=64)}
     model.cfg.n_ctx = 64
     folders.add(folder_of(model))
-    version = cache._version
+    version = cache.metadata.version
     for library in ("lm_eval", "jinja2", "datasets"):
-        monkeypatch.setattr(cache, "_version", lambda name, new=library: "0" if name == new else version(name))
+        monkeypatch.setattr(cache.metadata, "version", lambda name, new=library: "0" if name == new else version(name))
         folders.add(folder_of(model))
     assert len(folders) == 6
     assert folder_of(model) in folders
@@ -423,8 +423,8 @@ def test_a_training_is_kept_under_all_that_it_depends_on(training_key, monkeypat
     ]
     folders = [training_key(), *(training_key(**other) for other in others)]
     assert training_key() == folders[0]
-    version = cache._version
+    version = cache.metadata.version
     for library in ("trl", "peft", "math-verify", "sympy", "latex2sympy2-extended", "jinja2"):
-        monkeypatch.setattr(cache, "_version", lambda name, new=library: "0" if name == new else version(name))
+        monkeypatch.setattr(cache.metadata, "version", lambda name, new=library: "0" if name == new else version(name))
         folders.append(training_key())
     assert len({*folders}) == len(folders) == 16
