@@ -36,13 +36,7 @@ _WIDEST = 34
 
 @dataclass(frozen=True)
 class Line:
-    """An option, or a node of options, as a file of `conf/` has it.
-
-    Attributes:
-        key: dotted, within the file.
-        default: as it stands in the file; None of a node.
-        comment: beside it.
-    """
+    """An option as a file of `conf/` has it, by its dotted name there, or a node of options, which has no default."""
 
     key: str
     default: str | None

@@ -20,8 +20,7 @@ from melens.errors import MelensError
 from melens.validation.types import in_words, why_not
 
 __all__ = [
-    "CONF", "OptionError", "choose_from", "compose_options", "given_options", "is_group", "read_options",
-    "typed_options", "value_at",
+    "CONF", "OptionError", "choose_from", "compose_options", "is_group", "read_options", "said_options", "value_at",
 ]  # fmt: skip
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -53,34 +52,34 @@ def read_options(cfg: DictConfig, overrides: Sequence[str] = ()) -> Options:
     """
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     plain.pop("hydra", None)
-    typed = typed_options(overrides)
-    for key in typed:
+    said = said_options(plain, overrides)
+    for key in said["typed"]:
         if key in _SETTLED:
             raise OptionError(f"{key} is set by the choice of a file: change it with {key.partition('.')[0]}=...")
     if "given" in plain or "typed" in plain:
         raise OptionError("There is no option given or typed: melens writes them into result.json.")
     try:
-        return Options.model_validate(plain | {"given": given_options(plain, overrides), "typed": typed})
+        return Options.model_validate(plain | said)
     except ValidationError as error:
         known = [key for key, _ in options_of(plain) if key not in _SETTLED]
         raise OptionError("\n".join(dict.fromkeys(_sentence(one, known) for one in error.errors()))) from None
 
 
-def given_options(plain: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Return what the user said with its value: options as they are now, config groups with what was chosen."""
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
+def said_options(plain: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return what the user said, without Hydra's own options, as `Options` holds it.
+
+    Returns:
+        `given`: options with their value now, config groups with what was chosen; `typed`: the names of those typed.
+    """
+    all_parsed = OverridesParser.create().parse_overrides(list(overrides))
+    parsed = [one for one in all_parsed if not one.key_or_group.startswith(("hydra.", "hydra/"))]
     chosen = {one.key_or_group: one.value() for one in parsed if is_group(one)}
     keys = [one.key_or_group for one in parsed if not is_group(one)]
     scale = CONF / "scale" / f"{chosen.get('scale')}.yaml"
     if scale.is_file():
         keys += _leaves(yaml.safe_load(scale.read_text("utf-8")))
-    return chosen | {key: value_at(plain, key) for key in keys if not key.startswith(("hydra.", "defaults"))}
-
-
-def typed_options(overrides: Sequence[str]) -> list[str]:
-    """Return the names of the options and config groups that were typed, without Hydra's own."""
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    return [one.key_or_group for one in parsed if not one.key_or_group.startswith(("hydra.", "hydra/"))]
+    given = chosen | {key: value_at(plain, key) for key in keys if not key.startswith("defaults")}
+    return {"given": given, "typed": [one.key_or_group for one in parsed]}
 
 
 def is_group(override: Override) -> bool:

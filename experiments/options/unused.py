@@ -39,13 +39,9 @@ def unused_options(options: Options) -> Iterator[str]:
 
 def _plans(options: Options) -> list[TrainingPlan]:
     """Return the trainings of a run."""
-    plans = []
-    for request in options.requests.values():
-        if isinstance(request, TrainingRequest):
-            plans.append(request.plan)
-        if isinstance(request, TableRequest):
-            plans += [own.training.plan for own in request.sets]
-    return plans
+    requests = list(options.requests.values())
+    plans = [request.plan for request in requests if isinstance(request, TrainingRequest)]
+    return plans + [own.training.plan for each in requests if isinstance(each, TableRequest) for own in each.sets]
 
 
 def _method(options: Options) -> str:

@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from experiments.options import read_options
 from experiments.options.command_line import check_command, prepare_command
 from experiments.options.help import help_text
-from experiments.options.reading import CONF, OptionError, given_options, typed_options
+from experiments.options.reading import CONF, OptionError, said_options
 from experiments.options.unused import unused_options
 from experiments.runner.interrupts import INTERRUPTED, restore_signals
 from experiments.runner.locks import locked_job_folder
@@ -55,7 +55,7 @@ def _run(cfg: DictConfig, folder: Path) -> None:
     hydra_cfg = HydraConfig.get()
     config: Any = OmegaConf.to_container(cfg)
     typed = hydra_cfg.overrides.task
-    config |= {"given": given_options(config, typed), "typed": typed_options(typed)}
+    config |= said_options(config, typed)
     try:
         options = read_options(cfg, typed)
         config = options.plain()

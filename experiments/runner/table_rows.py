@@ -53,17 +53,12 @@ class _Row:
 
 
 class TableRows:
-    """The rows of one training set.
-
-    Attributes:
-        histories: of the trainings, as they are done.
-        chat: how the chat template was used, once a row was scored.
-    """
+    """The rows of one training set."""
 
     def __init__(self, run: Run, request: TableRequest, own: TrainingSet) -> None:
         self._run, self._request, self._set = run, request, own
         self.histories: list[TrainingHistory] = []
-        self.chat: Chat | None = None
+        self.chat: Chat | None = None  # how the chat template was used, once a row was scored
 
     def label(self, row: str) -> str:
         """Name a row; where training sets share their benchmarks, by the training set too."""

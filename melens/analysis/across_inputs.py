@@ -117,11 +117,9 @@ def _agreement(study: Study, prompts: pd.DataFrame, bins: Sequence[str]) -> pd.D
     `me_layer` is the group's own: the block where most of its massive tokens are born, NA if most have none.
     """
     rows = []
-    of_kinds = (*(("task", task) for task in sorted(set(prompts["task"]))), *(("length", name) for name in bins))
-    for kind, group in of_kinds:
+    groups = (*(("task", task) for task in sorted(set(prompts["task"]))), *(("length", name) for name in bins))
+    for kind, group in ((kind, group) for kind, group in groups if (prompts[kind] == group).any()):
         layers = prompts.loc[prompts[kind] == group, "layer"]
-        if layers.empty:
-            continue
         agrees = (layers == study.me.layer).to_numpy(dtype=float)
         most_frequent = int(layers.mode().iloc[0])  # -1 stands for prompts without a massive token
         own = most_frequent if most_frequent >= 0 else None
@@ -229,10 +227,8 @@ def _beginnings_figure(study: Study, beginnings: pd.DataFrame, n_prompts: int) -
     plot = shares(table, names=names, title=title, note="Share of prompts; n: how many were run.")
     expected = "Inputs begin as they come: what the first token is, is not varied."
     least = beginnings.iloc[beginnings["at_first"].argmin()]
-    observed = (
-        f"The massive token is at position 0 least often with '{least['beginning']}': {least['at_first']:.0%}; "
-        f"elsewhere in {least['elsewhere']:.0%}, nowhere in {least['none']:.0%}."
-    )
+    observed = f"The massive token is at position 0 least often with '{least['beginning']}': {least['at_first']:.0%}; "
+    observed += f"elsewhere in {least['elsewhere']:.0%}, nowhere in {least['none']:.0%}."
     if least["at_first"] == 1:
         observed = "Whatever the prompts begin with, the massive token is at position 0."
     if study.me.layer is None:

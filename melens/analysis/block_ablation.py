@@ -143,19 +143,12 @@ def ablation(study: Study, *, max_position: int = 64) -> Result:
 
 @dataclass(frozen=True)
 class _Runs:
-    """The prompts cut after their massive token, and how to read what is left of it.
-
-    Attributes:
-        study: of all prompts.
-        runs: of those whose massive token is looked at.
-        me_layer: of the study.
-        others: [layer], mean norm of the prompts' other tokens, intact.
-    """
+    """The prompts cut after their massive token, and how to read what is left of it."""
 
     study: Study
     runs: MassiveTokenRuns
     me_layer: int
-    others: np.ndarray
+    others: Float[np.ndarray, " layer"]  # the mean norm of their other tokens, intact
 
     @property
     def n_prompts(self) -> int:
@@ -216,11 +209,10 @@ def _runs(study: Study, max_position: int) -> _Runs:
 
 def _removed_by_block(runs: _Runs, removed: dict[Part, Float[Tensor, "prompt layer"]]) -> pd.DataFrame:
     """Average the massive token's norm after each block, intact and without each part: columns of `mean_by`."""
-    tables = [mean_by(tidy(runs.runs.intact.numpy(), "norm"), "norm").assign(removed="intact")]
-    for part, norms in removed.items():
-        whole = runs.runs.intact.clone()  # before the ME layer nothing changed
-        whole[:, runs.me_layer :] = norms[:, runs.me_layer :]
-        tables.append(mean_by(tidy(whole.numpy(), "norm"), "norm").assign(removed=TEXTS[part]))
+    intact = runs.runs.intact
+    norms = {"intact": intact}  # before the ME layer, where a run has NaN, nothing changed
+    norms |= {TEXTS[part]: torch.where(without.isnan(), intact, without) for part, without in removed.items()}
+    tables = [mean_by(tidy(each.numpy(), "norm"), "norm").assign(removed=name) for name, each in norms.items()]
     return pd.concat(tables, ignore_index=True)
 
 
@@ -328,15 +320,13 @@ def _causes_figure(runs: _Runs, causes: pd.DataFrame, metrics: AblationMetrics) 
 
 def _figure_of_causes(plot: go.Figure, metrics: AblationMetrics) -> Figure:
     expected = "Only the ME layer is looked at; its causal role is inferred."
-    if not metrics.causal_layers:
-        return Figure(plot, "asked for by the review", expected, "No single block's FFN halves it when removed.")
-    left = metrics.left_by_cause["ffn"]
-    causal = ", ".join(f"{layer} (leaves {left[layer]:.0%})" for layer in metrics.causal_layers)
-    observed = (
-        f"Removing the FFN of block {causal} leaves at most half; the strongest cause is block "
-        f"{metrics.strongest_cause}. {metrics.block_evaluations:,} block evaluations in place of "
-        f"{metrics.block_evaluations_from_the_start:,}."
-    )
+    left, without_reuse = metrics.left_by_cause["ffn"], metrics.block_evaluations_from_the_start
+    causal = ", ".join(f"{layer} (leaves {left[layer]:.0%})" for layer in metrics.causal_layers or ())
+    observed = "No single block's FFN halves it when removed."
+    if causal:
+        observed = f"Removing the FFN of block {causal} leaves at most half; "
+        observed += f"the strongest cause is block {metrics.strongest_cause}. "
+        observed += f"{metrics.block_evaluations:,} block evaluations in place of {without_reuse:,}."
     return Figure(plot, "asked for by the review", expected, observed)
 
 
@@ -381,10 +371,8 @@ def _patching_figure(runs: _Runs, patching: pd.DataFrame) -> Figure:
     plot = heatmaps(maps, title=title, note=note, z_title="left", columns=2)
     into_me_layer = patching[(patching["direction"] == "restored") & (patching["patched"] == runs.me_layer)]
     least = into_me_layer.iloc[into_me_layer["mean"].argmin()]
-    observed = (
-        f"The intact FFN output of block {runs.me_layer} alone restores at least {least['mean']:.0%}, whichever "
-        f"block's FFN is removed (least for block {int(least['removed'])})."
-    )
+    observed = f"The intact FFN output of block {runs.me_layer} alone restores at least {least['mean']:.0%}, "
+    observed += f"whichever block's FFN is removed (least for block {int(least['removed'])})."
     return Figure(plot, "beyond the paper", "No activation is patched in the paper.", observed)
 
 

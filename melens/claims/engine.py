@@ -54,14 +54,9 @@ class Claim(Generic[M]):
     """A claim of the paper, or of its review.
 
     Attributes:
-        id: a short name.
-        claim: in our words.
-        source: where it is made.
-        metrics: the class of the metrics of the experiment that measures it.
-        figure: which of that experiment's figures shows it.
-        statistic: what is measured.
-        criterion: what it must satisfy.
-        why: why that threshold.
+        id, claim, source: a short name, the claim in our words, and where it is made.
+        metrics, figure: the class of metrics of the experiment that measures it, and which of its figures shows it.
+        statistic, criterion, why: what is measured, what it must satisfy, and why that threshold.
         judge: gives the verdict from the experiment's metrics.
         of_token_0: whether it is measured on token 0, whatever token is massive.
         of_ffn: whether it is about the ME layer's FFN, which in a hybrid not every block has.
@@ -157,8 +152,7 @@ def _contents(results: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _judge_one(claim: Claim[Any], measured: Mapping[str, Any]) -> Judgement:
-    found = measured.get(claim.experiment)
-    if found is None:
+    if (found := measured.get(claim.experiment)) is None:
         return Judgement("not measured", note=f"exp={claim.experiment} was not run.")
     shared = _of(Metrics, found)
     if (why_not := _why_not_measured(claim, shared)) is not None:
