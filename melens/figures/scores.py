@@ -10,7 +10,17 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from melens.figures.style import FIRST, ME_LINE, OTHERS, finish, legend_below, signed_log, signed_ticks, whiskers
+from melens.figures.style import (
+    FIRST,
+    ME_LINE,
+    OTHERS,
+    VERDICTS,
+    finish,
+    legend_below,
+    signed_log,
+    signed_ticks,
+    whiskers,
+)
 
 __all__ = ["loss_over_sinks", "score_differences", "score_table", "shares", "verdicts"]
 
@@ -107,23 +117,14 @@ def shares(table: pd.DataFrame, *, names: Sequence[str], title: str, note: str =
     return finish(figure, title, note, height=220 + 55 * len(table), barmode="stack", legend=legend)
 
 
-_VERDICT_COLORS = {
-    "holds": "#8fd0a9",
-    "holds in part": "#a9cdea",
-    "does not hold": "#eea3a3",
-    "trivial here": "#f3e2a5",
-    "not measured": "#e4e4e4",
-}
-
-
 def verdicts(claims: pd.DataFrame, *, title: str = "Verdicts on the paper's claims") -> go.Figure:
     """Draw which claim holds of which model, from the rows of `melens.judge`."""
-    names = list(_VERDICT_COLORS)
+    names = list(VERDICTS)
     once = claims.drop_duplicates(["model", "id"])
     models = once["model"].unique()
     wide = once.pivot(index="claim", columns="model", values="verdict").loc[once["claim"].unique(), models]
     codes = [[names.index(verdict) if verdict in names else None for verdict in row] for row in wide.to_numpy()]
-    steps = [(edge / len(names), color) for i, color in enumerate(_VERDICT_COLORS.values()) for edge in (i, i + 1)]
+    steps = [(edge / len(names), color) for i, (*_, color) in enumerate(VERDICTS.values()) for edge in (i, i + 1)]
     trace = go.Heatmap(x=[model.replace(", ", "<br>") for model in models], y=list(wide.index), z=codes)
     trace.update(colorscale=steps, zmin=-0.5, zmax=len(names) - 0.5, showscale=False, xgap=2, ygap=2)
     trace.update(text=wide.fillna("").to_numpy(), texttemplate="%{text}")

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 __all__ = [
-    "BLOCK", "COLORS", "FIRST", "ME_LINE", "OTHERS", "SINK", "finish", "legend_below", "mark_me_layer",
+    "BLOCK", "COLORS", "FIRST", "ME_LINE", "OTHERS", "SINK", "VERDICTS", "finish", "legend_below", "mark_me_layer",
     "panels_in_rows", "signed_log", "signed_ticks", "whiskers",
 ]  # fmt: skip
 
@@ -19,6 +19,14 @@ OTHERS = "#0072b2"
 SINK = "#7a4fa3"
 COLORS = (FIRST, OTHERS, SINK, "#e69f00", "#009e73", "#56b4e9", "#444444", "#cc79a7")
 """Told apart also by people who see few colours."""
+VERDICTS = {
+    "holds": ("hold", "good", "green", "#8fd0a9"),
+    "holds in part": ("hold in part", "part", "cyan", "#a9cdea"),
+    "does not hold": ("do not hold", "bad", "red", "#eea3a3"),
+    "trivial here": ("trivial here", "none", "yellow", "#f3e2a5"),
+    "not measured": ("not measured", "none", "yellow", "#e4e4e4"),
+}
+"""How a sentence counts each verdict, its class on a page, its colour on a terminal, and in a figure."""
 BLOCK = "block (0-based)"
 ME_LINE = {"color": "#444", "width": 1.5, "dash": "dot"}
 _LAYOUT: dict[str, Any] = {

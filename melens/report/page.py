@@ -18,20 +18,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from melens.figures.style import VERDICTS
 from melens.report.result import Figure, Metrics, Result
 from melens.report.terminal import number_with_interval
 from melens.storage.files import write_text
 
 __all__ = ["render", "write_report"]
-
-_VERDICTS = {
-    "holds": ("hold", "good"),
-    "holds in part": ("hold in part", "part"),
-    "does not hold": ("do not hold", "bad"),
-    "trivial here": ("trivial here", "none"),
-    "not measured": ("not measured", "none"),
-}
-"""How a sentence counts each verdict, and its class in the style sheet."""
 
 _TEMPLATES = Environment(
     loader=PackageLoader("melens.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -49,8 +41,7 @@ def write_report(parts: Sequence[Result], content: Mapping[str, Any], folder: st
     Args:
         parts: what the experiments of a run found so far.
         content: what their `result.json` holds, or `result.partial.json` while there is more to come.
-        folder: of the run.
-        command: that made it.
+        folder, command: of the run.
 
     Raises:
         MelensError: the folder cannot be written to.
@@ -58,18 +49,10 @@ def write_report(parts: Sequence[Result], content: Mapping[str, Any], folder: st
     figures = {name: figure for part in parts for name, figure in part.figures.items()}
     skipped = {part.experiment: part.metrics.not_applicable for part in parts if part.metrics.not_applicable}
     page = render(
-        "report.html",
-        content=content,
-        summary=_summary(content, parts[0].metrics, figures),
-        verdicts=_VERDICTS,
-        skipped=skipped,
-        figures=figures,
-        command=command,
-        plotly=get_plotlyjs(),
-        heading=_heading,
-        in_script=_in_script,
-        number_with_interval=number_with_interval,
-    )
+        "report.html", content=content, summary=_summary(content, parts[0].metrics, figures), verdicts=VERDICTS,
+        skipped=skipped, figures=figures, command=command, plotly=get_plotlyjs(), heading=_heading,
+        in_script=_in_script, number_with_interval=number_with_interval,
+    )  # fmt: skip
     return write_text(Path(folder) / "report.html", page)
 
 
@@ -83,7 +66,7 @@ def _summary(content: Mapping[str, Any], metrics: Metrics, figures: Mapping[str,
     if "emergence" in figures:
         sentences.append(figures["emergence"].observed)
     counts = Counter(claim["verdict"] for claim in content["claims"])
-    counted = [f"{counts[verdict]} {verb}" for verdict, (verb, _) in _VERDICTS.items() if verdict in counts]
+    counted = [f"{counts[verdict]} {verb}" for verdict, (verb, *_) in VERDICTS.items() if verdict in counts]
     if counted:
         sentences.append(f"Of {len(content['claims'])} claims of the paper and its review, {', '.join(counted)}.")
     return sentences

@@ -14,16 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from melens.analysis.statistics import with_interval
+from melens.figures.style import VERDICTS
 
 __all__ = ["number_with_interval", "show_claims", "show_findings", "show_paths"]
-
-_COLORS = {
-    "holds": "green",
-    "holds in part": "cyan",
-    "does not hold": "red",
-    "trivial here": "yellow",
-    "not measured": "yellow",
-}
 
 
 def show_findings(title: str, findings: Sequence[tuple[str, ...]], console: Console) -> None:
@@ -41,7 +34,7 @@ def show_claims(claims: pd.DataFrame, console: Console) -> None:
         return
     table = Table("verdict", "claim", "value", title="The paper's claims on this model")
     for claim in claims.to_dict("records"):
-        verdict = f"[{_COLORS[claim['verdict']]}]{claim['verdict']}[/]"
+        verdict = Text(claim["verdict"], VERDICTS[claim["verdict"]][2])
         measured = f"{claim['statistic']}: {claim['criterion']}. {claim['note']}".strip()
         what = f"{claim['claim']} ({claim['source']})\n[dim]{escape(measured)}[/]"
         table.add_row(verdict, what, number_with_interval(claim))
