@@ -31,13 +31,10 @@ _TABLES: dict[int, tuple[str, _TasksOf]] = {
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """A training set of a table.
+    """A training set of a table by name, with the benchmarks that the models are scored on, and the first training.
 
     Attributes:
-        dataset: its name.
         options: of the run, with the training set and its benchmarks filled in.
-        benchmarks: on which the models are scored.
-        training: the first one.
     """
 
     dataset: str

@@ -22,13 +22,7 @@ DATASETS = {"sft": "gsm8k", "dpo": "hh_rlhf", "grpo": "gsm8k"}
 
 @dataclass(frozen=True)
 class TrainingRequest:
-    """One training.
-
-    Attributes:
-        plan: what is trained on what.
-        mask: None for none.
-        resume: the folder of the run to go on in.
-    """
+    """One training: what is trained on what, with which mask if any, and the folder of the run to go on in."""
 
     plan: TrainingPlan
     mask: Preset | None

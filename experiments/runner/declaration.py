@@ -55,11 +55,6 @@ class ExperimentOptions(Node):
         return bool(getattr(self, "keep", False))
 
     @property
-    def has_report(self) -> bool:
-        """Whether `report.html` is wanted."""
-        return bool(getattr(self, "report", False))
-
-    @property
     def own(self) -> dict[str, Any]:
         """The options by name, without the experiment's."""
         return {name: getattr(self, name) for name in type(self).model_fields if name != "name"}
@@ -102,11 +97,7 @@ class Experiment:
 
 
 def of_analysis(
-    name: str,
-    options: type[ExperimentOptions],
-    function: str | None = None,
-    *,
-    probes: str = "",
+    name: str, options: type[ExperimentOptions], function: str | None = None, *, probes: str = ""
 ) -> Experiment:
     """Declare the experiment that is a function of `melens.analysis`, called with the options as its arguments.
 

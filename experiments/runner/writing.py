@@ -36,7 +36,7 @@ def finish(record: Record, cfg: Options) -> list[Path]:
 
 
 def _write_report(record: Record, cfg: Options) -> list[Path]:
-    if len(record.experiments) == 1 and not cfg.exp.has_report:
+    if len(record.experiments) == 1 and not getattr(cfg.exp, "report", False):  # an option of some experiments
         return []
     return [write_report(record.parts, record.content, record.folder, command=" ".join(["python", *sys.argv]))]
 

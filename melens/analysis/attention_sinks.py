@@ -311,6 +311,26 @@ def _starts_in_the_next_block(metrics: SinksMetrics) -> Judgement:
     return Judgement(verdict, float(steps), note=f"{note} {where}".strip())
 
 
+_ATTENTION_RANK = Claim(
+    id="attention-rank",
+    claim="After the ME layer attention is of lower rank",
+    source="section 6",
+    metrics=SinksMetrics,
+    figure="rank",
+    statistic="effective rank of the attention matrices after the ME layer over that before",
+    criterion="<= 0.5; in part < 1",
+    why="a collapse is at least a halving",
+    of_token_0=True,
+    blocks_after=1,
+    judge=lambda metrics: at_most(
+        metrics.attention_rank_ratio,
+        metrics.attention_rank_ratio_interval,
+        0.5,
+        partly=0.999,
+        why_not=metrics.attention_rank_ratio_why_not or metrics.why_not,
+    ),
+)
+
 CLAIMS = (
     Claim(
         id="sink-next",
@@ -325,35 +345,12 @@ CLAIMS = (
         blocks_after=1,
         judge=_starts_in_the_next_block,
     ),
-    Claim(
-        id="attention-rank",
-        claim="After the ME layer attention is of lower rank",
-        source="section 6",
-        metrics=SinksMetrics,
-        figure="rank",
-        statistic="effective rank of the attention matrices after the ME layer over that before",
-        criterion="<= 0.5; in part < 1",
-        why="a collapse is at least a halving",
-        of_token_0=True,
-        blocks_after=1,
-        judge=lambda metrics: at_most(
-            metrics.attention_rank_ratio,
-            metrics.attention_rank_ratio_interval,
-            0.5,
-            partly=0.999,
-            why_not=metrics.attention_rank_ratio_why_not or metrics.why_not,
-        ),
-    ),
-    Claim(
+    _ATTENTION_RANK,
+    replace(
+        _ATTENTION_RANK,
         id="hidden-rank",
         claim="After the ME layer the hidden states are of lower rank",
-        source="section 6",
-        metrics=SinksMetrics,
-        figure="rank",
         statistic="effective rank of all tokens' hidden states from the ME layer on over that before",
-        criterion="<= 0.5; in part < 1",
-        why="a collapse is at least a halving",
-        of_token_0=True,
         blocks_after=0,
         judge=lambda metrics: at_most(
             metrics.hidden_rank_ratio,

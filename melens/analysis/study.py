@@ -132,11 +132,9 @@ class Study:
             more = trace(self.model, tokens, missing, max_batch_tokens=most, progress=progress)
             self._traced.update({_key(probe): more for probe in missing})
         traces = [self._traced[key] for key in wanted if key in self._traced]
-        if not traces:
-            return self.trace
         tables = {name: table for each in (self.trace, *traces) for name, table in each.tables.items()}
         tensors = {name: tensor for each in (self.trace, *traces) for name, tensor in each.tensors.items()}
-        return replace(self.trace, tables=tables, tensors=tensors)
+        return replace(self.trace, tables=tables, tensors=tensors) if traces else self.trace
 
     def title(self, text: str, n_prompts: int | None = None) -> str:
         """Put the model and the number of prompts behind a figure's title; by default that of `massive_prompts`."""

@@ -178,8 +178,7 @@ def _score(model: TransformerBridge, layer: int) -> dict[str, Any]:
 
 
 def _read_neurons(model: TransformerBridge, layer: int) -> _Neurons:
-    ffn = _ffn(model, layer)
-    with weights_here(ffn):
+    with weights_here(ffn := _ffn(model, layer)):
         up, down = ffn.W_in.detach(), ffn.W_out.detach()
         gate = ffn.W_gate.detach() if getattr(ffn, "gate", None) is not None else None
     if has_normalization(model, layer, "ln2"):
