@@ -28,7 +28,7 @@ class _Table:
 
     tasks: tuple[str, ...]
     masks: tuple[str, ...] = ("off", "paper")
-    rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.2)  # the text names none and reports the best of several
+    rates: tuple[float, ...] | None = (0.01, 0.03, 0.1, 0.2)  # the text names none and reports the best of several
 
 
 _TABLES = {
@@ -86,16 +86,15 @@ def benchmark_request(options: Options) -> BenchmarkRequest:
         MelensError: a benchmark or a mask is unknown.
     """
     node = options.benchmark
-    table = None if node.table is None else _TABLES[node.table]
-    benchmarks = benchmarks_of(node.tasks or (_DEFAULT_TASKS if table is None else table.tasks))
+    table = _TABLES[node.table] if node.table is not None else _Table(_DEFAULT_TASKS, _DEFAULT_MASKS, None)
+    benchmarks = benchmarks_of(node.tasks or table.tasks)
     left_out: list[str] = []
     if node.data_dir is not None and node.tasks is None:  # the user did not name them
         left_out = [benchmark.name for benchmark in benchmarks if benchmark.config and benchmark.file is None]
         benchmarks = [benchmark for benchmark in benchmarks if benchmark.name not in left_out]
     if any(benchmark.config for benchmark in benchmarks):
         check_extra("benchmark", "benchmark.tasks")
-    names = node.masks or (_DEFAULT_MASKS if table is None else table.masks)
-    masks = presets_of(names, options, key="benchmark.masks", rates=None if table is None else table.rates)
+    masks = presets_of(node.masks or table.masks, options, key="benchmark.masks", rates=table.rates)
     as_given = node.model_dump(include=_AS_GIVEN)
     auto = {name: None for name in ("chat", "thinking", "max_new_tokens") if as_given[name] == "auto"}
     return BenchmarkRequest(
@@ -106,7 +105,7 @@ def benchmark_request(options: Options) -> BenchmarkRequest:
         layers=node.layers,
         options=BenchmarkOptions(
             **as_given | auto,
-            generates=(node.mode or ("loglikelihood" if table is None else "generate")) == "generate",
+            generates=(node.mode or ("loglikelihood" if node.table is None else "generate")) == "generate",
             seeds=tuple(node.seeds),
             judge_device=options.model.device,
         ),

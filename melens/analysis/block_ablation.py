@@ -297,13 +297,11 @@ def _causality(runs: _Runs) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 def _causality_figure(runs: _Runs, causality: pd.DataFrame, metrics: AblationMetrics) -> Figure:
     layers = list(range(runs.study.n_layers))
-    maps = []
-    for part in CAUSES:
+    axes, maps = ("effect: after block", "cause: in block"), []
+    for part in [part for part in CAUSES if (causality["part"] == part).any()]:
         of_part = causality[causality["part"] == part]
-        if len(of_part):
-            wide = of_part.pivot(index="cause", columns="effect", values="mean").reindex(index=layers, columns=layers)
-            values, axes = wide.to_numpy(dtype=float), ("effect: after block", "cause: in block")
-            maps.append(Heatmap(TEXTS[part], values, layers, layers, *axes))
+        wide = of_part.pivot(index="cause", columns="effect", values="mean").reindex(index=layers, columns=layers)
+        maps.append(Heatmap(TEXTS[part], wide.to_numpy(dtype=float), layers, layers, *axes))
     title = runs.study.title("What is left of the massive token's norm", runs.n_prompts)
     note = "One part of one block removed at a time. 1: as intact; colours are logarithmic. Blocks are 0-based."
     plot = heatmaps(maps, title=title, note=note, z_title="left", me_layer=runs.me_layer)

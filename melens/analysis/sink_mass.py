@@ -69,14 +69,9 @@ def sink_mass_by_layer(trace: TraceGiven) -> pd.DataFrame:
     if "sink_mass" not in trace.tables:  # a model without attention
         return pd.DataFrame(columns=["layer", "mean", "low", "high", "share_of_heads"])
     by_layer = sink_mass_by_head(trace).groupby("layer")["sink_mass"]
-    return pd.DataFrame(
-        {
-            "mean": by_layer.mean(),
-            "low": by_layer.quantile(0.1),
-            "high": by_layer.quantile(0.9),
-            "share_of_heads": by_layer.agg(lambda mass: (mass > SINK_THRESHOLD).mean()),
-        }
-    ).reset_index()
+    share = by_layer.agg(lambda mass: (mass > SINK_THRESHOLD).mean())
+    low, high = by_layer.quantile(0.1), by_layer.quantile(0.9)
+    return pd.DataFrame({"mean": by_layer.mean(), "low": low, "high": high, "share_of_heads": share}).reset_index()
 
 
 @checked
@@ -94,11 +89,7 @@ def find_sink_onset(trace: TraceGiven, *, threshold: Rate = SINK_THRESHOLD, trai
     by_layer = sink_mass_by_layer(trace).set_index("layer")["mean"]
     layers = [int(layer) for layer in by_layer.index]
     over = [layer for layer in layers if by_layer[layer] > threshold]
-    looked_at = [layer for layer in layers if layer < trace.model["n_layers"] - trailing_blocks]
+    looked_at = tuple(layer for layer in layers if layer < trace.model["n_layers"] - trailing_blocks)
     last_without = max((layer for layer in looked_at if layer not in over), default=-1)
-    return SinkOnset(
-        layer=min((layer for layer in looked_at if layer > last_without), default=None),
-        first_layer=min(over, default=None),
-        threshold=threshold,
-        looked_at=tuple(looked_at),
-    )
+    onset = min((layer for layer in looked_at if layer > last_without), default=None)
+    return SinkOnset(onset, min(over, default=None), threshold, looked_at)
