@@ -75,8 +75,9 @@ def stability(
     Raises:
         MelensError: as `melens.trace`.
     """
-    prompts, bins = study.trace.prompts.merge(study.me.per_prompt, on="prompt"), _bin_names(length_bins)
-    length = pd.cut(prompts["n_tokens"], [0, *length_bins, np.inf], labels=bins).astype(str)
+    prompts, names = study.trace.prompts.merge(study.me.per_prompt, on="prompt"), _bin_names(length_bins)
+    length = pd.cut(prompts["n_tokens"], [0, *length_bins, np.inf], labels=names).astype(str)
+    bins = [name for name in names if name in set(length)]
     prompts = prompts.assign(length=length, task=prompts["task"].fillna("not given"))
     groups = _agreement(study, prompts, bins)
     beginnings = _beginnings(study, n_prompts, max_tokens, n_first_tokens)
@@ -118,7 +119,7 @@ def _agreement(study: Study, prompts: pd.DataFrame, bins: Sequence[str]) -> pd.D
     """
     rows = []
     groups = (*(("task", task) for task in sorted(set(prompts["task"]))), *(("length", name) for name in bins))
-    for kind, group in ((kind, group) for kind, group in groups if (prompts[kind] == group).any()):
+    for kind, group in groups:
         layers = prompts.loc[prompts[kind] == group, "layer"]
         agrees = (layers == study.me.layer).to_numpy(dtype=float)
         most_frequent = int(layers.mode().iloc[0])  # -1 stands for prompts without a massive token
@@ -134,7 +135,7 @@ def _norms_figure(study: Study, prompts: pd.DataFrame, bins: Sequence[str], obse
     panels = []
     for kind, title, groups, colors in (
         ("task", "By task type", sorted(norms["task"].unique()), COLORS),
-        ("length", "By length", [name for name in bins if name in set(norms["length"])], COLORS[4:]),
+        ("length", "By length", bins, COLORS[4:]),
     ):
         curves = []
         for group, color in zip(groups, chain(colors, repeat(COLORS[-1])), strict=False):

@@ -265,8 +265,8 @@ def _rank_figure(study: Study, by_block: pd.DataFrame, metrics: SinksMetrics, ra
                 y_range = (0.0, 1.0) if quantity == "first_share" else None
                 title = f"{of.capitalize()}: {text}"
                 panels.append(Panel(title, text, [Curve(of, points, color)], study.me.layer, y_range=y_range))
-    note = f"The first {rank_tokens} tokens of each prompt; attention: mean over heads. "
-    note += "Bands: 95% bootstrap intervals over prompts."
+    bands = "Bands: 95% bootstrap intervals over prompts."
+    note = f"The first {rank_tokens} tokens of each prompt; attention: mean over heads. {bands}"
     plot = curves_by_block(panels, title=study.title("Rank by block", metrics.rank_prompts), note=note)
     expected = "Attention weights and hidden states both collapse to low rank after the ME layer."
     return Figure(plot, "section 6", expected, _ranks_in_words(metrics))
@@ -294,8 +294,8 @@ def _ranks_in_words(metrics: SinksMetrics) -> str:
 
 
 def _starts_in_the_next_block(metrics: SinksMetrics) -> Judgement:
-    onset, first, me_layer = metrics.sink_onset_layer, metrics.first_sink_layer, metrics.me_layer
-    last = metrics.last_lasting_layer
+    onset, first = metrics.sink_onset_layer, metrics.first_sink_layer
+    me_layer, last = metrics.me_layer, metrics.last_lasting_layer
     if me_layer is None or last is None:
         return Judgement("not measured", note="The result does not say where the ME layer and the last blocks are.")
     attending = range(last + 1) if metrics.attention_layers is None else metrics.attention_layers

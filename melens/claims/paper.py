@@ -1,7 +1,6 @@
 """The claims of the paper and of its review, as data: what is measured, what it must satisfy, and why that threshold.
 
-A claim stands beside what measures it (`melens.analysis.attention_sinks.CLAIMS`); here they are put
-in the order of the paper.
+A claim stands beside what measures it (`melens.analysis.attention_sinks.CLAIMS`); here they are in the paper's order.
 """
 
 from __future__ import annotations
@@ -48,8 +47,7 @@ def judge_families(me_layers: Mapping[str, int | None], models: Mapping[str, Map
     """Judge `FAMILY_CLAIM` for each family with two models.
 
     Args:
-        me_layers: by model as it is labelled.
-        models: the same ones, each with its `name` and perhaps a `family`.
+        me_layers, models: by the label of a model; each model has its `name` and perhaps a `family`.
     """
     layers: dict[str, dict[str, int | None]] = {}
     for label, me_layer in me_layers.items():
