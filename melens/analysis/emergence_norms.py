@@ -312,10 +312,9 @@ def _curves(norms: pd.DataFrame, site: str) -> list[Curve]:
 
 def _exists(metrics: EmergenceMetrics) -> Judgement:
     judged = at_least(metrics.prompts_with, metrics.prompts_with_interval, 0.5)
-    min_abs, min_ratio = metrics.criterion.min_abs, metrics.criterion.min_ratio
-    if (min_abs, min_ratio) != (100, 1_000):
-        note = f"Here the criterion was |h| > {min_abs} and > {min_ratio} × the median."
-        judged = replace(judged, note=note)
+    criterion = metrics.criterion.min_abs, metrics.criterion.min_ratio
+    if criterion != (100, 1_000):
+        judged = replace(judged, note="Here the criterion was |h| > {} and > {} × the median.".format(*criterion))
     return judged if metrics.me_layer is not None else replace(judged, verdict="does not hold")
 
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pandas as pd
-
 from melens.analysis.study import Study
 from melens.figures.curves import Curve, Panel, curves_by_block
 from melens.figures.style import COLORS
@@ -45,20 +43,23 @@ def verification(study: Study) -> Result:
     """Check a trace and a generation of the study's model, and lay the errors out by site and block."""
     checked = verify(study.model)
     written = verify_generation(study.model) if study.model.original_model.can_generate() else None
-    worst: Any = checked.worst or {}
+    worst: dict[str, Any] = dict(checked.worst or {})
     metrics = study.metrics(
         VerificationMetrics,
         way=checked.way,
         why_not=checked.why_not or None,
         largest_error=worst.get("error"),
-        limit=worst.get("limit"),
-        site=worst.get("site"),
-        layer=worst.get("layer"),
+        **{name: worst.get(name) for name in ("limit", "site", "layer")},
         use_cache=None if written is None else written.use_cache,
         cache_error=None if written is None else written.error,
     )
+    furthest_off = checked.errors.loc[checked.errors.groupby("site", sort=False)["error"].idxmax()]
+    by_site = [
+        (row["site"], f"off by {row['error']:.1e} at most (limit {row['limit']:.1e}), {_block(row['layer'])}")
+        for row in furthest_off.to_dict("records")
+    ]
     findings = [
-        *_by_site(checked.errors),
+        *by_site,
         ("a trace runs", checked.why_not or _WAYS[checked.way]),
         ("prompts of a trace", _sharing_in_words(checked.rule)),
         ("generation", _generation_in_words(written)),
@@ -71,15 +72,6 @@ _WAYS = {
     "fast": "transformers' own modules, wherever no hook listens inside",
     "bridge": "TransformerLens's components, which takes more time and memory",
 }
-
-
-def _by_site(errors: pd.DataFrame) -> list[tuple[str, str]]:
-    """Tell of each site the block where it is furthest off."""
-    worst = errors.loc[errors.groupby("site", sort=False)["error"].idxmax()]
-    return [
-        (row["site"], f"off by {row['error']:.1e} at most (limit {row['limit']:.1e}), {_block(row['layer'])}")
-        for row in worst.to_dict("records")
-    ]
 
 
 def _block(layer: int) -> str:
@@ -121,17 +113,13 @@ def _figure(checked: Verification, study: Study) -> Figure:
     panels = []
     for part, beginnings in _PARTS.items():
         by_site = points[points["site"].str.startswith(beginnings)].groupby("site", sort=False)
-        curves = [
-            Curve(str(site), own[["layer", "mean"]], color) for (site, own), color in zip(by_site, COLORS, strict=False)
-        ]
+        colored = zip(by_site, COLORS, strict=False)
+        curves = [Curve(str(site), own[["layer", "mean"]], color) for (site, own), color in colored]
         panels.append(Panel(part, "error", curves, study.me.layer, log_scale=True))
     worst: Any = checked.worst
-    name = study.trace.model["name"]
-    note = (
-        "Of the worst token, relative to its vector; of attention, the largest difference of a probability. "
-        f"Limit {worst['limit']:.0e}."
-    )
-    title = f"How far a trace is from transformers' own eager modules: {name}, 2 prompts"
-    observed = f"At most {worst['error']:.1e}, at {worst['site']} {_block(int(worst['layer']))}; limit {worst['limit']:.0e}."
-    plot = curves_by_block(panels, title=title, note=note)
+    limit = f"{worst['limit']:.0e}"
+    kinds = "Of the worst token, relative to its vector; of attention, the largest difference of a probability."
+    title = f"How far a trace is from transformers' own eager modules: {study.trace.model['name']}, 2 prompts"
+    observed = f"At most {worst['error']:.1e}, at {worst['site']} {_block(int(worst['layer']))}; limit {limit}."
+    plot = curves_by_block(panels, title=title, note=f"{kinds} Limit {limit}.")
     return Figure(plot, "melens's self-check", "The paper does not ask this.", observed)

@@ -121,13 +121,9 @@ def _once_massive(
     measured: dict[str, float | Interval | None] = {}
     if len(layers) > 1:
         drift = (norms[:, layers] / norms[:, layers[:1]] - 1).abs().amax(dim=1).numpy()
-        consecutive = to_previous[:, layers[1:]].amin(dim=1).numpy()
-        measured = {
-            "norm_drift": float(drift.mean()),
-            "norm_drift_interval": bootstrap_mean(drift),
-            "consecutive_cosine": float(consecutive.mean()),
-            "consecutive_cosine_interval": bootstrap_mean(consecutive),
-        }
+        measured |= {"norm_drift": float(drift.mean()), "norm_drift_interval": bootstrap_mean(drift)}
+        cosine = to_previous[:, layers[1:]].amin(dim=1).numpy()
+        measured |= {"consecutive_cosine": float(cosine.mean()), "consecutive_cosine_interval": bootstrap_mean(cosine)}
     names = ("cosine_between_inputs", "least_cosine_between_inputs")
     means, least = (by_block[name].set_index("layer").loc[layers] for name in names)
     lowest = means.sort_values("mean").iloc[0]
