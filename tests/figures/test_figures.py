@@ -114,6 +114,12 @@ def test_figure_4_has_the_amplification_on_an_axis_of_its_own():
     assert {trace.name for trace in figure.data if trace.showlegend} == {"after gate", "after up", "after down"}
 
 
+def test_whiskers_reach_from_the_mean_to_the_ends_of_its_interval():
+    interval = pd.DataFrame({"layer": [0], "mean": [5.0], "low": [4.0], "high": [8.0]})
+    bars = ffn_figure({}, interval, me_layer=None, title="A model").data[0]
+    assert (list(bars.error_y.array), list(bars.error_y.arrayminus), bars.error_y.symmetric) == ([3], [1], False)
+
+
 def test_verdicts_are_drawn_by_claim_and_model():
     metrics = {"me_layer": 3, "norm_drift": 0.01}
     claims = judge([{"experiment": "direction", "model": {"name": name}, "metrics": metrics} for name in ("a", "b")])
