@@ -144,7 +144,7 @@ class Twin:
         self._layers = {id(block._modules.get("attn")): layer for layer, block in enumerate(model.blocks)}
         self._plain: dict[int, nn.Module] = {}
         self._copied: list[tuple[nn.Module, _Ids, _Ids]] = []
-        self._components: list[tuple[nn.Module, str, Any, type, nn.Module]] = []
+        self._components: list[tuple[nn.Module, str, Any, type, nn.Module | None]] = []
         self._splits: list[tuple[Any, Sequence[nn.Module], Callable[..., Any]]] = []
         self._configs: dict[int, tuple[Any, Any, Any]] = {}  # by id: a config, as it is now, and the twin's
         self._deepcopied: dict[int, Any] = {}
@@ -161,9 +161,9 @@ class Twin:
             and not model.compatibility_mode
             and not getattr(model, "_weights_processed", False)
             and all(
-                parent._modules.get(key) is component
+                component._modules["_original_component"] is original
                 and type(component) is kind
-                and component._modules["_original_component"] is original
+                and parent._modules.get(key) is component
                 and not _what_was_done_to(component, "")
                 for parent, key, component, kind, original in self._components
             )

@@ -281,9 +281,9 @@ def format_rows(data: TrainingData, method: str, *, chat: bool) -> Dataset:
         else:
             prompt, reply = _prompt_and_replies(row)
             if not _is_conversation(prompt):
-                turns = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-                turns.append({"role": "user", "content": _text(prompt, "prompt")})
-                prompt = turns if chat else "\n".join(turn["content"] for turn in turns) + "\n"
+                messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+                messages.append({"role": "user", "content": _text(prompt, "prompt")})
+                prompt = messages if chat else "\n".join(message["content"] for message in messages) + "\n"
         if _is_conversation(prompt) and not chat:
             raise MelensError(f"{data.name} holds conversations, but training.chat is false. Set training.chat=true.")
         if method == "grpo":

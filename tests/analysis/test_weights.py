@@ -12,7 +12,7 @@ from melens.analysis import weights
 from melens.analysis.weights import SCORES, rank_of
 
 
-@pytest.mark.parametrize(("family", "block"), zip(FAMILIES, cycle(range(N_LAYERS)), strict=False))
+@pytest.mark.parametrize(("family", "block"), list(zip(FAMILIES, cycle(range(N_LAYERS)), strict=False)))
 def test_a_planted_block_ranks_first_without_a_forward_pass(family, block, monkeypatch):
     network = plain_model(family)
     plant(network, block=block, token=7, dim=21)
