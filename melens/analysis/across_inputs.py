@@ -249,14 +249,10 @@ def _same_everywhere(metrics: StabilityMetrics) -> Judgement:
 
 CLAIMS = (
     Claim(
-        id="same-layer",
+        id="same-layer", source="appendix D, figure 10", figure="norms_by_task", metrics=StabilityMetrics,
         claim="The ME layer is the same for all task types and lengths",
-        source="appendix D, figure 10",
-        metrics=StabilityMetrics,
-        figure="norms_by_task",
         statistic="smallest share of prompts with that ME layer in any task type or length",
-        criterion=">= 0.95; in part >= 0.5",
-        why="1 in 20 may differ",
+        criterion=">= 0.95; in part >= 0.5", why="1 in 20 may differ",
         judge=_same_everywhere,
     ),
-)
+)  # fmt: skip

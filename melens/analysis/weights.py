@@ -255,15 +255,10 @@ def _ranks_first(metrics: PredictMetrics) -> Judgement:
 
 CLAIMS = (
     Claim(
-        id="predictable",
+        id="predictable", source="the review and the research note", figure="scores", metrics=PredictMetrics,
         claim="The ME layer can be predicted from the weights alone",
-        source="the review and the research note",
-        metrics=PredictMetrics,
-        figure="scores",
         statistic="rank of the ME layer by the FFN's response to its most amplified input",
-        criterion="1; in part <= 3",
-        why="a prediction names one block",
-        of_ffn=True,
-        judge=_ranks_first,
+        criterion="1; in part <= 3", why="a prediction names one block",
+        of_ffn=True, judge=_ranks_first,
     ),
-)
+)  # fmt: skip
