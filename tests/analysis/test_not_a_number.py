@@ -20,6 +20,7 @@ from melens.benchmarks.harness import RequestOptions, _language_model, evaluate
 from melens.benchmarks.refusals import judged_refusals
 from melens.benchmarks.scores import best_rates, check_scores, summarise
 from melens.benchmarks.scoring import Scorer
+from melens.benchmarks.tasks import load_task
 from melens.claims.engine import at_least
 from melens.claims.paper import CLAIMS
 from melens.masks.comparison import MaskComparison
@@ -121,7 +122,9 @@ def test_questions_to_a_broken_head_stop_by_name(model, task):
     """Of induction and copying the values are numbers: an accuracy of 0."""
     prompts = [torch.arange(1, 20), torch.arange(2, 21)]
     options = ["exp=benchmark", f"benchmark.tasks=[{task}]", "benchmark.masks=[off]", "exp.keep=false"]
-    study = begin_study(model, prompts, configuration(*options), lambda name: lambda done, total: None)
+    cfg = configuration(*options)
+    prepared = {"benchmark": cfg.requests["benchmark"]}
+    study = begin_study(model, prompts, cfg, lambda name: lambda done, total: None, prepared=prepared)
     with pytest.raises(MelensError, match=f"^{task}, item 0: the log-likelihood is nan"):
         list(run_experiments(study))
 

@@ -438,9 +438,8 @@ def test_a_bridge_is_masked_in_a_trace_a_cache_and_after_a_reset():
     torch.testing.assert_close(torch.tensor(norms.to_numpy()), eager, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(logits, model(TOKENS))
     with mask.applied(model):
-        model.reset_hooks(including_permanent=True)
-        with pytest.raises(MelensError, match="did not reach block 2"):
-            model(TOKENS)
+        model.reset_hooks(including_permanent=True)  # of TransformerLens's own hooks: a mask's are no such
+        torch.testing.assert_close(logits, model(TOKENS))
 
 
 @torch.no_grad()
@@ -736,7 +735,7 @@ def test_a_mask_that_tells_nothing_about_where_sequences_begin_is_refused():
     with WeMask(0.1, "random", start=1).applied(network):
         with pytest.raises(MelensError, match="attention mask is for 4 tokens"):
             network(TOKENS, attention_mask=torch.ones(2, 4, dtype=torch.long))
-        with pytest.raises(MelensError, match="does not tell a WeMask"):
+        with pytest.raises(MelensError, match="cannot read from an attention mask of this form"):
             network(TOKENS, attention_mask=torch.ones(2, 7, 1))
         whole = network(TOKENS).logits
         allowed = torch.ones(2, 1, 7, 7, dtype=torch.bool).tril()

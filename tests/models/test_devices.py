@@ -358,5 +358,5 @@ def _are_alike(found, expected):
 )
 def test_a_training_of_a_spread_model_is_refused_before_the_model_is_loaded(experiment, place, tmp_path):
     options = [experiment, "table=3", "training.dataset=sums", "model=hub", "model.name=/no/such/folder", place]
-    with pytest.raises(MelensError, match="not for training"):
+    with pytest.raises(MelensError, match="spreads over devices cannot be trained"):
         job(tmp_path, *options)

@@ -225,12 +225,12 @@ def test_a_bert_that_was_trained_as_a_decoder_is_one(tmp_path):
 
 
 def test_what_transformer_lens_cannot_put_its_bridge_into_is_told(monkeypatch):
-    from melens.models import view as networks
+    from melens.models import twins
 
     def fail(*args, **kwargs):
         raise RuntimeError("split_with_sizes expects\nmore")
 
-    monkeypatch.setattr(networks, "build_bridge_from_module", fail)
+    monkeypatch.setattr(twins, "build_bridge_from_module", fail)
     with pytest.raises(MelensError, match=r"its bridge into tiny \(LlamaForCausalLM\): split_with_sizes expects$"):
         melens.load_model("tiny", device="cpu")
 
