@@ -231,18 +231,14 @@ class MaskComparison:
         texts: list[Tensor] = []
         with mask.applied(self._model):
             for number, tokens in enumerate(self._batches):
-                with self._resuming(self._blocks[number], start), self._recording(start) as (network, of_batch):
+                resuming = self._blocks[number].resuming_at(start) if start else nullcontext()
+                with resuming, self._recording(start) as (network, of_batch):
                     output = network(input_ids=tokens, use_cache=False)
                 recorded.append(of_batch)
                 texts += self._against_unmasked(number, output.logits.to(self._texts.device))
             compared = dict(zip(("loss", "kl", "agreement"), torch.stack(texts, dim=1).cpu(), strict=True))
             _check_finite(compared, f"the mask select={mask.select} rate={mask.rate:g}")
             return self._finish(compared, recorded, start, patterns=patterns)
-
-    @contextmanager
-    def _resuming(self, blocks: RecordedBlocks, start: int) -> Iterator[None]:
-        with blocks.resuming_at(start) if start else nullcontext():
-            yield
 
     @contextmanager
     def _recording(self, start: int) -> Iterator[tuple[Any, _Recorded]]:
@@ -263,10 +259,6 @@ class MaskComparison:
         with running(self._model, recorders, [0], record_sinks, way=self._verified.way) as network:
             forget_longest(network)
             yield network, recorded
-
-    def _can_be_cut_to(self, n_tokens: int) -> bool:
-        """Tell whether texts give the same numbers cut short: rotary frequencies may depend on the length."""
-        return self._verified.rule.may_share([n_tokens, self._texts.shape[1]])
 
     def _against_unmasked(
         self, number: int, logits: Float[Tensor, "text pos vocabulary"]
@@ -337,9 +329,10 @@ class MaskComparison:
             probe.may_miss = True
             probe.layers = range(start, len(self._model.blocks))
         n_rows, n_tokens = self._short
-        start_of_run = start if self._can_be_cut_to(n_tokens) else 0
+        # rotary frequencies may depend on the length: then a text cut short begins anew
+        resumes = start and self._verified.rule.may_share([n_tokens, self._texts.shape[1]])
         blocks = RecordedBlocks.cut(self._model, self._blocks[:1], range(n_rows), n_tokens)
-        with self._resuming(blocks, start_of_run):
+        with blocks.resuming_at(start) if resumes else nullcontext():
             traced = trace(self._model, list(self._texts[:n_rows, :n_tokens].cpu()), probes, max_batch_tokens=2**31)
         found = {}
         for name, table in (("entropy", "attention_entropy"), ("effective_rank", "attention_spectrum")):
@@ -386,10 +379,7 @@ def _predict(
     rows = zip(*(each.split(n_rows) for each in (logits, targets, unmasked)), strict=True)
     for some, their_targets, probabilities in rows:
         own = some.log_softmax(-1, dtype=torch.float32)
-        parts.append((-own.gather(-1, their_targets[:, None])[:, 0], _row_dots(probabilities, own), own.argmax(-1)))
+        cross = (probabilities[:, None] @ own[..., None])[:, 0, 0]
+        parts.append((-own.gather(-1, their_targets[:, None])[:, 0], cross, own.argmax(-1)))
     loss, cross, likeliest = map(torch.cat, zip(*parts, strict=True))
     return loss, cross, likeliest
-
-
-def _row_dots(a: Float[Tensor, "*row d"], b: Float[Tensor, "*row d"]) -> Float[Tensor, "*row"]:
-    return (a[..., None, :] @ b[..., :, None])[..., 0, 0]

@@ -15,7 +15,7 @@ import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, wraps
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,21 +27,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from melens.analysis.me_layer import Criterion
 from melens.analysis.metrics import abs_max, abs_median
 from melens.errors import MelensError
+from melens.masks.dims import DimFactors
 from melens.models.view import Block, ModelView
 from melens.tracing.resume import is_skipped
 
-__all__ = ["Factors", "InstalledMask", "TokenFinder"]
-
-
-@runtime_checkable
-class Factors(Protocol):
-    """By what the dims of the chosen tokens are multiplied."""
-
-    def __call__(self, layer: int, rows: Float[Tensor, "*n d"]) -> Tensor:
-        """Return the factors for these tokens, `[d]` or `[*n, d]`."""
-
-    def remove(self) -> None:
-        """Take from the model what was left there for this."""
+__all__ = ["InstalledMask", "TokenFinder"]
 
 
 class _Call:
@@ -130,7 +120,8 @@ class TokenFinder:
         mask = arguments.get("attention_mask")
         if self.detects:
             is_decoding = past > 0 and n_tokens == 1
-            real = None if is_decoding else _real(mask, past, n_tokens)
+            keys = None if is_decoding else _real_keys(mask)
+            real = None if keys is None else keys[:, past : past + n_tokens]
             return _Call(detect=not is_decoding, real=real, n_tokens=n_tokens)
         if past > 0 and past > self._started.get(cache, past) + self._offsets[-1]:
             return _Call()
@@ -201,11 +192,6 @@ def _real_keys(mask: Any) -> Bool[Tensor, "batch key"] | None:
     )
 
 
-def _real(mask: Any, past: int, n_tokens: int) -> Bool[Tensor, "batch pos"] | None:
-    keys = _real_keys(mask)
-    return None if keys is None else keys[:, past : past + n_tokens]
-
-
 def _starts(mask: Any, position_ids: Any, n_rows: int, n_tokens: int, past: int) -> list[list[int]]:
     """Find where each row's sequences begin, counted from the first token in the cache; nothing for padding alone."""
     keys = _real_keys(mask)
@@ -234,12 +220,7 @@ class InstalledMask:
     """
 
     def __init__(
-        self,
-        view: ModelView,
-        layers: Sequence[int],
-        site: str,
-        finder: TokenFinder,
-        factors: Factors,
+        self, view: ModelView, layers: Sequence[int], site: str, finder: TokenFinder, factors: DimFactors
     ) -> None:
         """Attach the hooks.
 
