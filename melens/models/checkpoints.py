@@ -67,7 +67,8 @@ def load_network(
     adapter.prepare_loading(source.path, options)
     kind = get_hf_model_class_for_architecture(architecture)
     if source.gguf_file is not None:
-        quantization = _dequantized_gguf()
+        # before transformers 5.24 a GGUF gives plain weights alone, and there is nothing to ask
+        quantization = transformers.GgufConfig(dequantize=True) if hasattr(transformers, "GgufConfig") else None
     elif quantization_of(config) is None:  # a quantiser may need the device
         _load(kind, source, {"": "meta"}, copy.deepcopy(options))
     if quantization is not None:
@@ -75,12 +76,6 @@ def load_network(
     network = _load(kind, source, device_map, options | {"max_memory": max_memory, "offload_folder": offload_folder})
     _check_placement(network, is_stateful=bool(getattr(adapter.cfg, "is_stateful", False)))
     return network
-
-
-def _dequantized_gguf() -> Any:
-    """Ask for plain weights; before transformers 5.24 a GGUF gives no others, and there is nothing to ask."""
-    kind = getattr(transformers, "GgufConfig", None)
-    return None if kind is None else kind(dequantize=True)
 
 
 _UNREADABLE = (SafetensorError, UnpicklingError, json.JSONDecodeError, EOFError, LookupError, TypeError, AttributeError)

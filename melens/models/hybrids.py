@@ -25,7 +25,7 @@ from transformer_lens.model_bridge.supported_architectures.nemotron_h import Nem
 from transformer_lens.model_bridge.supported_architectures.recurrent_gemma import RecurrentGemmaArchitectureAdapter
 from transformer_lens.model_bridge.supported_architectures.zamba2 import Zamba2ArchitectureAdapter
 
-__all__ = ["HYBRIDS", "HybridBlock", "parts_of"]
+__all__ = ["HYBRIDS", "HybridBlock", "parts_of", "submodule"]
 
 
 class HybridBlock(BlockBridge):
@@ -44,7 +44,7 @@ class HybridBlock(BlockBridge):
 
     def parts(self, block: nn.Module) -> Mapping[str, GeneralizedComponent]:
         """Return the parts that a block of the transformers model has, by TransformerLens's names."""
-        return next(parts for mark, parts in self._kinds.items() if _has(block, mark))
+        return next(parts for mark, parts in self._kinds.items() if submodule(block, mark) is not None)
 
     def set_original_component(self, original_component: nn.Module) -> None:
         super().set_original_component(original_component)
@@ -68,11 +68,12 @@ def parts_of(described: Any, block: nn.Module) -> Mapping[str, GeneralizedCompon
     return parts
 
 
-def _has(block: nn.Module, mark: str) -> bool:
+def submodule(block: nn.Module | None, name: str | None) -> nn.Module | None:
+    """Return a module inside a block, None where the block, of another kind in a hybrid model, does not have it."""
     try:
-        return block.get_submodule(mark) is not None
+        return None if name is None or block is None else block.get_submodule(name)
     except AttributeError:
-        return False
+        return None
 
 
 def _attention(name: str, config: Any) -> AttentionBridge:

@@ -56,11 +56,7 @@ from melens.storage.files import atomic_folder
 
 __all__ = ["ModelSpec", "check_memory", "embedded_model_folder", "known_models", "load_model", "load_tokenizer"]
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_model(name: Any, **overrides: Any) -> TransformerBridge:
@@ -301,7 +297,10 @@ def _random_config(spec: ModelSpec) -> PreTrainedConfig:
     n_heads, n_kv_heads = (safe_config_get(config, f"num_{name}_heads") for name in ("attention", "key_value"))
     if isinstance(n_heads, int) and isinstance(n_kv_heads, int) and n_heads % n_kv_heads:
         raise MelensError(f"model=random: {n_heads} attention heads cannot share {n_kv_heads} key-value heads evenly.")
-    config.architectures = config.architectures or [_causal_lm_class(config)]
+    if not config.architectures:
+        if type(config) not in AutoModelForCausalLM._model_mapping:
+            raise MelensError(f"model.model_type is {config.model_type!r}, which is no causal language model.")
+        config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
     return config
 
 
@@ -314,13 +313,6 @@ def _known_fields(spec: ModelSpec) -> dict[str, Any]:
     if wrong:
         raise MelensError(f"model.config.{wrong[0]} is no field of the configuration of {blank.model_type!r}.")
     return {name: value for name, value in spec.config.items() if name not in unknown}
-
-
-def _causal_lm_class(config: PreTrainedConfig) -> str:
-    try:
-        return AutoModelForCausalLM._model_mapping[type(config)].__name__
-    except KeyError:
-        raise MelensError(f"model.model_type is {config.model_type!r}, which is no causal language model.") from None
 
 
 # --- The embedded model -----------------------------------------------------------------------------------------------

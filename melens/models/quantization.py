@@ -190,13 +190,10 @@ def share_quantized_layers(twin: nn.Module, network: Any) -> set[str]:
         if name in plain and not isinstance(module, GeneralizedComponent) and _is_quantized(module, plain[name]):
             twin.set_submodule(name, _without_hooks(module))
             shared.add(name)
-    for attribute in ("hf_quantizer", "is_quantized", "quantization_method", *_LOADED_IN):
+    for attribute in ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
         if hasattr(network, attribute):
             setattr(twin, attribute, getattr(network, attribute))
     return shared
-
-
-_LOADED_IN = ("is_loaded_in_4bit", "is_loaded_in_8bit")
 
 
 def _is_quantized(module: nn.Module, plain: nn.Module) -> bool:

@@ -12,10 +12,7 @@ import torch
 import transformers
 from accelerate.utils import convert_file_size_to_int
 from torch import nn
-from transformer_lens.factories.architecture_adapter_factory import (
-    SUPPORTED_ARCHITECTURES,
-    ArchitectureAdapterFactory,
-)
+from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES, ArchitectureAdapterFactory
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
 from transformer_lens.model_bridge.sources._hf_format import determine_architecture_from_hf_config
 from transformer_lens.model_bridge.sources.transformers.helpers import get_hf_model_class_for_architecture
@@ -78,24 +75,20 @@ class Skeleton:
             raise MelensError(f"{self.name} ({self.architecture}) is an encoder with a decoder: {measured} alone.")
         if self.network.main_input_name != "input_ids":
             raise MelensError(f"{self.name} ({self.architecture}) reads no text: {measured} of text.")
-        if _is_encoder(self.network):
+        is_for_gaps = type(self.network.config) in MODEL_FOR_MASKED_LM_MAPPING  # trained with every token in sight
+        if is_for_gaps and getattr(self.network.config, "is_decoder", False) is False:
             raise MelensError(
                 f"{self.name} ({self.architecture}) is an encoder, whose tokens see those behind them: {measured}."
             )
-        mapping = self._components()
+        dtype = next(self.network.parameters()).dtype
+        cfg = build_bridge_config_from_hf(self.network.config, self.architecture, self.name, dtype)
+        mapping: Any = ArchitectureAdapterFactory.select_architecture_adapter(cfg).get_component_mapping()
         if "blocks" not in mapping:
             raise MelensError(
                 f"TransformerLens gives {self.name} ({self.architecture}) no blocks, so there is nothing to measure at."
             )
         if quantize is not None or quantization_of(self.config) is not None:
             refuse_joint_projections(self.name, mapping)
-
-    def _components(self) -> dict[str, Any]:
-        """Return TransformerLens's description of the model: it puts a bridge into one with weights alone."""
-        dtype = next(self.network.parameters()).dtype
-        cfg = build_bridge_config_from_hf(self.network.config, self.architecture, self.name, dtype)
-        described: dict[str, Any] = ArchitectureAdapterFactory.select_architecture_adapter(cfg).get_component_mapping()
-        return described
 
     # --- Memory -------------------------------------------------------------------------------------------------------
 
@@ -171,12 +164,6 @@ def _check_pad_id(config: PreTrainedConfig, name: str) -> None:
             f"The config of {name} gives the padding the id {pad}, but its embedding has only {rows} rows: correct "
             "pad_token_id or vocab_size."
         )
-
-
-def _is_encoder(network: Any) -> bool:
-    """Tell whether a model was trained to fill gaps, with every token in sight."""
-    is_for_gaps = type(network.config) in MODEL_FOR_MASKED_LM_MAPPING
-    return is_for_gaps and getattr(network.config, "is_decoder", False) is False
 
 
 # --- Places -----------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from accelerate import init_empty_weights
@@ -119,7 +119,7 @@ def twin_of(network: Any, attention: str, weights: Mapping[str, Tensor] | None =
         twin = type(network)._from_config(config, attn_implementation=attention)
     names = set(twin.state_dict())
     shared = share_quantized_layers(twin, network)
-    wanted = {name for name in names if not _is_in(name, shared)}
+    wanted = {name for name in names if not name.startswith(tuple(f"{module}." for module in shared))}
     own = {name: weight for name, weight in (weights or _weights_of(network)).items() if name in wanted}
     missing = wanted.intersection(twin.load_state_dict(own, strict=False, assign=True).missing_keys)
     twin.tie_weights()
@@ -137,12 +137,6 @@ def twin_of(network: Any, attention: str, weights: Mapping[str, Tensor] | None =
                 name: buffer.to(network.device) for name, buffer in module._buffers.items() if buffer is not None
             }
     return twin
-
-
-def _is_in(weight: str, modules: Collection[str]) -> bool:
-    """Tell whether a weight's name is that of one in these modules."""
-    parts = weight.split(".")
-    return any(".".join(parts[:n]) in modules for n in range(1, len(parts)))
 
 
 def _weights_of(network: nn.Module) -> dict[str, Tensor]:

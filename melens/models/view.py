@@ -17,10 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from transformer_lens.factories.architecture_adapter_factory import (
-    SUPPORTED_ARCHITECTURES,
-    ArchitectureAdapterFactory,
-)
+from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES, ArchitectureAdapterFactory
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
@@ -28,19 +25,11 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_c
 from melens.errors import MelensError
 from melens.models.adapters import register_adapters
 from melens.models.devices import weights_here
-from melens.models.hybrids import HYBRIDS, parts_of
+from melens.models.hybrids import HYBRIDS, parts_of, submodule
 from melens.models.layout import attends
 from melens.models.normalization import read_module
 
-__all__ = [
-    "Block",
-    "ModelView",
-    "base_of",
-    "base_path",
-    "is_sharded",
-    "is_whole",
-    "view_model",
-]
+__all__ = ["Block", "ModelView", "base_of", "base_path", "is_sharded", "is_whole", "view_model"]
 
 register_adapters()
 
@@ -238,15 +227,15 @@ def _of_plain(model: nn.Module, config: Any) -> ModelView:
             names["ln1"] = None
         of_attention = getattr(submodules.get("attn"), "submodules", None) or {}
         names |= {part: getattr(of_attention.get(part), "name", None) for part in ("q", "qkv", "o")}
-        attention = _part(module, names["attn"])
-        query, joint, output = (_part(attention, names[part]) for part in ("q", "qkv", "o"))
+        attention = submodule(module, names["attn"])
+        query, joint, output = (submodule(attention, names[part]) for part in ("q", "qkv", "o"))
         query = joint if query is None else query
         present = [
             part
             for part, component in submodules.items()
-            if component.name is None or _part(module, component.name) is not None
+            if component.name is None or submodule(module, component.name) is not None
         ]
-        ln1, name = _part(module, names["ln1"]), names["ln1"] or ""
+        ln1, name = submodule(module, names["ln1"]), names["ln1"] or ""
         entries = {"resid_pre": module, "ln1_in": ln1, "attn_in": attention}
         blocks.append(Block(module, ln1, attention, query, output, name, _is_ln1_shared(present, config), entries))
     return _checked(model, tuple(blocks), architecture, int(cfg.d_model), None)
@@ -263,13 +252,6 @@ def _is_ln1_shared(parts: Collection[str], config: Any) -> bool:
     if getattr(config, "apply_residual_connection_post_layernorm", False):  # BLOOM's: the residual stream is ln1's
         return True
     return not beside_attention.isdisjoint(parts) or ("ln2" not in parts and "mlp" in parts)
-
-
-def _part(block: nn.Module | None, name: str | None) -> nn.Module | None:
-    try:
-        return None if name is None or block is None else block.get_submodule(name)
-    except AttributeError:  # a block of another kind in a hybrid model
-        return None
 
 
 def _checked(
