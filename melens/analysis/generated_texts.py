@@ -185,11 +185,7 @@ class Given:
 
 
 def _prompts(
-    study: Study,
-    prompt: str | Sequence[str] | None,
-    chat: Chat | None,
-    bos: BosOrNot,
-    max_new_tokens: int,
+    study: Study, prompt: str | Sequence[str] | None, chat: Chat | None, bos: BosOrNot, max_new_tokens: int
 ) -> list[Given]:
     """Return the user's texts, or short ones of the study's, as the model reads them."""
     tokenizer: Any = study.model.tokenizer
@@ -264,13 +260,7 @@ class Pair:
 
 
 def compare(
-    model: TransformerBridge,
-    mask: WeMask,
-    prompt: Given,
-    decoding: Decoding,
-    *,
-    seed: int,
-    use_cache: bool = True,
+    model: TransformerBridge, mask: WeMask, prompt: Given, decoding: Decoding, *, seed: int, use_cache: bool = True
 ) -> Pair:
     """Continue a prompt without a mask and with it, both sides drawing with the same random numbers.
 
@@ -402,13 +392,8 @@ def _decode(tokenizer: Any, ids: Sequence[int], *, skip_special_tokens: bool = F
 
 
 def _row(pair: Pair) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "prompt": pair.prompt.number,
-        "prompt_text": pair.prompt.text,
-        "seed": pair.seed,
-        "parted_at": pair.parted_at,
-        "kl": pair.kl,
-    }
+    row: dict[str, Any] = {"prompt": pair.prompt.number, "prompt_text": pair.prompt.text, "seed": pair.seed}
+    row |= {"parted_at": pair.parted_at, "kl": pair.kl}
     for name, side in (("unmasked", pair.without), ("masked", pair.masked)):
         unmasked_token, masked_token = side.log_probabilities or (None, None)
         row |= {
@@ -487,13 +472,9 @@ def _parting_in_words(pair: Pair) -> str:
     if pair.without.log_probabilities is None or pair.masked.log_probabilities is None:
         return f"The same tokens on both sides. {kl}"
     tokens = [repr(side.first) for side in (pair.without, pair.masked)]
-    of = [
-        " and ".join(
-            f"{token} {math.exp(p):.3g}" for token, p in zip(tokens, side.log_probabilities or (), strict=True)
-        )
-        for side in (pair.without, pair.masked)
-    ]
-    return (
-        f"They part at token {pair.parted_at}, counted from 0. Probabilities there: without the mask {of[0]}; with it "
-        f"{of[1]}. {kl}"
+    without, masked = (
+        " and ".join(f"{token} {math.exp(p):.3g}" for token, p in zip(tokens, log_p, strict=True))
+        for log_p in (pair.without.log_probabilities, pair.masked.log_probabilities)
     )
+    there = f"Probabilities there: without the mask {without}; with it {masked}."
+    return f"They part at token {pair.parted_at}, counted from 0. {there} {kl}"

@@ -17,9 +17,7 @@ from transformer_lens.factories.architecture_adapter_factory import Architecture
 from transformer_lens.model_bridge.generalized_components import NormalizationBridge
 from transformer_lens.model_bridge.supported_architectures.codegen import CodeGenArchitectureAdapter
 from transformer_lens.model_bridge.supported_architectures.falcon import FalconArchitectureAdapter
-from transformer_lens.model_bridge.supported_architectures.granite_moe_hybrid import (
-    GraniteMoeHybridArchitectureAdapter,
-)
+from transformer_lens.model_bridge.supported_architectures.granite_moe_hybrid import GraniteMoeHybridArchitectureAdapter
 from transformers import FalconConfig, FalconModel
 
 from melens.environment.seeding import seeded

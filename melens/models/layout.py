@@ -80,11 +80,7 @@ class Layout:
 
     def metrics(self) -> dict[str, Any]:
         """Return what the claims must know, ready for JSON."""
-        return {
-            "n_layers": self.n_layers,
-            "attention_layers": list(self.attention),
-            "ffn_layers": list(self.ffn),
-        }
+        return {"n_layers": self.n_layers, "attention_layers": list(self.attention), "ffn_layers": list(self.ffn)}
 
     def next_attention(self, layer: int) -> int | None:
         """Return the first block behind another whose attention can be measured."""

@@ -127,10 +127,7 @@ WholeNumber = Annotated[int, BeforeValidator(as_integer)]
 Layer = Annotated[WholeNumber, Field(ge=0), Said("a block, counted from 0")]
 LayerList = Annotated[Sequence[Layer], BeforeValidator(_several), Field(min_length=1), Said("blocks, counted from 0")]
 PositionList = Annotated[
-    Sequence[WholeNumber],
-    BeforeValidator(_several),
-    Field(min_length=1),
-    Said("positions, -1 for the last"),
+    Sequence[WholeNumber], BeforeValidator(_several), Field(min_length=1), Said("positions, -1 for the last")
 ]
 SiteList = Annotated[
     Sequence[str], BeforeValidator(_several), Field(min_length=1), Said("hook names, such as 'hook_resid_post'")
