@@ -13,18 +13,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 __all__ = [
-    "abs_max",
-    "abs_median",
-    "concentration",
-    "effective_rank",
-    "energy_share",
-    "first_share",
-    "has_triton",
-    "kl_to_gain",
-    "l2_norm",
-    "pairwise_cosine",
-    "sink_mass",
-]
+    "abs_max", "abs_median", "concentration", "effective_rank", "energy_share", "first_share", "has_triton",
+    "kl_to_gain", "l2_norm", "pairwise_cosine", "sink_mass",
+]  # fmt: skip
 
 
 @cache

@@ -17,16 +17,9 @@ from scipy.stats import binomtest, bootstrap, monte_carlo_test, permutation_test
 from melens.errors import MelensError
 
 __all__ = [
-    "bootstrap_mean",
-    "holm",
-    "mcnemar_p",
-    "mean_by",
-    "mean_metric",
-    "paired_permutation_p",
-    "peak_layer",
-    "tidy",
+    "bootstrap_mean", "holm", "mcnemar_p", "mean_by", "mean_metric", "paired_permutation_p", "peak_layer", "tidy",
     "with_interval",
-]
+]  # fmt: skip
 
 _MOST_DRAWN = 2**20
 """Numbers drawn at once, 8 MB: 10,000 resamples of MMLU's 14,000 items in one piece are 2.2 GB."""

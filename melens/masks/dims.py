@@ -103,10 +103,8 @@ def _warn_of_equal_gains(gains: Mapping[int, Tensor]) -> None:
         if not gain.isfinite().all() or gain.abs().max() - gain.abs().min() <= 1e-6 * gain.abs().max()
     ]
     if alike:
-        where = listed(alike)
-        warnings.warn(
-            f"The gains of ln1 in {where} are all alike, so the choice of dims there is arbitrary.", stacklevel=5
-        )
+        told = f"The gains of ln1 in {listed(alike)} are all alike, so the choice of dims there is arbitrary."
+        warnings.warn(told, stacklevel=5)
 
 
 # --- In a forward pass ------------------------------------------------------------------------------------------------

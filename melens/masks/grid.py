@@ -103,13 +103,9 @@ def mask_grid(
     masks = [mask if mask.fixed is not None else mask.at(study.me).on(model) for mask in masks]
     store = store_for("masks", model.original_model, texts, texts_per_batch) if keep else None
     shown = _shown(study, masks)
+    starts = {min(mask.blocks(model)) for mask in masks}
     comparison = MaskComparison(
-        model,
-        texts,
-        {min(mask.blocks(model)) for mask in masks},
-        texts_per_batch=texts_per_batch,
-        patterns=patterns != "none",
-        store=store,
+        model, texts, starts, texts_per_batch=texts_per_batch, patterns=patterns != "none", store=store
     )
     with_patterns = {"drawn": shown, "all": masks, "none": []}[patterns]
     measured, kept = _measure(study, comparison, masks, store, with_patterns)
@@ -245,20 +241,13 @@ def _lay_out(study: Study, unmasked: Measured, masks: Sequence[WeMask], measured
     by_block: list[pd.DataFrame] = []
     for name, found in zip([UNMASKED, *map(mask_name, masks)], [unmasked, *measured], strict=True):
         by_head = found.sink_mass.mean(-1)
-        of_texts = {
-            "loss": found.loss,
-            "kl": found.kl,
-            "agreement": found.agreement,
-            "sink_mass": found.sink_mass[behind].mean((0, 1)),
-        }
+        of_texts = {"loss": found.loss, "kl": found.kl, "agreement": found.agreement}
+        of_texts["sink_mass"] = found.sink_mass[behind].mean((0, 1))
         of_blocks = {
-            "sink_mass": by_head.mean(-1),
-            "share_of_heads": (by_head > SINK_THRESHOLD).float().mean(-1),
-            "entropy": found.entropy.mean(-1),
-            "effective_rank": found.effective_rank.mean(-1),
-            "input_cosine": found.input_cosine,
-            "key_cosine": found.key_cosine,
-        }
+            "sink_mass": by_head.mean(-1), "share_of_heads": (by_head > SINK_THRESHOLD).float().mean(-1),
+            "entropy": found.entropy.mean(-1), "effective_rank": found.effective_rank.mean(-1),
+            "input_cosine": found.input_cosine, "key_cosine": found.key_cosine,
+        }  # fmt: skip
         for rows, column, values in ((by_text, "text", of_texts), (by_block, "layer", of_blocks)):
             numbers = {quantity: each.numpy() for quantity, each in values.items()}
             rows.append(pd.DataFrame({"cell": name, column: range(len(next(iter(numbers.values())))), **numbers}))

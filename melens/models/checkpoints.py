@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -108,7 +108,8 @@ def _load(kind: Any, source: Source, device_map: str | dict[str, Any], options: 
 
 def _why_unreadable(source: Source, error: BaseException) -> str:
     """Name the file that is damaged, if there is one, and what is wrong with it."""
-    for file, read in _readers(Path(source.path)):
+    folder = Path(source.path)
+    for file, read in ((file, read) for pattern, read in _HEADERS.items() for file in sorted(folder.glob(pattern))):
         try:
             read(file)
         except Exception as own:  # of JSON, pickles, zip archives, or whatever else the file seems to be
@@ -117,15 +118,12 @@ def _why_unreadable(source: Source, error: BaseException) -> str:
     return f"The weights in {source.name} cannot be read ({in_short(error)}): fetch or save them again."
 
 
-def _readers(folder: Path) -> Iterator[tuple[Path, Callable[[Path], Any]]]:
-    """Give each file of weights with what reads its headers."""
-    readers: dict[str, Callable[[Path], Any]] = {
-        "*.index.json": lambda file: dict(json.loads(file.read_text("utf-8"))["weight_map"]),
-        "*.safetensors": lambda file: safe_open(file, framework="pt").__enter__(),
-        "*.bin": lambda file: torch.load(file, map_location="meta", weights_only=True),
-    }
-    for pattern, read in readers.items():
-        yield from ((file, read) for file in sorted(folder.glob(pattern)))
+_HEADERS: dict[str, Callable[[Path], Any]] = {
+    "*.index.json": lambda file: dict(json.loads(file.read_text("utf-8"))["weight_map"]),
+    "*.safetensors": lambda file: safe_open(file, framework="pt").__enter__(),
+    "*.bin": lambda file: torch.load(file, map_location="meta", weights_only=True),
+}
+"""What reads the headers of a file of weights, by its name."""
 
 
 def _check_weights(network: PreTrainedModel, info: dict[str, Any], path: str, *, warn: bool) -> None:

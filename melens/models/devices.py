@@ -18,14 +18,9 @@ from accelerate.utils import align_module_device, has_offloaded_params
 from torch import nn
 
 __all__ = [
-    "computing_device",
-    "dispatch_like",
-    "has_all_weights",
-    "input_device",
-    "is_dispatched",
-    "placement",
+    "computing_device", "dispatch_like", "has_all_weights", "input_device", "is_dispatched", "placement",
     "weights_here",
-]
+]  # fmt: skip
 
 
 def is_dispatched(network: nn.Module) -> bool:

@@ -24,16 +24,8 @@ if TYPE_CHECKING:
     from melens.models.view import Block, ModelView
 
 __all__ = [
-    "GATE_FILE",
-    "Gate",
-    "GateKind",
-    "add_gates",
-    "attach_gates",
-    "gates_of",
-    "is_of_gate",
-    "load_gates",
-    "save_gates",
-]
+    "GATE_FILE", "Gate", "GateKind", "add_gates", "attach_gates", "gates_of", "is_of_gate", "load_gates", "save_gates",
+]  # fmt: skip
 
 GateKind = Literal["headwise", "elementwise"]
 """One gate for each head, or one for each entry of each head's output."""

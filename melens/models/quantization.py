@@ -24,37 +24,18 @@ from melens.errors import MelensError
 from melens.models.specs import Quantize
 
 __all__ = [
-    "bits_of",
-    "check_quantization",
-    "describe_quantization",
-    "is_quantized",
-    "kind_of",
-    "mixes_rows",
-    "quantization_of",
-    "quantized_while_loading",
-    "refuse_joint_projections",
-    "share_quantized_layers",
-]
+    "bits_of", "check_quantization", "describe_quantization", "is_quantized", "kind_of", "mixes_rows",
+    "quantization_of", "quantized_while_loading", "refuse_joint_projections", "share_quantized_layers",
+]  # fmt: skip
 
 _UNNAMED = "an unnamed method"
 
 _PACKAGES = {
-    "aqlm": "aqlm[gpu,cpu]",
-    "auto-round": "auto-round",
-    "awq": "gptqmodel",
-    "bitsandbytes": "bitsandbytes",
-    "compressed-tensors": "compressed-tensors",
-    "fbgemm_fp8": "fbgemm-gpu",
-    "fp_quant": "fp_quant",
-    "gptq": "gptqmodel optimum",
-    "hqq": "hqq",
-    "quanto": "optimum-quanto",
-    "quark": "amd-quark",
-    "sinq": "sinq",
-    "spqr": "spqr_quant[gpu]",
-    "torchao": "torchao",
-    "vptq": "vptq",
-}
+    "aqlm": "aqlm[gpu,cpu]", "auto-round": "auto-round", "awq": "gptqmodel", "bitsandbytes": "bitsandbytes",
+    "compressed-tensors": "compressed-tensors", "fbgemm_fp8": "fbgemm-gpu", "fp_quant": "fp_quant",
+    "gptq": "gptqmodel optimum", "hqq": "hqq", "quanto": "optimum-quanto", "quark": "amd-quark", "sinq": "sinq",
+    "spqr": "spqr_quant[gpu]", "torchao": "torchao", "vptq": "vptq",
+}  # fmt: skip
 """What to install for a kind of quantisation; of others transformers' own words say it."""
 
 _OF_WEIGHTS_ALONE = frozenset({"awq", "bitsandbytes_4bit", "gptq", "hqq", "mxfp4"})

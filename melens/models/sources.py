@@ -149,9 +149,8 @@ def in_short(error: BaseException) -> str:
     if isinstance(error, KeyError):
         return f"there is no {error}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    if (
-        lines[0].endswith(":") and len(lines) > 1 and not lines[1].startswith("(")
-    ):  # a heading: "Validation error for field 'hidden_size':"
+    # a heading: "Validation error for field 'hidden_size':"
+    if lines[0].endswith(":") and len(lines) > 1 and not lines[1].startswith("("):
         lines = lines[1:]
     return lines[0].removeprefix("ValueError: ").removeprefix("TypeError: ").rstrip(".:")
 

@@ -25,18 +25,9 @@ from melens.errors import MelensError
 from melens.validation.types import Said, Share, why_not
 
 __all__ = [
-    "Folder",
-    "Layer",
-    "LayerList",
-    "Position",
-    "PositionList",
-    "ShareList",
-    "SiteList",
-    "WholeNumber",
-    "checked",
-    "given",
-    "must_be",
-]
+    "Folder", "Layer", "LayerList", "Position", "PositionList", "ShareList", "SiteList", "WholeNumber", "checked",
+    "given", "must_be",
+]  # fmt: skip
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -19,29 +19,9 @@ from pydantic_core import CoreSchema, core_schema
 from melens.errors import MelensError
 
 __all__ = [
-    "SELECTS",
-    "SITES",
-    "Count",
-    "Flag",
-    "Layers",
-    "Name",
-    "Number",
-    "Positions",
-    "Positive",
-    "Rate",
-    "Real",
-    "Said",
-    "Select",
-    "Share",
-    "Site",
-    "Start",
-    "Whole",
-    "check_fields",
-    "in_words",
-    "listed",
-    "one_of",
-    "why_not",
-]
+    "SELECTS", "SITES", "Count", "Flag", "Layers", "Name", "Number", "Positions", "Positive", "Rate", "Real", "Said",
+    "Select", "Share", "Site", "Start", "Whole", "check_fields", "in_words", "listed", "one_of", "why_not",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
