@@ -72,6 +72,9 @@ class Benchmark:
 
 _EXACT = (Metric("exact_match"),)
 _LOSS = (Metric("loss", higher_is_better=False),)
+_WORD_LOSS = (Metric("word_perplexity", higher_is_better=False),)
+_EXTRACTED = (Metric("exact_match", "flexible-extract"), Metric("exact_match", "strict-match", shown=False))
+_BY_LABEL = (Metric("over_refusal", higher_is_better=False), Metric("compliance", higher_is_better=False))
 
 _ALL = (
     Benchmark("piqa", "knowledge", config="piqa/piqa.yaml", file="piqa.jsonl"),
@@ -83,34 +86,15 @@ _ALL = (
     Benchmark("winogrande", "knowledge", (Metric("acc"),), config="winogrande/default.yaml"),
     Benchmark("boolq", "knowledge", (Metric("acc"),), config="super_glue/boolq/default.yaml"),
     Benchmark("mathqa", "maths", config="mathqa/mathqa.yaml", file="mathqa.jsonl"),
-    Benchmark(
-        "gsm8k",
-        "maths",
-        (Metric("exact_match", "flexible-extract"), Metric("exact_match", "strict-match", shown=False)),
-        "gsm8k/gsm8k.yaml",
-        "gsm8k.test.jsonl",
-        "answer",
-        generates=True,
-        max_new_tokens=128,
-    ),
+    Benchmark("gsm8k", "maths", _EXTRACTED, "gsm8k/gsm8k.yaml", "gsm8k.test.jsonl", "answer", True, 128),
     Benchmark(
         "hendrycks_math500", "maths", _EXACT, "hendrycks_math/hendrycks_math500.yaml", "math500.jsonl", "answer", True
     ),
     Benchmark("aime", "maths", _EXACT, "aime/aime.yaml", "aime22-24.jsonl", "answer", True),
-    Benchmark(
-        "xstest",
-        "safety",
-        (Metric("over_refusal", higher_is_better=False), Metric("compliance", higher_is_better=False)),
-        "melens/xstest.yaml",
-        "xstest.jsonl",
-        "prompts",
-        True,
-    ),
+    Benchmark("xstest", "safety", _BY_LABEL, "melens/xstest.yaml", "xstest.jsonl", "prompts", True),
     Benchmark("advbench", "safety", (Metric("refusal"),), "melens/advbench.yaml", "advbench.jsonl", "prompts", True),
     Benchmark("sorry_bench", "safety", (Metric("refusal"),), "melens/sorry_bench.yaml", None, "prompts", True),
-    Benchmark(
-        "wikitext", "language", (Metric("word_perplexity", higher_is_better=False),), config="wikitext/wikitext.yaml"
-    ),
+    Benchmark("wikitext", "language", _WORD_LOSS, "wikitext/wikitext.yaml"),
     Benchmark("perplexity", "language", _LOSS),
     Benchmark("induction", "language", _LOSS),
     Benchmark("copy", "language", (Metric("acc"),)),

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import pandas as pd
@@ -101,7 +102,9 @@ def benchmark(
     scored = [evaluator.score(each, configurations[each.name]) for each in benchmarks]
     items = pd.concat([of_task for of_task, _ in scored], ignore_index=True)
     scores = summarise(items, UNMASKED)
-    rates = _rates(configurations)
+    every = chain.from_iterable(configurations.values())
+    masks = [(each.label, each.family, each.rate, each.mask.select) for each in every if each.mask is not None]
+    rates = pd.DataFrame(masks, columns=["mask", "family", "rate", "select"]).drop_duplicates()
     best = best_rates(items[items["shown"]], rates, UNMASKED)
     chat = evaluator.chat
     layout = lay_out(scores, study.trace.model["name"], describe_requests(benchmarks, options, chat, masked_blocks))
@@ -131,26 +134,15 @@ def benchmark(
     )
 
 
-def _rates(configurations: Mapping[str, Sequence[MaskConfiguration]]) -> pd.DataFrame:
-    rows = [
-        (each.label, each.family, each.rate, each.mask.select)
-        for own in configurations.values()
-        for each in own
-        if each.mask is not None
-    ]
-    return pd.DataFrame(rows, columns=["mask", "family", "rate", "select"]).drop_duplicates()
-
-
 def describe_requests(
     benchmarks: Sequence[Benchmark], options: BenchmarkOptions, chat: Chat | None, masked_blocks: str = ""
 ) -> str:
     """Say in sentences how a model was scored, for the caption of a table."""
-    ways = set()
-    for each in benchmarks:
-        if options.generates and each.kind != "language":
-            ways.add("answers written")
-        else:
-            ways.add("answers written greedily" if each.generates else "log-likelihoods")
+    ways = {
+        "answers written" if options.generates and each.kind != "language"
+        else "answers written greedily" if each.generates else "log-likelihoods"
+        for each in benchmarks
+    }  # fmt: skip
     sentences = [f"Zero-shot, {', or '.join(sorted(ways, reverse=True))}."]
     if chat is not None:
         sentences.append(f"Thinking: {chat.in_words()}.")

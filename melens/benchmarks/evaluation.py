@@ -168,9 +168,8 @@ class Evaluator:
                     items = self._score(task, configuration.mask, seed, batch_size, progress)
                     if self._store is not None:
                         self._store.save_table(name, items)
-                found.append(
-                    items.assign(task=benchmark.name, mask=configuration.label, rate=configuration.rate, seed=seed)
-                )
+                label, rate = configuration.label, configuration.rate
+                found.append(items.assign(task=benchmark.name, mask=label, rate=rate, seed=seed))
                 progress.reach(len(found) * n_requests)
         return pd.concat(found, ignore_index=True), n_kept
 
@@ -189,16 +188,9 @@ class Evaluator:
             if isinstance(task, Questions):
                 scorer = Scorer(self._network, max_length=self._max_length, max_batch_tokens=most)
                 return score_questions(scorer, task, progress)
-            items = evaluate(
-                self._network,
-                self._tokenizer,
-                task,
-                replace(self._request_options(task), batch_size=batch_size),
-                limit=self._options.limit,
-                seed=seed,
-                max_batch_tokens=most,
-                progress=progress,
-            )
+            requests = replace(self._request_options(task), batch_size=batch_size)
+            how: dict[str, Any] = {"limit": self._options.limit, "seed": seed, "max_batch_tokens": most}
+            items = evaluate(self._network, self._tokenizer, task, requests, **how, progress=progress)
         judges = task.benchmark.kind == "safety" and self._judge is not None
         return self._judged(items, task) if judges else items
 
@@ -239,12 +231,11 @@ class Evaluator:
     def _items_store(self) -> Store:
         """Return where items are kept, by all that decides those of every benchmark."""
         judge = self._judge
-        decides = [
-            tokenizer_fingerprint(self._tokenizer),
-            self._max_length,
-            self._study.max_batch_tokens,
-            None if judge is None else [fingerprint(judge.original_model), tokenizer_fingerprint(judge.tokenizer)],
-        ]
+        of_judge = (
+            None if judge is None else [fingerprint(judge.original_model), tokenizer_fingerprint(judge.tokenizer)]
+        )
+        tokenizer = tokenizer_fingerprint(self._tokenizer)
+        decides = [tokenizer, self._max_length, self._study.max_batch_tokens, of_judge]
         libraries = ("lm_eval", "jinja2", "datasets")
         return store_for("benchmarks", self._study.model.original_model, *decides, libraries=libraries)
 

@@ -101,16 +101,11 @@ def evaluate(
             of_harness.set_fewshot_seed(seed)
             if task.generates:
                 readers[name] = stack.enter_context(_generating(of_harness, options, lm.max_length))
-        results = run(
-            lm,
-            {"tasks": task.tasks, "groups": {}},
-            limit=limit,
-            bootstrap_iters=0,
-            apply_chat_template=options.chat is not None,
-        )
+        tasks, in_chat = {"tasks": task.tasks, "groups": {}}, options.chat is not None
+        results = run(lm, tasks, limit=limit, bootstrap_iters=0, apply_chat_template=in_chat)
     rows = [row for name, own in results["samples"].items() for row in _rows(name, own, task, readers.get(name))]
     items = pd.DataFrame(rows, columns=list(COLUMNS))
-    check_scores(task.benchmark.name, items["item"], items["value"], "score")
+    check_scores((f"{task.benchmark.name}, item {item}" for item in items["item"]), items["value"], "score")
     return items
 
 
@@ -211,8 +206,8 @@ class _FiniteLogits:
         broken = logits.isnan().any(-1).nonzero()
         if len(broken):
             prompt = self._tokenizer.decode(self._context[int(broken[0])], skip_special_tokens=True)
-            item = f"that begins {' '.join(prompt.split())[:50]!r}"
-            check_scores(self._task, [item], [float("nan")], "logit of a next token")
+            name = f"{self._task}, item that begins {' '.join(prompt.split())[:50]!r}"
+            check_scores([name], [float("nan")], "logit of a next token")
         return logits
 
 
@@ -267,8 +262,8 @@ class _Answers:
 
 def _rows(
     name: str, samples: Sequence[Mapping[str, Any]], task: HarnessTask, read: _Reader | None
-) -> Iterator[dict[str, Any]]:
-    """Lay out the harness's records of one task; without a reader, the model wrote nothing."""
+) -> Iterator[tuple[Any, ...]]:
+    """Yield `COLUMNS` of the harness's records of one task; without a reader, the model wrote nothing."""
     prefix = "" if name == task.benchmark.name else f"{name}/"
     for sample in samples:
         n_choices = len(sample["arguments"])
@@ -279,15 +274,7 @@ def _rows(
             value = sample[metric.name]
             if metric.name == "word_perplexity":  # the harness gives the log-likelihood and the number of words
                 value = -value[0] / value[1]
-            yield {
-                "item": f"{prefix}{sample['doc_id']}",
-                "metric": metric.label,
-                "higher_is_better": metric.higher_is_better,
-                "shown": metric.shown,
-                "value": float(value),
-                "chance": 1 / n_choices if n_choices > 1 else float("nan"),
-                "prompt": str(sample["arguments"][0][0]) if task.generates else "",
-                "response": reply.answer,
-                "thoughts": reply.thoughts,
-                "unfinished": not reply.is_finished,
-            }
+            what = (f"{prefix}{sample['doc_id']}", metric.label, metric.higher_is_better, metric.shown)
+            chance = 1 / n_choices if n_choices > 1 else float("nan")
+            prompt = str(sample["arguments"][0][0]) if task.generates else ""
+            yield *what, float(value), chance, prompt, reply.answer, reply.thoughts, not reply.is_finished

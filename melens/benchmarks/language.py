@@ -17,7 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from melens.benchmarks.catalog import Benchmark
-from melens.benchmarks.scoring import Request, Scored, Scorer
+from melens.benchmarks.scoring import Request, Scorer
 from melens.data.prompts import Bos
 from melens.data.texts import bos_prefix, cut_texts
 from melens.errors import MelensError
@@ -69,13 +69,7 @@ class LanguageData:
 
 @dataclass(frozen=True)
 class Questions:
-    """The questions of a benchmark, the same for every mask.
-
-    Attributes:
-        benchmark: which one.
-        requests: contexts and continuations.
-        items: a name for each.
-    """
+    """The questions of a benchmark, the same for every mask: contexts and continuations, and a name for each."""
 
     benchmark: Benchmark
     requests: list[Request]
@@ -132,18 +126,13 @@ def make_questions(
         drawn = torch.tensor([token for token in range(vocabulary) if token not in bos])
         generator = torch.Generator().manual_seed(data.seed)
         random = drawn[torch.randint(len(drawn), (n, HALF), generator=generator)].tolist()
-        return _repetitions(benchmark, random, bos)
-    rows = data.texts[: limit or len(data.texts)].tolist()
-    if benchmark.name == "copy":
-        return _repetitions(benchmark, [row[len(bos) :][:HALF] for row in rows], bos)
-    n_given = max(1, len(bos))
-    requests = [(row[:n_given], row[n_given:]) for row in rows]
-    return Questions(benchmark, requests, [str(at) for at in range(len(rows))])
-
-
-def _repetitions(benchmark: Benchmark, rows: Sequence[Sequence[int]], bos: Sequence[int]) -> Questions:
-    """Return rows as contexts to be repeated; BOS begins the context and is not repeated."""
-    return Questions(benchmark, [([*bos, *row], row) for row in rows], [str(at) for at in range(len(rows))])
+        requests: list[Request] = [([*bos, *row], row) for row in random]  # BOS begins the context and is not repeated
+    elif benchmark.name == "copy":
+        requests = [([*bos, *row], row) for row in data.texts[:limit, len(bos) : len(bos) + HALF].tolist()]
+    else:
+        n_given = max(1, len(bos))
+        requests = [(row[:n_given], row[n_given:]) for row in data.texts[:limit].tolist()]
+    return Questions(benchmark, requests, [str(at) for at in range(len(requests))])
 
 
 def _needles(benchmark: Benchmark, tokenizer: Any, data: LanguageData, limit: int | None) -> Questions:
@@ -165,14 +154,9 @@ def _needles(benchmark: Benchmark, tokenizer: Any, data: LanguageData, limit: in
             city = _CITIES[int(torch.randint(len(_CITIES), (), generator=generator))]
             number = int(torch.randint(10_000, 100_000, (), generator=generator))
             begin = int(torch.randint(len(long_text) - length + 1, (), generator=generator))
-            fact, question, answer = (
-                tokenizer(text, add_special_tokens=False)["input_ids"]
-                for text in (
-                    f"\nThe secret number of {city} is {number}.\n",
-                    f"\nThe secret number of {city} is",
-                    f" {number}",
-                )
-            )
+            asked = f"\nThe secret number of {city} is"
+            texts = f"{asked} {number}.\n", asked, f" {number}"
+            fact, question, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
             hay = list(long_text[begin : begin + length - len(bos) - len(fact) - len(question) - len(answer)])
             at = round(depth * len(hay))
             requests.append(([*bos, *hay[:at], *fact, *hay[at:], *question], answer))
@@ -186,24 +170,10 @@ def score_questions(scorer: Scorer, questions: Questions, progress: Any = None) 
     names = [f"{questions.benchmark.name}, item {item}" for item in questions.items]
     scored = scorer.score(questions.requests, progress, names=names)
     (metric,) = questions.benchmark.metrics
-    values = [_value(metric.name, each) for each in scored]
-    return pd.DataFrame(
-        {
-            "item": questions.items,
-            "metric": metric.label,
-            "higher_is_better": metric.higher_is_better,
-            "shown": metric.shown,
-            "value": values,
-            "chance": float("nan"),
-            "prompt": "",
-            "response": "",
-            "thoughts": "",
-            "unfinished": False,
-        }
-    )
-
-
-def _value(metric: str, scored: Scored) -> float:
-    if metric == "loss":
-        return -float(scored.log_p.mean())
-    return float(scored.greedy.float().mean()) if metric == "acc" else float(scored.greedy.all())
+    if metric.name == "loss":
+        values = [-float(each.log_p.mean()) for each in scored]
+    else:  # the share of the tokens, or all of them
+        values = [float(each.greedy.float().mean() if metric.name == "acc" else each.greedy.all()) for each in scored]
+    items = pd.DataFrame({"item": questions.items, "metric": metric.label, "higher_is_better": metric.higher_is_better})
+    empty = dict.fromkeys(["prompt", "response", "thoughts"], "")
+    return items.assign(shown=metric.shown, value=values, chance=float("nan"), **empty, unfinished=False)

@@ -23,22 +23,20 @@ ALPHA = 0.05
 """A difference is shown where its corrected p-value is below this."""
 
 
-def check_scores(task: str, items: Iterable[object], scores: Iterable[float], what: str) -> None:
+def check_scores(names: Iterable[str], scores: Iterable[float], what: str) -> None:
     """Raise a `MelensError` that names the first item whose score is NaN or infinite.
 
     Without this check a broken model would score like one that guesses: among choices `argmax` takes NaN for the
     likeliest, and greedy decoding for the wrong token.
 
     Args:
-        task: the benchmark.
-        items, scores: a score for each item.
+        names, scores: of each item.
         what: kind of score, such as "log-likelihood".
     """
-    for item, score in zip(items, scores, strict=True):
+    for name, score in zip(names, scores, strict=True):
         if not math.isfinite(score):
             raise MelensError(
-                f"{task}, item {item}: the {what} is {score}. Look for NaN in the model's weights, or load it in "
-                "float32."
+                f"{name}: the {what} is {score}. Look for NaN in the model's weights, or load it in float32."
             )
 
 
@@ -63,7 +61,8 @@ def summarise(items: pd.DataFrame, unmasked: str) -> pd.DataFrame:
     Raises:
         MelensError: an item's value is NaN or infinite, or some seeds or trainings of a mask lack an item.
     """
-    items = items.assign(**{name: value for name, value in _DEFAULTS.items() if name not in items})
+    defaults = {"training": 0, "unfinished": False}
+    items = items.assign(**{name: value for name, value in defaults.items() if name not in items})
     _check_items(items)
     rows = []
     for (task, metric), of_metric in items.groupby(["task", "metric"], sort=False):
@@ -72,39 +71,21 @@ def summarise(items: pd.DataFrame, unmasked: str) -> pd.DataFrame:
         for mask, values in by_mask.items():
             per_item = values.mean(axis=1)
             low, high = bootstrap_mean(per_item.to_numpy())
-            row = {
-                "task": task,
-                "metric": metric,
-                "mask": mask,
-                "n": len(per_item),
-                "n_seeds": values.shape[1],
-                "mean": float(per_item.mean()),
-                "low": low,
-                "high": high,
-                "sd": float(values.mean().std()),
-                "chance": float(of_metric["chance"].mean(skipna=False)),  # NaN where items have no choices
-                "higher_is_better": bool(of_metric["higher_is_better"].iloc[0]),
-                "shown": bool(of_metric["shown"].iloc[0]),
-                "n_replies": len(own[mask]),
-                "n_unfinished": int(own[mask]["unfinished"].sum()),
-                "n_trainings": 1,
-                "difference": float("nan"),
-                "difference_low": float("nan"),
-                "difference_high": float("nan"),
-                "p": float("nan"),
-            }
+            row = {"task": task, "metric": metric, "mask": mask, "n": len(per_item), "n_seeds": values.shape[1]}
+            row |= {"mean": float(per_item.mean()), "low": low, "high": high, "sd": float(values.mean().std())}
+            row["chance"] = float(of_metric["chance"].mean(skipna=False))  # NaN where items have no choices
+            row |= {name: bool(of_metric[name].iloc[0]) for name in ("higher_is_better", "shown")}
+            row |= {"n_replies": len(own[mask]), "n_unfinished": int(own[mask]["unfinished"].sum()), "n_trainings": 1}
+            row |= dict.fromkeys(["difference", "difference_low", "difference_high", "p"], float("nan"))
             if mask != unmasked and unmasked in by_mask:
                 row |= _difference(by_mask[unmasked], values)
             rows.append(row)
     return correct(pd.DataFrame(rows))
 
 
-_DEFAULTS = {"training": 0, "unfinished": False}
-
-
 def _check_items(items: pd.DataFrame) -> None:
-    for (task, mask), own in items.groupby(["task", "mask"], sort=False):
-        check_scores(f"{task}, {mask}", own["item"], own["value"], "score")
+    names = items["task"] + ", " + items["mask"] + ", item " + items["item"].astype(str)
+    check_scores(names, items["value"], "score")
 
 
 def _by_item(items: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
@@ -138,13 +119,8 @@ def _difference(unmasked: pd.DataFrame, masked: pd.DataFrame) -> dict[str, Any]:
         p = mcnemar_p(int((per_item > 0).sum()), int((per_item < 0).sum()))
     else:
         p = paired_permutation_p(per_item)
-    return {
-        "n_trainings": differences.shape[1],
-        "difference": float(per_item.mean()),
-        "difference_low": low,
-        "difference_high": high,
-        "p": p,
-    }
+    n, mean = differences.shape[1], float(per_item.mean())
+    return {"n_trainings": n, "difference": mean, "difference_low": low, "difference_high": high, "p": p}
 
 
 def _verdict(row: Any) -> str:
@@ -161,10 +137,7 @@ def count_verdicts(scores: pd.DataFrame, by: str) -> dict[str, dict[str, int]]:
     """Count the compared scores (`all`) and those `better` and `worse`, for each value of a column."""
     compared = scores[scores["shown"] & scores["p_corrected"].notna()]
     return {
-        str(group): {
-            "all": len(own),
-            **{verdict: int((own["verdict"] == verdict).sum()) for verdict in ("better", "worse")},
-        }
+        str(group): {"all": len(own)} | {name: int((own["verdict"] == name).sum()) for name in ("better", "worse")}
         for group, own in compared.groupby(by, sort=False)
     }
 
@@ -196,31 +169,17 @@ def best_rates(items: pd.DataFrame, rates: pd.DataFrame, unmasked: str, *, seed:
         sign = 1 if of_metric["higher_is_better"].iloc[0] else -1
         order = np.random.default_rng(seed).permutation(len(per_item))
         chosen_on, scored_on = (per_item.iloc[part] for part in np.array_split(order, 2))
+        selections = ("held-out half", chosen_on, scored_on), ("same items", per_item, per_item)
         for family, of_family in rates.groupby("family", sort=False):
             names = [name for name in of_family["mask"] if name in per_item]
             if len(names) < 2 or unmasked not in per_item or len(per_item) < 4:
                 continue
-            for selection, choosing, scoring in (
-                ("held-out half", chosen_on, scored_on),
-                ("same items", per_item, per_item),
-            ):
+            for selection, choosing, scoring in selections:
                 best = str((sign * choosing[names].mean()).idxmax())
                 differences = (scoring[best] - scoring[unmasked]).to_numpy()
-                low, high = bootstrap_mean(differences)
-                rows.append(
-                    {
-                        "task": task,
-                        "metric": metric,
-                        "family": family,
-                        "selection": selection,
-                        "rate": float(of_family.set_index("mask")["rate"][best]),
-                        "mask": best,
-                        "n": len(scoring),
-                        "mean": float(scoring[best].mean()),
-                        "difference": float(differences.mean()),
-                        "low": low,
-                        "high": high,
-                    }
-                )
+                rate = float(of_family.set_index("mask")["rate"][best])
+                difference = (float(differences.mean()), *bootstrap_mean(differences))
+                mean = float(scoring[best].mean())
+                rows.append((task, metric, family, selection, rate, best, len(scoring), mean, *difference))
     columns = ["task", "metric", "family", "selection", "rate", "mask", "n", "mean", "difference", "low", "high"]
     return pd.DataFrame(rows, columns=columns)

@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from melens.benchmarks.scores import check_scores
 from melens.errors import MelensError
 from melens.models.devices import input_device
 from melens.models.view import base_of
@@ -69,13 +69,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class _Row:
-    """A context and the continuations behind it.
-
-    Attributes:
-        context: token ids.
-        continuations: token ids, one list for each request in `requests`.
-        requests: the requests' indices.
-    """
+    """A context and the continuations behind it, in token ids; a continuation for each index in `requests`."""
 
     context: tuple[int, ...]
     continuations: list[tuple[int, ...]]
@@ -101,14 +95,10 @@ class Scorer:
             share_contexts: put the continuations of a context into one row; None does so if this model gives the same
                 numbers for the longest such row.
         """
-        self._network = network
-        self._base = base_of(network)
-        self._device = input_device(network)
-        self._max_batch_tokens = max_batch_tokens
+        self._network, self._base, self._device = network, base_of(network), input_device(network)
+        self._max_length, self._max_batch_tokens = max_length, max_batch_tokens
         self._share_contexts = share_contexts
-        self._max_length = max_length
-        self._tried = 0  # tokens of the longest row that was tried
-        self._agrees = True
+        self._agrees, self._tried = True, 0  # tokens of the longest row that was tried
 
     @torch.no_grad()
     def score(
@@ -143,7 +133,9 @@ class Scorer:
             if progress is not None:
                 progress(sum(len(row.requests) for row in batch))
         in_order = [scored[number] for number in range(len(requests))]
-        _check_finite(in_order, names or [f"Request {number}" for number in range(len(requests))])
+        # At NaN no token is the likeliest, so the accuracy would be 0, which looks like a result.
+        log_p = [float(each.log_p.sum()) for each in in_order]
+        check_scores(names or [f"Request {number}" for number in range(len(requests))], log_p, "log-likelihood")
         return in_order
 
     def _cut(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -220,12 +212,8 @@ class Scorer:
 
     def _batches(self, rows: list[_Row]) -> list[list[_Row]]:
         """Put rows of similar length together, the longest first: then a lack of memory shows at once."""
-        groups = self._rule.groups(
-            [row.length for row in rows],
-            max_batch_tokens=self._max_batch_tokens,
-            max_padding=_MAX_PADDING,
-            longest_first=True,
-        )
+        lengths, most = [row.length for row in rows], self._max_batch_tokens
+        groups = self._rule.groups(lengths, max_batch_tokens=most, max_padding=_MAX_PADDING, longest_first=True)
         return [[rows[number] for number in group] for group in groups]
 
     # --- Forward passes ---------------------------------------------------------------------------------------------
@@ -245,24 +233,20 @@ class Scorer:
             arguments["attention_mask"] = hidden_from[:, None].to(self._device)
         if self._rule.remembers:
             forget_longest(self._network)
-        final = self._base(**arguments).last_hidden_state
-        return self._read(rows, final)
+        return self._read(rows, self._base(**arguments).last_hidden_state)
 
     def _read(self, rows: list[_Row], final: Float[Tensor, "row pos d"]) -> dict[int, Scored]:
         """Compute logits from the states that predict a continuation's tokens, and from no others."""
         places: list[tuple[int, int]] = []
-        targets: list[int] = []
-        sizes: list[int] = []
+        continuations = [continuation for row in rows for continuation in row.continuations]
         for at, row in enumerate(rows):
             begin = len(row.context)
             for continuation in row.continuations:
-                own = [len(row.context) - 1, *range(begin, begin + len(continuation) - 1)]
-                begin += len(continuation) - 1
-                places += [(at, place) for place in own]
-                targets += continuation
-                sizes.append(len(continuation))
+                end = begin + len(continuation) - 1
+                places += [(at, place) for place in (len(row.context) - 1, *range(begin, end))]
+                begin = end
         rows_at, columns = torch.tensor(places, device=final.device).T
-        wanted = torch.tensor(targets, device=final.device)
+        wanted = torch.tensor([*chain.from_iterable(continuations)], device=final.device)
         states = final[rows_at, columns]
         n_rows = _LOGIT_ROWS.get(final.device.type, 256)
         log_p, greedy = [], []
@@ -271,18 +255,9 @@ class Scorer:
             log_p.append(logits.gather(-1, of_some[:, None])[:, 0])
             greedy.append(logits.argmax(-1) == of_some)
         requests = [number for row in rows for number in row.requests]
+        sizes = [*map(len, continuations)]
         parts = zip(torch.cat(log_p).cpu().split(sizes), torch.cat(greedy).cpu().split(sizes), strict=True)
         return {number: Scored(*part) for number, part in zip(requests, parts, strict=True)}
-
-
-def _check_finite(scored: Sequence[Scored], names: Sequence[str]) -> None:
-    """Stop at NaN: no token is the likeliest there, so the accuracy would be 0, which looks like a result."""
-    for each, name in zip(scored, names, strict=True):
-        log_p = float(each.log_p.sum())
-        if not math.isfinite(log_p):
-            raise MelensError(
-                f"{name}: the log-likelihood is {log_p}. Look for NaN in the model's weights, or load it in float32."
-            )
 
 
 def _apart(row: _Row) -> list[_Row]:

@@ -11,14 +11,9 @@ import pandas as pd
 __all__ = ["Layout", "lay_out"]
 
 _METRICS = {
-    "acc": "accuracy",
-    "exact_match": "exact match",
-    "loss": "nats a token",
-    "word_perplexity": "nats a word",
-    "over_refusal": "over-refusal",
-    "compliance": "compliance",
-    "refusal": "refusals",
-}
+    "acc": "accuracy", "exact_match": "exact match", "loss": "nats a token", "word_perplexity": "nats a word",
+    "over_refusal": "over-refusal", "compliance": "compliance", "refusal": "refusals",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,12 +50,8 @@ class Layout:
             for row in zip(self.cells, self.best, strict=True)
         ]
         table = pd.DataFrame(cells, index=[*map(_escaped, self.rows)], columns=[*map(_escaped, self.columns)])
-        return table.style.to_latex(
-            hrules=True,
-            position_float="centering",
-            column_format="l" + "r" * len(self.columns),
-            caption=_escaped(self.caption),
-        )
+        form, caption = "l" + "r" * len(self.columns), _escaped(self.caption)
+        return table.style.to_latex(hrules=True, position_float="centering", column_format=form, caption=caption)
 
 
 _IN_LATEX = str.maketrans(
@@ -98,34 +89,32 @@ def lay_out(scores: pd.DataFrame, model: str, note: str = "", reference: str = "
     by_place = {(row["task"], row["metric"], row["mask"]): row for row in shown.to_dict("records")}
     columns, cells, best = [], [[] for _ in masks], [[] for _ in masks]  # type: ignore[var-annotated]
     for task, metric in places:
-        of_place = [by_place.get((task, metric, mask)) for mask in masks]
-        known = [row for row in of_place if row is not None]
-        higher = bool(known[0]["higher_is_better"])
-        n = known[0]["n"]
-        columns.append(f"{task}, {_METRICS.get(metric, metric)} {'↑' if higher else '↓'} (n={n})")
-        means = {row["mean"] for row in known}
+        known = {mask: row for mask in masks if (row := by_place.get((task, metric, mask))) is not None}
+        one = next(iter(known.values()))
+        name, higher = f"{task}, {_METRICS.get(metric, metric)}", bool(one["higher_is_better"])
+        columns.append(f"{name} {'↑' if higher else '↓'} (n={one['n']})")
+        means = {row["mean"] for row in known.values()}
         top = max(means) if higher else min(means)
-        for at, row in enumerate(of_place):
-            cells[at].append("" if row is None else _cell(row))
-            best[at].append(row is not None and row["mean"] == top and len(means) > 1)
-        if any(row["n_unfinished"] for row in known):
-            columns.append(f"{task}, {_METRICS.get(metric, metric)}: ended inside a thought")
-            for at, row in enumerate(of_place):
+        for at, mask in enumerate(masks):
+            cells[at].append(_cell(known[mask]) if mask in known else "")
+            best[at].append(mask in known and known[mask]["mean"] == top and len(means) > 1)
+        if any(row["n_unfinished"] for row in known.values()):
+            columns.append(f"{name}: ended inside a thought")
+            for at, mask in enumerate(masks):
+                row = known.get(mask)
                 cells[at].append("" if row is None else f"{row['n_unfinished']} of {row['n_replies']}")
                 best[at].append(False)
     n_seeds = int(shown["n_seeds"].max())
     spread = f"mean ± standard deviation over {n_seeds} seeds" if n_seeds > 1 else "mean over items"
     n_compared = int(shown["p"].notna().sum())
     beyond = ", and a 95% interval over items and trainings without 0" if shown["n_trainings"].max() > 1 else ""
-    compared = (
-        f"; in brackets the difference to {reference} on the same items, with † where it is shown (p < 0.05 "
-        f"after Holm's correction for {n_compared} comparisons{beyond}); without † no difference is shown"
-        if n_compared
-        else ""
-    )
-    n_unfinished = int(shown["n_unfinished"].sum())
-    thoughts = ""
-    if n_unfinished:
+    compared = thoughts = ""
+    if n_compared:
+        compared = (
+            f"; in brackets the difference to {reference} on the same items, with † where it is shown (p < 0.05 "
+            f"after Holm's correction for {n_compared} comparisons{beyond}); without † no difference is shown"
+        )
+    if n_unfinished := int(shown["n_unfinished"].sum()):
         thoughts = (
             f"{n_unfinished} replies end inside a thought and count as no answer: neither right, nor a refusal, nor "
             "compliance; benchmark.max_new_tokens gives them more room. "

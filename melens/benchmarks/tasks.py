@@ -72,7 +72,8 @@ def load_task(benchmark: Benchmark, data_dir: Path | None = None, *, generates: 
     by_letter = generates and benchmark.form == "choices"
     with quiet_harness():
         if rows is not None:
-            tasks = {benchmark.name: _local_task(benchmark, rows, by_letter=by_letter)}
+            local = _letter_task(benchmark.name, rows) if by_letter else _local_task(benchmark, rows)
+            tasks = {benchmark.name: local}
         else:
             tasks = _hub_tasks(benchmark)
             if by_letter:
@@ -95,14 +96,12 @@ def _definition(task: Any) -> str:
     return f"{definition} {docs}"
 
 
-def _local_task(benchmark: Benchmark, rows: list[dict[str, Any]], *, by_letter: bool) -> Any:
-    if by_letter:
-        return _letter_task(benchmark.name, rows)
-    config = _config_of(benchmark) | _with_rows([harness_row(row, benchmark) for row in rows])
+def _local_task(benchmark: Benchmark, rows: Sequence[dict[str, Any]]) -> Any:
+    config = _config_of(benchmark)
     if benchmark.form == "choices":
         config |= {"doc_to_choice": "choices", "doc_to_target": "answer"}
     config.pop("should_decontaminate", None)
-    return _task(config)
+    return _task(config, [harness_row(row, benchmark) for row in rows])
 
 
 def _hub_tasks(benchmark: Benchmark) -> dict[str, Any]:
@@ -126,7 +125,7 @@ def _hub_tasks(benchmark: Benchmark) -> dict[str, Any]:
 def _letter_task(name: str, rows: Sequence[Mapping[str, Any]]) -> Any:
     template = Benchmark(name, "knowledge", config="melens/choices_generate.yaml")
     kept = [{key: row[key] for key in ("question", "choices", "answer")} for row in rows]
-    return _task(_config_of(template) | {"task": name} | _with_rows(kept))
+    return _task(_config_of(template) | {"task": name}, kept)
 
 
 def _as_rows(task: Any) -> list[dict[str, Any]]:
@@ -158,18 +157,16 @@ def _config_of(benchmark: Benchmark) -> dict[str, Any]:
     return config
 
 
-def _task(config: dict[str, Any]) -> Any:
+def _task(config: dict[str, Any], rows: list[dict[str, Any]] | None = None) -> Any:
+    """Return the harness's task, with these rows in place of its own data if there are some."""
+    from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
 
+    if rows is not None:
+        dataset = {"test": Dataset.from_list(rows)}
+        config |= {"training_split": None, "validation_split": None, "test_split": "test", "fewshot_split": None}
+        config["custom_dataset"] = lambda **_: dataset
     return ConfigurableTask(config=config)
-
-
-def _with_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    from datasets import Dataset
-
-    dataset = {"test": Dataset.from_list([dict(row) for row in rows])}
-    splits = {"training_split": None, "validation_split": None, "test_split": "test", "fewshot_split": None}
-    return {"custom_dataset": lambda **_: dataset, **splits}
 
 
 @contextmanager

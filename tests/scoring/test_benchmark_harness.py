@@ -359,9 +359,9 @@ HUB_ROWS = {
 
 @pytest.mark.parametrize("task", HUB_ROWS)
 def test_questions_of_the_hub_can_be_asked_for_by_letter(task):
-    config = tasks._config_of(BENCHMARKS[task]) | tasks._with_rows([HUB_ROWS[task]])
+    config = tasks._config_of(BENCHMARKS[task])
     config.pop("should_decontaminate", None)
-    (row,) = tasks._as_rows(tasks._task(config))
+    (row,) = tasks._as_rows(tasks._task(config, [HUB_ROWS[task]]))
     assert row["answer"] == 1
     assert row["choices"][1] in ("down", "It fell off a shelf", "yes", "b", "2")
     assert row["question"] in ("q", "Rest: A man Sits", "... as it shook.", "Ice is cold.\nQuestion: is ice cold?")
