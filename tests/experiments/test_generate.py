@@ -240,7 +240,7 @@ def test_the_chat_template_is_told_whether_to_think(thinking, ending, told):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("generate.thinking=true",), "generate.thinking=true is an option of the chat template, but generate.chat is false"),
+        (("generate.thinking=true",), "is an option of the chat template, but generate.chat is false"),
         (("generate.thinking=false", "generate.chat=true"), "generate.thinking is false, but .* has no switch"),
     ],
 )
