@@ -112,9 +112,10 @@ def test_a_mean_over_seeds_is_not_one_over_fewer():
 
 @pytest.mark.parametrize("value", [NAN, float("-inf")])
 def test_scores_are_checked_by_task_and_item(value):
-    check_scores("piqa", ["0", "1"], [-1.0, -2.0], "log-likelihood")
+    names = ["piqa, item 0", "piqa, item 1"]
+    check_scores(names, [-1.0, -2.0], "log-likelihood")
     with pytest.raises(MelensError, match=f"^piqa, item 1: the log-likelihood is {value}"):
-        check_scores("piqa", ["0", "1"], [-1.0, value], "log-likelihood")
+        check_scores(names, [-1.0, value], "log-likelihood")
 
 
 @pytest.mark.parametrize("task", ["perplexity", "induction", "copy"])
