@@ -4,4 +4,4 @@ __all__ = ["MelensError"]
 
 
 class MelensError(ValueError):
-    """A mistake of the caller's, told in one sentence: what was wrong and what is allowed."""
+    """A mistake of the caller's, in one sentence: what was wrong and what is allowed."""

@@ -1,8 +1,8 @@
 """Which dims a mask is on, by what they are multiplied, and the model on which they were chosen.
 
 By the gains of `ln1` or at random, dims are chosen once for each block (`choose_dims`); by values, anew for each token
-in the forward pass (`DimFactors`). They mean something on their own model alone: `identify` gives what tells it from
-others, and `check_same_model` compares.
+in the forward pass (`DimFactors`). They mean something on their own model alone: `identify` gives what sets it apart
+from others, and `check_same_model` compares.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ def _warn_of_equal_gains(gains: Mapping[int, Tensor]) -> None:
         if not gain.isfinite().all() or gain.abs().max() - gain.abs().min() <= 1e-6 * gain.abs().max()
     ]
     if alike:
-        told = f"The gains of ln1 in {listed(alike)} are all alike, so the choice of dims there is arbitrary."
-        warnings.warn(told, stacklevel=5)
+        message = f"The gains of ln1 in {listed(alike)} are all alike, so the choice of dims there is arbitrary."
+        warnings.warn(message, stacklevel=5)
 
 
 # --- In a forward pass ------------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ class DimFactors:
 
 
 def identify(view: ModelView) -> dict[str, Any]:
-    """Return what tells a model from others, whatever its precision: `FixedDims.model`."""
+    """Return what distinguishes a model from others, whatever its precision: `FixedDims.model`."""
     return {
         "architecture": view.architecture,
         "n_layers": len(view.blocks),

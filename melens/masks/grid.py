@@ -45,7 +45,7 @@ __all__ = ["ARGUMENTS", "Grid", "compare_grid", "mask_grid"]
 ARGUMENTS = (
     "cell", "rate", "select", "site", "start", "layers", "positions", "strength", "seed", "n_blocks", "massive_hits",
 )  # fmt: skip
-"""What tells a configuration from others; `cell` is its name."""
+"""What distinguishes a configuration from others; `cell` is its name."""
 _MOST_SHOWN = 12
 _OF_ATTENTION = ("share_of_heads", "entropy", "effective_rank", "input_cosine", "key_cosine")
 

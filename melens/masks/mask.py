@@ -54,8 +54,8 @@ class WeMask:
     Attributes:
         rate: share of the width that is masked, from 0 (nothing) to 1: k = floor(rate · d) dims. A rate over 0 that
             selects no dim is refused where the width is known (the authors' code masks nothing then, without a word).
-        select: how they are chosen, as `melens.validation.types.Select` tells.
-        site: where the mask takes hold, as `melens.validation.types.Site` tells.
+        select: how they are chosen, as in `melens.validation.types.Select`.
+        site: where in a block the mask acts, as in `melens.validation.types.Site`.
         start: the first masked block (0-based), or `"me"`, `"me+1"`, `"me-2"`: counted from the ME layer, once
             `at(me)` says which that is. `me+1` is the first block whose attention sees the massive activation.
         layers: `"all"` (every block from `start` on), `"first"` (only `start`), or the blocks themselves.

@@ -1,6 +1,6 @@
 """A transformers model from a checkpoint that fills it.
 
-transformers gives random values to the weights that a checkpoint lacks, and tells it in a log alone. TransformerLens's
+transformers gives random values to the weights that a checkpoint lacks, and says so in a log alone. TransformerLens's
 `boot_transformers` runs `pip install torchvision` where a multimodal model comes without a processor. So the model is
 loaded here, and put into a bridge by `build_bridge_from_module`, which installs nothing:
 
@@ -140,13 +140,13 @@ def _check_weights(network: PreTrainedModel, info: dict[str, Any], path: str, *,
     if parts:
         saved_as = next(iter(network.config.architectures or ()), type(network).__name__)
         of_other = f" (it was saved as a {saved_as})" if saved_as != type(network).__name__ else ""
-        told = (
+        message = (
             f"{path} does not hold the {type(network).__name__} that its config.json describes{of_other}: "
             f"{' and '.join(parts)}; fetch or save the checkpoint again, or correct its config.json."
         )
         if not is_quantized(network):
-            raise MelensError(told)
-        warnings.warn(told, stacklevel=2)  # a quantiser makes weights under names that no checkpoint has
+            raise MelensError(message)
+        warnings.warn(message, stacklevel=2)  # a quantiser makes weights under names that no checkpoint has
     # No reason to refuse: sound checkpoints hold layers that predict further tokens, value heads, old masks.
     if warn and (more := sorted(info["unexpected_keys"])):
         warnings.warn(

@@ -1,6 +1,6 @@
 """Check on the spot that text may be written with a cache of keys and values, and several prompts in a batch.
 
-Each step of a generation gets one token, the keys and values of those before, and whatever tells where it stands. A
+Each step of a generation gets one token, the keys and values of those before, and its position. A
 library that names one of these anew, or a mask that takes the step for a beginning, changes the text without an error.
 So before a kind of model writes, with a mask or without, two prompts of unequal length are continued by four tokens and
 the logits of these steps compared with those of the whole sequence, alone and without a cache. What disagrees is not
@@ -72,11 +72,11 @@ def verify_generation(model: Any, mask: WeMask | None = None) -> Generation:
         find_cache_by_any_name(model)
     network = model.original_model if isinstance(model, TransformerBridge) else model
     mask = None if mask is None or mask.positions == "every_call" else mask
-    told = None if mask is None else mask.to_dict()
+    mask_options = None if mask is None else mask.to_dict()
     known = _KNOWN.setdefault(network, {})
-    key = hash_of(told)
+    key = hash_of(mask_options)
     if key not in known:
-        store = store_for_kind("generation", network, type(model).__name__, told)
+        store = store_for_kind("generation", network, type(model).__name__, mask_options)
         kept = store.load_text("generation")
         with torch.random.fork_rng(devices=[]), nullcontext() if mask is None else mask.applied(model):
             found = _try(network, masked=mask is not None) if kept is None else Generation(**json.loads(kept))

