@@ -30,6 +30,7 @@ from melens.errors import MelensError
 from melens.masks.dims import DimFactors
 from melens.models.view import Block, ModelView
 from melens.tracing.resume import is_skipped
+from melens.tracing.twin import Inputs, hidden_of, with_hidden
 
 __all__ = ["InstalledMask", "TokenFinder"]
 
@@ -79,7 +80,7 @@ class _Call:
         if isinstance(columns, int):
             return (rows, columns - left_out) if columns >= left_out else None
         rows, columns = rows.to(hidden.device), columns.to(hidden.device)  # of a model on several GPUs
-        if left_out == 0:
+        if left_out == 0:  # without waiting for the GPU
             return rows, columns
         given = columns >= left_out
         return (rows[given], columns[given] - left_out) if given.any() else None
@@ -222,23 +223,14 @@ class InstalledMask:
     def __init__(
         self, view: ModelView, layers: Sequence[int], site: str, finder: TokenFinder, factors: DimFactors
     ) -> None:
-        """Attach the hooks.
-
-        Args:
-            view: of the model.
-            layers: blocks to mask; massive tokens are looked for in what enters the first.
-            site: where.
-            finder: finds the tokens.
-            factors: gives the factors of their dims.
-        """
+        """Attach the hooks to these blocks; massive tokens are looked for in what enters the first."""
         self.layers = tuple(layers)
         self.first, self._site = min(layers), site
-        self._finder, self._factors = finder, factors
+        self._finder, self.factors = finder, factors
         self._calls: dict[int, _Call] = {}  # by thread
         self.idle: set[int] = set()  # threads whose forward call masks nothing
         self.seen: dict[int, Tensor] = {}  # what went into ln1, by thread
         self.carried = f"melens_mask_{id(self)}"
-        self._criterion = Criterion()
         self._signature = inspect.signature(view.base.forward)
         self._expected = [(layer, view.blocks[layer].module) for layer in self.layers]
         self._removers: list[Callable[[], None]] = [factors.remove]
@@ -286,9 +278,7 @@ class InstalledMask:
     # --- A forward call -----------------------------------------------------------------------------------------------
 
     @torch.compiler.disable
-    def _begin(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]] | None:
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs | None:
         if module.training:  # perhaps with gradient checkpointing, which runs what is in a block once more
             while self._untrained:
                 hooks = self._untrained.pop()
@@ -319,9 +309,8 @@ class InstalledMask:
         call = self._calls.pop(threading.get_ident(), None)
         if call is None or call.where is None or output is None:
             return
-        missed = [
-            layer for layer, block in self._expected if layer not in call.masked and not is_skipped(block)
-        ]  # a block that returns what was recorded has nothing to mask
+        # a block that returns what was recorded has nothing to mask
+        missed = [layer for layer, block in self._expected if layer not in call.masked and not is_skipped(block)]
         if missed:
             raise MelensError(
                 f"The mask did not reach block {missed[0]}, though it is installed there: its hooks were taken off, or "
@@ -342,29 +331,18 @@ class InstalledMask:
         """Find the massive tokens of what enters the first masked block, where that is asked for."""
         if not call.detect:
             return
-        left_out = call.n_left_out(hidden)
+        left_out, criterion = call.n_left_out(hidden), Criterion()
         largest = abs_max(hidden).float()
-        real = torch.ones_like(largest, dtype=torch.bool)
-        if call.real is not None:
-            real = call.real[:, left_out:].to(largest.device)
+        real = torch.ones_like(largest) > 0 if call.real is None else call.real[:, left_out:].to(largest.device)
         medians = torch.stack([abs_median(h[tokens]) for h, tokens in zip(hidden, real, strict=True)])
-        massive = (largest > self._criterion.min_abs) & (largest > self._criterion.min_ratio * medians[:, None]) & real
+        massive = (largest > criterion.min_abs) & (largest > criterion.min_ratio * medians[:, None]) & real
         rows, columns = massive.nonzero(as_tuple=True)
         call.where = (rows, columns + left_out) if len(rows) else None
-
-    def masked(self, call: _Call, layer: int, hidden: Float[Tensor, "batch pos d"]) -> Tensor | None:
-        """Mask the tokens of an activation; None where there are none."""
-        where = self.reached(call, layer, hidden)
-        return None if where is None else _put(hidden, where, self.factored(layer, hidden[where]))
 
     def reached(self, call: _Call, layer: int, hidden: Float[Tensor, "batch pos d"]) -> tuple[Any, ...] | None:
         """Note that a block was reached, and index the tokens to mask in what it is given; None without any."""
         call.masked.add(layer)
         return call.where_in(hidden)
-
-    def factored(self, layer: int, rows: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
-        """Multiply the dims of chosen tokens by what the mask leaves of them."""
-        return rows * self._factors(layer, rows)
 
 
 def _hook(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -394,12 +372,10 @@ class _Hooks:
 
     @_hook
     def look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.mask.detect(self.mask.call(), _hidden(args, kwargs))
+        self.mask.detect(self.mask.call(), hidden_of(args, kwargs))
 
     @_hook
-    def carry(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]] | None:
+    def carry(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs | None:
         """Send along with the block's arguments what is masked: the backward pass gets the same ones again."""
         if self.mask.carried in kwargs:
             return None
@@ -408,42 +384,31 @@ class _Hooks:
         return None
 
     @_hook
-    def mask_input(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]] | None:
-        call = self.mask.call(kwargs)
-        return _with_hidden(self.mask.masked(call, self._layer, _hidden(args, kwargs)), args, kwargs)
+    def mask_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs | None:
+        hidden = hidden_of(args, kwargs)
+        where = self.mask.reached(self.mask.call(kwargs), self._layer, hidden)
+        if where is None:
+            return None
+        return with_hidden(_put(hidden, where, self._masked(hidden[where])), args, kwargs)
 
     @_hook
     def before_ln1(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.mask.seen[threading.get_ident()] = args[0]
 
     @_hook
-    def renormalise(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]] | None:
+    def renormalise(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs | None:
         """Give attention what `ln1` makes of the masked tokens; what else reads `ln1` reads them whole."""
         assert self.block.ln1 is not None
         before = self.mask.seen.pop(threading.get_ident())
         where = self.mask.reached(self.mask.call(kwargs), self._layer, before)
         if where is None:
             return None
-        rows = self.mask.factored(self._layer, before[where])
-        normalised = self.block.ln1.forward(rows[None])[0]
-        return _with_hidden(_put(_hidden(args, kwargs), where, normalised), args, kwargs)
+        normalised = self.block.ln1.forward(self._masked(before[where])[None])[0]
+        return with_hidden(_put(hidden_of(args, kwargs), where, normalised), args, kwargs)
 
-
-def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-    return hidden
-
-
-def _with_hidden(
-    hidden: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Any, dict[str, Any]] | None:
-    if hidden is None:
-        return None
-    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+    def _masked(self, rows: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
+        """Multiply the dims of chosen tokens by what the mask leaves of them."""
+        return rows * self.mask.factors(self._layer, rows)
 
 
 def _put(hidden: Tensor, where: tuple[Any, ...], rows: Tensor) -> Tensor:

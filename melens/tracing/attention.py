@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from einops import rearrange, repeat
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -26,13 +26,8 @@ from transformers.masking_utils import sdpa_mask
 from melens.errors import MelensError
 
 __all__ = [
-    "FUSED",
-    "attention_on_keys",
-    "attention_pattern",
-    "causal_attention",
-    "columns_of",
-    "uses_attention_function",
-]
+    "FUSED", "attention_on_keys", "attention_pattern", "causal_attention", "columns_of", "uses_attention_function",
+]  # fmt: skip
 
 FUSED = "melens"
 """The attention implementation for transformers' config."""
@@ -79,8 +74,8 @@ def causal_attention(
             output, logsumexp = fused
             on_keys = attention_on_keys(query, key, logsumexp, keys=keys, scale=scale, window=window)
             return output, _missing_as_zero(on_keys, wanted, n_pos)
-    options = {"scale": scale, "softcap": softcap, "sink_logits": sink_logits}
-    output, on_keys = _chunked_attention(query, key, value, keys, window, mask, **options)
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "sink_logits": sink_logits}
+    output, on_keys = _chunked_attention(query, key, value, keys, window=window, mask=mask, **options)
     return output, _missing_as_zero(on_keys, wanted, n_pos)
 
 
@@ -137,11 +132,6 @@ def _matmul_float32(a: Float[Tensor, "head p d"], b: Float[Tensor, "head d q"]) 
     return torch.bmm(a.float(), b.float())
 
 
-def _sees(query_pos: Tensor, key_pos: Tensor, window: int | None) -> Bool[Tensor, "query key"]:
-    distance = query_pos[:, None] - key_pos[None, :]
-    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
-
-
 def _fused_kernel(
     query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
 ) -> tuple[Tensor, Tensor] | None:
@@ -163,9 +153,8 @@ def _fused_kernel(
         fits = query.element_size() == 2 and query.shape[-1] <= 256
         choice = (SDPBackend.FLASH_ATTENTION if fits else SDPBackend.MATH).value
     if choice == SDPBackend.CUDNN_ATTENTION.value:
-        output, logsumexp, *_ = aten._scaled_dot_product_cudnn_attention(
-            query, key, value, None, True, 0.0, True, scale=scale
-        )
+        attend = aten._scaled_dot_product_cudnn_attention
+        output, logsumexp, *_ = attend(query, key, value, None, True, 0.0, True, scale=scale)
         return output, logsumexp.reshape(query.shape[:3])
     if choice == SDPBackend.FLASH_ATTENTION.value:
         to_right = None if window is None else 0
@@ -179,21 +168,14 @@ def _fused_kernel(
     if window is None:  # the memory-efficient kernel, which knows no grouped queries
         groups = query.shape[1] // key.shape[1]
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
-        output, logsumexp, *_ = aten._scaled_dot_product_efficient_attention(
-            query, key, value, None, True, 0.0, True, scale=scale
-        )
+        attend = aten._scaled_dot_product_efficient_attention
+        output, logsumexp, *_ = attend(query, key, value, None, True, 0.0, True, scale=scale)
         return output, logsumexp[..., :n_pos]
     return None
 
 
 def _chunked_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    keys: Sequence[int],
-    window: int | None,
-    mask: Tensor | None,
-    **options: Any,
+    query: Tensor, key: Tensor, value: Tensor, keys: Sequence[int], *, window: int | None, mask: Any, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """Compute attention for a few queries at a time, with everything that a fused kernel may lack."""
     batch, n_heads, n_pos, _ = query.shape
@@ -240,7 +222,9 @@ def attention_pattern(
         scores = scores.masked_fill(~seen, float("-inf")) if seen.dtype == torch.bool else scores + seen
     else:
         positions = torch.arange(query.shape[2], device=query.device)
-        scores = scores.masked_fill(~_sees(positions[rows], positions[columns], window), float("-inf"))
+        distance = positions[rows, None] - positions[None, columns]
+        sees = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+        scores = scores.masked_fill(~sees, float("-inf"))
     normaliser = torch.logsumexp(scores, dim=-1, keepdim=True)
     if sink_logits is not None:
         normaliser = torch.logaddexp(normaliser, sink_logits.float()[None, :, None, None])

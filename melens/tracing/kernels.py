@@ -106,33 +106,16 @@ def against_probabilities(
     log_total, cross = (torch.empty(n_rows, dtype=torch.float32, device=logits.device) for _ in range(2))
     likeliest = torch.empty(n_rows, dtype=torch.int64, device=logits.device)
     with torch.cuda.device_of(logits):  # else Triton takes the current one
-        _against_row[(n_rows,)](
-            logits,
-            probabilities,
-            log_total,
-            cross,
-            likeliest,
-            logits.stride(0),
-            probabilities.stride(0),
-            N=n_vocabulary,
-            BLOCK=_BLOCK,
-            num_warps=8,
-        )
+        given = logits, probabilities, log_total, cross, likeliest, logits.stride(0), probabilities.stride(0)
+        _against_row[(n_rows,)](*given, N=n_vocabulary, BLOCK=_BLOCK, num_warps=8)
     return log_total, cross, likeliest
 
 
 @triton.jit
 def _against_row(  # type: ignore[no-untyped-def]
-    logits,
-    probabilities,
-    log_total,
-    cross,
-    likeliest,
-    logits_stride,
-    probabilities_stride,
-    N: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    logits, probabilities, log_total, cross, likeliest, logits_stride, probabilities_stride,
+    N: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     largest = -3.0e38
     largest_at = 0

@@ -46,22 +46,10 @@ from melens.validation.signatures import LayerList, Position, PositionList, Shar
 from melens.validation.types import Count, Name, Number, Said
 
 __all__ = [
-    "ATTENTION_ON_KEYS",
-    "AbsMedian",
-    "AttentionEntropy",
-    "AttentionMaps",
-    "AttentionSpectrum",
-    "Batch",
-    "Concentration",
-    "GainAlignment",
-    "LargestActivations",
-    "Norms",
-    "Probe",
-    "SinkByQuery",
-    "SinkMass",
-    "Spectrum",
+    "ATTENTION_ON_KEYS", "AbsMedian", "AttentionEntropy", "AttentionMaps", "AttentionSpectrum", "Batch",
+    "Concentration", "GainAlignment", "LargestActivations", "Norms", "Probe", "SinkByQuery", "SinkMass", "Spectrum",
     "TokenVectors",
-]
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,8 +58,7 @@ class Batch:
 
     Attributes:
         tokens: token ids; whatever lies beyond a prompt's length is padding.
-        lengths: number of real tokens a prompt.
-        prompts: which prompt of the trace each row is.
+        lengths, prompts: of each row, the number of its tokens and which prompt of the trace it is.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -83,8 +70,7 @@ class Batch:
     @cached_property
     def is_token(self) -> Bool[Tensor, "batch pos"]:
         """False at padding."""
-        positions = torch.arange(self.tokens.shape[1])
-        return (positions < torch.tensor(self.lengths)[:, None]).to(self.tokens.device)
+        return (torch.arange(self.tokens.shape[1]) < torch.tensor(self.lengths)[:, None]).to(self.tokens.device)
 
     def weights_after(self, key: int) -> Float[Tensor, "batch pos"]:
         """Equal weights of sum 1 for the tokens after a position, 0 for the others; NaN where there are none."""
@@ -97,8 +83,7 @@ class Batch:
     def columns_of(self, positions: tuple[int, ...]) -> Int[Tensor, "batch position"]:
         """The columns of positions, of which negative ones count from each prompt's own end; -1 where it has none."""
         if positions not in self._columns:
-            ends = torch.tensor(self.lengths)[:, None]
-            wanted = torch.tensor(positions)[None, :]
+            ends, wanted = torch.tensor(self.lengths)[:, None], torch.tensor(positions)[None, :]
             columns = torch.where(wanted < 0, ends + wanted, wanted)
             columns = torch.where((columns < 0) | (columns >= ends), -1, columns)
             self._columns[positions] = columns.to(self.tokens.device)
@@ -189,16 +174,10 @@ class LargestActivations(Probe):
 
     @checked
     def __init__(
-        self,
-        n_tokens: Count = 8,
-        n_dims: Count = 8,
-        sites: SiteList = ("hook_resid_post",),
-        min_abs: Number = 100,
+        self, n_tokens: Count = 8, n_dims: Count = 8, sites: SiteList = ("hook_resid_post",), min_abs: Number = 100
     ):
-        self.n_tokens = n_tokens
-        self.n_dims = n_dims
+        self.n_tokens, self.n_dims, self.min_abs = n_tokens, n_dims, min_abs
         self.sites = tuple(sites)
-        self.min_abs = min_abs
 
     def reduce(self, activation: Float[Tensor, "batch pos d"], batch: Batch) -> dict[str, Tensor]:
         by_token = abs_max(activation)
@@ -338,12 +317,7 @@ class GainAlignment(Probe):
 
     @checked
     def __init__(self, gains: Gains, shares: ShareList = (0.01,)):
-        """Measure normalisations.
-
-        Args:
-            gains: by site (`"ln1"` or `"ln2"`) and layer.
-            shares: of the width, that count as the top gains K.
-        """
+        """Take gains by site (`"ln1"` or `"ln2"`) and layer, and which shares of the width are the top gains K."""
         self.sites = tuple(dict.fromkeys(f"{site}.hook_out" for site, _ in gains))
         self.layers = sorted({layer for _, layer in gains})
         self._gains = {(f"{site}.hook_out", layer): gain for (site, layer), gain in gains.items()}
@@ -352,12 +326,9 @@ class GainAlignment(Probe):
     def reduce(self, activation: Float[Tensor, "batch pos d"], batch: Batch) -> dict[str, Tensor]:
         return _first_against_others({"weight_norm": l2_norm(activation)}, batch)
 
-    def reduce_at(
-        self, site: str, layer: int, activation: Float[Tensor, "batch pos d"], batch: Batch
-    ) -> dict[str, Tensor]:
+    def reduce_at(self, site: str, layer: int, activation: Tensor, batch: Batch) -> dict[str, Tensor]:
         gain = self._gains[site, layer]
-        width = activation.shape[-1]
-        if len(gain) != width:
+        if len(gain) != (width := activation.shape[-1]):
             raise MelensError(f"The gain of {site} in block {layer} has {len(gain)} dims, its output {width}.")
         along_gain = {"kl": kl_to_gain(activation, gain)}
         for share, top in self._top[site, layer].items():
@@ -395,8 +366,7 @@ class Spectrum(Probe):
     sites = ("hook_resid_post",)
 
     def reduce(self, activation: Float[Tensor, "batch pos d"], batch: Batch) -> dict[str, Tensor]:
-        values = [_singular_values(hidden[:length]) for hidden, length in zip(activation, batch.lengths, strict=True)]
-        return {name: torch.stack([of(each) for each in values]) for name, of in _RANKS.items()}
+        return _ranks([hidden[:length] for hidden, length in zip(activation, batch.lengths, strict=True)])
 
 
 class AttentionSpectrum(Probe):
@@ -407,11 +377,8 @@ class AttentionSpectrum(Probe):
     index = ("head",)
 
     def reduce(self, activation: Float[Tensor, "batch head query key"], batch: Batch) -> dict[str, Tensor]:
-        values = [
-            _singular_values(pattern[:, :length, :length])
-            for pattern, length in zip(activation, batch.lengths, strict=True)
-        ]
-        return {name: torch.stack([of(each) for each in values]) for name, of in _RANKS.items()}
+        rows = zip(activation, batch.lengths, strict=True)
+        return _ranks([pattern[:, :length, :length] for pattern, length in rows])
 
 
 class AttentionEntropy(Probe):
@@ -430,13 +397,14 @@ class AttentionEntropy(Probe):
         return {"entropy": (entropy * weights[:, None]).sum(-1)}
 
 
-_RANKS = {"effective_rank": effective_rank, "first_share": first_share}
-
-
-def _singular_values(matrix: Float[Tensor, "*batch row column"]) -> Float[Tensor, "*batch rank"]:
-    """Compute singular values through the Gram matrix: in float64, since the first may be 10,000 × the others."""
-    rows = matrix.double() if matrix.shape[-2] <= matrix.shape[-1] else matrix.double().mT
-    return torch.linalg.eigvalsh(rows @ rows.mT).clamp(min=0).sqrt().float()
+def _ranks(matrices: Sequence[Float[Tensor, "*head row column"]]) -> dict[str, Tensor]:
+    """Compute ranks from singular values by the Gram matrix: in float64, since the first may be 10,000 × the others."""
+    values = []
+    for matrix in matrices:
+        rows = matrix.double() if matrix.shape[-2] <= matrix.shape[-1] else matrix.double().mT
+        values.append(torch.linalg.eigvalsh(rows @ rows.mT).clamp(min=0).sqrt().float())
+    ranks = {"effective_rank": effective_rank, "first_share": first_share}
+    return {name: torch.stack(list(map(rank, values))) for name, rank in ranks.items()}
 
 
 class AttentionMaps(Probe):

@@ -48,7 +48,9 @@ from melens.tracing.attention import FUSED, columns_of, uses_attention_function
 from melens.tracing.resume import is_skipped
 from melens.tracing.sites import Sites
 
-__all__ = ["Place", "Record", "RecordAttention", "Twin", "Way", "is_hooked", "running"]
+__all__ = [
+    "Inputs", "Place", "Record", "RecordAttention", "Twin", "Way", "hidden_of", "is_hooked", "running", "with_hidden",
+]  # fmt: skip
 
 Record = Callable[[Tensor], None]
 
@@ -57,6 +59,9 @@ RecordAttention = Callable[[int, Tensor], None]
 
 Way = Literal["fast", "bridge"]
 """What runs: the plain twin, or the bridge with TransformerLens's components."""
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+"""The arguments of a module's forward call, as a forward pre-hook takes and returns them."""
 
 _Fire = Callable[[Tensor], Tensor | None]
 """Called with an activation; what it returns, if anything, goes on in its place."""
@@ -100,17 +105,26 @@ def _on_projected(fire: _Fire, projection: nn.Module, activation: Tensor) -> Non
     fire(projection(activation))
 
 
-def _on_input(fire: _Fire, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-    changed = fire(args[0] if args else kwargs["hidden_states"])
-    if changed is None:
-        return None
-    return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
+def _on_input(fire: _Fire, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs | None:
+    changed = fire(hidden_of(args, kwargs))
+    return None if changed is None else with_hidden(changed, args, kwargs)
 
 
 def _on_output(fire: _Fire, module: nn.Module, args: Any, output: Any) -> Any:
     is_several = isinstance(output, tuple | list)
     changed = fire(output[0] if is_several else output)
     return type(output)((changed, *output[1:])) if changed is not None and is_several else changed
+
+
+def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return the hidden state among the arguments of a module's forward call."""
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
+
+
+def with_hidden(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+    """Return the arguments with another hidden state in its place."""
+    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
 
 class Twin:
@@ -138,12 +152,10 @@ class Twin:
         self.places: dict[int, Place] = {}
         self.attention: dict[int, nn.Module] = {}
         self.patterns: dict[int, int] = {}
-        self.why_not = ""
-        if model.compatibility_mode or getattr(model, "_weights_processed", False):
-            self.why_not = "its weights were folded (compatibility mode, process_weights)"
+        self.why_not = "its weights were folded (compatibility mode, process_weights)" if _is_folded(model) else ""
         self._layers = {id(block._modules.get("attn")): layer for layer, block in enumerate(model.blocks)}
         self._plain: dict[int, nn.Module] = {}
-        self._copied: list[tuple[nn.Module, _Ids, _Ids]] = []
+        self._copied: list[tuple[nn.Module, tuple[int, ...], tuple[int, ...]]] = []
         self._components: list[tuple[nn.Module, str, Any, type, nn.Module | None]] = []
         self._splits: list[tuple[Any, Sequence[nn.Module], Callable[..., Any]]] = []
         self._configs: dict[int, tuple[Any, Any, Any]] = {}  # by id: a config, as it is now, and the twin's
@@ -158,8 +170,7 @@ class Twin:
         module with the same attributes, parts and config, each joint projection split into what it holds."""
         return (
             not self.why_not
-            and not model.compatibility_mode
-            and not getattr(model, "_weights_processed", False)
+            and not _is_folded(model)
             and all(
                 component._modules["_original_component"] is original
                 and type(component) is kind
@@ -254,6 +265,10 @@ class Twin:
             self.why_not = self.why_not or f"the projections that it split off {name} were changed apart from that"
 
 
+def _is_folded(model: TransformerBridge) -> bool:
+    return model.compatibility_mode or getattr(model, "_weights_processed", False)
+
+
 def _what_was_done_to(component: Any, name: str) -> str:
     """Say what makes a component compute something else than its module; nothing if nothing does."""
     own, kind = vars(component), type(component)
@@ -267,10 +282,7 @@ def _what_was_done_to(component: Any, name: str) -> str:
     return ""
 
 
-_Ids = tuple[int, ...]
-
-
-def _ids(values: Mapping[str, Any]) -> _Ids:
+def _ids(values: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(map(id, values.values()))
 
 
@@ -344,7 +356,14 @@ def running(
                 _attach(twin, hooked, recorders, tuple(keys), record_attention, stack)
                 yield twin.network
                 return
-            _warn(model, why_not)
+            warned = _WARNED.setdefault(model, set())
+            if why_not not in warned:
+                warned.add(why_not)
+                warnings.warn(
+                    "This model is run through TransformerLens's own components, in about 4 times the time and in "
+                    f"memory quadratic in the length: {why_not}.",
+                    stacklevel=3,
+                )
         for hook_point, record in recorders:
             _record_at(hook_point, record, stack)
         if record_attention is not None:
@@ -367,17 +386,6 @@ def _why_not(twin: Twin, hooked: Sequence[HookPoint], recorded: Sequence[HookPoi
         if not twin.is_fused if place is None else place.projection is not None:
             return f"a hook on {hook_point.name} takes effect only there"
     return twin.why_not
-
-
-def _warn(model: TransformerBridge, why_not: str) -> None:
-    warned = _WARNED.setdefault(model, set())
-    if why_not not in warned:
-        warned.add(why_not)
-        warnings.warn(
-            "This model is run through TransformerLens's own components, in about 4 times the time and in memory "
-            f"quadratic in the length: {why_not}.",
-            stacklevel=4,
-        )
 
 
 def _attach(
@@ -437,7 +445,7 @@ class _Wanted:
             return attention.register_forward_pre_hook(self._pass_on, with_kwargs=True)
         return attention.register_forward_hook(self._read)
 
-    def _pass_on(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    def _pass_on(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
         """Give a transformers attention module arguments more, which it hands on to its attention function."""
         wanted = {"melens_keys": self.keys, "melens_record": self.record, "melens_pattern": self.fire}
         return args, kwargs | wanted
