@@ -397,8 +397,8 @@ class AttentionEntropy(Probe):
         return {"entropy": (entropy * weights[:, None]).sum(-1)}
 
 
-def _ranks(matrices: Sequence[Float[Tensor, "*head row column"]]) -> dict[str, Tensor]:
-    """Compute ranks from singular values by the Gram matrix: in float64, since the first may be 10,000 × the others."""
+def _ranks(matrices: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Compute the ranks of `[*head, row, column]` by the Gram matrix: in float64, for the first may be 10,000 × the rest."""
     values = []
     for matrix in matrices:
         rows = matrix.double() if matrix.shape[-2] <= matrix.shape[-1] else matrix.double().mT
