@@ -398,7 +398,7 @@ class AttentionEntropy(Probe):
 
 
 def _ranks(matrices: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Compute the ranks of `[*head, row, column]` by the Gram matrix: in float64, for the first may be 10,000 × the rest."""
+    """Compute ranks of `[*head, row, column]` by the Gram matrix: in float64, as the first may be 10,000 × another."""
     values = []
     for matrix in matrices:
         rows = matrix.double() if matrix.shape[-2] <= matrix.shape[-1] else matrix.double().mT
