@@ -14,7 +14,6 @@ from typing import Annotated, Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Int
 from pydantic import InstanceOf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -28,15 +27,7 @@ from melens.models.quantization import describe_quantization
 from melens.models.view import base_of
 from melens.storage.files import atomic_folder
 from melens.tracing.batching import forget_longest
-from melens.tracing.probes import (
-    AbsMedian,
-    Batch,
-    LargestActivations,
-    Norms,
-    Probe,
-    SinkMass,
-    TokenVectors,
-)
+from melens.tracing.probes import AbsMedian, Batch, LargestActivations, Norms, Probe, SinkMass, TokenVectors
 from melens.tracing.sites import Sites
 from melens.tracing.twin import Way, is_hooked, running
 from melens.tracing.verification import Verification, verified
@@ -193,7 +184,9 @@ def trace(
         groups = rule.groups([len(ids) for ids in tokens], max_batch_tokens=max_batch_tokens)
         with _recording(model, recorder, verification.way) as network:
             for rows in groups:
-                batch = _pad(tokens, rows, model.cfg.device)
+                padded = torch.nn.utils.rnn.pad_sequence([tokens[row] for row in rows], batch_first=True)
+                lengths = tuple(len(tokens[row]) for row in rows)
+                batch = Batch(padded.to(model.cfg.device), lengths, tuple(rows))
                 recorder.begin(batch)
                 if rule.remembers:
                     forget_longest(network)
@@ -247,10 +240,6 @@ class _Tables(Mapping[str, pd.DataFrame]):
         return len(self._make)
 
 
-_Tokens = Int[Tensor, " _"]
-"""Token ids of one prompt, of whatever length, on the CPU."""
-
-
 def as_tokens(model: TransformerBridge, prompts: Any, bos: BosOrNot = "auto") -> TokenizedPrompts:
     """Turn prompts, as `Prompts` lists them, into tokens, which are checked against context and vocabulary."""
     if isinstance(prompts, TokenizedPrompts):
@@ -276,12 +265,6 @@ def _describe_prompts(model: TransformerBridge, prompts: TokenizedPrompts) -> pd
             "first_token_id": firsts,
         }
     )
-
-
-def _pad(tokens: list[_Tokens], rows: list[int], device: Any) -> Batch:
-    of_batch = [tokens[row] for row in rows]
-    padded = torch.nn.utils.rnn.pad_sequence(of_batch, batch_first=True)
-    return Batch(padded.to(device), tuple(len(ids) for ids in of_batch), tuple(rows))
 
 
 # --- What to record ---------------------------------------------------------------------------------------------------
@@ -328,10 +311,8 @@ def _recording(model: TransformerBridge, recorder: _Recorder, way: Way) -> Itera
 
     def record_attention(layer: int, attention: Tensor) -> None:
         for target in at_keys[layer]:
-            columns = [keys.index(key) for key in target.probe.keys]
-            all_of_them = len(columns) == len(keys)
-            wanted = attention if all_of_them else torch.stack([attention[..., column] for column in columns], dim=-1)
-            recorder.add(target, wanted)
+            columns = [attention[..., keys.index(key)] for key in target.probe.keys]  # in the probe's own order
+            recorder.add(target, attention if list(target.probe.keys) == keys else torch.stack(columns, dim=-1))
 
     recorders = [(at.hook_point, partial(recorder.add, at)) for at in recorder.expected if at.hook_point is not None]
     recorded = {id(hook_point) for hook_point, _ in recorders}

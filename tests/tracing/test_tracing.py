@@ -404,6 +404,28 @@ def test_blocks_that_reach_into_their_components_keep_them():
     close(rows(table, layer=1).norm.to_numpy(), cache["blocks.1.hook_mlp_out"][0].norm(dim=-1))
 
 
+class OnKeys(Probe):
+    name = "on_keys"
+    sites = (ATTENTION_ON_KEYS,)
+    index = ("head", "query", "key")
+    kind = "tensor"
+
+    def __init__(self, keys):
+        self.keys = keys
+
+    def reduce(self, activation, batch):
+        return {"attention": activation.clone()}
+
+
+@pytest.mark.parametrize("keys", [(1, 4), (4, 1), (4, 4)])
+def test_attention_on_keys_comes_in_the_order_in_which_a_probe_names_them(keys):
+    model = bridge(plain_model("llama"))
+    prompts = some_prompts((8,))
+    _, cache = model.run_with_cache(prompts[0][None])
+    found = melens.trace(model, prompts, [OnKeys(keys)]).tensors["on_keys"]
+    close(found[0, 1], cache["blocks.1.attn.hook_pattern"][0][..., list(keys)])
+
+
 def test_a_key_behind_the_end_of_a_prompt_is_missing():
     model = bridge(plain_model("llama"))
     table = melens.trace(model, some_prompts((30, 8)), [melens.SinkMass(key=10)])["sink_mass"]
