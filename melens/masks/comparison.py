@@ -162,9 +162,8 @@ class MaskComparison:
             self._finals.append(output.last_hidden_state)
             self._blocks.append(blocks)
             recorded.append(of_batch)
-        losses = [self._predictions(number).loss.mean(-1) for number in range(len(self._batches))]
-        compared = {"loss": torch.cat(losses).cpu(), "kl": torch.zeros(len(self._texts))}
-        compared["agreement"] = torch.ones(len(self._texts))
+        loss = torch.cat([self._predictions(number).loss.mean(-1) for number in range(len(self._batches))]).cpu()
+        compared = {"loss": loss, "kl": torch.zeros(len(loss)), "agreement": torch.ones(len(loss))}
         _check_finite(compared, "the unmasked model")
         self.unmasked = self._finish(compared, recorded, 0, patterns=patterns)
 
@@ -275,14 +274,7 @@ class MaskComparison:
     def _finish(
         self, compared: dict[str, Tensor], recorded: list[_Recorded], start: int, *, patterns: bool
     ) -> Measured:
-        """Put a run's quantities together; blocks before `start` are those of the unmasked run.
-
-        Args:
-            compared: `loss`, `kl` and `agreement` of each text.
-            recorded: in each batch.
-            start: the block that the run began with.
-            patterns: as for `measure`.
-        """
+        """Put together what was compared by text and recorded by batch; before `start`, blocks are as if unmasked."""
         if not start and not recorded[0].sink_mass:
             raise MelensError(f"No sinks can be compared: there is {Layout.of(self._model).attention_in_words}.")
         own = {"sink_mass": self._gathered([batch.sink_mass for batch in recorded]).mT}
@@ -343,10 +335,8 @@ class MaskComparison:
                 values = wide.reindex(range(len(self._model.blocks))).to_numpy()
                 found[name] = torch.tensor(values, dtype=torch.float32)
         entropy = found.get("entropy", missing)
-        return {
-            "entropy": entropy,
-            "effective_rank": found.get("effective_rank", torch.full_like(entropy, float("nan"))),
-        }
+        rank = found.get("effective_rank", torch.full_like(entropy, float("nan")))
+        return {"entropy": entropy, "effective_rank": rank}
 
     @property
     def distinct_first_tokens(self) -> int:

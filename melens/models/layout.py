@@ -45,10 +45,8 @@ class Layout:
     @classmethod
     def of(cls, model: TransformerBridge) -> Layout:
         """Look at a bridge's blocks."""
-        sites = Sites.of(model)
-        attention, ffn = (
-            tuple(place.layer for place in sites.find(site)) for site in (ATTENTION_ON_KEYS, "hook_mlp_out")
-        )
+        found = map(Sites.of(model).find, (ATTENTION_ON_KEYS, "hook_mlp_out"))
+        attention, ffn = (tuple(place.layer for place in places) for places in found)
         blocks: list[Any] = list(model.blocks)
         return cls(
             len(blocks),

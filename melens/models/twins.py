@@ -133,9 +133,8 @@ def twin_of(network: Any, attention: str, weights: Mapping[str, Tensor] | None =
     if weights is None:
         # The weights are there already, and `to` would rearrange bitsandbytes', which the model shares.
         for module in twin.modules():
-            module._buffers |= {
-                name: buffer.to(network.device) for name, buffer in module._buffers.items() if buffer is not None
-            }
+            own = module._buffers
+            own |= {name: buffer.to(network.device) for name, buffer in own.items() if buffer is not None}
     return twin
 
 

@@ -141,7 +141,6 @@ def is_whole(model: nn.Module) -> bool:
 
 
 def _is_here(weight: Tensor) -> bool:
-    """Tell whether a weight is in memory in full: not offloaded, nor sharded over processes."""
     return not (weight.is_meta or is_sharded(weight))
 
 
@@ -230,11 +229,8 @@ def _of_plain(model: nn.Module, config: Any) -> ModelView:
         attention = submodule(module, names["attn"])
         query, joint, output = (submodule(attention, names[part]) for part in ("q", "qkv", "o"))
         query = joint if query is None else query
-        present = [
-            part
-            for part, component in submodules.items()
-            if component.name is None or submodule(module, component.name) is not None
-        ]
+        paths = {part: component.name for part, component in submodules.items()}
+        present = [part for part, path in paths.items() if path is None or submodule(module, path) is not None]
         ln1, name = submodule(module, names["ln1"]), names["ln1"] or ""
         entries = {"resid_pre": module, "ln1_in": ln1, "attn_in": attention}
         blocks.append(Block(module, ln1, attention, query, output, name, _is_ln1_shared(present, config), entries))

@@ -44,11 +44,7 @@ Hook = tuple[str, Callable[[Tensor, HookPoint], Tensor | None]]
 """As `model.hooks(fwd_hooks=[...])` takes it."""
 
 _WRITES = {"ffn": "hook_mlp_out", "attention": "hook_attn_out"}
-_WITHOUT: dict[str, Literal["all", "gain", "norm"]] = {
-    "ln2_identity": "all",
-    "ln2_no_gain": "gain",
-    "ln2_no_norm": "norm",
-}
+_WITHOUT: dict[str, Any] = {"ln2_identity": "all", "ln2_no_gain": "gain", "ln2_no_norm": "norm"}
 
 
 def can_ablate(model: TransformerBridge, layer: int, part: str) -> bool:
@@ -131,6 +127,8 @@ class _Rows:
 PromptsByLayers = Annotated[Float[Tensor, "prompt layer"], Said("a float tensor [prompt, layer]")]
 HookList = Annotated[Sequence[Hook], Said("a list of (name of a hook point, function of an activation and the hook)")]
 
+_NormsAndFFN = tuple[Float[Tensor, "prompt layer"], Float[Tensor, "layer prompt d"]]
+
 
 class MassiveTokenRuns:
     """Runs of the prompts up to their massive token, intact and with hooks, each from the first block they change.
@@ -147,11 +145,7 @@ class MassiveTokenRuns:
 
     @checked
     def __init__(
-        self,
-        model: Bridge,
-        tokens: TokenLists,
-        positions: PositionList,
-        norms: PromptsByLayers | None = None,
+        self, model: Bridge, tokens: TokenLists, positions: PositionList, norms: PromptsByLayers | None = None
     ):
         """Run the prompts intact and record what the others start from.
 
@@ -221,9 +215,7 @@ class MassiveTokenRuns:
         return self.run_with_ffn(hooks, start)[0]
 
     @checked
-    def run_with_ffn(
-        self, hooks: HookList = (), start: Layer = 0
-    ) -> tuple[Float[Tensor, "prompt layer"], Float[Tensor, "layer prompt d"]]:
+    def run_with_ffn(self, hooks: HookList = (), start: Layer = 0) -> _NormsAndFFN:
         """Do what `run` does, and return what each block's FFN writes at the massive token besides."""
         check_layer(self._model, start)
         for name in (name for name, _ in hooks if not Sites.of(self._model).find(name)):
@@ -231,9 +223,7 @@ class MassiveTokenRuns:
         return self._run(hooks, start)
 
     @torch.no_grad()
-    def _run(
-        self, hooks: Sequence[Hook], start: int, *, record: bool = False
-    ) -> tuple[Float[Tensor, "prompt layer"], Float[Tensor, "layer prompt d"]]:
+    def _run(self, hooks: Sequence[Hook], start: int, *, record: bool = False) -> _NormsAndFFN:
         model, n_layers = self._model, len(self._model.blocks)
         n_prompts = sum(len(group.prompts) for group in self._groups)
         norms = torch.full((n_prompts, n_layers), float("nan"))

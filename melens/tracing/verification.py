@@ -157,29 +157,18 @@ def verified(model: TransformerBridge, sites: Sequence[str]) -> Verification:
         store = store_for_kind("verified", model.original_model, asked)
         known[asked] = _read(store) or verify(model, asked)
         if not known[asked].why_not:  # else it is true of this model, not of its kind
-            _write(store, known[asked])
+            content = asdict(known[asked]) | {"errors": known[asked].errors.to_dict("records")}
+            store.save_text("verification", json.dumps(content))
     return known[asked]
 
 
 def _read(store: Store) -> Verification | None:
-    kept = store.load_text("verification")
-    if kept is None:
+    if (kept := store.load_text("verification")) is None:
         return None
     content = json.loads(kept)
-    rule = content["rule"] | {"limits": tuple(content["rule"]["limits"])}
+    rule = BatchRule(**content["rule"] | {"limits": tuple(content["rule"]["limits"])})
     errors = pd.DataFrame(content["errors"], columns=list(_COLUMNS))
-    return Verification(content["way"], BatchRule(**rule), errors, tuple(content["unchecked"]), content["why_not"])
-
-
-def _write(store: Store, found: Verification) -> None:
-    content = {
-        "way": found.way,
-        "rule": asdict(found.rule),
-        "errors": found.errors.to_dict("records"),
-        "unchecked": list(found.unchecked),
-        "why_not": found.why_not,
-    }
-    store.save_text("verification", json.dumps(content))
+    return Verification(content["way"], rule, errors, tuple(content["unchecked"]), content["why_not"])
 
 
 _COLUMNS = ("site", "layer", "error", "limit")
@@ -198,9 +187,13 @@ def _verify(model: TransformerBridge, sites: Sequence[str]) -> Verification:
     rule = measured(twin.eval(), rule_of(twin))
     prompts = two_prompts(twin)
     places = _places_of(model, sites)
-    expected = _Expected(network, twin, prompts, places, _attending(model))
+    # of a hybrid, transformers returns the patterns of the blocks with attention alone
+    attending = [at.layer for at in Sites.of(model).find(ATTENTION_ON_KEYS)]
+    expected = _Expected(network, twin, prompts, places, attending)
     fresh = bridge_around(twin, "verification")  # without what is hooked onto the model, or patched
-    ways, complaints = _ways(rule, prompts), list[str]()
+    shares, complaints = rule.may_share([len(prompt) for prompt in prompts]), list[str]()
+    rules = [rule, replace(rule, alone=True)] if shares else [rule]
+    ways: list[tuple[Way, BatchRule]] = [(way, its_rule) for way in ("fast", "bridge") for its_rule in rules]
     if misplaced := _misplaced(fresh, expected, prompts, places):
         ways = [(way, its_rule) for way, its_rule in ways if way == "bridge"]
         where = ", ".join(misplaced)
@@ -222,14 +215,6 @@ def _verify(model: TransformerBridge, sites: Sequence[str]) -> Verification:
             return found
         complaints.append(_complaint(network, found))
     raise MelensError(f"{complaints[0]} No slower way agrees either, so nothing is measured on this model.")
-
-
-def _ways(rule: BatchRule, prompts: Sequence[Tensor]) -> list[tuple[Way, BatchRule]]:
-    """List the ways to run a model, the fastest first."""
-    alone = replace(rule, alone=True)
-    ways: list[tuple[Way, BatchRule]] = [("fast", rule), ("fast", alone), ("bridge", rule), ("bridge", alone)]
-    shares = rule.may_share([len(prompt) for prompt in prompts])
-    return [(way, its_rule) for way, its_rule in ways if shares or its_rule is rule]
 
 
 _INSTEAD = {
@@ -286,11 +271,6 @@ def _places_of(model: TransformerBridge, sites: Sequence[str]) -> dict[_Where, P
     return {(site, layer): places[id(hook_point)] for site, layer, hook_point in found}
 
 
-def _attending(model: TransformerBridge) -> list[int]:
-    """List the blocks with attention: of a hybrid, transformers returns the patterns of these alone."""
-    return [at.layer for at in Sites.of(model).find(ATTENTION_ON_KEYS)]
-
-
 def _misplaced(
     fresh: TransformerBridge, expected: _Expected, prompts: Sequence[_Tokens], places: Mapping[_Where, Place]
 ) -> list[str]:
@@ -316,12 +296,7 @@ class _Expected:
     """
 
     def __init__(
-        self,
-        network: Any,
-        twin: Any,
-        prompts: Sequence[_Tokens],
-        places: Mapping[_Where, Place],
-        attending: Sequence[int],
+        self, network: Any, twin: Any, prompts: Sequence[_Tokens], places: Mapping[_Where, Place], attending: list[int]
     ) -> None:
         self._network, self._prompts, self._places, self._attending = network, prompts, places, attending
         self._is_reduced = next(twin.parameters()).dtype not in _LIMITS
@@ -399,14 +374,10 @@ _ATTENTIONS = (ATTENTION_ON_KEYS, "attn.hook_pattern")
 
 
 def _error(site: str, found: Tensor, expected: Tensor, share: float | int = 1.0) -> float:
-    """Return the largest error of a token: of its vector the relative one, of its attention that of a probability.
+    """Return the largest error of a prompt's token: of its vector the relative one, of attention a probability's.
 
-    By token, because one massive token would hide any error of the others.
-
-    Args:
-        site: where; `_ATTENTIONS` hold probabilities.
-        found, expected: one prompt's.
-        share: of the tokens with the smallest errors, which alone count.
+    By token, because one massive token would hide any error of the others. Only the `share` of the tokens with the
+    smallest errors counts.
     """
     if found.numel() != expected.numel():
         return float("inf")
@@ -427,12 +398,7 @@ def _error(site: str, found: Tensor, expected: Tensor, share: float | int = 1.0)
 
 
 def _measure(
-    model: TransformerBridge,
-    prompts: Sequence[_Tokens],
-    sites: Sequence[str],
-    rule: BatchRule,
-    *,
-    way: Way,
+    model: TransformerBridge, prompts: Sequence[_Tokens], sites: Sequence[str], rule: BatchRule, *, way: Way
 ) -> list[_Recorded]:
     """Run the prompts as a trace does, and return what passes once at each site, a prompt each."""
     lengths = [len(prompt) for prompt in prompts]
