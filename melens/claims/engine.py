@@ -138,12 +138,16 @@ def _contents(results: Any) -> Iterator[Mapping[str, Any]]:
         content = result if isinstance(result, Mapping) else getattr(result, "__dict__", {})
         if content.get("status", "ok") != "ok":
             continue
-        has = {"experiment": "experiment" in content, "model": isinstance(content.get("model"), Mapping)}
+        has = {
+            "experiment": isinstance(content.get("experiment"), str),
+            "model": isinstance(content.get("model"), Mapping),
+        }
         parts = {"metrics": content.get("metrics")}
         if content.get("experiment") == "all" and isinstance(parts["metrics"], Mapping):
             parts |= {f"metrics.{name}": part for name, part in parts["metrics"].items()}
         has |= {name: isinstance(part, Mapping | Metrics) for name, part in parts.items()}
-        has["model.name"] = has["model"] and "name" in content["model"]
+        names = {"name": None, **content["model"]} if has["model"] else {}
+        has |= {f"model.{name}": isinstance(names[name], str) for name in ("name", "label") if name in names}
         for name in [name for name, is_there in has.items() if not is_there][:1]:
             raise MelensError(
                 f"judge: results[{position}] is {given(result)}; it must be a result, which has a field {name!r}."

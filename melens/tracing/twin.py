@@ -40,6 +40,7 @@ from transformer_lens.model_bridge.generalized_components import (
     JointQKVAttentionBridge,
     LinearBridge,
     NormalizationBridge,
+    PositionEmbeddingsAttentionBridge,
 )
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
@@ -70,6 +71,10 @@ _KNOWN = (BlockBridge, GatedMLPBridge, JointGateUpMLPBridge, LinearBridge, Norma
 """Components whose `hook_in` and `hook_out` are what enters and leaves their module. Whether it is so of another kind,
 attention aside, `melens.tracing.verification` finds out."""
 
+_USES_PATTERN = (JointQKVAttentionBridge, PositionEmbeddingsAttentionBridge)
+"""Components that compute attention from the pattern that has passed `hook_pattern`; others let their module do it, and
+a hook there sees what has been used already."""
+
 _LIBRARIES = ("transformer_lens.", "melens.", "accelerate.")
 """Whose classes of components, and whose PyTorch hooks on them, change nothing that the twin computes."""
 
@@ -97,7 +102,8 @@ class Place(NamedTuple):
         if self.projection is not None:
             fire = partial(_on_projected, fire, self.projection)
         if self.is_input:
-            return module.register_forward_pre_hook(partial(_on_input, fire), with_kwargs=True)
+            # a component's hook point fires before the module, with whatever others hooked onto that, is called
+            return module.register_forward_pre_hook(partial(_on_input, fire), prepend=True, with_kwargs=True)
         return module.register_forward_hook(partial(_on_output, fire))
 
 
@@ -135,6 +141,7 @@ class Twin:
         places: by the id of a hook point, where its tensor passes.
         attention: by block, its attention module.
         patterns: by the id of a hook point of attention patterns, its block.
+        read_only: ids of those among them where the bridge discards what a hook returns.
         is_fused: whether `melens.tracing.attention` computes the attention of all blocks; else transformers does,
             eagerly.
         why_not: why the twin does not compute what the bridge does, in a clause; empty if it does.
@@ -152,6 +159,7 @@ class Twin:
         self.places: dict[int, Place] = {}
         self.attention: dict[int, nn.Module] = {}
         self.patterns: dict[int, int] = {}
+        self.read_only: set[int] = set()
         self.why_not = "its weights were folded (compatibility mode, process_weights)" if _is_folded(model) else ""
         self._layers = {id(block._modules.get("attn")): layer for layer, block in enumerate(model.blocks)}
         self._plain: dict[int, nn.Module] = {}
@@ -186,6 +194,9 @@ class Twin:
     def _without_components(self, module: nn.Module, name: str) -> nn.Module:
         component = module if isinstance(module, GeneralizedComponent) else None
         original: Any = module if component is None else component._modules["_original_component"]
+        while isinstance(original, GeneralizedComponent):
+            self.why_not = self.why_not or f"another bridge was put around {name}"
+            original = original._modules["_original_component"]
         if id(original) not in self._plain:  # a model may hold one module in several places
             prefix = f"{name}." if name else ""
             parts = {
@@ -236,14 +247,21 @@ class Twin:
         self.places[id(inside["hook_out"])] = Place(name, plain, is_input=False, is_known=is_known)
         if layer is None and not isinstance(component, JointGateUpMLPBridge):
             return
-        for part in inside.values():  # some wrap a module that the model keeps calling itself (GPT-2's o)
+        for key, part in inside.items():  # some wrap a module that the model keeps calling itself (GPT-2's o)
             own = part._modules.get("_original_component") if isinstance(part, GeneralizedComponent) else None
-            if own is not None and id(part._modules["hook_in"]) not in self.places and id(own) in self._plain:
+            if own is None or id(part._modules["hook_in"]) in self.places:
+                continue
+            self._components.append((component, key, part, type(part), own))
+            if id(own) in self._plain:
                 self._note(part, self._plain[id(own)], f"{name}.{part.name}")
+            elif key in ("o", "out"):
+                self.why_not = self.why_not or f"the module of {name}.{part.name} was replaced in its component alone"
         if layer is not None:
             self.attention[layer] = plain
             if "hook_pattern" in inside:
                 self.patterns[id(inside["hook_pattern"])] = layer
+                if not isinstance(component, _USES_PATTERN):
+                    self.read_only.add(id(inside["hook_pattern"]))
         if isinstance(component, JointQKVAttentionBridge):
             self._note_joint(component, plain, name, "qkv", ("q", "k", "v"), component.split_qkv_matrix)
         elif isinstance(component, JointGateUpMLPBridge):
@@ -274,6 +292,8 @@ def _what_was_done_to(component: Any, name: str) -> str:
     own, kind = vars(component), type(component)
     if not kind.__module__.startswith(_LIBRARIES):
         return f"{name} has a component of the class {kind.__name__}"
+    if not kind.forward.__module__.startswith(_LIBRARIES):
+        return f"the forward of the class {kind.__name__}, of the component of {name}, was replaced"
     if "forward" in own and "_hf_hook" not in own:  # accelerate's brings the weights, and nothing else
         return f"the component of {name} has a forward that is not its class's"
     for hooks in (component._forward_hooks, component._forward_pre_hooks, component._backward_hooks):
@@ -298,6 +318,10 @@ def _holds_the_same(component: Any, parts: Sequence[nn.Module], split: Callable[
     They are compared anew once a weight has changed. Only a part changed in place behind autograd's back
     (`weight.data.mul_`) goes unnoticed.
     """
+    for part in parts:  # what the joint projection knows nothing of; accelerate's forward brings the weights
+        is_patched = "forward" in vars(part) and "_hf_hook" not in vars(part)
+        if part._forward_hooks or part._forward_pre_hooks or is_patched:
+            return False
     weights = [weight for part in (component.original_component, *parts) for weight in part.parameters()]
     seen = [(id(weight), weight.data_ptr(), weight._version) for weight in weights]
     if _SPLIT.get(component) == seen or any(weight.is_meta for weight in weights):  # offloaded: not edited
@@ -382,6 +406,8 @@ def _why_not(twin: Twin, hooked: Sequence[HookPoint], recorded: Sequence[HookPoi
         if id(hook_point) not in twin.places and id(hook_point) not in twin.patterns:
             return f"{hook_point.name} is inside one of them"
     for hook_point in hooked:  # which may change what passes
+        if id(hook_point) in twin.read_only:
+            return f"its attention discards what a hook on {hook_point.name} returns"
         place = twin.places.get(id(hook_point))
         if not twin.is_fused if place is None else place.projection is not None:
             return f"a hook on {hook_point.name} takes effect only there"
@@ -402,22 +428,21 @@ def _attach(
     def note_shape(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         shape[:] = args[0].shape
 
-    def attach(key: int, fire: _Fire) -> None:
-        stack.callback(twin.places[key].attach(partial(_by_prompt, fire, shape)).remove)
-
     stack.callback(twin.network.get_input_embeddings().register_forward_pre_hook(note_shape).remove)
     fired = {id(hook_point): hook_point for hook_point in hooked}
+    called: list[tuple[int, _Fire]] = []
     for hook_point, record in recorders:
         key = id(hook_point)
         if key in fired or key in twin.patterns or hook_point.hook_conversion is not None:
             fired[key] = hook_point
             _record_at(hook_point, record, stack)
         else:
-            attach(key, record)  # without the hook point, which would take longer
+            called.append((key, record))  # without the hook point, which would take longer
     at_pattern = {twin.patterns[key]: hook_point for key, hook_point in fired.items() if key in twin.patterns}
-    for key, hook_point in fired.items():
-        if key not in twin.patterns:
-            attach(key, hook_point)
+    at_places = [(twin.places[key], fire) for key, fire in (*fired.items(), *called) if key not in twin.patterns]
+    at_places.sort(key=lambda at: at[0].projection is None)  # what is split off an input sees it as the others leave it
+    for place, fire in at_places:
+        stack.callback(place.attach(partial(_by_prompt, fire, shape)).remove)
     for layer, attention in twin.attention.items():
         if record_attention is not None or layer in at_pattern:
             wanted = _Wanted(keys, record_attention and partial(record_attention, layer), at_pattern.get(layer))

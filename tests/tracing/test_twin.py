@@ -2,11 +2,13 @@
 
 import copy
 import warnings
+from functools import partial
 
 import pytest
 import torch
-from planted import bridge, gains_apart, other_model, plain_model
+from planted import FAMILIES, bridge, gains_apart, other_model, plain_model
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 import melens
 from melens.models.gates import add_gates, gates_of
@@ -169,3 +171,95 @@ def test_a_twin_lives_with_its_bridge_and_sees_what_was_changed(change, makes_an
         _, cache = model.run_with_cache(TOKENS)
     torch.testing.assert_close(found, cache["blocks.3.hook_resid_post"], rtol=1e-4, atol=1e-4)
     assert ((found - before).abs().max() > 1e-2) == (change not in (_replace_module, _change_config))
+
+
+def _differences(model, *sites):
+    """How far the traced activations are from those of `run_with_cache`, for their size."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        _, cache = model.run_with_cache(TOKENS)
+        for site in sites:
+            found: list[torch.Tensor] = []
+            keep = partial(lambda found, activation: found.append(activation.clone()), found)
+            with running(model, [(model.hook_dict[site], keep)]) as network:
+                network(input_ids=TOKENS, use_cache=False)
+            expected = cache[site]
+            yield float((found[0].reshape(expected.shape) - expected).abs().max() / expected.abs().max())
+
+
+def _made(name):
+    return bridge(gains_apart(plain_model(name))) if name in FAMILIES else other_model(name)
+
+
+@pytest.mark.parametrize("part", ["", "mlp", "ln1", "attn.o"])
+def test_a_hook_before_a_wrapped_module_changes_what_comes_after_its_hook_point(part):
+    model = bridge(gains_apart(plain_model("llama")))
+    module = model.blocks[1].get_submodule(part) if part else model.blocks[1]
+    module.original_component.register_forward_pre_hook(lambda module, args: (1.5 * args[0], *args[1:]))
+    site = f"blocks.1.{part}.hook_in" if part else "blocks.1.hook_in"
+    assert max(_differences(model, site, "blocks.1.hook_resid_post")) < 1e-4
+
+
+def test_what_is_split_off_an_input_is_recorded_after_hooks_on_that_input():
+    model = bridge(plain_model("phi3"))
+    with model.hooks(fwd_hooks=[("blocks.1.mlp.hook_in", lambda activation, hook: 1.5 * activation)]):
+        assert max(_differences(model, "blocks.1.mlp.hook_pre")) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["opt", "llama4_text in chunks"])
+def test_a_pattern_hook_changes_nothing_where_the_bridge_discards_its_result(name):
+    model = other_model(name)
+    with model.hooks(fwd_hooks=[("blocks.1.attn.hook_pattern", lambda pattern, hook: 0.5 * pattern)]):
+        assert max(_differences(model, "blocks.1.hook_resid_post")) < 1e-4
+
+
+def _hook_component(part):
+    part.register_forward_hook(lambda module, args, output: 1.5 * output)
+
+
+def _hook_original(part):
+    _hook_component(part.original_component)
+
+
+def _replace_original(part):
+    part._modules["_original_component"] = copy.deepcopy(part.original_component)
+    part.original_component.weight = torch.nn.Parameter(2 * part.original_component.weight.detach())
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "change"),
+    [
+        ("phi3", "attn.q", _hook_original),
+        ("phi3", "mlp.gate", _hook_original),
+        ("gpt2", "attn.v", _hook_original),
+        ("gpt2", "attn.o", _replace_original),
+        ("bloom", "attn.v", _hook_component),
+        ("bloom", "attn.v", _replace_original),
+    ],
+)
+def test_a_change_to_what_only_the_bridge_calls_takes_effect(name, part, change):
+    model = _made(name)
+    Twin.of(model)
+    before = list(_differences(model, "blocks.1.hook_resid_post"))
+    change(model.blocks[1].get_submodule(part))
+    assert max(before + list(_differences(model, "blocks.1.hook_resid_post"))) < 1e-5
+
+
+def test_a_component_class_with_another_forward_is_run_by_the_bridge(monkeypatch):
+    model = bridge(plain_model("llama"))
+    Twin.of(model)
+    kind = type(model.blocks[1].mlp)
+    own = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, *args, **kwargs: 2 * own(self, *args, **kwargs))
+    assert max(_differences(model, "blocks.1.hook_resid_post")) < 1e-4
+
+
+def test_two_bridges_around_one_model_are_both_measured():
+    network = plain_model("llama")
+    first, second = (
+        build_bridge_from_module(network, type(network).__name__, hf_config=network.config, model_name="tiny").eval()
+        for _ in range(2)
+    )
+    with second.hooks(fwd_hooks=[("blocks.1.hook_mlp_out", lambda activation, hook: 2 * activation)]):
+        for model in (first, second):
+            assert max(_differences(model, "blocks.1.hook_resid_post")) < 1e-4

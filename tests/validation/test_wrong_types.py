@@ -268,6 +268,8 @@ CALLS = {
     "judge empty": (lambda m, t, r: melens.judge({}), "results[0] is {}; it must be a result"),
     "judge path": (lambda m, t, r: melens.judge("outputs/result.json"), "what json.loads reads"),
     "judge trace": (lambda m, t, r: melens.judge([t]), "results[0] is of type Trace"),
+    "judge experiment": (lambda m, t, r: melens.judge(PLANTED | {"experiment": []}), "field 'experiment'"),
+    "judge name": (lambda m, t, r: melens.judge(PLANTED | {"model": {"name": []}}), "'model.name'"),
     "judge no name": (lambda m, t, r: melens.judge(PLANTED | {"model": {}}), "'model.name'"),
     "judge metrics": (lambda m, t, r: melens.judge([PLANTED, PLANTED | {"metrics": 5}]), "results[1] is"),
     "at a trace": (lambda m, t, r: WeMask().at(t), "must be what melens.find_me_layer(trace) found"),
