@@ -46,6 +46,13 @@ def prepare(cfg: Options, folder: Path) -> None:
 
 EXPERIMENTS = (
     Experiment(
-        "generate", GenerateOptions, run, prepare=prepare, nodes=("wemask", "generate"), masks=chosen_mask, in_all=False
+        "generate",
+        GenerateOptions,
+        run,
+        nodes=("wemask", "generate"),
+        masks=chosen_mask,
+        prepare=prepare,
+        in_all=False,
+        can_resume=False,
     ),
 )

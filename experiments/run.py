@@ -3,12 +3,12 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of an installed melens `experiments` is no part
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # installing melens does not install `experiments`
 
 from experiments.runner.interrupts import exit_on_signal
 
 if __name__ == "__main__":
-    exit_on_signal()
-    from experiments.runner.command import run_command  # takes a second, in which Ctrl-C is heard already
+    exit_on_signal()  # before the next line, which takes a second
+    from experiments.runner.command import run_command
 
     sys.exit(run_command())

@@ -15,8 +15,7 @@ from hydra.core.override_parser.types import Glob, Override, Quote, QuotedString
 from hydra.errors import HydraException
 
 from experiments.options.reading import CONF, OptionError, choose_from, compose_options, is_group
-from experiments.options.schema import options_of
-from experiments.runner.declaration import AS_TYPED
+from experiments.options.schema import AS_TYPED, options_of
 from melens.errors import MelensError
 from melens.validation.types import in_words
 

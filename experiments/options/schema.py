@@ -10,30 +10,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, create_model, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from experiments.runner.declaration import (
-    AS_TYPED,
-    AtLeast2,
-    AtLeast3,
-    AutoFlag,
-    ExperimentOptions,
-    Names,
-    Node,
-    OneOrMore,
-    OptionalCount,
-    OptionalNumber,
-    OptionalPositive,
-    OptionalShare,
-    OptionalText,
-    Seeds,
-    Text,
-    as_list,
-)
+from experiments.runner.declaration import AtLeast2, ExperimentOptions, Node
 from experiments.runner.registry import EXPERIMENTS
 from melens.data.reading import file_text, names_file
 from melens.environment.extras import check_extra
@@ -58,7 +41,15 @@ from melens.validation.types import (
     listed,
 )
 
-__all__ = ["MaskOptions", "Options", "options_of"]
+__all__ = ["AS_TYPED", "MaskOptions", "Options", "as_list", "options_of"]
+
+AS_TYPED = "as typed"
+"""Marks an option that is a text: no number, list or sweep is read out of it."""
+
+
+def as_list(value: Any) -> Any:
+    """Let one thing stand for a list of one."""
+    return value if value is None or isinstance(value, list) else [value]
 
 
 def _off(value: Any) -> Any:
@@ -77,7 +68,19 @@ def _existing(folder: str | None) -> str | None:
     return folder
 
 
-_Folder = Annotated[OptionalText, AfterValidator(_existing)]
+T = TypeVar("T")
+OneOrMore = Annotated[list[T], Field(min_length=1)]
+OptionalAtLeast2 = Annotated[AtLeast2 | None, Said("a whole number of at least 2, or null")]
+OptionalCount = Annotated[Count | None, Said("a whole number of at least 1, or null")]
+OptionalPositive = Annotated[Positive | None, Said("a number over 0, or null")]
+OptionalNumber = Annotated[Number | None, Said("a number of at least 0, or null")]
+OptionalShare = Annotated[Share | None, Said("a number over 0 and at most 1, or null")]
+Text = Annotated[Name, AS_TYPED, Said("a text")]
+OptionalText = Annotated[Name | None, AS_TYPED, Said("a text, or null")]
+Folder = Annotated[OptionalText, AfterValidator(_existing)]
+Names = Annotated[OneOrMore[Name] | None, BeforeValidator(as_list), Said("a list of names, as [a,b], or null")]
+Seeds = Annotated[OneOrMore[Whole], BeforeValidator(as_list), Said("a list of whole numbers, as [0,1]")]
+AutoFlag = Annotated[Literal["auto"] | Flag, Said("auto, true or false")]
 
 
 # --- Model, prompts and text ------------------------------------------------------------------------------------------
@@ -121,7 +124,7 @@ class RandomModelOptions(ModelOptions):
 class PromptOptions(Node):
     file: OptionalText
     tasks: Names
-    max_tokens: Annotated[AtLeast2 | None, Said("a whole number of at least 2, or null")]
+    max_tokens: OptionalAtLeast2
     bos: Annotated[Literal["auto", "true", "false"], BeforeValidator(_word), Said("auto, true or false")]
 
     @model_validator(mode="after")
@@ -150,7 +153,7 @@ class DataOptions(Node):
     split: Text
     column: Text
     n_texts: Count
-    n_tokens: AtLeast3
+    n_tokens: Annotated[int, Field(strict=True, ge=3), Said("a whole number of at least 3")]
 
     @model_validator(mode="after")
     def _can_be_read(self) -> DataOptions:
@@ -230,7 +233,7 @@ class BenchmarkOptions(Node):
     layers: Annotated[Literal["auto"] | _Blocks, Said("auto, all, first or a list of blocks")]
     limit: OptionalCount
     seeds: Seeds
-    data_dir: _Folder
+    data_dir: Folder
     chat: AutoFlag
     thinking: AutoFlag
     temperature: OptionalPositive
@@ -253,7 +256,7 @@ class TrainingOptions(Node):
     """What is learnt, and fields of `melens.training.recipe.Recipe`: null for what the paper says of them."""
 
     dataset: OptionalText
-    data_dir: _Folder
+    data_dir: Folder
     columns: Annotated[dict[str, Name], Said("like {prompt: question, completion: solution}")]
     split: Text
     limit: OptionalCount
@@ -271,7 +274,7 @@ class TrainingOptions(Node):
     weight_decay: Number
     max_length: OptionalCount
     max_new_tokens: OptionalCount
-    rollouts: Annotated[AtLeast2 | None, Said("a whole number of at least 2, or null")]
+    rollouts: OptionalAtLeast2
     temperature: Positive
     beta: OptionalNumber
     format_weight: Number
@@ -281,7 +284,7 @@ class TrainingOptions(Node):
     trace_prompts: Count
     log_every: Count
     save_every: Whole
-    resume: _Folder
+    resume: Folder
     report_to: Tracker
     seed: Seeds
     trainer: Annotated[dict[str, Any], Said("fields of TRL's configuration by name")]
@@ -382,12 +385,7 @@ class Options(Node):
 def options_of(
     plain: Mapping[str, Any] | None = None, schema: type[BaseModel] = Options, prefix: str = ""
 ) -> Iterator[tuple[str, FieldInfo]]:
-    """Yield every option by its dotted name.
-
-    Args:
-        plain: a configuration, whose model and experiment choose among the options; None for those of all.
-        schema, prefix: of the node to begin at.
-    """
+    """Yield every option by its dotted name: those of a configuration's model and experiment, or without one of all."""
     for name, field in schema.model_fields.items():
         kinds, by = (field.annotation, *get_args(field.annotation)), field.discriminator
         nodes = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]

@@ -14,11 +14,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
-from melens.validation.types import Count, Flag, Name, Number, Positive, Said, Share, Whole
+from melens.validation.types import Said
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,11 +31,9 @@ if TYPE_CHECKING:
     from melens.report.result import Result
     from melens.tracing.probes import Probe
 
-__all__ = [
-    "AS_TYPED", "AtLeast2", "AtLeast3", "AutoFlag", "Experiment", "ExperimentOptions", "Names", "Node", "OneOrMore",
-    "OptionalCount", "OptionalNumber", "OptionalPositive", "OptionalShare", "OptionalText", "Seeds", "Text", "as_list",
-    "of_analysis",
-]  # fmt: skip
+__all__ = ["AtLeast2", "Experiment", "ExperimentOptions", "Node", "of_analysis"]
+
+AtLeast2 = Annotated[int, Field(strict=True, ge=2), Said("a whole number of at least 2")]
 
 
 class Node(BaseModel):
@@ -78,6 +76,7 @@ class Experiment:
         model_options: what the model is loaded with, given all options and what `prepare` returned; by default the
             node `model`.
         in_all: whether `exp=all` can hold it.
+        can_resume: whether the same command goes on where an interrupt stopped it, rather than from the trace alone.
         trains: whether it trains: accelerate may start several processes of it, with one folder and its checkpoints.
         merge: puts together what the jobs of a sweep measured, of which some may be of other experiments.
     """
@@ -92,6 +91,7 @@ class Experiment:
     prepare: Callable[[Options, Path], Any] | None = None
     model_options: Callable[[Options, Any], dict[str, Any]] | None = None
     in_all: bool = True
+    can_resume: bool = True
     trains: bool = False
     merge: Callable[[Sequence[Job]], list[Result]] | None = None
 
@@ -101,10 +101,8 @@ def of_analysis(
 ) -> Experiment:
     """Declare the experiment that is a function of `melens.analysis`, called with the options as its arguments.
 
-    Args:
-        name, options: as of an `Experiment`.
-        function: its name, by default the experiment's.
-        probes: a module of `melens.analysis`, whose `probes(model, **options)` are what it wants measured.
+    The function has the experiment's name unless `function` is given; where `probes` names a module of
+    `melens.analysis`, that module's `probes(model, **options)` are what the experiment wants measured.
     """
 
     def wanted(model: TransformerBridge, options: ExperimentOptions) -> list[Probe]:
@@ -115,30 +113,3 @@ def of_analysis(
         return getattr(analysis, function or name)(run, **options.own)
 
     return Experiment(name, options, run, wanted if probes else None)
-
-
-# --- Types of options -------------------------------------------------------------------------------------------------
-
-
-T = TypeVar("T")
-AS_TYPED = "as typed"
-"""Marks an option that is a text: no number, list or sweep is read out of it."""
-
-
-def as_list(value: Any) -> Any:
-    """Let one thing stand for a list of one."""
-    return value if value is None or isinstance(value, list) else [value]
-
-
-AtLeast2 = Annotated[int, Field(strict=True, ge=2), Said("a whole number of at least 2")]
-AtLeast3 = Annotated[int, Field(strict=True, ge=3), Said("a whole number of at least 3")]
-OptionalCount = Annotated[Count | None, Said("a whole number of at least 1, or null")]
-OptionalPositive = Annotated[Positive | None, Said("a number over 0, or null")]
-OptionalNumber = Annotated[Number | None, Said("a number of at least 0, or null")]
-OptionalShare = Annotated[Share | None, Said("a number over 0 and at most 1, or null")]
-Text = Annotated[Name, AS_TYPED, Said("a text")]
-OptionalText = Annotated[Name | None, AS_TYPED, Said("a text, or null")]
-OneOrMore = Annotated[list[T], Field(min_length=1)]
-Names = Annotated[OneOrMore[Name] | None, BeforeValidator(as_list), Said("a list of names, as [a,b], or null")]
-Seeds = Annotated[OneOrMore[Whole], BeforeValidator(as_list), Said("a list of whole numbers, as [0,1]")]
-AutoFlag = Annotated[Literal["auto"] | Flag, Said("auto, true or false")]

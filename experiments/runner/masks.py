@@ -8,16 +8,12 @@ from typing import Any
 
 from transformer_lens.model_bridge import TransformerBridge
 
-from experiments.options.schema import MaskOptions
-from experiments.runner.declaration import as_list
+from experiments.options.schema import MaskOptions, as_list
 from melens import Emergence, MelensError, WeMask
 from melens.masks.dims import FixedDims
 from melens.models.view import ModelView, view_model
 
 __all__ = ["masks_of", "on_blocks", "only_mask_of"]
-
-SAVED = "saved"
-"""Of `wemask.select`: the mask that the model was trained with."""
 
 
 def masks_of(options: MaskOptions, me: Emergence, model: TransformerBridge) -> list[WeMask | None]:
@@ -29,7 +25,7 @@ def masks_of(options: MaskOptions, me: Emergence, model: TransformerBridge) -> l
     masks: list[WeMask | None] = []
     for arguments in _combinations(options, view_model(model)):
         mask = None
-        if arguments["select"] == SAVED:
+        if arguments["select"] == "saved":  # with the model, which was trained with it
             mask = on_blocks(WeMask.load(str(model.cfg.model_name)).on(model), arguments["layers"])
         elif arguments["rate"]:
             mask = WeMask(**arguments).at(me).on(model)

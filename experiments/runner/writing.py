@@ -68,7 +68,7 @@ def stopped_message(record: Record, cfg: Options) -> str:
         return f"the results are in {record.folder}."
     earlier = record.folder / COMPLETE
     nothing = "no result was written" + (f" ({earlier} is of an earlier run)." if earlier.is_file() else ".")
-    if RUN_CACHE.can_resume and cfg.exp.name != "generate":  # which keeps its trace alone
+    if RUN_CACHE.can_resume and all(EXPERIMENTS[name].can_resume for name in cfg.experiments):
         return f"{nothing} What was measured so far is kept. {again} the rest."
     folder = record.folder if cfg.training.resume is None else Path(cfg.training.resume)
     trains = any(EXPERIMENTS[name].trains for name in cfg.experiments)
