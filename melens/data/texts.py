@@ -19,7 +19,7 @@ from melens.data.prompts import Bos, random_tokens
 from melens.data.reading import file_text, names_file
 from melens.errors import MelensError
 
-__all__ = ["bos_prefix", "cut_texts", "read_text"]
+__all__ = ["bos_prefix", "cut_texts", "hub_dataset", "read_text"]
 
 
 def read_text(source: str | None = None, *, split: str = "test", column: str = "text") -> str:
@@ -41,18 +41,7 @@ def read_text(source: str | None = None, *, split: str = "test", column: str = "
         return file_text(Path(os.path.expanduser(source)), column)
     if source.count("/") != 1:
         raise MelensError(f"data.text is {source!r}; it must be an existing file or a dataset of the hub (org/name).")
-    return "".join(_column_of_dataset(source, split, column))
-
-
-def _column_of_dataset(source: str, split: str, column: str) -> list[str]:
-    from datasets import load_dataset  # takes seconds, and only hub datasets need it
-
-    name, _, config = source.partition(":")
-    try:
-        rows: Any = load_dataset(name, config or None, split=split)
-    except Exception as error:  # the hub's client raises errors of many kinds
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise MelensError(f"The dataset {source} could not be loaded ({why}). Check its name.") from error
+    rows = hub_dataset(source, split, "give a file")
     if column not in rows.column_names:
         columns = ", ".join(rows.column_names)
         raise MelensError(f"The dataset {source} has no column {column!r}. Set data.column to one of {columns}.")
@@ -60,7 +49,31 @@ def _column_of_dataset(source: str, split: str, column: str) -> list[str]:
     wrong = next((row for row, text in enumerate(texts) if not isinstance(text, str)), None)
     if wrong is not None:
         raise MelensError(f"{source}, row {wrong + 1}: {column!r} is {texts[wrong]!r:.80}; it must be a text.")
-    return texts
+    return "".join(texts)
+
+
+def hub_dataset(place: str, split: str, otherwise: str) -> Any:
+    """Load a dataset of the hub.
+
+    Args:
+        place: `org/name` or `org/name:config`.
+        split: of it.
+        otherwise: what the user can do where the hub gives none, after "or".
+
+    Raises:
+        MelensError: it could not be loaded.
+    """
+    from datasets import load_dataset  # takes seconds, and only hub datasets need it
+
+    name, _, config = place.partition(":")
+    try:
+        return load_dataset(name, config or None, split=split)
+    except Exception as error:  # the hub's client, pyarrow and builders raise errors of many kinds
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise MelensError(
+            f"The dataset {name} could not be loaded from the hub ({why[:150]}). Check its name and the connection, or "
+            f"{otherwise}."
+        ) from error
 
 
 def bos_prefix(tokenizer: Any, bos: Bos = "auto") -> list[int]:

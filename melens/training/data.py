@@ -16,36 +16,31 @@ import os
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 
 from melens.data.reading import Row, file_rows, names_file
+from melens.data.texts import hub_dataset
 from melens.errors import MelensError
 from melens.training.recipe import known_datasets
 
 __all__ = ["TrainingData", "format_rows", "hash_rows", "load_training_data"]
 
-_NEEDED: dict[str, tuple[frozenset[str], ...]] = {  # the first set whose columns all exist is used
-    "sft": (
-        frozenset({"prompt", "completion"}),
-        frozenset({"messages"}),
-        frozenset({"text"}),
-        frozenset({"prompt", "chosen"}),
-        frozenset({"chosen"}),
-    ),
-    "dpo": (frozenset({"prompt", "chosen", "rejected"}), frozenset({"chosen", "rejected"})),
-    "grpo": (frozenset({"prompt", "answer"}),),
+_NEEDED: dict[str, tuple[set[str], ...]] = {  # the first set whose columns all exist is used
+    "sft": ({"prompt", "completion"}, {"messages"}, {"text"}, {"prompt", "chosen"}, {"chosen"}),
+    "dpo": ({"prompt", "chosen", "rejected"}, {"chosen", "rejected"}),
+    "grpo": ({"prompt", "answer"},),
 }
 _ROLES = ("system", "prompt", "completion", "answer", "chosen", "rejected", "messages", "text")
 _log = logging.getLogger(__name__)
 _TURN = re.compile(r"\n\n(Human|Assistant): ?")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # so that a cache can go by its identity
 class TrainingData:
     """The rows of a training, under the names of their roles.
 
@@ -59,10 +54,6 @@ class TrainingData:
     name: str
     rows: Dataset
     are_dialogues: bool = False
-
-    def first(self, n_rows: int) -> TrainingData:
-        """Return the first rows alone."""
-        return replace(self, rows=self.rows.select(range(min(n_rows, len(self.rows)))))
 
 
 def load_training_data(
@@ -92,20 +83,23 @@ def load_training_data(
     """
     if name == "sums":
         return TrainingData(name, _sums(limit or 10_000, seed, method))
-    preset = known_datasets().get(name)
-    if preset is not None and method not in preset["methods"]:
+    preset = known_datasets().get(name, {})
+    if preset and method not in preset["methods"]:
         able = [other for other, its in known_datasets().items() if method in its["methods"]]
         raise MelensError(f"training.dataset={name} has no rows for {method}. Use {', '.join(able)}, or your own.")
-    path = _path(name, preset, data_dir)
-    source = _from_hub(name, preset, split) if path is None else file_rows(path)
-    names = _column_names(source)
-    of_preset = (preset or {}).get("columns" if path is None else "file_columns") or (preset or {}).get("columns") or {}
+    source = _source(name, preset, data_dir, split)
+    if isinstance(source, Dataset):
+        names, of_preset = source.column_names, preset.get("columns", {})
+    else:
+        names = list(dict.fromkeys(column for row in source for column in row.fields))
+        of_preset = preset.get("file_columns") or preset.get("columns", {})
     named = {**{role: role for role in _ROLES if role in names}, **of_preset, **(columns or {})}
-    if preset is not None and not columns:
+    if preset and not columns:
         named = of_preset
     there = _columns_of_roles(names, named, columns or {}, method, name)
-    rows = _without_gaps(source, there, name) if isinstance(source, Dataset) else _dataset(source, there)
-    are_dialogues = "prompt" not in there and _is_dialogue(rows[0].get(there.get("chosen", "")))
+    rows = _checked(source, there, name) if isinstance(source, Dataset) else _dataset(source, there)
+    chosen = rows[0].get(there.get("chosen", ""))
+    are_dialogues = "prompt" not in there and isinstance(chosen, str) and _TURN.search(chosen) is not None
     if are_dialogues:
         compared = [there[role] for role in (("chosen", "rejected") if method == "dpo" else ("chosen",))]
         rows = _kept(rows, lambda row: _is_pair([row[column] for column in compared]), name, "no last turn to learn")
@@ -124,26 +118,35 @@ def _sums(n_rows: int, seed: int, method: str) -> Dataset:
     rows = []
     for _ in range(n_rows):
         left, right = draw.randrange(100), draw.randrange(100)
-        row = {"prompt": f"{left} + {right} =", "completion": str(left + right), "answer": str(left + right)}
-        rows.append(row | {"chosen": row["completion"], "rejected": str(left + right + draw.randrange(1, 10))})
-    wanted = set().union(*_NEEDED[method][:1])
-    return Dataset.from_list([{role: row[role] for role in row if role in wanted} for row in rows])
+        answer, wrong = str(left + right), str(left + right + draw.randrange(1, 10))
+        row = {"prompt": f"{left} + {right} =", "completion": answer, "answer": answer}
+        rows.append(row | {"chosen": answer, "rejected": wrong})
+    return Dataset.from_list(rows).select_columns([role for role in _ROLES if role in _NEEDED[method][0]])
 
 
-def _path(name: str, preset: Mapping[str, Any] | None, data_dir: str | None) -> Path | None:
-    """Return the file that holds the rows; None if the hub does."""
-    if preset is None:
+def _source(name: str, preset: Mapping[str, Any], data_dir: str | None, split: str) -> Dataset | list[Row]:
+    """Read a preset, which is empty for any other name, from its file or the hub; else a file, or a hub dataset."""
+    if preset:
         if data_dir is not None:
-            known = ", ".join(sorted(known_datasets()))
-            raise MelensError(f"training.data_dir is for the datasets {known}. Leave it out for {name}.")
-        return Path(os.path.expanduser(name)) if names_file(name) else None
-    return None if data_dir is None else Path(os.path.expanduser(data_dir), preset["file"])
+            return file_rows(Path(os.path.expanduser(data_dir), preset["file"]))
+        place = f"{preset['hub']}:{preset.get('subset', '')}"
+        folder = f"set training.data_dir to a folder with {preset['file']}"
+        return hub_dataset(place, split, f"give {_OWN_FILE}, or {folder}")
+    known = sorted(known_datasets())
+    if data_dir is not None:
+        raise MelensError(f"training.data_dir is for the datasets {', '.join(known)}. Leave it out for {name}.")
+    if names_file(name):
+        return file_rows(Path(os.path.expanduser(name)))
+    if "/" not in name:
+        close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
+        raise MelensError(
+            f"There is no dataset {name!r}; the nearest known are {', '.join(close)}. You can also give a hub id "
+            f"(org/name) or {_OWN_FILE}."
+        )
+    return hub_dataset(name, split, f"give {_OWN_FILE}")
 
 
-def _column_names(source: Dataset | list[Row]) -> list[str]:
-    if isinstance(source, Dataset):
-        return list(source.column_names)
-    return list(dict.fromkeys(column for row in source for column in row.fields))
+_OWN_FILE = "a .jsonl, .json or .csv file"
 
 
 def _dataset(rows: Sequence[Row], roles: Mapping[str, str]) -> Dataset:
@@ -173,14 +176,13 @@ def _are_of_one_kind(values: list[Any]) -> bool:
     return True
 
 
-def _without_gaps(rows: Dataset, roles: Mapping[str, str], name: str) -> Dataset:
-    """Return the rows of a dataset after checking its values; its columns have types, so few need a check."""
+def _checked(rows: Dataset, roles: Mapping[str, str], name: str) -> Dataset:
+    """Return the rows of a hub dataset; its columns have types, so without gaps the first value stands for all."""
     if not len(rows):
         raise MelensError(f"The dataset {name} is empty.")
     for role, column in roles.items():
-        if role == "answer" or rows.data.column(column).null_count:  # a type may be a list's or an object's
-            for number, value in enumerate(rows[column], 1):
-                _check_value(value, role, f"{name}, row {number}")
+        for number, value in enumerate(rows[column] if rows.data.column(column).null_count else rows[column][:1], 1):
+            _check_value(value, role, f"{name}, row {number}")
     return rows
 
 
@@ -196,25 +198,6 @@ def _check_value(value: Any, role: str, place: str) -> None:
         allowed = "a list of messages" if role == "messages" else "a text or a list of messages"
     if not is_right:
         raise MelensError(f"{place}: {role!r} is {value!r:.80}; it must be {allowed}.")
-
-
-def _from_hub(name: str, preset: Mapping[str, Any] | None, split: str) -> Dataset:
-    if preset is None and "/" not in name:
-        close = difflib.get_close_matches(name, known_datasets(), n=3, cutoff=0.4) or sorted(known_datasets())
-        raise MelensError(
-            f"There is no dataset {name!r}; the nearest known are {', '.join(close)}. Or give a hub id (org/name), or "
-            "a .jsonl, .json or .csv file."
-        )
-    path, _, subset = (preset["hub"], "", preset.get("subset")) if preset is not None else name.partition(":")
-    try:
-        return load_dataset(path, subset or None, split=split)
-    except Exception as error:  # the hub's client, pyarrow and builders raise errors of many kinds
-        place = f" or set training.data_dir to a folder with {preset['file']}" if preset is not None else ""
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise MelensError(
-            f"The dataset {path} could not be loaded from the hub ({why[:150]}). Check its name and the connection, or "
-            f"give a .jsonl, .json or .csv file{place}."
-        ) from error
 
 
 def _columns_of_roles(
@@ -245,10 +228,6 @@ def _answer(value: Any) -> str:
     return answer.replace(",", "") if _NUMBER.fullmatch(answer) else answer
 
 
-def _is_dialogue(value: Any) -> bool:
-    return isinstance(value, str) and _TURN.search(value) is not None
-
-
 def _kept(rows: Dataset, is_wanted: Callable[[Any], bool], name: str, why_not: str) -> Dataset:
     """Leave out rows that nothing can be learnt from, and log how many."""
     kept = rows.filter(is_wanted)
@@ -275,68 +254,51 @@ def format_rows(data: TrainingData, method: str, *, chat: bool) -> Dataset:
 
     def formatted(row: Mapping[str, Any]) -> dict[str, Any]:
         if data.are_dialogues:
-            turns, chosen = _last_turn(row["chosen"])
-            prompt: Any = _conversation(turns) if chat else _before_last_turn(row["chosen"])
-            reply = {"chosen": chosen, "rejected": _last_turn(row["rejected"])[1] if "rejected" in row else ""}
+            prompt: Any = _conversation(_last_turn(row["chosen"])[0]) if chat else _before_last_turn(row["chosen"])
+            replies: dict[str, Any] = {role: _last_turn(row[role])[1] for role in ("chosen", "rejected") if role in row}
         else:
-            prompt, reply = _prompt_and_replies(row)
+            prompt, replies = _prompt_and_replies(row, data.name)
             if not _is_conversation(prompt):
                 messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-                messages.append({"role": "user", "content": _text(prompt, "prompt")})
+                messages.append({"role": "user", "content": prompt})
                 prompt = messages if chat else "\n".join(message["content"] for message in messages) + "\n"
         if _is_conversation(prompt) and not chat:
             raise MelensError(f"{data.name} holds conversations, but training.chat is false. Set training.chat=true.")
         if method == "grpo":
             return {"prompt": prompt, "answer": row["answer"]}
-        wanted = ("chosen", "rejected") if method == "dpo" else ("completion" if "completion" in reply else "chosen",)
-        before = " " if data.are_dialogues else ""
-        replies = [_reply(reply[role], role, before, chat=chat) for role in wanted]
-        return dict(zip(("prompt", *(wanted if method == "dpo" else ("completion",))), (prompt, *replies), strict=True))
+        if method == "sft":  # a preferred reply is learnt as any other
+            replies = {"completion": replies.get("completion", replies.get("chosen"))}
+        for role, reply in replies.items():
+            if isinstance(reply, str):
+                text = f" {reply}" if data.are_dialogues and not chat else reply
+                replies[role] = [{"role": "assistant", "content": text}] if chat else text
+        return {"prompt": prompt, **replies}
 
     rows = data.rows
     if method == "sft" and "text" in rows.column_names and not {"completion", "messages"} & set(rows.column_names):
         return rows.select_columns(["text"])
-    try:
-        return _kept(rows.map(formatted, remove_columns=rows.column_names), _is_answered, data.name, "an empty reply")
-    except _OtherFormError as error:
-        raise MelensError(f"{data.name}: {error}") from None
-
-
-class _OtherFormError(ValueError):
-    """A row has not the form that its role needs."""
+    return _kept(rows.map(formatted, remove_columns=rows.column_names), _is_answered, data.name, "an empty reply")
 
 
 def _is_conversation(value: Any) -> bool:
     """Return whether a value has TRL's conversational form, a list of messages."""
-    return isinstance(value, list) and all(
-        isinstance(turn, Mapping) and {"role", "content"} <= set(turn) for turn in value
-    )
+    is_list = isinstance(value, list)
+    return is_list and all(isinstance(turn, Mapping) and {"role", "content"} <= set(turn) for turn in value)
 
 
-def _prompt_and_replies(row: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _prompt_and_replies(row: Mapping[str, Any], name: str) -> tuple[Any, dict[str, Any]]:
     """Return the prompt and the replies of a row; without a prompt, from its conversations."""
     replies = {role: row[role] for role in ("completion", "chosen", "rejected") if role in row}
     if "prompt" in row:
         return row["prompt"], replies
     whole = row.get("messages") if "messages" in row else row.get("chosen")
     if not (_is_conversation(whole) and whole):
-        raise _OtherFormError("rows without a prompt need messages, or chosen (and rejected) as whole conversations.")
+        raise MelensError(
+            f"{name}: rows without a prompt need messages, or chosen (and rejected) as whole conversations."
+        )
     if "messages" in row:
         replies["completion"] = whole
     return whole[:-1], {role: turns[-1:] if _is_conversation(turns) else turns for role, turns in replies.items()}
-
-
-def _reply(value: Any, role: str, before: str, *, chat: bool) -> Any:
-    if _is_conversation(value):
-        return value
-    text = _text(value, role)
-    return [{"role": "assistant", "content": text}] if chat else before + text
-
-
-def _text(value: Any, role: str) -> str:
-    if not isinstance(value, str):
-        raise _OtherFormError(f"{role!r} is {value!r}; it must be a text or a list of messages.")
-    return value
 
 
 def hash_rows(rows: Dataset) -> str:

@@ -329,7 +329,7 @@ def test_the_roles_that_a_method_reads_are_looked_at_alone(tmp_path):
 
 def test_a_gap_in_a_dataset_of_the_hub_is_told(monkeypatch):
     rows = Dataset.from_dict({"prompt": ["a", "b"], "answer": ["c", None], "note": [None, None]})
-    monkeypatch.setattr("melens.training.data.load_dataset", lambda name, config, split: rows)
+    monkeypatch.setattr("datasets.load_dataset", lambda name, config, split: rows)
     with pytest.raises(MelensError, match="org/name, row 2: 'answer' is None; it must be a text or a number"):
         load_training_data("org/name", "grpo")
     rows = rows.select([0])

@@ -47,7 +47,7 @@ def test_blank_rows_are_texts_and_null_and_numbers_are_none(tmp_path):
 def test_a_datasets_column_holds_texts(monkeypatch):
     rows = datasets.Dataset.from_dict({"text": ["one", "two"], "label": [1, 2], "gap": ["one", None]})
     monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=TimeoutError))
-    with pytest.raises(MelensError, match="The dataset org/name could not be loaded \\(TimeoutError"):
+    with pytest.raises(MelensError, match="The dataset org/name could not be loaded from the hub \\(TimeoutError"):
         read_text("org/name")
     monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: rows)
     assert read_text("org/name") == "onetwo"

@@ -587,7 +587,7 @@ def test_right_answers_are_texts_or_numbers(tmp_path, monkeypatch, answer):
     with pytest.raises(MelensError, match=r"own\.jsonl, line 4: 'answer' is .*; it must be a text or a number\."):
         load_training_data(str(path), "grpo")
     rows = Dataset.from_list([{"prompt": "0+1=", "answer": answer}])
-    monkeypatch.setattr("melens.training.data.load_dataset", lambda *_, **__: rows)
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: rows)
     with pytest.raises(MelensError, match=r"org/name, row 1: 'answer' is .*; it must be a text or a number\."):
         load_training_data("org/name", "grpo")
 
