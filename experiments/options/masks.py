@@ -20,7 +20,7 @@ _MASKS = CONF / "wemask"
 
 @dataclass(frozen=True)
 class Preset:
-    """A preset of `conf/wemask/`, with the user's own options of the node `wemask` over it."""
+    """A file of `conf/wemask/`, with the user's own options of the node `wemask` over it."""
 
     name: str
     options: MaskOptions
@@ -30,11 +30,9 @@ class Preset:
 def presets_of(
     names: Sequence[str], options: Options, *, key: str, rates: Sequence[float] | None = None
 ) -> list[Preset]:
-    """Read presets by name.
+    """Read presets by name; what the user gives of the node `wemask` holds for all of them.
 
     Args:
-        names: files of `conf/wemask/`.
-        options: of the run; what the user gives of the node `wemask` holds for all presets.
         key: the option that names the presets.
         rates: of a table, where neither preset nor user says another.
 

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import ValidationError
 
 from experiments.options.schema import Options, options_of
+from experiments.runner.registry import EXPERIMENTS
 from melens.errors import MelensError
 from melens.validation.types import in_words, why_not
 
@@ -41,11 +42,7 @@ def compose_options(*overrides: str) -> Options:
 
 
 def read_options(cfg: DictConfig, overrides: Sequence[str] = ()) -> Options:
-    """Check a configuration.
-
-    Args:
-        cfg: what Hydra composed.
-        overrides: what the user typed, each `key=value`: these win over the presets of tables and masks.
+    """Check what Hydra composed from what the user typed (`overrides`), which wins over presets of tables and masks.
 
     Raises:
         OptionError: a sentence for each option that is not known, or has a value that is not allowed.
@@ -66,10 +63,9 @@ def read_options(cfg: DictConfig, overrides: Sequence[str] = ()) -> Options:
 
 
 def said_options(plain: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Return what the user said, without Hydra's own options, as `Options` holds it.
+    """Return what the user said, without Hydra's own options: `given` and `typed` of `Options`.
 
-    Returns:
-        `given`: options with their value now, config groups with what was chosen; `typed`: the names of those typed.
+    `given` holds options with their value now and config groups with what was chosen.
     """
     all_parsed = OverridesParser.create().parse_overrides(list(overrides))
     parsed = [one for one in all_parsed if not one.key_or_group.startswith(("hydra.", "hydra/"))]
@@ -121,6 +117,8 @@ def _sentence(error: Mapping[str, Any], known: Sequence[str]) -> str:
             return f"There is no option {key}{_nearest(key, known)}"
         case "value_error":  # a rule about several options, which has its own sentence
             return str(error["ctx"]["error"])
+        case "missing" if places[:-1] == ["exp"] and places[-1] in EXPERIMENTS:
+            return f"{key} is missing: add {places[-1]}@{places[-1]} to `defaults` of conf/exp/all.yaml."
         case "missing":
             return f"{key} is missing: give {key}=..."
         case "model_type" | "model_attributes_type":

@@ -49,11 +49,7 @@ def lock_folder(folder: Path) -> None:
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Take a folder for as long as the context lasts; one that this process had before it keeps.
-
-    Raises:
-        MelensError, OSError: as `lock_folder`.
-    """
+    """Do what `lock_folder` does for as long as the context lasts; a folder that this process had before it keeps."""
     lock = _taken.get(folder.resolve())
     had_it_before = lock is not None and lock.is_locked
     lock_folder(folder)
@@ -66,11 +62,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def locked_job_folder(folder: Path) -> Iterator[None]:
-    """Take the folder of a job; in a sweep, one in which another job of this process has written is taken.
-
-    Raises:
-        MelensError, OSError: as `lock_folder`.
-    """
+    """Do the same with the folder of a job; in a sweep, one in which another job has written is taken."""
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN and folder.resolve() in _taken:
         raise MelensError(
             f"Another job of this sweep has written to {folder}. Give each job a folder of its own: "

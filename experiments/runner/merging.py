@@ -22,12 +22,7 @@ __all__ = ["merge_jobs"]
 
 
 def merge_jobs(folder: Path, among: Collection[Path] | None = None) -> None:
-    """Write and show the merged results of the jobs in a sweep's folder.
-
-    Args:
-        folder: of the sweep.
-        among: the folders of its jobs, where others lie there too.
-    """
+    """Write and show the merged results of the jobs in a sweep's folder, or of those whose folders `among` has."""
     jobs = read_jobs(folder, among)
     if not jobs:
         return

@@ -15,9 +15,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 __all__ = ["StageOf", "log_line", "show_stages"]
 
-EVERY = 30.0
-"""Seconds between two lines of a stage."""
-
 Done = Callable[[int, int], None]
 """Called as `done(so_far, in_all)`."""
 
@@ -33,12 +30,10 @@ def log_line(sentence: str) -> None:
 
 
 @contextmanager
-def show_stages(console: Console, *, every: float = EVERY) -> Iterator[StageOf]:
-    """Show each named stage of a run for as long as the context lasts.
+def show_stages(console: Console, *, every: float = 30.0) -> Iterator[StageOf]:
+    """Show each named stage of a run for as long as the context lasts, with a line in the log every so many seconds.
 
-    Args:
-        console: has bars where it is a terminal; a quiet one shows and logs nothing.
-        every: seconds between two lines in the log.
+    A console that is a terminal has bars; a quiet one shows and logs nothing.
     """
     if console.quiet:
         yield lambda name: lambda so_far, in_all: None

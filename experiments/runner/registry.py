@@ -10,11 +10,8 @@ from experiments.runner.declaration import Experiment
 __all__ = ["EXPERIMENTS"]
 
 
-def _declared() -> dict[str, Experiment]:
-    folder = Path(__file__).parents[1]
-    names = sorted(path.stem for path in folder.glob("*.py") if path.stem not in ("__init__", "run"))
-    modules = [import_module(f"experiments.{name}") for name in names]
-    return {experiment.name: experiment for module in modules for experiment in module.EXPERIMENTS}
+_NAMES = sorted(path.stem for path in Path(__file__).parents[1].glob("*.py") if path.stem not in ("__init__", "run"))
 
-
-EXPERIMENTS = _declared()
+EXPERIMENTS: dict[str, Experiment] = {
+    own.name: own for name in _NAMES for own in import_module(f"experiments.{name}").EXPERIMENTS
+}

@@ -79,11 +79,7 @@ def begin_study(
 ) -> Run:
     """Trace all prompts once, with what every experiment of the run wants measured, and find the ME layer.
 
-    Args:
-        model: a bridge.
-        prompts: as `choose_prompts` returns them, or token ids.
-        cfg, folder, prepared: as of a `Run`.
-        stage: makes the progress callback of a named stage.
+    Prompts are as `choose_prompts` returns them, or token ids; `stage` makes the progress callback of a named stage.
     """
     tokenized = as_tokens(model, prompts, cfg.prompts.bos)
     wanted = [probe for name, options in cfg.experiments.items() for probe in _probes(model, name, options)]

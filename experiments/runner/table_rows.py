@@ -39,9 +39,6 @@ from melens.training.runs import train_model, training_store
 
 __all__ = ["TableRows", "one_at_a_time"]
 
-BASE = "base"
-"""The label of the model before any training."""
-
 
 @dataclass(frozen=True)
 class _Row:
@@ -68,7 +65,7 @@ class TableRows:
         """Train and score row by row."""
         method, rates = self._request.method.upper(), self._request.rates
         self._masks(self._run, "all")  # a model without an ME layer fails now, and not after the first training
-        yield self._scored(self._run, [_Row(self.label(BASE), "base")], seed=0)
+        yield self._scored(self._run, [_Row(self.label("base"), "base")], seed=0)
         for seed in self._request.seeds:
             plain = _Row(self.label(method), "plain")
             free = [_Row(self.label(f"{method} + WeMask rate={rate:g} (TF)"), "inference", rate) for rate in rates]
@@ -139,8 +136,7 @@ class TableRows:
 
     def _preset(self) -> Preset:
         cfg = self._set.options.changed(wemask={"rate": list(self._request.rates)})
-        (preset,) = presets_of(["paper"], cfg, key="the table")
-        return preset
+        return presets_of(["paper"], cfg, key="the table")[0]
 
     def _masks(self, run: Run, layers: Any) -> dict[float | int, WeMask]:
         """Return the masks at inference by rate; as in training, they start from the ME layer before the training."""
