@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 from melens.analysis.me_layer import find_me_layer
-from melens.analysis.statistics import bootstrap_mean
+from melens.analysis.statistics import share_interval
 from melens.analysis.study import Study
 from melens.claims.engine import Claim, Judgement, at_least, unless_trivial
 from melens.figures.curves import Curve, Panel, curves_by_block
@@ -124,7 +124,7 @@ def _agreement(study: Study, prompts: pd.DataFrame, bins: Sequence[str]) -> pd.D
         agrees = (layers == study.me.layer).to_numpy(dtype=float)
         most_frequent = int(layers.mode().iloc[0])  # -1 stands for prompts without a massive token
         own = most_frequent if most_frequent >= 0 else None
-        rows.append((kind, group, len(layers), own, float(agrees.mean()), *bootstrap_mean(agrees)))
+        rows.append((kind, group, len(layers), own, float(agrees.mean()), *share_interval(agrees)))
     columns = ["kind", "group", "n_prompts", "me_layer", "agreement", "low", "high"]
     return pd.DataFrame(rows, columns=columns).astype({"me_layer": "Int64"})
 
@@ -249,7 +249,8 @@ def _same_everywhere(metrics: StabilityMetrics) -> Judgement:
 
 CLAIMS = (
     Claim(
-        id="same-layer", source="appendix D, figure 10", figure="norms_by_task", metrics=StabilityMetrics,
+        id="same-layer", fixed="2026-11-22 a1bbeb3",
+        source="appendix D, figure 10", figure="norms_by_task", metrics=StabilityMetrics,
         claim="The ME layer is the same for all task types and lengths",
         statistic="smallest share of prompts with that ME layer in any task type or length",
         criterion=">= 0.95; in part >= 0.5", why="1 in 20 may differ",

@@ -265,7 +265,7 @@ def _rank_figure(study: Study, by_block: pd.DataFrame, metrics: SinksMetrics, ra
                 y_range = (0.0, 1.0) if quantity == "first_share" else None
                 title = f"{of.capitalize()}: {text}"
                 panels.append(Panel(title, text, [Curve(of, points, color)], study.me.layer, y_range=y_range))
-    bands = "Bands: 95% bootstrap intervals over prompts."
+    bands = "Bands: 95% intervals over prompts."
     note = f"The first {rank_tokens} tokens of each prompt; attention: mean over heads. {bands}"
     plot = curves_by_block(panels, title=study.title("Rank by block", metrics.rank_prompts), note=note)
     expected = "Attention weights and hidden states both collapse to low rank after the ME layer."
@@ -313,6 +313,7 @@ def _starts_in_the_next_block(metrics: SinksMetrics) -> Judgement:
 
 _ATTENTION_RANK = Claim(
     id="attention-rank",
+    fixed="2026-11-22 a1bbeb3",
     claim="After the ME layer attention is of lower rank",
     source="section 6",
     metrics=SinksMetrics,
@@ -334,6 +335,7 @@ _ATTENTION_RANK = Claim(
 CLAIMS = (
     Claim(
         id="sink-next",
+        fixed="2026-11-22 a1bbeb3",
         claim="The attention sink starts in the block after the ME layer",
         source="section 6, figure 7",
         metrics=SinksMetrics,
@@ -349,6 +351,7 @@ CLAIMS = (
     replace(
         _ATTENTION_RANK,
         id="hidden-rank",
+        fixed="2026-11-22 a1bbeb3",
         claim="After the ME layer the hidden states are of lower rank",
         statistic="effective rank of all tokens' hidden states from the ME layer on over that before",
         blocks_after=0,

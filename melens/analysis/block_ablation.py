@@ -26,7 +26,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from melens.analysis.statistics import bootstrap_mean, mean_by, mean_metric, tidy, with_interval
+from melens.analysis.statistics import mean_by, mean_interval, mean_metric, tidy, with_interval
 from melens.analysis.study import Study
 from melens.claims.engine import Claim, Judgement, Verdict, at_most, number
 from melens.errors import MelensError
@@ -224,7 +224,7 @@ def _left_at_me_layer(
     measured["left_without_norm"] = {sense: float(left.mean()) for sense, left in without_norm.items()}
     measured["over_others_without_norm"] = {sense: runs.over_others(removed[part]) for sense, part in senses.items()}
     if "identity" in without_norm:
-        measured["left_identity_interval"] = bootstrap_mean(without_norm["identity"])
+        measured["left_identity_interval"] = mean_interval(without_norm["identity"])
     return measured
 
 
@@ -235,7 +235,7 @@ def _removed_figure(runs: _Runs, by_block: pd.DataFrame, metrics: AblationMetric
     curves.append(Curve("other tokens, intact", others, "#999999"))
     panel = Panel("", "L2 norm of the block output", curves, runs.me_layer, log_scale=True)
     norm = named_normalization(runs.study.model, "ln2") or "none"
-    note = f"One part of block {runs.me_layer} changed at a time; the norm is {norm}. Bands: 95% bootstrap intervals."
+    note = f"One part of block {runs.me_layer} changed at a time; the norm is {norm}. Bands: 95% intervals."
     title = runs.study.title("Massive token by block", runs.n_prompts)
     plot = curves_by_block([panel], title=title, note=note, scale_buttons=True)
     expected = "Without the FFN it appears midway, then fades; without the RMSNorm it persists, but far smaller."
@@ -255,7 +255,7 @@ def _factorial(runs: _Runs, senses: dict[str, Part]) -> pd.DataFrame:
         parts = [(runs.me_layer, part) for part in (*of_norm, *of_ffn)]
         after = runs.without(*parts) if parts else runs.runs.intact
         left, at_me_layer = runs.left(after), float(after[:, runs.me_layer].mean())
-        rows.append((norm, ffn, at_me_layer, float(left.mean()), *bootstrap_mean(left)))
+        rows.append((norm, ffn, at_me_layer, float(left.mean()), *mean_interval(left)))
     return pd.DataFrame(rows, columns=["norm", "ffn", "norm_at_me_layer", "mean", "low", "high"])
 
 
@@ -289,7 +289,7 @@ def _causality(runs: _Runs) -> tuple[pd.DataFrame, pd.DataFrame]:
         tables.append(by_effect.assign(part=part, cause=cause))
         if cause <= runs.layers[-1]:  # a later block acts on the trailing ones alone, which count apart
             left = runs.left(norms, cause)
-            causes.append((part, cause, float(left.mean()), *bootstrap_mean(left)))
+            causes.append((part, cause, float(left.mean()), *mean_interval(left)))
         progress(done, len(removals))
     columns = ["part", "layer", "mean", "low", "high"]
     return pd.concat(tables, ignore_index=True), pd.DataFrame(causes, columns=columns)
@@ -312,7 +312,7 @@ def _causes_figure(runs: _Runs, causes: pd.DataFrame, metrics: AblationMetrics) 
     curves = [Curve(TEXTS[part], causes[causes["part"] == part], COLORS[i]) for i, part in enumerate(CAUSES)]
     panel = Panel("", "left from the ME layer on, relative to intact", curves, runs.me_layer, log_scale=True)
     title = runs.study.title("Massive activation by removed block", runs.n_prompts)
-    note = "Mean over the blocks from the ME layer to the last two. Bands: 95% bootstrap intervals."
+    note = "Mean over the blocks from the ME layer to the last two. Bands: 95% intervals."
     return _figure_of_causes(curves_by_block([panel], title=title, note=note), metrics)
 
 
@@ -353,7 +353,7 @@ def _patching(runs: _Runs) -> pd.DataFrame:
             carried = runs.run([intact.patch_ffn(patched, written)], patched)
             for direction, norms in (("restored", restored), ("carried", carried)):
                 left = runs.left(norms)
-                rows.append((direction, removed, patched, float(left.mean()), *bootstrap_mean(left)))
+                rows.append((direction, removed, patched, float(left.mean()), *mean_interval(left)))
         progress(done, len(blocks))
     return pd.DataFrame(rows, columns=["direction", "removed", "patched", "mean", "low", "high"])
 
@@ -405,7 +405,8 @@ def _only_me_layer(metrics: AblationMetrics) -> Judgement:
 
 CLAIMS = (
     Claim(
-        id="ffn-needed", source="appendix B, figure 9", figure="removed", metrics=AblationMetrics,
+        id="ffn-needed", fixed="2026-11-22 a1bbeb3",
+        source="appendix B, figure 9", figure="removed", metrics=AblationMetrics,
         claim="Without the ME layer's FFN the massive activation vanishes",
         statistic="norm of the token afterwards, relative to intact",
         criterion="<= 0.1; in part <= 0.5", why="a tenth is an order of magnitude less",
@@ -413,7 +414,8 @@ CLAIMS = (
         judge=lambda metrics: at_most(metrics.left_without_ffn, metrics.left_without_ffn_interval, 0.1, partly=0.5),
     ),
     Claim(
-        id="norm-scales", source="appendix B, figure 9", figure="removed", metrics=AblationMetrics,
+        id="norm-scales", fixed="2026-11-22 a1bbeb3",
+        source="appendix B, figure 9", figure="removed", metrics=AblationMetrics,
         claim="Without the norm before that FFN it persists, but far smaller",
         statistic="norm of the token afterwards, relative to intact, norm replaced by the identity",
         criterion="<= 0.5 of intact and >= 10 × the other tokens in every sense of 'without'; in part: in some sense",
@@ -421,7 +423,8 @@ CLAIMS = (
         of_ffn=True, judge=_persists_smaller,
     ),
     Claim(
-        id="only-me-causal", source="the review, point 1", figure="causality", metrics=AblationMetrics,
+        id="only-me-causal", fixed="2026-11-22 a1bbeb3",
+        source="the review, point 1", figure="causality", metrics=AblationMetrics,
         claim="Only the ME layer is causal for it",
         statistic="how many other blocks' FFNs halve it when removed",
         criterion="0; in part: the ME layer's does most", why="a block without which half is gone is a cause",

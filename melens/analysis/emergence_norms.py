@@ -20,7 +20,7 @@ import plotly.graph_objects as go
 
 from melens.analysis.me_layer import Criterion, Emergence, Kind
 from melens.analysis.sink_mass import SinkOnset, find_sink_onset, measured_layers, sink_mass_by_layer
-from melens.analysis.statistics import bootstrap_mean, with_interval
+from melens.analysis.statistics import share_interval, with_interval
 from melens.analysis.study import Study
 from melens.claims.engine import Claim, Judgement, Verdict, at_least, number
 from melens.figures.curves import Curve, Panel, curves_by_block
@@ -184,9 +184,9 @@ def _shares_of_prompts(me: Emergence) -> dict[str, float | Interval | None]:
     if me.distinct_first_tokens == 1:  # one state of token 0, seen many times
         return share
     return share | {
-        "prompts_with_interval": bootstrap_mean((layers >= 0).to_numpy(dtype=float)),
-        "agreement_interval": bootstrap_mean((layers == me.layer).to_numpy(dtype=float)),
-        "share_at_first_interval": bootstrap_mean(at_first),
+        "prompts_with_interval": share_interval((layers >= 0).to_numpy()),
+        "agreement_interval": share_interval((layers == me.layer).to_numpy()),
+        "share_at_first_interval": share_interval(at_first),
     }
 
 
@@ -337,21 +337,24 @@ def _second_massive(metrics: EmergenceMetrics) -> Judgement:
 
 CLAIMS = (
     Claim(
-        id="exists", source="section 1, figure 1", figure="top_dims", metrics=EmergenceMetrics,
+        id="exists", fixed="2026-11-22 a1bbeb3",
+        source="section 1, figure 1", figure="top_dims", metrics=EmergenceMetrics,
         claim="Some token carries massive activations",
         statistic="share of prompts with an entry |h| > 100 and > 1,000 × the median |h|",
         criterion=">= 0.5", why="the criterion is Sun et al.'s (2024); a property of the model shows in most inputs",
         needs_me_layer=False, judge=_exists,
     ),
     Claim(
-        id="single-block", source="section 3, figure 1", figure="emergence", metrics=EmergenceMetrics,
+        id="single-block", fixed="2026-11-22 a1bbeb3",
+        source="section 3, figure 1", figure="emergence", metrics=EmergenceMetrics,
         claim="A single block brings the massive activation; it does not build up",
         statistic="share of the peak norm that the ME layer alone adds",
         criterion=">= 0.8; in part: a few blocks", why="what other blocks add is then less than a quarter of it",
         judge=_single_block,
     ),
     Claim(
-        id="magnification", source="section 1, table 8", figure="emergence", metrics=EmergenceMetrics,
+        id="magnification", fixed="2026-11-22 a1bbeb3",
+        source="section 1, table 8", figure="emergence", metrics=EmergenceMetrics,
         claim="That block magnifies the token hundreds of times",
         statistic="‖h_out‖ / ‖h_in‖ at the ME layer",
         criterion=">= 100; in part >= 10",
@@ -359,14 +362,15 @@ CLAIMS = (
         judge=lambda metrics: at_least(metrics.magnification, metrics.magnification_interval, 100, partly=10),
     ),
     Claim(
-        id="first-token", source="section 3.1", figure="top_dims", metrics=EmergenceMetrics,
+        id="first-token", fixed="2026-11-22 a1bbeb3", source="section 3.1", figure="top_dims", metrics=EmergenceMetrics,
         claim="The massive token is the first one",
         statistic="share of prompts whose massive token is at position 0",
         criterion=">= 0.95; in part >= 0.5", why="1 in 20 may differ before 'consistently' is wrong",
         judge=lambda metrics: at_least(metrics.share_at_first, metrics.share_at_first_interval, 0.95, partly=0.5),
     ),
     Claim(
-        id="second-massive", source="appendix A, figure 1", figure="emergence", metrics=EmergenceMetrics,
+        id="second-massive", fixed="2026-11-22 a1bbeb3",
+        source="appendix A, figure 1", figure="emergence", metrics=EmergenceMetrics,
         claim="The last two blocks make a second massive activation",
         statistic="largest ‖FFN output‖ of token 0 in the last two blocks, relative to the ME layer's",
         criterion=">= 0.1, and < 0.1 between; in part: >= 0.1", why="within an order of magnitude of the first",

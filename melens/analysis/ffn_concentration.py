@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from transformer_lens.model_bridge import TransformerBridge
 
-from melens.analysis.statistics import bootstrap_mean, mean_by, peak_layer, with_interval
+from melens.analysis.statistics import mean_by, mean_interval, peak_layer, with_interval
 from melens.analysis.study import Study
 from melens.claims.engine import Claim, Judgement, Verdict, at_least
 from melens.errors import MelensError
@@ -152,10 +152,10 @@ def _amplification_metrics(
     over_next = at_me_layer / others.max(axis=1).to_numpy(dtype=float)
     return {
         "amplification": float(at_me_layer.mean()),
-        "amplification_interval": bootstrap_mean(at_me_layer),
+        "amplification_interval": mean_interval(at_me_layer),
         "amplification_peak": _peak(by_block, study.last_before_trailing),
         "amplification_over_next": float(over_next.mean()),
-        "amplification_over_next_interval": bootstrap_mean(over_next),
+        "amplification_over_next_interval": mean_interval(over_next),
     }
 
 
@@ -194,14 +194,16 @@ def _peak_together(metrics: FfnMetrics) -> Judgement:
 
 CLAIMS = (
     Claim(
-        id="concentration", source="section 3.1, equation 3, figure 4", figure="ffn", metrics=FfnMetrics,
+        id="concentration", fixed="2026-11-22 a1bbeb3",
+        source="section 3.1, equation 3, figure 4", figure="ffn", metrics=FfnMetrics,
         claim="Gate, up and down concentrate token 0 most at the ME layer",
         statistic="how many of the three concentration differences peak at the ME layer, last two blocks apart",
         criterion="3; in part 1 or 2", why="the last two blocks are a phenomenon of their own (appendix A)",
         of_token_0=True, of_ffn=True, blocks_after=0, judge=_peak_together,
     ),
     Claim(
-        id="amplification", source="section 3.1, figure 4", figure="ffn", metrics=FfnMetrics,
+        id="amplification", fixed="2026-11-22 080be38",
+        source="section 3.1, figure 4", figure="ffn", metrics=FfnMetrics,
         claim="The FFN amplifies token 0 most at the ME layer",
         statistic="‖FFN output‖ / ‖FFN input‖ at the ME layer over the largest at another block, last two apart",
         criterion="> 1", why="a peak is a peak",

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from pydantic import InstanceOf
 
-from melens.analysis.statistics import bootstrap_mean, with_interval
+from melens.analysis.statistics import mean_interval, with_interval
 from melens.errors import MelensError
 from melens.tracing.probes import LargestActivations
 from melens.tracing.trace import Trace, TraceGiven
@@ -64,7 +64,7 @@ class Emergence:
         reason: why `layer` is None, or how it was settled.
         kind: whether one block brings the massive activation, a few do, or the norm climbs slowly; None without one.
         magnification: ‖h_out‖ / ‖h_in‖ of the massive token at that block, mean over prompts (table 8).
-        magnification_interval: its 95% bootstrap interval over prompts, of which those that share a massive first token
+        magnification_interval: its 95% interval over prompts, of which those that share a massive first token
             count once (they share its every state); None for a single one. `share_of_peak_interval` in the same way.
         relative_magnification: the same divided by the mean magnification of the prompt's other tokens in that block
             (block 0 lifts every token), mean over the prompts that have some; NaN where none has.
@@ -206,7 +206,7 @@ def find_me_layer(trace: TraceGiven, criterion: CriterionGiven | None = None) ->
 
 
 def _interval(values: pd.Series) -> tuple[float, float] | None:
-    return bootstrap_mean(values.to_numpy()) if len(values) > 1 else None
+    return mean_interval(values.to_numpy()) if len(values) > 1 else None
 
 
 def _check_finite(trace: Trace, **tables: pd.DataFrame) -> None:

@@ -17,7 +17,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from transformer_lens.model_bridge import TransformerBridge
 
-from melens.analysis.statistics import bootstrap_mean, mean_by, peak_layer, with_interval
+from melens.analysis.statistics import mean_by, mean_interval, peak_layer, with_interval
 from melens.analysis.study import Study
 from melens.claims.engine import Claim, Judgement, at_least, at_most
 from melens.errors import MelensError
@@ -145,9 +145,9 @@ def _metrics(
         top_share=top_share,
         delta_frac_top_layer=peak_layer(mean_by(at_ln2[at_ln2["layer"] <= study.me.layer], frac)),
         delta_frac_by_share={f"{share:g}": float(here[f"delta_frac_{share:g}"].mean()) for share in shares},
-        weight_norm_ratio=float(ratio.mean()), weight_norm_ratio_interval=bootstrap_mean(ratio),
-        delta_kl=float(kl.mean()), delta_kl_interval=bootstrap_mean(kl),
-        delta_frac=float(delta_frac.mean()), delta_frac_interval=bootstrap_mean(delta_frac),
+        weight_norm_ratio=float(ratio.mean()), weight_norm_ratio_interval=mean_interval(ratio),
+        delta_kl=float(kl.mean()), delta_kl_interval=mean_interval(kl),
+        delta_frac=float(delta_frac.mean()), delta_frac_interval=mean_interval(delta_frac),
     )  # fmt: skip
 
 
@@ -187,7 +187,7 @@ def _weight_norm_figure(study: Study, by_block: pd.DataFrame) -> go.Figure:
         others = _curve(by_block, site, "weight_norm_others", "other tokens", OTHERS)
         first = _curve(by_block, site, "weight_norm", "token 0", FIRST)
         panels.append(Panel(f"Output of {name}", "WeightNorm ‖ĥ‖", [others, first], study.me.layer, log_scale=True))
-    note = "Lines: means over prompts. Bands: their 95% bootstrap intervals."
+    note = "Lines: means over prompts. Bands: their 95% intervals."
     title = study.title("Norm of the normalisations' outputs")
     return curves_by_block(panels, title=title, note=note, scale_buttons=True)
 
@@ -205,7 +205,7 @@ def _alignment_figure(study: Study, by_block: pd.DataFrame, shares: Sequence[flo
             Panel(f"ΔKL at {name}", "ΔKL (nats)", [divergence], study.me.layer, zero_line=True),
         ]
     note = (
-        "Token 0 minus the mean of the others. Lines: means over prompts. Bands: their 95% bootstrap intervals. "
+        "Token 0 minus the mean of the others. Lines: means over prompts. Bands: their 95% intervals. "
         "K: the dims with the largest gains."
     )
     return curves_by_block(panels, title=study.title("How far token 0 lies along the gain"), note=note)
@@ -237,14 +237,16 @@ def _delta_frac(metrics: RmsnormMetrics) -> Judgement:
 
 CLAIMS = (
     Claim(
-        id="weight-norm", source="section 3.1, figure 2", figure="weight_norm", metrics=RmsnormMetrics,
+        id="weight-norm", fixed="2026-11-22 a1bbeb3",
+        source="section 3.1, figure 2", figure="weight_norm", metrics=RmsnormMetrics,
         claim="The norm before the FFN makes token 0 stand out, at the ME layer first",
         statistic="WeightNorm of token 0 over the others' mean at the ME layer",
         criterion=">= 2 there and at no earlier block; in part: >= 2 there", why="alike is taken as less than twice",
         of_token_0=True, of_ffn=True, judge=_stands_out_first,
     ),
     Claim(
-        id="delta-frac", source="section 3.1, equation 1, figure 3", figure="gain_alignment", metrics=RmsnormMetrics,
+        id="delta-frac", fixed="2026-11-22 a1bbeb3",
+        source="section 3.1, equation 1, figure 3", figure="gain_alignment", metrics=RmsnormMetrics,
         claim="There its output lies more on the dims with the largest gains",
         statistic="ΔFrac at the ME layer, K = 1% of the width",
         criterion="> 0 and the largest up to there; in part: > 0",
@@ -252,7 +254,8 @@ CLAIMS = (
         of_token_0=True, of_ffn=True, judge=_delta_frac,
     ),
     Claim(
-        id="delta-kl", source="section 3.1, equation 2, figure 3", figure="gain_alignment", metrics=RmsnormMetrics,
+        id="delta-kl", fixed="2026-11-22 b7ed470",
+        source="section 3.1, equation 2, figure 3", figure="gain_alignment", metrics=RmsnormMetrics,
         claim="There its output is closer to the distribution of the gains",
         statistic="ΔKL at the ME layer, nats",
         criterion="< 0", why="the sign is the paper's",

@@ -1,7 +1,7 @@
-"""Means over prompts, texts or items: their bootstrap intervals, and paired tests of differences.
+"""Means and shares over prompts, texts or items: their 95% intervals, and paired tests of differences.
 
-Every line of a figure and every number of a claim is one of these means. A statistic never averages NaN and never drops
-it: `MelensError` says how many values are no numbers. `tidy`, `mean_by` and `holm` alone take NaN, as "not measured": a
+Every line of a figure and every number of a claim is one of them. A statistic never averages NaN and never drops it:
+`MelensError` says how many values are no numbers. `tidy`, `mean_by` and `holm` alone take NaN, as "not measured": a
 block without attention, a prompt of one token, a difference without a test.
 """
 
@@ -12,35 +12,46 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest, bootstrap, monte_carlo_test, permutation_test
+from scipy.stats import binomtest, bootstrap, monte_carlo_test, permutation_test, t
 
 from melens.errors import MelensError
 
 __all__ = [
-    "bootstrap_mean", "holm", "mcnemar_p", "mean_by", "mean_metric", "paired_permutation_p", "peak_layer", "tidy",
-    "with_interval",
+    "holm", "mcnemar_p", "mean_by", "mean_interval", "mean_metric", "paired_permutation_p", "peak_layer",
+    "share_interval", "tidy", "with_interval",
 ]  # fmt: skip
+
+FEW = 50
+"""From so many values on a mean has a bootstrap interval. Of fewer the percentile bootstrap is too narrow: it covers
+the mean of normal values in 41, 72, 80 and 84% of samples of 2, 3, 4 and 5, where Student's t covers it in 95%."""
 
 _MOST_DRAWN = 2**20
 """Numbers drawn at once, 8 MB: 10,000 resamples of MMLU's 14,000 items in one piece are 2.2 GB."""
 
 
-def bootstrap_mean(
+def mean_interval(
     values: np.ndarray, *, confidence: float = 0.95, resamples: int = 2_000, seed: int = 0
 ) -> tuple[float, float]:
-    """Compute the percentile bootstrap interval (Efron 1979) of a mean over prompts: of one alone (nan, nan).
+    """Compute the interval of a mean over prompts; (nan, nan) for fewer than three, of which t is 13 errors wide.
+
+    Student's t (1908) where there are fewer than `FEW`, else the percentile bootstrap (Efron 1979).
 
     Args:
-        values: [prompt]; or [prompt, training], where prompts and trainings are both resampled.
-        confidence, resamples, seed: of the bootstrap.
+        values: [prompt]; or [prompt, training], where prompts and trainings are both resampled, however few.
+        confidence: how often such an interval covers the mean.
+        resamples, seed: of the bootstrap.
 
     Raises:
         MelensError: a value is NaN or infinite.
     """
     _check_finite(values)
-    if len(values) < 2:
+    if len(values) < 3:
         return (float("nan"), float("nan"))
     columns = np.asarray(values, dtype=float).reshape(len(values), -1).T
+    if len(columns) == 1 and len(values) < FEW:
+        error = columns[0].std(ddof=1) / np.sqrt(len(values))
+        reach = float(t.ppf((1 + confidence) / 2, len(values) - 1) * error)
+        return (float(columns[0].mean()) - reach, float(columns[0].mean()) + reach)
     generator = np.random.default_rng(seed)
     batch = _batch_of(len(values))
     if len(columns) == 1:
@@ -59,6 +70,19 @@ def bootstrap_mean(
     tail = (1 - confidence) / 2
     low, high = np.quantile(drawn.mean(axis=1), [tail, 1 - tail])
     return (float(low), float(high))
+
+
+def share_interval(has: np.ndarray, *, confidence: float = 0.95) -> tuple[float, float]:
+    """Compute the exact interval of a share (Clopper & Pearson 1934): 36 of 36 is 0.90 to 1; of none (nan, nan).
+
+    Args:
+        has: [prompt], whether each has it.
+        confidence: how often such an interval covers the share, at least.
+    """
+    if not len(has):
+        return (float("nan"), float("nan"))
+    found = binomtest(int(np.count_nonzero(has)), len(has)).proportion_ci(confidence, method="exact")
+    return (float(found.low), float(found.high))
 
 
 def paired_permutation_p(differences: np.ndarray, *, resamples: int = 10_000, seed: int = 0) -> float:
@@ -126,7 +150,7 @@ def with_interval(value: float, interval: tuple[float | None, float | None] | No
 
 def mean_metric(name: str, values: np.ndarray) -> dict[str, Any]:
     """Return the mean over prompts `[prompt]` and its interval as fields of metrics: `name` and `name_interval`."""
-    return {name: float(values.mean()), f"{name}_interval": bootstrap_mean(values)}
+    return {name: float(values.mean()), f"{name}_interval": mean_interval(values)}
 
 
 def tidy(values: np.ndarray, name: str, column: str = "layer") -> pd.DataFrame:
@@ -152,7 +176,7 @@ def peak_layer(points: pd.DataFrame, value: str = "mean") -> int:
 
 
 def mean_by(table: pd.DataFrame, value: str, by: Sequence[str] = ("layer",)) -> pd.DataFrame:
-    """Average a column over prompts: the columns `by`, `mean`, and `low` and `high`, its 95% bootstrap interval.
+    """Average a column over prompts: the columns `by`, `mean`, and `low` and `high`, its 95% interval.
 
     Args:
         table: with one row a `prompt` and group. A prompt or a group of NaN alone was not measured, as the other tokens
@@ -171,7 +195,7 @@ def mean_by(table: pd.DataFrame, value: str, by: Sequence[str] = ("layer",)) -> 
         raise MelensError(f"The {value} of {place} is NaN: {_LOOK}")
     rows = []
     for group, values in table[measured].groupby(list(by), observed=True)[value]:
-        low, high = bootstrap_mean(values.to_numpy())
+        low, high = mean_interval(values.to_numpy())
         rows.append((*group, float(values.mean()), low, high))
     return pd.DataFrame(rows, columns=[*by, "mean", "low", "high"])
 

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from melens.analysis.metrics import l2_norm, pairwise_cosine
-from melens.analysis.statistics import bootstrap_mean, mean_by, tidy
+from melens.analysis.statistics import mean_by, mean_interval, tidy
 from melens.analysis.study import Study
 from melens.claims.engine import Claim, at_least, at_most, unless_trivial
 from melens.figures.curves import Curve, Panel, curves_by_block, vectors_by_dim
@@ -121,9 +121,9 @@ def _once_massive(
     measured: dict[str, float | Interval | None] = {}
     if len(layers) > 1:
         drift = (norms[:, layers] / norms[:, layers[:1]] - 1).abs().amax(dim=1).numpy()
-        measured |= {"norm_drift": float(drift.mean()), "norm_drift_interval": bootstrap_mean(drift)}
+        measured |= {"norm_drift": float(drift.mean()), "norm_drift_interval": mean_interval(drift)}
         cosine = to_previous[:, layers[1:]].amin(dim=1).numpy()
-        measured |= {"consecutive_cosine": float(cosine.mean()), "consecutive_cosine_interval": bootstrap_mean(cosine)}
+        measured |= {"consecutive_cosine": float(cosine.mean()), "consecutive_cosine_interval": mean_interval(cosine)}
     names = ("cosine_between_inputs", "least_cosine_between_inputs")
     means, least = (by_block[name].set_index("layer").loc[layers] for name in names)
     lowest = means.sort_values("mean").iloc[0]
@@ -201,7 +201,7 @@ def _cosine_figure(study: Study, by_block: Mapping[str, pd.DataFrame], note: str
     }
     curves = [Curve(text, by_block[name], color) for (name, text), color in zip(names.items(), COLORS, strict=False)]
     panel = Panel("", "cosine similarity", curves, study.me.layer, zero_line=True)
-    note = f"Bands: 95% bootstrap intervals over prompts. {note}"
+    note = f"Bands: 95% intervals over prompts. {note}"
     return curves_by_block([panel], title=study.title("Cosine of token 0's state"), note=note)
 
 
@@ -209,7 +209,8 @@ def _cosine_figure(study: Study, by_block: Mapping[str, pd.DataFrame], note: str
 
 CLAIMS = (
     Claim(
-        id="norm-stable", source="section 3.2, figure 5a", figure="norms", metrics=DirectionMetrics,
+        id="norm-stable", fixed="2026-11-22 a1bbeb3",
+        source="section 3.2, figure 5a", figure="norms", metrics=DirectionMetrics,
         claim="Once formed, its norm barely changes",
         statistic="largest relative change of token 0's norm from the ME layer to the last two blocks",
         criterion="<= 0.1; in part <= 0.5", why="a tenth cannot be seen on the paper's axes",
@@ -217,7 +218,8 @@ CLAIMS = (
         judge=lambda metrics: at_most(metrics.norm_drift, metrics.norm_drift_interval, 0.1, partly=0.5),
     ),
     Claim(
-        id="direction-layers", source="section 3.2, figure 5b", figure="between_blocks", metrics=DirectionMetrics,
+        id="direction-layers", fixed="2026-11-22 a1bbeb3",
+        source="section 3.2, figure 5b", figure="between_blocks", metrics=DirectionMetrics,
         claim="Once formed, its direction barely changes from block to block",
         statistic="smallest cosine between its states after consecutive blocks",
         criterion=">= 0.99; in part >= 0.9", why="0.99 is an angle of 8 degrees",
@@ -227,7 +229,8 @@ CLAIMS = (
         ),
     ),
     Claim(
-        id="direction-inputs", source="section 3.2, figure 5c", figure="cosine_by_block", metrics=DirectionMetrics,
+        id="direction-inputs", fixed="2026-11-22 a1bbeb3",
+        source="section 3.2, figure 5c", figure="cosine_by_block", metrics=DirectionMetrics,
         claim="Once formed, its direction is the same for all inputs",
         statistic="smallest mean cosine between inputs, over the blocks from the ME layer to the last two",
         criterion=">= 0.95; in part >= 0.8", why="0.95 is an angle of 18 degrees, where random directions have 90",

@@ -255,7 +255,8 @@ def _ranks_first(metrics: PredictMetrics) -> Judgement:
 
 CLAIMS = (
     Claim(
-        id="predictable", source="the review and the research note", figure="scores", metrics=PredictMetrics,
+        id="predictable", fixed="2026-11-22 a1bbeb3",
+        source="the review and the research note", figure="scores", metrics=PredictMetrics,
         claim="The ME layer can be predicted from the weights alone",
         statistic="rank of the ME layer by the FFN's response to its most amplified input",
         criterion="1; in part <= 3", why="a prediction names one block",

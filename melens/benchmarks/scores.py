@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from melens.analysis.statistics import bootstrap_mean, holm, mcnemar_p, paired_permutation_p
+from melens.analysis.statistics import holm, mcnemar_p, mean_interval, paired_permutation_p
 from melens.errors import MelensError
 
 __all__ = ["ALPHA", "best_rates", "check_scores", "correct", "count_verdicts", "summarise"]
@@ -70,7 +70,7 @@ def summarise(items: pd.DataFrame, unmasked: str) -> pd.DataFrame:
         by_mask = {mask: _by_item(of_mask, ["training", "seed"]) for mask, of_mask in own.items()}
         for mask, values in by_mask.items():
             per_item = values.mean(axis=1)
-            low, high = bootstrap_mean(per_item.to_numpy())
+            low, high = mean_interval(per_item.to_numpy())
             row = {"task": task, "metric": metric, "mask": mask, "n": len(per_item), "n_seeds": values.shape[1]}
             row |= {"mean": float(per_item.mean()), "low": low, "high": high, "sd": float(values.mean().std())}
             row["chance"] = float(of_metric["chance"].mean(skipna=False))  # NaN where items have no choices
@@ -112,7 +112,7 @@ def _difference(unmasked: pd.DataFrame, masked: pd.DataFrame) -> dict[str, Any]:
         values.loc[items].T.groupby(level="training").mean().T.to_numpy() for values in (unmasked, masked)
     )  # [item, training]; a single training of one side is broadcast over the other's
     differences = after - before
-    low, high = bootstrap_mean(differences)
+    low, high = mean_interval(differences)
     per_item = differences.mean(axis=1)
     is_right_or_wrong = np.isin(before, (0.0, 1.0)).all() and np.isin(after, (0.0, 1.0)).all()
     if is_right_or_wrong and unmasked.shape[1] == masked.shape[1] == 1:
@@ -178,7 +178,7 @@ def best_rates(items: pd.DataFrame, rates: pd.DataFrame, unmasked: str, *, seed:
                 best = str((sign * choosing[names].mean()).idxmax())
                 differences = (scoring[best] - scoring[unmasked]).to_numpy()
                 rate = float(of_family.set_index("mask")["rate"][best])
-                difference = (float(differences.mean()), *bootstrap_mean(differences))
+                difference = (float(differences.mean()), *mean_interval(differences))
                 mean = float(scoring[best].mean())
                 rows.append((task, metric, family, selection, rate, best, len(scoring), mean, *difference))
     columns = ["task", "metric", "family", "selection", "rate", "mask", "n", "mean", "difference", "low", "high"]

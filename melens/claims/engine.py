@@ -25,8 +25,8 @@ from melens.report.result import Interval, Metrics, Result
 from melens.validation.signatures import given
 
 __all__ = [
-    "Claim", "Judgement", "NotANumberError", "Verdict", "at_least", "at_most", "judge", "judge_parts", "number",
-    "unless_trivial",
+    "Claim", "Former", "Judgement", "NotANumberError", "Verdict", "at_least", "at_most", "judge", "judge_parts",
+    "number", "unless_trivial",
 ]  # fmt: skip
 
 Verdict = Literal["holds", "holds in part", "does not hold", "trivial here", "not measured"]
@@ -50,6 +50,20 @@ class Judgement:
 
 
 @dataclass(frozen=True)
+class Former(Generic[M]):
+    """How a claim was judged before its threshold was changed: both verdicts are shown.
+
+    Attributes:
+        criterion, fixed: what had to be satisfied, as it stood, and when that was fixed.
+        judge: gives the verdict by it, from the same metrics.
+    """
+
+    criterion: str
+    fixed: str
+    judge: Callable[[M], Judgement]
+
+
+@dataclass(frozen=True)
 class Claim(Generic[M]):
     """A claim of the paper, or of its review.
 
@@ -58,6 +72,8 @@ class Claim(Generic[M]):
         metrics, figure: the class of metrics of the experiment that measures it, and which of its figures shows it.
         statistic, criterion, why: what is measured, what it must satisfy, and why that threshold.
         judge: gives the verdict from the experiment's metrics.
+        fixed: the date and the commit that fixed the criterion, `2026-11-22 a1bbeb3`.
+        former: how it was judged before.
         of_token_0: whether it is measured on token 0, whatever token is massive.
         of_ffn: whether it is about the ME layer's FFN, which in a hybrid not every block has.
         blocks_after: how many blocks it takes between the ME layer and the last two; None if it does not matter.
@@ -73,6 +89,8 @@ class Claim(Generic[M]):
     why: str
     metrics: type[M]
     judge: Callable[[M], Judgement]
+    fixed: str = ""
+    former: Former[M] | None = None
     of_token_0: bool = False
     of_ffn: bool = False
     blocks_after: int | None = None
@@ -84,7 +102,8 @@ class Claim(Generic[M]):
         return self.metrics.experiment
 
 
-_COLUMNS = ("id", "claim", "source", "experiment", "figure", "statistic", "criterion", "why")
+_COLUMNS = ("id", "claim", "source", "experiment", "figure", "statistic", "criterion", "fixed", "why")
+_JUDGED = ("value", "low", "high", "verdict", "note", "former_criterion", "former_verdict")
 
 
 def judge(results: Any) -> pd.DataFrame:
@@ -96,7 +115,8 @@ def judge(results: Any) -> pd.DataFrame:
 
     Returns:
         A row for each model and claim: `model`, `id`, `claim`, `source`, `experiment`, `figure`, `statistic`,
-        `criterion`, `why`, `value`, `low`, `high`, `verdict`, `note`.
+        `criterion`, `fixed`, `why`, `value`, `low`, `high`, `verdict`, `note`; where the threshold was changed, also
+        `former_criterion` and `former_verdict`.
 
     Raises:
         MelensError: what is no result.
@@ -116,9 +136,13 @@ def judge(results: Any) -> pd.DataFrame:
         judged += [("all models", FAMILY_CLAIM, one) for one in judge_families(me_layers, models)]
     rows = []
     for name, claim, one in judged:
+        former: tuple[str | None, str | None] = (None, None)
+        if claim.former is not None and name in by_model:
+            before = replace(claim, judge=claim.former.judge)
+            former = (f"{claim.former.criterion} ({claim.former.fixed})", _judge_one(before, by_model[name]).verdict)
         of_claim, interval = (getattr(claim, column) for column in _COLUMNS), one.interval or (None, None)
-        rows.append((name, *of_claim, one.value, *interval, one.verdict, one.note))
-    return pd.DataFrame(rows, columns=["model", *_COLUMNS, "value", "low", "high", "verdict", "note"])
+        rows.append((name, *of_claim, one.value, *interval, one.verdict, one.note, *former))
+    return pd.DataFrame(rows, columns=["model", *_COLUMNS, *_JUDGED])
 
 
 def judge_parts(results: Sequence[Result]) -> pd.DataFrame:
@@ -171,10 +195,11 @@ def _judge_one(claim: Claim[Any], measured: Mapping[str, Any]) -> Judgement:
     n_ffn, n_layers = len(shared.ffn_layers or ()), shared.n_layers or 0
     if claim.of_ffn and judged.verdict != "not measured" and 0 < n_ffn < n_layers:
         notes.append(f"Of {n_layers} blocks {n_ffn} have an FFN that can be measured.")
-    of_one_state = shared.massive_position == 0 and shared.distinct_first_tokens == 1
+    of_one_state = shared.n_prompts == 1 or (shared.massive_position == 0 and shared.distinct_first_tokens == 1)
     if of_one_state and claim.experiment != "predict" and judged.verdict in ("holds", "holds in part"):
+        judged = replace(judged, verdict="holds in part")  # one state shows nothing of others
         notes.append("It rests on a single first token.")
-    return replace(judged, note=" ".join(note for note in notes if note))
+    return replace(judged, note=" ".join(dict.fromkeys(note for note in notes if note)))
 
 
 def _of(kind: type[M], found: Any) -> M:
@@ -227,6 +252,9 @@ def number(value: float | None, name: str) -> float:
     return value
 
 
+TOO_FEW = "It was measured fewer than three times, which gives no interval."
+
+
 def at_least(
     value: float | None,
     interval: Interval | None,
@@ -238,7 +266,9 @@ def at_least(
     """Judge a mean over prompts: its whole interval must reach `enough`; in part its mean, or `partly`.
 
     Args:
-        value, interval: None where nothing was measured; a single prompt has no interval.
+        value: None where nothing was measured.
+        interval: None where it is no mean but a number of the whole model. That of one or two prompts is (NaN, NaN):
+            they can show a claim in part at most.
         enough, partly: thresholds.
         why_not: why nothing was measured.
     """
@@ -247,9 +277,10 @@ def at_least(
     value, measured = number(value, "value"), _measured(interval)
     in_part = value >= (enough if partly is None else min(partly, enough))
     verdict: Verdict = "holds in part" if in_part else "does not hold"
-    if (value if measured is None else measured[0]) >= enough:
-        verdict = "holds"
-    return Judgement(verdict, value, measured)
+    if measured is not None or interval is None:
+        reached = value if measured is None else measured[0]
+        return Judgement("holds" if reached >= enough else verdict, value, measured)
+    return Judgement(verdict, value, note=TOO_FEW)
 
 
 def at_most(
@@ -262,14 +293,14 @@ def at_most(
 ) -> Judgement:
     """Judge the other way round: the whole interval must stay at or below `enough`."""
     measured = _measured(interval)
-    mirrored = None if measured is None else (-measured[1], -measured[0])
+    mirrored = interval if measured is None else (-measured[1], -measured[0])
     negative, partly = None if value is None else -value, None if partly is None else -partly
     judged = at_least(negative, mirrored, -enough, partly=partly, why_not=why_not)
     return judged if judged.value is None else replace(judged, value=value, interval=measured)
 
 
 def _measured(interval: Interval | None) -> tuple[float, float] | None:
-    """Read an interval, as an experiment returns it or as JSON holds it: there NaN is null. One prompt has none."""
+    """Read an interval, as an experiment returns it or as JSON holds it, where NaN is null. Of one or two is none."""
     low, high = interval or (None, None)
     if low is None or high is None or math.isnan(low) or math.isnan(high):
         return None

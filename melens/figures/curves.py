@@ -16,9 +16,6 @@ from melens.figures.style import BLOCK, COLORS, FIRST, finish, legend_below, mar
 __all__ = ["Curve", "Panel", "add_curve", "curves_by_block", "ffn_figure", "over_steps", "vectors_by_dim"]
 
 
-_BELOW = 55  # pixels from the axis to what stands below its title
-
-
 @dataclass(frozen=True)
 class Curve:
     """A line by block.
@@ -52,13 +49,9 @@ class Panel:
 def curves_by_block(
     panels: Sequence[Panel], *, title: str, note: str = "", columns: int = 2, scale_buttons: bool = False
 ) -> go.Figure:
-    """Draw panels of curves by block.
+    """Draw panels of curves by block, so many columns in a row, left to right and top to bottom.
 
-    Args:
-        panels: left to right, top to bottom.
-        note: what lines and bands are.
-        columns: panels in a row.
-        scale_buttons: let the reader switch the panels without a `y_range` between logarithmic and linear.
+    With `scale_buttons` the reader can switch the panels without a `y_range` between logarithmic and linear.
     """
     figure, places = panels_in_rows([panel.title for panel in panels], columns, gap=0.1, row_gap=0.3)
     in_legend: set[str] = set()
@@ -79,7 +72,7 @@ def curves_by_block(
             switched.append(f"yaxis{number}" if number > 1 else "yaxis")
     figure.update_xaxes(title_text=BLOCK, rangemode="tozero")
     height = 170 + 310 * places[-1]["row"]
-    below = -_BELOW / (height - 150)
+    below = -55 / (height - 150)  # 55 pixels below the axis, where its title ends
     if scale_buttons:
         figure.update_layout(updatemenus=[_scale_buttons(switched, panels[0].log_scale, below)])
     return finish(figure, title, note, height=height, legend=legend_below(below))
@@ -107,16 +100,12 @@ def ffn_figure(
     figure.update_yaxes(title_text=ratio, secondary_y=True, **_value_axis(log_scale=True), showgrid=False)
     figure.update_xaxes(title_text=BLOCK)
     mark_me_layer(figure, me_layer)
-    note = "Lines and bars: means over prompts. Bands and whiskers: their 95% bootstrap intervals."
+    note = "Lines and bars: means over prompts. Bands and whiskers: their 95% intervals."
     return finish(figure, title, note, height=560, legend=legend_below(-0.16), margin={"r": 90})
 
 
 def vectors_by_dim(vectors: Mapping[str, np.ndarray], *, title: str, note: str = "") -> go.Figure:
-    """Draw figure 5b: token 0's activation by dim, one panel for each of a few blocks.
-
-    Args:
-        vectors: by the panel's title, `[d_model]`.
-    """
+    """Draw figure 5b: token 0's activation by dim, a panel for each of a few blocks: by its title, `[d_model]`."""
     figure = make_subplots(len(vectors), 1, shared_xaxes=True, subplot_titles=list(vectors), vertical_spacing=0.06)
     for row, vector in enumerate(vectors.values(), 1):
         line = go.Scatter(x=np.arange(len(vector)), y=vector, mode="lines", showlegend=False)

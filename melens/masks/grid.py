@@ -22,7 +22,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from melens.analysis.sink_mass import SINK_THRESHOLD
-from melens.analysis.statistics import bootstrap_mean, holm, paired_permutation_p
+from melens.analysis.statistics import holm, mean_interval, paired_permutation_p
 from melens.analysis.study import Study
 from melens.errors import MelensError
 from melens.masks.comparison import MaskComparison, Measured
@@ -313,5 +313,5 @@ def _check_texts(by_text: pd.DataFrame) -> None:
 
 def _with_interval(name: str, values: np.ndarray) -> dict[str, float]:
     """Return a mean over texts with its bootstrap interval; NaN, which was not measured in any text, has none."""
-    low, high = (math.nan, math.nan) if np.isnan(values).all() else bootstrap_mean(values)
+    low, high = (math.nan, math.nan) if np.isnan(values).all() else mean_interval(values)
     return {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}

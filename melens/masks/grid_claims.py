@@ -229,7 +229,8 @@ def _is_of_the_start(metrics: MaskGridMetrics) -> Judgement:
 
 CLAIMS: tuple[Claim[MaskGridMetrics], ...] = (
     Claim(
-        id="mask-weakens-sink", source="section 4, figure 8", figure="by_block", metrics=MaskGridMetrics,
+        id="mask-weakens-sink", fixed="2026-11-22 aed234a",
+        source="section 4, figure 8", figure="by_block", metrics=MaskGridMetrics,
         claim="WeMask weakens the sink and does not remove it",
         statistic="sink mass behind the ME layer with the paper's mask, relative to without",
         criterion="between 0.1 and 0.9; in part below 1",
@@ -237,7 +238,8 @@ CLAIMS: tuple[Claim[MaskGridMetrics], ...] = (
         of_token_0=True, blocks_after=1, judge=_weakens,
     ),
     Claim(
-        id="mask-weight-harmless", source="section 5, table 5", figure="loss_change", metrics=MaskGridMetrics,
+        id="mask-weight-harmless", fixed="2026-11-22 aed234a",
+        source="section 5, table 5", figure="loss_change", metrics=MaskGridMetrics,
         claim="Weight-guided masks are harmless or better where random and magnitude masks destroy",
         statistic="largest Δloss of a weight-guided mask where a random or a magnitude mask of its rate and site costs "
         "a nat or more",
@@ -246,7 +248,8 @@ CLAIMS: tuple[Claim[MaskGridMetrics], ...] = (
         of_token_0=True, judge=_harmless,
     ),
     Claim(
-        id="mask-moderate", source="section 4", figure="loss_and_sinks", metrics=MaskGridMetrics,
+        id="mask-moderate", fixed="2026-11-22 aed234a",
+        source="section 4", figure="loss_and_sinks", metrics=MaskGridMetrics,
         claim="Moderate attenuation of the sink is better than none and than full",
         statistic="lowest Δloss of the paper's mask over the rates",
         criterion="< 0, at a rate below the largest; in part: on average only",
@@ -254,7 +257,8 @@ CLAIMS: tuple[Claim[MaskGridMetrics], ...] = (
         of_token_0=True, judge=_moderate,
     ),
     Claim(
-        id="mask-start", source="the review, point 5", figure="starts", metrics=MaskGridMetrics,
+        id="mask-start", fixed="2026-11-22 aed234a",
+        source="the review, point 5", figure="starts", metrics=MaskGridMetrics,
         claim="The effect is specific to starting behind the ME layer",
         statistic="change of the sink mass by a mask in the block behind the ME layer alone, over the largest by the "
         "same mask in another block alone",

@@ -77,7 +77,7 @@ def grid_figures(
             sink_mass=metrics.unmasked_sink_mass,
             colors=SELECT_COLORS,
             title=f"Loss against the sink that is left: {of_texts}",
-            note="Whiskers: 95% bootstrap intervals over texts.",
+            note="Whiskers: 95% intervals over texts.",
         )
         expected = "Moderate attenuation of the sink helps; none and full do not."
         figures["loss_and_sinks"] = Figure(plot, "section 4", expected, _moderation_in_words(main))
@@ -133,7 +133,7 @@ def _rate_plot(table: pd.DataFrame, of_texts: str) -> go.Figure:
             if len(own)
         ]
         panels.append(Panel(f"{site}, layers {layers}", "Δloss (nats a token)", curves, None, zero_line=True))
-    note = "Bands: 95% bootstrap intervals over texts; for random masks the mean of each seed's."
+    note = "Bands: 95% intervals over texts; for random masks the mean of each seed's."
     plot = curves_by_block(panels, title=f"Loss by mask rate: {of_texts}", note=note, columns=3)
     plot.update_xaxes(type="log", title_text="mask rate", dtick="D2")
     return plot
@@ -168,7 +168,7 @@ def _start_plot(table: pd.DataFrame, me_layer: int | None, of_texts: str) -> go.
             for number, ((select, site, layers, rate), group) in enumerate(groups)
         ]
         panels.append(Panel("", text, curves, me_layer, zero_line=quantity == "dloss"))
-    note = "Bands: 95% bootstrap intervals over texts. Sink mass: mean over the blocks behind the ME layer."
+    note = "Bands: 95% intervals over texts. Sink mass: mean over the blocks behind the ME layer."
     plot = curves_by_block(panels, title=f"The same mask from each block in turn: {of_texts}", note=note)
     plot.update_xaxes(title_text="first masked block (0-based)")
     return plot

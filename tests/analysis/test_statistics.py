@@ -10,20 +10,36 @@ from melens.analysis import statistics
 from melens.analysis.statistics import holm, paired_permutation_p
 
 
-def test_bootstrap_interval_holds_the_mean_and_is_repeatable():
+def test_the_mean_of_few_has_the_interval_of_student():
+    # 1, 2, 3, 4: mean 2.5, standard deviation 1.2910, standard error 0.6455; t of 3 degrees of freedom at 97.5%: 3.1824
     values = np.array([1.0, 2.0, 3.0, 4.0])
-    low, high = statistics.bootstrap_mean(values)
-    assert 1 < low < 2.5 < high < 4
-    assert statistics.bootstrap_mean(values) == (low, high)
-    assert all(np.isnan(statistics.bootstrap_mean(values[:1])))
+    assert statistics.mean_interval(values) == pytest.approx((2.5 - 2.0543, 2.5 + 2.0543), abs=1e-4)
+    assert all(np.isnan(statistics.mean_interval(values[:2])))
+
+
+@pytest.mark.parametrize("n", [3, 5, 20, statistics.FEW])
+def test_an_interval_covers_the_mean_as_often_as_it_says(n):
+    # The percentile bootstrap covers it in 72% of samples of 3 and in 84% of samples of 5.
+    samples = np.random.default_rng(0).normal(size=(1_000, n))
+    low, high = np.array([statistics.mean_interval(sample, resamples=500) for sample in samples]).T
+    assert ((low <= 0) & (high >= 0)).mean() > 0.92
+
+
+@pytest.mark.parametrize(
+    ("has", "of", "low", "high"),  # worked out: all of n have from 0.025 ** (1 / n) to 1
+    [(36, 36, 0.025 ** (1 / 36), 1), (9, 9, 0.025 ** (1 / 9), 1), (0, 9, 0, 1 - 0.025 ** (1 / 9)), (1, 1, 0.025, 1)],
+)
+def test_a_share_has_an_exact_interval(has, of, low, high):
+    assert statistics.share_interval(np.arange(of) < has) == pytest.approx((low, high))
 
 
 def test_means_are_taken_by_group_without_what_is_missing():
-    table = pd.DataFrame({"layer": [0, 0, 0, 1, 1], "prompt": [0, 1, 2, 0, 1], "x": [1.0, 3.0, np.nan, 5.0, 5.0]})
+    layers, prompts = [0, 0, 0, 0, 1, 1, 1], [0, 1, 2, 3, 0, 1, 2]
+    table = pd.DataFrame({"layer": layers, "prompt": prompts, "x": [1.0, 3.0, 2.0, np.nan, 5.0, 5.0, 5.0]})
     summary = statistics.mean_by(table, "x")
     assert summary["mean"].tolist() == [2, 5]
     assert summary.loc[1, ["low", "high"]].tolist() == [5, 5]
-    assert 1 <= summary.low[0] < summary.high[0] <= 3
+    assert summary.loc[0, ["low", "high"]].tolist() == pytest.approx([2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5], 1e-4)
 
 
 def test_a_number_is_written_with_its_interval_if_it_has_one():
@@ -47,7 +63,7 @@ HALF = np.tile([0.0, 1.0], 200)
 def test_an_interval_reaches_as_far_as_its_confidence_says_and_95_percent_by_default(
     n_trainings, confidence, standard_errors
 ):
-    interval = statistics.bootstrap_mean(np.stack([HALF] * n_trainings, axis=1), **confidence)
+    interval = statistics.mean_interval(np.stack([HALF] * n_trainings, axis=1), **confidence)
     np.testing.assert_allclose(np.subtract(interval, 0.5) / 0.025, [-standard_errors, standard_errors], atol=0.15)
 
 
@@ -59,9 +75,9 @@ def test_the_interval_of_a_table_is_95_percent():
 def test_trainings_are_drawn_anew_as_prompts_are():
     # Two trainings of 0 and 1 on every prompt: the mean of two draws is 0, 0.5 or 1, at 25, 50 and 25 percent.
     values = np.stack([np.zeros(50), np.ones(50)], axis=1)
-    assert statistics.bootstrap_mean(values) == (0, 1)
-    assert statistics.bootstrap_mean(values, confidence=0.4) == (0.5, 0.5)
-    assert statistics.bootstrap_mean(values.mean(axis=1)) == (0.5, 0.5)
+    assert statistics.mean_interval(values) == (0, 1)
+    assert statistics.mean_interval(values, confidence=0.4) == (0.5, 0.5)
+    assert statistics.mean_interval(values.mean(axis=1)) == (0.5, 0.5)
 
 
 def test_what_is_drawn_in_parts_is_what_is_drawn_at_once(monkeypatch):
@@ -69,8 +85,8 @@ def test_what_is_drawn_in_parts_is_what_is_drawn_at_once(monkeypatch):
 
     def results():
         return (
-            statistics.bootstrap_mean(differences),
-            statistics.bootstrap_mean(differences[:, 0]),
+            statistics.mean_interval(differences),
+            statistics.mean_interval(differences[:, 0]),
             paired_permutation_p(differences[:, 0]),
         )
 
@@ -84,7 +100,7 @@ def test_memory_does_not_grow_with_the_number_of_resamples():
     tracemalloc.start()
     paired_permutation_p(differences)  # all signs at once: 160 MB
     for values in (differences, np.stack([differences] * 2, axis=1)):
-        statistics.bootstrap_mean(values, resamples=10_000)
+        statistics.mean_interval(values, resamples=10_000)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 60e6

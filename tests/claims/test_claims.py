@@ -27,7 +27,8 @@ def test_every_claim_is_complete_and_has_an_id_of_its_own():
         (101, (95, 108), "holds in part"),  # the interval does not clear the threshold
         (50, (40, 60), "holds in part"),
         (5, (4, 6), "does not hold"),
-        (150, (float("nan"), float("nan")), "holds"),  # one prompt
+        (150, (float("nan"), float("nan")), "holds in part"),  # one prompt
+        (150, None, "holds"),  # a number of the whole model
         (None, None, "not measured"),
     ],
 )
