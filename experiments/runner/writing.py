@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -70,7 +71,7 @@ def stopped_message(record: Record, cfg: Options) -> str:
     nothing = "no result was written" + (f" ({earlier} is of an earlier run)." if earlier.is_file() else ".")
     if RUN_CACHE.can_resume and all(EXPERIMENTS[name].can_resume for name in cfg.experiments):
         return f"{nothing} What was measured so far is kept. {again} the rest."
-    folder = record.folder if cfg.training.resume is None else Path(cfg.training.resume)
+    folder = record.folder if cfg.training.resume is None else Path(os.path.expanduser(cfg.training.resume))
     trains = any(EXPERIMENTS[name].trains for name in cfg.experiments)
     if trains and any((folder / "checkpoints").glob("checkpoint-*/trainer_state.json")):
         return f"{nothing} Add training.resume={folder} to go on from the last checkpoint."

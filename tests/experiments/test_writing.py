@@ -123,6 +123,16 @@ def test_an_interrupt_says_what_is_left(tmp_path, monkeypatch, options, kept, se
     assert (told == sentence) == sentence.endswith(".")
 
 
+def test_an_interrupt_of_a_resumed_training_finds_the_checkpoints_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    state = tmp_path / "first" / "checkpoints" / "checkpoint-1" / "trainer_state.json"
+    state.parent.mkdir(parents=True)
+    state.touch()
+    options = ("exp=sft", "training.dataset=sums", "training.resume='~/first'")
+    told = stopped_message(record_of(tmp_path / "second"), compose_options("model=random", *options))
+    assert told.endswith(f"Add training.resume={state.parents[2]} to go on from the last checkpoint.")
+
+
 @pytest.mark.parametrize("kept", [{}, {"has_trace": True, "is_incomplete": True}])
 def test_where_nothing_is_kept_nothing_is_said_of_going_on(tmp_path, monkeypatch, kept):
     for name, value in kept.items():
