@@ -38,7 +38,7 @@ __all__ = ["run_job"]
 
 
 def run_job(cfg: Options, folder: Path) -> list[str]:
-    """Load model and prompts, run the experiments, write and show what they find; return the names of those that failed."""
+    """Load model and prompts, run the experiments, write and show what they find; return which of them failed."""
     began = time.perf_counter()
     give_freed_memory_back()
     if cfg.png:

@@ -37,34 +37,22 @@ def attention_maps(maps: Mapping[str, np.ndarray], tokens: Sequence[str], *, tit
         buttons.append({"label": label, "method": "update", "args": [{"visible": visible}]})
     for trace, is_mean in zip(figure.data, buttons[0]["args"][0]["visible"], strict=True):
         trace.visible = is_mean
-    return finish(
-        figure,
-        title,
-        note,
-        height=720,
-        coloraxis={"colorscale": "Viridis", "cmin": 0, "cmax": 1, "colorbar": {"title": "attention"}},
-        updatemenus=[{"buttons": buttons, "x": 1, "xanchor": "right", "y": 1.1, "yanchor": "bottom"}],
-        margin={"b": 110, "l": 110},
-    )
+    menu = {"buttons": buttons, "x": 1, "xanchor": "right", "y": 1.1, "yanchor": "bottom"}
+    colors = {"colorscale": "Viridis", "cmin": 0, "cmax": 1, "colorbar": {"title": "attention"}}
+    layout = {"coloraxis": colors, "updatemenus": [menu], "margin": {"b": 110, "l": 110}}
+    return finish(figure, title, note, height=720, **layout)
 
 
 def attention_change(
     unmasked: np.ndarray, masked: np.ndarray, tokens: Sequence[str], *, title: str, note: str
 ) -> go.Figure:
-    """Draw figure 8: attention maps without a mask, with it, and their difference, with a list to choose a head.
-
-    Args:
-        unmasked, masked: `[head, query, key]`.
-        tokens: labels of the positions.
-    """
+    """Draw figure 8: maps `[head, query, key]` without a mask, with it, and their difference; as `attention_maps`."""
     panels = {"without the mask": unmasked, "with the mask": masked, "difference": masked - unmasked}
     figure = attention_maps(panels, tokens, title=title, note=note)
     for trace in figure.data[2 * (len(unmasked) + 1) :]:
         trace.coloraxis = "coloraxis2"
     for column in (2, 3):
         figure.update_yaxes(showticklabels=False, title_text="", col=column)
-    colorbar = {"title": "difference", "x": 1.0, "len": 0.5, "y": 0.24}
-    return figure.update_layout(
-        coloraxis={"colorbar": {"x": 1.0, "len": 0.5, "y": 0.76}},
-        coloraxis2={"colorscale": "RdBu_r", "cmin": -0.5, "cmax": 0.5, "colorbar": colorbar},
-    )
+    upper, lower = ({"x": 1.0, "len": 0.5, "y": y} for y in (0.76, 0.24))
+    changes = {"colorscale": "RdBu_r", "cmin": -0.5, "cmax": 0.5, "colorbar": {"title": "difference", **lower}}
+    return figure.update_layout(coloraxis={"colorbar": upper}, coloraxis2=changes)

@@ -10,17 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from melens.figures.style import (
-    FIRST,
-    ME_LINE,
-    OTHERS,
-    VERDICTS,
-    finish,
-    legend_below,
-    signed_log,
-    signed_ticks,
-    whiskers,
-)
+from melens.figures import style
 
 __all__ = ["loss_over_sinks", "score_differences", "score_table", "shares", "verdicts"]
 
@@ -28,28 +18,27 @@ __all__ = ["loss_over_sinks", "score_differences", "score_table", "shares", "ver
 def score_table(
     columns: Sequence[str],
     rows: Sequence[str],
-    cells: Sequence[Sequence[str]],
+    scores: Sequence[Sequence[str]],
     best: Sequence[Sequence[bool]],
     *,
     title: str,
 ) -> go.Figure:
     """Draw a table of scores, the best of each column in bold."""
     shown = [
-        [f"<b>{cell}</b>" if is_best else cell for cell, is_best in zip(of_row, are_best, strict=True)]
-        for of_row, are_best in zip(cells, best, strict=True)
+        [f"<b>{score}</b>" if is_best else score for score, is_best in zip(of_row, are_best, strict=True)]
+        for of_row, are_best in zip(scores, best, strict=True)
     ]
     by_column = [list(rows), *map(list, zip(*shown, strict=True))]
     header = {"values": ["", *columns], "align": "left", "fill_color": "#e8ecf1", "height": 30}
     table = go.Table(header=header, cells={"values": by_column, "align": "left", "height": 28})
     table.columnwidth = [2, *[1.6 for _ in columns]]
-    return finish(go.Figure(table), title, height=220 + 30 * len(rows))
+    return style.finish(go.Figure(table), title, height=220 + 30 * len(rows))
 
 
 def score_differences(scores: pd.DataFrame, *, title: str, note: str = "") -> go.Figure:
     """Draw the differences of masks to the unmasked model with their intervals, a panel a benchmark.
 
-    Args:
-        scores: of `benchmarks.scores.summarise`, the compared rows; hollow marks are differences not shown.
+    `scores` are the compared rows of `benchmarks.scores.summarise`; hollow marks are differences not shown.
     """
     panels = [own for _, own in scores.groupby(["task", "metric"], sort=False)]
     columns, rows = min(3, len(panels)), -(-len(panels) // 3)
@@ -62,9 +51,10 @@ def score_differences(scores: pd.DataFrame, *, title: str, note: str = "") -> go
         at = {"row": index // columns + 1, "col": index % columns + 1}
         symbols = ["circle-open" if verdict == "no difference shown" else "circle" for verdict in own["verdict"]]
         higher = bool(own["higher_is_better"].iloc[0])
-        points = go.Scatter(x=own["difference"], y=own["mask"], mode="markers", showlegend=False)
-        points.error_x = whiskers(own["difference"], own["difference_low"], own["difference_high"]) | {"thickness": 1.5}
-        points.marker = {"size": 9, "color": OTHERS, "symbol": symbols}
+        middle, low, high = (own[name] for name in ("difference", "difference_low", "difference_high"))
+        points = go.Scatter(x=middle, y=own["mask"], mode="markers", showlegend=False)
+        points.error_x = style.whiskers(middle, low, high) | {"thickness": 1.5}
+        points.marker = {"size": 9, "color": style.OTHERS, "symbol": symbols}
         points.customdata = own[["p_corrected", "verdict", "n"]]
         p_and_n = "p = %{customdata[0]:.2g}, n = %{customdata[2]}<br>%{customdata[1]}"
         points.hovertemplate = f"%{{y}}: %{{x:+.3f}}<br>{p_and_n}<extra></extra>"
@@ -72,59 +62,58 @@ def score_differences(scores: pd.DataFrame, *, title: str, note: str = "") -> go
         figure.add_vline(x=0, line={"color": "#888", "width": 1}, **at)
         figure.update_xaxes(title_text="← worse, better →" if higher else "← better, worse →", **at)
         figure.update_yaxes(autorange="reversed", automargin=True, **at)
-    return finish(figure, title, note, height=inner + 170)
+    return style.finish(figure, title, note, height=inner + 170)
 
 
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x")
 
 
 def loss_over_sinks(
-    cells: pd.DataFrame, *, sink_mass: float, colors: Mapping[str, str], title: str, note: str = ""
+    masks: pd.DataFrame, *, sink_mass: float, colors: Mapping[str, str], title: str, note: str = ""
 ) -> go.Figure:
-    """Draw the change of the loss against the sink mass that is left, a point a mask.
+    """Draw the change of the loss against the sink mass that is left, a point a mask, in the colour of its `select`.
 
     Args:
-        cells: `select`, `site`, `label`, `sink_mass`, and `dloss` with `dloss_low` and `dloss_high`.
+        masks: `select`, `site`, `label`, `sink_mass`, and `dloss` with `dloss_low` and `dloss_high`.
         sink_mass: without a mask.
-        colors: by select.
     """
-    figure, symbols = go.Figure(), dict(zip(cells["site"].unique(), cycle(_SYMBOLS), strict=False))
-    for (select, site), group in cells.groupby(["select", "site"], sort=False):
-        middle, low, high = (signed_log(group[name]) for name in ("dloss", "dloss_low", "dloss_high"))
+    figure, symbols = go.Figure(), dict(zip(masks["site"].unique(), cycle(_SYMBOLS), strict=False))
+    for (select, site), group in masks.groupby(["select", "site"], sort=False):
+        middle, low, high = (style.signed_log(group[name]) for name in ("dloss", "dloss_low", "dloss_high"))
         points = go.Scatter(x=group["sink_mass"], y=middle, mode="markers", name=f"{select}, {site}")
-        points.error_y = whiskers(middle, low, high)
+        points.error_y = style.whiskers(middle, low, high)
         points.marker = {"color": colors[str(select)], "symbol": symbols[site], "size": 10}
         points.customdata = np.stack([group["label"], group["dloss"]], axis=-1)
         points.hovertemplate = "%{customdata[0]}<br>sink mass %{x:.3f}, Δloss %{customdata[1]:+.4f}<extra></extra>"
         figure.add_trace(points)
     figure.add_hline(y=0, line={"color": "#888", "width": 1})
-    figure.add_vline(x=sink_mass, line=ME_LINE, annotation_text="no mask", annotation_position="top left")
+    figure.add_vline(x=sink_mass, line=style.ME_LINE, annotation_text="no mask", annotation_position="top left")
     figure.update_xaxes(title_text="mean sink mass behind the ME layer", rangemode="tozero")
-    figure.update_yaxes(title_text="Δloss (nats a token)", **signed_ticks())
-    return finish(figure, title, note, height=620, legend={"x": 1.02, "y": 1})
+    figure.update_yaxes(title_text="Δloss (nats a token)", **style.signed_ticks())
+    return style.finish(figure, title, note, height=620, legend={"x": 1.02, "y": 1})
 
 
 def shares(table: pd.DataFrame, *, names: Sequence[str], title: str, note: str = "") -> go.Figure:
     """Draw shares that add up to 1 as stacked bars, one a row of the table; `names` are those of its columns."""
     figure = go.Figure()
-    for column, name, color in zip(table.columns, names, (FIRST, OTHERS, "#bbbbbb"), strict=False):
+    for column, name, color in zip(table.columns, names, (style.FIRST, style.OTHERS, "#bbbbbb"), strict=False):
         bar = go.Bar(y=list(table.index), x=table[column], name=name, orientation="h", marker={"color": color})
         bar.hovertemplate = f"%{{y}}: %{{x:.0%}}<extra>{name}</extra>"
         figure.add_trace(bar)
     figure.update_xaxes(title_text="share of prompts", range=[0, 1], tickformat=".0%")
     figure.update_yaxes(autorange="reversed", automargin=True)
-    legend = {**legend_below(-0.25), "traceorder": "normal"}
-    return finish(figure, title, note, height=220 + 55 * len(table), barmode="stack", legend=legend)
+    legend = {**style.legend_below(-0.25), "traceorder": "normal"}
+    return style.finish(figure, title, note, height=220 + 55 * len(table), barmode="stack", legend=legend)
 
 
 def verdicts(claims: pd.DataFrame, *, title: str = "Verdicts on the paper's claims") -> go.Figure:
     """Draw which claim holds of which model, from the rows of `melens.judge`."""
-    names = list(VERDICTS)
+    names = list(style.VERDICTS)
     once = claims.drop_duplicates(["model", "id"])
     models = once["model"].unique()
     wide = once.pivot(index="claim", columns="model", values="verdict").loc[once["claim"].unique(), models]
     codes = [[names.index(verdict) if verdict in names else None for verdict in row] for row in wide.to_numpy()]
-    steps = [(edge / len(names), color) for i, (*_, color) in enumerate(VERDICTS.values()) for edge in (i, i + 1)]
+    steps = [(edge / len(names), color) for i, (*_, color) in enumerate(style.VERDICTS.values()) for edge in (i, i + 1)]
     trace = go.Heatmap(x=[model.replace(", ", "<br>") for model in models], y=list(wide.index), z=codes)
     trace.update(colorscale=steps, zmin=-0.5, zmax=len(names) - 0.5, showscale=False, xgap=2, ygap=2)
     trace.update(text=wide.fillna("").to_numpy(), texttemplate="%{text}")
@@ -133,4 +122,4 @@ def verdicts(claims: pd.DataFrame, *, title: str = "Verdicts on the paper's clai
     figure.update_yaxes(autorange="reversed", automargin=True, dtick=1)
     lines = max(model.count(", ") for model in models)  # of a job's name, an option each
     figure.update_xaxes(tickangle=0 if lines else None, tickfont={"size": 11} if lines else None, automargin=True)
-    return finish(figure, title, height=160 + 34 * len(wide) + 20 * lines)
+    return style.finish(figure, title, height=160 + 34 * len(wide) + 20 * lines)

@@ -41,10 +41,7 @@ def panels_in_rows(
 ) -> tuple[go.Figure, list[dict[str, int]]]:
     """Make a figure of panels, left to right and top to bottom; return it with the `row` and `col` of each panel.
 
-    Args:
-        titles: of the panels.
-        columns: panels in a row, at most.
-        gap: between columns, as a share of the width; `row_gap` between rows, of a row's height.
+    `gap` is between columns, as a share of the width; `row_gap` between rows, of a row's height.
     """
     columns = min(columns, len(titles))
     rows = -(-len(titles) // columns)
