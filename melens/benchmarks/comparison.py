@@ -11,9 +11,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 from pydantic import Field
@@ -30,39 +31,49 @@ from melens.data.chat import Chat
 from melens.figures.scores import score_differences, score_table
 from melens.report.result import Figure, Metrics, Result
 
-__all__ = ["CLAIMS", "UNMASKED", "BenchmarkMetrics", "benchmark", "describe_requests", "judge_comparisons"]
+__all__ = [
+    "CLAIMS", "UNMASKED", "BenchmarkMetrics", "ScoreMetrics", "benchmark", "describe_requests", "judge_comparisons",
+    "score_figures", "score_findings",
+]  # fmt: skip
 
 UNMASKED = "no mask"
 """The label of the unmasked model."""
 
-Counts = dict[str, int]
-"""Compared scores: `all`, `better` and `worse`."""
+
+class ScoreMetrics(Metrics):
+    """What every comparison of scores measures.
+
+    Attributes:
+        table: of the paper, whose benchmarks these are.
+        left_out: benchmarks of that table whose data only the hub has.
+        thinking: whether the model was to think, in words.
+        n_unfinished: replies that end inside a thought.
+        compared: how many scores were compared (`all`), `better` and `worse`; of `benchmark` by the mask's choice of
+            dims, of `training_table` by the kind of row or pair.
+    """
+
+    table: int | None = None
+    left_out: list[str] = Field(default_factory=list)
+    thinking: str | None = None
+    n_unfinished: int = 0
+    compared: dict[str, dict[str, int]] = Field(default_factory=dict)
 
 
-class BenchmarkMetrics(Metrics):
+class BenchmarkMetrics(ScoreMetrics):
     """What `benchmark` measures.
 
     Attributes:
-        tasks, left_out: benchmarks that were scored, and those of the table whose data only the hub has.
-        table: of the paper, whose benchmarks and masks these are.
+        tasks: benchmarks that were scored.
         mode: `generate` or `loglikelihood`.
-        thinking: whether the model was to think, in words.
-        n_unfinished: replies that end inside a thought.
         runs_kept: runs (of one mask and seed) that were found in the cache.
         masks: by benchmark and label, as `WeMask.to_dict` gives them.
-        compared: by the mask's choice of dims, how many scores were compared, better and worse.
     """
 
     experiment = "benchmark"
     tasks: list[str] = Field(default_factory=list)
-    left_out: list[str] = Field(default_factory=list)
-    table: int | None = None
     mode: str = "loglikelihood"
-    thinking: str | None = None
-    n_unfinished: int = 0
     runs_kept: int = 0
     masks: dict[str, dict[str, dict[str, Any]]] = Field(default_factory=dict)
-    compared: dict[str, Counts] = Field(default_factory=dict)
 
 
 def benchmark(
@@ -106,8 +117,8 @@ def benchmark(
     masks = [(each.label, each.family, each.rate, each.mask.select) for each in every if each.mask is not None]
     rates = pd.DataFrame(masks, columns=["mask", "family", "rate", "select"]).drop_duplicates()
     best = best_rates(items[items["shown"]], rates, UNMASKED)
-    chat = evaluator.chat
-    layout = lay_out(scores, study.trace.model["name"], describe_requests(benchmarks, options, chat, masked_blocks))
+    chat, name = evaluator.chat, study.trace.model["name"]
+    layout = lay_out(scores, name, describe_requests(benchmarks, options, chat, masked_blocks))
     metrics = study.metrics(
         BenchmarkMetrics,
         tasks=list(configurations),
@@ -123,13 +134,15 @@ def benchmark(
         },
         compared=count_verdicts(scores.merge(rates, on="mask"), "select"),
     )
+    names = ("benchmark_table", "benchmark_differences")
+    expected = "WeMask improves the scores; random and magnitude masks harm them."
     return Result(
         "benchmark",
         study.trace.model,
         metrics,
         tables={"benchmark_items": items, "benchmark_scores": scores, **({"best_rates": best} if len(best) else {})},
-        figures=_figures(study.trace.model["name"], scores, layout),
-        findings=_findings(scores, best, metrics),
+        figures=score_figures(scores, layout, names, f"Scores of {name}", "tables 1, 2, 5, 6, 7", expected),
+        findings=score_findings(scores, layout, metrics, _best_in_words(best)),
         documents={"table.md": layout.markdown(), "table.tex": layout.latex()},
     )
 
@@ -158,22 +171,25 @@ def describe_requests(
 # --- Figures and findings ---------------------------------------------------------------------------------------------
 
 
-def _figures(name: str, scores: pd.DataFrame, layout: Layout) -> dict[str, Figure]:
-    source, expected = "tables 1, 2, 5, 6, 7", "WeMask improves the scores; random and magnitude masks harm them."
-    table = score_table(layout.columns, layout.rows, layout.cells, layout.best, title=f"Scores of {name}")
-    figures = {"benchmark_table": Figure(table, source, expected, layout.caption)}
-    compared = scores[scores["shown"] & scores["p_corrected"].notna()]
-    if len(compared):
-        n_shown = int((compared["verdict"] != "no difference shown").sum())
-        observed = f"{n_shown} of {len(compared)} differences to the unmasked model are shown."
-        note = "Filled: shown (p < 0.05 after correction); hollow: no difference shown."
-        plot = score_differences(compared, title=f"Differences to the unmasked model: {name}", note=note)
-        figures["benchmark_differences"] = Figure(plot, source, expected, observed)
+def score_figures(
+    scores: pd.DataFrame, layout: Layout, names: tuple[str, str], title: str, source: str, expected: str
+) -> dict[str, Figure]:
+    """Draw scores as a table, and their differences where some were compared; `names` are those of both figures."""
+    table = score_table(layout.columns, layout.rows, layout.cells, layout.best, title=title)
+    figures = {names[0]: Figure(table, source, expected, f"{layout.observed} {layout.caption}".lstrip())}
+    if layout.n_compared:
+        compared = scores[scores["shown"] & scores["p_corrected"].notna()]
+        note = f"Filled: shown ({layout.criterion}); hollow: no difference shown."
+        plot = score_differences(compared, title=f"Differences to {layout.reference}: {layout.model}", note=note)
+        figures[names[1]] = Figure(plot, source, expected, layout.observed)
     return figures
 
 
-def _findings(scores: pd.DataFrame, best: pd.DataFrame, metrics: BenchmarkMetrics) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = [("", "score", "difference to no mask, on the same items")]
+def score_findings(
+    scores: pd.DataFrame, layout: Layout, metrics: ScoreMetrics, more: Sequence[tuple[str, ...]]
+) -> list[tuple[str, ...]]:
+    """Say each score and its difference, how many differences are shown, `more`, and what was left out."""
+    rows: list[tuple[str, ...]] = [("", "score", f"difference to {layout.reference}, on the same items")]
     for row in scores[scores["shown"]].to_dict("records"):
         score = f"{row['mean']:.3f} ({row['low']:.3f} to {row['high']:.3f}; n={row['n']})"
         if row["n_seeds"] > 1:
@@ -185,13 +201,9 @@ def _findings(scores: pd.DataFrame, best: pd.DataFrame, metrics: BenchmarkMetric
             interval = f"{row['difference_low']:+.3f} to {row['difference_high']:+.3f}"
             difference = f"{row['difference']:+.3f} ({interval}), p={row['p_corrected']:.2g}: {row['verdict']}"
         rows.append((f"{row['task']}, {row['metric']}: {row['mask']}", score, difference))
-    for (task, metric, family), of_family in best.groupby(["task", "metric", "family"], sort=False):
-        held_out, same = of_family.sort_values("selection").to_dict("records")
-        difference = f"{held_out['difference']:+.3f} ({held_out['low']:+.3f} to {held_out['high']:+.3f}; "
-        difference += f"n={held_out['n']}). On the same items the choice would be rate {same['rate']:g} with "
-        difference += f"{same['difference']:+.3f}, which is biased by the choice."
-        chosen = f"rate {held_out['rate']:g}, chosen on one half of the items and scored on the other"
-        rows.append((f"{task}, {metric}: best rate of {family}", chosen, difference))
+    if layout.n_compared:
+        rows.append(("in all", layout.observed, ""))
+    rows += more
     if metrics.thinking is not None:
         rows.append(("thinking", metrics.thinking, ""))
     if metrics.left_out:
@@ -199,19 +211,31 @@ def _findings(scores: pd.DataFrame, best: pd.DataFrame, metrics: BenchmarkMetric
     return rows
 
 
+def _best_in_words(best: pd.DataFrame) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for (task, metric, family), of_family in best.groupby(["task", "metric", "family"], sort=False):
+        held_out, same = of_family.sort_values("selection").to_dict("records")
+        difference = (
+            f"{held_out['difference']:+.3f} ({held_out['low']:+.3f} to {held_out['high']:+.3f}; n={held_out['n']}). On "
+            f"the same items the choice would be rate {same['rate']:g} with {same['difference']:+.3f}, which is biased "
+            "by the choice."
+        )
+        chosen = f"rate {held_out['rate']:g}, chosen on one half of the items and scored on the other"
+        rows.append((f"{task}, {metric}: best rate of {family}", chosen, difference))
+    return rows
+
+
 # --- Claims -----------------------------------------------------------------------------------------------------------
 
 
-def judge_comparisons(counts: Counts | None, claimed: str, other: str) -> Judgement:
-    """Judge whether most comparisons turn out as claimed, and none the other way.
-
-    Args:
-        counts: None where nothing of the kind was compared.
-        claimed, other: `better` and `worse`, or the other way round.
-    """
-    if counts is None or not counts["all"]:
+def judge_comparisons(metrics: ScoreMetrics, *groups: str, claimed: Literal["better", "worse"] = "better") -> Judgement:
+    """Judge whether most comparisons turn out as claimed and none the other way, of groups of `metrics.compared`."""
+    counts: Counter[str] = Counter()
+    for group in groups:
+        counts.update(metrics.compared.get(group, {}))
+    if not counts["all"]:
         return Judgement("not measured", note="There was no such comparison.")
-    value = counts[claimed] / counts["all"]
+    value, other = counts[claimed] / counts["all"], "worse" if claimed == "better" else "better"
     verdict: Verdict = "does not hold"
     if counts[claimed] > counts[other]:
         verdict = "holds" if value > 0.5 and not counts[other] else "holds in part"
@@ -219,35 +243,23 @@ def judge_comparisons(counts: Counts | None, claimed: str, other: str) -> Judgem
     return Judgement(verdict, value, None, f"{counts[claimed]} {claimed}, {counts[other]} {other}, {none} not shown.")
 
 
-def _others_worse(metrics: BenchmarkMetrics) -> Judgement:
-    counts = [metrics.compared[select] for select in ("random", "magnitude") if select in metrics.compared]
-    together = {key: sum(count[key] for count in counts) for key in counts[0]} if counts else None
-    return judge_comparisons(together, "worse", "better")
-
-
 CLAIMS = (
     Claim(
         id="scores-weight-better",
+        source="section 5, tables 1, 2, 5, 6 and 7", figure="benchmark_differences", metrics=BenchmarkMetrics,
         claim="Weight-guided masks improve the scores of benchmarks",
-        source="section 5, tables 1, 2, 5, 6 and 7",
-        metrics=BenchmarkMetrics,
-        figure="benchmark_differences",
         statistic="share of the comparisons with the unmasked model in which a weight-guided mask is shown better",
         criterion="> 0.5, and worse in none; in part: better in more than worse",
         why="most is the least that 'consistently' can mean; shown is p < 0.05 after correction",
-        judge=lambda metrics: judge_comparisons(metrics.compared.get("weight"), "better", "worse"),
+        judge=lambda metrics: judge_comparisons(metrics, "weight"),
     ),
     Claim(
-        id="scores-others-worse",
-        claim="Random and magnitude masks degrade the scores of benchmarks",
-        source="appendix E, table 5",
-        metrics=BenchmarkMetrics,
-        figure="benchmark_differences",
+        id="scores-others-worse", source="appendix E, table 5", figure="benchmark_differences",
+        metrics=BenchmarkMetrics, claim="Random and magnitude masks degrade the scores of benchmarks",
         statistic="share of the comparisons with the unmasked model in which a random or magnitude mask is shown to be "
         "worse",
-        criterion="> 0.5, and better in none; in part: worse in more than better",
-        why="as for the claim before",
-        judge=_others_worse,
+        criterion="> 0.5, and better in none; in part: worse in more than better", why="as for the claim before",
+        judge=lambda metrics: judge_comparisons(metrics, "random", "magnitude", claimed="worse"),
     ),
-)
+)  # fmt: skip
 """What the paper says of masks on benchmarks."""

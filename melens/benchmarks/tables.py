@@ -26,6 +26,9 @@ class Layout:
         cells: `[row][column]`: the score, or the score and its difference to the unmasked model.
         best: which of them is the best of its column.
         caption: what a cell shows, in sentences.
+        model, reference: whose scores they are, and the row that the others are compared with.
+        n_compared, n_shown: differences to the reference, and those that are shown.
+        criterion: where a difference is shown, in words.
     """
 
     columns: list[str]
@@ -33,6 +36,18 @@ class Layout:
     cells: list[list[str]]
     best: list[list[bool]]
     caption: str
+    model: str = ""
+    reference: str = ""
+    n_compared: int = 0
+    n_shown: int = 0
+    criterion: str = ""
+
+    @property
+    def observed(self) -> str:
+        """How many differences are shown, in a sentence; empty without a comparison."""
+        if not self.n_compared:
+            return ""
+        return f"{self.n_shown} of {self.n_compared} differences to {self.reference} are shown."
 
     def markdown(self) -> str:
         """Return the table in Markdown."""
@@ -106,13 +121,14 @@ def lay_out(scores: pd.DataFrame, model: str, note: str = "", reference: str = "
                 best[at].append(False)
     n_seeds = int(shown["n_seeds"].max())
     spread = f"mean ± standard deviation over {n_seeds} seeds" if n_seeds > 1 else "mean over items"
-    n_compared = int(shown["p"].notna().sum())
+    n_compared, n_shown = int(shown["p"].notna().sum()), int(shown["verdict"].isin(["better", "worse"]).sum())
     beyond = ", and a 95% interval over items and trainings without 0" if shown["n_trainings"].max() > 1 else ""
+    criterion = f"p < 0.05 after Holm's correction for {n_compared} comparisons{beyond}"
     compared = thoughts = ""
     if n_compared:
         compared = (
-            f"; in brackets the difference to {reference} on the same items, with † where it is shown (p < 0.05 "
-            f"after Holm's correction for {n_compared} comparisons{beyond}); without † no difference is shown"
+            f"; in brackets the difference to {reference} on the same items, with † where it is shown ({criterion}); "
+            "without † no difference is shown"
         )
     if n_unfinished := int(shown["n_unfinished"].sum()):
         thoughts = (
@@ -121,7 +137,7 @@ def lay_out(scores: pd.DataFrame, model: str, note: str = "", reference: str = "
         )
     bold = "Bold is the largest of a column, or the smallest where ↓."
     caption = f"{model}: {spread}{compared}. {bold} {thoughts}{note}".strip()
-    return Layout(columns, masks, cells, best, caption)
+    return Layout(columns, masks, cells, best, caption, model, reference, n_compared, n_shown, criterion)
 
 
 def _cell(row: Mapping[Any, Any]) -> str:

@@ -7,7 +7,7 @@ from handmade import study_by_hand
 
 from melens import WeMask
 from melens.benchmarks.catalog import BENCHMARKS
-from melens.benchmarks.comparison import benchmark, describe_requests, judge_comparisons
+from melens.benchmarks.comparison import ScoreMetrics, benchmark, describe_requests, judge_comparisons
 from melens.benchmarks.evaluation import MaskConfiguration
 from melens.benchmarks.language import LanguageData
 from melens.benchmarks.options import BenchmarkOptions
@@ -70,7 +70,8 @@ def test_trainings_are_compared_row_by_row():
     [(4, 0, 7, "holds"), (2, 0, 4, "holds in part"), (4, 1, 7, "holds in part"), (1, 1, 2, "does not hold")],
 )
 def test_most_comparisons_are_more_than_half(better, worse, n, verdict):
-    judged = judge_comparisons({"all": n, "better": better, "worse": worse}, "better", "worse")
+    metrics = ScoreMetrics(compared={"training": {"all": n, "better": better, "worse": worse}})
+    judged = judge_comparisons(metrics, "training")
     assert (judged.verdict, judged.value) == (verdict, pytest.approx(better / n))
 
 
