@@ -14,17 +14,9 @@ EXTRAS = {"benchmark": ("lm_eval",), "png": ("kaleido",), "train": ("trl", "peft
 
 
 def check_extra(extra: str, purpose: str) -> None:
-    """Raise a `MelensError` with pip's command where a package of an extra is not installed.
-
-    Args:
-        extra: one of `EXTRAS`.
-        purpose: what needs it, as the sentence begins.
-    """
-    missing = [package for package in EXTRAS[extra] if find_spec(package) is None]
-    if missing:
-        raise MelensError(f"{purpose} needs {missing[0]}, which is not installed: {_command(extra)}")
-
-
-def _command(extra: str) -> str:
-    in_checkout = (Path(__file__).resolve().parents[2] / ".ci" / "constraints.txt").is_file()
-    return f"pip install -c .ci/constraints.txt -e '.[{extra}]'" if in_checkout else f"pip install 'melens[{extra}]'"
+    """Raise a `MelensError` with pip's command where a package of an extra, one of `EXTRAS`, is not installed."""
+    for package in EXTRAS[extra]:
+        if find_spec(package) is None:
+            in_checkout = (Path(__file__).resolve().parents[2] / ".ci" / "constraints.txt").is_file()
+            what = f"-c .ci/constraints.txt -e '.[{extra}]'" if in_checkout else f"'melens[{extra}]'"
+            raise MelensError(f"{purpose} needs {package}, which is not installed: pip install {what}")

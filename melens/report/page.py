@@ -25,9 +25,8 @@ from melens.storage.files import write_text
 
 __all__ = ["render", "write_report"]
 
-_TEMPLATES = Environment(
-    loader=PackageLoader("melens.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-)
+_LOADER = PackageLoader("melens.report")
+_TEMPLATES = Environment(loader=_LOADER, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
 
 
 def render(template: str, **content: Any) -> str:
@@ -41,7 +40,6 @@ def write_report(parts: Sequence[Result], content: Mapping[str, Any], folder: st
     Args:
         parts: what the experiments of a run found so far.
         content: what their `result.json` holds, or `result.partial.json` while there is more to come.
-        folder, command: of the run.
 
     Raises:
         MelensError: the folder cannot be written to.

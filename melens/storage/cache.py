@@ -111,8 +111,7 @@ class RunCache:
         return self.has_trace and not self.is_incomplete
 
 
-RUN_CACHE = RunCache()
-"""Of the run that this process is in."""
+RUN_CACHE = RunCache()  # of the run that this process is in
 
 
 @contextmanager
@@ -132,13 +131,11 @@ def _warn_not_cached(folder: Path, why: str) -> None:
 
 
 def store_for(kind: str, network: nn.Module, *parts: object, libraries: tuple[str, ...] = ()) -> Store:
-    """Return where results of a kind are kept for a model and whatever else they depend on.
+    """Return where results of a kind are kept for a transformers model and whatever else they depend on.
 
     Nothing that another version of melens or of a library, another model or another kind of device made is found there.
 
     Args:
-        kind: a folder in the cache.
-        network: the transformers model, on its device.
         parts: whatever else decides it, as `hash_of` takes it.
         libraries: whose inside decides the result too, besides torch, transformers and TransformerLens.
 

@@ -22,7 +22,6 @@ from melens.storage.files import atomic_folder
 __all__ = ["load_cached", "load_result", "save_result"]
 
 _Cached = TypeVar("_Cached")
-
 _REST = "result.json"
 
 
@@ -58,24 +57,14 @@ def load_result(folder: Path) -> Result:
         raise ValueError(f"{module}.{kind} is no class of metrics.")
     metrics: Metrics = getattr(import_module(module), kind).model_validate(rest["metrics"])
     plots = {name: plotly.io.from_json((folder / f"{name}.figure.json").read_text("utf-8")) for name in rest["figures"]}
-    return Result(
-        rest["experiment"],
-        rest["model"],
-        metrics,
-        tables={name: pd.read_parquet(folder / f"{name}.parquet") for name in rest["tables"]},
-        figures={name: Figure(plots[name], *texts) for name, texts in rest["figures"].items()},
-        findings=[tuple(row) for row in rest["findings"]],
-        documents=rest["documents"],
-    )
+    tables = {name: pd.read_parquet(folder / f"{name}.parquet") for name in rest["tables"]}
+    figures = {name: Figure(plots[name], *texts) for name, texts in rest["figures"].items()}
+    findings = [tuple(row) for row in rest["findings"]]
+    return Result(rest["experiment"], rest["model"], metrics, tables, figures, findings, rest["documents"])
 
 
 def load_cached(folder: Path, load: Callable[[Path], _Cached]) -> _Cached | None:
-    """Read a folder of the cache; None where there is none, or a damaged one, which is removed.
-
-    Args:
-        folder: as `atomic_folder` makes it.
-        load: reads it.
-    """
+    """Read a folder of the cache; None where there is none, or a damaged one, which is removed."""
     if not folder.is_dir():
         return None
     try:

@@ -23,10 +23,10 @@ __all__ = ["BosOrNot", "Bridge", "Probes", "Prompts", "TokenLists", "check_layer
 def _a_bridge(model: Any) -> Any:
     if isinstance(model, str):
         raise must_be(f"a TransformerBridge: melens.load_model({model!r}) returns one")
-    if isinstance(model, nn.Module) and not isinstance(model, TransformerBridge):
-        made_by = "TransformerBridge.boot_transformers(name, hf_model=model)"
-        raise must_be(f"a TransformerBridge: {made_by} makes one of a transformers model")
     if not isinstance(model, TransformerBridge):
+        if isinstance(model, nn.Module):
+            made_by = "TransformerBridge.boot_transformers(name, hf_model=model)"
+            raise must_be(f"a TransformerBridge: {made_by} makes one of a transformers model")
         raise must_be("a TransformerBridge, as melens.load_model(name) returns it")
     if not hasattr(model, "blocks"):
         raise must_be("of a decoder; TransformerLens gives this model no blocks")
@@ -47,15 +47,7 @@ def check_layer(model: TransformerBridge, layer: int) -> None:
 
 
 def _token_ids(prompt: Any, number: int) -> Int[Tensor, " pos"]:
-    """Return the token ids of one prompt, a list, array or tensor, as a tensor on the CPU.
-
-    Args:
-        prompt: the token ids.
-        number: which prompt it is, for the error.
-
-    Raises:
-        MelensError: it is no list of whole numbers.
-    """
+    """Return the token ids of one prompt, a list, array or tensor, as a tensor on the CPU."""
     try:
         ids = torch.as_tensor(prompt)
     except (TypeError, ValueError, RuntimeError, OverflowError):  # texts, lists in a list, more than 64 bits

@@ -31,6 +31,7 @@ __all__ = [
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
@@ -116,15 +117,10 @@ def _several(value: Any) -> Any:
 
 WholeNumber = Annotated[int, BeforeValidator(as_integer)]
 Layer = Annotated[WholeNumber, Field(ge=0), Said("a block, counted from 0")]
-LayerList = Annotated[Sequence[Layer], BeforeValidator(_several), Field(min_length=1), Said("blocks, counted from 0")]
-PositionList = Annotated[
-    Sequence[WholeNumber], BeforeValidator(_several), Field(min_length=1), Said("positions, -1 for the last")
-]
-SiteList = Annotated[
-    Sequence[str], BeforeValidator(_several), Field(min_length=1), Said("hook names, such as 'hook_resid_post'")
-]
 Position = Annotated[WholeNumber, Field(ge=0), Said("a position: a whole number of at least 0")]
-ShareList = Annotated[
-    Sequence[Share], BeforeValidator(_several), Field(min_length=1), Said("numbers over 0 and at most 1")
-]
+OneOrMore = Annotated[Sequence[T], BeforeValidator(_several), Field(min_length=1)]
+LayerList = Annotated[OneOrMore[Layer], Said("blocks, counted from 0")]
+PositionList = Annotated[OneOrMore[WholeNumber], Said("positions, -1 for the last")]
+SiteList = Annotated[OneOrMore[str], Said("hook names, such as 'hook_resid_post'")]
+ShareList = Annotated[OneOrMore[Share], Said("numbers over 0 and at most 1")]
 Folder = Annotated[str | Path, Said("the path of a folder")]

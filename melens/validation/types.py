@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 from pydantic import Field, GetCoreSchemaHandler, TypeAdapter, ValidationError
 from pydantic_core import CoreSchema, core_schema
@@ -83,14 +83,10 @@ Positions = Annotated[
 
 
 def check_fields(checked: Any, name: str) -> None:
-    """Check the fields of a dataclass that have a type of this module's kind.
-
-    Args:
-        checked: an instance, from its `__post_init__`.
-        name: what to call a field in the sentence, as `"training.{}"`.
+    """Check the fields of a dataclass that have a type of this module's kind, from its `__post_init__`.
 
     Raises:
-        MelensError: the first value that is not allowed.
+        MelensError: the first value that is not allowed; `name` is what the sentence calls a field: `"training.{}"`.
     """
     of_class: Any = type(checked)
     for field, kind in _kinds(of_class).items():
@@ -103,12 +99,9 @@ def check_fields(checked: Any, name: str) -> None:
 
 @cache
 def _kinds(checked: type) -> dict[str, TypeAdapter]:
-    hints = get_type_hints(checked, include_extras=True)
-    return {
-        name: TypeAdapter(hint)
-        for name, hint in hints.items()
-        if any(isinstance(part, Said) for part in getattr(hint, "__metadata__", ()))
-    }
+    hints = get_type_hints(checked, include_extras=True).items()
+    said = {name: hint for name, hint in hints if Said in map(type, getattr(hint, "__metadata__", ()))}
+    return {name: TypeAdapter(hint) for name, hint in said.items()}
 
 
 def why_not(error: Mapping[str, Any]) -> str:
@@ -122,9 +115,8 @@ def why_not(error: Mapping[str, Any]) -> str:
 
 def in_words(value: Any) -> str:
     """Write a value as one types it: null, true, 'text', [1, 2]."""
-    plain: dict[Any, Literal["null", "true", "false"]] = {None: "null", True: "true", False: "false"}
     if value is None or isinstance(value, bool):
-        return plain[value]
+        return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, Sequence) and not isinstance(value, str):
         return f"[{', '.join(map(in_words, value))}]"
     return repr(value)
