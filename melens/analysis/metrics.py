@@ -6,6 +6,7 @@ All reductions accumulate in float32 without a float32 copy of their input: bf16
 from __future__ import annotations
 
 import importlib.util
+import math
 from functools import cache
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 __all__ = [
     "abs_max", "abs_median", "concentration", "effective_rank", "energy_share", "first_share", "has_triton",
-    "kl_to_gain", "l2_norm", "pairwise_cosine", "sink_mass",
+    "kl_to_gain", "l2_norm", "matrix_entropy", "pairwise_cosine", "sink_mass",
 ]  # fmt: skip
 
 
@@ -105,6 +106,16 @@ def effective_rank(singular_values: Float[Tensor, "*batch rank"]) -> Float[Tenso
 def first_share(singular_values: Float[Tensor, "*batch rank"]) -> Float[Tensor, "*batch"]:
     """Compute the share of the largest singular value in their sum, for section 6."""
     return singular_values.amax(-1) / singular_values.sum(-1)
+
+
+def matrix_entropy(singular_values: Float[Tensor, "*batch rank"]) -> Float[Tensor, "*batch"]:
+    """Compute the entropy of σ² / Σσ² over the logarithm of how many σ there are, min(T, d) of a matrix `[T, d]`.
+
+    It runs from 0 (one direction, and so for a single σ) to 1 (all directions alike); where it is low in the middle of a
+    model the literature speaks of a compression valley (Skean et al. 2025; Queipo-de-Llano et al. 2025).
+    """
+    energy = singular_values**2 / (singular_values**2).sum(-1, keepdim=True)
+    return -torch.xlogy(energy, energy).sum(-1) / math.log(max(2, singular_values.shape[-1]))
 
 
 def pairwise_cosine(vectors: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch n n"]:

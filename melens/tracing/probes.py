@@ -38,6 +38,7 @@ from melens.analysis.metrics import (
     has_triton,
     kl_to_gain,
     l2_norm,
+    matrix_entropy,
     sink_mass,
 )
 from melens.errors import MelensError
@@ -357,20 +358,35 @@ class Concentration(Probe):
 
 
 class Spectrum(Probe):
-    """The rank of hidden states `[pos, d]` over all tokens, by block (section 6): `effective_rank`, `first_share`.
+    """How many directions a prompt's tokens span in a site's `[pos, d]`, by block (section 6).
 
-    Ranks grow with the number of tokens: only prompts of one length can be compared.
+    The columns are `effective_rank`, `first_share` and `matrix_entropy` of the states as they are, and the same with
+    `_without_first`, without token 0, and with `_unit_rows`, of each token's direction alone: a single row of enormous
+    norm makes any spectrum low-rank. Ranks grow with the number of tokens: only prompts of one length can be compared.
     """
 
     name = "spectrum"
-    sites = ("hook_resid_post",)
+
+    @checked
+    def __init__(self, sites: SiteList = ("hook_resid_post",)):
+        self.sites = tuple(sites)
 
     def reduce(self, activation: Float[Tensor, "batch pos d"], batch: Batch) -> dict[str, Tensor]:
-        return _ranks([hidden[:length] for hidden, length in zip(activation, batch.lengths, strict=True)])
+        states = [hidden[:length].double() for hidden, length in zip(activation, batch.lengths, strict=True)]
+        variants = {
+            "": states,
+            "_without_first": [of_prompt[1:] for of_prompt in states],
+            "_unit_rows": [torch.nn.functional.normalize(of_prompt, dim=-1) for of_prompt in states],
+        }
+        return {
+            f"{name}{suffix}": values
+            for suffix, matrices in variants.items()
+            for name, values in _ranks(matrices).items()
+        }
 
 
 class AttentionSpectrum(Probe):
-    """The same of attention matrices `[query, key]`, by block and head; in memory quadratic in the length."""
+    """The same of attention matrices `[query, key]` as they are, by block and head; in memory quadratic in the length."""
 
     name = "attention_spectrum"
     sites = ("attn.hook_pattern",)
@@ -403,7 +419,7 @@ def _ranks(matrices: Sequence[Tensor]) -> dict[str, Tensor]:
     for matrix in matrices:
         rows = matrix.double() if matrix.shape[-2] <= matrix.shape[-1] else matrix.double().mT
         values.append(torch.linalg.eigvalsh(rows @ rows.mT).clamp(min=0).sqrt().float())
-    ranks = {"effective_rank": effective_rank, "first_share": first_share}
+    ranks = {"effective_rank": effective_rank, "first_share": first_share, "matrix_entropy": matrix_entropy}
     return {name: torch.stack(list(map(rank, values))) for name, rank in ranks.items()}
 
 

@@ -76,6 +76,13 @@ def test_effective_rank_and_first_share_by_hand():
     assert metrics.first_share(spectra).tolist() == pytest.approx([0.25, 1, 0.75])
 
 
+def test_matrix_entropy_is_of_energies_and_runs_from_0_to_1():
+    spectra = torch.tensor([[2.0, 2.0, 2.0, 2.0], [5.0, 0.0, 0.0, 0.0], [3.0, 1.0, 0.0, 0.0]])
+    entropy = -(0.9 * np.log(0.9) + 0.1 * np.log(0.1))  # of 9 / 10 and 1 / 10
+    assert metrics.matrix_entropy(spectra).tolist() == pytest.approx([1, 0, entropy / np.log(4)], abs=1e-6)
+    assert metrics.matrix_entropy(torch.tensor([7.0])).item() == 0
+
+
 def test_cosines_by_hand():
     cosines = metrics.pairwise_cosine(torch.tensor([[1.0, 0.0], [2.0, 2.0], [0.0, -3.0]]))
     assert cosines[0].tolist() == pytest.approx([1, np.sqrt(0.5), 0])

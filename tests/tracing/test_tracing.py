@@ -23,7 +23,7 @@ from planted import (
 import melens
 from melens import MelensError, Probe
 from melens.models.twins import plain_twin
-from melens.tracing.probes import ATTENTION_ON_KEYS
+from melens.tracing.probes import ATTENTION_ON_KEYS, Batch
 
 LENGTHS = (23, 9, 16)
 
@@ -229,7 +229,7 @@ def test_the_probes_of_the_figures_equal_run_with_cache(family):
     probes = [
         melens.GainAlignment(gains, (0.05, 0.2)),
         melens.Concentration(projections),
-        melens.Spectrum(),
+        melens.Spectrum(("hook_resid_post", "ln1.hook_out")),
         melens.AttentionSpectrum(),
     ]
     trace = melens.trace(model, prompts, probes)
@@ -255,17 +255,34 @@ def test_the_probes_of_the_figures_equal_run_with_cache(family):
                 values = ((share / share.sum(-1, keepdim=True)) ** 2).sum(-1)
                 row = rows(trace["concentration"], site=site, **at).iloc[0]
                 close([row.concentration, row.concentration_others], [values[0], values[1:].mean()])
-            spectrum = rows(trace["spectrum"], **at).iloc[0]
-            check_ranks(spectrum, torch.linalg.svdvals(cache[f"blocks.{layer}.hook_resid_post"][0]))
+            for site in ("hook_resid_post", "ln1.hook_out"):
+                spectrum, states = rows(trace["spectrum"], site=site, **at).iloc[0], cache[f"blocks.{layer}.{site}"][0]
+                check_ranks(spectrum, torch.linalg.svdvals(states))
+                check_ranks(spectrum, torch.linalg.svdvals(states[1:]), "_without_first")
+                unit_rows = states / states.norm(dim=-1, keepdim=True)
+                check_ranks(spectrum, torch.linalg.svdvals(unit_rows), "_unit_rows")
             of_heads = rows(trace["attention_spectrum"], **at)
             pattern = cache[f"blocks.{layer}.attn.hook_pattern"][0]
             for head, (_, row) in enumerate(of_heads.iterrows()):
                 check_ranks(row, torch.linalg.svdvals(pattern[head]))
 
 
-def check_ranks(row, singular_values):
-    share = singular_values / singular_values.sum()
-    close([row.effective_rank, row.first_share], [(-(share * share.log()).nansum()).exp(), share[0]])
+def check_ranks(row, singular_values, suffix=""):
+    share, energy = (values / values.sum() for values in (singular_values, singular_values**2))
+    rank, entropy = (-(share * share.log()).nansum()).exp(), -(energy * energy.log()).nansum()
+    found = [row[f"{name}{suffix}"] for name in ("effective_rank", "first_share", "matrix_entropy")]
+    close(found, [rank, share[0], entropy / np.log(len(energy))])
+
+
+def test_one_row_of_enormous_norm_makes_a_spectrum_low_rank_and_its_variants_tell():
+    states = torch.eye(6)[None].clone()
+    states[0, 0, 0] = 1e6
+    spectrum = melens.Spectrum().reduce(states, Batch(torch.zeros(1, 6, dtype=torch.long), (6,), (0,)))
+    close(spectrum["effective_rank"], [1])
+    assert spectrum["matrix_entropy"].item() < 1e-4
+    close(spectrum["effective_rank_without_first"], [5])
+    close(spectrum["effective_rank_unit_rows"], [6])
+    close([spectrum[f"matrix_entropy{variant}"].item() for variant in ("_without_first", "_unit_rows")], [1, 1])
 
 
 def test_attention_maps_are_the_patterns_of_the_blocks_asked_for():
