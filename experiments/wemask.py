@@ -47,7 +47,7 @@ def chosen_mask(cfg: Options) -> dict[str, MaskOptions]:
 
 _TEXTS = ("text", "texts", "tokens_per_text")
 _OF_MODEL = (
-    "me_layer", "n_prompts", "distinct_first_tokens", "massive_position", "n_carriers", "last_lasting_layer",
+    "me_layer", "formed", "n_prompts", "distinct_first_tokens", "massive_position", "n_carriers", "last_lasting_layer",
     "text_first_tokens", "sink_layers", "next_attention",
 )  # fmt: skip
 

@@ -41,6 +41,7 @@ def study_by_hand(
     tables: Mapping[str, pd.DataFrame] | None = None,
     tensors: Mapping[str, Tensor] | None = None,
     n_layers: int = N_LAYERS,
+    formed: int | None = None,
     **prompts: Sequence[Any],
 ) -> Study:
     """Make a study of a tiny Llama without a forward pass.
@@ -52,6 +53,7 @@ def study_by_hand(
         first_tokens: of each prompt; by default all differ.
         tables, tensors: of the trace, by probe.
         n_layers: of the model.
+        formed: the block in which the massive state is formed; by default the ME layer.
         prompts: other columns of the trace's prompts, such as `task` or `n_tokens` (8 by default).
     """
     n_prompts = len(born or first_tokens or range(n_prompts))
@@ -66,7 +68,9 @@ def study_by_hand(
     description = {"name": "by hand", "n_layers": n_layers, "dtype": "float32", "d_model": model.cfg.d_model}
     trace = Trace(description, described, dict(tables or {}), dict(tensors or {}))
     tokens = [torch.tensor([first, *range(30, 29 + n)]) for first, n in zip(firsts, described["n_tokens"], strict=True)]
-    return StudyByHand(model, tokens, trace, emergence_by_hand(me_layer, born, first_tokens=firsts, n_layers=n_layers))
+    formed = me_layer if formed is None else formed
+    me = emergence_by_hand(me_layer, born, first_tokens=firsts, n_layers=n_layers, formed=formed)
+    return StudyByHand(model, tokens, trace, me)
 
 
 def emergence_by_hand(
@@ -79,7 +83,10 @@ def emergence_by_hand(
 ) -> Emergence:
     """Make an emergence in one block, ×200 (180 to 220); `fields` replaces what else it says."""
     per_prompt = pd.DataFrame(
-        [{"prompt": row, "layer": layer, "pos": pos, "dim": 5} for row, (layer, pos) in enumerate(born)]
+        [
+            {"prompt": row, "layer": layer, "pos": pos, "dim": 5, "formed": layer, "formed_pos": pos}
+            for row, (layer, pos) in enumerate(born)
+        ]
     )
     of_me_layer = per_prompt[per_prompt["layer"] == me_layer]
     exists = me_layer is not None
@@ -93,6 +100,7 @@ def emergence_by_hand(
         "share_of_peak": 0.9 if exists else None,
         "share_of_peak_interval": (0.85, 0.95) if exists else None,
         "climb": (me_layer, me_layer) if exists else None,
+        "formed": me_layer,
         "agreement": len(of_me_layer) / len(born),
         "prompts_with": float((per_prompt["layer"] >= 0).mean()),
         "positions": tuple(of_me_layer["pos"].value_counts().index),

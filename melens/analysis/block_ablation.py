@@ -190,12 +190,12 @@ def _runs(study: Study, max_position: int) -> _Runs:
     # prompts that share a massive first token share its every state, so that one of them stands for all
     chosen = study.massive_prompts if study.position else study.distinct_massive_prompts
     born = study.me.per_prompt
-    massive = born[born["prompt"].isin(chosen) & (born["pos"] < max_position)]
+    massive = born[born["prompt"].isin(chosen) & (born["formed_pos"] < max_position)]
     if massive.empty:
         raise MelensError(f"Every massive token is at position {max_position} or later: raise exp.max_position.")
-    prompts, positions = massive["prompt"].tolist(), massive["pos"].astype(int).tolist()
+    prompts, positions = massive["prompt"].tolist(), massive["formed_pos"].astype(int).tolist()
     norms = study.trace["norm"].query("site == 'hook_resid_post'")
-    norms = norms.merge(massive[["prompt", "pos"]].rename(columns={"pos": "massive"}), on="prompt")
+    norms = norms.merge(massive[["prompt", "formed_pos"]].rename(columns={"formed_pos": "massive"}), on="prompt")
     is_massive = norms["pos"] == norms["massive"]
     traced = norms[is_massive].pivot(index="prompt", columns="layer", values="norm").loc[prompts]
     tokens = [study.tokens[prompt] for prompt in prompts]

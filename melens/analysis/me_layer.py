@@ -3,6 +3,8 @@
 1. `massive_activations` lists the entries of every block's output that meet the criterion (Sun et al. 2024).
 2. Of each prompt the first block with such an entry counts, and how the norm of the token with the largest one rises.
 3. The ME layer is the block that is the first in most prompts; of these prompts the numbers are averaged.
+4. The massive state is formed where the climb of the largest token ends: in the ME layer itself, if that block alone
+   brings it, else later. Its dims and positions are read off there.
 """
 
 from __future__ import annotations
@@ -70,12 +72,15 @@ class Emergence:
             (block 0 lifts every token), mean over the prompts that have some; NaN where none has.
         share_of_peak: how much of the token's peak norm that one block brings, (‖h_out‖ - ‖h_in‖) / peak.
         climb: first and last block of the climb from 10% to 90% of the peak norm (median over prompts).
+        formed: the block in whose output the massive state is formed: `layer` where that alone brings the peak norm of
+            a prompt's largest massive token, else the first that reaches 90% of it (median over prompts).
         agreement, prompts_with: share of prompts whose first massive block is `layer`, and of those that have any.
-        positions, dims: where in the output of `layer` they are, most frequent first.
+        positions, dims: where in the output of `formed` they are, those of most prompts first, then the largest.
         n_layers: how many blocks the model has.
         n_prompts, distinct_first_tokens, criterion: what all this rests on.
         per_prompt: a row a prompt: `layer` (-1 for none), `pos`, `dim`, `value`, `norm_in`, `norm_out`,
-            `magnification`, `relative_magnification`, `peak`, `share_of_peak`, `climb_from`, `climb_to`.
+            `magnification`, `relative_magnification`, `peak`, `share_of_peak`, `climb_from`, `climb_to`, all of the
+            token that is the largest in the block `layer`; `formed` and `formed_pos`, of the largest in any block.
     """
 
     layer: int | None
@@ -87,6 +92,7 @@ class Emergence:
     share_of_peak: float | None
     share_of_peak_interval: tuple[float, float] | None
     climb: tuple[int, int] | None
+    formed: int | None
     agreement: float
     prompts_with: float
     positions: tuple[int, ...]
@@ -178,10 +184,12 @@ def find_me_layer(trace: TraceGiven, criterion: CriterionGiven | None = None) ->
     if layer is None:
         return Emergence(
             layer=None, kind=None, magnification=None, magnification_interval=None, relative_magnification=None,
-            share_of_peak=None, share_of_peak_interval=None, climb=None, agreement=0.0, positions=(), dims=(), **shared,
+            share_of_peak=None, share_of_peak_interval=None, climb=None, formed=None, agreement=0.0, positions=(),
+            dims=(), **shared,
         )  # fmt: skip
     agreeing = born[born["layer"] == layer]
-    entries = massive[(massive["layer"] == layer) & massive["prompt"].isin(agreeing["prompt"])]
+    formed = int(agreeing["formed"].median())
+    entries = _entries(massive[massive["prompt"].isin(agreeing["prompt"])], layer, formed)
     share = float(agreeing["share_of_peak"].mean())
     climb = int(agreeing["climb_from"].median()), int(agreeing["climb_to"].median())
     kind: Kind = "a few blocks" if climb[1] - climb[0] < criterion.few_blocks else "slow climb"
@@ -198,11 +206,26 @@ def find_me_layer(trace: TraceGiven, criterion: CriterionGiven | None = None) ->
         share_of_peak=share,
         share_of_peak_interval=_interval(apart["share_of_peak"]),
         climb=climb,
+        formed=formed,
         agreement=len(agreeing) / n_prompts,
-        positions=tuple(entries["pos"].value_counts().index),
-        dims=tuple(entries.loc[entries["dim"] >= 0, "dim"].value_counts().index),
+        positions=_most_frequent(entries, "pos"),
+        dims=_most_frequent(entries[entries["dim"] >= 0], "dim"),
         **shared,
     )
+
+
+def _entries(massive: pd.DataFrame, layer: int, formed: int) -> pd.DataFrame:
+    """Return the massive entries of the formed state, or of the ME layer where the median lies between prompts'."""
+    in_formed = massive[massive["layer"] == formed]
+    return massive[massive["layer"] == layer] if in_formed.empty else in_formed
+
+
+def _most_frequent(entries: pd.DataFrame, column: str) -> tuple[int, ...]:
+    """List the positions or dims, those of most prompts first; of equally many the one with the largest |h|, mean."""
+    # not the number of entries: twenty small massive tokens of a prompt would outvote the dim of its large one
+    sizes = entries.assign(size=entries["value"].abs()).groupby(column)
+    order = sizes.agg(n=("prompt", "nunique"), size=("size", "mean")).sort_values(["n", "size"], ascending=False)
+    return tuple(int(at) for at in order.index)
 
 
 def _interval(values: pd.Series) -> tuple[float, float] | None:
@@ -249,7 +272,9 @@ def _per_prompt(trace: Trace, massive: pd.DataFrame, criterion: Criterion) -> pd
             largest = at_birth.loc[at_birth["value"].abs().idxmax()]
             row |= {"layer": int(largest["layer"]), "pos": int(largest["pos"]), "dim": int(largest["dim"])}
             row["value"] = float(largest["value"])
-            row |= _rise(norms[prompt].to_numpy(dtype=float), row["layer"], row["pos"], set(at_birth["pos"]), criterion)
+            of_norms = norms[prompt].to_numpy(dtype=float)
+            row |= _rise(of_norms, row["layer"], row["pos"], set(at_birth["pos"]), criterion)
+            row |= _formed(of_norms, of_prompt, row["layer"], criterion)
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -262,15 +287,37 @@ def _rise(
     ordinary = [at for at in range(norms.shape[1]) if at not in massive_positions]
     others = [at for at in ordinary if before[at] > 0]  # a padding token's embedding may be 0
     token, norm_in, norm_out = norms[1:, position], float(before[position]), float(after[position])
-    peak = float(token[: max(layer + 1, len(token) - criterion.trailing_blocks)].max())
+    peak = _peak(token, layer, criterion)
     magnification = float(after[position] / before[position])
     relative = magnification / float((after[others] / before[others]).mean()) if others else np.nan
     return {
         "norm_in": norm_in, "norm_out": norm_out,
         "magnification": magnification, "relative_magnification": relative,
         "peak": peak, "share_of_peak": (norm_out - norm_in) / peak,
-        "climb_from": int(np.argmax(token >= 0.1 * peak)), "climb_to": int(np.argmax(token >= 0.9 * peak)),
+        "climb_from": _first_reaching(0.1 * peak, token), "climb_to": _first_reaching(0.9 * peak, token),
     }  # fmt: skip
+
+
+def _formed(norms: np.ndarray, massive: pd.DataFrame, layer: int, criterion: Criterion) -> dict[str, int]:
+    """Find a prompt's largest massive token, the trailing blocks apart, and the block that completes it.
+
+    That is the ME layer where it alone brings the token's peak norm, else the first that reaches 90% of it.
+    """
+    lasting = massive[massive["layer"] < max(layer + 1, len(norms) - 1 - criterion.trailing_blocks)]
+    position = int(lasting.loc[lasting["value"].abs().idxmax(), "pos"])
+    token = norms[1:, position]
+    peak = _peak(token, layer, criterion)
+    brings_it = token[layer] - norms[layer, position] >= criterion.one_block * peak
+    formed = layer if brings_it else max(layer, _first_reaching(0.9 * peak, token))
+    return {"formed": formed, "formed_pos": position}
+
+
+def _peak(token: np.ndarray, layer: int, criterion: Criterion) -> float:
+    return float(token[: max(layer + 1, len(token) - criterion.trailing_blocks)].max())
+
+
+def _first_reaching(norm: float, token: np.ndarray) -> int:
+    return int(np.argmax(token >= norm))
 
 
 def _norms_by_layer(trace: Trace) -> pd.DataFrame:

@@ -52,7 +52,7 @@ class Study:
         model: the bridge.
         tokens: the prompts as token ids, each `[pos]`.
         trace: of all prompts, with the default probes and what was asked for besides.
-        me: where the massive activation is born.
+        me: where the massive activation is born, and where it is formed.
         probes: what the trace holds.
         max_batch_tokens: of a forward pass, padding included.
         seed: of whatever an analysis draws.
@@ -85,8 +85,8 @@ class Study:
 
     @property
     def massive_layers(self) -> range:
-        """The blocks from the ME layer to `last_before_trailing`."""
-        return range(0 if self.me.layer is None else self.me.layer, self.last_before_trailing + 1)
+        """The blocks in whose output the massive state is formed, up to `last_before_trailing`."""
+        return range(self.me.formed or 0, self.last_before_trailing + 1)
 
     @cached_property
     def _born(self) -> pd.DataFrame:
@@ -95,8 +95,8 @@ class Study:
 
     @cached_property
     def position(self) -> int:
-        """Where the massive token most often is when it is born in the ME layer; 0 without one."""
-        return int(self._born["pos"].mode().iloc[0]) if len(self._born) else 0
+        """Where the massive token most often is once it is formed; 0 without an ME layer."""
+        return int(self._born["formed_pos"].mode().iloc[0]) if len(self._born) else 0
 
     @cached_property
     def massive_prompts(self) -> list[int]:
@@ -104,7 +104,7 @@ class Study:
         if self.me.layer is None:
             return self.trace.prompts["prompt"].tolist()
         born = self._born
-        return (born if self.position else born[born["pos"] == 0])["prompt"].tolist()
+        return (born if self.position else born[born["formed_pos"] == 0])["prompt"].tolist()
 
     @cached_property
     def distinct_massive_prompts(self) -> list[int]:
@@ -150,6 +150,7 @@ class Study:
         """The fields that every experiment's metrics have."""
         return {
             "me_layer": self.me.layer,
+            "formed": self.me.formed,
             "n_prompts": self.me.n_prompts,
             "distinct_first_tokens": self.me.distinct_first_tokens,
             "massive_position": self.position,

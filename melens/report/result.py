@@ -31,8 +31,9 @@ class Metrics(BaseModel):
     Attributes:
         experiment: which one measures them; of the class.
         me_layer: the ME layer, 0-based; None without one.
+        formed: the block in which the massive state is formed: the ME layer, or a later one at the end of a climb.
         n_prompts, distinct_first_tokens: what the trace rests on.
-        massive_position: where the massive token most often is.
+        massive_position: where the massive token most often is once it is formed.
         n_carriers: prompts whose massive activation is born in the ME layer, which the numbers are about.
         last_lasting_layer: the last block before the trailing ones, which count apart (appendix A).
         n_layers: how many blocks there are.
@@ -46,6 +47,7 @@ class Metrics(BaseModel):
 
     experiment: ClassVar[str] = ""
     me_layer: int | None = None
+    formed: int | None = None
     n_prompts: int | None = None
     distinct_first_tokens: int | None = None
     massive_position: int = 0

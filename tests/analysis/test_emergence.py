@@ -160,6 +160,71 @@ def test_the_rise_by_hand():
     assert (me.climb, me.kind) == ((1, 2), "a few blocks")
 
 
+def climb_by_hand():
+    """One prompt of five tokens: block 1 makes token 2 massive in dim 4, block 3 tokens 0, 2 and 3 in dims 4 and 6."""
+    token_norms = {pos: [1.0] * 8 for pos in range(5)}  # embedding, then seven blocks, of which two count apart
+    token_norms |= {
+        0: [1, 1, 200, 300, 90_000, 90_000, 9, 9],
+        2: [1, 1, 500, 300, 300, 300, 9, 9],
+        3: [1, 1, 1, 1, 300, 300, 9, 9],
+    }
+    norms, largest = [], []
+    for pos, (embedded, *values) in token_norms.items():
+        norms.append({"prompt": 0, "layer": 0, "site": "hook_resid_pre", "pos": pos, "norm": float(embedded)})
+        for layer, norm in enumerate(map(float, values)):
+            state = {"prompt": 0, "layer": layer, "site": "hook_resid_post", "pos": pos}
+            norms.append(state | {"norm": norm})
+            largest.append(state | {"dim": 4, "value": min(norm, 250.0)})
+            if layer >= 3:
+                largest.append(state | {"dim": 6, "value": -norm})
+    medians = [{"prompt": 0, "layer": layer, "site": "hook_resid_post", "abs_median": 0.1} for layer in range(7)]
+    return melens.Trace(
+        model={"n_layers": 7},
+        prompts=pd.DataFrame({"prompt": [0], "n_tokens": [5], "first_token_id": [1]}),
+        tables={"norm": pd.DataFrame(norms), "largest": pd.DataFrame(largest), "abs_median": pd.DataFrame(medians)},
+    )
+
+
+def test_dims_and_positions_are_those_of_the_formed_state_and_not_of_the_first_block_of_a_climb():
+    me = melens.find_me_layer(climb_by_hand())
+    assert (me.layer, me.formed) == (1, 3)
+    assert me.dims == (6, 4)  # the prompt has both; dim 6 is the larger
+    assert me.positions == (0, 2, 3)
+    assert me.magnification == 500  # of token 2, as table 8 has it
+    assert me.per_prompt[["pos", "formed", "formed_pos"]].to_numpy().tolist() == [[2, 3, 0]]
+
+
+@pytest.mark.parametrize(
+    ("token_norms", "formed"),
+    [
+        ((1, 1, 801, 850, 1000, 1000, 9, 9), 1),  # the ME layer brings 80% of the peak
+        ((1, 1, 800, 850, 1000, 1000, 9, 9), 3),
+        ((1, 1, 200, 890, 1000, 1000, 9, 9), 3),
+        ((1, 1, 200, 900, 1000, 1000, 9, 9), 2),  # 90% of the peak
+        ((1, 1, 400, 400, 400, 400, 9000, 9000), 1),  # the trailing blocks count apart
+        ((1, 1, 1, 1, 1, 1, 200, 400), 5),  # but where nothing was massive before them
+    ],
+)
+def test_the_block_that_forms_the_state_by_hand(token_norms, formed):
+    assert melens.find_me_layer(trace_by_hand(*token_norms)).formed == formed
+
+
+def test_a_slow_climb_in_a_model_is_formed_where_it_ends():
+    """Block 0 makes dim 9 massive, block 2 dim 21 many times as much, and the last block counts apart."""
+    network = plain_model("llama")
+    plant(network, block=0, token=TOKEN, dim=9, source_dim=3)
+    plant(network, block=2, token=TOKEN, dim=DIM, source_dim=4)
+    with torch.no_grad():
+        network.base_model.layers[0].mlp.down_proj.weight[9, 0] = 50
+        network.base_model.layers[2].mlp.down_proj.weight[DIM, 0] = 1e8
+    model, criterion = bridge(network), Criterion(trailing_blocks=1)
+    study = melens.study(model, prompts_with(TOKEN, 0, n=3), criterion=criterion)
+    assert (study.me.layer, study.me.formed, study.massive_layers) == (0, 2, range(2, 3))
+    assert study.me.dims[0] == DIM
+    mask = melens.WeMask(select="massive", start=3).at(study.me)
+    assert mask.dims(model)[3].tolist() == sorted(study.me.dims) == [9, DIM]
+
+
 @pytest.mark.parametrize(("value", "layer"), [(100.0, None), (100.1, 0), (99.0, None)])
 def test_the_criterion_is_strict(value, layer):
     assert melens.find_me_layer(trace_by_hand(1, value, value, value)).layer == layer
