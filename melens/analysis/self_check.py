@@ -69,7 +69,7 @@ def verification(study: Study) -> Result:
 
 
 _WAYS = {
-    "fast": "transformers' own modules, wherever no hook listens inside",
+    "fast": "transformers' own modules, unless a hook needs TransformerLens's components",
     "bridge": "TransformerLens's components, which takes more time and memory",
 }
 

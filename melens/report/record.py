@@ -31,7 +31,7 @@ from melens.report.result import Result, plain
 from melens.storage.cache import RUN_CACHE
 from melens.storage.files import atomic_file, explain_write_errors, write_text
 
-__all__ = ["COMPLETE", "PARTIAL", "Record", "read_results", "write_failure", "write_result", "write_tables_and_figures"]
+__all__ = ["COMPLETE", "PARTIAL", "Record", "read_results", "write_failure", "write_tables_and_figures"]
 
 COMPLETE, PARTIAL = "result.json", "result.partial.json"
 
@@ -156,23 +156,6 @@ class Record:
         figures = [f"{name}.{kind}" for name in result.figures for kind in ("html", *["png"] * self._png)]
         shared = ["plotly.min.js", "report.html"]
         return [*(f"{name}.parquet" for name in result.tables), *figures, *result.documents, *shared]
-
-
-def write_result(
-    result: Result, folder: str | Path, *, config: dict[str, Any], duration: float, png: bool = False
-) -> list[Path]:
-    """Write the result of one experiment, which took `duration` seconds; return the files that a user wants to open.
-
-    Args:
-        folder, config, png: as for `Record`.
-
-    Raises:
-        MelensError: the folder cannot be written to, or as `Record`.
-    """
-    began = time.perf_counter() - duration
-    record = Record(folder, config=config, experiments=[result.experiment], png=png, began=began)
-    record.add(result)
-    return record.finish()
 
 
 def write_failure(message: str, folder: str | Path, *, config: dict[str, Any]) -> None:

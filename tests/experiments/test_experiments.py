@@ -6,13 +6,13 @@ import re
 import pytest
 import torch
 from planted import N_LAYERS, VOCABULARY, bridge, gains_apart, plain_model, plant
+from written import write_result
 
 import melens
 from experiments.options import compose_options
 from experiments.runner.study import begin_study, run_experiments
 from melens.analysis import ffn_concentration
 from melens.claims.paper import CLAIMS
-from melens.report.record import write_result
 
 TOKEN, DIM, BLOCK = 7, 21, 1
 

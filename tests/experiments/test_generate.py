@@ -14,6 +14,7 @@ import torch
 from planted import FAMILIES, bridge, gains_apart, plain_model
 from rich.console import Console
 from test_chat import TEMPLATES
+from written import write_result
 
 from experiments.generate import EXPERIMENTS
 from experiments.options import compose_options
@@ -33,7 +34,6 @@ from melens.analysis.generated_texts import (
     write,
 )
 from melens.data.chat import PLAIN
-from melens.report.record import write_result
 from melens.report.result import Metrics, Result
 from melens.report.terminal import show_findings
 

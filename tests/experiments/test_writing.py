@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 from test_files import full_disk
 from test_results import CONFIG, Breaks, ffn_result, names, picture, some_result
+from written import write_result
 
 from experiments.options import compose_options
 from experiments.runner import writing
@@ -20,7 +21,7 @@ from experiments.runner.interrupts import sigterm_interrupts
 from experiments.runner.job import give_freed_memory_back
 from experiments.runner.writing import finish, note_if_stopped, stopped_message, write_part
 from melens import MelensError
-from melens.report.record import Record, write_result
+from melens.report.record import Record
 from melens.storage.cache import RUN_CACHE
 
 ROOT = Path(__file__).parents[2]

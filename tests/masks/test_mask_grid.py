@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from planted import VOCABULARY, bridge, gains_apart, plain_model, plant
+from written import write_result
 
 import melens
 from experiments import wemask
@@ -16,7 +17,6 @@ from experiments.runner.masks import masks_of
 from experiments.runner.study import begin_study, run_experiments
 from melens import MelensError, WeMask
 from melens.masks.grid_claims import UNMASKED
-from melens.report.record import write_result
 
 TOKEN, DIM, BLOCK = 7, 21, 1
 

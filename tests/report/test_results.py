@@ -5,12 +5,13 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
+from written import write_result
 
 from melens import MelensError
 from melens.analysis.ffn_concentration import FfnMetrics
 from melens.analysis.token_direction import DirectionMetrics
 from melens.environment.versions import untried
-from melens.report.record import Record, read_results, write_failure, write_result
+from melens.report.record import Record, read_results, write_failure
 from melens.report.result import Figure, Result
 
 CONFIG = {"exp": {"name": "emergence"}, "model": {"name": "tiny"}, "seed": 3}

@@ -11,6 +11,7 @@ from planted import bridge, gains_apart, plain_model, plant
 from test_cache import tokenizer
 from test_mask_grid import configuration, study_of
 from test_not_a_number import ON_TEXTS, grid
+from written import write_result
 
 import melens
 from experiments import wemask
@@ -33,7 +34,6 @@ from melens.data.prompts import byte_tokenizer
 from melens.masks import grid as grids
 from melens.masks.comparison import MaskComparison
 from melens.models.twins import plain_twin
-from melens.report.record import write_result
 from melens.report.result import Metrics, Result, plain
 from melens.storage import cache
 from melens.storage.cache import Store, store_for
