@@ -37,8 +37,8 @@ class _Falcon(FalconArchitectureAdapter):
     def __init__(self, cfg: Any) -> None:
         if getattr(cfg, "alibi", False) and not _falcons_agree():
             raise MelensError(
-                f"transformers {transformers.__version__} adds Falcon's ALiBi twice in its eager attention, which is "
-                "what is measured: Falcon with alibi=true needs another version of it."
+                f"transformers {transformers.__version__} adds Falcon's ALiBi twice in its eager attention, which "
+                "melens measures. Falcon with alibi=true needs another version of transformers."
             )
         is_new = getattr(cfg, "new_decoder_architecture", False)
         if is_new:

@@ -49,12 +49,9 @@ def load_network(
     """Load a transformers model with eager attention, all of whose weights are the checkpoint's.
 
     Args:
-        source: where it comes from.
-        config: of the model.
+        source, config, dtype: of the model.
         architecture: TransformerLens's name of it.
-        dtype: of the weights.
-        device_map: as transformers takes it; `{"": device}` for one device.
-        max_memory, offload_folder: as transformers takes them, for weights that stay in memory or on disk.
+        device_map, max_memory, offload_folder: as transformers takes them; `{"": device}` for one device.
         quantization: transformers' config of how a plain checkpoint is to be quantised; None: not at all.
 
     Raises:
@@ -94,8 +91,8 @@ def _load(kind: Any, source: Source, device_map: str | dict[str, Any], options: 
     except RuntimeError as error:
         if "conversion of the weights" in str(error):
             raise MelensError(
-                f"The weights in {source.name} cannot be joined to those of the model that its config.json describes, "
-                "because some are missing or have other shapes: fetch or save the checkpoint again."
+                f"The weights in {source.name} do not fill the model that its config.json describes, because some are "
+                "missing or have other shapes. Fetch or save the checkpoint again."
             ) from error
         if not is_layout:  # what only reads headers needs no memory
             raise
@@ -113,9 +110,9 @@ def _why_unreadable(source: Source, error: BaseException) -> str:
         try:
             read(file)
         except Exception as own:  # of JSON, pickles, zip archives, or whatever else the file seems to be
-            reason = in_short(own) if isinstance(own, SafetensorError) else "it ends early, or is no file of its kind"
-            return f"The weights in {file} cannot be read ({reason}): fetch or save them again."
-    return f"The weights in {source.name} cannot be read ({in_short(error)}): fetch or save them again."
+            reason = in_short(own) if isinstance(own, SafetensorError) else "it ends early or has another format"
+            return f"The weights in {file} cannot be read ({reason}). Fetch or save them again."
+    return f"The weights in {source.name} cannot be read ({in_short(error)}). Fetch or save them again."
 
 
 _HEADERS: dict[str, Callable[[Path], Any]] = {
@@ -128,21 +125,20 @@ _HEADERS: dict[str, Callable[[Path], Any]] = {
 
 def _check_weights(network: PreTrainedModel, info: dict[str, Any], path: str, *, warn: bool) -> None:
     """Compare what a checkpoint holds with what its model needs; transformers has taken out tied and ignorable keys."""
-    buffers = dict(network.named_buffers())
-    missing = sorted(
-        name
-        for name in info["missing_keys"]
-        if name not in buffers or buffers[name].is_floating_point()  # masks and indices are made anew
-    )
+    made_anew = {
+        name for name, buffer in network.named_buffers() if not buffer.is_floating_point()
+    }  # masks and indices
+    missing = sorted(set(info["missing_keys"]) - made_anew)
     shapes = sorted(f"{name} ({list(found)} for {list(wanted)})" for name, found, wanted in info["mismatched_keys"])
     parts = [f"{len(missing)} weights are missing ({_first(missing)})"] if missing else []
     parts += [f"{len(shapes)} have other shapes ({_first(shapes)})"] if shapes else []
     if parts:
-        saved_as = next(iter(network.config.architectures or ()), type(network).__name__)
-        of_other = f" (it was saved as a {saved_as})" if saved_as != type(network).__name__ else ""
+        kind = type(network).__name__
+        saved_as = next(iter(network.config.architectures or ()), kind)
+        of_other = f" (it was saved as a {saved_as})" if saved_as != kind else ""
         message = (
-            f"{path} does not hold the {type(network).__name__} that its config.json describes{of_other}: "
-            f"{' and '.join(parts)}; fetch or save the checkpoint again, or correct its config.json."
+            f"{path} does not hold the {kind} that its config.json describes{of_other}: "
+            f"{' and '.join(parts)}. Fetch or save the checkpoint again, or correct its config.json."
         )
         if not is_quantized(network):
             raise MelensError(message)
@@ -150,8 +146,8 @@ def _check_weights(network: PreTrainedModel, info: dict[str, Any], path: str, *,
     # No reason to refuse: sound checkpoints hold layers that predict further tokens, value heads, old masks.
     if warn and (more := sorted(info["unexpected_keys"])):
         warnings.warn(
-            f"{path} holds {len(more)} weights that the model of its config.json does not use ({_first(more)}): what "
-            "is measured is the model without them.",
+            f"{path} holds {len(more)} weights that the model of its config.json does not use ({_first(more)}). The "
+            "model is measured without them.",
             stacklevel=2,
         )
 
@@ -164,12 +160,10 @@ def _check_placement(network: PreTrainedModel, *, is_stateful: bool) -> None:
     """Raise for a distribution over devices that TransformerLens refuses in its own loading."""
     devices = set(getattr(network, "hf_device_map", {}).values())
     if is_stateful and len(devices) > 1:
-        raise MelensError(
-            "TransformerLens keeps a state-space model on one device: give model.device for a device map."
-        )
+        raise MelensError("A state-space model must be on one device. Set model.device in place of a device map.")
     if misplaced := find_misplaced_modules(network):
         module, wanted, found = misplaced[0]
         raise MelensError(
-            f"model.device_map puts {module} on {wanted}, but its weights, shared with another module, are on {found}: "
-            "put both on one device."
+            f"model.device_map puts {module} on {wanted}, but its weights, shared with another module, are on {found}. "
+            "Put both modules on one device."
         )

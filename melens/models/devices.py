@@ -8,6 +8,7 @@ device, and offloaded weights with it.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -31,12 +32,11 @@ def is_dispatched(network: nn.Module) -> bool:
 def placement(network: Any) -> dict[str, float]:
     """Return the share of a model's weights that lies on each device, in memory ("cpu") or on disk."""
     device_map = getattr(network, "hf_device_map", None) or {"": next(network.parameters()).device}
-    sizes: dict[str, int] = {}
+    sizes: Counter[str] = Counter()
     for name, place in device_map.items():
-        where = str(place) if place == "disk" else str(torch.device(place))
-        sizes[where] = sizes.get(where, 0) + sum(weight.numel() for weight in network.get_submodule(name).parameters())
-    whole = sum(sizes.values())
-    return {where: round(size / whole, 4) for where, size in sizes.items()}
+        where = "disk" if place == "disk" else str(torch.device(place))
+        sizes[where] += sum(weight.numel() for weight in network.get_submodule(name).parameters())
+    return {where: round(size / sizes.total(), 4) for where, size in sizes.items()}
 
 
 def input_device(network: Any) -> torch.device:
@@ -61,12 +61,7 @@ def weights_here(module: nn.Module) -> Iterator[None]:
 
 
 def dispatch_like(twin: Any, network: Any) -> None:
-    """Let accelerate serve a model as it serves another of the same class, whose weights it shares.
-
-    Args:
-        twin: of plain transformers modules.
-        network: with the hooks, and perhaps within the components of a bridge.
-    """
+    """Let accelerate serve a plain twin as it serves the model, perhaps in a bridge, whose weights it shares."""
     hook = vars(network).get("_hf_hook")
     if hook is not None:
         add_hook_to_module(twin, copy.copy(hook))  # it keeps notes from call to call

@@ -88,26 +88,20 @@ def load_model(name: Any, **overrides: Any) -> TransformerBridge:
     skeleton = Skeleton(config, spec.name, trust_remote_code=spec.trust_remote_code)
     skeleton.check(spec.quantize)
     dtype = _dtype(spec.dtype, config)
-    placement = _placement(spec, device)
-    settings = _quantization(spec, source, config, dtype, placement["device_map"])
+    limits = None if spec.max_memory is None else by_place(spec.max_memory)
+    device_map = spec.device_map or ({"": device} if limits is None else "auto")
+    settings = _quantization(spec, source, config, dtype, device_map)
     in_dtype = f"its weights in {spec.quantize or str(dtype).removeprefix('torch.')}"
-    skeleton.check_memory(
-        skeleton.n_bytes(dtype.itemsize, settings), in_dtype, device, spec.max_memory, spec.device_map
-    )
+    needed = skeleton.n_bytes(dtype.itemsize, settings)
+    skeleton.check_memory(needed, in_dtype, device, spec.max_memory, spec.device_map)
     tokenizer = source.read_tokenizer()
     if tokenizer is not None:
         _check_tokenizer(tokenizer, skeleton)
-    network = load_network(
-        source,
-        config,
-        skeleton.architecture,
-        dtype=dtype,
-        quantization=settings if spec.quantize else None,
-        **placement,
-    )
+    places: dict[str, Any] = {"device_map": device_map, "max_memory": limits, "offload_folder": spec.offload_folder}
+    wanted = settings if spec.quantize else None
+    network = load_network(source, config, skeleton.architecture, dtype=dtype, quantization=wanted, **places)
     bridge = bridge_around(network, spec.name, skeleton.architecture)
-    if tokenizer is not None:
-        _attach_tokenizer(bridge, tokenizer)
+    _attach_tokenizer(bridge, tokenizer)
     bridge.cfg.model_name = spec.name
     if (gates := source.file(GATE_FILE)) is not None:
         load_gates(view_model(bridge), gates)
@@ -130,22 +124,11 @@ def check_memory(name: Any, bytes_per_weight: float | int, purpose: str, **overr
     device = _device(spec)
     config = _random_config(spec) if spec.source == "random" else _source(spec).read_config()
     skeleton = Skeleton(config, spec.name, trust_remote_code=spec.trust_remote_code)
-    needed = skeleton.n_bytes(bytes_per_weight)
-    skeleton.check_memory(needed, purpose, device, spec.max_memory, spec.device_map)
+    skeleton.check_memory(skeleton.n_bytes(bytes_per_weight), purpose, device, spec.max_memory, spec.device_map)
 
 
 def load_tokenizer(name: Any, **overrides: Any) -> Any:
-    """Load a model's own tokenizer without the model, to try data or a chat template on it.
-
-    Args:
-        name, overrides: as for `load_model`.
-
-    Returns:
-        The tokenizer as it is saved with the model, None where there is none.
-
-    Raises:
-        MelensError: as `load_model`.
-    """
+    """Load a model's own tokenizer, None if it has none, as `load_model` does but without the model."""
     spec = spec_of(name, overrides)
     if spec.source == "random":
         return _byte_tokenizer(spec, _random_config(spec))
@@ -159,8 +142,8 @@ def load_tokenizer(name: Any, **overrides: Any) -> Any:
 
 def _device(spec: ModelSpec) -> torch.device:
     map_ = spec.device_map
-    for place in map_.values() if isinstance(map_, Mapping) else () if map_ in (None, *_BY_TRANSFORMERS) else (map_,):
-        if place not in ("disk", "cpu"):
+    for place in map_.values() if isinstance(map_, Mapping) else {map_}:
+        if place not in (None, "disk", "cpu", *_BY_TRANSFORMERS):
             _check_present(f"cuda:{place}" if isinstance(place, int) else str(place), "device_map")
     if spec.device == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:  # of several processes
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -179,7 +162,7 @@ def _check_present(place: str, option: str) -> torch.device:
         device = torch.device(place)
     except RuntimeError:
         words = "" if option == "device" else f"; allowed are {', '.join(_BY_TRANSFORMERS)}, or devices"
-        raise MelensError(f"model.{option} names {place!r}, which is no device{words}.") from None
+        raise MelensError(f"model.{option} names {place!r}, which is not a device{words}.") from None
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     present = {"cpu": 1, "cuda": n_gpus, "mps": int(torch.mps.is_available())}
     if not present.get(device.type):
@@ -203,13 +186,6 @@ def _source(spec: ModelSpec) -> Source:
 # --- Loading ----------------------------------------------------------------------------------------------------------
 
 
-def _placement(spec: ModelSpec, device: torch.device) -> dict[str, Any]:
-    """Return where `from_pretrained` is to put the weights."""
-    limits = None if spec.max_memory is None else by_place(spec.max_memory)
-    device_map = spec.device_map or ({"": device} if limits is None else "auto")
-    return {"device_map": device_map, "max_memory": limits, "offload_folder": spec.offload_folder}
-
-
 def _quantization(
     spec: ModelSpec, source: Source, config: PreTrainedConfig, dtype: torch.dtype, device_map: Any
 ) -> Any:
@@ -220,7 +196,7 @@ def _quantization(
             check_quantization(spec.name, settings, device_map, is_of_checkpoint=True)
         return settings
     if settings is not None or source.gguf_file is not None:
-        raise MelensError(f"{spec.name} is quantised already: leave model.quantize out.")
+        raise MelensError(f"{spec.name} is quantised already. Leave out model.quantize.")
     wanted = quantized_while_loading(spec.quantize, dtype)
     check_quantization(spec.name, wanted, device_map, is_of_checkpoint=False)
     return wanted
@@ -231,12 +207,12 @@ def _report_quantization(network: Any, name: str, settings: Any) -> None:
         return
     if (kind := describe_quantization(network)) is None:
         dtype = str(next(network.parameters()).dtype).removeprefix("torch.")
-        what = f"is quantised by {kind_of(settings)}: its weights were dequantised to {dtype}, and that is measured"
+        what = f"is quantised by {kind_of(settings)}. melens measures it with its weights dequantised to {dtype}"
     else:
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line a layer and call
         what = (
-            f"computes with weights quantised by {kind}, and what is measured is that model. Its norms, and the gains "
-            "that masks choose by, are not quantised; nothing is predicted from its weights"
+            f"computes with weights quantised by {kind}, which is what melens measures. Its norms, with the gains that "
+            "masks choose by, are not quantised. Nothing is predicted from its weights"
         )
     warnings.warn(f"{name} {what}.", stacklevel=3)
 
@@ -247,19 +223,21 @@ def _check_tokenizer(tokenizer: Any, skeleton: Skeleton) -> None:
     if tokenizer.vocab_size > n_rows:
         raise MelensError(
             f"The tokenizer of {skeleton.name} has {tokenizer.vocab_size:,} tokens, but the embedding only {n_rows:,} "
-            "rows: it is another model's, or vocab_size in config.json is wrong."
+            "rows. It belongs to another model, or vocab_size in config.json is wrong."
         )
     beyond = sorted(token for token, id_ in tokenizer.get_added_vocab().items() if id_ >= n_rows)
     if beyond:
         warnings.warn(
             f"The tokenizer of {skeleton.name} has tokens that the embedding's {n_rows:,} rows do not hold "
-            f"({', '.join(beyond[:3])}{', ...' if len(beyond) > 3 else ''}): no text may use them.",
+            f"({', '.join(beyond[:3])}{', ...' if len(beyond) > 3 else ''}). Leave them out of your texts.",
             stacklevel=3,
         )
 
 
 def _attach_tokenizer(bridge: TransformerBridge, tokenizer: Any) -> None:
     """Let the bridge tokenize as the model was trained to, where it would rather prepend BOS to everything."""
+    if tokenizer is None:
+        return
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     bridge._tokenizer = tokenizer  # the public setter would re-create it with BOS
@@ -280,8 +258,7 @@ def _random_model(spec: ModelSpec, device: torch.device) -> TransformerBridge:
     with seeded(spec.seed), device:
         network = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
     bridge = bridge_around(network, spec.name, skeleton.architecture)
-    if tokenizer is not None:
-        _attach_tokenizer(bridge, tokenizer)
+    _attach_tokenizer(bridge, tokenizer)
     return bridge
 
 
@@ -306,7 +283,7 @@ def _random_config(spec: ModelSpec) -> PreTrainedConfig:
         raise MelensError(f"model=random: {n_heads} attention heads cannot share {n_kv_heads} key-value heads evenly.")
     if not config.architectures:
         if type(config) not in AutoModelForCausalLM._model_mapping:
-            raise MelensError(f"model.model_type is {config.model_type!r}, which is no causal language model.")
+            raise MelensError(f"model.model_type is {config.model_type!r}, which is not a causal language model.")
         config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
     return config
 
@@ -318,7 +295,7 @@ def _known_fields(spec: ModelSpec) -> dict[str, Any]:
     unknown = [name for name in spec.config if not hasattr(het_safe_view(blank), name)]
     wrong = [name for name in unknown if spec.config[name] != defaults.get(name)]
     if wrong:
-        raise MelensError(f"model.config.{wrong[0]} is no field of the configuration of {blank.model_type!r}.")
+        raise MelensError(f"model.config.{wrong[0]} is not a field of the configuration of {blank.model_type!r}.")
     return {name: value for name, value in spec.config.items() if name not in unknown}
 
 
@@ -353,8 +330,8 @@ def embedded_model_folder() -> Path:
                 _build_embedded_model(folder)
     except OSError as error:
         raise MelensError(
-            f"The embedded model cannot be stored in {kept_in} ({error}): set MELENS_CACHE to a folder that "
-            "can be written to."
+            f"The embedded model cannot be stored in {kept_in} ({error}). Set MELENS_CACHE to a folder that you can "
+            "write to."
         ) from error
     return folder
 

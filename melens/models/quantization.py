@@ -65,7 +65,7 @@ def check_quantization(name: str, settings: Any, device_map: Any, *, is_of_check
     """Ask transformers whether a kind of quantisation runs here.
 
     Args:
-        name: what the model is called.
+        name: of the model.
         settings: transformers' config of it, or what config.json holds.
         device_map: where the model is to be put.
         is_of_checkpoint: whether the checkpoint is quantised, rather than to be.
@@ -88,7 +88,7 @@ def check_quantization(name: str, settings: Any, device_map: Any, *, is_of_check
         if packages is None:
             raise MelensError(f"{quantized}, for which something is missing: {_first_sentence(error)}") from error
         install = f"pip install {packages} torch=={torch.__version__}"  # pip would take another torch
-        raise MelensError(f"{quantized}, which needs a package that is not here: `{install}` gets it.") from error
+        raise MelensError(f"{quantized}, which needs a package that is not installed. Run `{install}`.") from error
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise MelensError(f"{quantized}, which does not run here: {_first_sentence(error)}") from error
 
@@ -96,7 +96,7 @@ def check_quantization(name: str, settings: Any, device_map: Any, *, is_of_check
 def bits_of(settings: Any) -> int:
     """Return the bits of a quantised weight, at least as far as the settings say: 4 where they do not."""
     kind, settings = kind_of(settings), settings if isinstance(settings, Mapping) else settings.to_dict()
-    bits = settings.get("bits") or settings.get("w_bit") or (settings.get("nbits"))
+    bits = settings.get("bits") or settings.get("w_bit") or settings.get("nbits")
     return int(bits) if isinstance(bits, int) else 8 if "8" in kind else 4
 
 
@@ -117,11 +117,8 @@ def _first_sentence(error: BaseException) -> str:
 def refuse_joint_projections(name: str, mapping: Mapping[str, Any]) -> None:
     """Raise for a quantised model whose queries, keys and values, or gate and up, are one matrix.
 
-    TransformerLens splits such a matrix when it puts its bridge in, which packed weights do not allow.
-
-    Args:
-        name: what the model is called.
-        mapping: TransformerLens's components by name.
+    TransformerLens splits such a matrix when it puts its bridge in, which packed weights do not allow. `mapping` holds
+    its components by name.
     """
     joint = (JointQKVAttentionBridge, JointGateUpMLPBridge)
     waiting: list[GeneralizedComponent] = [part for part in mapping.values() if isinstance(part, GeneralizedComponent)]
@@ -129,8 +126,8 @@ def refuse_joint_projections(name: str, mapping: Mapping[str, Any]) -> None:
         if isinstance(part, joint):
             what = "queries, keys and values" if isinstance(part, JointQKVAttentionBridge) else "gate and up"
             raise MelensError(
-                f"{name} is quantised and holds {what} in one matrix ({part.name}), which TransformerLens cannot split "
-                "then: load it without quantisation."
+                f"{name} holds {what} in one quantised matrix ({part.name}), which TransformerLens cannot split. Load "
+                "the model without quantisation."
             )
         waiting += part.submodules.values()
 
@@ -155,15 +152,7 @@ def mixes_rows(network: Any) -> bool:
 
 
 def share_quantized_layers(twin: nn.Module, network: Any) -> set[str]:
-    """Put the quantised layers of a model, without what is hooked onto them, into another of its class.
-
-    Args:
-        twin: of plain modules, as the class makes them.
-        network: perhaps within the components of a bridge.
-
-    Returns:
-        The names of the layers in the twin.
-    """
+    """Put a model's quantised layers, perhaps in a bridge, into its plain twin without hooks; return their names."""
     shared: set[str] = set()
     if not is_quantized(network):
         return shared

@@ -26,21 +26,13 @@ __all__ = ["Skeleton", "by_place"]
 
 
 class Skeleton:
-    """A model on the meta device.
+    """A model on the meta device; its `architecture` is TransformerLens's name.
 
-    Attributes:
-        name: what the model is called.
-        config: of the model.
-        architecture: as TransformerLens names it.
+    Raises:
+        MelensError: an architecture that TransformerLens does not support, or a config that its class does not take.
     """
 
     def __init__(self, config: PreTrainedConfig, name: str, *, trust_remote_code: bool = False) -> None:
-        """Lay a model out.
-
-        Raises:
-            MelensError: an architecture that TransformerLens does not support, or a config that its class does not
-                take.
-        """
         self.name, self.config = name, config
         self.architecture = _architecture(config, name)
         _check_pad_id(config, name)
@@ -48,11 +40,10 @@ class Skeleton:
         plain = copy.deepcopy(config)
         if hasattr(plain, "quantization_config"):
             del plain.quantization_config
+        options = {"trust_remote_code": trust_remote_code, "attn_implementation": "eager"}
         try:
             with torch.device("meta"):
-                self.network: Any = kind.from_config(
-                    plain, trust_remote_code=trust_remote_code, attn_implementation="eager"
-                )
+                self.network: Any = kind.from_config(plain, **options)
         except ImportError:
             raise
         except Exception as error:  # whatever a class of transformers, or of the checkpoint's, makes of the config
@@ -63,42 +54,30 @@ class Skeleton:
     def check(self, quantize: Quantize | None = None) -> None:
         """Find out whether TransformerLens puts its bridge in, and melens can measure there.
 
-        Args:
-            quantize: to what the weights are quantised as they are loaded.
-
         Raises:
-            MelensError: an encoder, an encoder and decoder, a model of images or sound, one without blocks, or a
-                quantised one with joint projections.
+            MelensError: an encoder, an encoder and decoder, a model of images or sound, one without blocks, or one that
+                is quantised, or to be, with joint projections.
         """
-        measured = "melens measures decoders"
-        if getattr(self.network.config, "is_encoder_decoder", False):
-            raise MelensError(f"{self.name} ({self.architecture}) is an encoder with a decoder: {measured} alone.")
+        config, what = self.network.config, f"{self.name} ({self.architecture})"
+        if getattr(config, "is_encoder_decoder", False):
+            raise MelensError(f"{what} is an encoder with a decoder. {_MEASURED}")
         if self.network.main_input_name != "input_ids":
-            raise MelensError(f"{self.name} ({self.architecture}) reads no text: {measured} of text.")
-        is_for_gaps = type(self.network.config) in MODEL_FOR_MASKED_LM_MAPPING  # trained with every token in sight
-        if is_for_gaps and getattr(self.network.config, "is_decoder", False) is False:
-            raise MelensError(
-                f"{self.name} ({self.architecture}) is an encoder, whose tokens see those behind them: {measured}."
-            )
+            raise MelensError(f"{what} reads no text. {_MEASURED}")
+        is_for_gaps = type(config) in MODEL_FOR_MASKED_LM_MAPPING  # trained with every token in sight
+        if is_for_gaps and getattr(config, "is_decoder", False) is False:
+            raise MelensError(f"{what} is an encoder, whose tokens see those behind them. {_MEASURED}")
         dtype = next(self.network.parameters()).dtype
-        cfg = build_bridge_config_from_hf(self.network.config, self.architecture, self.name, dtype)
+        cfg = build_bridge_config_from_hf(config, self.architecture, self.name, dtype)
         mapping: Any = ArchitectureAdapterFactory.select_architecture_adapter(cfg).get_component_mapping()
         if "blocks" not in mapping:
-            raise MelensError(
-                f"TransformerLens gives {self.name} ({self.architecture}) no blocks, so there is nothing to measure at."
-            )
+            raise MelensError(f"TransformerLens gives {what} no blocks, so there is nothing to measure at.")
         if quantize is not None or quantization_of(self.config) is not None:
             refuse_joint_projections(self.name, mapping)
 
     # --- Memory -------------------------------------------------------------------------------------------------------
 
     def n_bytes(self, bytes_per_weight: float | int, settings: Any = None) -> float:
-        """Return what the weights take.
-
-        Args:
-            bytes_per_weight: of weights as they are.
-            settings: how linear layers but the head are quantised, as transformers or config.json says; None for not.
-        """
+        """Return what the weights take; `settings` say how linear layers but the head are quantised, None for not."""
         n_weights = sum(weight.numel() for weight in self.network.parameters())
         if settings is None:
             return float(n_weights * bytes_per_weight)
@@ -110,11 +89,7 @@ class Skeleton:
     def check_memory(
         self, needed: float, purpose: str, device: torch.device, max_memory: Any = None, device_map: Any = None
     ) -> None:
-        """Compare what a model needs with what is free.
-
-        Raises:
-            MelensError: too little.
-        """
+        """Raise a `MelensError` if a model needs more than is free."""
         if max_memory is not None:
             _check_max_memory(max_memory, needed, self.name)
             return
@@ -127,10 +102,13 @@ class Skeleton:
             free = psutil.virtual_memory().available
         if needed > free:
             raise MelensError(
-                f"{self.name} needs {needed / 1e9:.1f} GB for {purpose}, but {device} has {free / 1e9:.1f} GB free: "
-                "choose a smaller dtype, a smaller model or several GPUs, quantise it by model.quantize, or leave a "
-                "part elsewhere by model.max_memory."
+                f"{self.name} needs {needed / 1e9:.1f} GB for {purpose}, but {device} has {free / 1e9:.1f} GB free. "
+                "Choose a smaller dtype, a smaller model or several GPUs, quantise it with model.quantize, or keep a "
+                "part elsewhere with model.max_memory."
             )
+
+
+_MEASURED = "melens measures only decoders of text."
 
 
 def _architecture(config: PreTrainedConfig, name: str) -> str:
@@ -144,14 +122,14 @@ def _architecture(config: PreTrainedConfig, name: str) -> str:
     if described is not None and not isinstance(config, described):  # each would be taken for a part of the loading
         raise MelensError(
             f"The config.json of {name} names the architecture {architecture}, but its model_type is "
-            f"{config.model_type!r}, which is another: correct the one that is wrong."
+            f"{config.model_type!r}, that of another architecture. Correct the one that is wrong."
         )
     needed = SUPPORTED_ARCHITECTURES[architecture].required_libraries
     if missing := [library for library in needed if importlib.util.find_spec(library) is None]:
         install = f"pip install {' '.join(missing)} torch=={torch.__version__}"  # pip would take another torch
         raise MelensError(
-            f"{name} has the architecture {architecture}, for which TransformerLens needs {' and '.join(missing)}; "
-            f"melens installs nothing: `{install}` does."
+            f"{name} has the architecture {architecture}, for which TransformerLens needs {' and '.join(missing)}. "
+            f"Install it with `{install}`."
         )
     return architecture
 
@@ -161,7 +139,7 @@ def _check_pad_id(config: PreTrainedConfig, name: str) -> None:
     pad, rows = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
     if isinstance(pad, int) and isinstance(rows, int) and pad >= rows:
         raise MelensError(
-            f"The config of {name} gives the padding the id {pad}, but its embedding has only {rows} rows: correct "
+            f"The config of {name} gives the padding the id {pad}, but its embedding has only {rows} rows. Correct "
             "pad_token_id or vocab_size."
         )
 
@@ -176,7 +154,7 @@ def _check_max_memory(max_memory: Mapping[Any, Any], needed: float, name: str) -
         if place != "disk" and share > (free := _free_bytes(place)):
             raise MelensError(
                 f"{name} would take {share / 1e9:.1f} GB of {place if place == 'cpu' else f'GPU {place}'}, which has "
-                f"{free / 1e9:.1f} GB free: set model.max_memory.{place} to less; the rest stays on disk."
+                f"{free / 1e9:.1f} GB free. Set model.max_memory.{place} to less; the rest stays on disk."
             )
         needed -= share
 

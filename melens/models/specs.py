@@ -95,27 +95,22 @@ def spec_of(name: Any, overrides: Mapping[str, Any]) -> ModelSpec:
     name = _as_text(name)
     base = known.get(name, {}) if isinstance(name, str) and name != "hub" else {}
     given = {key: _as_text(value) for key, value in overrides.items()}
-    spec = _checked({**base, **given, "name": name})
-    if not base and spec.source == "hub" and "/" not in spec.name and not Path(os.path.expanduser(spec.name)).exists():
-        close = difflib.get_close_matches(spec.name, known, n=3, cutoff=0.4) or sorted(known)
-        raise MelensError(
-            f"There is no model {spec.name!r}; the nearest known are {', '.join(close)}, "
-            "or give a hub id (org/model) or a local folder."
-        )
-    if spec.source == "random" and (spec.device_map is not None or spec.max_memory is not None):
-        raise MelensError("A random model is made on one device: leave model.device_map and model.max_memory out.")
-    if spec.source == "random" and spec.quantize is not None:
-        raise MelensError("A random model is made as it is, not quantised: leave model.quantize out.")
-    return spec
-
-
-def _checked(options: dict[str, Any]) -> ModelSpec:
+    options = {**base, **given, "name": name}
     try:
         spec: ModelSpec = TypeAdapter(ModelSpec).validate_python(options)
     except ValidationError as error:
         first = error.errors()[0]
-        option = first["loc"][0]
-        raise MelensError(f"model.{option} is {in_words(options[str(option)])}; {why_not(first)}.") from None
+        option = str(first["loc"][0])
+        raise MelensError(f"model.{option} is {in_words(options[option])}; {why_not(first)}.") from None
+    if not base and spec.source == "hub" and "/" not in spec.name and not Path(os.path.expanduser(spec.name)).exists():
+        close = difflib.get_close_matches(spec.name, known, n=3, cutoff=0.4) or sorted(known)
+        raise MelensError(
+            f"There is no model {spec.name!r}; the nearest known are {', '.join(close)}. You can "
+            "also give a hub id (org/model) or a local folder."
+        )
+    excess = [key for key in ("device_map", "max_memory", "quantize") if getattr(spec, key) is not None]
+    if spec.source == "random" and excess:
+        raise MelensError(f"A random model is made on one device and not quantised. Leave out model.{excess[0]}.")
     return spec
 
 

@@ -77,7 +77,7 @@ HUGE = {"hidden_size": 65536, "intermediate_size": 262144, "num_hidden_layers": 
         ("smollm2-135m", {"colour": "red"}, "no option 'colour'"),
         ("smollm2-135m", {"dtype": "int3"}, "model.dtype is 'int3'; it must be auto, float32"),
         ("smollm2-135m", {"device": "toaster"}, "model.device is 'toaster'; it must be auto, cpu"),
-        ("random", {"model_type": "vit", "config": {}}, "no causal language model"),
+        ("random", {"model_type": "vit", "config": {}}, "not a causal language model"),
         ("random", {"model_type": "nonsense"}, "nonsense"),
         ("random", {"config": HUGE}, "GB free"),
     ],
@@ -136,7 +136,7 @@ def http_error(kind):
 @pytest.mark.parametrize(
     ("cause", "message"),
     [
-        ("GatedRepoError", "is gated: accept its licence"),
+        ("GatedRepoError", "is gated. Accept its licence"),
         ("RepositoryNotFoundError", "no model org/model that you may read"),
         ("RevisionNotFoundError", "no such revision"),
     ],
@@ -236,7 +236,7 @@ def test_a_full_disk_is_told_with_the_folder_and_leaves_nothing(small_cache, mon
 
     monkeypatch.setattr(models, "_dequantise", fail)
     kept_in = small_cache / "cache"
-    with pytest.raises(MelensError, match=rf"cannot be stored in {kept_in} \(.*\): set MELENS_CACHE to a folder"):
+    with pytest.raises(MelensError, match=rf"cannot be stored in {kept_in} \(.*\)\. Set MELENS_CACHE to a folder"):
         models.embedded_model_folder()
     assert [path.name for path in kept_in.iterdir() if path.is_dir()] == []
 

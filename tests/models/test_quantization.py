@@ -116,7 +116,7 @@ def load(folder, **options):
 
 def test_a_quantised_checkpoint_is_loaded_as_it_is_and_told_of(in_rows):
     plain, folder = in_rows
-    with pytest.warns(UserWarning, match="computes with weights quantised by rows, and what is measured is that model"):
+    with pytest.warns(UserWarning, match="computes with weights quantised by rows, which is what melens measures"):
         model = melens.load_model(folder, device="cpu")
     assert model.original_model.model.layers[0].mlp.up_proj.original_component.weight.dtype == torch.int8
     with torch.no_grad():
@@ -197,7 +197,7 @@ def test_a_quantised_model_is_not_trained(in_rows, tmp_path):
 def test_a_joint_projection_of_packed_weights_is_refused_before_they_are_read(tmp_path):
     save_in_rows(plain_model("phi3"), tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(MelensError, match="is quantised and holds queries, keys and values in one matrix"):
+    with pytest.raises(MelensError, match="holds queries, keys and values in one quantised matrix"):
         load(tmp_path)
 
 
@@ -251,7 +251,7 @@ def test_a_package_that_is_missing_is_named_with_the_command_to_install_it(tmp_p
     with pytest.raises(MelensError) as raised:
         load(save_config(tmp_path, **told))
     command = f"`pip install {packages} torch=={torch.__version__}`"
-    assert f"is quantised with {kind}, which needs a package that is not here: {command} gets it." in str(raised.value)
+    assert f"is quantised with {kind}, which needs a package that is not installed. Run {command}." in str(raised.value)
 
 
 def test_a_quantisation_that_does_not_run_here_is_told(tmp_path, monkeypatch):
@@ -285,7 +285,7 @@ def test_fp8_without_a_gpu_is_dequantised_and_told_of(tmp_path, monkeypatch):
     content = json.loads((tmp_path / "config.json").read_text())
     content["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [32, 32]}
     (tmp_path / "config.json").write_text(json.dumps(content))
-    with pytest.warns(UserWarning, match="is quantised by fp8: its weights were dequantised to float32"):
+    with pytest.warns(UserWarning, match="fp8. melens measures it with its weights dequantised to float32"):
         model = melens.load_model(tmp_path, device="cpu", dtype="float32")
     assert not quantization.is_quantized(model.original_model)
     with torch.no_grad():
@@ -307,11 +307,11 @@ def test_the_memory_of_quantised_weights_is_that_of_their_bits():
 
 
 def test_what_is_quantised_is_not_quantised_again(in_rows):
-    with pytest.raises(MelensError, match=r"is quantised already: leave model\.quantize out"):
+    with pytest.raises(MelensError, match=r"is quantised already\. Leave out model\.quantize"):
         load(in_rows[1], quantize="4bit")
     with pytest.raises(MelensError, match=r"model\.quantize is '3bit'; it must be 8bit, 4bit or null"):
         load(in_rows[1], quantize="3bit")
-    with pytest.raises(MelensError, match=r"leave model\.quantize out"):
+    with pytest.raises(MelensError, match=r"Leave out model\.quantize"):
         melens.load_model("random", quantize="8bit")
 
 

@@ -55,7 +55,7 @@ def test_a_path_a_dtype_and_a_device_may_be_objects(tmp_path):
         (None, {}, "model.name is null; it must be a name, a hub id, or the path of a folder or file."),
         (3, {}, "model.name is 3; it must be a name, a hub id, or the path of a folder or file."),
         ("", {}, "model.name is ''; it must be a name, a hub id, or the path of a folder or file."),
-        ("a b/c", {}, "'a b/c' is neither a folder nor a hub id, which is like org/model."),
+        ("a b/c", {}, "'a b/c' is neither a folder nor a hub id like org/model."),
         ("tiny", {"dtype": None}, "model.dtype is null; it must be auto, float32, bfloat16 or float16."),
         ("tiny", {"dtype": torch.int8}, "model.dtype is 'int8'; it must be auto, float32, bfloat16 or float16."),
         ("tiny", {"device": None}, "model.device is null; it must be auto, cpu, mps, cuda or cuda:1."),
@@ -96,7 +96,7 @@ def test_devices_that_are_not_here_are_told(monkeypatch, option, place, n_gpus, 
 
 def test_a_device_map_that_means_nothing_is_told(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert refused("org/model", device_map="bogus").startswith("model.device_map names 'bogus', which is no device;")
+    assert refused("org/model", device_map="bogus").startswith("model.device_map names 'bogus', which is not a device;")
     assert refused("org/model", device_map={"": 0}) == "model.device_map is 'cuda:0', but this machine has only cpu."
 
 
@@ -106,20 +106,20 @@ def test_a_device_map_that_means_nothing_is_told(monkeypatch):
 def test_a_single_file_is_told_with_the_folder_to_give(tmp_path):
     plain_model("llama").save_pretrained(tmp_path)
     sentence = refused(tmp_path / "model.safetensors")
-    assert sentence.endswith(f"is a single file: give the folder that holds the model, {tmp_path}.")
+    assert sentence.endswith(f"is a single file. Give the folder that holds the model, {tmp_path}.")
     (tmp_path / "config.json").unlink()
-    assert "a single file without a config.json beside it" in refused(str(tmp_path / "model.safetensors"))
+    assert "model.safetensors has no config.json beside it" in refused(str(tmp_path / "model.safetensors"))
 
 
 @pytest.mark.parametrize(
     ("file", "told"),
     [
-        ("model.gguf", "but GGUF files: give one of them, {folder}/model.gguf."),
-        ("checkpoint-20/config.json", "but checkpoints of a training: give one of them, {folder}/checkpoint-20."),
-        ("inner/config.json", "but a model in a folder inside it: give {folder}/inner."),
-        ("model.safetensors", "but weights without their config.json: add that of the model."),
-        ("pytorch_model.bin", "but weights without their config.json: add that of the model."),
-        ("__0_0.distcp", "but a sharded checkpoint of FSDP: join it with `accelerate merge-weights`"),
+        ("model.gguf", "but GGUF files. Give one of them, {folder}/model.gguf."),
+        ("checkpoint-20/config.json", "but checkpoints of a training. Give one of them, {folder}/checkpoint-20."),
+        ("inner/config.json", "but a model in a folder inside it. Give {folder}/inner."),
+        ("model.safetensors", "but weights. Add the config.json of their model."),
+        ("pytorch_model.bin", "but weights. Add the config.json of their model."),
+        ("__0_0.distcp", "but a sharded checkpoint of FSDP. Join it with `accelerate merge-weights`"),
         ("params.json", "but a model in its makers' own format (params.json)"),
         ("model_final.pth", "but a model in PyTorch's or TransformerLens's format"),
         ("readme.txt", "holds no transformers model (it has no config.json)."),
@@ -134,7 +134,7 @@ def test_a_folder_of_another_kind_is_told_with_what_it_holds(tmp_path, file, tol
 @pytest.mark.parametrize("content", ["{", "[]", "{}"])
 def test_an_adapter_of_which_little_is_told_is_one_all_the_same(tmp_path, content):
     (tmp_path / "adapter_config.json").write_text(content)
-    assert "holds an adapter, whose base model it does not name, not a model: merge the two" in refused(tmp_path)
+    assert "holds an adapter for a base model that it does not name, not a model. Merge the two" in refused(tmp_path)
 
 
 # --- config.json ------------------------------------------------------------------------------------------------------
@@ -143,19 +143,19 @@ def test_an_adapter_of_which_little_is_told_is_one_all_the_same(tmp_path, conten
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (b"hello", "config.json is no JSON (Expecting value: line 1"),
-        (b"", "config.json is no JSON"),
-        (b'{"model_type": "lla', "config.json is no JSON (Unterminated string"),
-        (b"\xff\xfe{", "config.json is no JSON ('utf-8' codec"),
-        (b"[]", "it holds no fields by name."),
-        (b"{}", "config.json is not transformers': it names no model_type."),
+        (b"hello", "config.json is not JSON (Expecting value: line 1"),
+        (b"", "config.json is not JSON"),
+        (b'{"model_type": "lla', "config.json is not JSON (Unterminated string"),
+        (b"\xff\xfe{", "config.json is not JSON ('utf-8' codec"),
+        (b"[]", "it has no named fields."),
+        (b"{}", "config.json has no model_type. Give"),
         (
             b'{"d_model": 8, "n_layers": 1, "n_ctx": 16}',
-            "config.json is TransformerLens's own: it names no model_type.",
+            "config.json has no model_type, as TransformerLens writes it. Give",
         ),
-        (b'{"model_type": "lama"}', "is of the model type 'lama', which transformers"),
-        (b'{"model_type": "lama"}', "does not know (it knows llama"),
-        (b'{"model_type": 3}', "is of the model type 3, which transformers"),
+        (b'{"model_type": "lama"}', "has the model_type 'lama', which transformers"),
+        (b'{"model_type": "lama"}', "does not know; the nearest known are llama"),
+        (b'{"model_type": 3}', "has the model_type 3, which transformers"),
         (b'{"model_type": "llama", "hidden_size": "x"}', "Field 'hidden_size' expected int, got str"),
         (b'{"model_type": "llama", "dtype": "nope"}', "has no attribute 'nope'."),
     ],
@@ -201,7 +201,7 @@ _SMALL |= {"num_attention_heads": 4}
             "T5ForConditionalGeneration",
             "t5",
             _ENCODER_DECODER,
-            "is an encoder with a decoder: melens measures decoders",
+            "is an encoder with a decoder. melens measures only decoders",
         ),
         ("BertForMaskedLM", "bert", _SMALL, "is an encoder, whose tokens see those behind them"),
         ("BertLMHeadModel", "bert", _SMALL, "is an encoder, whose tokens see those behind them"),
@@ -280,7 +280,7 @@ def test_damaged_pickles_are_named(tmp_path, damage):
     melens.load_model(tmp_path, device="cpu")
     file = tmp_path / "pytorch_model.bin"
     file.write_bytes(damage(file.read_bytes()))
-    assert f"The weights in {file} cannot be read (it ends early, or is no file of its kind)" in refused(tmp_path)
+    assert f"The weights in {file} cannot be read (it ends early or has another format)" in refused(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["{", "{}", "[]"])
@@ -292,7 +292,7 @@ def test_a_damaged_index_is_named(tmp_path, content):
 
 
 def test_weights_that_are_not_there_are_told(tmp_path):
-    assert refused(save_config(tmp_path)).startswith(f"{tmp_path} holds no weights: model.safetensors, ")
+    assert refused(save_config(tmp_path)).startswith(f"{tmp_path} holds no weights. Add model.safetensors, ")
 
 
 def test_a_model_that_was_saved_without_its_head_is_told_as_such(tmp_path):
@@ -312,7 +312,7 @@ def save_with_vocabulary(folder, n_rows):
 
 def test_a_tokenizer_of_more_tokens_than_the_embedding_has_rows_is_refused(tmp_path):
     save_with_vocabulary(tmp_path, 200)
-    assert "has 256 tokens, but the embedding only 200 rows: it is another model's" in refused(tmp_path)
+    assert "has 256 tokens, but the embedding only 200 rows. It belongs to another model" in refused(tmp_path)
 
 
 def test_tokens_that_were_added_beyond_the_embedding_are_told(tmp_path):
@@ -382,7 +382,7 @@ def test_a_gguf_file_is_the_model_that_it_holds(tmp_path, monkeypatch):
         assert asked[0]["quantization_config"].dequantize
     assert model.tokenizer("Hi")["input_ids"]
     assert melens.trace(model, ["Hello there"]).model["n_layers"] == N_LAYERS
-    assert "is quantised already: leave model.quantize out" in refused(tmp_path / "tiny.gguf", quantize="8bit")
+    assert "is quantised already. Leave out model.quantize" in refused(tmp_path / "tiny.gguf", quantize="8bit")
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF\3\0\0\0" + b"\0" * 16])
