@@ -6,20 +6,24 @@
 1. `GainAlignment` measures at every normalisation's output ĥ, of token 0 and of the others: its norm (WeightNorm), its
    share on the dims K with the largest gains (Frac, equation 1), and its KL divergence from the gain (equation 2).
 2. Figure 2 shows the norms; figure 3 the differences Δ, token 0 minus the mean of the others.
+3. Before the FFN the ME layer is compared with every other block up to the trailing ones: most blocks have a ΔFrac over
+   0, so that the sign alone sets none apart.
+4. Behind the ME layer the norm of token 0 falls in some families and rises in others (appendix H).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from transformer_lens.model_bridge import TransformerBridge
 
-from melens.analysis.statistics import mean_by, mean_interval, peak_layer, with_interval
+from melens.analysis.peaks import by_state, compared_prompts, geometric_mean, place_among
+from melens.analysis.statistics import mean_by, mean_metric, peak_layer, with_interval
 from melens.analysis.study import Study
-from melens.claims.engine import Claim, Judgement, at_least, at_most
 from melens.errors import MelensError
 from melens.figures.curves import Curve, Panel, curves_by_block
 from melens.figures.style import COLORS, FIRST, OTHERS
@@ -27,38 +31,77 @@ from melens.models.normalization import has_normalization, named_normalization, 
 from melens.report.result import Figure, Interval, Metrics, Result
 from melens.tracing.probes import GainAlignment, Probe
 
-__all__ = ["CLAIMS", "RmsnormMetrics", "normalization", "probes"]
+__all__ = ["RmsnormMetrics", "normalization", "probes"]
 
 SITES = ("ln2", "ln1")
+BEFORE_FFN = "ln2.hook_out"
 STANDS_OUT = 2
 """Token 0's WeightNorm over the others', from which it is not alike."""
+RISING = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+"""The families in which appendix H sees the norm rise behind the ME layer; elsewhere it peaks there."""
 NO_NORM = "The ME layer's FFN has no norm of its own before it."
 
 
 class RmsnormMetrics(Metrics):
-    """What `normalization` measures before the FFN of the ME layer, mean over prompts.
+    """What `normalization` measures before the FFN, token 0 against the others, one prompt a distinct first token.
+
+    Blocks up to the trailing ones are compared; the next block is the one furthest out among the others.
 
     Attributes:
         top_share: of the width, which are the dims K.
-        delta_frac: ΔFrac, token 0's share on the dims K minus the others'.
+        delta_frac: ΔFrac in the ME layer, token 0's share on the dims K minus the others'.
         delta_frac_top_layer: of the blocks up to the ME layer the one where it is largest.
         delta_frac_by_share: the same for other shares of the width.
-        delta_kl: ΔKL in nats: negative where token 0 is closer to the gain than the others.
-        weight_norm_ratio: WeightNorm of token 0 over the others'.
+        delta_frac_lead, delta_frac_next_layer: ΔFrac in the ME layer minus that in the next block.
+        delta_frac_share_larger: of the other blocks those with a larger one.
+        delta_kl: ΔKL there in nats: negative where token 0 is closer to the gain than the others.
+        delta_kl_lead, delta_kl_next_layer, delta_kl_share_lower: by how many nats it is lower than in the next block,
+            and of the other blocks those with a lower one.
+        weight_norm_ratio: WeightNorm of token 0 over the others' in the ME layer.
         weight_norm_first_layer: the first block where that is at least 2; None where it never is.
+        weight_norm_before, weight_norm_before_layer: the same ratio in the block before the ME layer in which it is
+            furthest from 1, either way.
+        weight_norm_lead, weight_norm_next_layer: the ratio in the ME layer over that in the next block (geometric
+            mean).
+        norm_lead, norm_next_layer: the same of token 0's own WeightNorm ‖ĥ₀‖.
+        norm_at_end: ‖ĥ₀‖ in the last block before the trailing ones over that in the ME layer (geometric mean).
+        norm_rising: of the pairs of blocks from the ME layer on, those of which the later has the larger ‖ĥ₀‖.
+        rises_in_paper: whether appendix H sees ‖ĥ₀‖ rise behind the ME layer in this family; else it peaks there.
     """
 
     experiment = "rmsnorm"
     top_share: float = 0.01
     delta_frac_top_layer: int | None = None
     delta_frac_by_share: dict[str, float] | None = None
-    weight_norm_ratio: float | None = None
-    weight_norm_ratio_interval: Interval | None = None
-    delta_kl: float | None = None
-    delta_kl_interval: Interval | None = None
     delta_frac: float | None = None
     delta_frac_interval: Interval | None = None
+    delta_frac_lead: float | None = None
+    delta_frac_lead_interval: Interval | None = None
+    delta_frac_next_layer: int | None = None
+    delta_frac_share_larger: float | None = None
+    delta_kl: float | None = None
+    delta_kl_interval: Interval | None = None
+    delta_kl_lead: float | None = None
+    delta_kl_lead_interval: Interval | None = None
+    delta_kl_next_layer: int | None = None
+    delta_kl_share_lower: float | None = None
+    weight_norm_ratio: float | None = None
+    weight_norm_ratio_interval: Interval | None = None
     weight_norm_first_layer: int | None = None
+    weight_norm_before: float | None = None
+    weight_norm_before_interval: Interval | None = None
+    weight_norm_before_layer: int | None = None
+    weight_norm_lead: float | None = None
+    weight_norm_lead_interval: Interval | None = None
+    weight_norm_next_layer: int | None = None
+    norm_lead: float | None = None
+    norm_lead_interval: Interval | None = None
+    norm_next_layer: int | None = None
+    norm_at_end: float | None = None
+    norm_at_end_interval: Interval | None = None
+    norm_rising: float | None = None
+    norm_rising_interval: Interval | None = None
+    rises_in_paper: bool = False
 
 
 def probes(model: TransformerBridge, top_share: float, other_shares: Sequence[float]) -> list[Probe]:
@@ -100,7 +143,8 @@ def normalization(study: Study, *, top_share: float = 0.01, other_shares: Sequen
     """
     trace = study.traced(probes(study.model, top_share, other_shares))
     shares = sorted({top_share, *other_shares})
-    table = _compared(study.of_massive_prompts(trace["gain_alignment"]))
+    alignment = trace["gain_alignment"]
+    table = _compared(alignment[alignment["prompt"].isin(compared_prompts(study))])
     deltas = ["delta_kl", *(f"delta_frac_{share:g}" for share in shares)]
     quantities = [*deltas, "weight_norm", "weight_norm_others", "weight_norm_ratio"]
     means = [mean_by(table, name, ("site", "layer")).assign(quantity=name) for name in quantities]
@@ -128,27 +172,82 @@ def _compared(table: pd.DataFrame) -> pd.DataFrame:
 def _metrics(
     study: Study, table: pd.DataFrame, by_block: pd.DataFrame, top_share: float, shares: Sequence[float]
 ) -> RmsnormMetrics:
-    ratios = by_block[(by_block["site"] == "ln2.hook_out") & (by_block["quantity"] == "weight_norm_ratio")]
+    ratios = by_block[(by_block["site"] == BEFORE_FFN) & (by_block["quantity"] == "weight_norm_ratio")]
     stands_out = ratios[ratios["mean"] >= STANDS_OUT]["layer"]
     first = int(stands_out.iloc[0]) if len(stands_out) else None
     shared = study.layout.metrics() | {"weight_norm_first_layer": first}
-    n_tokens = table["prompt"].map(study.trace.prompts.set_index("prompt")["n_tokens"])
-    at_ln2 = table[(table["site"] == "ln2.hook_out") & (n_tokens > 1)]  # else there are no other tokens
+    at_ln2 = table[(table["site"] == BEFORE_FFN) & table["weight_norm_others"].notna()]
     here = at_ln2[at_ln2["layer"] == study.me.layer]
     if here.empty:
         return study.metrics(RmsnormMetrics, **shared, why_not=NO_NORM)
     frac = f"delta_frac_{top_share:g}"
-    ratio, kl, delta_frac = (here[name].to_numpy() for name in ("weight_norm_ratio", "delta_kl", frac))
     return study.metrics(
         RmsnormMetrics,
         **shared,
         top_share=top_share,
         delta_frac_top_layer=peak_layer(mean_by(at_ln2[at_ln2["layer"] <= study.me.layer], frac)),
         delta_frac_by_share={f"{share:g}": float(here[f"delta_frac_{share:g}"].mean()) for share in shares},
-        weight_norm_ratio=float(ratio.mean()), weight_norm_ratio_interval=mean_interval(ratio),
-        delta_kl=float(kl.mean()), delta_kl_interval=mean_interval(kl),
-        delta_frac=float(delta_frac.mean()), delta_frac_interval=mean_interval(delta_frac),
-    )  # fmt: skip
+        **mean_metric("delta_frac", here[frac].to_numpy()),
+        **mean_metric("delta_kl", here["delta_kl"].to_numpy()),
+        **mean_metric("weight_norm_ratio", here["weight_norm_ratio"].to_numpy()),
+        **_among_blocks(study, at_ln2, frac),
+        **_before(study, at_ln2),
+        **_behind(study, at_ln2),
+    )
+
+
+def _among_blocks(study: Study, table: pd.DataFrame, frac: str) -> dict[str, Any]:
+    """Compare ΔFrac, ΔKL, the ratio of WeightNorms and token 0's own in the ME layer with the next block's."""
+
+    def of_states(value: str) -> pd.DataFrame:
+        return by_state(table, value, up_to=study.last_before_trailing)
+
+    found: dict[str, Any] = {}
+    if (place := place_among(of_states(frac), study.me.layer)) is not None:
+        found |= {"delta_frac_lead": place.lead, "delta_frac_lead_interval": place.lead_interval}
+        found |= {"delta_frac_next_layer": place.next_layer, "delta_frac_share_larger": place.share_larger}
+    if (place := place_among(-of_states("delta_kl"), study.me.layer)) is not None:
+        found |= {"delta_kl_lead": place.lead, "delta_kl_lead_interval": place.lead_interval}
+        found |= {"delta_kl_next_layer": place.next_layer, "delta_kl_share_lower": place.share_larger}
+    for name, value in {"weight_norm": "weight_norm_ratio", "norm": "weight_norm"}.items():
+        values = of_states(value)
+        if (place := place_among(values.apply(np.log), study.me.layer)) is not None:
+            lead, interval = geometric_mean((values[study.me.layer] / values[place.next_layer]).to_numpy())
+            found |= {f"{name}_lead": lead, f"{name}_lead_interval": interval, f"{name}_next_layer": place.next_layer}
+    return found
+
+
+def _before(study: Study, table: pd.DataFrame) -> dict[str, Any]:
+    """Find the block before the ME layer in which token 0's WeightNorm is least like the others', either way."""
+    means = mean_by(table[table["layer"] < study.me.layer], "weight_norm_ratio")
+    if means.empty:
+        return {}
+    least_alike = means.loc[np.log(means["mean"]).abs().idxmax()]
+    return {
+        "weight_norm_before": float(least_alike["mean"]),
+        "weight_norm_before_interval": (float(least_alike["low"]), float(least_alike["high"])),
+        "weight_norm_before_layer": int(least_alike["layer"]),
+    }
+
+
+def _behind(study: Study, table: pd.DataFrame) -> dict[str, Any]:
+    """Measure whether token 0's WeightNorm rises from the ME layer on (appendix H), and whether the paper says so."""
+    model = study.trace.model
+    family = model.get("family")
+    is_rising = model.get("architecture") in RISING.values() if family is None else family in RISING
+    values = by_state(table[table["layer"] >= study.me.layer], "weight_norm", up_to=study.last_before_trailing)
+    if len(values.columns) < 2:
+        return {"rises_in_paper": is_rising}
+    norms = values.to_numpy(dtype=float)
+    earlier, later = np.triu_indices(norms.shape[1], k=1)
+    rising = (norms[:, later] > norms[:, earlier]).mean(axis=1)
+    at_end, interval = geometric_mean(norms[:, -1] / norms[:, 0])
+    return {
+        "norm_at_end": at_end,
+        "norm_at_end_interval": interval,
+        **mean_metric("norm_rising", rising),
+        "rises_in_paper": is_rising,
+    }
 
 
 def _in_words(metrics: RmsnormMetrics) -> tuple[str, str]:
@@ -160,12 +259,22 @@ def _in_words(metrics: RmsnormMetrics) -> tuple[str, str]:
     first = metrics.weight_norm_first_layer
     where = f"it is first twice theirs in block {first}" if first is not None else "in no block is it twice theirs"
     times = with_interval(ratio, metrics.weight_norm_ratio_interval)
+    norm = f"In block {metrics.me_layer} the norm of token 0 is {times} times the others'; {where}."
+    if metrics.norm_lead is not None:
+        norm += f" Its own norm there is × {metrics.norm_lead:.3g} that in block {metrics.norm_next_layer}"
+        norm += ", the next largest before the trailing blocks."
     share = with_interval(frac, metrics.delta_frac_interval, "+.3f")
     nats = with_interval(kl, metrics.delta_kl_interval, "+.3f")
-    return (
-        f"In block {metrics.me_layer} the norm of token 0 is {times} times the others'; {where}.",
-        f"In block {metrics.me_layer} ΔFrac (K = {metrics.top_share:.1%} of the width) is {share}, ΔKL {nats} nats.",
+    along = f"In block {metrics.me_layer} ΔFrac (K = {metrics.top_share:.1%} of the width) is {share}"
+    along += _against_next(metrics.delta_frac_lead, metrics.delta_frac_next_layer, "more", "less")
+    along += (
+        f"; ΔKL is {nats} nats{_against_next(metrics.delta_kl_lead, metrics.delta_kl_next_layer, 'lower', 'higher')}."
     )
+    return norm, along
+
+
+def _against_next(lead: float | None, next_layer: int | None, beyond: str, short: str) -> str:
+    return "" if lead is None else f", {abs(lead):.3f} {beyond if lead > 0 else short} than in block {next_layer}"
 
 
 # --- Figures ----------------------------------------------------------------------------------------------------------
@@ -188,7 +297,7 @@ def _weight_norm_figure(study: Study, by_block: pd.DataFrame) -> go.Figure:
         first = _curve(by_block, site, "weight_norm", "token 0", FIRST)
         panels.append(Panel(f"Output of {name}", "WeightNorm ‖ĥ‖", [others, first], study.me.layer, log_scale=True))
     note = "Lines: means over prompts. Bands: their 95% intervals."
-    title = study.title("Norm of the normalisations' outputs")
+    title = study.title("Norm of the normalisations' outputs", len(compared_prompts(study)))
     return curves_by_block(panels, title=title, note=note, scale_buttons=True)
 
 
@@ -208,58 +317,5 @@ def _alignment_figure(study: Study, by_block: pd.DataFrame, shares: Sequence[flo
         "Token 0 minus the mean of the others. Lines: means over prompts. Bands: their 95% intervals. "
         "K: the dims with the largest gains."
     )
-    return curves_by_block(panels, title=study.title("How far token 0 lies along the gain"), note=note)
-
-
-# --- Claims -----------------------------------------------------------------------------------------------------------
-
-
-def _stands_out_first(metrics: RmsnormMetrics) -> Judgement:
-    judged = at_least(metrics.weight_norm_ratio, metrics.weight_norm_ratio_interval, STANDS_OUT, why_not=NO_NORM)
-    if judged.value is None:
-        return judged
-    first = metrics.weight_norm_first_layer
-    note = f"Twice the others' first at block {first}." if first is not None else "Twice the others' at no block."
-    if judged.verdict == "holds" and first != metrics.me_layer:
-        return replace(judged, verdict="holds in part", note=note)
-    return replace(judged, note=note)
-
-
-def _delta_frac(metrics: RmsnormMetrics) -> Judgement:
-    judged = at_least(metrics.delta_frac, metrics.delta_frac_interval, 1e-9, why_not=metrics.why_not)
-    top = metrics.delta_frac_top_layer
-    if judged.verdict == "holds" and top != metrics.me_layer:
-        judged = replace(judged, verdict="holds in part", note=f"Positive, but larger at block {top}.")
-    if metrics.top_share != 0.01:
-        judged = replace(judged, note=f"{judged.note} Here K was {metrics.top_share:.2%} of the width.".strip())
-    return judged
-
-
-CLAIMS = (
-    Claim(
-        id="weight-norm", fixed="2026-11-22 a1bbeb3",
-        source="section 3.1, figure 2", figure="weight_norm", metrics=RmsnormMetrics,
-        claim="The norm before the FFN makes token 0 stand out, at the ME layer first",
-        statistic="WeightNorm of token 0 over the others' mean at the ME layer",
-        criterion=">= 2 there and at no earlier block; in part: >= 2 there", why="alike is taken as less than twice",
-        of_token_0=True, of_ffn=True, judge=_stands_out_first,
-    ),
-    Claim(
-        id="delta-frac", fixed="2026-11-22 a1bbeb3",
-        source="section 3.1, equation 1, figure 3", figure="gain_alignment", metrics=RmsnormMetrics,
-        claim="There its output lies more on the dims with the largest gains",
-        statistic="ΔFrac at the ME layer, K = 1% of the width",
-        criterion="> 0 and the largest up to there; in part: > 0",
-        why="the sign is the paper's; 'far exceeds other layers' its words",
-        of_token_0=True, of_ffn=True, judge=_delta_frac,
-    ),
-    Claim(
-        id="delta-kl", fixed="2026-11-22 b7ed470",
-        source="section 3.1, equation 2, figure 3", figure="gain_alignment", metrics=RmsnormMetrics,
-        claim="There its output is closer to the distribution of the gains",
-        statistic="ΔKL at the ME layer, nats",
-        criterion="< 0", why="the sign is the paper's",
-        of_token_0=True, of_ffn=True,
-        judge=lambda metrics: at_most(metrics.delta_kl, metrics.delta_kl_interval, -1e-9, why_not=metrics.why_not),
-    ),
-)  # fmt: skip
+    title = study.title("How far token 0 lies along the gain", len(compared_prompts(study)))
+    return curves_by_block(panels, title=title, note=note)

@@ -14,7 +14,7 @@ from melens.analysis.block_ablation import CLAIMS as ABLATION
 from melens.analysis.emergence_norms import CLAIMS as EMERGENCE
 from melens.analysis.emergence_norms import EmergenceMetrics
 from melens.analysis.ffn_concentration import CLAIMS as FFN
-from melens.analysis.norm_gains import CLAIMS as RMSNORM
+from melens.analysis.norm_gain_claims import CLAIMS as RMSNORM
 from melens.analysis.token_direction import CLAIMS as DIRECTION
 from melens.analysis.weights import CLAIMS as WEIGHTS
 from melens.benchmarks.comparison import CLAIMS as BENCHMARK

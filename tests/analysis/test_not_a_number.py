@@ -365,7 +365,7 @@ MEASURED = {
     "ffn-needed": {"left_without_ffn": NAN},
     "norm-stable": {"norm_drift": NAN},
     "weight-norm": {"weight_norm_ratio": NAN, "weight_norm_first_layer": 1},
-    "delta-kl": {"delta_kl": NAN},
+    "delta-kl": {"delta_kl": NAN, "delta_kl_lead": 1.0, "delta_kl_share_lower": 0.0},
 }
 
 

@@ -48,10 +48,11 @@ def test_a_mean_must_stay_below_its_threshold_with_its_interval(value, interval,
 @pytest.mark.parametrize(
     ("metrics", "expected"),
     [
-        ({"weight_norm_ratio": 3, "weight_norm_first_layer": 11}, "holds"),
-        ({"weight_norm_ratio": 3, "weight_norm_first_layer": 4}, "holds in part"),
-        ({"weight_norm_ratio": 1.6, "weight_norm_first_layer": 28}, "does not hold"),
-        ({"weight_norm_first_layer": None}, "not measured"),
+        ({"weight_norm_ratio": 3, "weight_norm_before": 1.6}, "holds"),
+        ({"weight_norm_ratio": 3, "weight_norm_before": 2.1}, "holds in part"),
+        ({"weight_norm_ratio": 3}, "holds in part"),
+        ({"weight_norm_ratio": 1.6, "weight_norm_before": 1.6}, "does not hold"),
+        ({"weight_norm_before": 1.6}, "not measured"),
     ],
 )
 def test_token_0_must_stand_out_at_the_me_layer_and_not_before(metrics, expected):
