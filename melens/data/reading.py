@@ -107,10 +107,13 @@ def file_rows(path: Path) -> list[Row]:
     content = _decoded(path)
     if suffix in _DELIMITERS:
         rows = _csv_rows(content, path, _DELIMITERS[suffix])
-    elif suffix == ".json" and not _begins_with_a_row(content):
-        rows = _rows_of_list(content, path)
+    elif suffix == ".json" and not _is_object(content.lstrip().partition("\n")[0]):  # or it has JSON lines
+        whole = _parsed(content, path, 1) if content.strip() else []
+        values = whole if isinstance(whole, list) else [whole]
+        rows = [_json_row(value, path, f"row {number}") for number, value in enumerate(values, 1)]
     else:
-        rows = _rows_of_lines(content, path)
+        lines = enumerate(content.split("\n"), 1)
+        rows = [_json_row(_parsed(line, path, n), path, f"line {n}") for n, line in lines if line.strip()]
     if not rows:
         raise MelensError(f"The file {path} is empty.")
     return rows
@@ -201,17 +204,6 @@ def _last_line(text: str) -> int:
 # --- JSON -------------------------------------------------------------------------------------------------------------
 
 
-def _rows_of_lines(content: str, path: Path) -> list[Row]:
-    lines = [(number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
-    return [_json_row(_parsed(line, path, number), path, f"line {number}") for number, line in lines]
-
-
-def _rows_of_list(content: str, path: Path) -> list[Row]:
-    whole = _parsed(content, path, 1) if content.strip() else []
-    values = whole if isinstance(whole, list) else [whole]
-    return [_json_row(value, path, f"row {number}") for number, value in enumerate(values, 1)]
-
-
 def _parsed(text: str, path: Path, line: int) -> Any:
     """Parse JSON that begins at a line of a file."""
     try:
@@ -229,11 +221,6 @@ def _json_row(value: Any, path: Path, at: str) -> Row:
     if (half := lone_surrogate(value)) is not None:
         raise MelensError(f"{path}, {at}: {half} is half of a surrogate pair, which is not a character. Remove it.")
     return Row(value, path, at)
-
-
-def _begins_with_a_row(content: str) -> bool:
-    """Return whether the first line is a whole object: JSON lines are often named `.json`."""
-    return _is_object(content.lstrip().partition("\n")[0])
 
 
 def _is_json(content: str) -> bool:
@@ -270,18 +257,15 @@ def _csv_rows(content: str, path: Path, delimiter: str) -> list[Row]:
             for cells in reader:
                 if not header:
                     header = _named_once(cells, f"{path}, line {begin}")
+                elif len(cells) not in (0, len(header)):
+                    expected = f"but the header has {len(header)} column(s): {', '.join(header)}"
+                    raise MelensError(f"{path}, line {begin}: this row has {len(cells)} field(s), {expected}.")
                 elif cells:
-                    rows.append(_csv_row(header, cells, path, f"line {begin}"))
+                    rows.append(Row(dict(zip(header, cells, strict=True)), path, f"line {begin}"))
                 begin = reader.line_num + 1
         except csv.Error as error:
             raise MelensError(f"{path}, line {begin}: this is not CSV ({error}).") from None
     return rows
-
-
-def _csv_row(header: list[str], cells: list[str], path: Path, at: str) -> Row:
-    if len(cells) != len(header):
-        raise MelensError(f"{path}, {at}: {len(cells)} fields for the {len(header)} columns {', '.join(header)}.")
-    return Row(dict(zip(header, cells, strict=True)), path, at)
 
 
 def _named_once(cells: list[str], place: str) -> list[str]:
