@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from melens.analysis.emergence_norms import emergence
     from melens.analysis.ffn_concentration import ffn
     from melens.analysis.generated_texts import generate
+    from melens.analysis.massive_state import consequence
     from melens.analysis.norm_gains import normalization
     from melens.analysis.self_check import verification
     from melens.analysis.token_direction import direction
@@ -22,12 +23,13 @@ if TYPE_CHECKING:
     from melens.masks.grid import mask_grid
 
 __all__ = [
-    "ablation", "direction", "emergence", "ffn", "generate", "mask_grid", "normalization", "prediction", "sinks",
-    "stability", "verification",
+    "ablation", "consequence", "direction", "emergence", "ffn", "generate", "mask_grid", "normalization", "prediction",
+    "sinks", "stability", "verification",
 ]  # fmt: skip
 
 _MODULES = {
     "ablation": "block_ablation",
+    "consequence": "massive_state",
     "direction": "token_direction",
     "emergence": "emergence_norms",
     "ffn": "ffn_concentration",

@@ -14,6 +14,7 @@ from melens.analysis.block_ablation import CLAIMS as ABLATION
 from melens.analysis.emergence_norms import CLAIMS as EMERGENCE
 from melens.analysis.emergence_norms import EmergenceMetrics
 from melens.analysis.ffn_concentration import CLAIMS as FFN
+from melens.analysis.massive_state_claims import CLAIMS as CONSEQUENCE
 from melens.analysis.norm_gain_claims import CLAIMS as RMSNORM
 from melens.analysis.token_direction import CLAIMS as DIRECTION
 from melens.analysis.weights import CLAIMS as WEIGHTS
@@ -25,7 +26,8 @@ from melens.masks.grid_claims import CLAIMS as MASKS
 __all__ = ["CLAIMS", "FAMILY_CLAIM", "judge_families"]
 
 CLAIMS: tuple[Claim[Any], ...] = (
-    *EMERGENCE, *RMSNORM, *FFN, *ABLATION, *DIRECTION, *STABILITY, *SINKS, *WEIGHTS, *MASKS, *BENCHMARK, *TABLES,
+    *EMERGENCE, *RMSNORM, *FFN, *ABLATION, *DIRECTION, *STABILITY, *SINKS, *CONSEQUENCE, *WEIGHTS, *MASKS, *BENCHMARK,
+    *TABLES,
 )  # fmt: skip
 """What the paper and its review say of one model, in the order of the paper."""
 

@@ -122,14 +122,14 @@ def test_one_prompt_gives_values_without_intervals():
 @pytest.mark.parametrize(
     ("model_type", "config", "not_applicable"),
     [
-        ("gpt2", {}, {"ablation"}),
-        ("gptj", {"num_attention_heads": 2, "rotary_dim": 8}, {"ablation"}),
-        ("mixtral", {"num_local_experts": 4}, {"ablation", "predict"}),
-        ("mamba", {}, {"ablation", "predict", "rmsnorm", "ffn", "sinks"}),
+        ("gpt2", {}, {"ablation", "consequence"}),
+        ("gptj", {"num_attention_heads": 2, "rotary_dim": 8}, {"ablation", "consequence"}),
+        ("mixtral", {"num_local_experts": 4}, {"ablation", "consequence", "predict"}),
+        ("mamba", {}, {"ablation", "consequence", "predict", "rmsnorm", "ffn", "sinks"}),
         (
             "falcon_h1",
             {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8},
-            {"ablation"},
+            {"ablation", "consequence"},
         ),
     ],
 )

@@ -1,0 +1,177 @@
+"""Run whole texts, intact and with chosen tokens changed: what they predict, and who attends to the massive token.
+
+    runs = TextRuns(model, tokens, positions)
+    intact = runs.run()
+    without = runs.run([runs.put("blocks.11.hook_mlp_out", runs.massive, 0)])  # the FFN writes nothing to that token
+
+1. Texts of like length share a forward pass, in which each gets the numbers that it has alone (`batching`).
+2. A hook of `put` or `add` knows which texts are in the pass, and changes the marked tokens of each.
+3. Of every text three things are kept: its loss, the attention on its massive token, and that token's states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
+
+from melens.analysis.metrics import l2_norm, sink_mass
+from melens.errors import MelensError
+from melens.tracing.batching import forget_longest
+from melens.tracing.interventions import Hook
+from melens.tracing.probes import Batch
+from melens.tracing.twin import running
+from melens.tracing.verification import verified
+
+__all__ = ["TextEffects", "TextRuns"]
+
+
+@dataclass(frozen=True)
+class TextEffects:
+    """What a run gives of each text.
+
+    Attributes:
+        loss: nats a token, mean over all tokens but the first.
+        sink_mass: attention that later tokens pay to the massive token, mean over them and over heads; NaN in a block
+            without attention.
+        states: the massive token's hidden state after each block.
+    """
+
+    loss: Float[Tensor, " text"]
+    sink_mass: Float[Tensor, "text layer"]
+    states: Float[Tensor, "text layer d"]
+
+    @property
+    def norms(self) -> Float[Tensor, "text layer"]:
+        """‖h‖ of the massive token after each block."""
+        return l2_norm(self.states)
+
+
+class TextRuns:
+    """Texts with a massive token each, and runs of them with hooks on.
+
+    Attributes:
+        massive: marks each text's massive token.
+        is_token: marks the tokens of each text, which may be shorter than the longest.
+    """
+
+    massive: Bool[Tensor, "text pos 1"]
+    is_token: Bool[Tensor, "text pos 1"]
+
+    def __init__(
+        self,
+        model: TransformerBridge,
+        tokens: Sequence[Int[Tensor, " _"]],
+        positions: Sequence[int],
+        *,
+        max_batch_tokens: int = 4096,
+    ) -> None:
+        """Take the texts.
+
+        Args:
+            model: a bridge of a causal model.
+            tokens: token ids of each text.
+            positions: of each text's massive token, which others must follow.
+            max_batch_tokens: of a forward pass, padding included.
+
+        Raises:
+            MelensError: a massive token that no other follows.
+        """
+        self._model, self._tokens, self._positions = model, list(tokens), torch.tensor(positions)
+        lengths = torch.tensor([len(ids) for ids in tokens])
+        for text in (self._positions >= lengths - 1).nonzero()[:1].flatten().tolist():
+            raise MelensError(f"No token follows position {positions[text]} of text {text}, of {lengths[text]} tokens.")
+        self._verified = verified(model, ["hook_resid_post"])
+        self._groups = self._verified.rule.groups(lengths.tolist(), max_batch_tokens=max_batch_tokens)
+        self._now = self._groups[0]
+        columns = torch.arange(int(lengths.max()))
+        self.massive = (columns == self._positions[:, None])[..., None]
+        self.is_token = (columns < lengths[:, None])[..., None]
+
+    @torch.no_grad()
+    def run(self, hooks: Sequence[Hook] = ()) -> TextEffects:
+        """Run all texts with hooks on.
+
+        Raises:
+            MelensError: a loss or a state that is NaN or infinite.
+        """
+        n_texts, n_layers = len(self._tokens), len(self._model.blocks)
+        loss = torch.full((n_texts,), float("nan"))
+        sinks = torch.full((n_texts, n_layers), float("nan"))
+        states = torch.full((n_texts, n_layers, self._model.cfg.d_model), float("nan"))
+
+        def keep_state(layer: int, output: Float[Tensor, "row pos d"], hook: HookPoint) -> None:
+            at = self._positions[self._now].to(output.device)
+            states[self._now, layer] = output[torch.arange(len(at), device=at.device), at].float().cpu()
+
+        keepers = [(f"blocks.{layer}.hook_resid_post", partial(keep_state, layer)) for layer in range(n_layers)]
+        with self._model.hooks(fwd_hooks=[*hooks, *keepers]):  # the hooks first: their changes are kept
+            for texts in self._groups:
+                self._now = texts
+                loss[texts] = self._run_group(sinks)
+        for name, values in (("loss", loss), ("massive token's state", states)):
+            for text in (~values.isfinite().reshape(n_texts, -1).all(dim=1)).nonzero()[:1].flatten().tolist():
+                raise MelensError(f"The {name} of text {text} is NaN or infinite: load the model in float32.")
+        return TextEffects(loss, sinks, states)
+
+    def _run_group(self, sinks: Float[Tensor, "text layer"]) -> Float[Tensor, " row"]:
+        """Run the texts of a forward pass, and return the loss of each."""
+        tokens = [self._tokens[text] for text in self._now]
+        padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(self._model.cfg.device)
+        batch = Batch(padded, tuple(map(len, tokens)), tuple(self._now))
+        positions = self._positions[self._now]
+        keys: list[int] = positions.unique().tolist()
+
+        def keep_sinks(layer: int, attention: Float[Tensor, "row head query key"]) -> None:
+            for column, key in enumerate(keys):
+                weights = batch.weights_after(key).to(attention.device)
+                of_key = sink_mass(attention[..., column], weights).mean(dim=1).cpu()
+                rows = (positions == key).nonzero().flatten().tolist()
+                sinks[[self._now[row] for row in rows], layer] = of_key[rows]
+
+        with running(self._model, (), keys, keep_sinks, way=self._verified.way) as network:
+            forget_longest(network)
+            logits = network(input_ids=padded, use_cache=False).logits
+        of_text = [
+            torch.nn.functional.cross_entropy(own[: len(ids) - 1].float(), ids[1:].to(own.device))
+            for own, ids in zip(logits, tokens, strict=True)
+        ]
+        return torch.stack(of_text).cpu()
+
+    # --- What to change -----------------------------------------------------------------------------------------------
+
+    def put(self, name: str, where: Bool[Tensor, "text pos #d"], values: Float[Tensor, "text d"] | float | int) -> Hook:
+        """Return the hook that puts values in place of the marked entries of an activation `[row, pos, d]`.
+
+        Args:
+            name: of the hook point, such as `blocks.3.hook_mlp_out`.
+            where: the entries, or with a last dimension of 1 the whole tokens.
+            values: of each text, the same at every marked token; or one for all.
+        """
+
+        def put(output: Float[Tensor, "row pos d"], hook: HookPoint) -> Float[Tensor, "row pos d"]:
+            return torch.where(self._marked(where, output), self._given(values, output), output)
+
+        return (name, put)
+
+    def add(self, name: str, where: Bool[Tensor, "text pos #d"], values: Float[Tensor, "text d"]) -> Hook:
+        """Return the hook that adds values to the marked entries; the arguments are those of `put`."""
+
+        def add(output: Float[Tensor, "row pos d"], hook: HookPoint) -> Float[Tensor, "row pos d"]:
+            return output + self._marked(where, output) * self._given(values, output)
+
+        return (name, add)
+
+    def _marked(self, where: Bool[Tensor, "text longest #d"], output: Tensor) -> Bool[Tensor, "row pos #d"]:
+        return where[self._now, : output.shape[1]].to(output.device)
+
+    def _given(self, values: Float[Tensor, "text d"] | float | int, output: Tensor) -> Float[Tensor, "#row 1 #d"]:
+        if not isinstance(values, Tensor):
+            return torch.full((1, 1, 1), values, dtype=output.dtype, device=output.device)
+        return values[self._now, None].to(output)
