@@ -14,6 +14,7 @@ from experiments.runner.jobs import Job, read_jobs
 from experiments.runner.registry import EXPERIMENTS
 from melens import judge
 from melens.figures.scores import verdicts
+from melens.report.ledger import claims_by_model
 from melens.report.record import write_tables_and_figures
 from melens.report.result import Figure, Metrics, Result
 from melens.report.terminal import show_claims, show_findings, show_paths
@@ -73,6 +74,13 @@ def _merge_claims(jobs: Sequence[Job]) -> list[Result]:
     findings = [(str(model), words) for model, words in in_words.items()]
     across = claims[claims["model"] == "all models"]
     findings += [(claim["claim"], f"{claim['verdict']}. {claim['note']}") for claim in across.to_dict("records")]
+    ledger = claims_by_model(claims)
+    if len(counts) > 1:
+        in_all = ledger[(ledger["holds_in"] == ledger["of"]) & (ledger["of"] > 1)]["claim"].tolist()
+        findings.insert(0, ("what holds in all of them", "\n".join(in_all) or "no claim"))
     paper = "The paper makes its claims of every model it looks at."
-    figure = Figure(verdicts(claims), "every figure", paper, f"{len(ok)} jobs.")
-    return [Result("claims", {}, Metrics(), {"claims": claims}, {"verdicts": figure}, findings)]
+    places = {name: place for place, name in enumerate(ledger["id"])}
+    in_order = claims.sort_values("id", key=lambda ids: ids.map(places), kind="stable")  # that of families comes last
+    figure = Figure(verdicts(in_order), "every figure", paper, f"{len(ok)} jobs.")
+    tables = {"claims": claims, "claims_by_model": ledger}
+    return [Result("claims", {}, Metrics(), tables, {"verdicts": figure}, findings)]

@@ -13,6 +13,7 @@ from experiments.runner.processes import is_first_process
 from experiments.runner.progress import log_line
 from experiments.runner.registry import EXPERIMENTS
 from melens import MelensError
+from melens.report.ledger import write_claims
 from melens.report.page import write_report
 from melens.report.record import COMPLETE, Record
 from melens.report.result import Result
@@ -39,7 +40,8 @@ def finish(record: Record, cfg: Options) -> list[Path]:
 def _write_report(record: Record, cfg: Options) -> list[Path]:
     if len(record.experiments) == 1 and not getattr(cfg.exp, "report", False):  # an option of some experiments
         return []
-    return [write_report(record.parts, record.content, record.folder, command=" ".join(["python", *sys.argv]))]
+    page = write_report(record.parts, record.content, record.folder, command=" ".join(["python", *sys.argv]))
+    return [write_claims(record.content, record.folder), page] if record.content["claims"] else [page]
 
 
 @contextmanager

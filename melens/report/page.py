@@ -8,19 +8,20 @@ The pages are jinja2 templates in `templates/`, which escape whatever they are g
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from melens.claims.sentences import sentences
 from melens.figures.style import VERDICTS
 from melens.report.result import Figure, Metrics, Result
-from melens.report.terminal import number_with_interval
+from melens.report.terminal import number_with_interval, verdicts_in_words
 from melens.storage.files import write_text
 
 __all__ = ["render", "write_report"]
@@ -48,8 +49,8 @@ def write_report(parts: Sequence[Result], content: Mapping[str, Any], folder: st
     skipped = {part.experiment: part.metrics.not_applicable for part in parts if part.metrics.not_applicable}
     page = render(
         "report.html", content=content, summary=_summary(content, parts[0].metrics, figures), verdicts=VERDICTS,
-        skipped=skipped, figures=figures, command=command, plotly=get_plotlyjs(), heading=_heading,
-        in_script=_in_script, number_with_interval=number_with_interval,
+        sentences=_sentences(content), skipped=skipped, figures=figures, command=command, plotly=get_plotlyjs(),
+        heading=_heading, in_script=_in_script, number_with_interval=number_with_interval,
     )  # fmt: skip
     return write_text(Path(folder) / "report.html", page)
 
@@ -63,11 +64,18 @@ def _summary(content: Mapping[str, Any], metrics: Metrics, figures: Mapping[str,
     ]
     if "emergence" in figures:
         sentences.append(figures["emergence"].observed)
-    counts = Counter(claim["verdict"] for claim in content["claims"])
-    counted = [f"{counts[verdict]} {verb}" for verdict, (verb, *_) in VERDICTS.items() if verdict in counts]
-    if counted:
-        sentences.append(f"Of {len(content['claims'])} claims of the paper and its review, {', '.join(counted)}.")
+    if claims := content["claims"]:
+        counted = verdicts_in_words(claim["verdict"] for claim in claims)
+        sentences.append(f"Of {len(claims)} claims of the paper and its review, {counted}.")
     return sentences
+
+
+def _sentences(content: Mapping[str, Any]) -> list[dict[Any, Any]]:
+    """Return the statements of the paper with their verdicts; none where few claims were judged."""
+    if content["experiment"] != "all":
+        return []
+    claims = pd.DataFrame(content["claims"], columns=["id", "verdict"])
+    return sentences(claims).to_dict("records")
 
 
 def _heading(figure: Figure) -> str:

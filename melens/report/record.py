@@ -154,7 +154,7 @@ class Record:
 
     def _files(self, result: Result) -> list[str]:
         figures = [f"{name}.{kind}" for name in result.figures for kind in ("html", *["png"] * self._png)]
-        shared = ["plotly.min.js", "report.html"]
+        shared = ["plotly.min.js", "report.html", "claims.md"]
         return [*(f"{name}.parquet" for name in result.tables), *figures, *result.documents, *shared]
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rich.text import Text
 from melens.analysis.statistics import with_interval
 from melens.figures.style import VERDICTS
 
-__all__ = ["number_with_interval", "show_claims", "show_findings", "show_paths"]
+__all__ = ["number_with_interval", "show_claims", "show_findings", "show_paths", "verdicts_in_words"]
 
 
 def show_findings(title: str, findings: Sequence[tuple[str, ...]], console: Console) -> None:
@@ -29,16 +30,27 @@ def show_findings(title: str, findings: Sequence[tuple[str, ...]], console: Cons
 
 
 def show_claims(claims: pd.DataFrame, console: Console) -> None:
-    """Print the verdicts on claims (of `melens.judge`); nothing where there are none."""
+    """Print what the paper says, what is measured and the verdict (of `melens.judge`); nothing where there are none."""
     if claims.empty:
         return
-    table = Table("verdict", "claim", "value", title="The paper's claims on this model")
+    title = f"What the paper says, on this model: {verdicts_in_words(claims['verdict'])}"
+    table = Table("the paper says", "measured here", "verdict", title=title, show_lines=True)
     for claim in claims.to_dict("records"):
+        said = f"{claim['claim']}\n[dim]{escape(claim['source'])}[/]"
+        number = f"[bold]{number_with_interval(claim)}[/]: " if not pd.isna(claim["value"]) else ""
+        fine = " ".join(filter(None, (f"Threshold: {claim['criterion']}.", claim["note"])))
+        measured = f"{number}{escape(claim['statistic'])}\n[dim]{escape(fine)}[/]"
         verdict = Text(claim["verdict"], VERDICTS[claim["verdict"]][2])
-        measured = f"{claim['statistic']}: {claim['criterion']}. {claim['note']}".strip()
-        what = f"{claim['claim']} ({claim['source']})\n[dim]{escape(measured)}[/]"
-        table.add_row(verdict, what, number_with_interval(claim))
+        if claim["former_verdict"] not in (None, claim["verdict"]):
+            verdict.append(f"\nby the former threshold: {claim['former_verdict']}", "dim")
+        table.add_row(said, measured, verdict)
     console.print(table)
+
+
+def verdicts_in_words(verdicts: Iterable[str]) -> str:
+    """Count verdicts: "12 hold, 7 hold in part, 2 do not hold"."""
+    counts = Counter(verdicts)
+    return ", ".join(f"{counts[verdict]} {verb}" for verdict, (verb, *_) in VERDICTS.items() if verdict in counts)
 
 
 def show_paths(paths: Sequence[Path], console: Console) -> None:

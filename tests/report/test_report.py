@@ -132,7 +132,7 @@ def test_a_report_of_a_part_says_what_is_missing(parts, tmp_path, monkeypatch, g
 def test_the_claims_are_in_the_result_too(report):
     content = json.loads((report.parent / "result.json").read_text())
     claims = {claim["id"]: claim for claim in content["claims"]}
-    assert claims["exists"]["verdict"] == "holds"
+    assert claims["exists"]["verdict"] == "holds in part"  # a few prompts have an interval that reaches far down
     assert {"statistic", "criterion", "why", "value", "low", "high", "figure"} <= set(claims["magnification"])
     assert content["metrics"]["predict"]["predicted_dim"] == DIM
     assert content["figures"]["ffn"]["source"] == "figure 4"

@@ -1,0 +1,139 @@
+"""The verdicts as a document: `claims.md` of a run, the table of several models, and the findings in the README.
+
+    python experiments/run.py exp=all hydra.run.dir=outputs/findings
+    python -m melens.report.ledger outputs/findings   # puts its findings into README.md, and keeps what they rest on
+
+1. `claims_in_markdown` writes the claims of one `result.json`, by verdict: every number in it is read from there.
+2. `claims_by_model` lays the claims of several models side by side, what holds in all of them first.
+3. `update_readme` fills the marked parts of a README from a result, of which `KEPT` holds what they need. A test
+   compares the README with `KEPT`, and `KEPT` with a new run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from melens.errors import MelensError
+from melens.figures.style import VERDICTS
+from melens.report.terminal import number_with_interval, verdicts_in_words
+from melens.storage.files import write_text
+
+__all__ = ["KEPT", "claims_by_model", "claims_in_markdown", "readme_parts", "update_readme", "write_claims"]
+
+KEPT = ".github/findings.json"
+"""The claims of the README's model, and what its figure shows: a part of a `result.json`."""
+
+
+def claims_in_markdown(content: Mapping[str, Any]) -> str:
+    """Write the claims of one model as Markdown, a table a verdict.
+
+    Args:
+        content: what `result.json` holds.
+    """
+    claims = content["claims"]
+    lines = [f"Of {len(claims)} claims of the paper and its review, {verdicts_in_words(c['verdict'] for c in claims)}."]
+    for verdict in VERDICTS:
+        rows = [claim for claim in claims if claim["verdict"] == verdict]
+        if rows:
+            lines += ["", f"| {verdict} | measured here |", "| --- | --- |", *map(_row, rows)]
+    return "\n".join(lines) + "\n"
+
+
+def write_claims(content: Mapping[str, Any], folder: str | Path) -> Path:
+    """Write `claims.md` into the folder of a run.
+
+    Raises:
+        MelensError: the folder cannot be written to.
+    """
+    name = content["model"]["name"]
+    return write_text(Path(folder) / "claims.md", f"# The paper's claims on {name}\n\n{claims_in_markdown(content)}")
+
+
+def claims_by_model(claims: pd.DataFrame) -> pd.DataFrame:
+    """Lay the verdicts of several models side by side.
+
+    Args:
+        claims: of `melens.judge`.
+
+    Returns:
+        A row a claim with `claim`, `source`, `holds_in` (how many models it holds in) and `of` (in how many it was
+        measured), and a column a model with its verdict; what holds in all of them first, then in most.
+    """
+    own = claims[claims["model"] != "all models"]
+    wide = own.pivot(index="id", columns="model", values="verdict").fillna("not measured")
+    wide = wide.loc[own["id"].unique(), own["model"].unique()]
+    said = own.drop_duplicates("id").set_index("id")[["claim", "source"]]
+    holds, measured = (wide == "holds").sum(axis=1), (wide != "not measured").sum(axis=1)
+    table = said.assign(holds_in=holds, of=measured).join(wide)
+    order = pd.DataFrame({"in_all": (holds == measured) & (measured > 0), "holds": holds})
+    order = order.sort_values(["in_all", "holds"], ascending=False, kind="stable")
+    return table.loc[order.index].reset_index()
+
+
+def readme_parts(kept: Mapping[str, Any]) -> dict[str, str]:
+    """Write what a README says of a model, by the name of the part that its markers `<!-- findings: name -->` name."""
+    model, observed = kept["model"], kept["figures"]
+    return {
+        "caption": f"*{model['name']}, drawn by the command below. {observed['emergence']['here']} "
+        f"{observed['sink_mass']['here']}*\n",
+        "claims": claims_in_markdown(kept),
+    }
+
+
+def update_readme(folder: str | Path, root: str | Path = ".") -> None:
+    """Fill the marked parts of `README.md` from the result of `exp=all`, and keep what they rest on in `KEPT`.
+
+    Raises:
+        MelensError: the folder holds no finished result of `exp=all`, or the README has no such marks.
+    """
+    path = Path(folder) / "result.json"
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        raise MelensError(f"{path} cannot be read: give the folder of a finished run of exp=all.") from None
+    if content["experiment"] != "all" or content["status"] != "ok":
+        raise MelensError(f"{path} is of exp={content['experiment']}: give the folder of a finished run of exp=all.")
+    names, figures = ("name", "n_layers", "dtype"), ("emergence", "sink_mass")
+    kept = {
+        "model": {name: content["model"][name] for name in names},
+        "figures": {name: content["figures"][name] for name in figures},
+        "claims": content["claims"],
+        "environment": {name: content["environment"][name] for name in ("git_commit", "finished")},
+    }
+    readme = Path(root) / "README.md"
+    text = readme.read_text("utf-8")
+    for name, part in readme_parts(kept).items():
+        marked = re.compile(rf"(<!-- findings: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        if not marked.search(text):
+            raise MelensError(f"{readme} has no part between <!-- findings: {name} --> and <!-- end -->.")
+        text = marked.sub(lambda marks, part=part: f"{marks[1]}{part}{marks[2]}", text)
+    write_text(Path(root) / KEPT, json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+    write_text(readme, text)
+
+
+def _row(claim: Mapping[Hashable, Any]) -> str:
+    number = "" if pd.isna(claim["value"]) else f"**{number_with_interval(claim)}**: "
+    former = claim.get("former_verdict")
+    before = f"By the former threshold: {former}." if former not in (None, claim["verdict"]) else ""
+    fine = " ".join(filter(None, (f"Threshold: {claim['criterion']}.", claim["note"], before)))
+    said = f"{claim['claim']} ({claim['source']})"
+    measured = f"{number}{claim['statistic']}. {fine}"
+    return f"| {_escaped(said)} | {_escaped(measured)} |"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", r"\|").replace("<", "&lt;").replace("\n", " ")
+
+
+if __name__ == "__main__":
+    try:
+        update_readme(*sys.argv[1:])
+    except (MelensError, TypeError) as error:
+        sys.exit(str(error) if isinstance(error, MelensError) else "Give the folder of a finished run of exp=all.")
