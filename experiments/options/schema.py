@@ -344,9 +344,9 @@ class Options(Node):
     def _can_be_run(self) -> Options:
         name, chosen = self.given.get("model.name"), self.given.get("model")
         if name is not None and chosen != "hub":
-            raise MelensError(f"model.name is for model=hub: model=hub model.name={name}.")
+            raise MelensError(f"model.name is for model=hub: give model=hub model.name={name}.")
         if name in known_models() and not os.path.exists(str(name)):
-            raise MelensError(f"{name} has a file in conf/model, with options of its own: model={name}.")
+            raise MelensError(f"{name} has a file in conf/model, with options of its own: give model={name}.")
         if self.png:
             check_extra("png", "png=true")
         return self

@@ -28,13 +28,13 @@ def unused_options(options: Options) -> Iterator[str]:
         node = key.partition(".")[0]
         part = key.split(".")[1] if key.startswith("exp.") and key.count(".") == 2 else None
         if part is not None and part not in options.experiments:
-            yield f"{key} is given, and exp.experiments does not name {part}."
+            yield f"{key} is given, but exp.experiments does not name {part}."
         elif node in not_always_read - read:
-            yield f"{key} is given, and exp={options.exp.name} does not use it."
+            yield f"{key} is given, but exp={options.exp.name} does not use it."
         else:
             for keys, is_used, why in _RULES:
                 if any(key == one or key.startswith(f"{one}.") for one in keys) and not is_used(options):
-                    yield f"{key} is given and changes nothing: {why}."
+                    yield f"{key} is given but changes nothing: {why}."
 
 
 def _plans(options: Options) -> list[TrainingPlan]:

@@ -38,7 +38,7 @@ def only_mask_of(options: MaskOptions, me: Emergence, model: TransformerBridge) 
     """Return the one mask of an experiment that takes no grid, None for a rate of 0."""
     masks = masks_of(options, me, model)
     if len(masks) != 1:
-        raise MelensError(f"This experiment takes one mask, but wemask gives {len(masks)}: give no lists in it.")
+        raise MelensError(f"This experiment takes one mask, but wemask makes {len(masks)}: give no lists in it.")
     return masks[0]
 
 
