@@ -20,18 +20,9 @@ from typing import Any
 from melens.errors import MelensError
 
 __all__ = [
-    "PLAIN",
-    "Chat",
-    "Message",
-    "Reply",
-    "chat_of",
-    "check_conversations",
-    "decode_reply",
-    "opened_thought",
-    "prompt_ids",
-    "prompt_text",
-    "read_reply",
-]
+    "PLAIN", "Chat", "Message", "Reply", "chat_of", "check_conversations", "decode_reply", "opened_thought",
+    "prompt_ids", "prompt_text", "read_reply",
+]  # fmt: skip
 
 Message = Mapping[str, Any]
 """A turn of a conversation: `role`, `content`, and any other fields of a dataset."""
@@ -121,11 +112,10 @@ def chat_of(tokenizer: Any, thinking: bool | None = None, *, option: str = "thin
     """
     if why := _why_not_taken(tokenizer, _QUESTION):
         raise MelensError(f"This model's chat template refuses a single user message ({why}). Use plain text.")
-    switch = next((name for name in _SWITCHES if _is_switch(tokenizer, name)), None)
+    switch = next((name for name in _SWITCHES if _writes_otherwise(tokenizer, name, True, False)), None)
     if switch is None and thinking is not None:
-        effort = ""
-        if _writes_otherwise(tokenizer, "reasoning_effort", "low", "high"):
-            effort = " (its reasoning_effort sets how long the model thinks, not whether)"
+        has_effort = _writes_otherwise(tokenizer, "reasoning_effort", "low", "high")
+        effort = " (its reasoning_effort sets how long the model thinks, not whether)" if has_effort else ""
         raise MelensError(
             f"{option} is {str(thinking).lower()}, but this model's chat template has no switch for thinking{effort}, "
             f"neither {' nor '.join(_SWITCHES)}. Leave {option} at auto."
@@ -175,17 +165,11 @@ class _RefusalError(Exception):
 
 
 def _written(tokenizer: Any, messages: Sequence[Message], *, replied: bool = False, **arguments: Any) -> str:
+    arguments |= {"tokenize": False, "add_generation_prompt": not replied}
     try:
-        text: str = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=not replied, **arguments
-        )
+        return str(tokenizer.apply_chat_template(list(messages), **arguments))
     except Exception as error:  # templates raise errors of any kind
         raise _RefusalError(" ".join(str(error).split())[:120] or type(error).__name__) from error
-    return text
-
-
-def _is_switch(tokenizer: Any, name: str) -> bool:
-    return _writes_otherwise(tokenizer, name, True, False)
 
 
 def _writes_otherwise(tokenizer: Any, name: str, *values: Any) -> bool:
@@ -218,9 +202,15 @@ def check_conversations(tokenizer: Any, conversations: Iterable[Sequence[Message
         tried.add(kind)
         if why := _why_not_taken(tokenizer, messages):
             begins = " ".join(str(messages[0]["content"]).split())[:40] if messages else ""
+            what_to_do = "Let user and assistant take turns in the data, and the user begin."
+            if any(message["role"] == "system" for message in messages):
+                what_to_do = (
+                    "Move the system message's text to the beginning of the first user message, or leave its column "
+                    "out of training.columns."
+                )
             raise MelensError(
                 f"{name}, row {number} of the rows in use, which begins {begins!r}: this model's chat template refuses "
-                f"{_roles(messages)} ({why}). {_what_to_do(messages)}"
+                f"{_roles(messages)} ({why}). {what_to_do}"
             )
 
 
@@ -242,15 +232,6 @@ def _why_not_taken(tokenizer: Any, messages: Sequence[Message]) -> str:
 
 def _roles(messages: Sequence[Message]) -> str:
     return f"the roles {', '.join(str(message['role']) for message in messages)}"
-
-
-def _what_to_do(messages: Sequence[Message]) -> str:
-    if any(message["role"] == "system" for message in messages):
-        return (
-            "Move the system message's text to the beginning of the first user message, or leave its column out of "
-            "training.columns."
-        )
-    return "Let user and assistant take turns in the data, and the user begin."
 
 
 # --- Replies ----------------------------------------------------------------------------------------------------------

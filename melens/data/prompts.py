@@ -22,21 +22,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from melens.data.reading import Row, file_rows, lone_surrogate
+from melens.data.reading import file_rows, lone_surrogate
 from melens.errors import MelensError
 from melens.validation.signatures import checked
 
 __all__ = [
-    "Bos",
-    "Prompt",
-    "TokenizedPrompts",
-    "byte_tokenizer",
-    "check_length",
-    "choose_prompts",
-    "load_prompts",
-    "random_tokens",
-    "tokenize",
-]
+    "Bos", "Prompt", "TokenizedPrompts", "byte_tokenizer", "check_length", "choose_prompts", "load_prompts",
+    "random_tokens", "tokenize",
+]  # fmt: skip
 
 Bos = Literal["auto", "true", "false"]
 _log = logging.getLogger(__name__)
@@ -96,7 +89,12 @@ def load_prompts(
         MelensError: the file is missing, empty or malformed (the line is named), or no prompt has such a task.
     """
     path = Path(__file__).with_name("prompts.jsonl") if file is None else Path(os.path.expanduser(file))
-    prompts = [_prompt(row) for row in file_rows(path)]
+    prompts = []
+    for row in file_rows(path):
+        text = row.text()
+        if not text.strip():
+            raise MelensError(f"{row.place}: the text is empty; a prompt needs at least one word.")
+        prompts.append(Prompt(text, row.word("task"), row.word("id") or row.at))
     if tasks is None:
         return prompts
     wanted = [tasks] if isinstance(tasks, str) else [str(task) for task in tasks]
@@ -106,13 +104,6 @@ def load_prompts(
         problem = f"No prompt has the task {unknown[0]!r}" if unknown else "prompts.tasks is empty"
         raise MelensError(f"{problem}; the tasks are {', '.join(known) or 'not given'}.")
     return [prompt for prompt in prompts if prompt.task in wanted]
-
-
-def _prompt(row: Row) -> Prompt:
-    text = row.text()
-    if not text.strip():
-        raise MelensError(f"{row.place}: the text is empty; a prompt needs at least one word.")
-    return Prompt(text, row.word("task"), row.word("id") or row.at)
 
 
 def tokenize(model: Any, prompts: Sequence[Prompt], *, bos: Bos = "auto") -> list[list[int]]:
@@ -178,10 +169,8 @@ def choose_prompts(
     if model.tokenizer is None:
         if not are_own:
             raise MelensError("This model has no tokenizer for prompts.file. Leave it out to use random tokens.")
-        n_prompts, n_tokens = (
-            min(len(prompts), n_vocabulary),
-            min(128, n_ctx, n_ctx if max_tokens is None else max_tokens),
-        )
+        n_prompts = min(len(prompts), n_vocabulary)
+        n_tokens = min(128, n_ctx, n_ctx if max_tokens is None else max_tokens)
         _log.warning("This model has no tokenizer: %d prompts of random tokens replace the texts.", n_prompts)
         drawn = random_tokens(n_prompts, n_tokens, n_vocabulary, seed=seed)
         return TokenizedPrompts([Prompt(text="") for _ in drawn], drawn)
