@@ -118,10 +118,7 @@ class _GraniteMoeHybrid(GraniteMoeHybridArchitectureAdapter):
 
 def register_adapters() -> None:
     """Let TransformerLens use these adapters in place of its own."""
-    for architecture, adapter in (
-        ("FalconForCausalLM", _Falcon),
-        ("CodeGenForCausalLM", _CodeGen),
-        ("GraniteMoeHybridForCausalLM", _GraniteMoeHybrid),
-        *HYBRIDS.items(),
-    ):
+    corrected: dict[str, Any] = {"FalconForCausalLM": _Falcon, "CodeGenForCausalLM": _CodeGen, **HYBRIDS}
+    corrected["GraniteMoeHybridForCausalLM"] = _GraniteMoeHybrid
+    for architecture, adapter in corrected.items():
         ArchitectureAdapterFactory.register_adapter(architecture, adapter)

@@ -125,10 +125,8 @@ _HEADERS: dict[str, Callable[[Path], Any]] = {
 
 def _check_weights(network: PreTrainedModel, info: dict[str, Any], path: str, *, warn: bool) -> None:
     """Compare what a checkpoint holds with what its model needs; transformers has taken out tied and ignorable keys."""
-    made_anew = {
-        name for name, buffer in network.named_buffers() if not buffer.is_floating_point()
-    }  # masks and indices
-    missing = sorted(set(info["missing_keys"]) - made_anew)
+    made_anew = {name for name, buffer in network.named_buffers() if not buffer.is_floating_point()}
+    missing = sorted(set(info["missing_keys"]) - made_anew)  # without masks and indices
     shapes = sorted(f"{name} ({list(found)} for {list(wanted)})" for name, found, wanted in info["mismatched_keys"])
     parts = [f"{len(missing)} weights are missing ({_first(missing)})"] if missing else []
     parts += [f"{len(shapes)} have other shapes ({_first(shapes)})"] if shapes else []
