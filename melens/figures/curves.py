@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,8 @@ def curves_by_block(
     switched = []
     for number, (panel, at) in enumerate(zip(panels, places, strict=True), 1):
         for curve in panel.curves:
+            if panel.log_scale or scale_buttons:
+                curve = replace(curve, points=_on_log_scale(curve.points))
             add_curve(figure, curve, at, in_legend=curve.in_legend and curve.name not in in_legend)
             in_legend.add(curve.name)
         figure.update_yaxes(title_text=panel.y_title, range=panel.y_range, **at)
@@ -79,20 +81,30 @@ def curves_by_block(
 
 
 def ffn_figure(
-    concentrations: Mapping[str, pd.DataFrame], amplification: pd.DataFrame, *, me_layer: int | None, title: str
+    concentrations: Mapping[str, pd.DataFrame],
+    amplification: pd.DataFrame,
+    with_norm_behind: pd.DataFrame | None = None,
+    *,
+    me_layer: int | None,
+    title: str,
 ) -> go.Figure:
     """Draw figure 4: concentration differences as lines, the FFN's amplification as bars on a second axis.
 
     Args:
-        concentrations: by projection ("gate", "up", "down"): `layer`, `mean`, `low`, `high`.
+        concentrations: by what they are measured after ("gate", "up", "down"): `layer`, `mean`, `low`, `high`.
         amplification: the same of ‖FFN output‖ / ‖FFN input‖ of token 0.
+        with_norm_behind: the same of the FFN and a norm behind it together, where blocks have one.
     """
     figure = make_subplots(specs=[[{"secondary_y": True}]])
-    layers, mean = amplification["layer"], amplification["mean"]
-    bar = go.Bar(x=layers, y=mean, name="FFN amplification (right axis)", marker={"color": "rgba(120,120,120,0.45)"})
-    bar.error_y = whiskers(mean, amplification["low"], amplification["high"]) | {"thickness": 1, "width": 2}
-    bar.hovertemplate = "block %{x}: ×%{y:.4g}<extra>FFN amplification</extra>"
-    figure.add_trace(bar, secondary_y=True)
+    bars = [("FFN amplification", amplification, "rgba(120,120,120,0.45)")]
+    if with_norm_behind is not None:
+        bars.append(("FFN and the norm behind it", with_norm_behind, "rgba(120,170,120,0.45)"))
+    for name, points, color in bars:
+        points = _on_log_scale(points)
+        bar = go.Bar(x=points["layer"], y=points["mean"], name=f"{name} (right axis)", marker={"color": color})
+        bar.error_y = whiskers(points["mean"], points["low"], points["high"]) | {"thickness": 1, "width": 2}
+        bar.hovertemplate = f"block %{{x}}: ×%{{y:.4g}}<extra>{name}</extra>"
+        figure.add_trace(bar, secondary_y=True)
     for (name, points), color in zip(concentrations.items(), COLORS, strict=False):
         add_curve(figure, Curve(f"after {name}", points, color), {"row": 1, "col": 1}, in_legend=True)
     figure.update_yaxes(title_text="concentration, token 0 minus the others", secondary_y=False, zeroline=True)
@@ -153,6 +165,14 @@ def add_curve(figure: go.Figure, curve: Curve, at: dict[str, int], *, in_legend:
     line.update(name=curve.name, legendgroup=curve.name, showlegend=in_legend, line={"color": curve.color, "width": 2})
     line.hovertemplate = f"block %{{x}}: %{{y:.4g}}<extra>{curve.name}</extra>"
     figure.add_trace(line, **at)
+
+
+def _on_log_scale(points: pd.DataFrame) -> pd.DataFrame:
+    """Cut low ends of intervals a decade below the curve: of a few prompts they may be under 0, off any log axis."""
+    positive = points["mean"][points["mean"] > 0]
+    if "low" not in points or positive.empty:
+        return points
+    return points.assign(low=points["low"].clip(lower=positive.min() / 10))
 
 
 def _value_axis(log_scale: bool) -> dict[str, Any]:

@@ -114,6 +114,20 @@ def test_figure_4_has_the_amplification_on_an_axis_of_its_own():
     assert {trace.name for trace in figure.data if trace.showlegend} == {"after gate", "after up", "after down"}
 
 
+def test_an_interval_that_reaches_below_zero_is_cut_on_a_logarithmic_axis():
+    """The interval of a mean of 0.5 is -0.5 to 0.5 here: the axis has no place for its low end."""
+    curve = Curve("token 0", points(0.5, 100), FIRST)
+    for panel, buttons, lowest in (
+        (Panel("norm", "", [curve], None, log_scale=True), False, 0.05),
+        (Panel("norm", "", [curve], None), True, 0.05),  # whose reader may choose a logarithmic axis
+        (Panel("difference", "", [curve], None), False, -0.5),
+    ):
+        band = curves_by_block([panel], title="A model", scale_buttons=buttons).data[0]
+        assert list(band.y) == pytest.approx([0.5, 100, 99, lowest])
+    bars = ffn_figure({}, points(0.5, 100), me_layer=None, title="A model").data[0]
+    assert list(bars.error_y.arrayminus) == pytest.approx([0.45, 1])
+
+
 def test_whiskers_reach_from_the_mean_to_the_ends_of_its_interval():
     interval = pd.DataFrame({"layer": [0], "mean": [5.0], "low": [4.0], "high": [8.0]})
     bars = ffn_figure({}, interval, me_layer=None, title="A model").data[0]
