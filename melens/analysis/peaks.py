@@ -32,14 +32,14 @@ class Place:
         lead, lead_interval: the block's value minus that of `next_layer`, mean over states: negative where it is not
             the largest.
         share_larger: of the other blocks those with a larger mean.
-        is_largest: [state], whether the block's value is the largest of all.
+        is_largest: by prompt, whether the block's value is the largest of all.
     """
 
     next_layer: int
     lead: float
     lead_interval: Interval
     share_larger: float
-    is_largest: np.ndarray
+    is_largest: pd.Series[bool]
 
 
 def compared_prompts(study: Study) -> list[int]:
@@ -83,7 +83,7 @@ def place_among(values: pd.DataFrame, layer: int | None) -> Place | None:
         lead=float(lead.mean()),
         lead_interval=mean_interval(lead),
         share_larger=float((means > here.mean()).mean()),
-        is_largest=here > others.max(axis=1).to_numpy(dtype=float),
+        is_largest=values[layer] > others.max(axis=1),
     )
 
 

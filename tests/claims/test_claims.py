@@ -60,16 +60,18 @@ def test_token_0_must_stand_out_at_the_me_layer_and_not_before(metrics, expected
 
 
 @pytest.mark.parametrize(
-    ("peaks", "expected"),
+    ("peaks", "shares", "together", "expected"),
     [
-        ({"gate": 11, "up": 11, "down": 11}, "holds"),
-        ({"gate": 27, "up": 11, "down": 11}, "holds in part"),
-        ({"gate": 27, "up": 3, "down": 4}, "does not hold"),
-        ({"down": 11}, "not measured"),
+        ({"gate": 11, "up": 11, "down": 11}, (1, 1, 1), 1.0, "holds"),
+        ({"gate": 27, "up": 11, "down": 11}, (0, 1, 1), 0.0, "holds in part"),
+        ({"gate": 27, "up": 3, "down": 11}, (0, 0, 0.5), 0.0, "does not hold"),
+        ({"down": 11}, (1, 1, 1), 1.0, "not measured"),
     ],
 )
-def test_concentrations_must_peak_together(peaks, expected):
-    assert verdict("ffn", "concentration", concentration_peaks=peaks) == expected
+def test_concentrations_must_peak_together(peaks, shares, together, expected):
+    metrics = {"concentration_shares": dict(zip(("gate", "up", "down"), shares, strict=True))}
+    metrics |= {"concentration_peaks": peaks, "concentration_together": together}
+    assert verdict("ffn", "concentration", **metrics) == expected
 
 
 @pytest.mark.parametrize(
@@ -125,7 +127,9 @@ def test_of_a_hybrid_the_sink_must_start_in_the_next_block_with_attention(attent
 
 def test_what_a_hybrid_has_no_ffn_for_is_not_judged():
     """The ME layer may be a block that a mixer alone makes massive."""
-    metrics = {"concentration_peaks": {"gate": 3, "up": 3, "down": 3}, "n_layers": 30}
+    elsewhere = dict.fromkeys(("gate", "up", "down"), 3)
+    metrics = {"concentration_peaks": elsewhere, "concentration_shares": dict.fromkeys(elsewhere, 0.0), "n_layers": 30}
+    metrics |= {"concentration_together": 0.0}
     assert verdict("ffn", "concentration", **metrics, ffn_layers=[3, 12]) == "not measured"
     assert verdict("ffn", "concentration", **metrics, ffn_layers=[3, 11]) == "does not hold"
     result = {"experiment": "ffn", "model": {"name": "m"}, "metrics": BASE | metrics | {"ffn_layers": [3, 11]}}
