@@ -23,7 +23,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import LogitsProcessor, LogitsProcessorList
 
 from melens.analysis.study import Study
 from melens.data.chat import PLAIN, Chat, chat_of, prompt_ids, read_reply
@@ -34,6 +33,7 @@ from melens.masks.mask import WeMask
 from melens.models.devices import input_device
 from melens.models.generation import verify_generation
 from melens.models.kv_cache import find_cache_by_any_name
+from melens.models.layout import listed
 from melens.report.page import render
 from melens.report.result import Metrics, Result
 from melens.validation.arguments import BosOrNot
@@ -134,6 +134,8 @@ def generate(
     for given, seed in drawn:
         pairs.append(compare(study.model, mask, given, decoding, seed=seed, use_cache=use_cache))
         progress(len(pairs), len(drawn))
+    texts = [side.text for pair in pairs for side in (pair.without, pair.masked)]
+    parted = [pair.parted_at for pair in pairs if pair.parted_at is not None]
     metrics = study.metrics(
         GenerateMetrics,
         mask=_mask_in_words(mask, study.model),
@@ -141,12 +143,12 @@ def generate(
         use_cache=use_cache,
         cache_error=max(check.error for check in checks),
         thinking=None if template is None else template.in_words(),
-        n_unfinished=sum(not _is_finished(side, template) for pair in pairs for side in (pair.without, pair.masked)),
+        n_unfinished=sum(not read_reply(text, (template or PLAIN).opened).is_finished for text in texts),
         written_prompts=len(prompts),
         n_pairs=len(pairs),
-        identical_share=sum(pair.parted_at is None for pair in pairs) / len(pairs),
-        mean_parted_at=_mean([pair.parted_at for pair in pairs if pair.parted_at is not None]),
-        mean_kl=_mean([pair.kl for pair in pairs]),
+        identical_share=(len(pairs) - len(parted)) / len(pairs),
+        mean_parted_at=sum(parted) / len(parted) if parted else None,
+        mean_kl=sum(pair.kl for pair in pairs) / len(pairs),
     )
     summary = _in_words(metrics, sampled=sample)
     findings = [
@@ -167,7 +169,7 @@ def make_chat(tokenizer: Any, thinking: bool | Literal["auto"] = "auto") -> Chat
         MelensError: there is no template, it takes no text of a user, or it has no switch for thinking.
     """
     if not getattr(tokenizer, "chat_template", None):
-        raise MelensError("generate.chat is true, but this model's tokenizer has no chat template.")
+        raise MelensError("generate.chat is true, but this model's tokenizer has no chat template. Set it to false.")
     return chat_of(tokenizer, None if thinking == "auto" else thinking, option="generate.thinking")
 
 
@@ -187,10 +189,13 @@ class Given:
 def _prompts(
     study: Study, prompt: str | Sequence[str] | None, chat: Chat | None, bos: BosOrNot, max_new_tokens: int
 ) -> list[Given]:
-    """Return the user's texts, or short ones of the study's, as the model reads them."""
+    """Return the user's texts, or the shortest of the study's of each task in turn, as the model reads them."""
     tokenizer: Any = study.model.tokenizer
     if prompt is None:
-        ids = [study.tokens[row].tolist() for row in _short_prompts(study.trace.prompts)]
+        by_length = study.trace.prompts.sort_values("n_tokens", kind="stable")
+        turn = by_length.groupby(by_length["task"].fillna("")).cumcount()
+        in_turn = by_length.assign(turn=turn).sort_values("turn", kind="stable")
+        ids = [study.tokens[row].tolist() for row in in_turn["prompt"][:N_PROMPTS]]
         texts = [_decode(tokenizer, of_prompt, skip_special_tokens=chat is not None) for of_prompt in ids]
     else:
         texts, ids = [prompt] if isinstance(prompt, str) else list(prompt), []
@@ -201,21 +206,13 @@ def _prompts(
     room = study.model.cfg.n_ctx - max(map(len, ids))
     if max_new_tokens > room:
         raise MelensError(
-            f"generate.max_new_tokens is {max_new_tokens}, but the longest prompt leaves {max(0, room)} "
-            f"tokens of the model's context of {study.model.cfg.n_ctx:,}."
+            f"generate.max_new_tokens is {max_new_tokens}, but the longest prompt leaves {max(0, room)} tokens of the "
+            f"model's context of {study.model.cfg.n_ctx:,}. Lower it, or shorten the prompt."
         )
     return [
         Given(number, text, of_prompt, _decode(tokenizer, of_prompt) if chat is not None else None)
         for number, (text, of_prompt) in enumerate(zip(texts, ids, strict=True))
     ]
-
-
-def _short_prompts(prompts: pd.DataFrame) -> list[int]:
-    """Choose the shortest prompts, of each task in turn."""
-    by_length = prompts.sort_values("n_tokens", kind="stable")
-    turn = by_length.groupby(by_length["task"].fillna("")).cumcount()
-    chosen: list[int] = by_length.assign(turn=turn).sort_values("turn", kind="stable")["prompt"].tolist()
-    return chosen[:N_PROMPTS]
 
 
 # --- Both texts -------------------------------------------------------------------------------------------------------
@@ -238,15 +235,17 @@ class Side:
     rest: str
     log_probabilities: tuple[float, float] | None
 
+    @property
+    def text(self) -> str:
+        return self.common + self.first + self.rest
+
 
 @dataclass(frozen=True)
 class Pair:
     """A prompt continued without the mask and with it.
 
     Attributes:
-        prompt: what is continued.
         seed: of the sample; None for greedy texts.
-        without, masked: the texts.
         parted_at: index of the first new token that differs, None where all are the same.
         kl: KL(unmasked ‖ masked) of the next-token distribution in nats, mean over the unmasked text's tokens.
     """
@@ -262,16 +261,7 @@ class Pair:
 def compare(
     model: TransformerBridge, mask: WeMask, prompt: Given, decoding: Decoding, *, seed: int, use_cache: bool = True
 ) -> Pair:
-    """Continue a prompt without a mask and with it, both sides drawing with the same random numbers.
-
-    Args:
-        model: a bridge with a tokenizer attached.
-        mask: with its dims settled.
-        prompt: what to continue.
-        decoding: how.
-        seed: of the sample.
-        use_cache: keep keys and values, as `verify_generation` allows.
-    """
+    """Continue a prompt without a mask and with it, both sides drawing with the same random numbers."""
     ids, logits = write(model, prompt.ids, decoding, seed=seed, use_cache=use_cache)
     with mask.applied(model):
         masked_ids, masked_logits = write(model, prompt.ids, decoding, seed=seed, use_cache=use_cache)
@@ -289,18 +279,6 @@ def compare(
     return Pair(prompt, seed_used, side(ids, before), side(masked_ids, after), at, kl)
 
 
-class _Forced(LogitsProcessor):
-    """Lets generation write given tokens, whatever the model would."""
-
-    def __init__(self, n_prompt: int, ids: Sequence[int]) -> None:
-        self._n_prompt, self._ids = n_prompt, ids
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        forced = torch.full_like(scores, -math.inf)
-        forced[:, self._ids[input_ids.shape[1] - self._n_prompt]] = 0
-        return forced
-
-
 def write(
     model: TransformerBridge,
     ids: Sequence[int],
@@ -315,25 +293,24 @@ def write(
     Args:
         model: the bridge, with the hooks already attached that may change something.
         ids: the prompt.
-        decoding: how; what the checkpoint has beside it, as a penalty for repetition, is left out.
+        decoding: how; what the checkpoint has beside it, such as a penalty for repetition, is left out.
         seed: of the sample.
-        forced: write these tokens.
-        use_cache: keep keys and values.
+        forced: write these tokens, whatever the model would.
+        use_cache: keep keys and values, as `verify_generation` allows.
 
     Returns:
         The new tokens, and the float32 logits from which each was chosen.
     """
     find_cache_by_any_name(model)
     network: Any = model.original_model
-    device = input_device(network)
-    inputs = torch.tensor([ids], device=device)
+    inputs = torch.tensor([ids], device=input_device(network))
     sample = decoding.sample and forced is None
     with seeded(seed):
         done = network.generate(
             inputs,
             attention_mask=torch.ones_like(inputs),
             max_new_tokens=decoding.max_new_tokens if forced is None else len(forced),
-            logits_processor=LogitsProcessorList([] if forced is None else [_Forced(len(ids), forced)]),
+            prefix_allowed_tokens_fn=None if forced is None else lambda row, read: [forced[len(read) - len(ids)]],
             do_sample=sample,
             temperature=float(decoding.temperature) if sample else 1.0,
             top_p=float(decoding.top_p) if sample else 1.0,
@@ -347,8 +324,7 @@ def write(
             output_logits=True,
             return_dict_in_generate=True,
         )
-    new: list[int] = done.sequences[0, len(ids) :].tolist()
-    return new, torch.cat(done.logits).float()
+    return done.sequences[0, len(ids) :].tolist(), torch.cat(done.logits).float()
 
 
 def _ends(model: TransformerBridge) -> list[int] | None:
@@ -395,34 +371,17 @@ def _row(pair: Pair) -> dict[str, Any]:
     row: dict[str, Any] = {"prompt": pair.prompt.number, "prompt_text": pair.prompt.text, "seed": pair.seed}
     row |= {"parted_at": pair.parted_at, "kl": pair.kl}
     for name, side in (("unmasked", pair.without), ("masked", pair.masked)):
-        unmasked_token, masked_token = side.log_probabilities or (None, None)
-        row |= {
-            f"{name}_text": side.common + side.first + side.rest,
-            f"{name}_n_tokens": len(side.ids),
-            f"{name}_token": side.first or None,
-            f"{name}_log_p_of_unmasked_token": unmasked_token,
-            f"{name}_log_p_of_masked_token": masked_token,
-        }
+        row |= {f"{name}_text": side.text, f"{name}_n_tokens": len(side.ids), f"{name}_token": side.first or None}
+        of_unmasked, of_masked = side.log_probabilities or (None, None)
+        row |= {f"{name}_log_p_of_unmasked_token": of_unmasked, f"{name}_log_p_of_masked_token": of_masked}
     return row
-
-
-def _is_finished(side: Side, chat: Chat | None) -> bool:
-    """Tell whether a text ends behind its thoughts."""
-    return read_reply(side.common + side.first + side.rest, (chat or PLAIN).opened).is_finished
-
-
-def _mean(values: Sequence[float | int]) -> float | None:
-    return sum(values) / len(values) if values else None
 
 
 def _mask_in_words(mask: WeMask, model: TransformerBridge) -> str:
     """Say what the mask is, with the blocks that it takes hold in."""
-    blocks = mask.blocks(model)
-    where = f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {', '.join(map(str, blocks))}"
-    if len(blocks) > 2 and blocks == tuple(range(blocks[0], blocks[-1] + 1)):
-        where = f"blocks {blocks[0]} to {blocks[-1]}"
     positions = mask.positions if isinstance(mask.positions, str) else list(mask.positions)
-    words = f"rate {mask.rate:g}, select {mask.select}, site {mask.site}, positions {positions}, {where}"
+    words = f"rate {mask.rate:g}, select {mask.select}, site {mask.site}, positions {positions}, "
+    words += listed(mask.blocks(model))
     if mask.select == "random":
         words += f", seed {mask.seed}"
     return words if mask.strength == 1 else f"{words}, strength {mask.strength:g}"
@@ -469,12 +428,12 @@ def render_pairs(pairs: Sequence[Pair], *, title: str, summary: str, mask: str) 
 
 def _parting_in_words(pair: Pair) -> str:
     kl = f"KL of the next token along the text without the mask: {pair.kl:.3g} nats."
-    if pair.without.log_probabilities is None or pair.masked.log_probabilities is None:
+    if pair.parted_at is None:
         return f"The same tokens on both sides. {kl}"
-    tokens = [repr(side.first) for side in (pair.without, pair.masked)]
+    tokens = pair.without.first, pair.masked.first
     without, masked = (
-        " and ".join(f"{token} {math.exp(p):.3g}" for token, p in zip(tokens, log_p, strict=True))
-        for log_p in (pair.without.log_probabilities, pair.masked.log_probabilities)
+        " and ".join(f"{token!r} {math.exp(log_p):.3g}" for token, log_p in zip(tokens, of_side or (), strict=True))
+        for of_side in (pair.without.log_probabilities, pair.masked.log_probabilities)
     )
     there = f"Probabilities there: without the mask {without}; with it {masked}."
     return f"They part at token {pair.parted_at}, counted from 0. {there} {kl}"
