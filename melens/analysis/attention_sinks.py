@@ -1,73 +1,79 @@
-"""Where attention sinks start, and what becomes of the rank of attention and hidden states: figure 7, section 6.
+"""Where attention sinks start, what attention gets of token 0, and ranks: figure 7, sections 4.1 and 6.
 
     result = melens.analysis.sinks(study)
     result.figures["sink_mass"]
 
-1. The sink mass of every block and head comes with the study's trace (`SinkMass`), and shows where they start.
+1. The sink mass of every block and head comes with the study's trace (`SinkMass`). Each input, one for each first
+   token, tells for itself in which block its sink comes first: a later dip does not move it.
 2. Figure 7's maps take one further pass over one prompt: a pattern is quadratic in its length.
-3. Ranks take another, over prompts cut to one length: a rank grows with the number of tokens.
+3. `melens.analysis.low_rank` measures ranks, `melens.analysis.attention_inputs` inputs, keys and queries.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from melens.analysis import attention_inputs, low_rank
 from melens.analysis import sink_mass as masses
 from melens.analysis.sink_mass import SINK_THRESHOLD, SinkOnset
-from melens.analysis.statistics import mean_by, mean_metric, with_interval
+from melens.analysis.statistics import mean_metric, share_interval, with_interval
 from melens.analysis.study import Study
-from melens.claims.engine import Claim, Judgement, Verdict, at_most
+from melens.claims.engine import Claim, Former, Judgement, Verdict, at_least
 from melens.errors import MelensError
 from melens.figures.attention import attention_maps
-from melens.figures.curves import Curve, Panel, curves_by_block
+from melens.figures.curves import Curve, Panel
 from melens.figures.heatmaps import Heatmap, heatmap_over_curves
-from melens.figures.style import BLOCK, COLORS, FIRST, SINK
+from melens.figures.style import BLOCK, FIRST, SINK
 from melens.models.layout import Layout
-from melens.report.result import Figure, Interval, Metrics, Result
-from melens.tracing.probes import AttentionMaps, AttentionSpectrum, Probe, Spectrum
+from melens.report.result import Figure, Interval, Result
+from melens.tracing.probes import AttentionMaps
 from melens.tracing.trace import trace
 
 __all__ = ["CLAIMS", "SinksMetrics", "sinks"]
 
 PATTERN = "attn.hook_pattern"
-RANK_TEXTS = {"effective_rank": "effective rank", "first_share": "share of the first singular value"}
 
 
-class SinksMetrics(Metrics):
-    """What `sinks` measures.
+class SinksMetrics(low_rank.LowRankMetrics, attention_inputs.AttentionInputsMetrics):
+    """What `sinks` measures, with the fields of `LowRankMetrics` and `AttentionInputsMetrics`.
+
+    A block has a sink for an input where the attention that later tokens pay to token 0, mean over heads, is over 0.3
+    (in short prompts over twice that of even attention, if that is more).
 
     Attributes:
-        sink_onset_layer, first_sink_layer: as `SinkOnset`.
-        sink_mass_at_me_layer, sink_mass_after: attention that later tokens pay to token 0, mean over heads and prompts,
-            in the ME layer and in the next block with attention.
-        attention_rank_before, attention_rank_after, attention_rank_ratio: effective rank of the attention matrices
-            before and after the ME layer, and the mean over prompts of after / before.
-        hidden_rank_before, hidden_rank_after, hidden_rank_ratio: the same of all tokens' hidden states.
-        rank_prompts: on how many prompts ranks were measured.
+        sink_onset_layer, first_sink_layer: as `SinkOnset`, of the mean over prompts.
+        sink_inputs: how many inputs the following rest on: distinct first tokens.
+        first_sinks: by block, for how many inputs the first sink is there; "none" where an input has none.
+        sink_rises_next: share of inputs whose first sink is in the first block with attention behind the ME layer.
+        sink_returns_next: share of inputs with a sink there and none in the ME layer, whatever was before; in a hybrid
+            none in the last block with attention up to it.
+        sink_rises_why_not: why neither was measured.
+        sink_blocks: share of the blocks with attention behind the ME layer that have a sink, mean over inputs.
+        sink_mass_at_me_layer, sink_mass_after: sink mass in the ME layer and in the next block with attention, mean
+            over inputs.
     """
 
     experiment = "sinks"
     sink_onset_layer: int | None = None
     first_sink_layer: int | None = None
+    sink_inputs: int | None = None
+    first_sinks: dict[str, int] | None = None
+    sink_rises_next: float | None = None
+    sink_rises_next_interval: Interval | None = None
+    sink_returns_next: float | None = None
+    sink_rises_why_not: str | None = None
+    sink_blocks: float | None = None
+    sink_blocks_interval: Interval | None = None
     sink_mass_at_me_layer: float | None = None
     sink_mass_at_me_layer_interval: Interval | None = None
     sink_mass_after: float | None = None
     sink_mass_after_interval: Interval | None = None
-    attention_rank_before: float | None = None
-    attention_rank_after: float | None = None
-    attention_rank_ratio: float | None = None
-    attention_rank_ratio_interval: Interval | None = None
-    attention_rank_ratio_why_not: str | None = None
-    hidden_rank_before: float | None = None
-    hidden_rank_after: float | None = None
-    hidden_rank_ratio: float | None = None
-    hidden_rank_ratio_interval: Interval | None = None
-    hidden_rank_ratio_why_not: str | None = None
-    rank_prompts: int = 0
 
 
 def sinks(study: Study, *, map_tokens: int = 40, rank_tokens: int = 128, rank_prompts: int = 8) -> Result:
@@ -80,56 +86,81 @@ def sinks(study: Study, *, map_tokens: int = 40, rank_tokens: int = 128, rank_pr
         rank_prompts: on at most so many.
 
     Returns:
-        Metrics `SinksMetrics`; the figures `attention_maps` (figure 7), `sink_mass` and `rank` (section 6).
+        Metrics `SinksMetrics`; the figures `attention_maps` (figure 7), `sink_mass`, `rank` (section 6) and `inputs`
+        (section 4.1).
 
     Raises:
-        MelensError: a model without attention that can be measured, or a rank that is NaN.
+        MelensError: a model without attention that can be measured, or a number that is NaN.
     """
     layout = study.layout.as_measured(masses.measured_layers(study.trace))
     if "sink_mass" not in study.trace.tables:
         raise MelensError(f"Sinks cannot be looked for: there is {layout.attention_in_words}.")
-    sink_mass = study.of_massive_prompts(study.trace["sink_mass"])
-    of_massive = replace(study.trace, tables={"sink_mass": sink_mass})
+    of_massive = replace(study.trace, tables={"sink_mass": study.of_massive_prompts(study.trace["sink_mass"])})
     by_layer, by_head = masses.sink_mass_by_layer(of_massive), masses.sink_mass_by_head(of_massive)
     onset = masses.find_sink_onset(of_massive, trailing_blocks=study.me.criterion.trailing_blocks)
-    ranks = _ranks(study, rank_tokens, rank_prompts)
+    ranks = low_rank.measure_ranks(study, rank_tokens, rank_prompts)
+    inputs, cosines = attention_inputs.compare_inputs(study)
     why_not = f"Not measured: no prompt has {rank_tokens} tokens (exp.rank_tokens)."
     metrics = study.metrics(
         SinksMetrics,
         sink_onset_layer=onset.layer,
         first_sink_layer=onset.first_layer,
-        rank_prompts=ranks["prompt"].nunique(),
         **layout.metrics(),
-        **_mass_around_me_layer(study, sink_mass, layout),
-        **_compared_ranks(study, ranks, layout) if len(ranks) else {"why_not": why_not},
+        **_sinks_by_input(study, *masses.sinks_by_state(of_massive), layout),
+        **low_rank.compare_ranks(study, ranks, layout),
+        **inputs,
+        **({} if len(ranks) else {"why_not": why_not}),
     )
     observed = _sinks_in_words(metrics, onset, layout)
     figures = {"sink_mass": _sink_mass_figure(study, by_head, by_layer, observed)}
     if (maps := _maps_figure(study, map_tokens)) is not None:
         figures = {"attention_maps": maps, **figures}
     tables = {"sink_mass_by_head": by_head, "sinks_by_block": by_layer}
+    findings = [("sinks", observed), ("rank", low_rank.ranks_in_words(metrics) if len(ranks) else why_not)]
     if len(ranks):
-        by_block = [mean_by(ranks, name, ("of", "layer")).assign(quantity=name) for name in RANK_TEXTS]
-        tables["rank_by_block"] = pd.concat(by_block)
-        figures["rank"] = _rank_figure(study, tables["rank_by_block"], metrics, rank_tokens)
-    findings = [("sinks", observed), ("rank", _ranks_in_words(metrics) if len(ranks) else why_not)]
+        tables["rank_by_block"] = low_rank.rank_by_block(ranks)
+        figures["rank"] = low_rank.rank_figure(study, tables["rank_by_block"], metrics, rank_tokens)
+    if len(cosines):
+        tables["inputs_by_block"] = cosines
+        figures["inputs"] = attention_inputs.inputs_figure(study, cosines, metrics)
+    if study.me.layer is not None:
+        findings.append(("attention inputs", attention_inputs.inputs_in_words(metrics)))
     return Result("sinks", study.trace.model, metrics, tables, figures, findings)
 
 
 # --- Sink mass --------------------------------------------------------------------------------------------------------
 
 
-def _mass_around_me_layer(study: Study, sink_mass: pd.DataFrame, layout: Layout) -> dict[str, Any]:
-    if study.me.layer is None:
-        return {}
-    means = sink_mass.groupby(["layer", "prompt"])["sink_mass"].mean()
-    of_layer: dict[Any, pd.Series] = dict(iter(means.groupby("layer")))
-    blocks = {"sink_mass_at_me_layer": study.me.layer, "sink_mass_after": layout.next_attention(study.me.layer)}
-    measured: dict[str, Any] = {}
-    for name, layer in blocks.items():
-        if layer in of_layer:
-            measured |= mean_metric(name, of_layer[layer].to_numpy())
-    return measured
+def _sinks_by_input(study: Study, mass: pd.DataFrame, is_sink: pd.DataFrame, layout: Layout) -> dict[str, Any]:
+    """Find in which block each input, a row of `[layer]`, has its first sink, and what is around the ME layer."""
+    me_layer = study.me.layer
+    measured: dict[str, Any] = {"sink_inputs": len(mass)}
+    if me_layer is None:
+        return measured
+    layers = [int(layer) for layer in mass.columns]
+    by_layer = dict(zip(layers, mass.to_numpy(dtype=float).T, strict=True))
+    sinks_of = dict(zip(layers, is_sink.to_numpy(dtype=bool).T, strict=True))
+    for name, at in (("sink_mass_at_me_layer", me_layer), ("sink_mass_after", layout.next_attention(me_layer))):
+        if at in by_layer:
+            measured |= mean_metric(name, by_layer[at])
+    has_sink = {layer: has for layer, has in sinks_of.items() if layer <= study.last_before_trailing}
+    firsts = [next((layer for layer, has in has_sink.items() if has[row]), None) for row in range(len(mass))]
+    counted = Counter(firsts).most_common()
+    measured["first_sinks"] = {"none" if layer is None else str(layer): number for layer, number in counted}
+    before = [layer for layer in has_sink if layer <= me_layer]
+    behind = [layer for layer in has_sink if layer > me_layer]
+    if not behind:
+        return measured | {"sink_rises_why_not": "No block between the ME layer and the last two has attention."}
+    measured |= mean_metric("sink_blocks", np.mean([has_sink[layer] for layer in behind], axis=0))
+    if not before:
+        why_not = f"No block up to the ME layer has attention: a sink in block {behind[0]} need not be new."
+        return measured | {"sink_rises_why_not": why_not}
+    rises = np.array([first == behind[0] for first in firsts])
+    return measured | {
+        "sink_rises_next": float(rises.mean()),
+        "sink_rises_next_interval": share_interval(rises),
+        "sink_returns_next": float((has_sink[behind[0]] & ~has_sink[before[-1]]).mean()),
+    }
 
 
 def _sink_mass_figure(study: Study, by_head: pd.DataFrame, by_layer: pd.DataFrame, observed: str) -> Figure:
@@ -149,15 +180,27 @@ def _sinks_in_words(metrics: SinksMetrics, onset: SinkOnset, layout: Layout) -> 
     words = "No sink lasts." if onset.looked_at else "Attention is in the last blocks alone, which count apart."
     if onset.layer is not None:
         words = f"Sinks last from block {onset.layer} on."
-    if onset.first_layer not in (None, onset.layer):
-        words += f" The first are in block {onset.first_layer}."
+    if metrics.first_sinks and onset.looked_at:
+        words += f" The first sink of an input is {_first_sinks_in_words(metrics.first_sinks)}."
     is_hybrid = len(layout.attention) < layout.n_layers
     if metrics.sink_mass_at_me_layer is not None and metrics.sink_mass_after is not None:
-        words += (
-            f" Mean sink mass: {metrics.sink_mass_at_me_layer:.3f} in the ME layer, {metrics.sink_mass_after:.3f} in "
-            f"the next{' with attention' if is_hybrid else ''}."
+        at, after = (
+            with_interval(mass, interval, ".3f")
+            for mass, interval in (
+                (metrics.sink_mass_at_me_layer, metrics.sink_mass_at_me_layer_interval),
+                (metrics.sink_mass_after, metrics.sink_mass_after_interval),
+            )
         )
+        words += f" Mean sink mass: {at} in the ME layer, {after} in the next{' with attention' if is_hybrid else ''}."
     return f"{words} There is {layout.attention_in_words}." if is_hybrid else words
+
+
+def _first_sinks_in_words(first_sinks: Mapping[str, int]) -> str:
+    """Say where the first sinks are: "in block 3 (30 of 36 inputs), in block 5 (6)"."""
+    total = sum(first_sinks.values())
+    places = [("nowhere" if layer == "none" else f"in block {layer}", n) for layer, n in first_sinks.items()]
+    (most, n), *others = places
+    return ", ".join([f"{most} ({n} of {total} inputs)", *(f"{place} ({n})" for place, n in others)])
 
 
 # --- Maps -------------------------------------------------------------------------------------------------------------
@@ -193,107 +236,28 @@ def _blocks_around_me_layer(study: Study) -> list[int]:
     return before[-1:] + behind[:1]
 
 
-# --- Rank -------------------------------------------------------------------------------------------------------------
-
-
-def _ranks(study: Study, rank_tokens: int, rank_prompts: int) -> pd.DataFrame:
-    """Measure effective ranks on prompts of one length: `prompt`, `layer`, `of`, `effective_rank`, `first_share`."""
-    columns = ["prompt", "layer", "effective_rank", "first_share"]
-    chosen = _across_tasks(study, rank_tokens)[:rank_prompts]
-    if not chosen:
-        return pd.DataFrame(columns=[*columns, "of"])
-    probes: list[Probe] = [Spectrum(), *([AttentionSpectrum()] if _blocks_around_me_layer(study) else [])]
-    for probe in probes:
-        probe.may_miss = True
-    cut = [study.tokens[prompt][:rank_tokens] for prompt in chosen]
-    progress = study.stage("ranks: tokens")
-    found = trace(study.model, cut, probes, progress=progress, max_batch_tokens=rank_tokens)
-    tables = [found["spectrum"][columns].assign(of="hidden states")]
-    if "attention_spectrum" in found.tables:
-        attention = found["attention_spectrum"]
-        _check_ranks(attention)  # before a mean over heads leaves NaN out
-        by_prompt = attention.groupby(["prompt", "layer"])[columns[2:]].mean().reset_index()
-        tables.append(by_prompt.assign(of="attention"))
-    ranks = pd.concat(tables, ignore_index=True)
-    _check_ranks(ranks)
-    return ranks
-
-
-def _check_ranks(ranks: pd.DataFrame) -> None:
-    for row in ranks[~np.isfinite(ranks["effective_rank"])].head(1).to_dict("records"):
-        raise MelensError(
-            f"The effective rank of block {row['layer']} is {row['effective_rank']} in prompt {row['prompt']}: look "
-            "for NaN in the model's weights, or load it in float32."
-        )
-
-
-def _across_tasks(study: Study, rank_tokens: int) -> list[int]:
-    """List the prompts of enough tokens, one task type after the other."""
-    prompts = study.of_massive_prompts(study.trace.prompts)
-    prompts = prompts[prompts["n_tokens"] >= rank_tokens]
-    turn = prompts.groupby(prompts["task"].fillna(""))["prompt"].rank().to_numpy()
-    return prompts.assign(turn=turn).sort_values("turn", kind="stable")["prompt"].tolist()
-
-
-def _compared_ranks(study: Study, ranks: pd.DataFrame, layout: Layout) -> dict[str, Any]:
-    """Compare the mean effective rank after the ME layer with that before, prompt by prompt."""
-    if study.me.layer is None:
-        return {}
-    measured: dict[str, Any] = {}
-    for name, of, first_after, why_not in (
-        # attention in the ME layer itself still reads states without the massive activation: it counts as before
-        ("attention_rank", "attention", study.me.layer + 1, f": there is {layout.attention_in_words}"),
-        ("hidden_rank", "hidden states", study.me.layer, ""),
-    ):
-        table = ranks[(ranks["of"] == of) & (ranks["layer"] <= study.last_before_trailing)]
-        is_after = table["layer"] >= first_after
-        before, after = (table[side].groupby("prompt")["effective_rank"].mean() for side in (~is_after, is_after))
-        if len(before) and len(after):
-            measured |= {f"{name}_before": float(before.mean()), f"{name}_after": float(after.mean())}
-            measured |= mean_metric(f"{name}_ratio", (after / before).to_numpy(dtype=float))
-        else:  # a massive activation of block 0 leaves no block before
-            measured[f"{name}_ratio_why_not"] = f"Nothing lies both before and after the ME layer{why_not}."
-    return measured
-
-
-def _rank_figure(study: Study, by_block: pd.DataFrame, metrics: SinksMetrics, rank_tokens: int) -> Figure:
-    panels = []
-    for of, color in zip(("attention", "hidden states"), COLORS, strict=False):
-        for quantity, text in RANK_TEXTS.items():
-            points = by_block[(by_block["of"] == of) & (by_block["quantity"] == quantity)]
-            if len(points):
-                y_range = (0.0, 1.0) if quantity == "first_share" else None
-                title = f"{of.capitalize()}: {text}"
-                panels.append(Panel(title, text, [Curve(of, points, color)], study.me.layer, y_range=y_range))
-    bands = "Bands: 95% intervals over prompts."
-    note = f"The first {rank_tokens} tokens of each prompt; attention: mean over heads. {bands}"
-    plot = curves_by_block(panels, title=study.title("Rank by block", metrics.rank_prompts), note=note)
-    expected = "Attention weights and hidden states both collapse to low rank after the ME layer."
-    return Figure(plot, "section 6", expected, _ranks_in_words(metrics))
-
-
-def _ranks_in_words(metrics: SinksMetrics) -> str:
-    m = metrics
-    measured = (
-        ("attention", m.attention_rank_before, m.attention_rank_after,
-         m.attention_rank_ratio, m.attention_rank_ratio_interval),
-        ("the hidden states", m.hidden_rank_before, m.hidden_rank_after,
-         m.hidden_rank_ratio, m.hidden_rank_ratio_interval),
-    )  # fmt: skip
-    parts = [
-        f"of {what} {before:.3g} before and {after:.3g} after (ratio {with_interval(ratio, interval, '.2f')})"
-        for what, before, after, ratio, interval in measured
-        if ratio is not None
-    ]
-    if parts:
-        return f"Effective rank {' and '.join(parts)}."
-    return metrics.hidden_rank_ratio_why_not or "Without an ME layer there is no before and after."
-
-
 # --- Claims -----------------------------------------------------------------------------------------------------------
 
+MOST = 0.8
 
-def _starts_in_the_next_block(metrics: SinksMetrics) -> Judgement:
+
+def _rises_in_the_next_block(metrics: SinksMetrics) -> Judgement:
+    why_not = metrics.sink_rises_why_not
+    judged = at_least(metrics.sink_rises_next, metrics.sink_rises_next_interval, MOST, why_not=why_not)
+    if judged.verdict == "not measured":
+        return judged
+    notes = [judged.note, f"The first sink is {_first_sinks_in_words(metrics.first_sinks or {'none': 0})}."]
+    if judged.verdict == "does not hold" and (metrics.sink_returns_next or 0) >= MOST:
+        judged = replace(judged, verdict="holds in part")
+        notes.append("Earlier sinks are gone in the ME layer.")
+    attending = [layer for layer in metrics.attention_layers or () if layer > (metrics.me_layer or 0)]
+    if attending and attending[0] != (metrics.me_layer or 0) + 1:
+        notes.append(f"The next block with attention is {attending[0]}.")
+    return replace(judged, note=" ".join(filter(None, notes)))
+
+
+def _lasts_from_the_next_block(metrics: SinksMetrics) -> Judgement:
+    """The former way: the first block from which the mean over prompts stays over 0.3 must be the next."""
     onset, first = metrics.sink_onset_layer, metrics.first_sink_layer
     me_layer, last = metrics.me_layer, metrics.last_lasting_layer
     if me_layer is None or last is None:
@@ -302,65 +266,72 @@ def _starts_in_the_next_block(metrics: SinksMetrics) -> Judgement:
     behind = [layer for layer in attending if me_layer < layer <= last]
     if not behind:
         return Judgement("not measured", note="No block between the ME layer and the last two has attention.")
-    where = "" if behind[0] == me_layer + 1 else f"The next block with attention is {behind[0]}."
     if onset is None:
-        return Judgement("does not hold", note=f"No sink lasts. {where}".strip())
-    note = f"Sinks come and go before, first in block {first}." if first is not None and first < onset else ""
+        return Judgement("does not hold", note="No sink lasts.")
     steps = sum(layer <= onset for layer in behind) if onset > me_layer else onset - me_layer
-    verdict: Verdict = "does not hold" if steps != 1 else "holds in part" if note else "holds"
-    return Judgement(verdict, float(steps), note=f"{note} {where}".strip())
+    came_and_went = first is not None and first < onset
+    verdict: Verdict = "does not hold" if steps != 1 else "holds in part" if came_and_went else "holds"
+    return Judgement(verdict, float(steps))
 
-
-_ATTENTION_RANK = Claim(
-    id="attention-rank",
-    fixed="2026-11-22 a1bbeb3",
-    claim="After the ME layer attention is of lower rank",
-    source="section 6",
-    metrics=SinksMetrics,
-    figure="rank",
-    statistic="effective rank of the attention matrices after the ME layer over that before",
-    criterion="<= 0.5; in part < 1",
-    why="a collapse is at least a halving",
-    of_token_0=True,
-    blocks_after=1,
-    judge=lambda metrics: at_most(
-        metrics.attention_rank_ratio,
-        metrics.attention_rank_ratio_interval,
-        0.5,
-        partly=0.999,
-        why_not=metrics.attention_rank_ratio_why_not or metrics.why_not,
-    ),
-)
 
 CLAIMS = (
     Claim(
         id="sink-next",
-        fixed="2026-11-22 a1bbeb3",
-        claim="The attention sink starts in the block after the ME layer",
-        source="section 6, figure 7",
+        fixed="2026-11-26",
+        claim="Attention sinks emerge in the layer right after the ME layer",
+        source="introduction: 'in the layer immediately following the ME Layer'; figure 7b",
         metrics=SinksMetrics,
         figure="sink_mass",
-        statistic="blocks with attention from the ME layer to the first from which the mean sink mass stays over 0.3",
-        criterion="1; in part: sinks before that come and go",
-        why="0.3 is Gu et al.'s (2024)",
+        statistic="share of inputs whose first block with a mean sink mass over 0.3 is the next one with attention",
+        criterion=">= 0.8; in part: there, and none in the ME layer, but some earlier",
+        why="to emerge is to come first, and a later dip is no return; 0.3 is Gu et al.'s; 17 inputs of 17 show 0.8",
         of_token_0=True,
         blocks_after=1,
-        judge=_starts_in_the_next_block,
-    ),
-    _ATTENTION_RANK,
-    replace(
-        _ATTENTION_RANK,
-        id="hidden-rank",
-        fixed="2026-11-22 a1bbeb3",
-        claim="After the ME layer the hidden states are of lower rank",
-        statistic="effective rank of all tokens' hidden states from the ME layer on over that before",
-        blocks_after=0,
-        judge=lambda metrics: at_most(
-            metrics.hidden_rank_ratio,
-            metrics.hidden_rank_ratio_interval,
-            0.5,
-            partly=0.999,
-            why_not=metrics.hidden_rank_ratio_why_not or metrics.why_not,
+        judge=_rises_in_the_next_block,
+        former=Former(
+            "blocks to the first from which the mean sink mass stays over 0.3: 1; in part: sinks before come and go",
+            "2026-11-22 a1bbeb3",
+            _lasts_from_the_next_block,
         ),
     ),
+    Claim(
+        id="sink-at-me",
+        fixed="2026-11-26",
+        claim="There is a sink at the ME layer itself, where the FFN has not written yet",
+        source="section 6, on figure 7: 'the attention sink observed at the ME Layer is not caused by the FFN output'",
+        metrics=SinksMetrics,
+        figure="attention_maps",
+        statistic="mean sink mass in the ME layer",
+        criterion=">= 0.3",
+        why="0.3 is Gu et al.'s; it contradicts sink-next, unless figure 7's 'layer 7' is the block after the ME layer",
+        of_token_0=True,
+        judge=lambda metrics: at_least(
+            metrics.sink_mass_at_me_layer,
+            metrics.sink_mass_at_me_layer_interval,
+            SINK_THRESHOLD,
+            why_not="The ME layer has no attention that can be measured.",
+        ),
+    ),
+    Claim(
+        id="sink-blocks",
+        fixed="2026-11-26",
+        claim="Attention sinks consistently appear in the layers after the ME layer",
+        source="section 6: 'consistently appear in layers following the onset of massive activation'",
+        metrics=SinksMetrics,
+        figure="sink_mass",
+        statistic="share of blocks with attention behind the ME layer whose sink mass is over 0.3, mean over inputs",
+        criterion=">= 0.9; in part >= 0.5",
+        why="'consistently' leaves one block in ten out at most; half is in most layers",
+        of_token_0=True,
+        blocks_after=1,
+        judge=lambda metrics: at_least(
+            metrics.sink_blocks,
+            metrics.sink_blocks_interval,
+            0.9,
+            partly=0.5,
+            why_not=metrics.sink_rises_why_not,
+        ),
+    ),
+    *low_rank.CLAIMS,
+    *attention_inputs.CLAIMS,
 )

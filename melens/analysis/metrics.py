@@ -111,8 +111,8 @@ def first_share(singular_values: Float[Tensor, "*batch rank"]) -> Float[Tensor, 
 def matrix_entropy(singular_values: Float[Tensor, "*batch rank"]) -> Float[Tensor, "*batch"]:
     """Compute the entropy of σ² / Σσ² over the logarithm of how many σ there are, min(T, d) of a matrix `[T, d]`.
 
-    It runs from 0 (one direction, and so for a single σ) to 1 (all directions alike); where it is low in the middle of a
-    model the literature speaks of a compression valley (Skean et al. 2025; Queipo-de-Llano et al. 2025).
+    It runs from 0 (one direction, and so for a single σ) to 1 (all directions alike). Where it is low in the middle of
+    a model the literature speaks of a compression valley (Skean et al. 2025; Queipo-de-Llano et al. 2025).
     """
     energy = singular_values**2 / (singular_values**2).sum(-1, keepdim=True)
     return -torch.xlogy(energy, energy).sum(-1) / math.log(max(2, singular_values.shape[-1]))

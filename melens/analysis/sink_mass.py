@@ -1,4 +1,8 @@
-"""Attention sinks: where they start (section 6, figure 7)."""
+"""Attention sinks: where they start (section 6, figure 7).
+
+`find_sink_onset` looks at the mean over prompts, `sinks_by_state` at each state of token 0 by itself: in a causal
+model prompts that share their first token share token 0's every state, and count once.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +17,14 @@ from melens.validation.signatures import checked
 from melens.validation.types import Rate, Whole
 
 __all__ = [
-    "SINK_THRESHOLD", "SinkOnset", "find_sink_onset", "measured_layers", "sink_mass_by_head", "sink_mass_by_layer",
+    "SINK_THRESHOLD", "SinkOnset", "even_attention", "find_sink_onset", "measured_layers", "sink_mass_by_head",
+    "sink_mass_by_layer", "sinks_by_state",
 ]  # fmt: skip
 
 SINK_THRESHOLD = 0.3
-"""A head, or a block on average, has a sink where later tokens pay more than this to the key (Gu et al. 2024)."""
+"""A head, or a block on average, has a sink where later tokens pay more than this to the key (Gu et al. 2024).
+
+Attention that makes no difference between keys pays the first 0.21 in a prompt of 10 tokens: see `even_attention`."""
 
 
 @dataclass(frozen=True)
@@ -50,18 +57,15 @@ def sink_mass_by_head(trace: TraceGiven) -> pd.DataFrame:
     Raises:
         MelensError: NaN, which pandas would leave out of the mean; every prompt of a trace has a later token.
     """
-    table = trace["sink_mass"]
-    for row in table[~np.isfinite(table["sink_mass"])].head(1).to_dict("records"):
-        raise MelensError(
-            f"The sink mass of block {row['layer']}, head {row['head']} is {row['sink_mass']} in prompt "
-            f"{row['prompt']}: look for NaN in the model's weights, or load it in float32."
-        )
-    return table.groupby(["layer", "head"])["sink_mass"].mean().reset_index()
+    _check_finite(trace["sink_mass"])
+    return trace["sink_mass"].groupby(["layer", "head"])["sink_mass"].mean().reset_index()
 
 
 @checked
 def sink_mass_by_layer(trace: TraceGiven) -> pd.DataFrame:
     """Summarise the sink mass by block: its `mean`, `low` and `high` (10% and 90% of heads), and `share_of_heads`.
+
+    The last two describe the model's own heads, of which there are no others to infer: they have no interval.
 
     Raises:
         MelensError: as `sink_mass_by_head`.
@@ -72,6 +76,30 @@ def sink_mass_by_layer(trace: TraceGiven) -> pd.DataFrame:
     share = by_layer.agg(lambda mass: (mass > SINK_THRESHOLD).mean())
     low, high = by_layer.quantile(0.1), by_layer.quantile(0.9)
     return pd.DataFrame({"mean": by_layer.mean(), "low": low, "high": high, "share_of_heads": share}).reset_index()
+
+
+@checked
+def sinks_by_state(trace: TraceGiven) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Average the sink mass over heads and over the prompts that share a first token, and tell where that is a sink.
+
+    Returns:
+        The sink mass `[first_token_id, layer]`, and whether it is over the threshold and over twice what even attention
+        pays in prompts of that length, which is more in those of fewer than 18 tokens.
+
+    Raises:
+        MelensError: as `sink_mass_by_head`.
+    """
+    _check_finite(trace["sink_mass"])
+    by_prompt = trace["sink_mass"].groupby(["prompt", "layer"])["sink_mass"].mean().unstack("layer")
+    prompts = trace.prompts.set_index("prompt").loc[by_prompt.index]
+    mass = by_prompt.groupby(prompts["first_token_id"]).mean()
+    even = prompts["n_tokens"].map(even_attention).groupby(prompts["first_token_id"]).mean()
+    return mass, mass.gt((2 * even).clip(lower=SINK_THRESHOLD), axis=0)
+
+
+def even_attention(n_tokens: int) -> float:
+    """Return what later tokens pay to the first where each attends to all keys alike: the mean of 1/2, ..., 1/n."""
+    return float(np.mean(1 / np.arange(2, n_tokens + 1)))
 
 
 @checked
@@ -93,3 +121,11 @@ def find_sink_onset(trace: TraceGiven, *, threshold: Rate = SINK_THRESHOLD, trai
     last_without = max((layer for layer in looked_at if layer not in over), default=-1)
     onset = min((layer for layer in looked_at if layer > last_without), default=None)
     return SinkOnset(onset, min(over, default=None), threshold, looked_at)
+
+
+def _check_finite(table: pd.DataFrame) -> None:
+    for row in table[~np.isfinite(table["sink_mass"])].head(1).to_dict("records"):
+        raise MelensError(
+            f"The sink mass of block {row['layer']}, head {row['head']} is {row['sink_mass']} in prompt "
+            f"{row['prompt']}: look for NaN in the model's weights, or load it in float32."
+        )

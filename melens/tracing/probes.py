@@ -386,7 +386,7 @@ class Spectrum(Probe):
 
 
 class AttentionSpectrum(Probe):
-    """The same of attention matrices `[query, key]` as they are, by block and head; in memory quadratic in the length."""
+    """The same three of attention matrices `[query, key]`, by block and head; in memory quadratic in the length."""
 
     name = "attention_spectrum"
     sites = ("attn.hook_pattern",)

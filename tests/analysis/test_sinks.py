@@ -5,8 +5,8 @@ from handmade import study_by_hand, table
 
 import melens
 from melens import MelensError
-from melens.analysis import attention_sinks
-from melens.analysis.sink_mass import find_sink_onset, sink_mass_by_layer
+from melens.analysis import attention_inputs, attention_sinks
+from melens.analysis.sink_mass import even_attention, find_sink_onset, sink_mass_by_layer
 
 
 def trace_with(*mass_by_layer):
@@ -75,63 +75,125 @@ def test_sinks_of_the_embedded_model_start_right_after_its_me_layer(embedded_tra
     assert find_sink_onset(embedded_trace).layer == melens.find_me_layer(embedded_trace).layer + 1
 
 
-# --- `melens.analysis.sinks`: three prompts by hand, of which two have their massive token born in block 2 of 7 -------
+def test_even_attention_by_hand():
+    assert even_attention(2) == pytest.approx(1 / 2)
+    assert even_attention(4) == pytest.approx((1 / 2 + 1 / 3 + 1 / 4) / 3)
 
-MASS = {
-    0: [[0.1, 0.3, 0.1, 0.5, 0.5, 0, 0], [0.1, 0.3, 0.3, 0.9, 0.5, 0, 0], [1] * 7],
-    1: [[0.1, 0.5, 0.2, 0.7, 0.7, 0, 0], [0.1, 0.5, 0.4, 0.7, 0.7, 0, 0], [1] * 7],
-}
-"""By head, of each prompt and block; the third prompt, born elsewhere, does not count."""
 
-ATTENTION = [[8, 8, 8, 2, 2, 99, 99], [2, 2, 8, 4, 4, 99, 99]]
-HIDDEN = [[10, 10, 5, 5, 5, 99, 99], [20, 40, 3, 9, 15, 99, 99]]
-"""Effective ranks of each prompt and block; two heads are one above and one below those of the attention."""
+# --- `melens.analysis.sinks` by hand: 7 blocks, of which the last two count apart; block 2 is the ME layer ------------
 
 
 @pytest.fixture
-def study(monkeypatch):
-    """A study of these numbers, whose further passes find them."""
-    spectrum = table(effective_rank=HIDDEN, first_share=0.5)
-    heads = [table(head=head, effective_rank=ATTENTION, first_share=0.5) for head in (0, 1)]
-    heads[0]["effective_rank"] -= 1
-    heads[1]["effective_rank"] += 1
-    tables = {"spectrum": spectrum, "attention_spectrum": pd.concat(heads)}
-    tensors = {"attention_maps": torch.full((1, 2, 2, 8, 8), 0.25)}
-    found = melens.Trace({"n_layers": 7}, pd.DataFrame(), tables, tensors)
-    monkeypatch.setattr(attention_sinks, "trace", lambda *told, **options: found)
-    mass = pd.concat([table(head=head, sink_mass=mass) for head, mass in MASS.items()])
-    return study_by_hand(2, born=[(2, 0), (2, 0), (4, 0)], tables={"sink_mass": mass})
+def sinks_of(monkeypatch):
+    """Analyse inputs of these sink masses by block, mean over two heads; there are no ranks and no attention inputs."""
+    maps = melens.Trace({"n_layers": 7}, pd.DataFrame(), {}, {"attention_maps": torch.full((1, 2, 2, 8, 8), 0.25)})
+    monkeypatch.setattr(attention_sinks, "trace", lambda *told, **options: maps)
+    monkeypatch.setattr(attention_inputs, "compare_inputs", lambda study: ({}, pd.DataFrame()))
+
+    def analyse(masses, n_tokens=40, me_layer=2, born=None, first_tokens=None):
+        heads = []
+        for head, shift in ((0, -0.05), (1, 0.05)):
+            of_head = [[None if mass is None else mass + shift for mass in of_input] for of_input in masses]
+            heads.append(table(head=head, sink_mass=of_head))
+        born = born or [(me_layer, 0)] * len(masses)
+        told = {"first_tokens": first_tokens, "n_tokens": [n_tokens] * len(masses)}
+        study = study_by_hand(me_layer, born=born, tables={"sink_mass": pd.concat(heads)}, **told)
+        return melens.analysis.sinks(study)
+
+    return analyse
 
 
-def test_sink_mass_is_compared_between_the_me_layer_and_the_next_block(study):
-    metrics = melens.analysis.sinks(study, rank_tokens=8).metrics
-    assert metrics.sink_mass_at_me_layer == pytest.approx((0.15 + 0.35) / 2)
-    assert metrics.sink_mass_at_me_layer_interval == pytest.approx((0.15, 0.35))
-    assert metrics.sink_mass_after == pytest.approx((0.6 + 0.8) / 2)
-    assert metrics.sink_mass_after_interval == pytest.approx((0.6, 0.8))
-    assert (metrics.sink_onset_layer, metrics.first_sink_layer) == (3, 1)
+TEXTBOOK = [0.06, 0.095, 0.079, 0.485, 0.2, 0.2, 0.2]
+LATE = [0.05, 0.05, 0.05, 0.1, 0.6, 0.6, 0.6]
+EARLY = [0.05, 0.5, 0.5, 0.6, 0.6, 0.6, 0.6]
+CAME_AND_WENT = [0.5, 0.05, 0.05, 0.6, 0.6, 0.6, 0.6]
+NEVER = [0.1] * 7
 
 
-def test_the_rank_ratio_is_after_over_before_the_massive_activation(study):
-    """Attention in block 2 still reads states without it, the hidden states after block 2 hold it."""
-    metrics = melens.analysis.sinks(study, rank_tokens=8).metrics
-    assert (metrics.attention_rank_before, metrics.attention_rank_after) == ((8 + 4) / 2, (2 + 4) / 2)
-    assert metrics.attention_rank_ratio == (2 / 8 + 4 / 4) / 2
-    assert metrics.attention_rank_ratio_interval == (2 / 8, 4 / 4)
-    assert (metrics.hidden_rank_before, metrics.hidden_rank_after) == ((10 + 30) / 2, (5 + 9) / 2)
-    assert metrics.hidden_rank_ratio == pytest.approx((5 / 10 + 9 / 30) / 2)
-    assert metrics.hidden_rank_ratio_interval == pytest.approx((9 / 30, 5 / 10))
-    assert metrics.rank_prompts == 2
+@pytest.mark.parametrize(
+    ("masses", "expected", "share"),
+    [
+        ([TEXTBOOK] * 17, "holds", 1.0),
+        ([TEXTBOOK] * 16, "holds in part", 1.0),  # 16 of 16 reach down to 0.79
+        ([TEXTBOOK] * 34 + [LATE] * 2, "holds", 34 / 36),
+        ([TEXTBOOK] * 33 + [LATE] * 3, "holds in part", 33 / 36),
+        ([TEXTBOOK] * 8 + [LATE] * 9, "does not hold", 8 / 17),
+        ([LATE] * 17, "does not hold", 0.0),
+        ([EARLY] * 17, "does not hold", 0.0),
+        ([NEVER] * 17, "does not hold", 0.0),
+        ([CAME_AND_WENT] * 17, "holds in part", 0.0),
+        ([CAME_AND_WENT] * 13 + [LATE] * 4, "does not hold", 0.0),  # 13 of 17 are 0.76
+    ],
+)
+def test_a_sink_emerges_where_it_is_first(sinks_of, masses, expected, share):
+    judged = sinks_of(masses).claims.set_index("id").loc["sink-next"]
+    assert (judged.verdict, judged.value) == (expected, pytest.approx(share))
 
 
-def test_the_verdicts_on_sinks_by_hand(study):
-    verdicts = melens.analysis.sinks(study, rank_tokens=8).claims.set_index("id").verdict
-    assert verdicts.to_dict() == {
-        "sink-next": "holds in part", "attention-rank": "holds in part", "hidden-rank": "holds",
-    }  # fmt: skip
+def test_the_former_verdict_on_sinks_is_shown(sinks_of):
+    former = {
+        name: sinks_of([mass] * 17).claims.set_index("id").loc["sink-next"].former_verdict
+        for name, mass in {"dips": TEXTBOOK, "stays": [0.1] * 3 + [0.6] * 4, "before": CAME_AND_WENT}.items()
+    }
+    assert former == {"dips": "does not hold", "stays": "holds", "before": "holds in part"}
 
 
-def test_ranks_are_measured_across_tasks_on_prompts_that_are_long_enough():
-    study = study_by_hand(2, n_prompts=6, task=["a", "a", "a", "b", "b", None], n_tokens=[9, 7, 8, 8, 8, 8])
-    assert attention_sinks._across_tasks(study, 8) == [0, 3, 5, 2, 4]
-    assert attention_sinks._across_tasks(study, 10) == []
+def test_it_says_where_the_first_sink_of_each_input_is(sinks_of):
+    result = sinks_of([CAME_AND_WENT] * 3 + [NEVER] + [LATE] * 2)
+    assert result.metrics.first_sinks == {"0": 3, "4": 2, "none": 1}
+    assert "The first sink of an input is in block 0 (3 of 6 inputs), in block 4 (2), nowhere (1)." in str(result)
+
+
+def test_prompts_that_share_their_first_token_count_as_one_input(sinks_of):
+    result = sinks_of([TEXTBOOK] * 15 + [EARLY] + [LATE] * 2, first_tokens=[10] * 15 + [11] + [12] * 2)
+    assert result.metrics.sink_inputs == 3
+    assert result.metrics.sink_rises_next == pytest.approx(1 / 3)
+    assert result.metrics.sink_mass_after == pytest.approx((0.485 + 0.6 + 0.1) / 3)
+    of_one = sinks_of([TEXTBOOK] * 17, first_tokens=[10] * 17).claims.set_index("id").loc["sink-next"]
+    assert of_one.verdict == "holds in part"
+
+
+def test_prompts_whose_massive_token_is_born_elsewhere_do_not_count(sinks_of):
+    metrics = sinks_of([TEXTBOOK, TEXTBOOK, EARLY], born=[(2, 0), (2, 0), (4, 0)]).metrics
+    assert (metrics.sink_inputs, metrics.sink_rises_next) == (2, 1.0)
+
+
+def test_even_attention_is_no_sink_in_a_short_prompt(sinks_of):
+    mass = [0.4, 0.1, 0.1, 0.6, 0.6, 0.6, 0.6]  # in a prompt of 10 tokens even attention is 0.21
+    assert sinks_of([mass] * 17, n_tokens=10).claims.set_index("id").verdict["sink-next"] == "holds"
+    assert sinks_of([mass] * 17, n_tokens=18).claims.set_index("id").verdict["sink-next"] == "holds in part"
+
+
+def test_the_mass_of_both_blocks_has_students_interval(sinks_of):
+    metrics = sinks_of([[0.1, 0.1, at, 0.5, 0.5, 0, 0] for at in (0.1, 0.2, 0.3)]).metrics
+    reach = 4.302653 * 0.1 / 3**0.5
+    assert metrics.sink_mass_at_me_layer == pytest.approx(0.2)
+    assert metrics.sink_mass_at_me_layer_interval == pytest.approx((0.2 - reach, 0.2 + reach))
+    assert (metrics.sink_mass_after, metrics.sink_mass_after_interval) == (0.5, pytest.approx((0.5, 0.5)))
+
+
+@pytest.mark.parametrize(
+    ("mass", "at_me", "blocks"),
+    [
+        (TEXTBOOK, "does not hold", "holds in part"),  # one of two blocks behind
+        (EARLY, "holds", "holds"),
+        (LATE, "does not hold", "holds in part"),
+        (NEVER, "does not hold", "does not hold"),
+        ([0.1, 0.1, None, 0.5, 0.5, 0.5, 0.5], "not measured", "holds"),
+    ],
+)
+def test_a_sink_at_the_me_layer_and_sinks_behind_it_are_claims_of_their_own(sinks_of, mass, at_me, blocks):
+    verdicts = sinks_of([mass] * 3).claims.set_index("id").verdict
+    assert (verdicts["sink-at-me"], verdicts["sink-blocks"]) == (at_me, blocks)
+
+
+def test_where_nothing_before_attends_a_sink_need_not_be_new(sinks_of):
+    judged = sinks_of([[None, None, None, 0.5, 0.5, 0.5, 0.5]] * 17).claims.set_index("id").loc["sink-next"]
+    assert judged.verdict == "not measured"
+    assert judged.note == "No block up to the ME layer has attention: a sink in block 3 need not be new."
+
+
+def test_of_a_hybrid_the_next_block_with_attention_counts(sinks_of):
+    judged = sinks_of([[0.1, None, None, None, 0.5, None, 0.5]] * 17).claims.set_index("id").loc["sink-next"]
+    assert (judged.verdict, judged.value) == ("holds", 1.0)
+    assert "The next block with attention is 4." in judged.note

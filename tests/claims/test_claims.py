@@ -98,31 +98,22 @@ def test_only_the_me_layer_may_be_a_cause(causal, strongest, expected):
 
 
 @pytest.mark.parametrize(
-    ("onset", "first", "expected"),
-    [(12, 12, "holds"), (12, 3, "holds in part"), (14, 14, "does not hold"), (None, None, "does not hold")],
-)
-def test_the_sink_must_start_one_block_later(onset, first, expected):
-    metrics = {"sink_onset_layer": onset, "first_sink_layer": first, "sink_mass_after": 0.4, "last_lasting_layer": 27}
-    assert verdict("sinks", "sink-next", **metrics) == expected
-
-
-@pytest.mark.parametrize(
-    ("attention", "onset", "expected", "value"),
+    ("attention", "onset", "first", "expected"),
     [
-        ([2, 5, 13, 17], 13, "holds", 1),  # the next block with attention
-        ([2, 5, 13, 17], 17, "does not hold", 2),
-        ([2, 5, 13, 17], 5, "does not hold", -6),
-        ([2, 5, 13, 17], None, "does not hold", None),
-        ([2, 5, 28], 28, "not measured", None),  # among the last two alone
+        (None, 12, 12, "holds"),
+        (None, 12, 3, "holds in part"),
+        (None, 14, 14, "does not hold"),
+        (None, None, None, "does not hold"),
+        ([2, 5, 13, 17], 13, 13, "holds"),  # the next block with attention
+        ([2, 5, 13, 17], 17, 17, "does not hold"),
+        ([2, 5, 13, 17], 5, 5, "does not hold"),
+        ([2, 5, 28], 28, 28, "not measured"),  # among the last two alone
     ],
 )
-def test_of_a_hybrid_the_sink_must_start_in_the_next_block_with_attention(attention, onset, expected, value):
-    metrics = BASE | {"sink_onset_layer": onset, "first_sink_layer": onset, "last_lasting_layer": 27}
+def test_by_the_former_threshold_sinks_must_last_from_the_next_block_on(attention, onset, first, expected):
+    metrics = BASE | {"sink_onset_layer": onset, "first_sink_layer": first, "last_lasting_layer": 27}
     result = {"experiment": "sinks", "model": {"name": "m"}, "metrics": metrics | {"attention_layers": attention}}
-    judged = melens.judge(result).set_index("id").loc["sink-next"]
-    assert judged.verdict == expected
-    assert judged.value == value or (value is None and pd.isna(judged.value))
-    assert ("The next block with attention is 13." in judged.note) == (expected != "not measured")
+    assert melens.judge(result).set_index("id").former_verdict["sink-next"] == expected
 
 
 def test_what_a_hybrid_has_no_ffn_for_is_not_judged():
@@ -149,7 +140,7 @@ def test_a_metric_that_is_missing_says_why():
     result = {
         "experiment": "sinks",
         "model": {"name": "m"},
-        "metrics": BASE | {"hidden_rank_ratio_why_not": "No block."},
+        "metrics": BASE | {"input_rank_ratio_why_not": "No block."},
     }
     assert melens.judge(result).set_index("id").note["hidden-rank"] == "No block."
 
