@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from experiments.runner.declaration import Experiment, ExperimentOptions
+from melens.training.recipe import METHODS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,8 +31,7 @@ def prepare_training(cfg: Options, request: TrainingRequest, folder: Path | None
     """Choose the precision, load the rows and estimate the memory, before the model, which takes longer.
 
     Args:
-        cfg: the whole configuration.
-        request: the training.
+        cfg, request: of the run.
         folder: of the run, if it trains one model.
 
     Raises:
@@ -53,7 +53,8 @@ def prepare_training(cfg: Options, request: TrainingRequest, folder: Path | None
     disable_progress_bars()
     plan = request.plan.on_device(gpu=torch.cuda.is_available())
     if folder is not None:
-        check_folder((request.resume or folder) / "checkpoints", plan.recipe, resume=request.resume is not None)
+        planned = {"recipe": asdict(plan.recipe)}
+        check_folder((request.resume or folder) / "checkpoints", planned, resume=request.resume is not None)
     options = model_options(cfg, plan)
     check_plan(plan, load_tokenizer(**options))
     processes = PartialState()
@@ -76,14 +77,11 @@ def mask_for(run: Run, request: TrainingRequest) -> WeMask | None:
     return None if request.mask is None else only_mask_of(request.mask.options, run.me, run.model)
 
 
-def _experiment(method: Literal["sft", "dpo", "grpo"]) -> Experiment:
+def _experiment(method: str) -> Experiment:
     def request_of(cfg: Options) -> TrainingRequest:
         from experiments.options.training import training_request  # which needs the registry, and that this module
 
         return training_request(cfg, method)
-
-    def prepare(cfg: Options, folder: Path) -> TrainingRequest:
-        return prepare_training(cfg, cfg.requests[method], folder)
 
     def run(run: Run, options: TrainingOptions) -> Result:
         from melens.training.runs import training
@@ -98,9 +96,6 @@ def _experiment(method: Literal["sft", "dpo", "grpo"]) -> Experiment:
             resume=request.resume is not None,
         )
 
-    def loaded_with(cfg: Options, request: TrainingRequest) -> dict[str, Any]:
-        return model_options(cfg, request.plan)
-
     def masks(cfg: Options) -> dict[str, MaskOptions]:
         preset = cfg.requests[method].mask
         return {} if preset is None else {preset.name: preset.options}
@@ -112,8 +107,8 @@ def _experiment(method: Literal["sft", "dpo", "grpo"]) -> Experiment:
         nodes=("wemask", "training"),
         request=request_of,
         masks=masks,
-        prepare=prepare,
-        model_options=loaded_with,
+        prepare=lambda cfg, folder: prepare_training(cfg, cfg.requests[method], folder),
+        model_options=lambda cfg, request: model_options(cfg, request.plan),
         in_all=False,
         trains=True,
         merge=merge,
@@ -127,21 +122,12 @@ def merge(jobs: Sequence[Job]) -> list[Result]:
     from melens.report.result import Metrics, Result
     from melens.training.history import TrainingHistory, draw_histories
 
-    trained = [
-        job
-        for job in jobs
-        if job.is_ok
-        and job.result["experiment"] in ("sft", "dpo", "grpo")
-        and (job.folder / "training_trace.parquet").is_file()
-    ]
+    files = ("training_log.parquet", "training_trace.parquet")
+    trained = [job for job in jobs if job.is_ok and job.result["experiment"] in METHODS]
+    trained = [job for job in trained if (job.folder / files[1]).is_file()]
     if not trained:
         return []
-    histories = [
-        TrainingHistory(
-            job.name, *(pd.read_parquet(job.folder / f"training_{kind}.parquet") for kind in ("log", "trace"))
-        )
-        for job in trained
-    ]
+    histories = [TrainingHistory(job.name, *(pd.read_parquet(job.folder / file) for file in files)) for job in trained]
     me_layers = {job.result["metrics"]["me_layer"] for job in trained}
     methods = sorted({job.result["experiment"].upper() for job in trained})
     title = f"{len(histories)} of {' and '.join(methods)}"
@@ -150,4 +136,4 @@ def merge(jobs: Sequence[Job]) -> list[Result]:
     return [Result("trainings", {}, Metrics(), figures=figures, findings=findings)]
 
 
-EXPERIMENTS = tuple(_experiment(method) for method in ("sft", "dpo", "grpo"))
+EXPERIMENTS = tuple(_experiment(method) for method in METHODS)

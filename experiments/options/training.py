@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from experiments.options.masks import Preset, presets_of
 from experiments.options.reading import OptionError
 from experiments.options.schema import Options
 from melens.training.plan import TrainingPlan
-from melens.training.recipe import Lora, Recipe, check_installed, known_datasets, recipe_fields, training_conf
+from melens.training.recipe import Lora, Recipe, check_installed, known_datasets, training_conf
 from melens.validation.types import in_words
 
 __all__ = ["DATASETS", "TrainingRequest", "training_request"]
@@ -47,7 +47,7 @@ def training_request(options: Options, method: str, *, dataset: str | None = Non
     no_limit = options.given.keys() & _LIMITS
     given = {key: value for key, value in node if value is not None or f"training.{key}" in no_limit}
     values = training_conf(method, known_datasets().get(dataset, {}).get(method, {}), given)
-    own = {key: value for key, value in values.items() if key in recipe_fields()}
+    own = {f.name: values[f.name] for f in fields(Recipe) if f.name in values}
     lora = Lora(**node.lora.model_dump()) if node.peft == "lora" else None
     recipe = Recipe(**own | {"method": method, "lora": lora, "seed": node.seed[0]})
     check_installed(recipe.report_to)

@@ -53,15 +53,10 @@ def read_text(source: str | None = None, *, split: str = "test", column: str = "
 
 
 def hub_dataset(place: str, split: str, otherwise: str) -> Any:
-    """Load a dataset of the hub.
-
-    Args:
-        place: `org/name` or `org/name:config`.
-        split: of it.
-        otherwise: what the user can do where the hub gives none, after "or".
+    """Load a split of a dataset of the hub, `org/name` or `org/name:config`.
 
     Raises:
-        MelensError: it could not be loaded.
+        MelensError: it could not be loaded; the sentence ends in what the user can do `otherwise`.
     """
     from datasets import load_dataset  # takes seconds, and only hub datasets need it
 
@@ -118,9 +113,7 @@ def cut_texts(
         raise MelensError(f"data.n_tokens is {n_tokens:,}; lower it to the model's context of {model.cfg.n_ctx:,}.")
     if tokenizer is None:
         return torch.stack(random_tokens(n_texts, n_tokens, model.cfg.d_vocab, seed=seed))
-    ids: Sequence[int] = (
-        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if isinstance(text, str) else text
-    )
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if isinstance(text, str) else text
     prefix = bos_prefix(tokenizer, bos)
     length = n_tokens - len(prefix)
     stride = len(ids) // n_texts

@@ -160,11 +160,9 @@ def _dataset(rows: Sequence[Row], roles: Mapping[str, str]) -> Dataset:
     try:
         return Dataset.from_dict(table)
     except Exception:  # pyarrow's, where a column has values of several types
-        column = next(column for column, values in table.items() if not _are_of_one_kind(values))
-        values = table[column]
+        column, values = next(of for of in table.items() if not _are_of_one_kind(of[1]))
         odd = bisect.bisect(range(len(values)), False, key=lambda row: not _are_of_one_kind(values[: row + 1]))
-        found = json.dumps(values[odd])[:80]
-        place = rows[odd].place
+        place, found = rows[odd].place, json.dumps(values[odd])[:80]
         raise MelensError(f"{place}: {column!r} is {found}; its type must be that of the rows before.") from None
 
 
@@ -247,7 +245,7 @@ def format_rows(data: TrainingData, method: str, *, chat: bool) -> Dataset:
     """Put rows into TRL's forms: a prompt and what follows it, as conversations or as plain text.
 
     Args:
-        data: as loaded.
+        data: as `load_training_data` returns it.
         method: `sft`, `dpo` or `grpo`.
         chat: messages for the tokenizer's chat template, else text.
     """

@@ -142,7 +142,7 @@ def draw_histories(histories: Sequence[TrainingHistory], title: str, me_layer: i
     source = "asked for by the project"
     figures = {}
     if logged:
-        plot = over_steps(logged, title=f"Course of training: {title}")
+        plot = over_steps(logged, title=f"Training curves: {title}")
         observed = _observed(histories, [history.loss_in_words() for history in histories])
         figures["training_loss"] = Figure(plot, source, "", observed)
     if inspected:

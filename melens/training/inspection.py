@@ -28,20 +28,19 @@ __all__ = ["Inspector"]
 
 
 class Inspector:
-    """Inspects a model in training, and keeps what it measured beside the checkpoints, for a training that resumes."""
+    """Inspects a model in training, and keeps what it measured beside the checkpoints, for a training that resumes.
+
+    Args:
+        study: of the model before the training.
+        mask: that it is trained with.
+        folder: of the checkpoints.
+        n_prompts: at most so many, with different first tokens.
+        resume: go on with the inspections in the folder.
+    """
 
     def __init__(
         self, study: Study, mask: WeMask | None, folder: Path, *, n_prompts: int = 4, resume: bool = False
     ) -> None:
-        """Choose the prompts and the blocks.
-
-        Args:
-            study: of the model before the training.
-            mask: that it is trained with.
-            folder: of the checkpoints.
-            n_prompts: at most so many, with different first tokens.
-            resume: go on with the inspections in the folder.
-        """
         self._study, self._mask, self._file = study, mask, folder / "looks.json"
         self._rows: list[dict[str, Any]] = []
         if resume and self._file.is_file():
@@ -53,12 +52,7 @@ class Inspector:
         self._bridge: TransformerBridge | None = None
 
     def inspect(self, step: int, model: Any) -> None:
-        """Measure a model after so many steps; one that is sharded over processes cannot be measured.
-
-        Args:
-            step: optimiser steps that are done.
-            model: the transformers model in training.
-        """
+        """Measure the transformers model after so many optimiser steps, unless it is sharded over processes."""
         if not is_whole(model):
             return
         if self._bridge is None or not _share_weights(self._bridge, model):
@@ -94,13 +88,10 @@ class Inspector:
         layer = self._study.me.layer
         if layer is None:
             return None
-        norms = found["norm"].query(f"pos == {self._study.position}")
-        places = [(layer - 1, "hook_resid_post") if layer else (0, "hook_resid_pre"), (layer, "hook_resid_post")]
-        before, after = (
-            norms[(norms["layer"] == block) & (norms["site"] == site)].set_index("prompt")["norm"]
-            for block, site in places
-        )
-        return float((after / before).mean())
+        there = found["norm"].query(f"pos == {self._study.position}")
+        norms = there.set_index(["layer", "site", "prompt"])["norm"].sort_index()
+        before = (layer - 1, "hook_resid_post") if layer else (0, "hook_resid_pre")
+        return float((norms.xs((layer, "hook_resid_post")) / norms.xs(before)).mean())
 
 
 def _share_weights(bridge: TransformerBridge, model: Any) -> bool:

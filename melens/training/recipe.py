@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
 from typing import Annotated, Any
@@ -88,9 +88,7 @@ class Recipe:
     def __post_init__(self) -> None:
         check_fields(self, "training.{}")
         if self.method == "dpo" and not self.beta:
-            raise MelensError(
-                "training.beta is 0; with dpo it must be over 0, or nothing keeps the model near its reference."
-            )
+            raise MelensError("training.beta is 0; with dpo it must be over 0, to keep the model near its reference.")
         if self.rows_per_step % self.micro_batch_size:
             size = "batch_size × training.rollouts" if self.method == "grpo" else "batch_size"
             raise MelensError(
@@ -122,15 +120,8 @@ def training_conf(name: str, default: Mapping[str, Any], given: Mapping[str, Any
 @cache
 def known_datasets() -> dict[str, dict[str, Any]]:
     """Return the contents of `conf/training/dataset/*.yaml` by name."""
-    return {
-        path.stem: yaml.safe_load(path.read_text("utf-8"))
-        for path in sorted(conf_folder("training", "dataset").glob("*.yaml"))
-    }
-
-
-def recipe_fields() -> set[str]:
-    """Return the names of a `Recipe`'s fields."""
-    return {of_recipe.name for of_recipe in fields(Recipe)}
+    files = sorted(conf_folder("training", "dataset").glob("*.yaml"))
+    return {path.stem: yaml.safe_load(path.read_text("utf-8")) for path in files}
 
 
 def check_installed(report_to: str = "none") -> None:

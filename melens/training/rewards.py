@@ -51,13 +51,11 @@ def reward_answer(completions: Sequence[Any], answer: Sequence[str], **columns: 
 
 def reward_format(completions: Sequence[Any], **columns: Any) -> list[float]:
     r"""Return 1 for each completion that ends in its answer: `\boxed{72}`, `#### 72` or "the answer is 72"."""
-    marked = [_marked(text) for text in _answers(completions, columns)]
-    return [
-        float(
-            found is not None and _ENDED.fullmatch(found.after) is not None and not _UNKNOWN.match(_plain(found.answer))
-        )
-        for found in marked
-    ]
+    return [float(_ends_in_answer(_marked(text))) for text in _answers(completions, columns)]
+
+
+def _ends_in_answer(found: _Marked | None) -> bool:
+    return found is not None and bool(_ENDED.fullmatch(found.after)) and not _UNKNOWN.match(_plain(found.answer))
 
 
 def _answers(completions: Sequence[Any], columns: dict[str, Any]) -> list[str]:
@@ -70,11 +68,7 @@ def _answers(completions: Sequence[Any], columns: dict[str, Any]) -> list[str]:
 
 
 def check_answers(answers: Sequence[str], name: str) -> None:
-    """Warn of right answers that a completion could never be rewarded for, or refuse the data if they are many.
-
-    Args:
-        answers: one for each row.
-        name: of the data.
+    """Warn of right answers that no completion could be rewarded for.
 
     Raises:
         MelensError: they are more than `MOST_UNGRADED` of all.
@@ -83,13 +77,15 @@ def check_answers(answers: Sequence[str], name: str) -> None:
     if not ungraded:
         return
     first = ", ".join(f"row {number} ({' '.join(right.split())[:40]!r})" for number, right in ungraded[:3])
+    more = ", ..." if len(ungraded) > 3 else ""
     warning = (
-        f"{name}: {len(ungraded)} of {len(answers)} right answers can never be rewarded: {first}"
-        f"{', ...' if len(ungraded) > 3 else ''}. An answer is a number, LaTeX, a letter, a time or up to {MOST_WORDS} "
-        "words."
+        f"{name}: {len(ungraded)} of {len(answers)} right answers can never be rewarded: {first}{more}. An answer must "
+        f"be a number, LaTeX, a letter, a time or up to {MOST_WORDS} words."
     )
     if len(ungraded) > MOST_UNGRADED * len(answers):
-        raise MelensError(f"{warning} At most {MOST_UNGRADED:.0%} may differ. Name the right column, training.columns.")
+        raise MelensError(
+            f"{warning} At most {MOST_UNGRADED:.0%} may differ. Set training.columns to the right column."
+        )
     warnings.warn(warning, stacklevel=2)
 
 
@@ -102,12 +98,7 @@ def _is_graded(right: str) -> bool:
 
 
 def is_right(completion: str, right: str) -> bool:
-    """Return whether a completion gives the right answer.
-
-    Args:
-        completion: without its thoughts.
-        right: as for `reward_answer`.
-    """
+    """Return whether a completion, without its thoughts, gives the right answer (as for `reward_answer`)."""
     gold = _plain(right)
     if _says_nothing(gold) or len(_WORD.findall(gold)) > MOST_WORDS:
         return False
@@ -118,7 +109,7 @@ def is_right(completion: str, right: str) -> bool:
     given = _plain(answer)
     if _FEW_WORDS.fullmatch(gold):
         return gold.casefold() in (given.casefold(), re.split(r"[,;](?! ?or\b)", given.casefold())[0])
-    if _same(given) == _same(gold):
+    if given.replace(" ", "") == gold.replace(" ", ""):
         return True
     if _TIME.fullmatch(gold):
         return False
@@ -187,8 +178,7 @@ def _is_same_mathematics(completion: str, right: Sequence[str]) -> bool:
 
     for name in ("math_verify.parser", "math_verify.grader", "math_verify.utils"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    in_main_thread = threading.current_thread() is threading.main_thread()  # signals work nowhere else
-    limit = 5 if in_main_thread else None
+    limit = 5 if threading.current_thread() is threading.main_thread() else None  # its signals work nowhere else
     gold = [read for form in right for read in parse(f"${form}$", parsing_timeout=limit)]
     return bool(verify(gold, parse(completion, parsing_timeout=limit), timeout_seconds=limit))
 
@@ -235,10 +225,6 @@ def _plain(text: str) -> str:
     text = re.sub(r"\\\$|\$|\\!\s*|\\[()\[\],; ]|\\(?:left|right)(?![a-z])|[*`\"“”]", "", text)
     text = re.sub(r"\s+", " ", text).strip().rstrip(".,;:!").strip()
     return re.sub(r"^\(([A-Za-z])\)$", r"\1", text)
-
-
-def _same(text: str) -> str:
-    return re.sub(r"\s", "", text)
 
 
 class _Quantity(NamedTuple):

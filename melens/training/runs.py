@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset
 
 from melens.analysis.study import Study
 from melens.data.chat import check_conversations
@@ -58,9 +57,6 @@ class TrainedModel:
 
     Attributes:
         folder: of the model, for `load_model`.
-        mask: that it was trained with.
-        history: what was logged, and what the inspections measured.
-        stats: how the training went.
         n_rows: that it learnt from.
         chat: whether it learnt in its chat template.
     """
@@ -80,8 +76,9 @@ def check_plan(plan: TrainingPlan, tokenizer: Any) -> None:
         MelensError: the rows make no batch or have no form for the method, the chat template refuses one of them, too
             many right answers can never be rewarded, or a single process has several GPUs.
     """
-    check_trainer(plan.recipe, len(_data(plan).rows))
-    rows = _rows(plan, chat=_is_chat(plan, tokenizer))
+    data = _data(plan)
+    check_trainer(plan.recipe, len(data.rows))
+    rows = _format_once(data, plan.recipe.method, chat=_is_chat(plan, tokenizer))
     replies = [role for role in ("completion", "chosen", "rejected") if role in rows.column_names]
     if len(rows) and "prompt" in rows.column_names and not isinstance(rows[0]["prompt"], str):
         whole = ([*row["prompt"], *row[reply]] for reply in replies for row in rows)
@@ -104,29 +101,16 @@ def _is_chat(plan: TrainingPlan, tokenizer: Any) -> bool:
 
 
 def _data(plan: TrainingPlan) -> TrainingData:
-    return _load_once(*_source(plan))
-
-
-def _rows(plan: TrainingPlan, *, chat: bool) -> Dataset:
-    return _format_once(*_source(plan), chat=chat)
-
-
-def _source(plan: TrainingPlan) -> tuple[Any, ...]:
-    columns = tuple(sorted(plan.columns.items()))
-    return plan.dataset, plan.recipe.method, plan.data_dir, columns, plan.split, plan.limit, plan.recipe.seed
+    options = {"data_dir": plan.data_dir, "split": plan.split, "limit": plan.limit, "seed": plan.recipe.seed}
+    return _load_once(plan.dataset, plan.recipe.method, tuple(sorted(plan.columns.items())), **options)
 
 
 @cache
-def _load_once(
-    name: str, method: str, data_dir: str | None, columns: tuple, split: str, limit: int | None, seed: int
-) -> TrainingData:
-    options: Any = {"data_dir": data_dir, "columns": dict(columns), "split": split, "limit": limit, "seed": seed}
-    return load_training_data(name, method, **options)
+def _load_once(name: str, method: str, columns: tuple[tuple[str, str], ...], **options: Any) -> TrainingData:
+    return load_training_data(name, method, columns=dict(columns), **options)
 
 
-@cache
-def _format_once(*source: Any, chat: bool) -> Dataset:
-    return format_rows(_load_once(*source), source[1], chat=chat)
+_format_once = cache(format_rows)
 
 
 def train_model(
@@ -156,7 +140,7 @@ def train_model(
     mask = None if mask is None else mask.on(model)
     if plan.gate is not None:
         add_gates(view_model(model), plan.gate)
-    rows = _rows(plan, chat=chat)
+    rows = _format_once(_data(plan), plan.recipe.method, chat=chat)
     inspector = Inspector(study, mask, folder / "checkpoints", n_prompts=plan.trace_prompts, resume=resume)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # TRL's use of transformers
@@ -183,9 +167,7 @@ def training_store(study: Study, plan: TrainingPlan, mask: WeMask | None) -> Sto
     """Return where a trained model is kept in the user's cache, by all that decides it, its log and its inspections.
 
     Args:
-        study: of the model before the training.
-        plan: what is trained on what.
-        mask: settled on the model.
+        study, plan, mask: as for `train_model`, the mask settled on the model.
     """
     model, me, processes = study.model, study.me, PartialState()
     decides = [
@@ -211,8 +193,6 @@ class TrainingMetrics(Metrics):
         method, dataset, gate: as planned.
         training_mask: as `WeMask.to_dict` gives it.
         saved_in: the folder of the trained model.
-        training_rows: that were learnt from.
-        training_chat: whether in the chat template.
         training_steps, ...: as `TrainingStats`.
         me_layer_before, ...: the first inspection without the mask, and the last one, as in `TrainingHistory`.
     """
@@ -265,6 +245,7 @@ def training(
     trained = train_model(study, plan, folder, mask=mask, resume=resume)
     name, method = study.trace.model["name"], plan.recipe.method
     first, last = trained.history.ends
+    inspected = ("me_layer", "magnification_there", "sink_mass")
     metrics = study.metrics(
         TrainingMetrics,
         method=method,
@@ -275,8 +256,8 @@ def training(
         training_rows=trained.n_rows,
         training_chat=trained.chat,
         **{f"training_{key}": value for key, value in asdict(trained.stats).items()},
-        **{f"{key}_before": first.get(key) for key in ("me_layer", "magnification_there", "sink_mass")},
-        **{f"{key}_after": last.get(key) for key in ("me_layer", "magnification_there", "sink_mass")},
+        **{f"{key}_before": first.get(key) for key in inspected},
+        **{f"{key}_after": last.get(key) for key in inspected},
     )
     return Result(
         method,
@@ -289,9 +270,8 @@ def training(
 
 
 def _findings(plan: TrainingPlan, trained: TrainedModel, mask_name: str) -> Sequence[tuple[str, str]]:
-    stats, mask = trained.stats, "none"
-    if trained.mask is not None:
-        mask = f"{mask_name} rate={trained.mask.rate:g} start={trained.mask.start}"
+    stats, own = trained.stats, trained.mask
+    mask = "none" if own is None else f"{mask_name} rate={own.rate:g} start={own.start}"
     speed = f"{stats.seconds:.0f} s, {stats.step_seconds or 0:.3g} s a step"
     if stats.tokens_per_second:
         speed += f", {stats.tokens_per_second:,.0f} tokens a second"

@@ -28,8 +28,7 @@ def save_trained(model: Any, tokenizer: Any, folder: Path, *, mask: WeMask | Non
     is moved aside. All processes must call this; the first one writes.
 
     Args:
-        model: as `train` returns it.
-        tokenizer: the model's.
+        model, tokenizer: the model as `train` returns it.
         folder: to make.
         mask: that it was trained with.
         record: what `training.json` says of the training.

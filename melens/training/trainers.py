@@ -1,6 +1,6 @@
 """Train a model with TRL, with a mask on all the time.
 
-1. `train` checks the recipe and the folder, and finds the checkpoint to resume from (`_checkpoint`).
+1. `train` checks the recipe and the folder, and finds the checkpoint to resume from (`_last_complete`).
 2. The mask is put on the model, and a trainer of TRL is made from the recipe (`_trainer`); DPO's and GRPO's reference
    model is a copy with the same mask on.
 3. The trainer stops at a loss or a gradient that is NaN (`_FiniteLoss`), resumes only from complete checkpoints
@@ -14,7 +14,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -59,13 +59,10 @@ class TrainingStats:
     """How a training went.
 
     Attributes:
-        steps: of the optimiser, in all.
-        processes: that trained together.
         seconds: of this run.
         step_seconds: median of a step, without inspections and checkpoints.
         tokens, tokens_per_second: None where TRL does not count them.
         peak_gb: memory of a GPU.
-        mean_loss, final_loss: as logged.
         resumed_at: the step of the checkpoint that the training resumed from, else 0.
         thinking: whether rollouts in a chat were to think, in words.
     """
@@ -90,7 +87,6 @@ class TrainingOutput:
     Attributes:
         model: the transformers model with its new weights, adapters merged into them.
         log: TRL's numbers, a row for each logged `step`: `loss`, `learning_rate`, `grad_norm` and others.
-        stats: how it went.
     """
 
     model: Any
@@ -141,13 +137,17 @@ def train(
     chat = _chat_of_rollouts(tokenizer, rows, recipe)
     if chat.arguments:
         plan["chat"] = chat.arguments
-    checkpoint = _checkpoint(folder, _as_written(plan), resume=resume)
+    check_folder(folder, plan, resume=resume)
+    checkpoint = _last_complete(folder) if resume else None
+    if not resume and PartialState().is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / _PLAN, json.dumps(plan, indent=2))
     if recipe.method == "grpo":
         written = verify_generation(model, mask)
         if not (written.use_cache and written.together):
             raise MelensError(
-                "This model writes something else in a batch or with a cache of keys and values than alone without a "
-                "cache, and TRL's rollouts use both. Train it with sft or dpo."
+                "This model writes other tokens in a batch or with a key-value cache than without, and TRL's rollouts "
+                "use both. Train it with sft or dpo."
             )
     with seeded(recipe.seed), nullcontext() if mask is None else mask.applied(model):
         trainer = _trainer(model, tokenizer, rows, recipe, folder, chat)
@@ -194,12 +194,14 @@ def _count_tokens(log: pd.DataFrame, resumed_at: int) -> tuple[float | None, flo
     return float(added.sum()), float(added[logged["step"] > resumed_at].sum())
 
 
-def check_folder(folder: Path, recipe: Recipe, *, resume: bool) -> None:
-    """Raise a `MelensError` for a folder of checkpoints in which this training can neither begin nor resume."""
-    _check_folder(folder, {"recipe": _as_written(asdict(recipe))}, resume=resume)
+def check_folder(folder: Path, plan: dict[str, Any], *, resume: bool) -> None:
+    """Raise a `MelensError` for a folder of checkpoints in which a training can neither begin nor resume.
 
-
-def _check_folder(folder: Path, plan: dict[str, Any], *, resume: bool) -> None:
+    Args:
+        folder: of the checkpoints.
+        plan: so much of what `train` writes down as is known.
+        resume: whether to go on from the last checkpoint.
+    """
     if not resume:
         if _last_complete(folder) is not None:
             raise MelensError(
@@ -209,42 +211,21 @@ def _check_folder(folder: Path, plan: dict[str, Any], *, resume: bool) -> None:
         return
     if not (folder / _PLAN).is_file():
         raise MelensError(f"There is no training to resume in {folder}. Set training.resume to the folder of a run.")
-    before = json.loads((folder / _PLAN).read_text("utf-8"))
-    other = next((key for key in plan if before.get(key) != plan[key]), None)
+    before, now = json.loads((folder / _PLAN).read_text("utf-8")), json.loads(json.dumps(plan))
+    other = next((key for key in now if before.get(key) != now[key]), None)
     if other is not None:
-        changed = _difference(before.get(other), plan[other])
-        raise MelensError(
-            f"The training in {folder} has another {other}: {changed}. Resume it with the options of before."
-        )
-
-
-def _checkpoint(folder: Path, plan: dict[str, Any], *, resume: bool) -> Path | None:
-    """Find the checkpoint to resume from, or write down what is trained in this folder."""
-    _check_folder(folder, plan, resume=resume)
-    if resume:
-        return _last_complete(folder)
-    if PartialState().is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / _PLAN, json.dumps(plan, indent=2))
-    return None
+        changed = _difference(before.get(other), now[other])
+        raise MelensError(f"The training in {folder} has another {other}: {changed}. Resume it with the same options.")
 
 
 def _last_complete(folder: Path) -> Path | None:
     """Return the last checkpoint that is complete; the last one of a killed training may not be."""
-    numbers = {path: int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*[0-9]")}
-    return max((path for path in numbers if _is_complete(path)), key=lambda path: numbers[path], default=None)
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    try:  # what transformers writes last
-        return bool(json.loads((checkpoint / TRAINER_STATE_NAME).read_text("utf-8")))
-    except (OSError, ValueError):
-        return False
-
-
-def _as_written(plan: dict[str, Any]) -> dict[str, Any]:
-    written: dict[str, Any] = json.loads(json.dumps(plan))
-    return written
+    checkpoints = folder.glob("checkpoint-*[0-9]")
+    for checkpoint in sorted(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        with suppress(OSError, ValueError):  # the state is what transformers writes last
+            if json.loads((checkpoint / TRAINER_STATE_NAME).read_text("utf-8")):
+                return checkpoint
+    return None
 
 
 def _difference(before: Any, now: Any) -> str:
@@ -264,8 +245,9 @@ def check_trainer(recipe: Recipe, n_rows: int) -> None:
         field = config.__dataclass_fields__.get(name)
         if field is None:
             raise MelensError(f"training.trainer.{name} is not a field of TRL's {config.__name__}.")
-        if name in _OWN_OPTIONS:
-            raise MelensError(f"training.trainer.{name} has an option of its own: set {_OWN_OPTIONS[name]} instead.")
+        if name in _OWN_OPTIONS or name in {f.name for f in fields(Recipe)}:
+            option = _OWN_OPTIONS.get(name, f"training.{name}")
+            raise MelensError(f"training.trainer.{name} has an option of its own: set {option} instead.")
         if isinstance(field.default, int | float) and not isinstance(value, int | float):
             raise MelensError(f"training.trainer.{name} is {value!r}; it must be like {field.default!r}.")
     n_processes = PartialState().num_processes
@@ -291,26 +273,19 @@ _OWN_OPTIONS = {
     "resume_from_checkpoint": "training.resume",
     "learning_rate": "training.lr",
     "warmup_steps": "training.warmup",
-    "weight_decay": "training.weight_decay",
     "num_train_epochs": "training.epochs",
     "max_steps": "training.steps",
-    "seed": "training.seed",
     "bf16": "training.precision",
     "fp16": "training.precision",
     "use_cpu": "model.device",
-    "gradient_checkpointing": "training.gradient_checkpointing",
     "logging_steps": "training.log_every",
     "save_strategy": "training.save_every",
     "save_steps": "training.save_every",
-    "report_to": "training.report_to",
-    "max_length": "training.max_length",
-    "beta": "training.beta",
     "max_completion_length": "training.max_new_tokens",
     "num_generations": "training.rollouts",
-    "temperature": "training.temperature",
     "reward_weights": "training.format_weight",
 }
-"""Fields of TRL's configurations that have an option of their own in melens."""
+"""Fields of TRL's configurations that are options of melens under another name."""
 
 
 def _chat_of_rollouts(tokenizer: Any, rows: Dataset, recipe: Recipe) -> Chat:
@@ -322,11 +297,24 @@ def _chat_of_rollouts(tokenizer: Any, rows: Dataset, recipe: Recipe) -> Chat:
 
 
 def _trainer(model: Any, tokenizer: Any, rows: Dataset, recipe: Recipe, folder: Path, chat: Chat) -> Any:
-    per_step = recipe.micro_batch_size * PartialState().num_processes
+    config = _config(recipe, folder, chat, model.device.type)
+    options = {"model": model, "args": config, "train_dataset": rows, "processing_class": tokenizer}
+    options["peft_config"] = _lora(model, recipe)
+    if recipe.method == "sft":
+        return _Sft(**options)
+    reference = copy.deepcopy(model) if recipe.lora is None and recipe.beta > 0 else None  # masked as the model is
+    if recipe.method == "dpo":
+        return _Dpo(**options, ref_model=reference)
+    rewards = [partial(reward, tokenizer=tokenizer, opened=chat.opened) for reward in (reward_answer, reward_format)]
+    return _Grpo(**options, reward_funcs=rewards, reference=reference, beta=recipe.beta)
+
+
+def _config(recipe: Recipe, folder: Path, chat: Chat, device: str) -> Any:
+    """Return TRL's configuration of the method."""
     options = {
         "output_dir": str(folder),
         "per_device_train_batch_size": recipe.micro_batch_size,
-        "gradient_accumulation_steps": recipe.rows_per_step // per_step,
+        "gradient_accumulation_steps": recipe.rows_per_step // (recipe.micro_batch_size * PartialState().num_processes),
         "learning_rate": recipe.lr,
         "lr_scheduler_type": "linear",
         "warmup_steps": recipe.warmup,
@@ -335,7 +323,7 @@ def _trainer(model: Any, tokenizer: Any, rows: Dataset, recipe: Recipe, folder: 
         "max_steps": recipe.steps or -1,
         "seed": recipe.seed,
         "bf16": recipe.precision == "mixed",
-        "use_cpu": model.device.type == "cpu",
+        "use_cpu": device == "cpu",
         "gradient_checkpointing": recipe.gradient_checkpointing,
         "logging_steps": recipe.log_every,
         "logging_nan_inf_filter": False,
@@ -345,7 +333,7 @@ def _trainer(model: Any, tokenizer: Any, rows: Dataset, recipe: Recipe, folder: 
         "report_to": recipe.report_to,
         "disable_tqdm": True,
         "ddp_find_unused_parameters": False,
-        "dataloader_pin_memory": model.device.type == "cuda",
+        "dataloader_pin_memory": device == "cuda",
     }
     by_method: dict[str, dict[str, Any]] = {
         "sft": {"max_length": recipe.max_length},
@@ -359,31 +347,12 @@ def _trainer(model: Any, tokenizer: Any, rows: Dataset, recipe: Recipe, folder: 
             "chat_template_kwargs": chat.arguments,
         },
     }
-    kind: Any = {"sft": _Sft, "dpo": _Dpo, "grpo": _Grpo}[recipe.method]
-    options |= by_method[recipe.method] | dict(recipe.trainer)
-    common = {
-        "model": model,
-        "args": _configured(recipe, options),
-        "train_dataset": rows,
-        "processing_class": tokenizer,
-        "peft_config": _lora(model, recipe),
-    }
-    if recipe.method == "sft":
-        return kind(**common)
-    reference = copy.deepcopy(model) if recipe.lora is None and recipe.beta > 0 else None  # masked as the model is
-    if recipe.method == "dpo":
-        return kind(**common, ref_model=reference)
-    rewards = [partial(reward, tokenizer=tokenizer, opened=chat.opened) for reward in (reward_answer, reward_format)]
-    return kind(**common, reward_funcs=rewards, reference=reference, beta=recipe.beta)
-
-
-def _configured(recipe: Recipe, options: dict[str, Any]) -> Any:
     try:
-        return _CONFIGS[recipe.method](**options)
+        return _CONFIGS[recipe.method](**options | by_method[recipe.method] | dict(recipe.trainer))
     except (TypeError, ValueError) as error:
-        if recipe.trainer:
-            raise MelensError(f"TRL refuses training.trainer={dict(recipe.trainer)}: {error}") from error
-        raise
+        if not recipe.trainer:
+            raise
+        raise MelensError(f"TRL refuses training.trainer={dict(recipe.trainer)}: {error}") from error
 
 
 def _lora(model: Any, recipe: Recipe) -> LoraConfig | None:
@@ -413,20 +382,18 @@ class _FiniteLoss:
 
     def explain(self, what: str) -> str:
         """Say in which step and batch a quantity is NaN, and which checkpoint is good."""
-        trainer: Any = self
-        inputs = self._batch
+        trainer, inputs = cast(Any, self), self._batch
         tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
         if isinstance(inputs, dict) and "input_ids" in inputs:
             texts = tokenizer.batch_decode(inputs["input_ids"][:, :40], skip_special_tokens=True)
         else:
             texts = [str(row.get("prompt", "")) for row in inputs] if isinstance(inputs, list) else []
-        begins = "; ".join(repr(" ".join(text.split())[:50]) for text in texts[:4])
+        begins = ", ".join(repr(" ".join(text.split())[:50]) for text in texts[:4])
         last = _last_complete(Path(trainer.args.output_dir))
-        kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
-        step = trainer.state.global_step + 1
+        kept = f"The last good checkpoint is {last}" if last else "There is no checkpoint yet"
         return (
-            f"The {what} is NaN or infinite in step {step}, in a batch of {len(texts)} rows that begins with {begins}; "
-            f"{kept}. Lower training.lr, or look for NaN in the model's weights."
+            f"The {what} is NaN or infinite in step {trainer.state.global_step + 1}, in a batch of {len(texts)} rows "
+            f"that begins with {begins}. {kept}. Lower training.lr, or look for NaN in the model's weights."
         )
 
 
@@ -453,10 +420,8 @@ class _CompleteCheckpoint:
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and not cast(Any, self).is_deepspeed_enabled:
-            folder = Path(checkpoint)
-            _check_complete(
-                {f"the {name}'s state" for name in ("optimizer", "scheduler") if not [*folder.glob(f"{name}*")]}
-            )
+            names = ("optimizer", "scheduler")
+            _check_complete({f"the {name}'s state" for name in names if not any(Path(checkpoint).glob(f"{name}*"))})
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
 
 
@@ -511,17 +476,12 @@ class _NoStepsLeftError(Exception):
 
 
 class _Recorder(TrainerCallback):
-    """Reports the progress of a training, measures the time of its steps, and has its model inspected.
-
-    Attributes:
-        step_seconds: of each step, without inspections, checkpoints and the start.
-    """
+    """Reports the progress of a training, measures its steps alone in `step_seconds`, and has its model inspected."""
 
     def __init__(
         self, trainer: Any, progress: Callable[[int, int], None] | None, inspect: Inspect | None, inspect_every: int
     ) -> None:
-        self._trainer, self._progress = trainer, progress
-        self._inspect, self._every = inspect, inspect_every
+        self._trainer, self._progress, self._inspect, self._every = trainer, progress, inspect, inspect_every
         self._began: float | None = None
         self.step_seconds: list[float] = []
 
