@@ -50,8 +50,6 @@ class Benchmark:
 
     Attributes:
         name: the harness's, if the harness has it.
-        kind: what it tests.
-        metrics: what is counted.
         config: the file that defines it, among the harness's own tasks, or in `conf/benchmark/tasks/` where it begins
             with `melens/`; None where the harness does not run it.
         file: name of its data in a local folder; None where only the hub has it.

@@ -68,21 +68,19 @@ def chat_for(benchmarks: Sequence[Benchmark], options: BenchmarkOptions, tokeniz
     Raises:
         MelensError: the tokenizer has no chat template, or the template cannot do what the options want.
     """
-    in_chat = [benchmark.name for benchmark in benchmarks if options.in_chat(benchmark)]
-    if in_chat:
-        if not getattr(tokenizer, "chat_template", None):
-            raise MelensError(
-                f"{in_chat[0]} uses the chat template, but this model's tokenizer has none. Set benchmark.chat=false "
-                "to use plain text."
-            )
-        return chat_of(tokenizer, options.thinking, option="benchmark.thinking")
-    if options.thinking is not None:
+    in_chat = next((benchmark.name for benchmark in benchmarks if options.in_chat(benchmark)), None)
+    if in_chat is None and options.thinking is not None:
         raise MelensError(
             f"benchmark.thinking is {str(options.thinking).lower()}, but no benchmark uses the chat template, which "
             "would turn thinking on or off. Leave thinking at auto, or set benchmark.mode=generate or "
             "benchmark.chat=true."
         )
-    return None
+    if in_chat is not None and not getattr(tokenizer, "chat_template", None):
+        raise MelensError(
+            f"{in_chat} uses the chat template, but this model's tokenizer has none. Set benchmark.chat=false to use "
+            "plain text."
+        )
+    return None if in_chat is None else chat_of(tokenizer, options.thinking, option="benchmark.thinking")
 
 
 def check_tasks(benchmarks: Sequence[Benchmark], options: BenchmarkOptions, tokenizer: Any) -> None:
@@ -91,19 +89,16 @@ def check_tasks(benchmarks: Sequence[Benchmark], options: BenchmarkOptions, toke
     Raises:
         MelensError: a local file is wrong, the hub cannot be reached, or the chat template cannot do what is wanted.
     """
-    tasks = [harness_task(benchmark, options) for benchmark in benchmarks if benchmark.config is not None]
+    of_harness = [benchmark for benchmark in benchmarks if benchmark.config is not None]
+    tasks = [_load_once(benchmark, options.data_dir, options.generates) for benchmark in of_harness]
     chat = chat_for(benchmarks, options, tokenizer)
     for task in tasks:
         check_thinking(task, chat if options.in_chat(task.benchmark) else None)
 
 
-def harness_task(benchmark: Benchmark, options: BenchmarkOptions) -> HarnessTask:
-    """Return a benchmark's task for the harness, loaded once in a process: the jobs of a sweep share it."""
-    return _load_once(benchmark, options.data_dir, options.generates)
-
-
 @cache
 def _load_once(benchmark: Benchmark, data_dir: str | None, generates: bool) -> HarnessTask:
+    """Load a benchmark's task for the harness once in a process: the jobs of a sweep share it."""
     return load_task(benchmark, None if data_dir is None else Path(data_dir).expanduser(), generates=generates)
 
 
@@ -142,7 +137,10 @@ class Evaluator:
             if benchmark.config is not None and self._tokenizer is None:
                 raise MelensError(f"{benchmark.name} needs a tokenizer, and this model has none.")
         self.chat = chat_for(benchmarks, options, self._tokenizer)
-        self._judge = _load_judge(benchmarks, options)
+        self._judge: TransformerBridge | None = None
+        if options.judge is not None and any(benchmark.kind == "safety" for benchmark in benchmarks):
+            self._judge = load_model(options.judge, device=options.judge_device)
+            judging_chat(self._judge.tokenizer, options.judge)
         self._store = self._items_store() if keep else None
 
     def score(self, benchmark: Benchmark, configurations: Sequence[MaskConfiguration]) -> tuple[pd.DataFrame, int]:
@@ -175,7 +173,7 @@ class Evaluator:
 
     def _task(self, benchmark: Benchmark) -> HarnessTask | Questions:
         if benchmark.config is not None:
-            return harness_task(benchmark, self._options)
+            return _load_once(benchmark, self._options.data_dir, self._options.generates)
         assert self._data is not None, f"{benchmark.name} is made of texts"
         vocabulary = int(self._study.model.cfg.d_vocab)
         return make_questions(benchmark, self._tokenizer, self._data, vocabulary=vocabulary, limit=self._options.limit)
@@ -195,11 +193,9 @@ class Evaluator:
         return self._judged(items, task) if judges else items
 
     def _request_options(self, task: HarnessTask) -> RequestOptions:
-        options = self._options
-        own = getattr(self._network, "generation_config", None)
+        options, own = self._options, getattr(self._network, "generation_config", None)
         sampling = {
-            "temperature": options.temperature or getattr(own, "temperature", None) or 1.0,
-            "top_p": options.top_p or getattr(own, "top_p", None) or 1.0,
+            name: getattr(options, name) or getattr(own, name, None) or 1.0 for name in ("temperature", "top_p")
         }
         return RequestOptions(
             chat=self.chat if options.in_chat(task.benchmark) else None,
@@ -230,10 +226,9 @@ class Evaluator:
 
     def _items_store(self) -> Store:
         """Return where items are kept, by all that decides those of every benchmark."""
-        judge = self._judge
-        of_judge = (
-            None if judge is None else [fingerprint(judge.original_model), tokenizer_fingerprint(judge.tokenizer)]
-        )
+        of_judge = None
+        if (judge := self._judge) is not None:
+            of_judge = [fingerprint(judge.original_model), tokenizer_fingerprint(judge.tokenizer)]
         tokenizer = tokenizer_fingerprint(self._tokenizer)
         decides = [tokenizer, self._max_length, self._study.max_batch_tokens, of_judge]
         libraries = ("lm_eval", "jinja2", "datasets")
@@ -243,14 +238,6 @@ class Evaluator:
         """Name a run by what decides its items besides what all runs of the store share."""
         own = [task] if isinstance(task, Questions) else [task.benchmark, task.identity, self._request_options(task)]
         return f"{task.benchmark.name}-{hash_of(mask, self._options.limit, seed, *own)[:24]}"
-
-
-def _load_judge(benchmarks: Sequence[Benchmark], options: BenchmarkOptions) -> TransformerBridge | None:
-    if options.judge is None or all(benchmark.kind != "safety" for benchmark in benchmarks):
-        return None
-    judge = load_model(options.judge, device=options.judge_device)
-    judging_chat(judge.tokenizer, options.judge)
-    return judge
 
 
 class _RequestCounter:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import repeat
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -233,6 +234,9 @@ def _generating(of_harness: Any, options: RequestOptions, max_length: int) -> It
         reply = read_reply(text, (options.chat or PLAIN).opened)
         return replace(reply, answer=postprocess_generated_text(reply.answer, until, None))
 
+    def answers(replies: Iterable[Sequence[str]], docs: Sequence[Any]) -> list[list[str]]:
+        return [[read(reply).answer for reply in of_doc] for of_doc in replies]
+
     if options.chat is not None:
         own["until"] = []  # a stop sequence such as "Question:" may occur in a thought, which it must not end
     own["max_gen_toks"] = min(options.max_new_tokens or own.get("max_gen_toks", 256), max_length // 2)
@@ -241,23 +245,13 @@ def _generating(of_harness: Any, options: RequestOptions, max_length: int) -> It
     of_harness.set_config("generation_kwargs", own)
     filters = [ensemble.filters for ensemble in of_harness._filters]
     for ensemble in of_harness._filters:
-        ensemble.filters = [lambda: _Answers(read), *ensemble.filters]
+        ensemble.filters = [lambda: SimpleNamespace(apply=answers), *ensemble.filters]
     try:
         yield read
     finally:
         of_harness.set_config("generation_kwargs", before)
         for ensemble, own_filters in zip(of_harness._filters, filters, strict=True):
             ensemble.filters = own_filters
-
-
-class _Answers:
-    """A filter of the harness that comes first and keeps the answer of each reply."""
-
-    def __init__(self, read: _Reader) -> None:
-        self._read = read
-
-    def apply(self, replies: Iterable[Sequence[str]], docs: Sequence[Any]) -> list[list[str]]:
-        return [[self._read(reply).answer for reply in of_doc] for of_doc in replies]
 
 
 def _rows(

@@ -5,7 +5,7 @@
    (`_layout`): the same numbers as with a row for each choice, from fewer tokens.
 2. A state-space block or ALiBi ignores that mask. So the layout is first tried on the model at hand (`_agrees_on`), and
    where the numbers differ, every choice gets a row of its own.
-3. Rows of similar length form a batch (`_batches`), one forward pass runs it (`_run`), and the logits are computed only
+3. Rows of similar length form a batch, one forward pass runs it (`_run`), and the logits are computed only
    where a continuation's tokens are predicted (`_read`).
 """
 
@@ -127,8 +127,12 @@ class Scorer:
         for number, (context, _) in enumerate(cut):
             of_context.setdefault(context, []).append(number)
         rows = [_Row(context, [cut[n][1] for n in numbers], numbers) for context, numbers in of_context.items()]
+        rows, most = self._laid_out(rows), self._max_batch_tokens
+        # The longest first: then a lack of memory shows at once.
+        how: dict[str, Any] = {"max_batch_tokens": most, "max_padding": _MAX_PADDING, "longest_first": True}
         scored: dict[int, Scored] = {}
-        for batch in self._batches(self._laid_out(rows)):
+        for group in self._rule.groups([row.length for row in rows], **how):
+            batch = [rows[number] for number in group]
             scored |= self._run(batch)
             if progress is not None:
                 progress(sum(len(row.requests) for row in batch))
@@ -205,16 +209,8 @@ class Scorer:
 
     def _log_p(self, *rows: _Row) -> Float[Tensor, " token"]:
         """Score rows, each in a pass of its own."""
-        scored: dict[int, Scored] = {}
-        for row in rows:
-            scored |= self._run([row])
+        scored = {number: found for row in rows for number, found in self._run([row]).items()}
         return torch.cat([scored[number].log_p for number in sorted(scored)])
-
-    def _batches(self, rows: list[_Row]) -> list[list[_Row]]:
-        """Put rows of similar length together, the longest first: then a lack of memory shows at once."""
-        lengths, most = [row.length for row in rows], self._max_batch_tokens
-        groups = self._rule.groups(lengths, max_batch_tokens=most, max_padding=_MAX_PADDING, longest_first=True)
-        return [[rows[number] for number in group] for group in groups]
 
     # --- Forward passes ---------------------------------------------------------------------------------------------
 

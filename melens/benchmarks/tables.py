@@ -102,23 +102,21 @@ def lay_out(scores: pd.DataFrame, model: str, note: str = "", reference: str = "
     masks = list(dict.fromkeys(shown["mask"]))
     places = list(dict.fromkeys(zip(shown["task"], shown["metric"], strict=True)))
     by_place = {(row["task"], row["metric"], row["mask"]): row for row in shown.to_dict("records")}
-    columns, cells, best = [], [[] for _ in masks], [[] for _ in masks]  # type: ignore[var-annotated]
+    columns: list[str] = []
+    marked: list[list[tuple[str, bool]]] = []  # [column][row]: a cell, and whether it is the best
     for task, metric in places:
-        known = {mask: row for mask in masks if (row := by_place.get((task, metric, mask))) is not None}
-        one = next(iter(known.values()))
-        name, higher = f"{task}, {_METRICS.get(metric, metric)}", bool(one["higher_is_better"])
-        columns.append(f"{name} {'↑' if higher else '↓'} (n={one['n']})")
-        means = {row["mean"] for row in known.values()}
+        known = [by_place.get((task, metric, mask)) for mask in masks]
+        rows = [row for row in known if row is not None]
+        name, higher = f"{task}, {_METRICS.get(metric, metric)}", bool(rows[0]["higher_is_better"])
+        means = {row["mean"] for row in rows}
         top = max(means) if higher else min(means)
-        for at, mask in enumerate(masks):
-            cells[at].append(_cell(known[mask]) if mask in known else "")
-            best[at].append(mask in known and known[mask]["mean"] == top and len(means) > 1)
-        if any(row["n_unfinished"] for row in known.values()):
+        columns.append(f"{name} {'↑' if higher else '↓'} (n={rows[0]['n']})")
+        marked.append([(_cell(row), row["mean"] == top and len(means) > 1) if row else ("", False) for row in known])
+        if any(row["n_unfinished"] for row in rows):
             columns.append(f"{name}: ended inside a thought")
-            for at, mask in enumerate(masks):
-                row = known.get(mask)
-                cells[at].append("" if row is None else f"{row['n_unfinished']} of {row['n_replies']}")
-                best[at].append(False)
+            marked.append([(f"{row['n_unfinished']} of {row['n_replies']}" if row else "", False) for row in known])
+    cells = [[cell for cell, _ in row] for row in zip(*marked, strict=True)]
+    best = [[is_best for _, is_best in row] for row in zip(*marked, strict=True)]
     n_seeds = int(shown["n_seeds"].max())
     spread = f"mean ± standard deviation over {n_seeds} seeds" if n_seeds > 1 else "mean over items"
     n_compared, n_shown = int(shown["p"].notna().sum()), int(shown["verdict"].isin(["better", "worse"]).sum())

@@ -33,9 +33,7 @@ class HarnessTask:
     """A benchmark that the harness can run.
 
     Attributes:
-        benchmark: what it is.
         tasks: the harness's own tasks by name; MMLU has one for each subject.
-        metrics: what is counted.
         generates: whether the model writes its answers.
         identity: versions, definition and data as text: two tasks are the same where it is equal.
     """
@@ -72,8 +70,7 @@ def load_task(benchmark: Benchmark, data_dir: Path | None = None, *, generates: 
     by_letter = generates and benchmark.form == "choices"
     with quiet_harness():
         if rows is not None:
-            local = _letter_task(benchmark.name, rows) if by_letter else _local_task(benchmark, rows)
-            tasks = {benchmark.name: local}
+            tasks = {benchmark.name: _letter_task(benchmark.name, rows) if by_letter else _local_task(benchmark, rows)}
         else:
             tasks = _hub_tasks(benchmark)
             if by_letter:
@@ -97,7 +94,7 @@ def _definition(task: Any) -> str:
 
 
 def _local_task(benchmark: Benchmark, rows: Sequence[dict[str, Any]]) -> Any:
-    config = _config_of(benchmark)
+    config = _config_of(benchmark.config)
     if benchmark.form == "choices":
         config |= {"doc_to_choice": "choices", "doc_to_target": "answer"}
     config.pop("should_decontaminate", None)
@@ -110,7 +107,7 @@ def _hub_tasks(benchmark: Benchmark) -> dict[str, Any]:
             from lm_eval.tasks import TaskManager
 
             return dict(TaskManager().load(["mmlu"])["tasks"])
-        config = _config_of(benchmark)
+        config = _config_of(benchmark.config)
         if benchmark.name == "aime":
             config["process_docs"] = lambda docs: docs.filter(lambda doc: int(doc["Year"]) >= 2022)
         return {benchmark.name: _task(config)}
@@ -123,35 +120,32 @@ def _hub_tasks(benchmark: Benchmark) -> dict[str, Any]:
 
 
 def _letter_task(name: str, rows: Sequence[Mapping[str, Any]]) -> Any:
-    template = Benchmark(name, "knowledge", config="melens/choices_generate.yaml")
     kept = [{key: row[key] for key in ("question", "choices", "answer")} for row in rows]
-    return _task(_config_of(template) | {"task": name}, kept)
+    return _task(_config_of("melens/choices_generate.yaml") | {"task": name}, kept)
 
 
 def _as_rows(task: Any) -> list[dict[str, Any]]:
     """Read question, choices and the right choice's index from a multiple-choice task of the harness."""
     rows = []
     for doc in task.eval_docs:
-        text = task.doc_to_text(doc)
-        choices = task.doc_to_choice(doc)
+        text, choices, answer = task.doc_to_text(doc), task.doc_to_choice(doc), task.doc_to_target(doc)
         if isinstance(text, int):  # Winogrande: its choices are two beginnings of one sentence
-            rows.append({"question": f"... {task.doc_to_target(doc)}", "choices": choices, "answer": text})
+            rows.append({"question": f"... {answer}", "choices": choices, "answer": text})
             continue
         question = str(text).removeprefix("Question: ").removesuffix("\nAnswer:").split("\nA. ")[0]
-        answer = task.doc_to_target(doc)
         right = choices.index(answer) if isinstance(answer, str) and not answer.isdigit() else int(answer)
         texts = doc["choices"] if choices == ["A", "B", "C", "D"] else choices
         rows.append({"question": question, "choices": list(texts), "answer": right})
     return rows
 
 
-def _config_of(benchmark: Benchmark) -> dict[str, Any]:
+def _config_of(name: str | None) -> dict[str, Any]:
     import lm_eval.tasks  # takes seconds, and only benchmarks need it
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    assert benchmark.config is not None
-    own = benchmark.config.removeprefix("melens/")
-    root = conf_folder("benchmark", "tasks") if own != benchmark.config else Path(lm_eval.tasks.__file__).parent
+    assert name is not None
+    own = name.removeprefix("melens/")
+    root = conf_folder("benchmark", "tasks") if own != name else Path(lm_eval.tasks.__file__).parent
     config: dict[str, Any] = load_yaml(root / own)
     config.pop("tag", None)
     return config

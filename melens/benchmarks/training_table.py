@@ -49,7 +49,6 @@ class ScoredSet:
     """The scores of all models that were trained on one training set.
 
     Attributes:
-        dataset: the training set.
         items: as `summarise` takes them, with `training` (its seed) and `kind`: `base`, `plain`, `inference`,
             `training` or `gates`.
         reference: the row of plain training, by its label.

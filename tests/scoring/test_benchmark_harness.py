@@ -65,7 +65,7 @@ def test_the_harness_itself_comes_to_the_same_numbers(embedded, network, data, t
 
     rows = [{"goal": q, "sol1": a, "sol2": b, "label": answer} for q, (a, b), answer in PIQA]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = tasks._config_of(BENCHMARKS["piqa"])
+    config = tasks._config_of(BENCHMARKS["piqa"].config)
     files = {"data_files": {"validation": str(tmp_path / "rows.jsonl")}}
     config |= {"task": "own_piqa", "dataset_path": "json", "dataset_kwargs": files}
     config.pop("training_split")
@@ -359,7 +359,7 @@ HUB_ROWS = {
 
 @pytest.mark.parametrize("task", HUB_ROWS)
 def test_questions_of_the_hub_can_be_asked_for_by_letter(task):
-    config = tasks._config_of(BENCHMARKS[task])
+    config = tasks._config_of(BENCHMARKS[task].config)
     config.pop("should_decontaminate", None)
     (row,) = tasks._as_rows(tasks._task(config, [HUB_ROWS[task]]))
     assert row["answer"] == 1
