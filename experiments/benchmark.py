@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from experiments.options.benchmark import BenchmarkRequest
-    from experiments.options.schema import MaskOptions, Options
+    from experiments.options.schema import Options
     from experiments.runner.study import Run
     from melens.benchmarks.catalog import Benchmark
     from melens.benchmarks.evaluation import MaskConfiguration
@@ -39,10 +39,6 @@ def prepare(cfg: Options, folder: Path) -> BenchmarkRequest:
     request: BenchmarkRequest = cfg.requests["benchmark"]
     check_request(request, cfg)
     return request
-
-
-def _masks(cfg: Options) -> dict[str, MaskOptions]:
-    return {preset.name: preset.options for preset in cfg.requests["benchmark"].masks}
 
 
 def check_request(request: BenchmarkRequest, cfg: Options) -> None:
@@ -82,19 +78,9 @@ def data_for(run: Run, benchmarks: Sequence[Benchmark]) -> LanguageData | None:
 
     if all(benchmark.config is not None for benchmark in benchmarks):
         return None
-    data, needle = run.cfg.data, run.cfg.benchmark.needle
-    return language_data(
-        run.model,
-        run.text,
-        n_texts=data.n_texts,
-        n_tokens=data.n_tokens,
-        bos=run.cfg.prompts.bos,
-        seed=run.seed,
-        needle=Needle(needle.lengths, needle.depths),
-    )
-
-
-_VARIED = ("select", "site", "start", "layers", "seed")
+    data, needle = run.cfg.data, Needle(**run.cfg.benchmark.needle.model_dump())
+    size, bos = {"n_texts": data.n_texts, "n_tokens": data.n_tokens}, run.cfg.prompts.bos
+    return language_data(run.model, run.text, **size, bos=bos, seed=run.seed, needle=needle)
 
 
 def _configurations(run: Run, request: BenchmarkRequest, benchmark: Benchmark) -> list[MaskConfiguration]:
@@ -110,7 +96,8 @@ def _configurations(run: Run, request: BenchmarkRequest, benchmark: Benchmark) -
         if None in found:
             configurations[UNMASKED] = MaskConfiguration(UNMASKED)
         masks = [mask for mask in found if mask is not None]
-        varied = [name for name in _VARIED if len({str(getattr(mask, name)) for mask in masks}) > 1]
+        names = ("select", "site", "start", "layers", "seed")
+        varied = [name for name in names if len({str(getattr(mask, name)) for mask in masks}) > 1]
         for mask in masks:
             family = " ".join([preset.name, *(f"{name}={getattr(mask, name)}" for name in varied)])
             label = f"{family} rate={float(mask.rate):g}"
@@ -125,7 +112,7 @@ EXPERIMENTS = (
         run,
         nodes=("wemask", "benchmark", "data"),
         request=_request,
-        masks=_masks,
+        masks=lambda cfg: {preset.name: preset.options for preset in cfg.requests["benchmark"].masks},
         prepare=prepare,
     ),
 )

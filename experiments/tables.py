@@ -11,7 +11,7 @@ import os
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from experiments.benchmark import check_request
 from experiments.runner.declaration import Experiment, ExperimentOptions
@@ -19,7 +19,7 @@ from experiments.training import model_options, prepare_training
 from melens.validation.types import Flag
 
 if TYPE_CHECKING:
-    from experiments.options.schema import MaskOptions, Options
+    from experiments.options.schema import Options
     from experiments.options.table import TableRequest
     from experiments.runner.study import Run
     from melens.report.result import Result
@@ -45,28 +45,23 @@ def prepare(cfg: Options, folder: Path) -> TableRequest:
     Raises:
         MelensError: as `check_request` and `prepare_training`; a cache that cannot be written to.
     """
-    _check_cache()
+    from melens.errors import MelensError
+    from melens.storage.cache import cache_folder
+
+    kept_in = cache_folder() / "trainings"
+    with suppress(OSError):
+        kept_in.mkdir(parents=True, exist_ok=True)
+    if not os.access(kept_in, os.W_OK):  # the table's rows are read from there
+        raise MelensError(
+            f"exp=tables keeps trained models in {kept_in}, which cannot be written to. Set MELENS_CACHE to another "
+            "folder."
+        )
     request: TableRequest = cfg.requests["tables"]
     sets = []
     for own in request.sets:
         check_request(own.benchmarks, own.options)
         sets.append(replace(own, training=prepare_training(own.options, own.training)))
     return replace(request, sets=tuple(sets))
-
-
-def _check_cache() -> None:
-    """Raise a `MelensError` where a trained model could not be kept: the table's rows are read from there."""
-    from melens.errors import MelensError
-    from melens.storage.cache import cache_folder
-
-    folder = cache_folder() / "trainings"
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise MelensError(
-            f"exp=tables keeps trained models in {folder}, which cannot be written to. Set MELENS_CACHE to another "
-            "folder."
-        )
 
 
 def run(run: Run, options: TablesOptions) -> Result:
@@ -82,19 +77,11 @@ def run(run: Run, options: TablesOptions) -> Result:
     for own in request.sets:
         rows = TableRows(run, request, own)
         items = pd.concat(list(rows.items()), ignore_index=True)
-        benchmarks = own.benchmarks
-        requests = describe_requests(benchmarks.benchmarks, benchmarks.options, rows.chat, benchmarks.masked_blocks)
+        asked = own.benchmarks
+        requests = describe_requests(asked.benchmarks, asked.options, rows.chat, asked.masked_blocks)
         scored.append(ScoredSet(own.dataset, items, rows.label(request.method.upper()), requests, rows.chat))
         histories += rows.histories
     return training_table(run, request.number, request.method, scored, histories, left_out=request.left_out)
-
-
-def _loaded_with(cfg: Options, request: TableRequest) -> dict[str, Any]:
-    return model_options(cfg, request.sets[0].training.plan)
-
-
-def _masks(cfg: Options) -> dict[str, MaskOptions]:
-    return {"paper": cfg.wemask.model_copy(update={"rate": list(cfg.requests["tables"].rates)})}
 
 
 EXPERIMENTS = (
@@ -104,9 +91,9 @@ EXPERIMENTS = (
         run,
         nodes=("wemask", "benchmark", "data", "training", "table"),
         request=_request,
-        masks=_masks,
+        masks=lambda cfg: {"paper": cfg.wemask.model_copy(update={"rate": list(cfg.requests["tables"].rates)})},
         prepare=prepare,
-        model_options=_loaded_with,
+        model_options=lambda cfg, request: model_options(cfg, request.sets[0].training.plan),
         in_all=False,
     ),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from experiments.options.masks import Preset, presets_of
@@ -11,15 +11,11 @@ from melens.benchmarks.catalog import Benchmark, benchmarks_of
 from melens.benchmarks.options import BenchmarkOptions
 from melens.environment.extras import check_extra
 
-__all__ = ["BenchmarkRequest", "benchmark_request"]
+__all__ = ["KNOWLEDGE", "BenchmarkRequest", "benchmark_request"]
 
 _DEFAULT_TASKS = ("perplexity", "induction", "copy", "needle")
 _DEFAULT_MASKS = ("off", "paper", "random", "magnitude")
-_AS_GIVEN = {
-    "limit", "data_dir", "chat", "thinking", "temperature", "top_p", "max_new_tokens", "batch_size", "judge",
-}  # fmt: skip
-"""Options of the node that `BenchmarkOptions` has too."""
-_KNOWLEDGE = ("mmlu", "piqa", "arc_challenge", "openbookqa")
+KNOWLEDGE = ("mmlu", "piqa", "arc_challenge", "openbookqa", "mathqa", "strategyqa")
 
 
 @dataclass(frozen=True)
@@ -32,11 +28,11 @@ class _Table:
 
 
 _TABLES = {
-    1: _Table((*_KNOWLEDGE, "mathqa", "strategyqa")),
+    1: _Table(KNOWLEDGE),
     2: _Table(("gsm8k", "aime", "hendrycks_math500", "sorry_bench", "xstest")),
-    5: _Table((*_KNOWLEDGE, "mathqa", "strategyqa"), masks=_DEFAULT_MASKS),
-    6: _Table((*_KNOWLEDGE, "mathqa")),
-    7: _Table((*_KNOWLEDGE, "strategyqa"), rates=(0.1,)),
+    5: _Table(KNOWLEDGE, masks=_DEFAULT_MASKS),
+    6: _Table(KNOWLEDGE[:5]),
+    7: _Table((*KNOWLEDGE[:4], "strategyqa"), rates=(0.1,)),
 }
 
 
@@ -45,11 +41,8 @@ class BenchmarkRequest:
     """Which benchmarks are scored with which masks, and how.
 
     Attributes:
-        benchmarks: to score.
         left_out: benchmarks of the table that local data cannot have.
-        masks, table: presets, and the table of the paper.
         layers: which blocks are masked: `auto`, `all`, `first` or a list.
-        options: the other keys of the node.
     """
 
     benchmarks: tuple[Benchmark, ...]
@@ -95,7 +88,7 @@ def benchmark_request(options: Options) -> BenchmarkRequest:
     if any(benchmark.config for benchmark in benchmarks):
         check_extra("benchmark", "benchmark.tasks")
     masks = presets_of(node.masks or table.masks, options, key="benchmark.masks", rates=table.rates)
-    as_given = node.model_dump(include=_AS_GIVEN)
+    as_given = node.model_dump(include={field.name for field in fields(BenchmarkOptions)})
     auto = {name: None for name in ("chat", "thinking", "max_new_tokens") if as_given[name] == "auto"}
     return BenchmarkRequest(
         benchmarks=tuple(benchmarks),
@@ -104,9 +97,8 @@ def benchmark_request(options: Options) -> BenchmarkRequest:
         table=node.table,
         layers=node.layers,
         options=BenchmarkOptions(
-            **as_given | auto,
+            **as_given | auto | {"seeds": tuple(node.seeds)},
             generates=(node.mode or ("loglikelihood" if node.table is None else "generate")) == "generate",
-            seeds=tuple(node.seeds),
             judge_device=options.model.device,
         ),
     )

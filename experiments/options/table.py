@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.options.benchmark import BenchmarkRequest, benchmark_request
+from experiments.options.benchmark import KNOWLEDGE, BenchmarkRequest, benchmark_request
 from experiments.options.reading import OptionError
 from experiments.options.schema import Options
 from experiments.options.training import TrainingRequest, training_request
@@ -14,17 +14,16 @@ from melens.validation.types import in_words
 
 __all__ = ["TableRequest", "TrainingSet", "table_request"]
 
-_KNOWLEDGE = ("mmlu", "piqa", "arc_challenge", "openbookqa", "mathqa", "strategyqa")
 _INSTRUCTIONS = ("flan", "openorca")
 
 _TasksOf = dict[str, tuple[str, ...]]
 _TABLES: dict[int, tuple[str, _TasksOf]] = {
-    1: ("sft", dict.fromkeys(_INSTRUCTIONS, _KNOWLEDGE)),
+    1: ("sft", dict.fromkeys(_INSTRUCTIONS, KNOWLEDGE)),
     2: ("sft", {"gsm8k": ("gsm8k", "aime", "hendrycks_math500"), "hh_rlhf": ("sorry_bench", "xstest")}),
     3: ("dpo", {"hh_rlhf": ("xstest", "advbench")}),
     4: ("grpo", {"gsm8k": ("aime", "hendrycks_math500")}),
-    6: ("sft", dict.fromkeys(_INSTRUCTIONS, _KNOWLEDGE[:5])),
-    7: ("sft", dict.fromkeys(_INSTRUCTIONS, (*_KNOWLEDGE[:4], "strategyqa"))),
+    6: ("sft", dict.fromkeys(_INSTRUCTIONS, KNOWLEDGE[:5])),
+    7: ("sft", dict.fromkeys(_INSTRUCTIONS, (*KNOWLEDGE[:4], "strategyqa"))),
 }
 """The method of a table, and its training sets with the benchmarks that models trained on them are scored on."""
 
@@ -45,12 +44,9 @@ class TrainingSet:
 
 @dataclass(frozen=True)
 class TableRequest:
-    """A table of the paper.
+    """A table of the paper, by its number: its trainings, the masks' rates, and what is compared and left out.
 
     Attributes:
-        number: in the paper.
-        method, sets, seeds: of its trainings.
-        rates: of the masks.
         gates: kinds of gated attention to compare with.
         left_out: benchmarks that local data cannot have.
     """
