@@ -23,22 +23,22 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor
 
+from melens.analysis.block_ablation_claims import AblationMetrics
 from melens.analysis.statistics import mean_by, mean_interval, mean_metric, tidy, with_interval
 from melens.analysis.study import Study
-from melens.claims.engine import Claim, Judgement, Verdict, at_most, number
 from melens.errors import MelensError
 from melens.figures.curves import Curve, Panel, curves_by_block
 from melens.figures.heatmaps import Heatmap, heatmaps
 from melens.figures.style import COLORS
+from melens.models.layout import listed
 from melens.models.normalization import named_normalization
-from melens.report.result import Figure, Interval, Metrics, Result
+from melens.report.result import Figure, Result
 from melens.tracing import interventions
 from melens.tracing.interventions import Hook, MassiveTokenRuns, Part, can_ablate
 
-__all__ = ["CLAIMS", "AblationMetrics", "ablation"]
+__all__ = ["ablation"]
 
 SENSES: dict[str, Part] = {"identity": "ln2_identity", "no_gain": "ln2_no_gain", "no_norm": "ln2_no_norm"}
 """What "without the norm before the FFN" may mean."""
@@ -52,36 +52,6 @@ TEXTS: dict[Part, str] = {
 }
 CAUSES: tuple[Part, ...] = ("ffn", "ln2_no_gain", "attention")
 """What is removed from every block in turn."""
-
-
-class AblationMetrics(Metrics):
-    """What `ablation` measures. What is left is relative to the intact run, a mean over prompts.
-
-    Attributes:
-        ablation_prompts: how many prompts were run.
-        left_without_ffn: what is left without the ME layer's FFN.
-        left_without_norm: the same by sense of "without the norm before it" (`SENSES`).
-        left_identity_interval: of the sense `identity`.
-        over_others_without_norm: by sense, the massive token's norm over the mean norm of the other tokens, intact.
-        causal_layers: the blocks without whose FFN at most half is left.
-        strongest_cause: the block without whose FFN least is left.
-        left_by_cause: by part (`CAUSES`) and block, what is left without it, from that block on.
-        block_evaluations: how many blocks were run for all causes.
-        block_evaluations_from_the_start: how many it had been if every run began at block 0.
-    """
-
-    experiment = "ablation"
-    ablation_prompts: int | None = None
-    left_without_ffn: float | None = None
-    left_without_ffn_interval: Interval | None = None
-    left_without_norm: dict[str, float | None] = Field(default_factory=dict)
-    left_identity_interval: Interval | None = None
-    over_others_without_norm: dict[str, float | None] = Field(default_factory=dict)
-    causal_layers: list[int] | None = None
-    strongest_cause: int | None = None
-    left_by_cause: dict[str, dict[int, float | None]] = Field(default_factory=dict)
-    block_evaluations: int | None = None
-    block_evaluations_from_the_start: int | None = None
 
 
 def ablation(study: Study, *, max_position: int = 64) -> Result:
@@ -111,6 +81,7 @@ def ablation(study: Study, *, max_position: int = 64) -> Result:
     causality, causes = _causality(runs)
     by_part = {part: causes[causes["part"] == part] for part in CAUSES}
     left_by_cause = {part: dict(zip(rows["layer"], rows["mean"], strict=True)) for part, rows in by_part.items()}
+    intervals = by_part["ffn"][["low", "high"]].itertuples(index=False, name=None)
     of_ffn = left_by_cause["ffn"]
     metrics = study.metrics(
         AblationMetrics,
@@ -120,6 +91,7 @@ def ablation(study: Study, *, max_position: int = 64) -> Result:
         causal_layers=[layer for layer, left in of_ffn.items() if left <= 0.5],
         strongest_cause=min(of_ffn, key=of_ffn.__getitem__),
         left_by_cause=left_by_cause,
+        left_by_ffn_intervals=dict(zip(by_part["ffn"]["layer"], intervals, strict=True)),
         block_evaluations=runs.runs.block_evaluations - evaluated_before,
         block_evaluations_from_the_start=causality.groupby(["part", "cause"]).ngroups * study.n_layers,
     )
@@ -164,9 +136,10 @@ class _Runs:
         after = [layer for layer in self.layers if layer >= start]
         return (norms / self.runs.intact)[:, after].mean(dim=1).numpy()
 
-    def over_others(self, norms: Float[Tensor, "prompt layer"]) -> float:
-        """Average ‖h‖ over that of the other tokens in the intact run, over the same blocks."""
-        return float((norms.numpy()[:, self.layers] / self.others[self.layers]).mean())
+    def over_others(self, norms: Float[Tensor, "prompt layer"], layers: Sequence[int]) -> np.ndarray:
+        """Divide ‖h‖ by the mean of the other tokens' in the intact run: `[prompt, layer]`."""
+        ratios: np.ndarray = norms.numpy()[:, list(layers)] / self.others[list(layers)]
+        return ratios
 
     def without(self, *parts: tuple[int, Part]) -> Float[Tensor, "prompt layer"]:
         """Run without parts, each given as (block, part)."""
@@ -220,12 +193,29 @@ def _left_at_me_layer(
     runs: _Runs, removed: dict[Part, Float[Tensor, "prompt layer"]], senses: dict[str, Part]
 ) -> dict[str, Any]:
     without_norm = {sense: runs.left(removed[part]) for sense, part in senses.items()}
-    measured = mean_metric("left_without_ffn", runs.left(removed["ffn"]))
-    measured["left_without_norm"] = {sense: float(left.mean()) for sense, left in without_norm.items()}
-    measured["over_others_without_norm"] = {sense: runs.over_others(removed[part]) for sense, part in senses.items()}
-    if "identity" in without_norm:
-        measured["left_identity_interval"] = mean_interval(without_norm["identity"])
-    return measured
+    over_others = {sense: runs.over_others(removed[part], runs.layers).mean(axis=1) for sense, part in senses.items()}
+    return {
+        **mean_metric("left_without_ffn", runs.left(removed["ffn"])),
+        **_course_without_ffn(runs, removed["ffn"]),
+        "left_without_norm": {sense: float(left.mean()) for sense, left in without_norm.items()},
+        "left_without_norm_intervals": {sense: mean_interval(left) for sense, left in without_norm.items()},
+        "over_others_without_norm": {sense: float(over.mean()) for sense, over in over_others.items()},
+        "over_others_without_norm_intervals": {sense: mean_interval(over) for sense, over in over_others.items()},
+    }
+
+
+def _course_without_ffn(runs: _Runs, norms: Float[Tensor, "prompt layer"]) -> dict[str, Any]:
+    """Measure how far the token still rises from the ME layer on, and what is left of that at the end."""
+    layers = range(runs.me_layer, runs.study.last_before_trailing + 1)
+    if len(layers) < 2:
+        return {}
+    over_others, course = runs.over_others(norms, layers), norms[:, layers.start : layers.stop]
+    highest = course.max(dim=1)
+    return {
+        **mean_metric("highest_without_ffn", over_others.max(axis=1)),
+        **mean_metric("end_without_ffn", (course[:, -1] / highest.values).numpy()),
+        "highest_without_ffn_layer": int(highest.indices.median()) + runs.me_layer,
+    }
 
 
 def _removed_figure(runs: _Runs, by_block: pd.DataFrame, metrics: AblationMetrics) -> Figure:
@@ -243,7 +233,11 @@ def _removed_figure(runs: _Runs, by_block: pd.DataFrame, metrics: AblationMetric
     of_ffn = with_interval(metrics.left_without_ffn, metrics.left_without_ffn_interval, ".1%")
     of_norm = [f"{TEXTS[SENSES[sense]]}: ×{share:,.3g}" for sense, share in metrics.left_without_norm.items()]
     without_norm = ", ".join(of_norm) or "there is no norm of its own before it"
-    return Figure(plot, "figure 9", expected, f"Without the FFN {of_ffn} of the norm is left; {without_norm}.")
+    observed = f"Without the FFN {of_ffn} of the norm is left; {without_norm}."
+    if metrics.highest_without_ffn is not None:
+        observed += f" Without it the token is at most × {metrics.highest_without_ffn:,.3g} the others from there on, "
+        observed += f"and ends at {metrics.end_without_ffn:.0%} of its highest norm."
+    return Figure(plot, "figure 9", expected, observed)
 
 
 def _factorial(runs: _Runs, senses: dict[str, Part]) -> pd.DataFrame:
@@ -367,67 +361,22 @@ def _patching_figure(runs: _Runs, patching: pd.DataFrame) -> Figure:
     title = runs.study.title("Patching the massive token's FFN output", runs.n_prompts)
     note = f"What is left of its norm from the ME layer ({runs.me_layer}) on; 1: as intact. Blocks are 0-based."
     plot = heatmaps(maps, title=title, note=note, z_title="left", columns=2)
-    into_me_layer = patching[(patching["direction"] == "restored") & (patching["patched"] == runs.me_layer)]
-    least = into_me_layer.iloc[into_me_layer["mean"].argmin()]
-    observed = f"The intact FFN output of block {runs.me_layer} alone restores at least {least['mean']:.0%}, "
-    observed += f"whichever block's FFN is removed (least for block {int(least['removed'])})."
+    observed = _restored_in_words(patching, runs.me_layer)
     return Figure(plot, "beyond the paper", "No activation is patched in the paper.", observed)
 
 
-# --- Claims -----------------------------------------------------------------------------------------------------------
-
-
-def _persists_smaller(metrics: AblationMetrics) -> Judgement:
-    if not metrics.left_without_norm:
-        return Judgement("not measured", note="The ME layer's FFN has no norm of its own before it.")
-    agrees = []
-    for sense, left in metrics.left_without_norm.items():
-        over_others = number(metrics.over_others_without_norm.get(sense), f"over_others_without_norm, {sense},")
-        agrees.append(number(left, f"left_without_norm, {sense},") <= 0.5 and over_others >= 10)
-    verdict: Verdict = "holds" if all(agrees) else "holds in part" if any(agrees) else "does not hold"
-    of_identity = at_most(metrics.left_without_norm["identity"], metrics.left_identity_interval, 0.5)
-    note = ", ".join(f"{sense}: {left:.3g} of intact" for sense, left in metrics.left_without_norm.items())
-    return Judgement(verdict, of_identity.value, of_identity.interval, f"{note}.")
-
-
-def _only_me_layer(metrics: AblationMetrics) -> Judgement:
-    if metrics.causal_layers is None:
-        return Judgement("not measured", note="The result has no causal_layers.")
-    others = [layer for layer in metrics.causal_layers if layer != metrics.me_layer]
-    verdict: Verdict = "does not hold"
-    if metrics.me_layer in metrics.causal_layers and metrics.strongest_cause == metrics.me_layer:
-        verdict = "holds in part"
-    if metrics.causal_layers == [metrics.me_layer]:
-        verdict = "holds"
-    note = f"Halved as well without the FFN of block {', '.join(map(str, others))}." if others else ""
-    return Judgement(verdict, float(len(others)), note=note)
-
-
-CLAIMS = (
-    Claim(
-        id="ffn-needed", fixed="2026-11-22 a1bbeb3",
-        source="appendix B, figure 9", figure="removed", metrics=AblationMetrics,
-        claim="Without the ME layer's FFN the massive activation vanishes",
-        statistic="norm of the token afterwards, relative to intact",
-        criterion="<= 0.1; in part <= 0.5", why="a tenth is an order of magnitude less",
-        of_ffn=True,
-        judge=lambda metrics: at_most(metrics.left_without_ffn, metrics.left_without_ffn_interval, 0.1, partly=0.5),
-    ),
-    Claim(
-        id="norm-scales", fixed="2026-11-22 a1bbeb3",
-        source="appendix B, figure 9", figure="removed", metrics=AblationMetrics,
-        claim="Without the norm before that FFN it persists, but far smaller",
-        statistic="norm of the token afterwards, relative to intact, norm replaced by the identity",
-        criterion="<= 0.5 of intact and >= 10 × the other tokens in every sense of 'without'; in part: in some sense",
-        why="half is the least that can be called far smaller; 10 × is still another order of magnitude",
-        of_ffn=True, judge=_persists_smaller,
-    ),
-    Claim(
-        id="only-me-causal", fixed="2026-11-22 a1bbeb3",
-        source="the review, point 1", figure="causality", metrics=AblationMetrics,
-        claim="Only the ME layer is causal for it",
-        statistic="how many other blocks' FFNs halve it when removed",
-        criterion="0; in part: the ME layer's does most", why="a block without which half is gone is a cause",
-        of_ffn=True, judge=_only_me_layer,
-    ),
-)  # fmt: skip
+def _restored_in_words(patching: pd.DataFrame, me_layer: int) -> str:
+    """Say what the ME layer's intact output restores; of its own removal that is all, by construction."""
+    into_me_layer = patching[(patching["direction"] == "restored") & (patching["patched"] == me_layer)]
+    before = into_me_layer[into_me_layer["removed"] < me_layer]
+    if before.empty:
+        return f"No FFN lies before block {me_layer}, so that its intact output has nothing to restore but itself."
+    least, tried = before.iloc[before["mean"].argmin()], listed(before["removed"].tolist())
+    observed = f"The intact FFN output of block {me_layer} alone restores "
+    if len(before) == 1:
+        interval = with_interval(least["mean"], (least["low"], least["high"]), ".0%")
+        return f"{observed}{interval} where the FFN of {tried} is removed, the only one before it."
+    return (
+        f"{observed}at least {least['mean']:.0%}, whichever earlier block's FFN is removed ({tried}; least for block "
+        f"{int(least['removed'])})."
+    )

@@ -85,7 +85,14 @@ def test_concentrations_must_peak_together(peaks, shares, together, expected):
 )
 def test_without_the_norm_it_must_persist_and_be_smaller(left, over_others, expected):
     metrics = {"left_without_norm": left, "over_others_without_norm": over_others}
-    assert verdict("ablation", "norm-scales", **metrics) == expected
+    clear = {name: (0.9 * value, 1.1 * value) for name, value in left.items()}
+    of_others = {name: (0.9 * value, 1.1 * value) for name, value in over_others.items()}
+    intervals = {"left_without_norm_intervals": clear, "over_others_without_norm_intervals": of_others}
+    assert verdict("ablation", "norm-scales", **metrics, **intervals) == expected
+    in_part = "holds in part" if expected == "holds" else expected
+    for name, wide in (("left", clear | {"identity": (0.1, 0.51)}), ("over_others", of_others | {"no_gain": (9, 90)})):
+        unclear = intervals | {f"{name}_without_norm_intervals": wide}
+        assert verdict("ablation", "norm-scales", **metrics, **unclear) == in_part
 
 
 @pytest.mark.parametrize(
@@ -93,8 +100,40 @@ def test_without_the_norm_it_must_persist_and_be_smaller(left, over_others, expe
     [([11], 11, "holds"), ([0, 8, 11], 11, "holds in part"), ([0, 11], 0, "does not hold"), ([], 3, "does not hold")],
 )
 def test_only_the_me_layer_may_be_a_cause(causal, strongest, expected):
-    metrics = {"causal_layers": causal, "strongest_cause": strongest}
-    assert verdict("ablation", "only-me-causal", **metrics) == expected
+    left = {layer: 0.1 if layer in causal else 0.9 for layer in range(28)}
+    clear = {layer: (value - 0.05, value + 0.05) for layer, value in left.items()}
+    metrics = {"causal_layers": causal, "strongest_cause": strongest, "left_by_cause": {"ffn": left}}
+    assert verdict("ablation", "only-me-causal", **metrics, left_by_ffn_intervals=clear) == expected
+    for unclear in ({11: (0.1, 0.6)}, {20: (0.4, 0.9)}):
+        in_part = "holds in part" if expected == "holds" else expected
+        assert verdict("ablation", "only-me-causal", **metrics, left_by_ffn_intervals=clear | unclear) == in_part
+    assert verdict("ablation", "only-me-causal", **metrics) == in_part  # of one or two prompts
+
+
+@pytest.mark.parametrize(
+    ("highest", "end", "expected"),
+    [
+        ((30, (11, 49)), (0.05, (0.01, 0.09)), "holds"),
+        ((30, (9, 51)), (0.05, (0.01, 0.09)), "holds in part"),
+        ((30, (11, 49)), (0.05, (0.01, 0.11)), "holds in part"),
+        ((30, (11, 49)), (0.5, (0.4, 0.6)), "holds in part"),
+        ((30, (11, 49)), (0.51, (0.4, 0.6)), "does not hold"),  # it lasts
+        ((9.9, (9, 11)), (0.05, (0.01, 0.09)), "does not hold"),  # it does not emerge
+        ((None, None), (None, None), "not measured"),
+    ],
+)
+def test_without_the_ffn_it_must_emerge_and_fade(highest, end, expected):
+    metrics = dict(zip(("highest_without_ffn", "highest_without_ffn_interval"), highest, strict=True))
+    metrics |= dict(zip(("end_without_ffn", "end_without_ffn_interval"), end, strict=True))
+    assert verdict("ablation", "ffn-fades", **metrics) == expected
+
+
+def test_a_changed_threshold_shows_what_the_former_one_gives():
+    metrics = {"left_without_norm": {"identity": 0.2}, "over_others_without_norm": {"identity": 30}}
+    judged = melens.judge({"experiment": "ablation", "model": {"name": "m"}, "metrics": BASE | metrics})
+    row = judged.set_index("id").loc["norm-scales"]
+    assert (row.verdict, row.former_verdict) == ("holds in part", "holds")
+    assert row.former_criterion.endswith("(2026-11-22 a1bbeb3)")
 
 
 @pytest.mark.parametrize(
