@@ -30,8 +30,7 @@ __all__ = [
 GateKind = Literal["headwise", "elementwise"]
 """One gate for each head, or one for each entry of each head's output."""
 
-GATE = "melens_gate"
-"""The gate's name in the attention module."""
+GATE = "melens_gate"  # its name in the attention module
 GATE_FILE = "gate.safetensors"
 
 
@@ -148,9 +147,7 @@ def _fits(network: ModelView, layer: int, weight: Tensor) -> bool:
 
 def _projections(block: Block, layer: int) -> tuple[nn.Module, nn.Module]:
     if block.query is None or block.output is None:
-        raise MelensError(
-            f"Attention in block {layer} of this model has no projections that a gate could stand between."
-        )
+        raise MelensError(f"Attention in block {layer} of this model has no projections to put a gate between.")
     weight = getattr(block.output, "weight", None)
     if weight is None or weight.dtype.itemsize < 2:
         raise MelensError(f"Attention in block {layer} of this model is quantised: gates stand between plain layers.")

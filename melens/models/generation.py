@@ -27,16 +27,12 @@ from melens.masks.mask import WeMask
 from melens.models.devices import input_device
 from melens.models.kv_cache import find_cache_by_any_name
 from melens.storage.cache import hash_of, store_for_kind
-from melens.tracing.verification import two_prompts
+from melens.tracing.verification import is_reduced, limit_of, two_prompts
 
 __all__ = ["Generation", "verify_generation"]
 
 _NEW = 4
 """Tokens that are written."""
-
-_LIMITS = {torch.float32: 1e-3, torch.float64: 1e-3}
-_REDUCED_LIMIT = 3e-2  # in bfloat16 and float16
-"""Up to which error, relative to the largest logit, a step agrees with the whole sequence."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +95,7 @@ def _try(network: Any, *, masked: bool) -> Generation:
             if not together:
                 warnings.warn(f"{_complaint(network, errors[0], masked)} {_INSTEAD[use_cache]}", stacklevel=4)
             return Generation(use_cache, together, error)
-    raise MelensError(f"{_complaint(network, errors[0], masked)} No slower way agrees, so that nothing is written.")
+    raise MelensError(f"{_complaint(network, errors[0], masked)} No slower way agrees either, so no text is generated.")
 
 
 _INSTEAD = {
@@ -109,19 +105,14 @@ _INSTEAD = {
 
 
 def _complaint(network: Any, error: float, masked: bool) -> str:
-    mask = " under this mask" if masked else ""
-    return (
-        f"What {type(network).__name__} writes with a cache, several prompts in a batch,{mask} is off by {error:.2g} "
-        "of the largest logit against the whole sequence."
-    )
+    way = "With this mask, a cache and several prompts in a batch" if masked else "With a cache and prompts in a batch"
+    off = f"differ from those of the whole sequence by {error:.2g} of the largest logit"
+    return f"{way}, the logits of {type(network).__name__} {off}."
 
 
 @torch.no_grad()
 def _error(network: Any, *, use_cache: bool, together: bool) -> tuple[float, float]:
-    """Return how far the logits of a few steps are from those of the whole sequence, and how far they may be.
-
-    Both are NaN where the whole sequence's logits are.
-    """
+    """Return the error of a few steps' logits, and its limit; both are NaN where the whole sequence's logits are."""
     errors: list[Tensor] = []
     dtype = torch.float32
     both = two_prompts(network, room=_NEW)
@@ -133,13 +124,10 @@ def _error(network: Any, *, use_cache: bool, together: bool) -> tuple[float, flo
             dtype = whole.dtype
             if whole.isnan().any():
                 return float("nan"), float("nan")
-            apart = (logits[:, row].float() - whole.float()).abs().amax(-1)
-            errors.append(apart / whole.float().abs().amax())
-    of_steps = torch.stack(errors)
-    if dtype in _LIMITS:
-        return float(of_steps.max()), _LIMITS[dtype]
+            errors.append((logits[:, row].float() - whole.float()).abs().amax(-1) / whole.float().abs().amax())
     # In reduced precision a token may go to another expert in one step; a cache that is not read is off in all.
-    return float(of_steps[:, 1:].median()), _REDUCED_LIMIT
+    error = torch.stack(errors)[:, 1:].median() if is_reduced(dtype) else torch.stack(errors).max()
+    return float(error), limit_of(dtype)
 
 
 def _write(network: Any, prompts: Sequence[Tensor], *, use_cache: bool) -> tuple[Tensor, Tensor]:

@@ -11,15 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from transformer_lens.model_bridge import generalized_components as tl
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
-from transformer_lens.model_bridge.generalized_components import (
-    AttentionBridge,
-    BlockBridge,
-    LinearBridge,
-    MLPBridge,
-    MoEBridge,
-    RMSNormalizationBridge,
-)
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformer_lens.model_bridge.supported_architectures.nemotron_h import NemotronHArchitectureAdapter
 from transformer_lens.model_bridge.supported_architectures.recurrent_gemma import RecurrentGemmaArchitectureAdapter
@@ -28,17 +21,11 @@ from transformer_lens.model_bridge.supported_architectures.zamba2 import Zamba2A
 __all__ = ["HYBRIDS", "HybridBlock", "parts_of", "submodule"]
 
 
-class HybridBlock(BlockBridge):
+class HybridBlock(tl.BlockBridge):
     """A block that is of one of several kinds, and has the parts of its kind alone."""
 
     def __init__(self, name: str, config: Any, kinds: Mapping[str, Mapping[str, GeneralizedComponent]]) -> None:
-        """Describe the blocks of a model.
-
-        Args:
-            name: where the model keeps them.
-            config: of the bridge.
-            kinds: by a submodule that only blocks of a kind have, the parts of such blocks; in order, `""` for any.
-        """
+        """Take the parts of each kind of block by a submodule that only such blocks have, in order; `""` is for any."""
         super().__init__(name, config)
         self._kinds = kinds
 
@@ -49,7 +36,7 @@ class HybridBlock(BlockBridge):
     def set_original_component(self, original_component: nn.Module) -> None:
         super().set_original_component(original_component)
         self.submodules = dict(self.parts(original_component))  # before TransformerLens looks for their modules
-        within = {alias: target for alias, target in BlockBridge.hook_aliases.items() if self._has_target(target)}
+        within = {alias: target for alias, target in tl.BlockBridge.hook_aliases.items() if self._has_target(target)}
         if "ln1" not in self.submodules:  # what attention writes does not reach the residual stream by itself
             within.pop("hook_attn_out", None)
         mixed = {"hook_mixer_in": "mixer.hook_in", "hook_mixer_out": "mixer.hook_out"}
@@ -62,10 +49,7 @@ class HybridBlock(BlockBridge):
 
 def parts_of(described: Any, block: nn.Module) -> Mapping[str, GeneralizedComponent]:
     """Return the parts of a block of a transformers model, as an adapter describes its blocks."""
-    parts: Mapping[str, GeneralizedComponent] = (
-        described.parts(block) if isinstance(described, HybridBlock) else described.submodules
-    )
-    return parts
+    return described.parts(block) if isinstance(described, HybridBlock) else described.submodules
 
 
 def submodule(block: nn.Module | None, name: str | None) -> nn.Module | None:
@@ -76,10 +60,10 @@ def submodule(block: nn.Module | None, name: str | None) -> nn.Module | None:
         return None
 
 
-def _attention(name: str, config: Any) -> AttentionBridge:
+def _attention(name: str, config: Any) -> tl.AttentionBridge:
     """Describe attention that transformers' own module computes."""
-    projections = {part: LinearBridge(name=f"{part}_proj") for part in "qkvo"}
-    return AttentionBridge(
+    projections = {part: tl.LinearBridge(name=f"{part}_proj") for part in "qkvo"}
+    return tl.AttentionBridge(
         name=name, config=config, submodules=projections, maintain_native_attention=True, requires_attention_mask=True
     )
 
@@ -91,14 +75,14 @@ class _NemotronH(NemotronHArchitectureAdapter):
         super().__init__(cfg)
         of_mamba = self.component_mapping["blocks"].submodules
 
-        def norm() -> RMSNormalizationBridge:
-            return RMSNormalizationBridge(name="norm", config=self.cfg)
+        def norm() -> tl.RMSNormalizationBridge:
+            return tl.RMSNormalizationBridge(name="norm", config=self.cfg)
 
-        neurons = {"in": LinearBridge(name="up_proj"), "out": LinearBridge(name="down_proj")}
+        neurons = {"in": tl.LinearBridge(name="up_proj"), "out": tl.LinearBridge(name="down_proj")}
         kinds = {
             "mixer.q_proj": {"ln1": norm(), "attn": _attention("mixer", self.cfg)},
-            "mixer.experts": {"ln2": norm(), "mlp": MoEBridge(name="mixer", config=self.cfg)},
-            "mixer.up_proj": {"ln2": norm(), "mlp": MLPBridge(name="mixer", config=self.cfg, submodules=neurons)},
+            "mixer.experts": {"ln2": norm(), "mlp": tl.MoEBridge(name="mixer", config=self.cfg)},
+            "mixer.up_proj": {"ln2": norm(), "mlp": tl.MLPBridge(name="mixer", config=self.cfg, submodules=neurons)},
             "": of_mamba,
         }
         self.component_mapping["blocks"] = HybridBlock("model.layers", self.cfg, kinds)
@@ -112,9 +96,9 @@ class _RecurrentGemma(RecurrentGemmaArchitectureAdapter):
 
         def with_ffn(**mixer: GeneralizedComponent) -> dict[str, GeneralizedComponent]:
             return {
-                "ln1": RMSNormalizationBridge(name="temporal_pre_norm", config=self.cfg),
+                "ln1": tl.RMSNormalizationBridge(name="temporal_pre_norm", config=self.cfg),
                 **mixer,
-                "ln2": RMSNormalizationBridge(name="channel_pre_norm", config=self.cfg),
+                "ln2": tl.RMSNormalizationBridge(name="channel_pre_norm", config=self.cfg),
                 "mlp": self._gated_mlp(name="mlp_block"),
             }
 

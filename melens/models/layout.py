@@ -16,12 +16,6 @@ from melens.tracing.sites import ATTENTION_ON_KEYS, Sites
 
 __all__ = ["Layout", "attends", "listed"]
 
-_FFN = ("mlp", "moe", "shared_mlp", "channel_mix")
-"""TransformerLens's names for a block's FFN or for parts of it."""
-
-_FFN_OF_TRANSFORMERS = ("down_proj", "experts")
-"""What an FFN has inside where TransformerLens has no name for it, and no mixer."""
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -92,10 +86,11 @@ def attends(module: Any) -> bool:
 
 
 def _has_ffn(block: Any) -> bool:
-    """Tell whether a block has an FFN by TransformerLens's names or transformers', or nothing that has a name."""
+    """Tell whether a block has an FFN, by TransformerLens's names or transformers', or nothing that has a name."""
     parts = {name for name in block._modules if name != "_original_component" and not name.startswith("hook_")}
-    own = {name.rpartition(".")[2] for name, _ in block.original_component.named_modules()}
-    return not parts or not parts.isdisjoint(_FFN) or not own.isdisjoint(_FFN_OF_TRANSFORMERS)
+    inside = {name.rpartition(".")[2] for name, _ in block.original_component.named_modules()}
+    has_named = not parts.isdisjoint(("mlp", "moe", "shared_mlp", "channel_mix"))
+    return not parts or has_named or not inside.isdisjoint(("down_proj", "experts"))  # which no mixer has
 
 
 def _in_words(what: str, measured: Sequence[int], unnamed: Sequence[int], n_layers: int) -> str:

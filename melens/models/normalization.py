@@ -23,7 +23,6 @@ from melens.validation.types import Said
 
 __all__ = ["Normalization", "has_normalization", "named_normalization", "read_module", "read_normalization"]
 
-
 NormSite = Annotated[str, Field(pattern="^ln[12]$"), Said("ln1 or ln2")]
 
 
@@ -70,10 +69,9 @@ def has_normalization(model: TransformerBridge, layer: int, site: str) -> bool:
 
 @checked
 def read_normalization(model: Bridge, layer: Layer, site: NormSite) -> Normalization:
-    """Read a normalisation's kind, gain and bias off its answers to two known inputs.
+    """Read a normalisation's kind, gain and bias off its answers to known inputs.
 
     Args:
-        model: a bridge.
         layer: 0-based block.
         site: `"ln1"` (before attention) or `"ln2"` (before the FFN).
 

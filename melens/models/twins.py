@@ -56,7 +56,7 @@ def bridged_twin(model: Any, name: str) -> TransformerBridge:
     """
     twin = twin_of(model, "eager")
     if twin is None:
-        raise MelensError("This model's weights are sharded or not its own, so it cannot be looked into.")
+        raise MelensError("This model's weights are sharded or not its own, so it cannot be traced.")
     bridge = bridge_around(twin, name)
     if _has_gates(model):
         attach_gates(view_model(bridge), gates_of(view_model(model)))
@@ -72,7 +72,6 @@ def bridge_around(network: Any, name: str, architecture: str | None = None) -> T
     """Build a bridge without a tokenizer into a transformers model in memory, whose modules are the bridge's then.
 
     Args:
-        network: the model.
         name: what to call it.
         architecture: as TransformerLens names it; by default the model's class.
 
@@ -81,9 +80,8 @@ def bridge_around(network: Any, name: str, architecture: str | None = None) -> T
     """
     architecture, device = architecture or type(network).__name__, input_device(network)
     try:
-        bridge = build_bridge_from_module(
-            network, architecture, hf_config=network.config, model_name=name, device=device
-        )
+        config = network.config
+        bridge = build_bridge_from_module(network, architecture, hf_config=config, model_name=name, device=device)
     except MelensError:
         raise
     except Exception as error:  # whatever one of TransformerLens's hundred adapters makes of a model it did not expect

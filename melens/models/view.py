@@ -189,18 +189,17 @@ def _unwrapped(model: Any) -> Any:
 
 def _of_bridge(model: TransformerBridge) -> ModelView:
     blocks = []
+    config = model.original_model.config
     for block in getattr(model, "blocks", ()):
-        parts = {name: getattr(block, name, None) for name in ("ln1", "attn")}
-        ln1 = None if _is_post_norm(model.original_model.config) else getattr(parts["ln1"], "original_component", None)
-        attention = getattr(parts["attn"], "original_component", None)
-        query, output = (getattr(getattr(parts["attn"], name, None), "original_component", None) for name in ("q", "o"))
-        if query is None:
-            query = getattr(getattr(parts["attn"], "qkv", None), "original_component", None)
-        name = getattr(parts["ln1"], "name", "") or ""
-        is_shared = _is_ln1_shared(block._modules, model.original_model.config)
+        norm, attn = getattr(block, "ln1", None), getattr(block, "attn", None)
+        components = (norm, attn, *(getattr(attn, part, None) for part in ("q", "qkv", "o")))
+        ln1, attention, query, joint, output = (getattr(own, "original_component", None) for own in components)
         entries = {"resid_pre": getattr(block, "hook_resid_pre", block.hook_in)}
-        if parts["ln1"] is not None:
-            entries |= {"ln1_in": parts["ln1"].hook_in, "attn_in": parts["ln1"].hook_out}
+        if norm is not None:
+            entries |= {"ln1_in": norm.hook_in, "attn_in": norm.hook_out}
+        ln1 = None if _is_post_norm(config) else ln1
+        query = joint if query is None else query
+        name, is_shared = getattr(norm, "name", "") or "", _is_ln1_shared(block._modules, config)
         blocks.append(Block(block.original_component, ln1, attention, query, output, name, is_shared, entries))
     return _checked(model.original_model, tuple(blocks), str(model.cfg.architecture), int(model.cfg.d_model), model)
 

@@ -280,13 +280,11 @@ def _attention_function(
     return output.transpose(1, 2).contiguous(), None
 
 
-_WITHOUT_EFFECT = frozenset(
-    {
-        "cache", "cache_params", "cache_position", "logits_to_keep", "num_items_in_batch", "output_attentions",
-        "output_hidden_states", "output_router_logits", "past_key_values", "position_embeddings", "position_ids",
-        "return_dict", "use_cache",
-    }
-)  # fmt: skip
+_WITHOUT_EFFECT = {
+    "cache", "cache_params", "cache_position", "logits_to_keep", "num_items_in_batch", "output_attentions",
+    "output_hidden_states", "output_router_logits", "past_key_values", "position_embeddings", "position_ids",
+    "return_dict", "use_cache",
+}  # fmt: skip
 """What transformers hands every attention function and none of a whole sequence's depends on."""
 
 
@@ -295,9 +293,7 @@ def _refuse_unknown(arguments: Mapping[str, Any]) -> None:
     for name, value in arguments.items():
         is_default = value is None or (name == "is_causal" and value is True)
         if not is_default and name not in _WITHOUT_EFFECT:
-            raise MelensError(
-                f"The fused attention of melens does not know the argument {name!r} that this model's attention takes."
-            )
+            raise MelensError(f"The fused attention of melens does not know the argument {name!r} of this model.")
 
 
 def _no_mask_where_causal(

@@ -69,16 +69,12 @@ class BatchRule:
     def groups(
         self, lengths: Sequence[int], *, max_batch_tokens: int, max_padding: float = 0.25, longest_first: bool = False
     ) -> list[list[int]]:
-        """Put rows of like length together.
+        """Put rows of like length (in tokens) together, and return their indices by group.
 
         Args:
-            lengths: tokens of each row.
             max_batch_tokens: of a group, padding included; a longer row is a group by itself.
             max_padding: share of a group that may be padding.
             longest_first: what does not fit into memory then shows at once.
-
-        Returns:
-            The rows' indices, by group; each row in one group.
         """
         groups: list[list[int]] = []
         for row in sorted(range(len(lengths)), key=lambda row: lengths[row], reverse=longest_first):
@@ -155,7 +151,6 @@ def _measure(network: Any, rule: BatchRule, *, on_left: bool) -> BatchRule:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocabulary // 2, (2, long), generator=generator)  # images' ids are among the last
     base, tokens = base_of(network), tokens.to(input_device(network))
-
     own = slice(long - short, None) if on_left else slice(short)  # of the first row; its other tokens are its padding
     is_real = torch.ones_like(tokens)
     is_real[0] = 0
@@ -165,7 +160,7 @@ def _measure(network: Any, rule: BatchRule, *, on_left: bool) -> BatchRule:
         if rule.remembers:
             forget_longest(network)
         try:
-            output: Tensor = base(input_ids=rows, use_cache=False, **arguments).last_hidden_state
+            return base(input_ids=rows, use_cache=False, **arguments).last_hidden_state
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # of the model's own modules, which nothing of melens is in
@@ -174,7 +169,6 @@ def _measure(network: Any, rule: BatchRule, *, on_left: bool) -> BatchRule:
                 f"This {type(network).__name__} does not run in transformers itself ({reason}): its config asks for "
                 "what the model cannot do, or a package is of a wrong version."
             ) from error
-        return output
 
     masked = {"attention_mask": is_real}
     if "position_ids" in inspect.signature(base.forward).parameters:

@@ -29,7 +29,7 @@ from melens.tracing.batching import forget_longest
 from melens.tracing.resume import RecordedBlocks
 from melens.tracing.sites import Sites
 from melens.tracing.twin import running
-from melens.tracing.verification import verified
+from melens.tracing.verification import limit_of, verified
 from melens.validation.arguments import Bridge, TokenLists, check_layer, check_vocabulary
 from melens.validation.signatures import Layer, PositionList, checked, must_be
 from melens.validation.types import Said
@@ -56,12 +56,7 @@ def can_ablate(model: TransformerBridge, layer: int, part: str) -> bool:
 
 @checked
 def ablation(model: Bridge, layer: Layer, part: Part) -> list[Hook]:
-    """Return the hooks that switch off a part of a block, at every position.
-
-    Args:
-        model: a bridge.
-        layer: 0-based block.
-        part: one of `Part`.
+    """Return the hooks that switch off a part (one of `Part`) of a block (0-based), at every position.
 
     Raises:
         MelensError: an unknown part, or a block without it.
@@ -109,19 +104,12 @@ def ablated(model: Bridge, *parts: Annotated[tuple[Layer, Part], BeforeValidator
 
 @dataclass
 class _Rows:
-    """Prompts that share a forward pass.
-
-    Attributes:
-        prompts: which, as they were given.
-        tokens: of them, cut and padded on the right.
-        at: the column of each one's massive token.
-        blocks: what they returned in the intact run.
-    """
+    """Prompts that share a forward pass, by number, with their tokens, cut and padded on the right."""
 
     prompts: list[int]
     tokens: Int[Tensor, "row pos"]
-    at: Int[Tensor, " row"]
-    blocks: RecordedBlocks
+    at: Int[Tensor, " row"]  # the column of each one's massive token
+    blocks: RecordedBlocks  # what they returned in the intact run
 
 
 PromptsByLayers = Annotated[Float[Tensor, "prompt layer"], Said("a float tensor [prompt, layer]")]
@@ -197,9 +185,8 @@ class MassiveTokenRuns:
         self.intact, self.ffn = self._run([], 0, record=True)
 
     def _agrees_with(self, norms: Float[Tensor, "prompt layer"]) -> bool:
-        dtype = next(self._model.original_model.parameters()).dtype
-        tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 3e-2
-        return bool(((self.intact - norms).abs() <= tolerance * norms.abs()).all())
+        limit = limit_of(next(self._model.original_model.parameters()).dtype)
+        return bool(((self.intact - norms).abs() <= limit * norms.abs()).all())
 
     @checked
     def run(self, hooks: HookList = (), start: Layer = 0) -> Float[Tensor, "prompt layer"]:
@@ -219,7 +206,7 @@ class MassiveTokenRuns:
         """Do what `run` does, and return what each block's FFN writes at the massive token besides."""
         check_layer(self._model, start)
         for name in (name for name, _ in hooks if not Sites.of(self._model).find(name)):
-            raise MelensError(f"This model has no hook point {name!r}, as 'blocks.3.hook_mlp_out' would be one.")
+            raise MelensError(f"This model has no hook point {name!r}; names are like 'blocks.3.hook_mlp_out'.")
         return self._run(hooks, start)
 
     @torch.no_grad()

@@ -23,11 +23,7 @@ __all__ = ["RecordedBlocks", "apply_head", "is_skipped"]
 
 
 class RecordedBlocks:
-    """Recorded outputs of a bridge's blocks, for other passes over the same tokens to start from.
-
-    Attributes:
-        outputs: by block, in whatever form it returns them.
-    """
+    """Recorded outputs of a bridge's blocks, in whatever form they return them, for other passes to start from."""
 
     def __init__(self, model: TransformerBridge, outputs: dict[int, Any] | None = None) -> None:
         self._blocks = [block.original_component for block in model.blocks]
@@ -116,7 +112,6 @@ def apply_head(network: Any, final: Float[Tensor, "batch pos d"]) -> Float[Tenso
     parts[name] = _Given(final, base)
     try:
         tokens = torch.zeros(final.shape[:2], dtype=torch.long, device=final.device)
-        logits: Tensor = network(input_ids=tokens, use_cache=False).logits
-        return logits
+        return network(input_ids=tokens, use_cache=False).logits
     finally:
         parts[name] = base

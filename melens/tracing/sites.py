@@ -19,13 +19,7 @@ RESID_PRE_0 = "blocks.0.hook_resid_pre"
 
 
 class SiteInBlock(NamedTuple):
-    """A site of one block.
-
-    Attributes:
-        site: its name in the block.
-        layer: the block, -1 outside the blocks.
-        hook_point: None for `ATTENTION_ON_KEYS`.
-    """
+    """A site, by its name in the block, of one block (-1 outside the blocks); `ATTENTION_ON_KEYS` has no hook point."""
 
     site: str
     layer: int

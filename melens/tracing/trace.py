@@ -71,7 +71,6 @@ class Trace:
         """Write the trace as a folder of parquet tables, safetensors and JSON, which is whole or not there.
 
         Args:
-            folder: to make.
             replace: where a saved trace is there, put this one in its place; else that one stays.
 
         Raises:
@@ -109,10 +108,8 @@ class Trace:
 
 TraceGiven = Annotated[Trace, InstanceOf(), Said("a Trace: melens.trace(model, prompts) returns one")]
 
-_MARK = "melens_trace.json"
-"""In the folder of a saved trace: which of its files are the trace's."""
-
-_WRITER = "melens.Trace.save"
+_MARK, _WRITER = "melens_trace.json", "melens.Trace.save"
+"""The file in the folder of a saved trace that lists the trace's files, and the writer that it names."""
 
 
 def _check_replaceable(folder: Path) -> None:
@@ -122,8 +119,8 @@ def _check_replaceable(folder: Path) -> None:
     there = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if others := sorted(there - _files_of_trace(folder)):
         raise MelensError(
-            f"{folder} holds {others[0]!r}, which is no part of a saved trace, so that it will not be replaced: save "
-            "into another folder."
+            f"{folder} holds {others[0]!r}, which is no part of a saved trace, so it is not replaced: save into "
+            "another folder."
         )
 
 
@@ -178,10 +175,9 @@ def trace(
             )
     recorder = _Recorder(probes, [target for probe in probes for target in _targets(model, probe)])
     verification = verified(model, [site for probe in probes for site in probe.sites])
-    total = sum(map(len, tokens))
+    total, rule = sum(map(len, tokens)), verification.rule
+    groups = rule.groups([len(ids) for ids in tokens], max_batch_tokens=max_batch_tokens)
     with torch.no_grad():
-        rule = verification.rule
-        groups = rule.groups([len(ids) for ids in tokens], max_batch_tokens=max_batch_tokens)
         with _recording(model, recorder, verification.way) as network:
             for rows in groups:
                 padded = torch.nn.utils.rnn.pad_sequence([tokens[row] for row in rows], batch_first=True)
@@ -207,11 +203,8 @@ def trace(
 def default_probes(model: Bridge, *, min_abs: Number = 100) -> list[Probe]:
     """Return what `find_me_layer` and the emergence figures need, as far as the model has it.
 
-    A parallel block has no `ln2`, a state-space block no attention.
-
-    Args:
-        model: a bridge.
-        min_abs: the criterion's, down to which all tokens are kept.
+    A parallel block has no `ln2`, a state-space block no attention. Every token with an entry over `min_abs`, the
+    criterion's, is kept.
     """
     sites = Sites.of(model)
     probes: list[Probe] = [Norms(), LargestActivations(min_abs=min_abs), AbsMedian(), TokenVectors(), SinkMass()]

@@ -33,15 +33,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.model_bridge.generalized_components import (
-    BlockBridge,
-    GatedMLPBridge,
-    JointGateUpMLPBridge,
-    JointQKVAttentionBridge,
-    LinearBridge,
-    NormalizationBridge,
-    PositionEmbeddingsAttentionBridge,
-)
+from transformer_lens.model_bridge import generalized_components as tl
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from melens.errors import MelensError
@@ -67,11 +59,11 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 _Fire = Callable[[Tensor], Tensor | None]
 """Called with an activation; what it returns, if anything, goes on in its place."""
 
-_KNOWN = (BlockBridge, GatedMLPBridge, JointGateUpMLPBridge, LinearBridge, NormalizationBridge)
+_KNOWN = (tl.BlockBridge, tl.GatedMLPBridge, tl.JointGateUpMLPBridge, tl.LinearBridge, tl.NormalizationBridge)
 """Components whose `hook_in` and `hook_out` are what enters and leaves their module. Whether it is so of another kind,
 attention aside, `melens.tracing.verification` finds out."""
 
-_USES_PATTERN = (JointQKVAttentionBridge, PositionEmbeddingsAttentionBridge)
+_USES_PATTERN = (tl.JointQKVAttentionBridge, tl.PositionEmbeddingsAttentionBridge)
 """Components that compute attention from the pattern that has passed `hook_pattern`; others let their module do it, and
 a hook there sees what has been used already."""
 
@@ -124,8 +116,7 @@ def _on_output(fire: _Fire, module: nn.Module, args: Any, output: Any) -> Any:
 
 def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Return the hidden state among the arguments of a module's forward call."""
-    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-    return hidden
+    return args[0] if args else kwargs["hidden_states"]
 
 
 def with_hidden(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
@@ -199,10 +190,9 @@ class Twin:
             original = original._modules["_original_component"]
         if id(original) not in self._plain:  # a model may hold one module in several places
             prefix = f"{name}." if name else ""
-            parts = {
-                key: part and self._without_components(part, prefix + key) for key, part in original._modules.items()
-            }
-            for key, part in original._modules.items():
+            own = original._modules.items()
+            parts = {key: part and self._without_components(part, prefix + key) for key, part in own}
+            for key, part in own:
                 if isinstance(part, GeneralizedComponent):
                     self._components.append((original, key, part, type(part), part._modules["_original_component"]))
             is_plain = all(part is original._modules[key] for key, part in parts.items())
@@ -245,7 +235,7 @@ class Twin:
         is_known = layer is not None or isinstance(component, _KNOWN)
         self.places[id(inside["hook_in"])] = Place(name, plain, is_input=True, is_known=is_known)
         self.places[id(inside["hook_out"])] = Place(name, plain, is_input=False, is_known=is_known)
-        if layer is None and not isinstance(component, JointGateUpMLPBridge):
+        if layer is None and not isinstance(component, tl.JointGateUpMLPBridge):
             return
         for key, part in inside.items():  # some wrap a module that the model keeps calling itself (GPT-2's o)
             own = part._modules.get("_original_component") if isinstance(part, GeneralizedComponent) else None
@@ -262,9 +252,9 @@ class Twin:
                 self.patterns[id(inside["hook_pattern"])] = layer
                 if not isinstance(component, _USES_PATTERN):
                     self.read_only.add(id(inside["hook_pattern"]))
-        if isinstance(component, JointQKVAttentionBridge):
+        if isinstance(component, tl.JointQKVAttentionBridge):
             self._note_joint(component, plain, name, "qkv", ("q", "k", "v"), component.split_qkv_matrix)
-        elif isinstance(component, JointGateUpMLPBridge):
+        elif isinstance(component, tl.JointGateUpMLPBridge):
             self._note_joint(component, plain, name, "gate_up", ("gate", "in"), component.split_gate_up_matrix)
 
     def _note_joint(

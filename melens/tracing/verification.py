@@ -48,11 +48,7 @@ from melens.tracing.twin import Place, Twin, Way, running
 from melens.validation.arguments import Bridge
 from melens.validation.signatures import SiteList, checked
 
-__all__ = ["Verification", "two_prompts", "verified", "verify"]
-
-_LIMITS = {torch.float32: 1e-3, torch.float64: 1e-3}
-_REDUCED_LIMIT = 3e-2  # in bfloat16 and float16
-"""Up to which relative error two ways agree."""
+__all__ = ["Verification", "is_reduced", "limit_of", "two_prompts", "verified", "verify"]
 
 _ROUNDINGS, _REROUTED = 4, 0.3
 
@@ -118,6 +114,16 @@ class Verification:
         }
 
 
+def is_reduced(dtype: torch.dtype) -> bool:
+    """Tell whether numbers are in reduced precision: bfloat16 or float16."""
+    return dtype not in (torch.float32, torch.float64)
+
+
+def limit_of(dtype: torch.dtype) -> float:
+    """Return the relative error up to which two ways to run a model agree."""
+    return 3e-2 if is_reduced(dtype) else 1e-3
+
+
 @checked
 def verify(model: Bridge, sites: SiteList | None = None) -> Verification:
     """Check the ways that a trace may take on a kind of model, anew, and return the errors of the one that is taken.
@@ -132,7 +138,7 @@ def verify(model: Bridge, sites: SiteList | None = None) -> Verification:
     """
     for site in sites or ():
         if not Sites.of(model).find(site):
-            raise MelensError(f"No block of this model has the site {site!r}; hook_resid_post would be one.")
+            raise MelensError(f"No block of this model has the site {site!r}; names are like 'hook_resid_post'.")
     if sites is None:
         on_keys = [ATTENTION_ON_KEYS] if Sites.of(model).find(ATTENTION_ON_KEYS) else []
         sites = [*{site for site, _ in _places_of(model, _USUAL)}, *on_keys]
@@ -299,8 +305,8 @@ class _Expected:
         self, network: Any, twin: Any, prompts: Sequence[_Tokens], places: Mapping[_Where, Place], attending: list[int]
     ) -> None:
         self._network, self._prompts, self._places, self._attending = network, prompts, places, attending
-        self._is_reduced = next(twin.parameters()).dtype not in _LIMITS
-        self.limit = _REDUCED_LIMIT if self._is_reduced else _LIMITS[next(twin.parameters()).dtype]
+        dtype = next(twin.parameters()).dtype
+        self._is_reduced, self._limit = is_reduced(dtype), limit_of(dtype)
         has_experts = any("expert" in name for name, _ in twin.named_modules())
         self._share = 1 - _REROUTED if self._is_reduced and has_experts else 1.0
         self._eager = [self._run(twin, prompt) for prompt in prompts]
@@ -354,7 +360,7 @@ class _Expected:
             for where in sorted(own.keys() & eager.keys(), key=lambda where: (where[1], where[0])):
                 if not eager[where].isfinite().all() and not own[where].isfinite().all():
                     continue  # the model's own doing, whichever way it runs
-                error, limit = _error(where[0], own[where], eager[where], self._share), self.limit
+                error, limit = _error(where[0], own[where], eager[where], self._share), self._limit
                 if self._is_reduced and not error <= limit:
                     rounding = _error(where[0], self._rounded[row][where], eager[where], self._share)
                     limit = max(limit, _ROUNDINGS * rounding)

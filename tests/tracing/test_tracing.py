@@ -467,7 +467,7 @@ def test_saving_replaces_no_folder_of_the_users(tmp_path, beside):
     trace = melens.trace(bridge(plain_model("llama")), some_prompts())
     (tmp_path / "model.json").write_text("{}")  # of somebody's model
     (tmp_path / beside).write_text("three years")
-    with pytest.raises(MelensError, match="no part of a saved trace, so that it will not be replaced: save into"):
+    with pytest.raises(MelensError, match="no part of a saved trace, so it is not replaced: save into"):
         trace.save(tmp_path)
     assert (tmp_path / beside).read_text() == "three years"
     for not_ours in (
@@ -475,7 +475,7 @@ def test_saving_replaces_no_folder_of_the_users(tmp_path, beside):
         '{"written_by": "somebody", "files": ["model.json", "thesis.txt", "config.json"]}',
     ):
         (tmp_path / "melens_trace.json").write_text(not_ours)
-        with pytest.raises(MelensError, match="will not be replaced"):
+        with pytest.raises(MelensError, match="is not replaced"):
             trace.save(tmp_path)
     with pytest.raises(MelensError, match="is a file"):
         trace.save(tmp_path / beside)
