@@ -11,9 +11,12 @@ from experiments.runner.declaration import Experiment, ExperimentOptions
 from melens.validation.types import Count, Flag
 
 if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
     from experiments.runner.jobs import Job
     from experiments.runner.study import Run
     from melens.report.result import Result
+    from melens.tracing.probes import Probe
 
 __all__ = ["EXPERIMENTS"]
 
@@ -28,18 +31,27 @@ class EmergenceOptions(ExperimentOptions):
 
 def _run(run: Run, options: EmergenceOptions) -> Result:
     from melens.analysis import emergence
+    from melens.analysis.emergence_norms import PAPER_COUNTS
 
     result = emergence(run, **options.own)
-    table8 = result.tables["table8"].assign(paper_me_layer=run.cfg.model.paper_me_layer, error=None)
-    return replace(result, tables=result.tables | {"table8": table8})
+    named = run.cfg.model.paper_me_layer
+    table8 = result.tables["table8"].assign(paper_me_layer=named, error=None)
+    said = [] if named is None else [("in the paper", f"layer {named}. {PAPER_COUNTS}")]
+    return replace(result, tables=result.tables | {"table8": table8}, findings=[*result.findings, *said])
+
+
+def _probes(model: TransformerBridge, options: EmergenceOptions) -> list[Probe]:
+    from melens.analysis.emergence_norms import probes
+
+    return probes(model, **options.own)
 
 
 # --- Over a sweep -----------------------------------------------------------------------------------------------------
 
 TABLE8 = (
     "model", "family", "n_layers", "me_layer", "magnification", "magnification_low", "magnification_high",
-    "relative_magnification", "share_of_peak", "kind", "agreement", "sink_onset_layer", "n_attending",
-    "paper_me_layer", "error",
+    "relative_magnification", "share_of_peak", "kind", "formed", "agreement", "n_states", "sink_onset_layer",
+    "n_attending", "paper_me_layer", "error",
 )  # fmt: skip
 
 
@@ -48,7 +60,7 @@ def _merge(jobs: Sequence[Job]) -> list[Result]:
     import pandas as pd
 
     from experiments.runner.jobs import job_name
-    from melens.analysis.emergence_norms import compare_models, model_in_words
+    from melens.analysis.emergence_norms import PAPER_COUNTS, compare_models, model_in_words
     from melens.report.result import Metrics, Result
 
     jobs = [job for job in jobs if job.result["experiment"] in ("emergence", "all")]
@@ -69,13 +81,16 @@ def _merge(jobs: Sequence[Job]) -> list[Result]:
             me_layers[label] = None if pd.isna(rows[-1]["me_layer"]) else int(rows[-1]["me_layer"])
     table8 = pd.DataFrame(rows, columns=[*TABLE8[:1], *swept, *TABLE8[1:]])
     table8 = table8.sort_values("family", kind="stable").reset_index(drop=True)
-    table8 = table8.astype({name: "Int64" for name in TABLE8 if name.endswith("_layer") or name == "n_layers"})
+    counts = ("n_layers", "formed", "n_states")
+    table8 = table8.astype({name: "Int64" for name in TABLE8 if name.endswith("_layer") or name in counts})
     findings = []
     for row in table8.to_dict("records"):
         words = model_in_words(row) if pd.isna(row["error"]) else f"failed: {row['error']}"
         findings.append((job_name(row["model"], {key: row[key] for key in swept}), words))
+    if table8["paper_me_layer"].notna().any():
+        findings.append(("paper_me_layer", PAPER_COUNTS))
     figures = {"norms_side_by_side": compare_models(norms, me_layers, list(times))} if norms else {}
     return [Result("table 8", {}, Metrics(), {"table8": table8}, figures, findings)]
 
 
-EXPERIMENTS = (Experiment("emergence", EmergenceOptions, _run, merge=_merge),)
+EXPERIMENTS = (Experiment("emergence", EmergenceOptions, _run, _probes, merge=_merge),)

@@ -85,6 +85,7 @@ def emergence_by_hand(
     per_prompt = pd.DataFrame(
         [
             {"prompt": row, "layer": layer, "pos": pos, "dim": 5, "formed": layer, "formed_pos": pos}
+            | {"n_massive": int(layer >= 0), "first_is_massive": layer >= 0 and pos == 0}
             for row, (layer, pos) in enumerate(born)
         ]
     )

@@ -4,70 +4,41 @@
     result.figures["emergence"]
 
 1. Everything comes with the study's trace: norms of token 0 and the others, token 0's states, sink mass; the ME layer
-   is the study's own (`find_me_layer`).
-2. Over several models, `compare_models` puts the norms of figure 1 side by side, and `model_in_words` a row of table 8.
+   is the study's own (`find_me_layer`). What the FFNs write to token 0 is asked for besides (`probes`).
+2. What the last blocks do to the massive state is followed apart (`trailing_blocks`).
+3. Over several models, `compare_models` puts the norms of figure 1 side by side, and `model_in_words` a row of table 8.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from transformer_lens.model_bridge import TransformerBridge
 
-from melens.analysis.me_layer import Criterion, Emergence, Kind
+from melens.analysis.emergence_claims import EmergenceMetrics
 from melens.analysis.sink_mass import SinkOnset, find_sink_onset, measured_layers, sink_mass_by_layer
-from melens.analysis.statistics import share_interval, with_interval
+from melens.analysis.statistics import mean_interval, share_interval, with_interval
 from melens.analysis.study import Study
-from melens.claims.engine import Claim, Judgement, Verdict, at_least, number
+from melens.analysis.trailing_blocks import LastBlocks, follow_last_blocks, last_blocks_figure
+from melens.analysis.trailing_blocks import probes as write_probes
 from melens.figures.curves import Curve, Panel, curves_by_block
 from melens.figures.heatmaps import dims_heatmap, dims_surface
 from melens.figures.style import FIRST, OTHERS, SINK
 from melens.models.layout import Layout, listed
 from melens.models.normalization import named_normalization
-from melens.report.result import Figure, Interval, Metrics, Result
+from melens.report.result import Figure, Interval, Result
+from melens.tracing.probes import Probe
 
-__all__ = ["CLAIMS", "EmergenceMetrics", "compare_models", "emergence", "model_in_words", "norm_by_block"]
+__all__ = ["PAPER_COUNTS", "compare_models", "emergence", "model_in_words", "norm_by_block", "probes"]
 
-
-class EmergenceMetrics(Metrics):
-    """What `emergence` measures.
-
-    Attributes:
-        reason, kind, magnification, relative_magnification, share_of_peak, climb, agreement, prompts_with, positions,
-            dims, criterion: as of `Emergence`.
-        share_at_first: of the prompts with a massive token those in which it is the first; None without any.
-        ffn_last_blocks: ‖FFN output‖ of token 0 in the last two blocks over that in the ME layer, the larger of both.
-        ffn_between: the same of the blocks between the ME layer and these, the largest.
-        sink_onset_layer, first_sink_layer: as `SinkOnset`.
-    """
-
-    experiment = "emergence"
-    reason: str | None = None
-    kind: Kind | None = None
-    magnification: float | None = None
-    magnification_interval: Interval | None = None
-    relative_magnification: float | None = None
-    share_of_peak: float | None = None
-    share_of_peak_interval: Interval | None = None
-    climb: tuple[int, int] | None = None
-    agreement: float | None = None
-    prompts_with: float | None = None
-    positions: tuple[int, ...] = ()
-    dims: tuple[int, ...] = ()
-    criterion: Criterion = Criterion()
-    prompts_with_interval: Interval | None = None
-    agreement_interval: Interval | None = None
-    share_at_first: float | None = None
-    share_at_first_interval: Interval | None = None
-    ffn_last_blocks: float | None = None
-    ffn_between: float | None = None
-    ffn_last_blocks_why_not: str | None = None
-    sink_onset_layer: int | None = None
-    first_sink_layer: int | None = None
+PAPER_COUNTS = (
+    "The paper's numbers may count from 1: its code edits `layer == 6`, counted from 0, and masks from 7 on, the block "
+    "behind, so that its layer 7 may be block 6 here."
+)
 
 
 def emergence(study: Study, *, log_scale: bool = True, top_dims: int = 24) -> Result:
@@ -79,18 +50,22 @@ def emergence(study: Study, *, log_scale: bool = True, top_dims: int = 24) -> Re
         top_dims: how many dims of token 0's activation to show.
 
     Returns:
-        Metrics `EmergenceMetrics`; the figures `emergence` (figure 1, bottom), `top_dims` (figure 1, top) and
-        `top_dims_surface`; the table `table8`, with the model's row.
+        Metrics `EmergenceMetrics`; the figures `emergence` (figure 1, bottom), `top_dims` (figure 1, top),
+        `top_dims_surface` and, where there is a plateau, `last_blocks` (appendix A); the table `table8`, with the
+        model's row.
     """
     trace, me = study.trace, study.me
     onset = find_sink_onset(trace, trailing_blocks=me.criterion.trailing_blocks)
     layout = study.layout.as_measured(measured_layers(trace))
+    last = follow_last_blocks(study)
     norms, sink_mass, dims = norm_by_block(trace["norm"]), sink_mass_by_layer(trace), _top_dims(study, top_dims)
     metrics = study.metrics(
         EmergenceMetrics,
         **me.metrics() | layout.metrics(),
-        **_shares_of_prompts(me),
-        **_second_massive_activation(study, layout),
+        **_shares(study),
+        **_before(study),
+        **_last_blocks(last),
+        **_ffn_norms_in_last_blocks(study, layout),
         sink_onset_layer=onset.layer,
         first_sink_layer=onset.first_layer,
     )
@@ -107,12 +82,14 @@ def emergence(study: Study, *, log_scale: bool = True, top_dims: int = 24) -> Re
     few = "A few dims of the first token hold all of the massive activation."
     same = "The same dims stand out in every block from the ME layer on."
     figures = {
-        "emergence": Figure(by_block, "figure 1 (bottom), figures 11-20", expected, _in_words(me)),
+        "emergence": Figure(by_block, "figure 1 (bottom), figures 11-20", expected, _in_words(study)),
         "top_dims": Figure(heatmap, "figure 1 (top)", few, observed),
         "top_dims_surface": Figure(
             surface, "the authors' 3-D plot", same, "The data of the figure before, as a surface."
         ),
     }
+    if last is not None:
+        figures["last_blocks"] = last_blocks_figure(study, last)
     tables = {
         "norm_by_block": norms,
         "sink_mass_by_block": sink_mass,
@@ -120,7 +97,12 @@ def emergence(study: Study, *, log_scale: bool = True, top_dims: int = 24) -> Re
         "per_prompt": trace.prompts.merge(me.per_prompt, on="prompt"),
         "table8": pd.DataFrame([_table8_row(study, onset, layout)]),
     }
-    return Result("emergence", trace.model, metrics, tables, figures, _findings(study, onset, layout))
+    return Result("emergence", trace.model, metrics, tables, figures, _findings(study, onset, layout, last))
+
+
+def probes(model: TransformerBridge, log_scale: bool = True, top_dims: int = 24) -> list[Probe]:
+    """Return what `emergence` measures besides the default probes: what each block's FFN writes to token 0."""
+    return write_probes(model)
 
 
 def norm_by_block(norms: pd.DataFrame) -> pd.DataFrame:
@@ -170,28 +152,77 @@ def model_in_words(row: Mapping[Any, Any]) -> str:
     if not pd.isna(row["sink_onset_layer"]):
         sinks = f"sinks from block {row['sink_onset_layer']}"
     where = f"block {row['me_layer']} of {row['n_layers']}"
-    return f"{where}, × {lift}, {row['kind']}, {row['agreement']:.0%} of prompts agree, {sinks}"
+    agree = _agree(row["agreement"], row["n_states"])
+    return f"{where}, × {lift}, {row['kind']}, {agree}, {sinks}"
 
 
 # --- Numbers ----------------------------------------------------------------------------------------------------------
 
 
-def _shares_of_prompts(me: Emergence) -> dict[str, float | Interval | None]:
-    """Compute the share of prompts whose massive token is the first, and the intervals of all such shares."""
-    layers = me.per_prompt["layer"]
-    at_first = (me.per_prompt.loc[layers >= 0].get("pos", pd.Series()) == 0).to_numpy(dtype=float)
-    share: dict[str, float | Interval | None] = {"share_at_first": float(at_first.mean()) if len(at_first) else None}
-    if me.distinct_first_tokens == 1:  # one state of token 0, seen many times
-        return share
-    return share | {
-        "prompts_with_interval": share_interval((layers >= 0).to_numpy()),
-        "agreement_interval": share_interval((layers == me.layer).to_numpy()),
-        "share_at_first_interval": share_interval(at_first),
+def _one_a_state(study: Study) -> pd.DataFrame:
+    """Keep a row of `Emergence.per_prompt` for each state: one a first token, where token 0 is the massive one."""
+    rows = study.me.per_prompt.merge(study.trace.prompts[["prompt", "first_token_id"]], on="prompt")
+    return rows if study.position else rows.drop_duplicates("first_token_id")
+
+
+def _shares(study: Study) -> dict[str, Any]:
+    """Compute shares of states with their exact intervals, and how many there are."""
+    me, states = study.me, _one_a_state(study)
+    layers = states["layer"].to_numpy()
+    found: dict[str, Any] = {"n_states": len(states)}
+    found |= _share("states_with", layers >= 0) | _share(
+        "states_agreeing", layers == (-2 if me.layer is None else me.layer)
+    )
+    born = me.per_prompt[me.per_prompt["layer"] >= 0]
+    if born.empty:
+        return found
+    found |= _share("share_at_first", (born["pos"] == 0).to_numpy())
+    if me.distinct_first_tokens == 1:
+        found |= {"share_at_first_interval": None}  # one state of token 0, seen many times
+    if me.layer is None:
+        return found
+    formed = born[born["n_massive"] > 0].merge(study.trace.prompts[["prompt", "first_token_id"]], on="prompt")
+    alone = formed["first_is_massive"] & (formed["n_massive"] == 1)
+    by_first = formed.assign(alone=alone).groupby("first_token_id")[["first_is_massive", "alone"]].all()
+    found |= _share("first_massive", by_first["first_is_massive"].to_numpy())
+    found |= _share("first_alone", by_first["alone"].to_numpy())
+    return found | {"most_massive_tokens": int(formed["n_massive"].max())}
+
+
+def _share(name: str, has: np.ndarray) -> dict[str, float | Interval]:
+    return {name: float(has.mean()), f"{name}_interval": share_interval(has)}
+
+
+def _before(study: Study) -> dict[str, Any]:
+    """Compare token 0's norm with the other tokens' in the outputs of the blocks before the ME layer (section 3.1)."""
+    norms, me_layer = study.trace["norm"], study.me.layer
+    before = norms[(norms["site"] == "hook_resid_post") & (norms["layer"] < (me_layer or 0))]
+    longer = study.trace.prompts.query("n_tokens > 1")["prompt"]  # a prompt of one token has no others
+    before = before[before["prompt"].isin(study.distinct_massive_prompts) & before["prompt"].isin(longer)]
+    if before.empty:
+        return {}
+    by_token = before.assign(first=before["pos"] == 0).groupby(["prompt", "layer", "first"])["norm"].mean().unstack()
+    factors: pd.DataFrame = (by_token.max(axis=1) / by_token.min(axis=1)).unstack("layer")
+    furthest = factors.max(axis=1).to_numpy()
+    return {
+        "before_ratio": float(furthest.mean()),
+        "before_ratio_interval": mean_interval(furthest),
+        "before_layer": int(factors.idxmax(axis=1).mode().iloc[0]),
     }
 
 
-def _second_massive_activation(study: Study, layout: Layout) -> dict[str, float | str]:
-    """Compare what the FFNs of the last blocks write to token 0 with what that of the ME layer writes (appendix A)."""
+def _last_blocks(last: LastBlocks | None) -> dict[str, Any]:
+    if last is None:
+        return {}
+    names = ("second_over_others", "erased", "write_cosine", "written", "written_by_ffn")
+    return {name: getattr(last, name) for name in names} | {
+        "trailing_from": last.found, "second_from": last.begin, "second_layer": last.layer,
+        "second_norm": last.second, "second_norm_interval": last.second_interval,
+    }  # fmt: skip
+
+
+def _ffn_norms_in_last_blocks(study: Study, layout: Layout) -> dict[str, float | str]:
+    """Compare the norms, which have no sign, of what the last blocks' FFNs and the ME layer's write to token 0."""
     last, me_layer = study.last_before_trailing, study.me.layer
     if not set(range(last + 1, study.n_layers)) <= set(layout.ffn):
         why_not = f"The last blocks do not all have an FFN that can be measured: there is {layout.ffn_in_words}."
@@ -222,22 +253,32 @@ def _table8_row(study: Study, onset: SinkOnset, layout: Layout) -> dict[str, Any
     names = ("relative_magnification", "share_of_peak", "kind", "agreement")
     row = {"model": model["name"], "family": model.get("family"), "n_layers": me.n_layers, "me_layer": me.layer}
     row |= lift | {name: getattr(me, name) for name in names}
+    row |= {"formed": me.formed, "n_states": len(_one_a_state(study))}
     return row | {"sink_onset_layer": onset.layer, "n_attending": len(layout.attention)}
 
 
 # --- Words ------------------------------------------------------------------------------------------------------------
 
 
-def _in_words(me: Emergence) -> str:
+def _in_words(study: Study) -> str:
+    me = study.me
     if me.layer is None:
         return me.reason
+    lifted = int(me.per_prompt.loc[me.per_prompt["layer"] == me.layer, "pos"].mode().iloc[0])
+    formed = "" if me.formed == me.layer else f" The massive state is formed in block {me.formed}."
     return (
-        f"Block {me.layer} lifts the token at position {me.positions[0]} by × {me.magnification:,.0f}: {me.kind}, with "
-        f"{me.share_of_peak:.0%} of the peak norm; {me.agreement:.0%} of prompts agree."
+        f"Block {me.layer} lifts the token at position {lifted} by × {me.magnification:,.0f}: {me.kind}, with "
+        f"{me.share_of_peak:.0%} of the peak norm; {_agree(me.agreement, len(_one_a_state(study)))}.{formed}"
     )
 
 
-def _findings(study: Study, onset: SinkOnset, layout: Layout) -> list[tuple[str, str]]:
+def _agree(share: float, n_states: int) -> str:
+    """Say how many prompts agree on the ME layer, and whether they could do otherwise."""
+    trivial = " (trivial: they share their first token, and with it its every state)" if n_states == 1 else ""
+    return f"{share:.0%} of prompts agree{trivial}"
+
+
+def _findings(study: Study, onset: SinkOnset, layout: Layout, last: LastBlocks | None) -> list[tuple[str, str]]:
     model, me = study.trace.model, study.me
     rows = [("model", f"{model['name']} ({me.n_layers} blocks, {model['dtype']})")]
     if me.layer is None or me.magnification is None:
@@ -248,12 +289,12 @@ def _findings(study: Study, onset: SinkOnset, layout: Layout) -> list[tuple[str,
             ("how it emerges", f"{me.kind}: the ME layer alone brings {me.share_of_peak:.0%} of the peak norm"),
             ("magnification", f"× {with_interval(me.magnification, me.magnification_interval, ',.1f')}"),
             ("against other tokens", f"× {me.relative_magnification:,.1f}"),
-            ("agreement", f"{me.agreement:.0%} of {me.n_prompts} prompts. {me.reason}"),
-            ("where", f"position {_some(me.positions)}, dim {_some(me.dims)}"),
+            ("agreement", f"{_agree(me.agreement, len(_one_a_state(study)))}. {me.reason}"),
+            ("formed", f"in block {me.formed}: position {_some(me.positions)}, dim {_some(me.dims)}"),
         ]
-    distinct = me.distinct_first_tokens
-    trivial = ": token 0 is the same in every prompt, so agreement is trivial" if distinct == 1 else ""
-    rows.append(("first tokens", f"{distinct} distinct{trivial}"))
+    if last is not None:
+        rows.append(("last blocks", last.in_words(study.n_layers, me.criterion.trailing_blocks)))
+    rows.append(("first tokens", f"{me.distinct_first_tokens} distinct"))
     if 0 < len(layout.attention) < layout.n_layers:
         rows.append(("layout", f"{layout.attention_in_words}; {layout.ffn_in_words}"))
     return [*rows, ("sinks start", _sinks_start(onset, layout))]
@@ -305,75 +346,3 @@ def _curves(norms: pd.DataFrame, site: str) -> list[Curve]:
     of_site = norms[norms["site"] == site]
     tokens = (("others", "other tokens", OTHERS), ("first", "token 0", FIRST))
     return [Curve(name, of_site[of_site["token"] == token], color) for token, name, color in tokens]
-
-
-# --- Claims -----------------------------------------------------------------------------------------------------------
-
-
-def _exists(metrics: EmergenceMetrics) -> Judgement:
-    judged = at_least(metrics.prompts_with, metrics.prompts_with_interval, 0.5)
-    criterion = metrics.criterion.min_abs, metrics.criterion.min_ratio
-    if criterion != (100, 1_000):
-        judged = replace(judged, note="Here the criterion was |h| > {} and > {} × the median.".format(*criterion))
-    return judged if metrics.me_layer is not None else replace(judged, verdict="does not hold")
-
-
-def _single_block(metrics: EmergenceMetrics) -> Judgement:
-    judged = at_least(metrics.share_of_peak, metrics.share_of_peak_interval, 0.8)
-    if judged.verdict == "does not hold" and metrics.kind == "a few blocks":
-        return replace(judged, verdict="holds in part", note="A few blocks bring it together.")
-    return judged
-
-
-def _second_massive(metrics: EmergenceMetrics) -> Judgement:
-    last, between = metrics.ffn_last_blocks, metrics.ffn_between
-    if last is None or between is None:
-        why_not = metrics.ffn_last_blocks_why_not or "No blocks lie between the ME layer and the last two."
-        return Judgement("not measured", note=why_not)
-    last, between = number(last, "ffn_last_blocks"), number(between, "ffn_between")
-    verdict: Verdict = "does not hold" if last < 0.1 else "holds" if between < 0.1 else "holds in part"
-    return Judgement(verdict, last, None, f"In the blocks between, at most {between:.2g}.")
-
-
-CLAIMS = (
-    Claim(
-        id="exists", fixed="2026-11-22 a1bbeb3",
-        source="section 1, figure 1", figure="top_dims", metrics=EmergenceMetrics,
-        claim="Some token carries massive activations",
-        statistic="share of prompts with an entry |h| > 100 and > 1,000 × the median |h|",
-        criterion=">= 0.5", why="the criterion is Sun et al.'s (2024); a property of the model shows in most inputs",
-        needs_me_layer=False, judge=_exists,
-    ),
-    Claim(
-        id="single-block", fixed="2026-11-22 a1bbeb3",
-        source="section 3, figure 1", figure="emergence", metrics=EmergenceMetrics,
-        claim="A single block brings the massive activation; it does not build up",
-        statistic="share of the peak norm that the ME layer alone adds",
-        criterion=">= 0.8; in part: a few blocks", why="what other blocks add is then less than a quarter of it",
-        judge=_single_block,
-    ),
-    Claim(
-        id="magnification", fixed="2026-11-22 a1bbeb3",
-        source="section 1, table 8", figure="emergence", metrics=EmergenceMetrics,
-        claim="That block magnifies the token hundreds of times",
-        statistic="‖h_out‖ / ‖h_in‖ at the ME layer",
-        criterion=">= 100; in part >= 10",
-        why="the smallest number that can be called hundreds; 10 is still an order of magnitude",
-        judge=lambda metrics: at_least(metrics.magnification, metrics.magnification_interval, 100, partly=10),
-    ),
-    Claim(
-        id="first-token", fixed="2026-11-22 a1bbeb3", source="section 3.1", figure="top_dims", metrics=EmergenceMetrics,
-        claim="The massive token is the first one",
-        statistic="share of prompts whose massive token is at position 0",
-        criterion=">= 0.95; in part >= 0.5", why="1 in 20 may differ before 'consistently' is wrong",
-        judge=lambda metrics: at_least(metrics.share_at_first, metrics.share_at_first_interval, 0.95, partly=0.5),
-    ),
-    Claim(
-        id="second-massive", fixed="2026-11-22 a1bbeb3",
-        source="appendix A, figure 1", figure="emergence", metrics=EmergenceMetrics,
-        claim="The last two blocks make a second massive activation",
-        statistic="largest ‖FFN output‖ of token 0 in the last two blocks, relative to the ME layer's",
-        criterion=">= 0.1, and < 0.1 between; in part: >= 0.1", why="within an order of magnitude of the first",
-        of_token_0=True, of_ffn=True, judge=_second_massive,
-    ),
-)  # fmt: skip

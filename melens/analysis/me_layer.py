@@ -80,7 +80,9 @@ class Emergence:
         n_prompts, distinct_first_tokens, criterion: what all this rests on.
         per_prompt: a row a prompt: `layer` (-1 for none), `pos`, `dim`, `value`, `norm_in`, `norm_out`,
             `magnification`, `relative_magnification`, `peak`, `share_of_peak`, `climb_from`, `climb_to`, all of the
-            token that is the largest in the block `layer`; `formed` and `formed_pos`, of the largest in any block.
+            token that is the largest in the block `layer`; `formed` and `formed_pos`, of the largest in any block;
+            `n_massive` and `first_is_massive`: how many massive tokens there are in the output of the emergence's
+            block `formed`, and whether token 0 is one; only with an ME layer.
     """
 
     layer: int | None
@@ -189,7 +191,11 @@ def find_me_layer(trace: TraceGiven, criterion: CriterionGiven | None = None) ->
         )  # fmt: skip
     agreeing = born[born["layer"] == layer]
     formed = int(agreeing["formed"].median())
-    entries = _entries(massive[massive["prompt"].isin(agreeing["prompt"])], layer, formed)
+    of_agreeing = massive[massive["prompt"].isin(agreeing["prompt"])]
+    # `formed` is a median over prompts: an entry that is massive in no prompt there is looked for in the ME layer
+    read_at = formed if formed in set(of_agreeing["layer"]) else layer
+    in_formed, entries = (table[table["layer"] == read_at] for table in (massive, of_agreeing))
+    shared["per_prompt"] = _with_massive_tokens(per_prompt, in_formed)
     share = float(agreeing["share_of_peak"].mean())
     climb = int(agreeing["climb_from"].median()), int(agreeing["climb_to"].median())
     kind: Kind = "a few blocks" if climb[1] - climb[0] < criterion.few_blocks else "slow climb"
@@ -214,18 +220,20 @@ def find_me_layer(trace: TraceGiven, criterion: CriterionGiven | None = None) ->
     )
 
 
-def _entries(massive: pd.DataFrame, layer: int, formed: int) -> pd.DataFrame:
-    """Return the massive entries of the formed state, or of the ME layer where the median lies between prompts'."""
-    in_formed = massive[massive["layer"] == formed]
-    return massive[massive["layer"] == layer] if in_formed.empty else in_formed
-
-
 def _most_frequent(entries: pd.DataFrame, column: str) -> tuple[int, ...]:
     """List the positions or dims, those of most prompts first; of equally many the one with the largest |h|, mean."""
     # not the number of entries: twenty small massive tokens of a prompt would outvote the dim of its large one
     sizes = entries.assign(size=entries["value"].abs()).groupby(column)
     order = sizes.agg(n=("prompt", "nunique"), size=("size", "mean")).sort_values(["n", "size"], ascending=False)
     return tuple(int(at) for at in order.index)
+
+
+def _with_massive_tokens(per_prompt: pd.DataFrame, massive: pd.DataFrame) -> pd.DataFrame:
+    """Add how many massive tokens each prompt holds among these entries of one block, and whether token 0 is one."""
+    of_prompt = massive.groupby("prompt")["pos"]
+    n_massive = of_prompt.nunique().reindex(per_prompt["prompt"], fill_value=0).to_numpy()
+    at_first = of_prompt.min().reindex(per_prompt["prompt"]).to_numpy() == 0
+    return per_prompt.assign(n_massive=n_massive, first_is_massive=at_first)
 
 
 def _interval(values: pd.Series) -> tuple[float, float] | None:
@@ -304,7 +312,7 @@ def _formed(norms: np.ndarray, massive: pd.DataFrame, layer: int, criterion: Cri
     That is the ME layer where it alone brings the token's peak norm, else the first that reaches 90% of it.
     """
     lasting = massive[massive["layer"] < max(layer + 1, len(norms) - 1 - criterion.trailing_blocks)]
-    position = int(lasting.loc[lasting["value"].abs().idxmax(), "pos"])
+    position = int(lasting["pos"].to_numpy()[lasting["value"].abs().to_numpy().argmax()])
     token = norms[1:, position]
     peak = _peak(token, layer, criterion)
     brings_it = token[layer] - norms[layer, position] >= criterion.one_block * peak

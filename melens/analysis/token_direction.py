@@ -6,12 +6,14 @@
 1. The states of token 0 after every block come with the study's trace (`TokenVectors`).
 2. Prompts that share their first token share its every state, so that statistics take one prompt for each first token;
    the maps of figure 5c show all prompts.
-3. "Once it is massive" means from the ME layer to the last block before the trailing ones (`Study.massive_layers`).
+3. "Once it is formed" means from the block that forms the massive state to the last one before the trailing ones
+   (`Study.massive_layers`), whose number is fixed in advance: where the norm leaves its plateau earlier, it counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -23,7 +25,8 @@ from torch import Tensor
 from melens.analysis.metrics import l2_norm, pairwise_cosine
 from melens.analysis.statistics import mean_by, mean_interval, tidy
 from melens.analysis.study import Study
-from melens.claims.engine import Claim, at_least, at_most, unless_trivial
+from melens.analysis.trailing_blocks import find_trailing_blocks
+from melens.claims.engine import Claim, Former, Judgement, at_least, at_most, unless_trivial
 from melens.figures.curves import Curve, Panel, curves_by_block, vectors_by_dim
 from melens.figures.heatmaps import Heatmap, heatmap_with_slider
 from melens.figures.style import COLORS, FIRST, OTHERS
@@ -35,12 +38,17 @@ TRIVIAL = "trivial by construction: all prompts share their first token"
 
 
 class DirectionMetrics(Metrics):
-    """What `direction` measures of token 0's state h, over the blocks in which it is massive.
+    """What `direction` measures of token 0's state h, over the blocks from that which forms the massive state on.
 
     Attributes:
-        norm_drift: largest |‖h‖ / ‖h at the ME layer‖ - 1|, mean over prompts.
+        norm_drift: largest |‖h‖ / ‖h where it is formed‖ - 1|, mean over prompts.
+        norm_drift_on_plateau: the same up to the block before `plateau_end`.
+        plateau_end: the block from which on the norm is off its plateau for good, if that is before the trailing blocks
+            that count apart anyway.
         consecutive_cosine: smallest cosine between the states after consecutive blocks, mean over prompts.
         cosine: mean cosine between the states of two prompts, in the block where it is smallest.
+        norm_drift_since_me, consecutive_cosine_since_me, cosine_since_me: the same three from the ME layer on, which in
+            a slow climb has not formed the state yet.
         cosine_before: the same, mean over the blocks before the ME layer; None where it is the first.
         least_cosine: smallest cosine between the states of any two prompts in any of the blocks.
     """
@@ -48,10 +56,18 @@ class DirectionMetrics(Metrics):
     experiment = "direction"
     norm_drift: float | None = None
     norm_drift_interval: Interval | None = None
+    norm_drift_on_plateau: float | None = None
+    plateau_end: int | None = None
     consecutive_cosine: float | None = None
     consecutive_cosine_interval: Interval | None = None
     cosine: float | None = None
     cosine_interval: Interval | None = None
+    norm_drift_since_me: float | None = None
+    norm_drift_since_me_interval: Interval | None = None
+    consecutive_cosine_since_me: float | None = None
+    consecutive_cosine_since_me_interval: Interval | None = None
+    cosine_since_me: float | None = None
+    cosine_since_me_interval: Interval | None = None
     cosine_before: float | None = None
     least_cosine: float | None = None
 
@@ -80,7 +96,8 @@ def direction(study: Study) -> Result:
         "least_cosine_between_inputs": _by_layer(between_inputs.flatten(1).amin(-1)),
         "cosine_to_previous_block": mean_by(tidy(to_previous.numpy(), "cosine"), "cosine"),
     }
-    metrics = study.metrics(DirectionMetrics, **_once_massive(study, norms, to_others, to_previous, by_block))
+    changes = _Changes(norms.numpy(), to_previous.numpy(), by_block["cosine_between_inputs"].set_index("layer"))
+    metrics = study.metrics(DirectionMetrics, **_once_formed(study, changes, to_others, by_block))
     n_distinct = len(states)
     note = f"{n_distinct} distinct first token{'s' if n_distinct > 1 else f' ({TRIVIAL})'}."
     observed = f"{_in_words(metrics)} It rests on {note}"
@@ -107,41 +124,66 @@ def _by_layer(values: Float[Tensor, " layer"]) -> pd.DataFrame:
     return pd.DataFrame({"layer": range(len(values)), "mean": values.numpy()})
 
 
-def _once_massive(
+@dataclass(frozen=True)
+class _Changes:
+    """Norms and cosines to the block before `[prompt, layer]`, and the mean cosine between inputs by layer."""
+
+    norms: np.ndarray
+    to_previous: np.ndarray
+    between_inputs: pd.DataFrame
+
+    def over(self, layers: Sequence[int], suffix: str = "") -> dict[str, float | Interval | None]:
+        """Compute how much norm and direction change over these blocks, the first of which is compared with."""
+        measured: dict[str, float | Interval | None] = {}
+        if len(layers) > 1:
+            drift = _drift(self.norms, layers)
+            cosine = self.to_previous[:, layers[1:]].min(axis=1)
+            for name, values in (("norm_drift", drift), ("consecutive_cosine", cosine)):
+                measured |= {name + suffix: float(values.mean()), f"{name}{suffix}_interval": mean_interval(values)}
+        lowest = self.between_inputs.loc[list(layers)].sort_values("mean").iloc[0]
+        interval = (float(lowest["low"]), float(lowest["high"]))
+        return measured | {f"cosine{suffix}": float(lowest["mean"]), f"cosine{suffix}_interval": interval}
+
+
+def _drift(norms: np.ndarray, layers: Sequence[int]) -> np.ndarray:
+    return np.abs(norms[:, layers] / norms[:, layers[:1]] - 1).max(axis=1)
+
+
+def _once_formed(
     study: Study,
-    norms: Float[Tensor, "prompt layer"],
+    changes: _Changes,
     to_others: Float[Tensor, "prompt layer"],
-    to_previous: Float[Tensor, "prompt layer"],
     by_block: Mapping[str, pd.DataFrame],
 ) -> dict[str, float | Interval | None]:
-    """Compute how much norm and direction change over the blocks in which token 0 is massive."""
-    layers = list(study.massive_layers)
-    if study.me.layer is None or not layers:
+    """Compute how much norm and direction change once the massive state is formed, and from the ME layer on."""
+    me_layer, layers = study.me.layer, list(study.massive_layers)
+    if me_layer is None:
         return {}
     measured: dict[str, float | Interval | None] = {}
-    if len(layers) > 1:
-        drift = (norms[:, layers] / norms[:, layers[:1]] - 1).abs().amax(dim=1).numpy()
-        measured |= {"norm_drift": float(drift.mean()), "norm_drift_interval": mean_interval(drift)}
-        cosine = to_previous[:, layers[1:]].amin(dim=1).numpy()
-        measured |= {"consecutive_cosine": float(cosine.mean()), "consecutive_cosine_interval": mean_interval(cosine)}
-    names = ("cosine_between_inputs", "least_cosine_between_inputs")
-    means, least = (by_block[name].set_index("layer").loc[layers] for name in names)
-    lowest = means.sort_values("mean").iloc[0]
-    before = to_others[:, : study.me.layer].numpy()
+    if since_me := list(range(me_layer, study.last_before_trailing + 1)):
+        measured |= changes.over(since_me, "_since_me")
+    if not layers:
+        return measured
+    measured |= changes.over(layers)
+    end = find_trailing_blocks(changes.norms, layers)
+    if end is not None and end <= layers[-1]:
+        on_plateau = [layer for layer in layers if layer < end]
+        measured |= {"plateau_end": end, "norm_drift_on_plateau": float(_drift(changes.norms, on_plateau).mean())}
+    before = to_others[:, :me_layer].numpy()
+    least = by_block["least_cosine_between_inputs"].set_index("layer").loc[layers, "mean"]
     return measured | {
-        "cosine": float(lowest["mean"]),
-        "cosine_interval": (float(lowest["low"]), float(lowest["high"])),
         "cosine_before": float(before.mean()) if before.size else None,
-        "least_cosine": float(least["mean"].min()),
+        "least_cosine": float(least.min()),
     }
 
 
 def _in_words(metrics: DirectionMetrics) -> str:
     if metrics.norm_drift is None:
-        return "Without an ME layer and blocks after it there is no massive state to follow."
+        return "Without an ME layer, and blocks after that which forms it, there is no massive state to follow."
     before = "" if metrics.cosine_before is None else f" ({metrics.cosine_before:.2f} on average before the ME layer)"
+    start = "the ME layer" if metrics.formed == metrics.me_layer else f"block {metrics.formed}, which forms it,"
     return (
-        f"From the ME layer to the last two blocks, mean over inputs: the norm changes by {metrics.norm_drift:.1%}, "
+        f"From {start} to the last two blocks, mean over inputs: the norm changes by {metrics.norm_drift:.1%}, "
         f"the cosine from block to block falls to {metrics.consecutive_cosine:.4f}, that between inputs to "
         f"{metrics.cosine:.4f}{before}; between the two most different inputs it is {metrics.least_cosine:.4f}."
     )
@@ -207,36 +249,72 @@ def _cosine_figure(study: Study, by_block: Mapping[str, pd.DataFrame], note: str
 
 # --- Claims -----------------------------------------------------------------------------------------------------------
 
+NO_BLOCKS = "No block lies between that which forms the massive state and the last two."
+
+
+def _norm_stable(metrics: DirectionMetrics) -> Judgement:
+    judged = at_most(metrics.norm_drift, metrics.norm_drift_interval, 0.1, partly=0.5, why_not=NO_BLOCKS)
+    if metrics.plateau_end is None or judged.verdict in ("holds", "not measured"):
+        return judged
+    note = f"From block {metrics.plateau_end} on the norm is off its plateau, on which it changes by "
+    return replace(judged, note=f"{note}{metrics.norm_drift_on_plateau:.2f}.")
+
+
+def _direction_layers(metrics: DirectionMetrics) -> Judgement:
+    cosine, interval = metrics.consecutive_cosine, metrics.consecutive_cosine_interval
+    return at_least(cosine, interval, 0.99, partly=0.9, why_not=NO_BLOCKS)
+
+
+def _direction_inputs(metrics: DirectionMetrics) -> Judgement:
+    judged = at_least(metrics.cosine, metrics.cosine_interval, 0.95, partly=0.8, why_not=NO_BLOCKS)
+    return unless_trivial(metrics, judged)
+
+
+FORMER = "2026-11-22 a1bbeb3"
+
 CLAIMS = (
     Claim(
-        id="norm-stable", fixed="2026-11-22 a1bbeb3",
+        id="norm-stable", fixed="2026-11-26",
         source="section 3.2, figure 5a", figure="norms", metrics=DirectionMetrics,
         claim="Once formed, its norm barely changes",
-        statistic="largest relative change of token 0's norm from the ME layer to the last two blocks",
-        criterion="<= 0.1; in part <= 0.5", why="a tenth cannot be seen on the paper's axes",
-        of_token_0=True, blocks_after=1,
-        judge=lambda metrics: at_most(metrics.norm_drift, metrics.norm_drift_interval, 0.1, partly=0.5),
-    ),
-    Claim(
-        id="direction-layers", fixed="2026-11-22 a1bbeb3",
-        source="section 3.2, figure 5b", figure="between_blocks", metrics=DirectionMetrics,
-        claim="Once formed, its direction barely changes from block to block",
-        statistic="smallest cosine between its states after consecutive blocks",
-        criterion=">= 0.99; in part >= 0.9", why="0.99 is an angle of 8 degrees",
-        of_token_0=True, blocks_after=1,
-        judge=lambda metrics: at_least(
-            metrics.consecutive_cosine, metrics.consecutive_cosine_interval, 0.99, partly=0.9
+        statistic="largest relative change of token 0's norm from the block that forms the massive state to the last "
+        "two blocks",
+        criterion="<= 0.1; in part <= 0.5",
+        why="a tenth cannot be seen on the paper's axes; in a slow climb the ME layer has not formed it yet",
+        of_token_0=True, blocks_after=1, judge=_norm_stable,
+        former=Former(
+            "from the ME layer on; <= 0.1; in part <= 0.5", FORMER,
+            lambda metrics: at_most(
+                metrics.norm_drift_since_me, metrics.norm_drift_since_me_interval, 0.1, partly=0.5
+            ),
         ),
     ),
     Claim(
-        id="direction-inputs", fixed="2026-11-22 a1bbeb3",
+        id="direction-layers", fixed="2026-11-26",
+        source="section 3.2, figure 5b", figure="between_blocks", metrics=DirectionMetrics,
+        claim="Once formed, its direction barely changes from block to block",
+        statistic="smallest cosine between its states after consecutive blocks, from that which forms it on",
+        criterion=">= 0.99; in part >= 0.9", why="0.99 is an angle of 8 degrees",
+        of_token_0=True, blocks_after=1, judge=_direction_layers,
+        former=Former(
+            "from the ME layer on; >= 0.99; in part >= 0.9", FORMER,
+            lambda metrics: at_least(
+                metrics.consecutive_cosine_since_me, metrics.consecutive_cosine_since_me_interval, 0.99, partly=0.9
+            ),
+        ),
+    ),
+    Claim(
+        id="direction-inputs", fixed="2026-11-26",
         source="section 3.2, figure 5c", figure="cosine_by_block", metrics=DirectionMetrics,
         claim="Once formed, its direction is the same for all inputs",
-        statistic="smallest mean cosine between inputs, over the blocks from the ME layer to the last two",
+        statistic="smallest mean cosine between inputs, over the blocks from that which forms it to the last two",
         criterion=">= 0.95; in part >= 0.8", why="0.95 is an angle of 18 degrees, where random directions have 90",
-        of_token_0=True, blocks_after=0,
-        judge=lambda metrics: unless_trivial(metrics, at_least(
-            metrics.cosine, metrics.cosine_interval, 0.95, partly=0.8)
+        of_token_0=True, blocks_after=0, judge=_direction_inputs,
+        former=Former(
+            "from the ME layer on; >= 0.95; in part >= 0.8", FORMER,
+            lambda metrics: unless_trivial(
+                metrics, at_least(metrics.cosine_since_me, metrics.cosine_since_me_interval, 0.95, partly=0.8)
+            ),
         ),
     ),
 )  # fmt: skip

@@ -42,7 +42,8 @@ def result():
 
 def test_the_drift_is_the_largest_change_of_the_norm_since_the_me_layer(result):
     assert result.metrics.norm_drift == pytest.approx((0.1 + 0.3 + 0) / 3, rel=1e-5)
-    assert result.metrics.norm_drift_interval == pytest.approx((0, 0.3), rel=1e-5)
+    error = 4.303 * math.sqrt((0.1**2 + 0.3**2 - 0.4**2 / 3) / 2 / 3)  # Student's t of two degrees of freedom
+    assert result.metrics.norm_drift_interval == pytest.approx((0.4 / 3 - error, 0.4 / 3 + error), rel=1e-3)
 
 
 def test_consecutive_states_are_compared_from_the_block_after_the_me_layer_on(result):
@@ -76,6 +77,44 @@ def test_the_verdicts(result):
     }
 
 
+CLIMB = [[1.0, 2.0, 50.0, 100.0, 105.0, 9.0, 1.0]] * 3
+
+
+def test_once_formed_counts_from_the_block_that_ends_the_climb():
+    """From block 3 the norm changes by 5%, from the ME layer by 110%; in block 3 the direction turns by 60 degrees."""
+    turning = [[0.0, 0.0, 0.0, 60.0, 60.0, 60.0, 60.0]] * 3
+    given = study_by_hand(ME_LAYER, n_prompts=3, formed=3, tensors={"token_vectors": states(CLIMB, turning)})
+    result = melens.analysis.direction(given)
+    assert (result.metrics.norm_drift, result.metrics.norm_drift_since_me) == pytest.approx((0.05, 1.1), rel=1e-5)
+    assert result.metrics.consecutive_cosine == pytest.approx(1)
+    assert result.metrics.consecutive_cosine_since_me == pytest.approx(0.5)
+    claims = result.claims.set_index("id")
+    assert claims.verdict[["norm-stable", "direction-layers"]].eq("holds").all()
+    assert claims.former_verdict[["norm-stable", "direction-layers"]].eq("does not hold").all()
+    assert result.findings[0][1].startswith("From block 3, which forms it, to the last two blocks")
+
+
+def test_inputs_are_compared_from_the_block_that_forms_the_state():
+    apart = [[0.0, 0.0, angle, 0.0, 0.0, 0.0, 0.0] for angle in (0.0, 60.0, 120.0)]
+    given = study_by_hand(ME_LAYER, n_prompts=3, formed=3, tensors={"token_vectors": states(CLIMB, apart)})
+    result = melens.analysis.direction(given)
+    assert (result.metrics.cosine, result.metrics.cosine_since_me) == pytest.approx((1, (0.5 + 0.5 - 0.5) / 3))
+    judged = result.claims.set_index("id").loc["direction-inputs"]
+    assert (judged.verdict, judged.former_verdict) == ("holds", "does not hold")
+
+
+def test_where_the_norm_leaves_its_plateau_before_the_last_two_blocks_the_note_says_what_it_was_till_then():
+    """Nine blocks, of which the last two count apart: block 6 takes nine tenths of the norm away."""
+    norms = [[1.0, 2.0, 100.0, 102.0, 101.0, 100.0, 10.0, 9.0, 1.0]] * 3
+    tensors = {"token_vectors": states(norms, [[0.0] * 9] * 3)}
+    result = melens.analysis.direction(study_by_hand(ME_LAYER, n_prompts=3, n_layers=9, tensors=tensors))
+    assert (result.metrics.norm_drift, result.metrics.plateau_end) == (pytest.approx(0.9), 6)
+    assert result.metrics.norm_drift_on_plateau == pytest.approx(0.02)
+    judged = result.claims.set_index("id").loc["norm-stable"]
+    assert judged.verdict == "does not hold"
+    assert judged.note == "From block 6 on the norm is off its plateau, on which it changes by 0.02."
+
+
 def test_the_figures_show_who_is_compared(result):
     assert list(result.figures["cosine_by_block"].plot.data[3].z[0]) == pytest.approx([1, 0.5, 0.5])
     assert result.figures["cosine_by_block"].plot.layout.sliders[0].active == ME_LAYER
@@ -96,9 +135,16 @@ def test_one_first_token_makes_it_trivial():
         assert "trivial by construction" in result.figures[figure].plot.layout.title.text
 
 
+OF_INPUTS = {"cosine", "cosine_interval", "cosine_since_me", "cosine_since_me_interval"}
+
+
 @pytest.mark.parametrize(
     ("me_layer", "measured"),
-    [(None, set()), (4, {"cosine", "cosine_interval", "cosine_before", "least_cosine"}), (5, set())],
+    [
+        (None, set()),
+        (4, {*OF_INPUTS, "cosine_before", "least_cosine"}),
+        (5, set()),
+    ],
 )
 def test_what_has_no_block_to_be_seen_in_is_not_measured(me_layer, measured):
     study = study_by_hand(me_layer, n_prompts=4, tensors={"token_vectors": states(NORMS, DEGREES)})
