@@ -1,4 +1,4 @@
-"""`exp=sinks`: where attention sinks start, their maps, and the rank of attention and hidden states."""
+"""`exp=sinks`: where attention sinks start, their maps, what attention gets of token 0, and ranks."""
 
 from __future__ import annotations
 

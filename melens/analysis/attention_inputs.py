@@ -175,6 +175,8 @@ def _by_block(study: Study, prompts: list[int], vectors: Mapping[tuple[str, int]
         for column, (token, counted) in enumerate(counts.items()):
             cosines = pairwise_cosine(of_tokens[:, column]).double().numpy()
             mean, (low, high) = mean_of_pairs(cosines, counted)
+            if len(prompts) == 1 and token == 0:
+                mean = 1.0  # there is no other state but itself
             rows.append((name, token, layer, mean, low, high))
     table = pd.DataFrame(rows, columns=["quantity", "token", "layer", "mean", "low", "high"])
     return table[table["mean"].notna()]
@@ -250,8 +252,8 @@ def _own_keys(study: Study, vectors: Mapping[tuple[str, int], Tensor], blocks: l
         means.append(torch.cosine_similarity(query, key, dim=-1).mean(dim=2).nanmean(dim=0))
     if not means:
         return {}
-    first, control = torch.stack(means).mean(dim=0).tolist()
-    return {"own_key_cosine": first, "own_key_cosine_others": control}
+    of_tokens = dict(zip(("own_key_cosine", "own_key_cosine_others"), torch.stack(means).mean(dim=0), strict=True))
+    return {name: float(cosine) for name, cosine in of_tokens.items() if cosine.isfinite()}
 
 
 # --- Figure -----------------------------------------------------------------------------------------------------------
@@ -290,6 +292,8 @@ def inputs_in_words(metrics: AttentionInputsMetrics) -> str:
         if cosine is not None
     ]
     words = f"Least mean cosine between {m.compared_inputs} inputs, of token 0: {'; '.join(parts)}."
+    if m.compared_inputs == 1:
+        words = "There is one first token alone, and no other input to compare with."
     if m.norm_cosine is not None and m.norm_odds is not None:
         words += f" ln1 keeps its direction to {m.norm_cosine:.2f}, and the energy of its largest dim over that of all "
         words += f"others becomes × {m.norm_odds:.2g}."
@@ -309,6 +313,10 @@ def _same_for_every_input(
     judged = at_least(cosine, interval, 0.95, partly=0.8, why_not=metrics.inputs_why_not)
     if cosine is None:
         return judged
+    if metrics.compared_inputs == 1 and metrics.distinct_first_tokens != 1:
+        return Judgement(
+            "not measured", note="One input alone has the massive state: there is none to compare it with."
+        )
     notes = [judged.note]
     if others is None or 1 - cosine > 0.5 * (1 - others):
         judged = replace(judged, verdict="holds in part" if judged.verdict == "holds" else judged.verdict)

@@ -77,8 +77,12 @@ def compared(monkeypatch):
                     of_tokens[:, 0] = after
                 if quantity in (None, name) or name == "input":
                     vectors[f"{name} {layer}"] = of_tokens[:, None]
-        found = melens.Trace({"n_layers": 7}, pd.DataFrame(), {}, vectors)
-        monkeypatch.setattr(attention_inputs, "trace", lambda *told, **options: found)
+
+        def trace(model, tokens, probes, **options):
+            of_prompts = {name: vector[: len(tokens)] for name, vector in vectors.items()}
+            return melens.Trace({"n_layers": 7}, pd.DataFrame(), {}, of_prompts)
+
+        monkeypatch.setattr(attention_inputs, "trace", trace)
         states = state.expand(N, 7, 1, WIDTH)
         study = study_by_hand(2, n_prompts=N, tensors={"token_vectors": states})
         tokens = tokens or [[10 + row, 1, 2, 3, 20 + row, 5] for row in range(N)]
@@ -138,6 +142,21 @@ def test_two_inputs_show_it_in_part_and_one_first_token_shows_nothing(compared):
     assert judged(two).verdict["key-same"] == "holds in part"
     shared = metrics.model_copy(update={"distinct_first_tokens": 1})
     assert judged(shared).verdict["key-same"] == "trivial here"
+
+
+def test_one_state_alone_is_compared_with_nothing(compared):
+    compared()
+    told = {"tensors": {"token_vectors": EYE[0].expand(N, 7, 1, WIDTH)}}
+    for born, first_tokens, expected in (
+        ([(2, 0)] * N, [10] * N, "trivial here"),
+        ([(2, 0)] + [(4, 0)] * (N - 1), range(10, 10 + N), "not measured"),
+    ):
+        study = study_by_hand(2, born=born, first_tokens=first_tokens, **told)
+        fields, by_block = compare_inputs(study)
+        metrics = AttentionInputsMetrics(**study.shared_metrics, **fields)
+        assert judged(metrics).verdict["key-same"] == expected
+        assert len(by_block)
+        assert inputs_in_words(metrics).startswith("There is one first token alone, and no other input")
 
 
 def test_a_quantity_that_the_model_does_not_have_is_not_measured(compared):
