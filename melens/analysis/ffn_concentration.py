@@ -32,7 +32,7 @@ from melens.tracing.probes import Concentration, Norms, Probe
 __all__ = ["CLAIMS", "FfnMetrics", "ffn", "probes"]
 
 PROJECTIONS = ("gate", "up", "down")
-WRITTEN, BEHIND = "hook_mlp_out", "norm behind"
+WRITTEN, BEHIND = "hook_mlp_out", "the norm behind it"
 BEFORE_NORM_BEHIND = "ln2_post.hook_in"
 """What the FFN puts out where a norm stands behind it: `hook_mlp_out` is then that norm's output."""
 MOST = 0.5
@@ -281,10 +281,10 @@ def _in_words(metrics: FfnMetrics, layout: Layout) -> str:
 def _norm_behind_in_words(metrics: FfnMetrics) -> str:
     if metrics.norm_behind is None:
         return ""
-    name = f"the norm behind it ({metrics.norm_behind_name})" if metrics.norm_behind_name else "the norm behind it"
+    name = f"The norm behind it ({metrics.norm_behind_name})" if metrics.norm_behind_name else "The norm behind it"
     times = with_interval(metrics.norm_behind, metrics.norm_behind_interval, ",.4g")
     return (
-        f" What the FFN puts out {name} multiplies by × {times}: together × {metrics.with_norm_behind:,.4g}, "
+        f" {name} makes that × {times}: together × {metrics.with_norm_behind:,.4g}, "
         f"{metrics.with_norm_behind_over_next:,.3g} times as much as in any other block."
     )
 
@@ -329,7 +329,7 @@ def _amplifies_most(metrics: FfnMetrics) -> Judgement:
     itself = at_least(m.amplification, m.amplification_interval, 1)
     verdicts = {judged.verdict, itself.verdict}
     verdict = next(each for each in ("does not hold", "holds in part", "holds") if each in verdicts)
-    note = f"{judged.note} The FFN itself: × {m.amplification:,.3g}.{_norm_behind_in_words(m)}"
+    note = f"{judged.note} The FFN itself: × {m.amplification:,.4g}.{_norm_behind_in_words(m)}"
     return replace(judged, verdict=verdict, note=note.strip())
 
 

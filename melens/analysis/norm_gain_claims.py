@@ -140,8 +140,8 @@ def _peaks_or_rises(metrics: RmsnormMetrics) -> Judgement:
         f"In the last block before the trailing ones it is × {rises.value:.3g} that in the ME layer, and of two blocks "
         f"from there on the later has the larger one in {metrics.norm_rising:.0%} of pairs."
     )
-    judged, says = (rises, "keeps rising") if metrics.rises_in_paper else (peaks, "peaks at the ME layer")
-    return replace(judged, note=f"{judged.note} For this family the paper says that it {says}. {found}".strip())
+    judged, as_in = (rises, "Llama and Mistral, a rise") if metrics.rises_in_paper else (peaks, "Qwen3, a peak")
+    return replace(judged, note=f"{judged.note} Judged as the paper's {as_in}. {found}".strip())
 
 
 CLAIMS = (
@@ -195,7 +195,7 @@ CLAIMS = (
         ),
     ),
     Claim(
-        id="norm-behind", fixed="2026-11-26",
+        id="rmsnorm-peak", fixed="2026-11-26",
         source="appendix H, figures 11-20", figure="weight_norm", metrics=RmsnormMetrics,
         claim="The norm of that output peaks sharply at the ME layer; in Llama and Mistral it keeps rising behind it",
         statistic="‖ĥ₀‖ at the ME layer over that in the block with the next largest; in Llama and Mistral that in the "

@@ -181,7 +181,7 @@ def test_what_a_norm_behind_the_ffn_does_is_not_the_ffn_s():
     assert metrics.with_norm_behind == pytest.approx(66)
     assert metrics.with_norm_behind_over_next == pytest.approx(66)
     assert "amplifies token 0 by × 0.9 (0.9 to 0.9), 1.8 times as much as any other." in result.figures["ffn"].observed
-    said = "What the FFN puts out the norm behind it multiplies by × 73.33 (73.33 to 73.33): together × 66, 66 times"
+    said = "The norm behind it makes that × 73.33 (73.33 to 73.33): together × 66, 66 times as much as in any other"
     assert said in result.figures["ffn"].observed
     bars = [trace.name for trace in result.figures["ffn"].plot.data if trace.type == "bar"]
     assert bars == ["FFN amplification (right axis)", "FFN and the norm behind it (right axis)"]
@@ -246,5 +246,5 @@ def test_of_gemma_the_ffn_is_measured_before_the_norm_behind_it():
     assert by_site["hook_mlp_out"] == pytest.approx(concentration(seen["written"]), rel=1e-4)
     assert set(result.tables["ffn_by_block"]["quantity"]) >= {
         "concentration after down",
-        "concentration after norm behind",
+        "concentration after the norm behind it",
     }

@@ -99,7 +99,7 @@ def test_the_verdicts_and_the_former_ones(result):
         "weight-norm-peak": "holds in part",
         "delta-frac": "does not hold",
         "delta-kl": "does not hold",
-        "norm-behind": "holds in part",
+        "rmsnorm-peak": "holds in part",
     }
     former = claims.former_verdict.dropna().to_dict()
     assert former == {"weight-norm": "holds", "delta-frac": "holds in part", "delta-kl": "holds"}
@@ -174,32 +174,32 @@ LLAMA, QWEN = {"family": "llama"}, {"family": "qwen3"}
 def test_behind_the_me_layer_the_family_decides_what_the_paper_says():
     sharp = {"weight_norm": [1.0, 2.0, 12.0, 5.0, 3.0]}
     rising = {"weight_norm": [1.0, 2.0, 12.0, 13.0, 14.0]}
-    assert judged("norm-behind", model=QWEN, **sharp).verdict == "holds"
-    assert judged("norm-behind", model=QWEN, **rising).verdict == "does not hold"
-    assert judged("norm-behind", model=LLAMA, **sharp).verdict == "does not hold"
-    holds = judged("norm-behind", model=LLAMA, **rising)
+    assert judged("rmsnorm-peak", model=QWEN, **sharp).verdict == "holds"
+    assert judged("rmsnorm-peak", model=QWEN, **rising).verdict == "does not hold"
+    assert judged("rmsnorm-peak", model=LLAMA, **sharp).verdict == "does not hold"
+    holds = judged("rmsnorm-peak", model=LLAMA, **rising)
     assert (holds.verdict, holds.value) == ("holds", pytest.approx(14 / 12))
-    assert "the paper says that it keeps rising" in holds.note
+    assert "the paper's Llama and Mistral, a rise" in holds.note
 
 
 def test_a_norm_that_ends_larger_but_falls_on_the_way_rises_in_part():
     """Of three pairs the later has the larger norm in two."""
-    claim = judged("norm-behind", model=LLAMA, weight_norm=[1.0, 2.0, 12.0, 14.0, 13.0])
+    claim = judged("rmsnorm-peak", model=LLAMA, weight_norm=[1.0, 2.0, 12.0, 14.0, 13.0])
     assert claim.verdict == "holds in part"
     assert "67% of pairs" in claim.note
 
 
 def test_without_a_family_the_architecture_says_it():
     rising = {"weight_norm": [1.0, 2.0, 12.0, 13.0, 14.0]}
-    assert judged("norm-behind", model={"architecture": "MistralForCausalLM"}, **rising).verdict == "holds"
+    assert judged("rmsnorm-peak", model={"architecture": "MistralForCausalLM"}, **rising).verdict == "holds"
     other = {"architecture": "MistralForCausalLM", "family": "qwen3"}
-    assert judged("norm-behind", model=other, **rising).verdict == "does not hold"
+    assert judged("rmsnorm-peak", model=other, **rising).verdict == "does not hold"
 
 
 def test_with_one_norm_before_an_ffn_there_is_no_block_to_compare_with():
     alone = alignment(**MEASURED)
     claims = normalization([alone[alone["layer"] == ME_LAYER]]).claims.set_index("id")
-    compared = claims.loc[["weight-norm-peak", "delta-frac", "delta-kl", "norm-behind"]]
+    compared = claims.loc[["weight-norm-peak", "delta-frac", "delta-kl", "rmsnorm-peak"]]
     assert set(compared.verdict) == {"not measured"}
     assert set(compared.note) == {"No other block has a norm before its FFN to compare with."}
     assert claims.verdict["weight-norm"] == "holds in part"
@@ -248,6 +248,15 @@ def test_a_prompt_of_one_token_has_no_others():
     metrics = melens.analysis.normalization(study, other_shares=[0.1]).metrics
     assert metrics.delta_kl == pytest.approx(-2 * (0.9 + 1.1) / 2)
     assert metrics.weight_norm_ratio == pytest.approx(4)
+
+
+def test_of_prompts_with_one_first_token_one_is_taken_that_has_others():
+    measured = alignment(**MEASURED)
+    measured.loc[measured["prompt"] == 0, [name for name in measured if name.endswith("_others")]] = float("nan")
+    study = study_by_hand(ME_LAYER, tables={"gain_alignment": measured}, first_tokens=[8, 8, 9], n_tokens=[1, 8, 8])
+    assert melens.analysis.normalization(study, other_shares=[0.1]).metrics.delta_kl == pytest.approx(
+        -2 * (1 + 1.1) / 2
+    )
 
 
 def test_a_number_that_is_missing_of_more_tokens_stops():
