@@ -106,7 +106,7 @@ def compare_inputs(study: Study) -> tuple[dict[str, Any], pd.DataFrame]:
     states = study.trace.tensors["token_vectors"][prompts, :, 0]  # [prompt, layer, d]
     inputs = {layer: vectors["input", layer][:, 0] for layer in blocks if ("input", layer) in vectors}
     fields |= _norms_work(states, inputs)
-    fields |= _own_keys(study, vectors, blocks)
+    fields |= _own_keys(study.model.cfg, vectors, blocks)
     energy = _share_of_largest(states[:, list(study.massive_layers)]).amin(dim=1)
     return fields | mean_metric("few_dims_energy", energy.numpy()), by_block
 
@@ -240,9 +240,9 @@ def _share_of_largest(states: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batc
     return energy.topk(max(1, states.shape[-1] // 100), dim=-1).values.sum(dim=-1) / energy.sum(dim=-1)
 
 
-def _own_keys(study: Study, vectors: Mapping[tuple[str, int], Tensor], blocks: list[int]) -> dict[str, float]:
+def _own_keys(cfg: Any, vectors: Mapping[tuple[str, int], Tensor], blocks: list[int]) -> dict[str, float]:
     """Average the cosine of a token's query with its own key over heads; at one position rotations cancel out."""
-    cfg, means = study.model.cfg, []
+    means = []
     for layer in blocks:
         query, key = (vectors.get((name, layer)) for name in ("query", "key"))
         if query is None or key is None or query.shape[-1] != cfg.n_heads * cfg.d_head:  # it may hold a gate as well

@@ -181,7 +181,7 @@ def _sinks_in_words(metrics: SinksMetrics, onset: SinkOnset, layout: Layout) -> 
     if onset.layer is not None:
         words = f"Sinks last from block {onset.layer} on."
     if metrics.first_sinks and onset.looked_at:
-        words += f" The first sink of an input is {_first_sinks_in_words(metrics.first_sinks)}."
+        words += f" {_first_sinks_in_words(metrics.first_sinks)}"
     is_hybrid = len(layout.attention) < layout.n_layers
     if metrics.sink_mass_at_me_layer is not None and metrics.sink_mass_after is not None:
         at, after = (
@@ -196,11 +196,14 @@ def _sinks_in_words(metrics: SinksMetrics, onset: SinkOnset, layout: Layout) -> 
 
 
 def _first_sinks_in_words(first_sinks: Mapping[str, int]) -> str:
-    """Say where the first sinks are: "in block 3 (30 of 36 inputs), in block 5 (6)"."""
+    """Say where they are: "The first sink of an input is in block 3 (30 of 36 inputs), in block 5 (6)."."""
     total = sum(first_sinks.values())
+    if first_sinks.get("none") == total:
+        return f"None of {total} inputs has a sink."
     places = [("nowhere" if layer == "none" else f"in block {layer}", n) for layer, n in first_sinks.items()]
     (most, n), *others = places
-    return ", ".join([f"{most} ({n} of {total} inputs)", *(f"{place} ({n})" for place, n in others)])
+    listed = ", ".join([f"{most} ({n} of {total} inputs)", *(f"{place} ({n})" for place, n in others)])
+    return f"The first sink of an input is {listed}."
 
 
 # --- Maps -------------------------------------------------------------------------------------------------------------
@@ -246,7 +249,7 @@ def _rises_in_the_next_block(metrics: SinksMetrics) -> Judgement:
     judged = at_least(metrics.sink_rises_next, metrics.sink_rises_next_interval, MOST, why_not=why_not)
     if judged.verdict == "not measured":
         return judged
-    notes = [judged.note, f"The first sink is {_first_sinks_in_words(metrics.first_sinks or {'none': 0})}."]
+    notes = [judged.note, _first_sinks_in_words(metrics.first_sinks) if metrics.first_sinks else ""]
     if judged.verdict == "does not hold" and (metrics.sink_returns_next or 0) >= MOST:
         judged = replace(judged, verdict="holds in part")
         notes.append("Earlier sinks are gone in the ME layer.")

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -74,7 +75,7 @@ def compared(monkeypatch):
                 cosines = (first[layer - 3], control[layer - 3]) if layer in (3, 4) else (0.3, 0.3)
                 of_tokens = torch.stack([directions(cosine) for cosine in cosines], dim=1)  # [prompt, token, d]
                 if name == "input" and after is not None:
-                    of_tokens[:, 0] = after
+                    of_tokens[:, 0] = after[layer] if after.ndim > 1 else after
                 if quantity in (None, name) or name == "input":
                     vectors[f"{name} {layer}"] = of_tokens[:, None]
 
@@ -83,7 +84,7 @@ def compared(monkeypatch):
             return melens.Trace({"n_layers": 7}, pd.DataFrame(), {}, of_prompts)
 
         monkeypatch.setattr(attention_inputs, "trace", trace)
-        states = state.expand(N, 7, 1, WIDTH)
+        states = state.expand(N, 7, WIDTH)[:, :, None]
         study = study_by_hand(2, n_prompts=N, tensors={"token_vectors": states})
         tokens = tokens or [[10 + row, 1, 2, 3, 20 + row, 5] for row in range(N)]
         study = replace(study, tokens=[torch.tensor(ids) for ids in tokens])
@@ -196,6 +197,16 @@ def test_a_massive_state_lies_in_its_largest_dims(compared, others, expected):
     assert judged(metrics).verdict["few-dims"] == expected
 
 
+def test_each_block_reads_the_state_of_the_block_before_and_the_worst_counts(compared):
+    states = EYE[:7].clone()  # that of block 2 lies in dim 2, that of block 3 in dims 3 and 8
+    states[3, 8] = 1
+    after = torch.zeros(7, WIDTH)
+    after[3, 2] = after[4, 3] = 1
+    metrics, _ = compared(state=states, after=after)
+    assert metrics.norm_cosine == pytest.approx(0.5**0.5)
+    assert metrics.few_dims_energy == pytest.approx(0.5)
+
+
 def test_without_blocks_that_read_the_massive_state_nothing_is_measured(compared, monkeypatch):
     compared()
     study = study_by_hand(4, n_prompts=N, tensors={"token_vectors": EYE[0].expand(N, 7, 1, WIDTH)})
@@ -232,14 +243,16 @@ def test_vectors_are_those_of_the_whole_prompt():
 
 
 def test_a_query_is_compared_with_the_key_that_its_head_reads():
-    """Two query heads read one key head: the first equals its key, the second is its opposite."""
-    study = study_by_hand(2)
-    study.model.cfg.n_heads, heads = study.model.cfg.n_heads, study.model.cfg.d_head
-    key = torch.ones(2, 2, heads)
-    query = torch.cat([key, -key], dim=-1)
-    query[:, 1] = 1.0
-    found = attention_inputs._own_keys(study, {("query", 3): query, ("key", 3): key}, [3])
-    assert found == {"own_key_cosine": pytest.approx(0), "own_key_cosine_others": pytest.approx(1)}
+    """Of four query heads of two dims the first two read the first key, the others the second."""
+    key = torch.tensor([1.0, 0, 0, 1]).expand(3, 2, 4)
+    query = torch.tensor([1.0, 0, 1, 0, 0, 1, 1, 0]).expand(3, 2, 8).clone()
+    query[:, 1] = -1.0
+    cfg, of_block = SimpleNamespace(n_heads=4, d_head=2), {("query", 3): query, ("key", 3): key}
+    found = attention_inputs._own_keys(cfg, of_block, [2, 3])
+    assert found == {"own_key_cosine": pytest.approx(3 / 4), "own_key_cosine_others": pytest.approx(-(0.5**0.5))}
+    query[:, 1] = float("nan")  # no prompt is long enough
+    assert set(attention_inputs._own_keys(cfg, of_block, [3])) == {"own_key_cosine"}
+    assert attention_inputs._own_keys(SimpleNamespace(n_heads=2, d_head=2), of_block, [3]) == {}  # it holds a gate
 
 
 def test_a_key_that_is_no_number_is_an_error(compared, monkeypatch):
