@@ -122,6 +122,7 @@ def _first_token(metrics: EmergenceMetrics) -> Judgement:
 
 
 def _former_first_token(metrics: EmergenceMetrics) -> Judgement:
+    """Judge the largest massive token of each prompt, where it first is massive."""
     return at_least(metrics.share_at_first, metrics.share_at_first_interval, 0.95, partly=0.5)
 
 
@@ -141,6 +142,7 @@ def _second_massive(metrics: EmergenceMetrics) -> Judgement:
 
 
 def _former_second_massive(metrics: EmergenceMetrics) -> Judgement:
+    """Judge norms of what the FFNs write, which have no sign."""
     last, between = metrics.ffn_last_blocks, metrics.ffn_between
     if last is None or between is None:
         why_not = metrics.ffn_last_blocks_why_not or "No blocks lie between the ME layer and the last two."
@@ -195,8 +197,7 @@ CLAIMS = (
         criterion=">= 0.9; in part: the first is among the massive ones in >= 0.5",
         why="'consistently' and 'isolated' leave 1 in 10 at most, which 36 of 36 show (0.90 to 1) and 35 of 36 do not",
         judge=_first_token,
-        former=Former(">= 0.95; in part >= 0.5, of prompts' largest massive token", "2026-11-22 a1bbeb3",
-                      _former_first_token),
+        former=Former(">= 0.95; in part >= 0.5", "2026-11-22 a1bbeb3", _former_first_token),
     ),
     Claim(
         id="second-massive", fixed="2026-11-26",
@@ -209,8 +210,7 @@ CLAIMS = (
         "against the first one takes it away and makes none",
         of_token_0=True, judge=_second_massive,
         former=Former(
-            "largest ‖FFN output‖ in the last two blocks >= 0.1 of the ME layer's, and < 0.1 between; in part: >= 0.1",
-            "2026-11-22 a1bbeb3", _former_second_massive,
+            ">= 0.1, and < 0.1 between; in part: >= 0.1", "2026-11-22 a1bbeb3", _former_second_massive
         ),
     ),
 )  # fmt: skip

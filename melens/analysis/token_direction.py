@@ -271,6 +271,7 @@ def _direction_inputs(metrics: DirectionMetrics) -> Judgement:
 
 
 FORMER = "2026-11-22 a1bbeb3"
+"""Then the three were judged from the ME layer on."""
 
 CLAIMS = (
     Claim(
@@ -283,7 +284,7 @@ CLAIMS = (
         why="a tenth cannot be seen on the paper's axes; in a slow climb the ME layer has not formed it yet",
         of_token_0=True, blocks_after=1, judge=_norm_stable,
         former=Former(
-            "from the ME layer on; <= 0.1; in part <= 0.5", FORMER,
+            "<= 0.1; in part <= 0.5", FORMER,
             lambda metrics: at_most(
                 metrics.norm_drift_since_me, metrics.norm_drift_since_me_interval, 0.1, partly=0.5
             ),
@@ -297,7 +298,7 @@ CLAIMS = (
         criterion=">= 0.99; in part >= 0.9", why="0.99 is an angle of 8 degrees",
         of_token_0=True, blocks_after=1, judge=_direction_layers,
         former=Former(
-            "from the ME layer on; >= 0.99; in part >= 0.9", FORMER,
+            ">= 0.99; in part >= 0.9", FORMER,
             lambda metrics: at_least(
                 metrics.consecutive_cosine_since_me, metrics.consecutive_cosine_since_me_interval, 0.99, partly=0.9
             ),
@@ -311,7 +312,7 @@ CLAIMS = (
         criterion=">= 0.95; in part >= 0.8", why="0.95 is an angle of 18 degrees, where random directions have 90",
         of_token_0=True, blocks_after=0, judge=_direction_inputs,
         former=Former(
-            "from the ME layer on; >= 0.95; in part >= 0.8", FORMER,
+            ">= 0.95; in part >= 0.8", FORMER,
             lambda metrics: unless_trivial(
                 metrics, at_least(metrics.cosine_since_me, metrics.cosine_since_me_interval, 0.95, partly=0.8)
             ),

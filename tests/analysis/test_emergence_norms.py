@@ -104,6 +104,7 @@ def test_one_state_seen_many_times_agrees_trivially():
     assert trivial in model_in_words(result.tables["table8"].iloc[0].to_dict())
     verdicts = result.claims.set_index("id").verdict
     assert verdicts[["exists", "first-token"]].eq("holds in part").all()
+    assert "36 first tokens are needed" in result.claims.set_index("id").note["first-token"]
 
 
 def test_the_dims_are_the_largest_anywhere_as_means_of_magnitudes(result):
