@@ -161,6 +161,16 @@ def test_a_tenth_of_the_other_blocks_may_have_a_larger_one(n_larger, verdict):
     assert judged("delta-kl", n_layers=13, **closer).verdict == verdict
 
 
+def test_among_the_first_blocks_the_sign_must_be_that_of_all_prompts():
+    """ΔFrac is 0.3, 0.3 and -0.1 in the ME layer, larger in one of ten blocks."""
+    longer = {name: [*row, *[row[-1]] * (13 - len(row))] for name, row in (MEASURED | frac(0.4, 0, 0.3, 0)).items()}
+    measured = alignment(factors=(1, 1, 1), **longer)
+    measured.loc[(measured["layer"] == ME_LAYER) & (measured["prompt"] == 2), "frac_0.01"] = 0.4
+    result = normalization([measured], n_layers=13)
+    assert result.metrics.delta_frac_share_larger == 0.1
+    assert result.claims.set_index("id").verdict["delta-frac"] == "does not hold"
+
+
 def test_delta_kl_must_be_lower_than_in_any_other_block():
     special = judged("delta-kl", kl=[2.0, 2.0, 1.0, 2.5, 2.0])  # ΔKL 0, 0, -2, -0.5, 0
     assert (special.verdict, special.value) == ("holds", pytest.approx(1.5))
@@ -248,6 +258,16 @@ def test_a_prompt_of_one_token_has_no_others():
     metrics = melens.analysis.normalization(study, other_shares=[0.1]).metrics
     assert metrics.delta_kl == pytest.approx(-2 * (0.9 + 1.1) / 2)
     assert metrics.weight_norm_ratio == pytest.approx(4)
+
+
+def test_one_state_shows_nothing_of_others():
+    """As where BOS begins every prompt: what would hold of three states holds in part."""
+    measured = MEASURED | frac(0, 0.1, 0.4, 0.2, 0, 0, 0) | {"weight_norm": [1.2, 6.0, 30.0, 6.0, 3.0, 9.0, 9.0]}
+    measured |= {"kl": [2.0, 2.0, 1.0, 2.5, 2.0, 2.0, 2.0]}
+    assert set(normalization([alignment(**measured)], model=QWEN).claims.verdict) == {"holds"}
+    shared = normalization([alignment(**measured)], model=QWEN, first_tokens=[8, 8, 8]).claims
+    assert set(shared.verdict) == {"holds in part"}
+    assert shared.note.str.contains("It rests on a single first token.").all()
 
 
 def test_of_prompts_with_one_first_token_one_is_taken_that_has_others():
