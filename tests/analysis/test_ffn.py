@@ -240,10 +240,15 @@ def test_of_gemma_the_ffn_is_measured_before_the_norm_behind_it():
     def concentration(vector):
         return float((vector**4).sum() / (vector**2).sum() ** 2)
 
-    at_me_layer = study.trace["concentration"].query("layer == 1")
-    by_site = at_me_layer.set_index("site")["concentration"]
-    assert by_site["ln2_post.hook_in"] == pytest.approx(concentration(seen["put_out"]), rel=1e-4)
-    assert by_site["hook_mlp_out"] == pytest.approx(concentration(seen["written"]), rel=1e-4)
+    others = study.trace["concentration"].query("layer == 1").set_index("site")["concentration_others"]
+    differences = result.tables["ffn_by_block"].query("layer == 1").set_index("quantity")["mean"]
+    for after, site, vector in (
+        ("down", "ln2_post.hook_in", seen["put_out"]),
+        ("the norm behind it", "hook_mlp_out", seen["written"]),
+    ):
+        expected = concentration(vector) - others[site]
+        assert differences[f"concentration after {after}"] == pytest.approx(expected, rel=1e-4)
+    assert concentration(seen["put_out"]) != pytest.approx(concentration(seen["written"]), rel=1e-2)
     assert set(result.tables["ffn_by_block"]["quantity"]) >= {
         "concentration after down",
         "concentration after the norm behind it",
