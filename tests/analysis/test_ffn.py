@@ -122,6 +122,12 @@ def test_peaks_that_are_together_in_six_of_six_prompts_are_so_in_most():
     assert judged_concentration(5, gate=HERE, up=HERE, down=HERE).verdict == "holds in part"
 
 
+def test_the_former_verdict_was_of_the_mean_curves():
+    assert judged_concentration(3, gate=HERE, up=HERE, down=HERE).former_verdict == "holds"
+    assert judged_concentration(3, gate=HERE, up=ELSEWHERE, down=ELSEWHERE).former_verdict == "holds in part"
+    assert judged_concentration(3, gate=ELSEWHERE, up=ELSEWHERE, down=ELSEWHERE).former_verdict == "does not hold"
+
+
 def test_peaks_after_some_projections_hold_in_part_and_none_does_not():
     some = judged_concentration(6, gate=HERE, up=ELSEWHERE, down=ELSEWHERE)
     assert (some.verdict, some.value) == ("holds in part", 0)
@@ -212,13 +218,17 @@ def test_without_a_norm_before_it_the_ffn_reads_the_residual_stream():
     assert metrics.with_norm_behind == pytest.approx(4)
 
 
-def test_of_gemma_the_ffn_is_measured_before_the_norm_behind_it():
-    """The reference hooks the modules of the transformers model."""
+@pytest.fixture(scope="module")
+def gemma():
     network = gains_apart(plain_model("gemma3"))
     plant(network, block=1, token=7, dim=5)
     model = bridge(network)
-    study = melens.study(model, [[7, 20, 21, 22]], ffn_concentration.probes(model))
-    layer, seen = network.base_model.layers[1], {}
+    return network, melens.study(model, [[7, 20, 21, 22]], ffn_concentration.probes(model))
+
+
+def at_ffn(network, block):
+    """Of token 0, what the FFN of a transformers model reads and puts out, and what the norm behind it writes."""
+    layer, seen = network.base_model.layers[block], {}
     hooks = [
         layer.mlp.register_forward_hook(lambda module, args, out: seen.update(read=args[0][0, 0], put_out=out[0, 0])),
         layer.post_feedforward_layernorm.register_forward_hook(
@@ -229,7 +239,12 @@ def test_of_gemma_the_ffn_is_measured_before_the_norm_behind_it():
         network(torch.tensor([[7, 20, 21, 22]]))
     for hook in hooks:
         hook.remove()
-    read, put_out, written = (seen[name].norm().item() for name in ("read", "put_out", "written"))
+    return seen["read"], seen["put_out"], seen["written"]
+
+
+def test_of_gemma_the_ffn_is_measured_before_the_norm_behind_it(gemma):
+    network, study = gemma
+    read, put_out, written = (vector.norm().item() for vector in at_ffn(network, 1))
     result = melens.analysis.ffn(study)
     assert (study.me.layer, result.metrics.norm_behind_name) == (1, "post_feedforward_layernorm")
     assert result.metrics.amplification == pytest.approx(put_out / read, rel=1e-4)
@@ -237,19 +252,17 @@ def test_of_gemma_the_ffn_is_measured_before_the_norm_behind_it():
     assert result.metrics.with_norm_behind == pytest.approx(written / read, rel=1e-4)
     assert "(post_feedforward_layernorm)" in result.figures["ffn"].observed
 
-    def concentration(vector):
-        return float((vector**4).sum() / (vector**2).sum() ** 2)
 
-    others = study.trace["concentration"].query("layer == 1").set_index("site")["concentration_others"]
-    differences = result.tables["ffn_by_block"].query("layer == 1").set_index("quantity")["mean"]
-    for after, site, vector in (
-        ("down", "ln2_post.hook_in", seen["put_out"]),
-        ("the norm behind it", "hook_mlp_out", seen["written"]),
-    ):
-        expected = concentration(vector) - others[site]
-        assert differences[f"concentration after {after}"] == pytest.approx(expected, rel=1e-4)
-    assert concentration(seen["put_out"]) != pytest.approx(concentration(seen["written"]), rel=1e-2)
-    assert set(result.tables["ffn_by_block"]["quantity"]) >= {
-        "concentration after down",
-        "concentration after the norm behind it",
-    }
+def test_of_gemma_the_concentration_after_down_is_that_before_the_norm_behind_it(gemma):
+    network, study = gemma
+    _, put_out, written = at_ffn(network, 0)
+    others = study.trace["concentration"].query("layer == 0").set_index("site")["concentration_others"]
+    points = melens.analysis.ffn(study).tables["ffn_by_block"].query("layer == 0").set_index("quantity")["mean"]
+
+    def difference(vector, site):
+        return float((vector**4).sum() / (vector**2).sum() ** 2) - others[site]
+
+    assert points["concentration after down"] == pytest.approx(difference(put_out, "ln2_post.hook_in"), rel=1e-4)
+    behind = points["concentration after the norm behind it"]
+    assert behind == pytest.approx(difference(written, "hook_mlp_out"), rel=1e-4)
+    assert behind != pytest.approx(points["concentration after down"], rel=0.01)
