@@ -146,10 +146,11 @@ def test_it_says_where_the_first_sink_of_each_input_is(sinks_of):
 
 
 def test_prompts_that_share_their_first_token_count_as_one_input(sinks_of):
-    result = sinks_of([TEXTBOOK] * 15 + [EARLY] + [LATE] * 2, first_tokens=[10] * 15 + [11] + [12] * 2)
-    assert result.metrics.sink_inputs == 3
-    assert result.metrics.sink_rises_next == pytest.approx(1 / 3)
-    assert result.metrics.sink_mass_after == pytest.approx((0.485 + 0.6 + 0.1) / 3)
+    masses = [TEXTBOOK] * 15 + [EARLY, LATE, CAME_AND_WENT]
+    metrics = sinks_of(masses, first_tokens=[10] * 15 + [11, 12, 12]).metrics
+    assert metrics.sink_inputs == 3
+    assert metrics.sink_mass_after == pytest.approx((0.485 + 0.6 + (0.1 + 0.6) / 2) / 3)
+    assert metrics.sink_rises_next == pytest.approx(2 / 3)  # the last two are 0.35 in block 3, and 0.275 before
     of_one = sinks_of([TEXTBOOK] * 17, first_tokens=[10] * 17).claims.set_index("id").loc["sink-next"]
     assert of_one.verdict == "holds in part"
 

@@ -228,7 +228,7 @@ def test_claims_do_not_judge_what_a_hybrid_does_not_show(parts):
     assert judged.former_verdict["second-massive"] == "not measured"  # block 5 has no FFN
     assert judged.verdict["attention-rank"] == "not measured"  # there is none before the ME layer
     assert "attention in blocks 3 and 5 of 6" in judged.note["attention-rank"]
-    assert "The next block with attention is 3." in judged.note["sink-next"]
+    assert judged.note["sink-next"].startswith("No block up to the ME layer has attention: a sink in block 3")
 
 
 def test_a_model_without_attention_is_checked_and_run_as_transformers_runs_it():
