@@ -23,7 +23,10 @@ from melens.models.layout import listed
 from melens.models.view import ModelView
 from melens.validation.signatures import given
 
-__all__ = ["BY_GAIN", "DimFactors", "FixedDims", "check_same_model", "choose_dims", "count_dims", "identify"]
+__all__ = [
+    "BY_GAIN", "DimFactors", "FixedDims", "check_same_model", "choose_dims", "count_dims", "identify",
+    "redraw_tied_dims", "tied_dims",
+]  # fmt: skip
 
 BY_GAIN = ("weight", "weight_low")
 BY_VALUE = ("magnitude", "batch_magnitude")
@@ -93,6 +96,40 @@ def count_dims(rate: float | int, d_model: int) -> int:
 def _dims_by_gain(gain: Float[Tensor, " d"], count: int, *, largest: bool) -> Int[Tensor, " k"]:
     """Choose the dims with the largest |gain|, or the smallest; of equal ones the first, on every device."""
     return gain.abs().sort(descending=largest, stable=True).indices[:count].sort().values
+
+
+def tied_dims(view: ModelView, chosen: FixedDims) -> dict[int, tuple[int, ...]]:
+    """Find the equal gains of which some are masked and some are not, as those of bfloat16 take few values.
+
+    Args:
+        view: of the model.
+        chosen: dims that were chosen by gain.
+
+    Returns:
+        By block the dims whose |gain| is that of the last one that is masked; blocks without such a tie are left out.
+    """
+    found = {}
+    for layer, dims in (chosen.dims or {}).items():
+        gain = view.gain(layer).abs().cpu()
+        masked = torch.zeros(len(gain), dtype=torch.bool)
+        masked[list(dims)] = True
+        tied = torch.isin(gain, gain[masked]) & torch.isin(gain, gain[~masked])
+        if tied.any():
+            found[layer] = tuple(tied.nonzero()[:, 0].tolist())
+    return found
+
+
+def redraw_tied_dims(view: ModelView, chosen: FixedDims, seed: int) -> FixedDims | None:
+    """Draw again which of equal gains are masked, as many as before; None where no gains are tied."""
+    if not (tied := tied_dims(view, chosen)):
+        return None
+    drawn = dict(chosen.dims or {})
+    for layer, candidates in tied.items():
+        surely = set(drawn[layer]) - set(candidates)
+        order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed * 1_000_003 + layer))
+        of_tied = (candidates[at] for at in order[: len(drawn[layer]) - len(surely)].tolist())
+        drawn[layer] = tuple(sorted([*surely, *of_tied]))
+    return FixedDims(drawn, chosen.blocks, chosen.model)
 
 
 def _warn_of_equal_gains(gains: Mapping[int, Tensor]) -> None:

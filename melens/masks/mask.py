@@ -26,7 +26,16 @@ from torch import Tensor
 
 from melens.analysis.me_layer import Emergence
 from melens.errors import MelensError
-from melens.masks.dims import BY_GAIN, DimFactors, FixedDims, check_same_model, choose_dims, count_dims, identify
+from melens.masks.dims import (
+    BY_GAIN,
+    DimFactors,
+    FixedDims,
+    check_same_model,
+    choose_dims,
+    count_dims,
+    identify,
+    redraw_tied_dims,
+)  # fmt: skip
 from melens.masks.hooks import InstalledMask, TokenFinder
 from melens.models.kv_cache import find_cache_by_any_name
 from melens.models.view import ModelView, view_model
@@ -54,7 +63,8 @@ class WeMask:
     Attributes:
         rate: share of the width that is masked, from 0 (nothing) to 1: k = floor(rate · d) dims. A rate over 0 that
             selects no dim is refused where the width is known (the authors' code masks nothing then, without a word).
-        select: how they are chosen, as in `melens.validation.types.Select`.
+        select: how they are chosen, as in `melens.validation.types.Select`. Of equal gains, which are common in
+            bfloat16, the first dims are masked; `with_ties_drawn` gives another choice.
         site: where in a block the mask acts, as in `melens.validation.types.Site`.
         start: the first masked block (0-based), or `"me"`, `"me+1"`, `"me-2"`: counted from the ME layer, once
             `at(me)` says which that is. `me+1` is the first block whose attention sees the massive activation.
@@ -153,6 +163,20 @@ class WeMask:
         if self.fixed is None:
             raise MelensError("This mask has no dims to move yet: call mask.on(model) first.")
         return replace(self, fixed=replace(self.fixed, model=identify(view_model(model))))
+
+    def with_ties_drawn(self, model: Any, seed: int) -> WeMask | None:
+        """Return the mask with other dims where gains are equal, drawn at random; None where none are.
+
+        Raises:
+            MelensError: as `on`; a mask whose dims are not chosen by gain.
+        """
+        if self.select not in BY_GAIN:
+            raise MelensError(f"select={self.select} does not choose by gain: only weight and weight_low have ties.")
+        view = view_model(model)
+        chosen = self._on(view).fixed
+        assert chosen is not None
+        drawn = redraw_tied_dims(view, chosen, seed)
+        return None if drawn is None else replace(self, fixed=drawn)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the arguments, ready for JSON."""

@@ -615,6 +615,29 @@ def test_a_saved_mask_comes_back_for_its_model_alone(tmp_path):
         WeMask.load(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize(("select", "surely"), [("weight", [5, 6]), ("weight_low", [0, 1, 2])])
+def test_of_equal_gains_the_first_are_masked_and_others_can_be_drawn(select, surely):
+    network = plain_model("llama")
+    gains = torch.tensor([0.2, -0.2, 0.2, *[0.5, -0.5] * 30, 0.5])  # of 64 dims
+    gains[[5, 6]] = torch.tensor([2.0, -3.0])
+    for block in network.base_model.layers:
+        block.input_layernorm.weight.data = gains.clone()
+    network.base_model.layers[2].input_layernorm.weight.data = torch.arange(64.0)  # no two alike
+    mask = WeMask(0.1, select, start=2)  # 6 dims
+    tied = [dim for dim in range(64) if dim not in (0, 1, 2, 5, 6)]
+    chosen = mask.dims(network)
+    assert chosen[3].tolist() == sorted([*surely, *tied[: 6 - len(surely)]])
+    drawn = [mask.with_ties_drawn(network, seed).dims(network) for seed in range(3)]
+    for dims in drawn:
+        assert torch.equal(dims[2], chosen[2])
+        assert set(surely) <= set(dims[3].tolist()) <= {*surely, *tied}
+        assert len(dims[3]) == 6
+    assert len({tuple(dims[3].tolist()) for dims in drawn}) == 3
+    assert WeMask(0.1, select, start=2, layers="first").with_ties_drawn(network, 0) is None
+    with pytest.raises(MelensError, match="select=random does not choose by gain"):
+        WeMask(0.1, "random", start=2).with_ties_drawn(network, 0)
+
+
 @pytest.mark.parametrize("spread", [0.02, 0.3])
 @pytest.mark.parametrize("select", ["weight", "random"])
 def test_a_saved_mask_is_not_that_of_a_model_whose_gains_are_shuffled(tmp_path, spread, select):
