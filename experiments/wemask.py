@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from experiments.runner.declaration import AtLeast2, Experiment, ExperimentOptions
-from melens.validation.types import Count, Flag, Said
+from melens.validation.types import Count, Flag, Said, Whole
 
 if TYPE_CHECKING:
     from experiments.options.schema import MaskOptions, Options
@@ -27,6 +27,7 @@ class WemaskOptions(ExperimentOptions):
     texts_per_batch: Count
     map_tokens: AtLeast2
     patterns: Annotated[Literal["drawn", "all", "none"], Said("drawn, all or none")]
+    tie_draws: Whole
     keep: Flag
 
 
@@ -97,7 +98,7 @@ def _merged(jobs: Sequence[Job], model: dict[str, Any]) -> Result:
     import pandas as pd
 
     from melens.masks.grid import ARGUMENTS, Grid, compare_grid
-    from melens.masks.grid_claims import MaskGridMetrics
+    from melens.masks.grid_metrics import MaskGridMetrics
 
     cells, by_text, by_block = (
         pd.concat([pd.read_parquet(job.folder / f"{name}.parquet") for job in jobs], ignore_index=True)

@@ -15,6 +15,9 @@ from melens.models.view import ModelView, view_model
 
 __all__ = ["masks_of", "on_blocks", "only_mask_of"]
 
+_BY_RATE = ("weight", "weight_low", "random", "magnitude")
+"""Selections that differ below rate 1 alone."""
+
 
 def masks_of(options: MaskOptions, me: Emergence, model: TransformerBridge) -> list[WeMask | None]:
     """Return the masks of a grid with their dims chosen, None for a rate of 0; each once.
@@ -70,7 +73,9 @@ def _combinations(options: MaskOptions, view: ModelView) -> list[dict[str, Any]]
     combined = []
     for values in itertools.product(*lists.values()):
         arguments = plain | dict(zip(lists, values, strict=True))
-        if arguments["select"] != "random":
+        if arguments["rate"] == 1 and arguments["select"] in _BY_RATE:
+            arguments["select"] = next(name for name in _BY_RATE if name in lists["select"])  # each takes all dims
+        if arguments["select"] != "random" or arguments["rate"] == 1:
             arguments["seed"] = 0  # else the same mask would count more than once
         if arguments["start"] == "all_blocks":  # one after the other, where the mask has a place
             anywhere = arguments["site"] == "resid_pre"

@@ -51,8 +51,10 @@ class Measured:
         agreement: share of tokens where both predict the same next token.
         sink_mass: attention that later tokens pay to token 0; NaN in a block without attention, as in what follows.
         entropy, effective_rank: of attention on the short texts, mean over texts; NaN where they were not asked for.
-        input_cosine, key_cosine: of the attention inputs, and of the keys, of token 0 in every two texts that begin
-            differently, mean over pairs: 1 is the rigidity that the paper blames.
+        input_cosine, key_cosine: of token 0's attention input, and of its key, in a text and in each other that begins
+            differently, mean over those: 1 is the rigidity that the paper blames. Only the first of the texts that
+            begin alike has one, else NaN: in a causal model their token 0 is the same by construction. NaN too where
+            the vector is zero, which has no direction.
         first_key: token 0's key in the first text.
     """
 
@@ -62,8 +64,8 @@ class Measured:
     sink_mass: Float[Tensor, "layer head text"]
     entropy: Float[Tensor, "layer head"]
     effective_rank: Float[Tensor, "layer head"]
-    input_cosine: Float[Tensor, " layer"]
-    key_cosine: Float[Tensor, " layer"]
+    input_cosine: Float[Tensor, "layer text"]
+    key_cosine: Float[Tensor, "layer text"]
     first_key: Float[Tensor, "layer d_keys"]
 
 
@@ -278,11 +280,8 @@ class MaskComparison:
         if not start and not recorded[0].sink_mass:
             raise MelensError(f"No sinks can be compared: there is {Layout.of(self._model).attention_in_words}.")
         own = {"sink_mass": self._gathered([batch.sink_mass for batch in recorded]).mT}
-        n = len(self._distinct)
         of_first = {name: self._gathered([getattr(batch, name) for batch in recorded]) for name in _OF_FIRST}
-        for name, vectors in of_first.items():
-            cosines = pairwise_cosine(vectors[:, self._distinct])
-            own[f"{name}_cosine"] = (cosines.sum((1, 2)) - n) / max(1, n * (n - 1))
+        own |= {f"{name}_cosine": self._cosines_with_others(vectors) for name, vectors in of_first.items()}
         own["first_key"] = of_first["key"][:, 0]
         own = {name: values.cpu() for name, values in own.items()}
         if patterns:
@@ -296,6 +295,17 @@ class MaskComparison:
         for name in ("entropy", "effective_rank"):
             own.setdefault(name, torch.full_like(own["sink_mass"][..., 0], float("nan")))
         return Measured(**compared, **own)
+
+    def _cosines_with_others(self, vectors: Float[Tensor, "layer text d"]) -> Float[Tensor, "layer text"]:
+        """Average the cosines of a text's vector with those of the others, over the texts that begin differently."""
+        cosines = vectors.new_full(vectors.shape[:2], float("nan"))
+        n = len(self._distinct)
+        if n > 1:
+            distinct = vectors[:, self._distinct]
+            with_all = pairwise_cosine(distinct).masked_fill((distinct == 0).all(-1)[:, None, :], float("nan"))
+            with_itself = with_all.diagonal(dim1=1, dim2=2)
+            cosines[:, self._distinct] = (with_all.sum(-1) - with_itself) / (n - 1)
+        return cosines
 
     def _gathered(self, by_batch: Sequence[dict[int, Float[Tensor, "_ d"]]]) -> Float[Tensor, "layer text d"]:
         """Put what was recorded in each batch together; NaN in blocks where nothing was."""

@@ -6,7 +6,7 @@
 1. `MaskComparison` runs the unmasked model once, and each mask from the first block that it changes.
 2. `_lay_out` makes tidy tables of that, a `Grid`: a row a configuration (a mask with all its arguments), text or block.
 3. `compare_grid` compares every configuration with the unmasked model, text by text, picks out what the claims are
-   about (`grid_claims.py`) and draws (`grid_figures.py`). It also takes what a sweep's jobs measured, put together.
+   about (`grid_metrics.py`) and draws (`grid_figures.py`). It also takes what a sweep's jobs measured, put together.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from melens.analysis.statistics import holm, mean_interval, paired_permutation_p
 from melens.analysis.study import Study
 from melens.errors import MelensError
 from melens.masks.comparison import MaskComparison, Measured
-from melens.masks.grid_claims import UNMASKED, MaskGridMetrics, claim_metrics
+from melens.masks.dims import BY_GAIN, tied_dims
 from melens.masks.grid_figures import (
     attention_figure,
     configuration_in_words,
@@ -34,18 +34,21 @@ from melens.masks.grid_figures import (
     key_figure,
     nearest_paper_rate,
 )
+from melens.masks.grid_metrics import PAPER_RATE, UNMASKED, MaskGridMetrics, claim_metrics
 from melens.masks.mask import WeMask
+from melens.models.view import ModelView, view_model
 from melens.report.result import Figure, Result
 from melens.storage.cache import Store, hash_of, store_for
 from melens.validation.signatures import checked
-from melens.validation.types import Count, Flag
+from melens.validation.types import Count, Flag, Whole
 
 __all__ = ["ARGUMENTS", "Grid", "compare_grid", "mask_grid"]
 
 ARGUMENTS = (
     "cell", "rate", "select", "site", "start", "layers", "positions", "strength", "seed", "n_blocks", "massive_hits",
+    "tied_blocks", "dloss_ties_low", "dloss_ties_high",
 )  # fmt: skip
-"""What distinguishes a configuration from others; `cell` is its name."""
+"""What distinguishes a configuration from others, and what is known of its dims; `cell` is its name."""
 _MOST_SHOWN = 12
 _OF_ATTENTION = ("share_of_heads", "entropy", "effective_rank", "input_cosine", "key_cosine")
 
@@ -56,9 +59,15 @@ class Grid:
 
     Attributes:
         configurations: a row a mask: its `ARGUMENTS`, with `massive_hits`: in how many of its `n_blocks` blocks the
-            largest massive dim is masked (null where the dims depend on the token).
+            largest massive dim is masked (null where the dims depend on the token); `tied_blocks`: in how many the gain
+            of the last dim that is masked is also that of one that is not, where the first dims are; `dloss_ties_low`,
+            `dloss_ties_high`: the least and the most of the mean Δloss over other choices among these equal gains
+            (of the masks by gain at the paper's rate that figures of few masks show).
         by_text: a row a configuration (`cell`) and text, the unmasked model among them: `loss`, `kl`, `agreement`,
-            `sink_mass`.
+            `sink_mass`; `input_cosine`, `key_cosine`: of token 0 with that of the texts that begin differently, mean
+            over the blocks of `sink_mass` that can be masked before attention, and `input_cosine_before`,
+            `key_cosine_before`: the same where the ME layer's attention reads it (null for a text that begins like one
+            before it).
         by_block: a row a configuration and block: `sink_mass`, `share_of_heads`, `entropy`, `effective_rank`,
             `input_cosine`, `key_cosine`.
     """
@@ -78,6 +87,7 @@ def mask_grid(
     texts_per_batch: Count = 8,
     map_tokens: Count = 40,
     patterns: Literal["drawn", "all", "none"] = "drawn",
+    tie_draws: Whole = 4,
     keep: Flag = True,
 ) -> Result:
     """Measure every mask on the same tokens, and compare it with the unmasked model.
@@ -90,6 +100,7 @@ def mask_grid(
         texts_per_batch: that share a forward pass.
         map_tokens: of the text whose attention maps are drawn.
         patterns: of which masks attention entropy and rank are measured: `"drawn"` (those that are), `"all"`, `"none"`.
+        tie_draws: how many other choices among equal gains are measured, of masks by gain at the paper's rate.
         keep: keep what is measured in the user's cache.
 
     Returns:
@@ -134,6 +145,9 @@ def mask_grid(
         names = [mask_name(mask) for mask in kept[:3]] + ([f"and {len(kept) - 3} more"] if len(kept) > 3 else [])
         findings = [("measured before", f"{len(kept)} of {len(masks)}: {'; '.join(names)}")]
     grid = _lay_out(study, comparison.unmasked, masks, measured)
+    for mask in shown:
+        if mask.select in BY_GAIN and mask.rate == PAPER_RATE:
+            _measure_ties(study, comparison, mask, grid, store, tie_draws)
     return compare_grid(grid, study.trace.model, metrics, figures, findings)
 
 
@@ -161,10 +175,11 @@ def compare_grid(
     metrics = MaskGridMetrics(
         **metrics.plain(),
         cells=len(table),
+        least_p=_least_p(metrics.texts, len(table)),
         unmasked_loss=loss,
         unmasked_perplexity=float(np.exp(loss)),
         unmasked_sink_mass=sink_mass,
-        **claim_metrics(table, metrics.me_layer, metrics.next_attention),
+        **claim_metrics(table, grid.by_text, metrics),
     )
     sinks = "no attention behind the ME layer" if np.isnan(sink_mass) else f"sink mass {sink_mass:.3f}"
     findings = [
@@ -174,6 +189,7 @@ def compare_grid(
     ]
     if len(table) > _MOST_SHOWN:
         findings.append(("", f"and {len(table) - _MOST_SHOWN} more in cells.parquet"))
+    findings += _caveats(table, metrics)
     of_texts = f"{model['name']}, {metrics.texts} texts of {metrics.tokens_per_text} tokens"
     figures = (figures or {}) | (grid_figures(table, grid.by_block, metrics, of_texts) if len(table) else {})
     tables = {"cells": table, "by_text": grid.by_text, "by_block": grid.by_block}
@@ -226,6 +242,21 @@ def _measure(
     return measured, kept
 
 
+def _measure_ties(
+    study: Study, comparison: MaskComparison, mask: WeMask, grid: Grid, store: Store | None, draws: int
+) -> None:
+    """Put into a grid's configurations how much Δloss depends on which of equal gains are masked."""
+    others = [other for seed in range(draws) if (other := mask.with_ties_drawn(study.model, seed)) is not None]
+    if others:
+        measured, _ = _measure(study, comparison, others, store, [])
+        name = mask_name(mask)
+        own = grid.by_text.loc[grid.by_text["cell"] == name, "loss"].to_numpy()
+        unmasked = comparison.unmasked.loss.numpy()
+        changes = [float((losses - unmasked).mean()) for losses in (own, *(each.loss.numpy() for each in measured))]
+        row = grid.configurations["cell"] == name
+        grid.configurations.loc[row, ["dloss_ties_low", "dloss_ties_high"]] = min(changes), max(changes)
+
+
 def _sink_layers(study: Study) -> list[int]:
     """The blocks behind the ME layer, the last ones left out; all without an ME layer."""
     if study.me.layer is None:
@@ -235,29 +266,35 @@ def _sink_layers(study: Study) -> list[int]:
 
 
 def _lay_out(study: Study, unmasked: Measured, masks: Sequence[WeMask], measured: Sequence[Measured]) -> Grid:
+    view = view_model(study.model)
     has_attention = (~unmasked.sink_mass.isnan()).flatten(1).any(1)
     behind = [layer for layer in _sink_layers(study) if has_attention[layer]]
+    masked = [layer for layer in behind if view.can_mask_attention(layer)]
+    before = [layer for layer in study.layout.attention if study.me.layer is not None and layer <= study.me.layer]
     by_text: list[pd.DataFrame] = []
     by_block: list[pd.DataFrame] = []
     for name, found in zip([UNMASKED, *map(mask_name, masks)], [unmasked, *measured], strict=True):
         by_head = found.sink_mass.mean(-1)
         of_texts = {"loss": found.loss, "kl": found.kl, "agreement": found.agreement}
         of_texts["sink_mass"] = found.sink_mass[behind].mean((0, 1))
+        for quantity, cosines in (("input_cosine", found.input_cosine), ("key_cosine", found.key_cosine)):
+            of_texts[quantity] = cosines[masked].mean(0)
+            of_texts[f"{quantity}_before"] = cosines[before[-1:]].mean(0)
         of_blocks = {
             "sink_mass": by_head.mean(-1), "share_of_heads": (by_head > SINK_THRESHOLD).float().mean(-1),
             "entropy": found.entropy.mean(-1), "effective_rank": found.effective_rank.mean(-1),
-            "input_cosine": found.input_cosine, "key_cosine": found.key_cosine,
+            "input_cosine": found.input_cosine.nanmean(-1), "key_cosine": found.key_cosine.nanmean(-1),
         }  # fmt: skip
         for rows, column, values in ((by_text, "text", of_texts), (by_block, "layer", of_blocks)):
             numbers = {quantity: each.numpy() for quantity, each in values.items()}
             rows.append(pd.DataFrame({"cell": name, column: range(len(next(iter(numbers.values())))), **numbers}))
-    configurations = pd.DataFrame([_configuration(mask, study.me.dims[:1]) for mask in masks], columns=list(ARGUMENTS))
+    configurations = pd.DataFrame([_configuration(mask, study, view) for mask in masks], columns=list(ARGUMENTS))
     return Grid(configurations, pd.concat(by_text, ignore_index=True), pd.concat(by_block, ignore_index=True))
 
 
-def _configuration(mask: WeMask, massive: tuple[int, ...]) -> dict[str, Any]:
+def _configuration(mask: WeMask, study: Study, view: ModelView) -> dict[str, Any]:
     assert mask.fixed is not None
-    dims = mask.fixed.dims
+    dims, massive = mask.fixed.dims, {*study.me.dims[:1]}
     return mask.to_dict() | {
         "cell": mask_name(mask),
         "rate": float(mask.rate),
@@ -265,7 +302,10 @@ def _configuration(mask: WeMask, massive: tuple[int, ...]) -> dict[str, Any]:
         "positions": str(mask.positions),
         "strength": float(mask.strength),
         "n_blocks": len(mask.fixed.blocks),
-        "massive_hits": math.nan if dims is None else sum(bool({*massive} & {*of_block}) for of_block in dims.values()),
+        "massive_hits": math.nan if dims is None else sum(bool(massive & {*of_block}) for of_block in dims.values()),
+        "tied_blocks": len(tied_dims(view, mask.fixed)) if mask.select in BY_GAIN else math.nan,
+        "dloss_ties_low": math.nan,
+        "dloss_ties_high": math.nan,
     }
 
 
@@ -299,6 +339,34 @@ def _compare(grid: Grid, sink_layers: Sequence[int]) -> pd.DataFrame:
     return table
 
 
+def _least_p(n_texts: int, n_masks: int) -> float:
+    """Return the least p-value that a paired permutation test of so many texts can give, after Holm's correction."""
+    return min(1.0, n_masks * max(2 / 2**n_texts, 1e-4))  # beyond 13 texts 10,000 choices of signs are drawn
+
+
+def _caveats(table: pd.DataFrame, metrics: MaskGridMetrics) -> list[tuple[str, str]]:
+    """Say what p-values of so few texts cannot show, and what the choice among equal gains changes."""
+    said = []
+    if metrics.least_p is not None and metrics.least_p >= 0.05:
+        said.append(
+            (
+                "p",
+                f"{metrics.texts} texts and {len(table)} masks give no p below {metrics.least_p:.2g}, so that no "
+                "difference can be shown at 0.05. Give more texts (data.n_texts) or fewer masks.",
+            )
+        )
+    for row in table.dropna(subset=["dloss_ties_low"]).to_dict("records"):
+        said.append(
+            (
+                "equal gains",
+                f"In {row['tied_blocks']:.0f} of {row['n_blocks']} blocks equal gains decide which dims come last in "
+                f"{row['cell']}: the first are masked. By other choices Δloss is {row['dloss_ties_low']:+.4f} to "
+                f"{row['dloss_ties_high']:+.4f}.",
+            )
+        )
+    return said
+
+
 def _check_texts(by_text: pd.DataFrame) -> None:
     has_sinks = by_text["sink_mass"].notna().any()  # else no block behind the start has attention
     names = ["loss", "kl", "agreement", *(["sink_mass"] if has_sinks else [])]
@@ -312,6 +380,6 @@ def _check_texts(by_text: pd.DataFrame) -> None:
 
 
 def _with_interval(name: str, values: np.ndarray) -> dict[str, float]:
-    """Return a mean over texts with its bootstrap interval; NaN, which was not measured in any text, has none."""
+    """Return a mean over texts with its interval; NaN, which was not measured in any text, has none."""
     low, high = (math.nan, math.nan) if np.isnan(values).all() else mean_interval(values)
     return {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}

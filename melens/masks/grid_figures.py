@@ -22,7 +22,7 @@ from melens.figures.curves import Curve, Panel, curves_by_block, vectors_by_dim
 from melens.figures.heatmaps import Heatmap, loss_changes
 from melens.figures.scores import loss_over_sinks
 from melens.figures.style import COLORS, FIRST, OTHERS, SINK
-from melens.masks.grid_claims import PAPER_RATE, UNMASKED, MaskGridMetrics
+from melens.masks.grid_metrics import PAPER_RATE, UNMASKED, MaskGridMetrics
 from melens.masks.mask import WeMask
 from melens.report.result import Figure
 from melens.tracing.probes import AttentionMaps
@@ -100,6 +100,8 @@ def nearest_paper_rate(table: pd.DataFrame) -> pd.DataFrame:
 def configuration_in_words(row: dict[Any, Any]) -> str:
     """Say what a configuration does: "Δloss +0.012 (+0.003 to +0.021), p = 0.01, KL 0.021, sink mass × 0.61"."""
     words = f"Δloss {with_interval(row['dloss'], (row['dloss_low'], row['dloss_high']), '+.3f')}"
+    if not pd.isna(row["dloss_ties_low"]):
+        words += f", {row['dloss_ties_low']:+.3f} to {row['dloss_ties_high']:+.3f} by other choices among equal gains"
     words += "" if pd.isna(row["p_holm"]) else f", p = {row['p_holm']:.2g}"
     words += f", KL {row['kl']:.3f}"
     words += "" if np.isnan(row["sink_ratio"]) else f", sink mass × {row['sink_ratio']:.2f}"
@@ -149,7 +151,7 @@ def _block_plot(table: pd.DataFrame, by_block: pd.DataFrame, me_layer: int | Non
         if len(points):
             curves = [Curve(name, points[points["cell"] == name], color) for name, color in lines]
             panels.append(Panel(text.capitalize(), text.split(" between")[0], curves, me_layer))
-    note = "Cosines: mean over pairs of texts."
+    note = "Cosines: mean over pairs of texts that begin differently."
     if by_block["entropy"].notna().any():
         note = f"Entropy and rank: the first two texts, 96 tokens. {note}"
     return curves_by_block(panels, title=f"Attention by block: {of_texts}", note=note)
@@ -192,11 +194,13 @@ def _relaxed_in_words(table: pd.DataFrame, by_block: pd.DataFrame, metrics: Mask
     before, after = behind.loc[UNMASKED], behind.loc[name]
     if np.isnan(before["sink_mass"]):
         return "No block behind the ME layer has attention."
-    return (
-        f"{name}: sink mass {before['sink_mass']:.3f} to {after['sink_mass']:.3f}; cosine of token 0's "
-        f"attention input between texts {before['input_cosine']:.4f} to {after['input_cosine']:.4f}, of its key "
-        f"{before['key_cosine']:.4f} to {after['key_cosine']:.4f}."
-    )
+    words = f"{name}: sink mass {before['sink_mass']:.3f} to {after['sink_mass']:.3f}"
+    if metrics.text_first_tokens == 1:
+        return f"{words}; all texts share their first token, so that token 0 is the same in each by construction."
+    for quantity, what in (("input_cosine", "attention input"), ("key_cosine", "key")):
+        if not np.isnan(before[quantity] + after[quantity]):
+            words += f"; cosine of token 0's {what} between texts {before[quantity]:.4f} to {after[quantity]:.4f}"
+    return f"{words}."
 
 
 # --- One mask on the model --------------------------------------------------------------------------------------------

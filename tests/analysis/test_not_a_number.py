@@ -25,7 +25,7 @@ from melens.claims.engine import at_least
 from melens.claims.paper import CLAIMS
 from melens.masks.comparison import MaskComparison
 from melens.masks.grid import Grid, compare_grid
-from melens.masks.grid_claims import MaskGridMetrics
+from melens.masks.grid_metrics import MaskGridMetrics
 from melens.models.twins import plain_twin
 from melens.training.history import TrainingHistory, average_histories
 
@@ -238,8 +238,10 @@ def grid(**changes):
     cells = pd.DataFrame(
         [{"cell": "a", "rate": 0.1, "select": "weight", "site": "attn_in", "start": 2, "layers": "all"}]
     )
-    cells = cells.assign(positions="first", strength=1.0, seed=0, n_blocks=2, massive_hits=0)
+    cells = cells.assign(positions="first", strength=1.0, seed=0, n_blocks=2, massive_hits=0, tied_blocks=0)
+    cells = cells.assign(dloss_ties_low=NAN, dloss_ties_high=NAN)
     numbers = {"loss": 1.0, "kl": 0.0, "agreement": 1.0, "sink_mass": 0.5}
+    numbers |= {f"{part}_cosine{where}": 0.5 for part in ("input", "key") for where in ("", "_before")}
     by_text = pd.DataFrame([{"cell": cell, "text": at, **numbers} for cell in ("unmasked", "a") for at in range(8)])
     for name, value in changes.items():
         by_text.loc[(by_text["cell"] == "a") & (by_text["text"] == 3), name] = value
@@ -357,10 +359,13 @@ def test_seeds_are_averaged_only_where_all_have_a_number():
 
 MEASURED = {
     "mask-weakens-sink": {"sink_ratio": NAN, "paper_rate": 0.1},
-    "mask-moderate": {"best_dloss": NAN, "best_rate": 0.1, "best_rate_is_largest": False},
-    "mask-start": {"start_effect_ratio": NAN, "start_strongest_elsewhere": 1},
+    "mask-moderate": {"moderate_dloss": NAN, "moderate_rate": 0.1},
+    "mask-start": {"paper_start_ratio": NAN, "paper_start_strongest": 1},
+    "mask-restores-diversity": {"input_restored": NAN},
     "mask-weight-harmless": {"weight_where_destroyed": NAN, "destroyed_by": {"random": 1, "magnitude": 1}},
-    "second-massive": {"ffn_last_blocks": NAN, "ffn_between": 0.0},
+    "second-massive": {"second_norm": NAN, "erased": 0.0, "second_over_others": 20.0},
+    "comparable-before": {"before_ratio": NAN},
+    "first-token": {"first_alone": NAN, "first_massive": 1.0},
     "norm-scales": {"left_without_norm": {"identity": NAN}, "over_others_without_norm": {"identity": 20.0}},
     "ffn-needed": {"left_without_ffn": NAN},
     "norm-stable": {"norm_drift": NAN},

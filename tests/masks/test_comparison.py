@@ -44,7 +44,9 @@ def test_a_mask_is_measured_as_by_whole_forward_passes_in_eager_attention(family
             vectors = cache[f"blocks.{layer}.{site}"][:, 0].flatten(1)
             unit = torch.nn.functional.normalize(vectors, dim=-1)
             cosine = ((unit @ unit.T).sum() - 5) / 20
-            torch.testing.assert_close(getattr(found, f"{name}_cosine")[layer], cosine, rtol=1e-3, atol=1e-4)
+            with_others = getattr(found, f"{name}_cosine")[layer]
+            torch.testing.assert_close(with_others.mean(), cosine, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(with_others[2], (unit[2] @ unit.T).sum() / 4 - 0.25, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(found.first_key[layer], vectors[0], rtol=1e-3, atol=1e-4)
 
 
@@ -61,6 +63,16 @@ def test_a_mask_is_measured_whatever_the_architecture_hands_to_its_head(name):
     assert kl.min() > 1e-4
     torch.testing.assert_close(found.kl, kl, rtol=1e-2, atol=1e-6)
     torch.testing.assert_close(found.loss, -masked.gather(-1, TEXTS[:, 1:, None])[..., 0].mean(1))
+
+
+def test_cosines_are_of_texts_that_begin_differently_and_of_states_that_have_a_direction():
+    model, texts = model_of("llama"), TEXTS.clone()
+    texts[[0, 3], 0] = 7
+    found = MaskComparison(model, texts, [1], patterns=False)
+    assert found.unmasked.input_cosine.isnan().tolist() == [[False, False, False, True, False]] * 4
+    assert found.measure(WeMask(1, start=1)).input_cosine.isnan().tolist()[1] == [True] * 5
+    texts[:, 0] = 7
+    assert MaskComparison(model, texts, [1], patterns=False).unmasked.key_cosine.isnan().all()
 
 
 def test_without_patterns_all_else_is_the_same():

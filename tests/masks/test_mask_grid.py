@@ -1,6 +1,7 @@
 """exp=wemask on planted models: the grid, what it keeps, how a sweep's jobs are put together."""
 
 import json
+import math
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,7 @@ from experiments.runner.jobs import jobs_of
 from experiments.runner.masks import masks_of
 from experiments.runner.study import begin_study, run_experiments
 from melens import MelensError, WeMask
-from melens.masks.grid_claims import UNMASKED
+from melens.masks.grid_metrics import UNMASKED
 
 TOKEN, DIM, BLOCK = 7, 21, 1
 
@@ -73,6 +74,27 @@ def test_every_combination_is_a_row_and_a_second_run_measures_none(model):
     assert third.metrics.cells_kept == []
     pd.testing.assert_frame_equal(third.tables["cells"], cells)
     assert {"attention_change", "key", "loss_change", "rates", "loss_and_sinks", "by_block"} == set(first.figures)
+
+
+@pytest.mark.usefixtures("_own_cache")
+def test_which_of_equal_gains_are_masked_has_its_spread_at_the_papers_rate():
+    network = gains_apart(plain_model("llama"))
+    plant(network, block=BLOCK, token=TOKEN, dim=DIM)
+    for block in network.base_model.layers:
+        gain = block.input_layernorm.weight
+        gain.data = (4 * gain).round() / 4  # few values, as bfloat16 has
+    cells = run(bridge(network), "wemask.rate=[0.1,0.3]", "exp.patterns=none").tables["cells"].set_index("rate")
+    assert cells["tied_blocks"].tolist() == [2, 2]
+    of_paper = cells.loc[0.1]
+    assert of_paper["dloss_ties_low"] <= of_paper["dloss"] <= of_paper["dloss_ties_high"]
+    assert of_paper["dloss_ties_high"] - of_paper["dloss_ties_low"] > 1e-5
+    assert math.isnan(cells.loc[0.3, "dloss_ties_low"])
+
+
+def test_all_dims_are_one_mask_however_they_are_chosen(model):
+    study = study_of(model, "wemask.rate=[0.3,1]", "wemask.select=[random,weight]", "wemask.seed=[0,1]")
+    masks = [(mask.rate, mask.select, mask.seed) for mask in masks_of(study.cfg.wemask, study.me, model)]
+    assert masks == [(0.3, "random", 0), (0.3, "random", 1), (0.3, "weight", 0), (1, "weight", 0)]
 
 
 def test_a_notebook_compares_masks_with_the_unmasked_model_text_by_text(model):
