@@ -116,6 +116,10 @@ class Study:
         """Keep a table's rows of the prompts whose massive activation is born in the ME layer."""
         return table[table["prompt"].isin(self.massive_prompts)]
 
+    def has(self, probes: Sequence[Probe]) -> bool:
+        """Tell whether all that these probes measure was traced already."""
+        return {_key(probe) for probe in probes} <= {_key(probe) for probe in self.probes} | self._traced.keys()
+
     def traced(self, probes: Sequence[Probe]) -> Trace:
         """Return a trace that holds what these probes measure: the study's own, or another of the same prompts.
 

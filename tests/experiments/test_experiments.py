@@ -66,8 +66,8 @@ def test_every_experiment_finds_what_was_planted(planted):
     assert metrics["predict"].predicted_dim == DIM
     assert metrics["stability"].least_agreement == 1
     beginnings = planted["stability"].tables["beginnings"].set_index("beginning")
-    assert beginnings.at_first["as it is (n = 6)"] == 1
-    assert beginnings.none["another first token (n = 48)"] > 0.5  # the planted token is what makes it
+    assert beginnings.at_first["as it is (n = 1)"] == 1  # six prompts that begin alike
+    assert beginnings.none["another first token (n = 8)"] > 0.5  # the planted token is what makes it
 
 
 def test_the_verdicts_on_what_was_planted(planted):

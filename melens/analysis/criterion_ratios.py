@@ -1,0 +1,162 @@
+"""What hinges on the criterion's ratio to the median: the ME layer, and the verdicts that rest on it, for other ratios.
+
+    by_ratio = verdicts_by_ratio(study, (500, 2_000))
+    by_ratio.verdicts  # a row a ratio and claim: `changed` where the verdict is another than by the study's criterion
+
+1. `find_me_layer` reads the same trace again with every ratio; all else of the criterion stays.
+2. Where it finds the same token in the same block in every prompt, every verdict is the same by construction.
+3. Elsewhere the analyses run again that need the study's trace alone: all four of `OF_THE_TRACE` in `exp=all`, whose
+   trace has what each of them measures. Nothing more is traced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import pandas as pd
+
+from melens import analysis
+from melens.analysis.me_layer import Emergence, find_me_layer
+from melens.analysis.study import Study
+from melens.claims.engine import judge_parts
+from melens.errors import MelensError
+from melens.report.result import Metrics, Result
+from melens.tracing.probes import Probe
+from melens.tracing.trace import Trace
+
+__all__ = ["ByRatio", "verdicts_by_ratio"]
+
+OF_THE_TRACE = {"emergence": "emergence", "rmsnorm": "normalization", "ffn": "ffn", "direction": "direction"}
+"""The experiments that run again, and their functions in `melens.analysis`."""
+
+
+@dataclass(frozen=True)
+class ByRatio:
+    """What each ratio gives.
+
+    Attributes:
+        found: the emergence by each ratio.
+        layers: a row a ratio: `min_ratio`, `me_layer`, `formed`, `agreeing` (prompts whose massive activation is born
+            in that ME layer), `prompts`, and whether it is `same` as by the study's own criterion in every prompt.
+        verdicts: a row a ratio and claim: `min_ratio`, `me_layer`, `experiment`, `id`, `claim`, `verdict`,
+            `by_criterion` (the verdict by the study's own) and `changed`; empty where every ratio gives the same.
+    """
+
+    found: dict[float | int, Emergence]
+    layers: pd.DataFrame
+    verdicts: pd.DataFrame
+
+    @property
+    def me_layers(self) -> dict[str, int | None]:
+        """The ME layer by ratio."""
+        return {f"{ratio:g}": me.layer for ratio, me in self.found.items()}
+
+    @property
+    def changed(self) -> dict[str, list[str]]:
+        """The claims whose verdict changes, by ratio."""
+        changed = self.verdicts[self.verdicts["changed"].astype(bool)]
+        return {f"{ratio:g}": own["id"].tolist() for ratio, own in changed.groupby("min_ratio")}
+
+    def in_words(self) -> str:
+        """Say in which ratios what changes."""
+        by_layer: dict[int | None, list[str]] = {}
+        for ratio, me in self.found.items():
+            by_layer.setdefault(me.layer, []).append(f"{ratio:,g}")
+        layers = [
+            f"{'none' if layer is None else f'block {layer}'} for {_listed(ratios)}"
+            for layer, ratios in by_layer.items()
+        ]
+        words = f"With massive meaning more than so many × the median, the ME layer is {', '.join(layers)}."
+        if self.verdicts.empty:
+            return f"{words} It is the same in every prompt, and so is every verdict."
+        agreeing = [f"{row.agreeing} ({row.min_ratio:,g})" for row in self.layers.itertuples()]
+        words += f" Of {self.layers['prompts'].iloc[0]} prompts it is that of {_listed(agreeing)}."
+        judged = f"{self.verdicts['id'].nunique()} verdicts ({', '.join(self.verdicts['experiment'].unique())})"
+        changes = [
+            f"{row.id} to '{row.verdict}' ({row.min_ratio:,g})"
+            for row in self.verdicts[self.verdicts["changed"].astype(bool)].itertuples()
+        ]
+        if not changes:
+            return f"{words} Of {judged} none changes."
+        return f"{words} Of {judged} these change: {', '.join(changes)}."
+
+
+def _listed(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def verdicts_by_ratio(study: Study, min_ratios: Sequence[float | int]) -> ByRatio:
+    """Find the ME layer by other ratios to the median, and judge again what then differs.
+
+    Args:
+        study: as `melens.study` makes it.
+        min_ratios: in place of `Criterion.min_ratio`.
+
+    Raises:
+        MelensError: as `find_me_layer`.
+    """
+    criterion = study.me.criterion
+    found: dict[float | int, Emergence] = {
+        ratio: find_me_layer(study.trace, replace(criterion, min_ratio=ratio)) for ratio in min_ratios
+    }
+    same = {ratio: _are_same(me, study.me) for ratio, me in found.items()}
+    rows = [
+        (ratio, me.layer, me.formed, int((me.per_prompt["layer"] == me.layer).sum()), me.n_prompts, same[ratio])
+        for ratio, me in found.items()
+    ]
+    columns = ["min_ratio", "me_layer", "formed", "agreeing", "prompts", "same"]
+    layers = pd.DataFrame(rows, columns=columns).astype({"me_layer": "Int64", "formed": "Int64"})
+    return ByRatio(found, layers, _verdicts(study, found, same))
+
+
+def _are_same(me: Emergence, other: Emergence) -> bool:
+    """Tell whether two ratios find the same tokens in the same blocks: then nothing that is measured differs."""
+    return (me.layer, me.dims, me.positions) == (other.layer, other.dims, other.positions) and (
+        me.per_prompt.equals(other.per_prompt)
+    )
+
+
+def _verdicts(study: Study, found: dict[float | int, Emergence], same: dict[float | int, bool]) -> pd.DataFrame:
+    columns = ["min_ratio", "me_layer", "experiment", "id", "claim", "verdict", "by_criterion", "changed"]
+    if all(same.values()):
+        return pd.DataFrame(columns=columns)
+    by_criterion = _judged(study)
+    tables, done = [], list[tuple[Emergence, pd.DataFrame]]()
+    for ratio, me in found.items():
+        judged = by_criterion if same[ratio] else next((own for other, own in done if _are_same(me, other)), None)
+        if judged is None:
+            judged = _judged(replace(study, me=me))
+            done.append((me, judged))
+        verdicts = judged.assign(by_criterion=by_criterion["verdict"], min_ratio=ratio, me_layer=me.layer)
+        tables.append(verdicts.assign(changed=verdicts["verdict"] != verdicts["by_criterion"]).reset_index())
+    return pd.concat(tables, ignore_index=True)[columns].astype({"me_layer": "Int64"})
+
+
+def _judged(study: Study) -> pd.DataFrame:
+    """Judge the claims of `OF_THE_TRACE`: `experiment`, `claim` and `verdict` by id."""
+    results = []
+    study = _OfTheTrace(**{field.name: getattr(study, field.name) for field in fields(Study)})
+    for experiment, function in OF_THE_TRACE.items():
+        try:
+            results.append(getattr(analysis, function)(study))
+        except _NotTracedError:
+            continue
+        except MelensError as error:  # it does not apply to this model, which its own run says
+            metrics = study.metrics(Metrics, not_applicable=str(error))
+            results.append(Result(experiment, study.trace.model, metrics))
+    return judge_parts(results).set_index("id")[["experiment", "claim", "verdict"]]
+
+
+class _NotTracedError(Exception):
+    """An analysis measures what the study's trace does not have."""
+
+
+@dataclass(frozen=True, eq=False)
+class _OfTheTrace(Study):
+    """A study that traces nothing more."""
+
+    def traced(self, probes: Sequence[Probe]) -> Trace:
+        if not self.has(probes):
+            raise _NotTracedError
+        return super().traced(probes)
