@@ -33,11 +33,13 @@ class TrainingHistory:
         inspections: a row for each inspected `step` and each `masked` (without the training's mask, with it):
             `me_layer`, `magnification`, `magnification_there` (of the block that was the ME layer before the training),
             `sink_mass` (mean over the blocks after it).
+        n_trainings: of which these are the means.
     """
 
     name: str
     log: pd.DataFrame
     inspections: pd.DataFrame
+    n_trainings: int = 1
 
     @property
     def ends(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -95,7 +97,8 @@ def average_histories(histories: Sequence[TrainingHistory]) -> list[TrainingHist
         inspections = _mean([history.inspections for history in same], ["step", "masked"], _INSPECTED, name)
         by_step = pd.concat([history.inspections for history in same]).groupby(["step", "masked"])
         layers = by_step["me_layer"].first().where(by_step["me_layer"].nunique(dropna=False) == 1)
-        averages.append(TrainingHistory(name, log, inspections.assign(me_layer=layers.astype("Int64").array)))
+        inspections = inspections.assign(me_layer=layers.astype("Int64").array)
+        averages.append(TrainingHistory(name, log, inspections, len(same)))
     return averages
 
 
@@ -157,5 +160,13 @@ def _points(table: pd.DataFrame, name: str) -> pd.DataFrame:
 
 
 def _observed(histories: Sequence[TrainingHistory], sentences: Sequence[str]) -> str:
-    named = [f"{own.name}: {text}" if own.name else text for own, text in zip(histories, sentences, strict=True)]
-    return " ".join(text if text.endswith(".") else f"{text}." for text in named)
+    """Say of each history what it is a mean of; one or two trainings side by side do not tell what others would do."""
+    said = []
+    for own, sentence in zip(histories, sentences, strict=True):
+        mean = f" (mean of {own.n_trainings} trainings)" if own.n_trainings > 1 else ""
+        text = f"{own.name}{mean}: {sentence}" if own.name else sentence
+        said.append(text if text.endswith(".") else f"{text}.")
+    fewest = min(own.n_trainings for own in histories)
+    if len(histories) > 1 and fewest < 3:
+        said.append(f"Curves of {'one training' if fewest == 1 else 'two trainings'} also differ by chance.")
+    return " ".join(said)
