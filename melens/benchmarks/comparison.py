@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -19,21 +20,30 @@ from typing import Any, Literal
 import pandas as pd
 from pydantic import Field
 
+from melens.analysis.statistics import with_interval
 from melens.analysis.study import Study
 from melens.benchmarks.catalog import Benchmark, benchmarks_of
 from melens.benchmarks.evaluation import Evaluator, MaskConfiguration
 from melens.benchmarks.language import LanguageData
 from melens.benchmarks.options import BenchmarkOptions
-from melens.benchmarks.scores import best_rates, count_verdicts, summarise
-from melens.benchmarks.tables import Layout, lay_out
-from melens.claims.engine import Claim, Judgement, Verdict
+from melens.benchmarks.scores import (
+    ALPHA,
+    FEW_ITEMS,
+    FEW_TRAININGS,
+    LEAST_TRAININGS,
+    best_rates,
+    count_verdicts,
+    summarise,
+)  # fmt: skip
+from melens.benchmarks.tables import Layout, lay_out, trainings_in_words
+from melens.claims.engine import Claim, Former, Judgement, Verdict
 from melens.data.chat import Chat
 from melens.figures.scores import score_differences, score_table
 from melens.report.result import Figure, Metrics, Result
 
 __all__ = [
-    "CLAIMS", "UNMASKED", "BenchmarkMetrics", "ScoreMetrics", "benchmark", "describe_requests", "judge_comparisons",
-    "score_figures", "score_findings",
+    "CLAIMS", "UNMASKED", "BenchmarkMetrics", "ScoreMetrics", "benchmark", "counted", "describe_requests",
+    "judge_comparisons", "judged_before", "score_figures", "score_findings",
 ]  # fmt: skip
 
 UNMASKED = "no mask"
@@ -48,8 +58,11 @@ class ScoreMetrics(Metrics):
         left_out: benchmarks of that table whose data only the hub has.
         thinking: whether the model was to think, in words.
         n_unfinished: replies that end inside a thought.
-        compared: how many scores were compared (`all`), `better` and `worse`; of `benchmark` by the mask's choice of
-            dims, of `training_table` by the kind of row or pair.
+        compared: what `count_verdicts` gives: how many comparisons were tested (`all`), `better` and `worse`; of how
+            many benchmarks (`tasks`); and how many had `too few trainings` or `too few items`. Of `benchmark` by the
+            mask's choice of dims, of `training_table` by the kind of row or pair.
+        compared_before: the same by the rule until 2026-11-26, which took all differences for tested.
+        reach: by the same groups, how far the 95% intervals of the tested differences reach to either side (median).
     """
 
     table: int | None = None
@@ -57,6 +70,8 @@ class ScoreMetrics(Metrics):
     thinking: str | None = None
     n_unfinished: int = 0
     compared: dict[str, dict[str, int]] = Field(default_factory=dict)
+    compared_before: dict[str, dict[str, int]] = Field(default_factory=dict)
+    reach: dict[str, float] = Field(default_factory=dict)
 
 
 class BenchmarkMetrics(ScoreMetrics):
@@ -132,7 +147,7 @@ def benchmark(
             task: {each.label: each.mask.to_dict() for each in own if each.mask is not None}
             for task, own in configurations.items()
         },
-        compared=count_verdicts(scores.merge(rates, on="mask"), "select"),
+        **counted(scores.merge(rates, on="mask"), "select"),
     )
     names = ("benchmark_table", "benchmark_differences")
     expected = "WeMask improves the scores; random and magnitude masks harm them."
@@ -145,6 +160,17 @@ def benchmark(
         findings=score_findings(scores, layout, metrics, _best_in_words(best)),
         documents={"table.md": layout.markdown(), "table.tex": layout.latex()},
     )
+
+
+def counted(scores: pd.DataFrame, by: str) -> dict[str, Any]:
+    """Count the verdicts on compared scores by a column, as fields of `ScoreMetrics`."""
+    tested = scores[scores["shown"] & scores["verdict"].isin(["better", "worse", "no difference shown"])]
+    reach = (tested["difference_high"] - tested["difference_low"]) / 2
+    return {
+        "compared": count_verdicts(scores, by),
+        "compared_before": count_verdicts(scores, by, "former_verdict"),
+        "reach": {str(group): float(own) for group, own in reach.groupby(tested[by], sort=False).median().items()},
+    }
 
 
 def describe_requests(
@@ -177,9 +203,9 @@ def score_figures(
     """Draw scores as a table, and their differences where some were compared; `names` are those of both figures."""
     table = score_table(layout.columns, layout.rows, layout.cells, layout.best, title=title)
     figures = {names[0]: Figure(table, source, expected, f"{layout.observed} {layout.caption}".lstrip())}
-    if layout.n_compared:
-        compared = scores[scores["shown"] & scores["p_corrected"].notna()]
-        note = f"Filled: shown ({layout.criterion}); hollow: no difference shown."
+    compared = scores[scores["shown"] & scores["difference"].notna()]
+    if len(compared):
+        note = f"Filled: shown ({layout.criterion}); hollow: no difference shown, or none that could be."
         plot = score_differences(compared, title=f"Differences to {layout.reference}: {layout.model}", note=note)
         figures[names[1]] = Figure(plot, source, expected, layout.observed)
     return figures
@@ -189,19 +215,20 @@ def score_findings(
     scores: pd.DataFrame, layout: Layout, metrics: ScoreMetrics, more: Sequence[tuple[str, ...]]
 ) -> list[tuple[str, ...]]:
     """Say each score and its difference, how many differences are shown, `more`, and what was left out."""
-    rows: list[tuple[str, ...]] = [("", "score", f"difference to {layout.reference}, on the same items")]
+    heading = "score (95% interval over items)", f"difference to {layout.reference}, on the same items"
+    rows: list[tuple[str, ...]] = [("", *heading)]
     for row in scores[scores["shown"]].to_dict("records"):
-        score = f"{row['mean']:.3f} ({row['low']:.3f} to {row['high']:.3f}; n={row['n']})"
+        score = _with_n(row["mean"], (row["low"], row["high"]), row["n"], ".3f")
         if row["n_seeds"] > 1:
             score += f", sd of {row['n_seeds']} seeds {row['sd']:.3f}"
         if row["n_unfinished"]:
             score += f"; {row['n_unfinished']} of {row['n_replies']} replies end inside a thought: no answer"
         difference = ""
         if row["verdict"]:
-            interval = f"{row['difference_low']:+.3f} to {row['difference_high']:+.3f}"
-            difference = f"{row['difference']:+.3f} ({interval}), p={row['p_corrected']:.2g}: {row['verdict']}"
+            interval = (row["difference_low"], row["difference_high"])
+            difference = f"{with_interval(row['difference'], interval, '+.3f')}{_p_in_words(row)}"
         rows.append((f"{row['task']}, {row['metric']}: {row['mask']}", score, difference))
-    if layout.n_compared:
+    if layout.observed:
         rows.append(("in all", layout.observed, ""))
     rows += more
     if metrics.thinking is not None:
@@ -211,14 +238,30 @@ def score_findings(
     return rows
 
 
+def _p_in_words(row: Mapping[Any, Any]) -> str:
+    """Say the p-value and the verdict, or why there is none."""
+    if row["verdict"] == FEW_TRAININGS:
+        return f": no verdict from {trainings_in_words(row['n_trainings'])}, of {LEAST_TRAININGS} that it takes"
+    p = "" if math.isnan(row["p_corrected"]) else f", p={row['p_corrected']:.2g}"
+    if row["verdict"] == FEW_ITEMS:
+        return f"{p}: no verdict, as {row['n']} items give no p below {ALPHA} here"
+    return f"{p}: {row['verdict']}"
+
+
+def _with_n(value: float, interval: tuple[float, float], n: int, form: str) -> str:
+    """Write a mean with its interval and how many values it is of, which may be too few for an interval."""
+    low, high = interval
+    return f"{value:{form}} ({'' if math.isnan(low) else f'{low:{form}} to {high:{form}}; '}n={n})"
+
+
 def _best_in_words(best: pd.DataFrame) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for (task, metric, family), of_family in best.groupby(["task", "metric", "family"], sort=False):
         held_out, same = of_family.sort_values("selection").to_dict("records")
+        interval = (held_out["low"], held_out["high"])
         difference = (
-            f"{held_out['difference']:+.3f} ({held_out['low']:+.3f} to {held_out['high']:+.3f}; n={held_out['n']}). On "
-            f"the same items the choice would be rate {same['rate']:g} with {same['difference']:+.3f}, which is biased "
-            "by the choice."
+            f"{_with_n(held_out['difference'], interval, held_out['n'], '+.3f')}. On the same items the choice would "
+            f"be rate {same['rate']:g} with {same['difference']:+.3f}, which is biased by the choice."
         )
         chosen = f"rate {held_out['rate']:g}, chosen on one half of the items and scored on the other"
         rows.append((f"{task}, {metric}: best rate of {family}", chosen, difference))
@@ -228,19 +271,66 @@ def _best_in_words(best: pd.DataFrame) -> list[tuple[str, ...]]:
 # --- Claims -----------------------------------------------------------------------------------------------------------
 
 
+_CRITERION_BEFORE = "> 0.5, and worse in none; in part: better in more than worse"
+_WORSE_BEFORE = "> 0.5, and better in none; in part: worse in more than better"
+
+LEAST_TASKS = 3
+"""What is seen in one or two benchmarks holds in part, as what was measured once or twice does elsewhere."""
+
+
 def judge_comparisons(metrics: ScoreMetrics, *groups: str, claimed: Literal["better", "worse"] = "better") -> Judgement:
     """Judge whether most comparisons turn out as claimed and none the other way, of groups of `metrics.compared`."""
+    counts = _sum(metrics.compared, groups)
+    untested = [f"{counts[why]} have {why}" for why in (FEW_TRAININGS, FEW_ITEMS) if counts[why]]
+    if not counts["all"]:
+        note = f"No comparison was tested: {', '.join(untested)}." if untested else "There was no such comparison."
+        return Judgement("not measured", note=note)
+    value, verdict = _most(counts, claimed)
+    notes = [_counts_in_words(counts)]
+    n_tasks = max(metrics.compared.get(group, {}).get("tasks", 0) for group in groups)
+    if n_tasks < LEAST_TASKS:
+        verdict = "holds in part" if verdict == "holds" else verdict
+        notes.append(f"They are of {n_tasks} of the {LEAST_TASKS} benchmarks that it takes.")
+    if untested:
+        notes.append(f"Not tested: {', '.join(untested)}.")
+    reach = [metrics.reach[group] for group in groups if group in metrics.reach]
+    if verdict == "does not hold" and not counts["better"] + counts["worse"] and reach:
+        notes.append(f"Their intervals reach {max(reach):.3g} to either side: less would not be seen.")
+    return Judgement(verdict, value, None, " ".join(notes))
+
+
+def judged_before(
+    *groups: str, claimed: Literal["better", "worse"] = "better", criterion: str = _CRITERION_BEFORE
+) -> Former[Any]:
+    """Return how such a claim was judged until 2026-11-26: over items alone, from one training and one benchmark on."""
+
+    def of_before(metrics: ScoreMetrics) -> Judgement:
+        counts = _sum(metrics.compared_before, groups)
+        if not counts["all"]:
+            return Judgement("not measured", note="There was no such comparison.")
+        value, verdict = _most(counts, claimed)
+        return Judgement(verdict, value, None, _counts_in_words(counts))
+
+    return Former(criterion, "2026-11-23 9e53f2d", of_before)
+
+
+def _sum(compared: Mapping[str, Mapping[str, int]], groups: Sequence[str]) -> Counter[str]:
     counts: Counter[str] = Counter()
     for group in groups:
-        counts.update(metrics.compared.get(group, {}))
-    if not counts["all"]:
-        return Judgement("not measured", note="There was no such comparison.")
+        counts.update(compared.get(group, {}))
+    return counts
+
+
+def _most(counts: Counter[str], claimed: Literal["better", "worse"]) -> tuple[float, Verdict]:
     value, other = counts[claimed] / counts["all"], "worse" if claimed == "better" else "better"
-    verdict: Verdict = "does not hold"
-    if counts[claimed] > counts[other]:
-        verdict = "holds" if value > 0.5 and not counts[other] else "holds in part"
-    none = counts["all"] - counts[claimed] - counts[other]
-    return Judgement(verdict, value, None, f"{counts[claimed]} {claimed}, {counts[other]} {other}, {none} not shown.")
+    if counts[claimed] <= counts[other]:
+        return value, "does not hold"
+    return value, "holds" if value > 0.5 and not counts[other] else "holds in part"
+
+
+def _counts_in_words(counts: Counter[str]) -> str:
+    none = counts["all"] - counts["better"] - counts["worse"]
+    return f"{counts['better']} better, {counts['worse']} worse, {none} not shown."
 
 
 CLAIMS = (
@@ -249,17 +339,23 @@ CLAIMS = (
         source="section 5, tables 1, 2, 5, 6 and 7", figure="benchmark_differences", metrics=BenchmarkMetrics,
         claim="Weight-guided masks improve the scores of benchmarks",
         statistic="share of the comparisons with the unmasked model in which a weight-guided mask is shown better",
-        criterion="> 0.5, and worse in none; in part: better in more than worse",
-        why="most is the least that 'consistently' can mean; shown is p < 0.05 after correction",
+        criterion="> 0.5, worse in none, of at least three benchmarks; in part: better in more than worse",
+        why="most is the least that 'consistently' can mean, and one or two benchmarks show it of those alone; shown "
+        "is p < 0.05 over items after correction, as there is one model and no training; what so few items cannot show "
+        "does not count",
         judge=lambda metrics: judge_comparisons(metrics, "weight"),
+        fixed="2026-11-26", former=judged_before("weight"),
     ),
     Claim(
         id="scores-others-worse", source="appendix E, table 5", figure="benchmark_differences",
         metrics=BenchmarkMetrics, claim="Random and magnitude masks degrade the scores of benchmarks",
         statistic="share of the comparisons with the unmasked model in which a random or magnitude mask is shown to be "
         "worse",
-        criterion="> 0.5, and better in none; in part: worse in more than better", why="as for the claim before",
+        criterion="> 0.5, better in none, of at least three benchmarks; in part: worse in more than better",
+        why="as for the claim before",
         judge=lambda metrics: judge_comparisons(metrics, "random", "magnitude", claimed="worse"),
+        fixed="2026-11-26",
+        former=judged_before("random", "magnitude", claimed="worse", criterion=_WORSE_BEFORE),
     ),
 )  # fmt: skip
 """What the paper says of masks on benchmarks."""

@@ -3,6 +3,9 @@
 `summarise` compares every mask with the unmasked model on the same items, `correct` corrects the p-values of all
 comparisons together and gives each a verdict, and `best_rates` chooses the best rate on one half of the items and
 scores it on the other.
+
+Masks on one model are compared over items alone: what is shown is shown of that model. Where models were trained, their
+trainings are sampled as well, and it takes three of them: of two that differ by chance, many items show a difference.
 """
 
 from __future__ import annotations
@@ -14,13 +17,32 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from melens.analysis.statistics import holm, mcnemar_p, mean_interval, paired_permutation_p
+from melens.analysis.statistics import (
+    holm,
+    least_paired_p,
+    mcnemar_p,
+    mean_interval,
+    paired_permutation_p,
+    share_interval,
+    two_way_interval,
+    two_way_p,
+)  # fmt: skip
+from melens.benchmarks.former_rule import former_verdicts, two_way_bootstrap
 from melens.errors import MelensError
 
-__all__ = ["ALPHA", "best_rates", "check_scores", "correct", "count_verdicts", "summarise"]
+__all__ = [
+    "ALPHA", "FEW_ITEMS", "FEW_TRAININGS", "LEAST_TRAININGS", "best_rates", "check_scores", "correct", "count_verdicts",
+    "summarise",
+]  # fmt: skip
 
 ALPHA = 0.05
 """A difference is shown where its corrected p-value is below this."""
+
+LEAST_TRAININGS = 3
+"""So many trainings of each row tell what others would give; `two_way_p` is sized for that."""
+
+FEW_TRAININGS, FEW_ITEMS = "too few trainings", "too few items"
+"""Verdicts on differences that could not be shown whatever their size."""
 
 
 def check_scores(names: Iterable[str], scores: Iterable[float], what: str) -> None:
@@ -44,23 +66,27 @@ def summarise(items: pd.DataFrame, unmasked: str) -> pd.DataFrame:
     """Average the items of each benchmark, metric and mask, and compare them with those of the unmasked model.
 
     Args:
-        items: a row for each item, with `task`, `mask`, `seed` and the columns of `harness.COLUMNS`. Where several
-            trainings are compared, `training` is the seed of each; a mask with one training, or with none, is compared
-            with every training of another.
+        items: a row for each item, with `task`, `mask`, `seed` and the columns of `harness.COLUMNS`. Where trainings
+            are compared, `training` is the seed of each; a mask with one training is compared with every training of
+            another, as is right for the model before any training alone.
         unmasked: name of the unmasked model among the masks.
 
     Returns:
-        A row for each `task`, `metric` and `mask`: `n` items, `n_seeds` (of samples and trainings), `mean`, its
-        bootstrap interval over items `low` to `high`, `sd` of the seeds' means (NaN with one seed), `chance`,
-        `higher_is_better`, `shown`, `n_replies`, and `n_unfinished` replies that end inside a thought. Where the
-        unmasked model was scored on the same items also `difference` with its interval `difference_low` to
-        `difference_high` (over items; over trainings too where `n_trainings` > 1), `p` (exact McNemar for right or
-        wrong answers of one seed, else a paired permutation test over items), `p_corrected` (Holm, over all differences
-        of shown metrics) and `verdict`.
+        A row for each `task`, `metric` and `mask`: `n` items, `n_seeds` (of samples and trainings), `n_trainings`
+        (compared, or its own; 0 without the column `training`), `mean`, its interval over items `low` to `high` (exact
+        for right or wrong answers), `sd` of the seeds' means (NaN with one seed), `chance`, `higher_is_better`,
+        `shown`, `n_replies`, and `n_unfinished` replies that end inside a thought. Where the unmasked model was scored
+        on the same items also `difference` with its interval `difference_low` to `difference_high`, `p`, and `least_p`,
+        which so many items can give at least. Of one model these are over items (exact McNemar for right or wrong
+        answers of one seed, else a paired permutation test); of trainings over items and trainings (`two_way_p`), with
+        no interval and no p for fewer than three. Of all comparisons together come `p_corrected` (Holm, over all
+        tested differences of shown metrics) and `verdict`. `p_items` (over items, whatever the trainings),
+        `former_low`, `former_high` and `former_verdict` are the rule's until 2026-11-26.
 
     Raises:
         MelensError: an item's value is NaN or infinite, or some seeds or trainings of a mask lack an item.
     """
+    has_trainings = "training" in items
     defaults = {"training": 0, "unfinished": False}
     items = items.assign(**{name: value for name, value in defaults.items() if name not in items})
     _check_items(items)
@@ -70,17 +96,24 @@ def summarise(items: pd.DataFrame, unmasked: str) -> pd.DataFrame:
         by_mask = {mask: _by_item(of_mask, ["training", "seed"]) for mask, of_mask in own.items()}
         for mask, values in by_mask.items():
             per_item = values.mean(axis=1)
-            low, high = mean_interval(per_item.to_numpy())
+            interval = share_interval if np.isin(values, (0.0, 1.0)).all() else mean_interval
+            low, high = interval(per_item.to_numpy())
             row = {"task": task, "metric": metric, "mask": mask, "n": len(per_item), "n_seeds": values.shape[1]}
+            row["n_trainings"] = own[mask]["training"].nunique() if has_trainings else 0
             row |= {"mean": float(per_item.mean()), "low": low, "high": high, "sd": float(values.mean().std())}
             row["chance"] = float(of_metric["chance"].mean(skipna=False))  # NaN where items have no choices
             row |= {name: bool(of_metric[name].iloc[0]) for name in ("higher_is_better", "shown")}
-            row |= {"n_replies": len(own[mask]), "n_unfinished": int(own[mask]["unfinished"].sum()), "n_trainings": 1}
-            row |= dict.fromkeys(["difference", "difference_low", "difference_high", "p"], float("nan"))
+            row |= {"n_replies": len(own[mask]), "n_unfinished": int(own[mask]["unfinished"].sum())}
+            row |= dict.fromkeys(_COMPARED, float("nan"))
             if mask != unmasked and unmasked in by_mask:
-                row |= _difference(by_mask[unmasked], values)
+                row |= _difference(by_mask[unmasked], values, has_trainings)
             rows.append(row)
     return correct(pd.DataFrame(rows))
+
+
+_COMPARED = (
+    "difference", "difference_low", "difference_high", "p", "least_p", "p_items", "former_low", "former_high",
+)  # fmt: skip
 
 
 def _check_items(items: pd.DataFrame) -> None:
@@ -101,45 +134,70 @@ def _by_item(items: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
 
 
 def correct(scores: pd.DataFrame) -> pd.DataFrame:
-    """Correct the p-values by Holm's method, over all differences of shown metrics, and give each a verdict."""
-    scores = scores.assign(p_corrected=holm(scores["p"].where(scores["shown"]).to_numpy()))
-    return scores.assign(verdict=[_verdict(row) for row in scores.to_dict("records")])
+    """Correct the p-values by Holm's method, over all tested differences of shown metrics, and give each a verdict.
+
+    A difference whose corrected p-value could not be below `ALPHA`, had all of its items differed the same way, has the
+    verdict `FEW_ITEMS` and counts among the corrected ones; one of fewer than three trainings has `FEW_TRAININGS`.
+    """
+    corrected, least = (holm(scores[name].where(scores["shown"]).to_numpy()) for name in ("p", "least_p"))
+    scores = scores.assign(p_corrected=corrected)
+    verdicts = [_verdict(row, of_least) for row, of_least in zip(scores.to_dict("records"), least, strict=True)]
+    return scores.assign(verdict=verdicts, former_verdict=former_verdicts(scores, ALPHA))
 
 
-def _difference(unmasked: pd.DataFrame, masked: pd.DataFrame) -> dict[str, Any]:
+def _difference(unmasked: pd.DataFrame, masked: pd.DataFrame, has_trainings: bool) -> dict[str, Any]:
     items = unmasked.index.intersection(masked.index, sort=False)
     before, after = (
         values.loc[items].T.groupby(level="training").mean().T.to_numpy() for values in (unmasked, masked)
     )  # [item, training]; a single training of one side is broadcast over the other's
     differences = after - before
-    low, high = mean_interval(differences)
-    per_item = differences.mean(axis=1)
+    per_item, n_trainings = differences.mean(axis=1), differences.shape[1]
     is_right_or_wrong = np.isin(before, (0.0, 1.0)).all() and np.isin(after, (0.0, 1.0)).all()
     if is_right_or_wrong and unmasked.shape[1] == masked.shape[1] == 1:
-        p = mcnemar_p(int((per_item > 0).sum()), int((per_item < 0).sum()))
+        p_items = mcnemar_p(int((per_item > 0).sum()), int((per_item < 0).sum()))
     else:
-        p = paired_permutation_p(per_item)
-    n, mean = differences.shape[1], float(per_item.mean())
-    return {"n_trainings": n, "difference": mean, "difference_low": low, "difference_high": high, "p": p}
+        p_items = paired_permutation_p(per_item)
+    found: dict[str, Any] = {"difference": float(per_item.mean()), "p_items": p_items}
+    if not has_trainings:
+        low, high = mean_interval(per_item)
+        found |= {"p": p_items, "least_p": least_paired_p(len(items))}
+    else:
+        low, high = two_way_interval(differences)
+        found |= {"n_trainings": n_trainings, "p": two_way_p(differences)}
+        if n_trainings >= LEAST_TRAININGS:
+            found["least_p"] = least_paired_p(len(items))
+    if n_trainings > 1:
+        found["former_low"], found["former_high"] = two_way_bootstrap(differences)
+    return found | {"difference_low": low, "difference_high": high}
 
 
-def _verdict(row: Any) -> str:
-    """Judge a difference; with several trainings its interval over items and trainings must exclude 0 as well."""
-    if np.isnan(row["p_corrected"]):
+def _verdict(row: Any, least_corrected: float) -> str:
+    if not row["shown"] or np.isnan(row["difference"]):
         return ""
-    may_be_none = row["n_trainings"] > 1 and row["difference_low"] <= 0 <= row["difference_high"]
-    if row["p_corrected"] >= ALPHA or may_be_none:
+    if 0 < row["n_trainings"] < LEAST_TRAININGS:
+        return FEW_TRAININGS
+    if np.isnan(row["p_corrected"]) or least_corrected >= ALPHA:
+        return FEW_ITEMS
+    if row["p_corrected"] >= ALPHA:
         return "no difference shown"
     return "better" if (row["difference"] > 0) == row["higher_is_better"] else "worse"
 
 
-def count_verdicts(scores: pd.DataFrame, by: str) -> dict[str, dict[str, int]]:
-    """Count the compared scores (`all`) and those `better` and `worse`, for each value of a column."""
-    compared = scores[scores["shown"] & scores["p_corrected"].notna()]
-    return {
-        str(group): {"all": len(own)} | {name: int((own["verdict"] == name).sum()) for name in ("better", "worse")}
-        for group, own in compared.groupby(by, sort=False)
-    }
+def count_verdicts(scores: pd.DataFrame, by: str, verdict: str = "verdict") -> dict[str, dict[str, int]]:
+    """Count verdicts on differences of shown metrics, for each value of a column.
+
+    Returns:
+        `all`, those that were tested; of them `better`, `worse`, and the benchmarks (`tasks`) that they are of; and
+        those that were not tested, by `FEW_TRAININGS` and `FEW_ITEMS`.
+    """
+    compared = scores[scores["shown"] & (scores[verdict] != "")]
+    counts = {}
+    for group, own in compared.groupby(by, sort=False):
+        tested = own[~own[verdict].isin([FEW_TRAININGS, FEW_ITEMS])]
+        counts[str(group)] = {"all": len(tested), "tasks": tested["task"].nunique()} | {
+            name: int((own[verdict] == name).sum()) for name in ("better", "worse", FEW_TRAININGS, FEW_ITEMS)
+        }
+    return counts
 
 
 def best_rates(items: pd.DataFrame, rates: pd.DataFrame, unmasked: str, *, seed: int = 0) -> pd.DataFrame:

@@ -8,7 +8,11 @@ from typing import Any
 
 import pandas as pd
 
-__all__ = ["Layout", "lay_out"]
+from melens.benchmarks.scores import ALPHA, FEW_ITEMS, FEW_TRAININGS, LEAST_TRAININGS
+
+__all__ = ["Layout", "lay_out", "trainings_in_words"]
+
+_SHOWN = ("better", "worse")
 
 _METRICS = {
     "acc": "accuracy", "exact_match": "exact match", "loss": "nats a token", "word_perplexity": "nats a word",
@@ -27,7 +31,8 @@ class Layout:
         best: which of them is the best of its column.
         caption: what a cell shows, in sentences.
         model, reference: whose scores they are, and the row that the others are compared with.
-        n_compared, n_shown: differences to the reference, and those that are shown.
+        n_compared, n_shown: differences to the reference that were tested, and those that are shown.
+        untested: how many differences were not, and why, in a sentence.
         criterion: where a difference is shown, in words.
     """
 
@@ -40,14 +45,16 @@ class Layout:
     reference: str = ""
     n_compared: int = 0
     n_shown: int = 0
+    untested: str = ""
     criterion: str = ""
 
     @property
     def observed(self) -> str:
-        """How many differences are shown, in a sentence; empty without a comparison."""
+        """How many differences are shown and how many not tested, in sentences; empty without a comparison."""
         if not self.n_compared:
-            return ""
-        return f"{self.n_shown} of {self.n_compared} differences to {self.reference} are shown."
+            return self.untested
+        shown = f"{self.n_shown} of {self.n_compared} differences to {self.reference} are shown."
+        return f"{shown} {self.untested}".rstrip()
 
     def markdown(self) -> str:
         """Return the table in Markdown."""
@@ -119,28 +126,61 @@ def lay_out(scores: pd.DataFrame, model: str, note: str = "", reference: str = "
     best = [[is_best for _, is_best in row] for row in zip(*marked, strict=True)]
     n_seeds = int(shown["n_seeds"].max())
     spread = f"mean ± standard deviation over {n_seeds} seeds" if n_seeds > 1 else "mean over items"
-    n_compared, n_shown = int(shown["p"].notna().sum()), int(shown["verdict"].isin(["better", "worse"]).sum())
-    beyond = ", and a 95% interval over items and trainings without 0" if shown["n_trainings"].max() > 1 else ""
-    criterion = f"p < 0.05 after Holm's correction for {n_compared} comparisons{beyond}"
-    compared = thoughts = ""
+    tested = shown[shown["verdict"].isin([*_SHOWN, "no difference shown"])]
+    n_compared, n_shown = len(tested), int(tested["verdict"].isin(_SHOWN).sum())
+    criterion, compared, thoughts = _criterion(shown), "", ""
     if n_compared:
         compared = (
             f"; in brackets the difference to {reference} on the same items, with † where it is shown ({criterion}); "
             "without † no difference is shown"
         )
+    elif shown["difference"].notna().any():
+        compared = f"; in brackets the difference to {reference} on the same items, of which none could be tested"
+    untested = _untested(shown, reference)
     if n_unfinished := int(shown["n_unfinished"].sum()):
         thoughts = (
             f"{n_unfinished} replies end inside a thought and count as no answer: neither right, nor a refusal, nor "
             "compliance; benchmark.max_new_tokens gives them more room. "
         )
     bold = "Bold is the largest of a column, or the smallest where ↓."
-    caption = f"{model}: {spread}{compared}. {bold} {thoughts}{note}".strip()
-    return Layout(columns, masks, cells, best, caption, model, reference, n_compared, n_shown, criterion)
+    said = " ".join(filter(None, [f"{model}: {spread}{compared}.", untested, bold, f"{thoughts}{note}"])).strip()
+    return Layout(columns, masks, cells, best, said, model, reference, n_compared, n_shown, untested, criterion)
+
+
+def _criterion(shown: pd.DataFrame) -> str:
+    n_corrected, of_trainings = int(shown["p_corrected"].notna().sum()), shown["n_trainings"].max() > 0
+    sampled = "over items and trainings" if of_trainings else "over items, of this model alone"
+    return f"p < {ALPHA} {sampled}, after Holm's correction for {n_corrected} comparisons"
+
+
+def _untested(shown: pd.DataFrame, reference: str) -> str:
+    """Say which differences could not be shown, whatever their size."""
+    sentences = []
+    if n_few := int((shown["verdict"] == FEW_TRAININGS).sum()):
+        sentences.append(
+            f"{n_few} differences to {reference} have no verdict: fewer than {LEAST_TRAININGS} trainings tell nothing "
+            "of others. Give more seeds (training.seed)."
+        )
+    few = shown[shown["verdict"] == FEW_ITEMS]
+    if len(few):
+        sizes = ", ".join(f"{row.task} (n={row.n})" for row in few[["task", "n"]].drop_duplicates().itertuples())
+        sentences.append(
+            f"{len(few)} differences to {reference} have no verdict: so few items give no p below {ALPHA} in {sizes}, "
+            "as the least is 2 / 2^n before the correction."
+        )
+    return " ".join(sentences)
 
 
 def _cell(row: Mapping[Any, Any]) -> str:
     score = f"{row['mean']:.3f}" + (f" ± {row['sd']:.3f}" if row["n_seeds"] > 1 else "")
-    if pd.isna(row["difference"]):
-        return score
-    difference = f"{row['difference']:+.3f}".replace("-", "−")
-    return f"{score} ({difference}{'†' if row['verdict'] in ('better', 'worse') else ''})"
+    more = []
+    if not pd.isna(row["difference"]):
+        more.append(f"{row['difference']:+.3f}".replace("-", "−") + ("†" if row["verdict"] in _SHOWN else ""))
+    if 0 < row["n_trainings"] < LEAST_TRAININGS:
+        more.append(trainings_in_words(row["n_trainings"]))
+    return f"{score} ({', '.join(more)})" if more else score
+
+
+def trainings_in_words(n: int) -> str:
+    """Count trainings."""
+    return f"{n} training" if n == 1 else f"{n} trainings"

@@ -38,7 +38,8 @@ def score_table(
 def score_differences(scores: pd.DataFrame, *, title: str, note: str = "") -> go.Figure:
     """Draw the differences of masks to the unmasked model with their intervals, a panel a benchmark.
 
-    `scores` are the compared rows of `benchmarks.scores.summarise`; hollow marks are differences not shown.
+    `scores` are the compared rows of `benchmarks.scores.summarise`; hollow marks are differences that are not shown, or
+    were not tested.
     """
     panels = [own for _, own in scores.groupby(["task", "metric"], sort=False)]
     columns, rows = min(3, len(panels)), -(-len(panels) // 3)
@@ -49,14 +50,15 @@ def score_differences(scores: pd.DataFrame, *, title: str, note: str = "") -> go
     figure = make_subplots(rows, columns, shared_yaxes=True, subplot_titles=titles, **spacing)
     for index, own in enumerate(panels):
         at = {"row": index // columns + 1, "col": index % columns + 1}
-        symbols = ["circle-open" if verdict == "no difference shown" else "circle" for verdict in own["verdict"]]
+        symbols = ["circle" if verdict in ("better", "worse") else "circle-open" for verdict in own["verdict"]]
         higher = bool(own["higher_is_better"].iloc[0])
         middle, low, high = (own[name] for name in ("difference", "difference_low", "difference_high"))
         points = go.Scatter(x=middle, y=own["mask"], mode="markers", showlegend=False)
         points.error_x = style.whiskers(middle, low, high) | {"thickness": 1.5}
         points.marker = {"size": 9, "color": style.OTHERS, "symbol": symbols}
-        points.customdata = own[["p_corrected", "verdict", "n"]]
-        p_and_n = "p = %{customdata[0]:.2g}, n = %{customdata[2]}<br>%{customdata[1]}"
+        p = [f"p = {value:.2g}, " if value == value else "" for value in own["p_corrected"]]  # NaN of no test
+        points.customdata = np.stack([p, own["verdict"], own["n"]], axis=-1)
+        p_and_n = "%{customdata[0]}n = %{customdata[2]}<br>%{customdata[1]}"
         points.hovertemplate = f"%{{y}}: %{{x:+.3f}}<br>{p_and_n}<extra></extra>"
         figure.add_trace(points, **at)
         figure.add_vline(x=0, line={"color": "#888", "width": 1}, **at)

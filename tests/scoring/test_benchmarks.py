@@ -18,7 +18,7 @@ from melens.benchmarks.catalog import BENCHMARKS, benchmarks_of
 from melens.benchmarks.data import read_rows
 from melens.benchmarks.language import LanguageData, Needle, make_questions, score_questions
 from melens.benchmarks.refusals import count_by_label, count_judged, judged_refusals, judging_chat, refuses
-from melens.benchmarks.scores import best_rates, summarise
+from melens.benchmarks.scores import best_rates, count_verdicts, summarise
 from melens.benchmarks.scoring import Scorer, _Row
 from melens.benchmarks.tables import Layout, lay_out
 from melens.data.prompts import byte_tokenizer
@@ -428,16 +428,45 @@ def test_a_difference_between_trainings_must_be_more_than_they_differ_among_them
         ]
         return summarise(pd.concat(found), "none").set_index("mask").loc["masked"]
 
-    for gains in ((0.3, 0.1, -0.1), (0.2, 0.1, 0.1)):
+    # Of three trainings, t of 2 degrees is 4.30: 0.133 with an error of 0.033 is not beyond it, 0.19 with 0.0058 is.
+    for gains, verdict, former in (
+        ((0.3, 0.1, -0.1), "no difference shown", "no difference shown"),
+        ((0.2, 0.1, 0.1), "no difference shown", "better"),
+        ((0.2, 0.19, 0.18), "better", "better"),
+    ):
         row = masked_by(*gains)
         assert (row["difference"], row["n_trainings"], row["n_seeds"]) == (pytest.approx(np.mean(gains)), 3, 3)
-        assert row["p_corrected"] < 0.001  # over items, both are certain
-        assert (row["difference_low"], row["difference_high"]) == pytest.approx((min(gains), max(gains)))
-        assert row["verdict"] == ("better" if min(gains) > 0 else "no difference shown")
+        assert row["p_items"] < 0.001  # over items, all are certain
+        assert (row["former_low"], row["former_high"]) == pytest.approx((min(gains), max(gains)))
+        reach = 4.3027 * np.std(gains, ddof=1) / 3**0.5
+        low_high = (row["difference"] - reach, row["difference"] + reach)
+        assert (row["difference_low"], row["difference_high"]) == pytest.approx(low_high, abs=1e-4)
+        assert (row["verdict"], row["former_verdict"]) == (verdict, former)
     once = items_of({"none": [plain - 1]}).assign(training=0)
     several = [items_of({"masked": [plain + gain]}).assign(training=at) for at, gain in enumerate((0.1, 0.2))]
     of_one = summarise(pd.concat([once, *several]), "none").set_index("mask").loc["masked"]
     assert (of_one["difference"], of_one["n_trainings"]) == (pytest.approx(1.15), 2)
+    assert of_one["verdict"] == "too few trainings"
+
+
+@pytest.mark.parametrize(
+    ("n", "masks", "verdict"), [(5, 1, "too few items"), (6, 1, "better"), (6, 2, "too few items"), (7, 2, "better")]
+)
+def test_five_items_can_show_nothing_and_six_of_one_mask_can(n, masks, verdict):
+    """All turn out better: p is 2 / 2^n, times the number of masks."""
+    scores = summarise(items_of({"none": [[0] * n]} | {f"m{at}": [[1] * n] for at in range(masks)}), "none")
+    compared = scores[scores["mask"] != "none"]
+    assert compared["p_corrected"].tolist() == pytest.approx([masks * 2 / 2**n] * masks)
+    assert set(compared["verdict"]) == {verdict}
+    cells = lay_out(scores, "my_model").cells
+    assert ("†" in cells[1][0]) == (verdict == "better")
+    counts = count_verdicts(compared.assign(select="weight"), "select")["weight"]
+    assert (counts["all"], counts["too few items"]) == ((masks, 0) if verdict == "better" else (0, masks))
+
+
+def test_the_share_of_right_answers_has_an_exact_interval():
+    row = summarise(items_of({"none": [[1] * 36]}), "none").iloc[0]
+    assert (row["low"], row["high"]) == pytest.approx((0.025 ** (1 / 36), 1))
 
 
 def test_the_best_rate_is_chosen_on_other_items_than_it_is_scored_on():

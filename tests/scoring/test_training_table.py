@@ -13,6 +13,7 @@ from melens.benchmarks.language import LanguageData
 from melens.benchmarks.options import BenchmarkOptions
 from melens.benchmarks.training_table import ScoredSet, training_table
 from melens.data.chat import Chat
+from melens.errors import MelensError
 from melens.training.history import TrainingHistory
 
 N = 40
@@ -26,58 +27,116 @@ SHARES = {  # of right answers among 40, by row
 }
 
 
-def items():
+TASKS = ("piqa", "mathqa", "openbookqa")
+
+
+def items(n_trainings=3, tasks=TASKS):
     rows = [
-        {"mask": mask, "kind": kind, "rate": rate, "item": str(item), "value": float(item < share * N)}
+        {"mask": mask, "kind": kind, "rate": rate, "item": str(item), "value": float(item < share * N), "task": task}
+        | {"training": training}
         for (mask, kind, rate), share in SHARES.items()
+        for training in range(1 if kind == "base" else n_trainings)
+        for task in tasks
         for item in range(N)
     ]
-    same = {"task": "piqa", "metric": "acc", "seed": 0, "training": 0, "unfinished": False}
+    same = {"metric": "acc", "seed": 0, "unfinished": False}
     return pd.DataFrame(rows).assign(**same, chance=0.5, shown=True, higher_is_better=True)
 
 
+def table_of(found):
+    steps = {"step": [0, 2], "masked": False, "me_layer": 2, "magnification_there": 9.0, "sink_mass": 0.5}
+    history = TrainingHistory("SFT", pd.DataFrame({"step": [1, 2], "loss": [2.0, 1.0]}), pd.DataFrame(steps))
+    scored = ScoredSet("gsm8k", found, "SFT", "Zero-shot, log-likelihoods.", Chat(opened="<think>"))
+    n_trainings = found["training"].nunique()
+    return training_table(study_by_hand(2), 7, "sft", [scored], [history] * n_trainings, left_out=["mmlu"])
+
+
 def test_trainings_are_compared_row_by_row():
-    history = TrainingHistory(
-        "SFT",
-        pd.DataFrame({"step": [1, 2], "loss": [2.0, 1.0]}),
-        pd.DataFrame({"step": [0, 2], "masked": False, "me_layer": 2, "magnification_there": 9.0, "sink_mass": 0.5}),
-    )
-    scored = ScoredSet("gsm8k", items(), "SFT", "Zero-shot, log-likelihoods.", Chat(opened="<think>"))
-    result = training_table(study_by_hand(2), 7, "sft", [scored], [history], left_out=["mmlu"])
-    pairs = result.tables["table_pairs"].set_index(["kind", "reference"])["difference"]
+    result = table_of(items())
+    pairs = result.tables["table_pairs"].query("task == 'piqa'").set_index(["kind", "reference"])["difference"]
     assert pairs.to_dict() == {  # at the same rate alone, and with every gate
         ("training over inference", "TF 0.1"): pytest.approx(0.75 - 0.5),
         ("training over gates", "headwise"): pytest.approx(0.75 - 0.25),
     }
-    scores = result.tables["table_scores"].set_index("mask")
+    scores = result.tables["table_scores"].query("task == 'piqa'").set_index("mask")
     assert scores["difference"].drop("SFT").to_dict() == pytest.approx(
         {"base": -0.25, "TF 0.1": 0.25, "TF 0.3": -0.25, "WeMask 0.1": 0.5, "headwise": 0.0}
     )
     metrics = result.metrics
-    assert metrics.compared["inference"] == {"all": 2, "better": 1, "worse": 1}
-    assert metrics.compared["training"] == {"all": 1, "better": 1, "worse": 0}
-    assert metrics.compared["training over gates"] == {"all": 1, "better": 1, "worse": 0}
-    assert (metrics.n_compared, metrics.n_shown, metrics.left_out) == (5, 4, ["mmlu"])
+    told = {name: metrics.compared[name] for name in ("inference", "training", "training over gates")}
+    told = {name: (counts["all"], counts["better"], counts["worse"], counts["tasks"]) for name, counts in told.items()}
+    assert told == {"inference": (6, 3, 3, 3), "training": (3, 3, 0, 3), "training over gates": (3, 3, 0, 3)}
+    assert (metrics.n_compared, metrics.n_shown, metrics.left_out) == (15, 12, ["mmlu"])
     assert metrics.thinking == "on (the chat template opens a thought)"
     verdicts = result.claims.set_index("id")["verdict"]
     assert verdicts["training-over-none"] == "holds"
     assert verdicts["inference-over-none"] == "does not hold"
     assert {"table", "table_differences", "training_loss", "training_trace"} == set(result.figures)
+    assert "SFT (mean of 3 trainings): loss from 2 to 1." in result.figures["training_loss"].observed
+    assert "over items and trainings" in result.documents["table.md"]
+
+
+@pytest.mark.parametrize(("n_trainings", "said"), [(1, "1 training"), (2, "2 trainings")])
+def test_one_or_two_trainings_get_no_verdict_and_every_row_says_so(n_trainings, said):
+    result = table_of(items(n_trainings))
+    document = result.documents["table.md"]
+    rows = [line for line in document.splitlines() if line.startswith("| ") and "0." in line]
+    assert len(rows) == len(SHARES)
+    assert all(row.count(said) == len(TASKS) for row in rows)
+    assert "†" not in document
+    assert "15 differences to SFT without a mask have no verdict: fewer than 3 trainings" in document
+    assert (result.metrics.n_compared, result.metrics.n_shown) == (0, 0)
+    claims = result.claims.set_index("id")
+    assert set(claims["verdict"]) == {"not measured"}
+    assert claims.loc["training-over-none", "note"] == "No comparison was tested: 3 have too few trainings."
+    assert claims.loc["training-over-none", "former_verdict"] == "holds"  # over items alone
+    assert any(f"no verdict from {said}, of 3 that it takes" in row[-1] for row in result.findings)
+    assert not any("nan" in text for row in result.findings for text in row)
+    assert result.tables["table_scores"][["p", "difference_low", "difference_high"]].isna().all(axis=None)
+
+
+def test_a_row_trained_once_is_not_compared_with_one_trained_thrice():
+    found = items()
+    once = found[(found["kind"] != "training") | (found["training"] == 0)]
+    with pytest.raises(MelensError, match=r"the row 'WeMask 0.1' has the trainings \[0\], but 'SFT' has \[0, 1, 2\]"):
+        table_of(once)
+
+
+def test_what_one_benchmark_shows_holds_in_part():
+    claims = table_of(items(tasks=TASKS[:1])).claims.set_index("id").loc["training-over-none"]
+    assert (claims["verdict"], claims["former_verdict"]) == ("holds in part", "holds")
+    assert "They are of 1 of the 3 benchmarks that it takes." in claims["note"]
 
 
 @pytest.mark.parametrize(
-    ("better", "worse", "n", "verdict"),
-    [(4, 0, 7, "holds"), (2, 0, 4, "holds in part"), (4, 1, 7, "holds in part"), (1, 1, 2, "does not hold")],
+    ("better", "worse", "n", "tasks", "verdict"),
+    [
+        (4, 0, 7, 3, "holds"),
+        (4, 0, 7, 2, "holds in part"),
+        (2, 0, 4, 3, "holds in part"),
+        (4, 1, 7, 3, "holds in part"),
+        (1, 1, 2, 2, "does not hold"),
+    ],
 )
-def test_most_comparisons_are_more_than_half(better, worse, n, verdict):
-    metrics = ScoreMetrics(compared={"training": {"all": n, "better": better, "worse": worse}})
+def test_most_comparisons_are_more_than_half_of_at_least_three_benchmarks(better, worse, n, tasks, verdict):
+    metrics = ScoreMetrics(compared={"training": {"all": n, "better": better, "worse": worse, "tasks": tasks}})
     judged = judge_comparisons(metrics, "training")
     assert (judged.verdict, judged.value) == (verdict, pytest.approx(better / n))
 
 
+def test_where_nothing_is_shown_it_is_said_what_could_have_been():
+    counts = {"all": 4, "better": 0, "worse": 0, "tasks": 4, "too few items": 2}
+    judged = judge_comparisons(ScoreMetrics(compared={"training": counts}, reach={"training": 0.034}), "training")
+    assert judged.verdict == "does not hold"
+    assert judged.note == (
+        "0 better, 0 worse, 4 not shown. Not tested: 2 have too few items. Their intervals reach 0.034 to either side: "
+        "less would not be seen."
+    )
+
+
 def test_masks_are_compared_without_hydra():
     study = study_by_hand(2)
-    texts = torch.randint(1, 64, (4, 20), generator=torch.Generator().manual_seed(0))
+    texts = torch.randint(1, 64, (7, 20), generator=torch.Generator().manual_seed(0))
     mask = WeMask(0.5, start=3).on(study.model)
     configurations = [MaskConfiguration("no mask"), MaskConfiguration("paper", mask, "paper")]
     result = benchmark(study, {"perplexity": configurations, "copy": configurations}, data=LanguageData(texts))
@@ -88,6 +147,21 @@ def test_masks_are_compared_without_hydra():
     scores = result.tables["benchmark_scores"].query("task == 'perplexity'").set_index("mask")
     assert scores.loc["paper", "difference"] == pytest.approx((own["paper"] - own["no mask"]).mean())
     assert set(result.figures) == {"benchmark_table", "benchmark_differences"}
+
+
+def test_so_few_texts_say_that_they_show_nothing():
+    study, texts = study_by_hand(2), torch.randint(1, 64, (4, 20), generator=torch.Generator().manual_seed(0))
+    masks = [MaskConfiguration(f"rate {rate}", WeMask(rate, start=3).on(study.model), "paper") for rate in (0.25, 0.5)]
+    result = benchmark(study, {"perplexity": [MaskConfiguration("no mask"), *masks]}, data=LanguageData(texts))
+    told = {row[0]: row[1:] for row in result.findings}
+    assert "; n=" not in told["perplexity, loss: best rate of paper"][1]
+    assert "(n=2)" in told["perplexity, loss: best rate of paper"][1]
+    assert "no verdict, as 4 items give no p below 0.05 here" in told["perplexity, loss: rate 0.5"][1]
+    assert "so few items give no p below 0.05 in perplexity (n=4)" in told["in all"][0]
+    assert not any("nan" in text for texts in told.values() for text in texts)
+    weight = result.claims.set_index("id").loc["scores-weight-better"]
+    assert (weight["verdict"], weight["former_verdict"]) == ("not measured", "does not hold")
+    assert "benchmark_differences" in result.figures
 
 
 def test_a_caption_says_how_models_were_scored():
