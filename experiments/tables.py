@@ -45,6 +45,8 @@ def prepare(cfg: Options, folder: Path) -> TableRequest:
     Raises:
         MelensError: as `check_request` and `prepare_training`; a cache that cannot be written to.
     """
+    from experiments.runner.progress import log_line
+    from melens.benchmarks.scores import LEAST_TRAININGS
     from melens.errors import MelensError
     from melens.storage.cache import cache_folder
 
@@ -57,6 +59,11 @@ def prepare(cfg: Options, folder: Path) -> TableRequest:
             "folder."
         )
     request: TableRequest = cfg.requests["tables"]
+    if (n_seeds := len(request.seeds)) < LEAST_TRAININGS:
+        log_line(
+            f"The table will have no verdicts: they take {LEAST_TRAININGS} seeds, and training.seed gives {n_seeds}. "
+            "Give more, as training.seed=[0,1,2]; what is trained now is kept and counts among them."
+        )
     sets = []
     for own in request.sets:
         check_request(own.benchmarks, own.options)
