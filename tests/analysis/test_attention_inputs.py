@@ -80,7 +80,11 @@ def compared(monkeypatch):
                     vectors[f"{name} {layer}"] = of_tokens[:, None]
 
         def trace(model, tokens, probes, **options):
-            of_prompts = {name: vector[: len(tokens)] for name, vector in vectors.items()}
+            of_prompts = {name: vector[: len(tokens)].clone() for name, vector in vectors.items()}
+            for row, ids in enumerate(tokens):
+                if len(ids) <= attention_inputs.CONTROL:
+                    for vector in of_prompts.values():
+                        vector[row, :, 1] = float("nan")
             return melens.Trace({"n_layers": 7}, pd.DataFrame(), {}, of_prompts)
 
         monkeypatch.setattr(attention_inputs, "trace", trace)

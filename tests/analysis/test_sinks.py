@@ -120,6 +120,7 @@ NEVER = [0.1] * 7
         ([TEXTBOOK] * 8 + [LATE] * 9, "does not hold", 8 / 17),
         ([LATE] * 17, "does not hold", 0.0),
         ([EARLY] * 17, "does not hold", 0.0),
+        ([[0.05, 0.05, 0.5, 0.6, 0.6, 0.6, 0.6]] * 17, "does not hold", 0.0),  # in the ME layer itself
         ([NEVER] * 17, "does not hold", 0.0),
         ([CAME_AND_WENT] * 17, "holds in part", 0.0),
         ([CAME_AND_WENT] * 13 + [LATE] * 4, "does not hold", 0.0),  # 13 of 17 are 0.76
