@@ -157,7 +157,7 @@ CLAIMS = (
         id="exists", fixed="2026-11-22 a1bbeb3",
         source="section 1, figure 1", figure="top_dims", metrics=EmergenceMetrics,
         claim="Some token carries massive activations",
-        statistic="share of prompts with an entry |h| > 100 and > 1,000 × the median |h|",
+        statistic="share of states (one a first token) with an entry |h| > 100 and > 1,000 × the median |h|",
         criterion=">= 0.5", why="the criterion is Sun et al.'s (2024); a property of the model shows in most inputs",
         needs_me_layer=False, judge=_exists,
     ),

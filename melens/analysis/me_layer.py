@@ -39,8 +39,8 @@ class Criterion:
         min_abs, min_ratio: an entry of a hidden state is massive if |h| > `min_abs` and |h| > `min_ratio` × the median
             |h| of that hidden state (Sun et al. 2024).
         min_prompts: the share of prompts that must hold a massive activation for the model to have an ME layer.
-        trailing_blocks: the last blocks, left out of the peak norm since they make a second massive activation of
-            their own (appendix A).
+        trailing_blocks: the last blocks, left out of the peak norm since they erase the massive activation or make a
+            second one (appendix A).
         one_block: the ME layer alone brings at least this share of the peak norm.
         few_blocks: the norm climbs from 10% to 90% of its peak within at most this many blocks.
     """

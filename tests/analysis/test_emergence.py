@@ -33,6 +33,7 @@ def test_a_planted_massive_activation_is_found(family, block):
     assert me.positions == (position,)
     assert me.dims == (DIM,)
     assert (me.agreement, me.prompts_with) == (1, 1)
+    assert (me.per_prompt["first_is_massive"] == (position == 0)).all()
     assert me.kind == "one block"
     assert me.magnification > 100
     assert me.relative_magnification > 10
@@ -161,7 +162,7 @@ def test_the_rise_by_hand():
 
 
 def climb_by_hand():
-    """One prompt of five tokens: block 1 makes token 2 massive in dim 4, block 3 tokens 0, 2 and 3 in dims 4 and 6."""
+    """One prompt: block 1 makes token 2 massive in dim 4, block 3 tokens 0, 2 and 3, of which token 0 in dim 6 too."""
     token_norms = {pos: [1.0] * 8 for pos in range(5)}  # embedding, then seven blocks, of which two count apart
     token_norms |= {
         0: [1, 1, 200, 300, 90_000, 90_000, 9, 9],
@@ -175,7 +176,7 @@ def climb_by_hand():
             state = {"prompt": 0, "layer": layer, "site": "hook_resid_post", "pos": pos}
             norms.append(state | {"norm": norm})
             largest.append(state | {"dim": 4, "value": min(norm, 250.0)})
-            if layer >= 3:
+            if layer >= 3 and pos == 0:
                 largest.append(state | {"dim": 6, "value": -norm})
     medians = [{"prompt": 0, "layer": layer, "site": "hook_resid_post", "abs_median": 0.1} for layer in range(7)]
     return melens.Trace(
@@ -188,10 +189,11 @@ def climb_by_hand():
 def test_dims_and_positions_are_those_of_the_formed_state_and_not_of_the_first_block_of_a_climb():
     me = melens.find_me_layer(climb_by_hand())
     assert (me.layer, me.formed) == (1, 3)
-    assert me.dims == (6, 4)  # the prompt has both; dim 6 is the larger
+    assert me.dims == (6, 4)  # the prompt has both, dim 4 in three tokens; dim 6 is the larger
     assert me.positions == (0, 2, 3)
     assert me.magnification == 500  # of token 2, as table 8 has it
-    assert me.per_prompt[["pos", "formed", "formed_pos"]].to_numpy().tolist() == [[2, 3, 0]]
+    assert me.per_prompt[["pos", "formed", "formed_pos", "n_massive"]].to_numpy().tolist() == [[2, 3, 0, 3]]
+    assert me.per_prompt["first_is_massive"].tolist() == [True]
 
 
 @pytest.mark.parametrize(

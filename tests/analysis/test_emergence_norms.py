@@ -1,6 +1,7 @@
 """Figure 1 and table 8 of a study made by hand: norms of a few prompts, with every metric worked out on paper."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -8,6 +9,7 @@ import torch
 from handmade import emergence_by_hand, study_by_hand, table
 
 import melens
+from experiments.emergence import EXPERIMENTS
 from melens.analysis.emergence_norms import compare_models, model_in_words
 
 ME_LAYER = 2
@@ -222,6 +224,17 @@ def test_without_an_me_layer_it_says_so():
     assert dict(result.findings)["ME layer"] == "none: Made by hand."
     assert result.claims.set_index("id").verdict["exists"] == "does not hold"
     assert "ffn_last_blocks" not in result.metrics.plain()
+
+
+def test_where_the_paper_names_a_layer_it_is_said_from_what_it_may_count():
+    given, options = study(), {"name": "emergence", "log_scale": True, "top_dims": 2}
+    object.__setattr__(given, "cfg", SimpleNamespace(model=SimpleNamespace(paper_me_layer=7)))
+    (declared,) = EXPERIMENTS
+    found = declared.run(given, declared.options(**options))
+    assert found.tables["table8"]["paper_me_layer"].tolist() == [7]
+    assert dict(found.findings)["in the paper"].startswith("layer 7. The paper's numbers may count from 1")
+    given.cfg.model.paper_me_layer = None
+    assert "in the paper" not in dict(declared.run(given, declared.options(**options)).findings)
 
 
 def test_models_are_drawn_side_by_side(result):

@@ -3,6 +3,7 @@
 import pandas as pd
 import pytest
 import torch
+from handmade import study_by_hand
 from planted import VOCABULARY, bridge, gains_apart, plain_model, plant
 
 import melens
@@ -33,6 +34,12 @@ def test_a_study_says_where_the_massive_activation_is_born(study):
     assert f"block {BLOCK} of {study.n_layers}" in repr(study)
     assert study.massive_prompts == [0, 1, 2, 3]
     assert study.distinct_massive_prompts == [0]  # they share their first token, and with it its every state
+
+
+def test_the_massive_token_is_that_of_the_formed_state_and_not_that_which_is_massive_first():
+    study = study_by_hand(2, n_prompts=3)
+    study.me.per_prompt["pos"], study.me.per_prompt["formed_pos"] = [3, 3, 0], [0, 0, 3]
+    assert (study.position, study.massive_prompts) == (0, [0, 1])
 
 
 def test_what_a_study_has_traced_is_not_traced_again(study, monkeypatch):
