@@ -307,7 +307,7 @@ def _loss_figure(texts: _Texts, ran: dict[str, TextEffects], metrics: Consequenc
     rows = [(name, _rise(ran, name)) for name in ran if name != INTACT]
     bars = pd.DataFrame([(name, rise.mean(), *mean_interval(rise)) for name, rise in rows])
     bars.columns = pd.Index(["name", "mean", "low", "high"])
-    title = texts.study.title("What the loss costs", len(texts.prompts))
+    title = texts.study.title("What each change costs in loss", len(texts.prompts))
     note = f"Rise of the loss over the intact model's {metrics.loss:.2f}; whiskers: 95% intervals over texts."
     plot = difference_bars(bars, x_title="Δloss (nats a token)", title=title, note=note)
     expected = "Set to zero, the massive activations take the model down; set to their mean, nothing changes."

@@ -54,13 +54,15 @@ class Former(Generic[M]):
     """How a claim was judged before its threshold was changed: both verdicts are shown.
 
     Attributes:
-        criterion, fixed: what had to be satisfied, as it stood, and when that was fixed.
+        criterion, fixed: what had to be satisfied, word by word as it stood, and when that was fixed.
         judge: gives the verdict by it, from the same metrics.
+        statistic: what was measured then, where that was changed too.
     """
 
     criterion: str
     fixed: str
     judge: Callable[[M], Judgement]
+    statistic: str = ""
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,8 @@ def judge(results: Any) -> pd.DataFrame:
         former: tuple[str | None, str | None] = (None, None)
         if claim.former is not None and name in by_model:
             before = replace(claim, judge=claim.former.judge)
-            former = (f"{claim.former.criterion} ({claim.former.fixed})", _judge_one(before, by_model[name]).verdict)
+            earlier = f"{claim.former.statistic}: {claim.former.criterion}".removeprefix(": ")
+            former = (f"{earlier} ({claim.former.fixed})", _judge_one(before, by_model[name]).verdict)
         of_claim, interval = (getattr(claim, column) for column in _COLUMNS), one.interval or (None, None)
         rows.append((name, *of_claim, one.value, *interval, one.verdict, one.note, *former))
     return pd.DataFrame(rows, columns=["model", *_COLUMNS, *_JUDGED])

@@ -53,7 +53,7 @@ def panels_in_rows(
 def finish(figure: go.Figure, title: str, note: str = "", *, height: int, **layout: Any) -> go.Figure:
     """Return a figure with its title, a note in small below that, fonts, margins and whatever else of the layout."""
     text = f"{title}<br><sub>{note}</sub>" if note else title
-    heading = {"text": text, "x": 0.02, "y": 0.97, "yanchor": "top"}
+    heading = {"text": text, "x": 0.02, "y": 1, "yanchor": "top", "pad": {"t": 20}}
     return figure.update_layout(_LAYOUT).update_layout(title=heading, height=height, **layout)
 
 

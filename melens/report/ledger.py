@@ -22,7 +22,7 @@ import pandas as pd
 
 from melens.errors import MelensError
 from melens.figures.style import VERDICTS
-from melens.report.terminal import number_with_interval, verdicts_in_words
+from melens.report.terminal import former_verdict, number_with_interval, verdicts_in_words
 from melens.storage.files import write_text
 
 __all__ = ["KEPT", "claims_by_model", "claims_in_markdown", "readme_parts", "update_readme", "write_claims"]
@@ -120,8 +120,7 @@ def update_readme(folder: str | Path, root: str | Path = ".") -> None:
 
 def _row(claim: Mapping[Hashable, Any]) -> str:
     number = "" if pd.isna(claim["value"]) else f"**{number_with_interval(claim)}**: "
-    former = claim.get("former_verdict")
-    before = f"By the former threshold: {former}." if former not in (None, claim["verdict"]) else ""
+    before = "" if (former := former_verdict(claim)) is None else f"By the former threshold: {former}."
     fine = " ".join(filter(None, (f"Threshold: {claim['criterion']}.", claim["note"], before)))
     said = f"{claim['claim']} ({claim['source']})"
     measured = f"{number}{claim['statistic']}. {fine}"

@@ -17,7 +17,7 @@ from rich.text import Text
 from melens.analysis.statistics import with_interval
 from melens.figures.style import VERDICTS
 
-__all__ = ["number_with_interval", "show_claims", "show_findings", "show_paths", "verdicts_in_words"]
+__all__ = ["former_verdict", "number_with_interval", "show_claims", "show_findings", "show_paths", "verdicts_in_words"]
 
 
 def show_findings(title: str, findings: Sequence[tuple[str, ...]], console: Console) -> None:
@@ -36,15 +36,19 @@ def show_claims(claims: pd.DataFrame, console: Console) -> None:
     title = f"What the paper says, on this model: {verdicts_in_words(claims['verdict'])}"
     table = Table("the paper says", "measured here", "verdict", title=title, show_lines=True)
     for claim in claims.to_dict("records"):
-        said = f"{claim['claim']}\n[dim]{escape(claim['source'])}[/]"
-        number = f"[bold]{number_with_interval(claim)}[/]: " if not pd.isna(claim["value"]) else ""
-        fine = " ".join(filter(None, (f"Threshold: {claim['criterion']}.", claim["note"])))
-        measured = f"{number}{escape(claim['statistic'])}\n[dim]{escape(fine)}[/]"
+        number = "" if pd.isna(claim["value"]) else f"[bold]{number_with_interval(claim)}[/]: "
+        measured = f"{number}{escape(claim['statistic'])}" + f"\n[dim]{escape(claim['note'])}[/]" * bool(claim["note"])
         verdict = Text(claim["verdict"], VERDICTS[claim["verdict"]][2])
-        if claim["former_verdict"] not in (None, claim["verdict"]):
-            verdict.append(f"\nby the former threshold: {claim['former_verdict']}", "dim")
-        table.add_row(said, measured, verdict)
+        if (former := former_verdict(claim)) is not None:
+            verdict.append(f"\nformerly {former}", "dim")
+        table.add_row(escape(claim["claim"]), measured, verdict)
     console.print(table)
+
+
+def former_verdict(claim: Mapping[Hashable, Any]) -> str | None:
+    """Return what a claim comes to by its former threshold, where that is another verdict."""
+    former = claim.get("former_verdict")
+    return former if isinstance(former, str) and former != claim["verdict"] else None
 
 
 def verdicts_in_words(verdicts: Iterable[str]) -> str:
@@ -60,7 +64,8 @@ def show_paths(paths: Sequence[Path], console: Console) -> None:
 
 
 def number_with_interval(claim: Mapping[Hashable, Any]) -> str:
-    """Format a claim's value with its interval, as far as it has them."""
+    """Format a claim's value with its interval, as far as it has them: a cosine near 1 by what it lacks."""
     if pd.isna(claim["value"]):
         return "-"
-    return with_interval(claim["value"], None if pd.isna(claim["low"]) else (claim["low"], claim["high"]))
+    form = ".6g" if 0.999 < abs(claim["value"]) < 1 else ".3g"
+    return with_interval(claim["value"], None if pd.isna(claim["low"]) else (claim["low"], claim["high"]), form)
