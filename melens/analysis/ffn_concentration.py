@@ -353,7 +353,8 @@ CLAIMS = (
         "six of six to show",
         of_token_0=True, of_ffn=True, blocks_after=0, judge=_peak_together,
         former=Former(
-            "the means of all three peak there; in part 1 or 2", "2026-11-22 a1bbeb3", _mean_curves_peak_together
+            "3; in part 1 or 2", "2026-11-22 a1bbeb3", _mean_curves_peak_together,
+            statistic="how many of the three concentration differences peak at the ME layer, last two blocks apart",
         ),
     ),
     Claim(
@@ -366,6 +367,10 @@ CLAIMS = (
         why="a peak is a peak, but what makes token 0 smaller amplifies nothing, and what a norm behind it does is not "
         "the FFN's",
         of_token_0=True, of_ffn=True, blocks_after=0, judge=_amplifies_most,
-        former=Former("> 1, a norm behind the FFN counted as part of it", "2026-11-22 080be38", _writes_most),
+        former=Former(
+            "> 1", "2026-11-22 a1bbeb3", _writes_most,
+            statistic="‖FFN output‖ / ‖FFN input‖ at the ME layer over the largest at another block, last two apart; a "
+            "norm behind the FFN counted as part of it",
+        ),
     ),
 )  # fmt: skip

@@ -154,7 +154,8 @@ CLAIMS = (
         why="'to a similar extent' before is taken as less than twice either way, 'much larger' as more",
         of_token_0=True, of_ffn=True, judge=_stands_out_first,
         former=Former(
-            ">= 2 there and at no earlier block; in part: >= 2 there", "2026-11-22 a1bbeb3", _stood_out_first
+            ">= 2 there and at no earlier block; in part: >= 2 there", "2026-11-22 a1bbeb3", _stood_out_first,
+            statistic="WeightNorm of token 0 over the others' mean at the ME layer",
         ),
     ),
     Claim(
@@ -177,7 +178,8 @@ CLAIMS = (
         why="the paper calls it large at the ME layer, and most blocks have one over 0: its place among them says it",
         of_token_0=True, of_ffn=True, blocks_after=0, judge=_delta_frac,
         former=Former(
-            "ΔFrac > 0 and the largest up to there; in part: > 0", "2026-11-22 a1bbeb3", _delta_frac_up_to_there
+            "> 0 and the largest up to there; in part: > 0", "2026-11-22 a1bbeb3", _delta_frac_up_to_there,
+            statistic="ΔFrac at the ME layer, K = 1% of the width",
         ),
     ),
     Claim(
@@ -190,8 +192,9 @@ CLAIMS = (
         why="a negative sign alone is nothing of the ME layer's own: its place among the blocks is",
         of_token_0=True, of_ffn=True, blocks_after=0, judge=_delta_kl,
         former=Former(
-            "ΔKL < 0", "2026-11-22 b7ed470",
+            "< 0", "2026-11-22 a1bbeb3",
             lambda metrics: at_most(metrics.delta_kl, metrics.delta_kl_interval, -ANY, why_not=metrics.why_not),
+            statistic="ΔKL at the ME layer, nats",
         ),
     ),
     Claim(
