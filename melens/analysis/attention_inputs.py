@@ -339,6 +339,8 @@ def _query_is_the_same(m: AttentionInputsMetrics) -> Judgement:
     return replace(judged, note=f"{judged.note} {own}".strip())
 
 
+_NO_NORM = "The model has no norm before attention (ln1)."
+
 _SAME_INPUT = Claim(
     id="input-same",
     fixed="2026-11-26",
@@ -385,7 +387,9 @@ CLAIMS = (
         why="0.95 is an angle of 18 degrees, 0.8 one of 37",
         of_token_0=True,
         blocks_after=1,
-        judge=lambda m: at_least(m.norm_cosine, m.norm_cosine_interval, 0.95, partly=0.8, why_not=m.inputs_why_not),
+        judge=lambda m: at_least(
+            m.norm_cosine, m.norm_cosine_interval, 0.95, partly=0.8, why_not=m.inputs_why_not or _NO_NORM
+        ),
     ),
     Claim(
         id="norm-amplifies",
@@ -399,7 +403,7 @@ CLAIMS = (
         why="a gain alike in all dims gives 1, and one that takes the massive dim back less",
         of_token_0=True,
         blocks_after=1,
-        judge=lambda m: at_least(m.norm_odds, m.norm_odds_interval, 1.1, why_not=m.inputs_why_not),
+        judge=lambda m: at_least(m.norm_odds, m.norm_odds_interval, 1.1, why_not=m.inputs_why_not or _NO_NORM),
     ),
     _SAME_INPUT,
     replace(

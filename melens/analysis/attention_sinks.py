@@ -226,7 +226,7 @@ def _maps_figure(study: Study, map_tokens: int) -> Figure | None:
     labels = [f"{at}: {i}" if tokenizer is None else f"{at} {tokenizer.decode([i])!r}" for at, i in enumerate(ids)]
     note = f"Prompt {study.trace.prompts['id'][chosen]}, its first {len(tokens)} tokens. Choose a head in the list."
     plot = attention_maps(by_block, labels, title=study.title("Attention maps", 1), note=note)
-    expected = "The ME layer has no sink yet; in the next block one column takes it all."
+    expected = "A sink in the layer after the ME layer; the text sees one at the ME layer, 'layer 7', as well."
     return Figure(plot, "figure 7", expected, f"Mean attention on token 0: {', '.join(on_first)}.")
 
 
