@@ -73,13 +73,14 @@ class ByRatio:
         agreeing = [f"{row.agreeing} ({row.min_ratio:,g})" for row in self.layers.itertuples()]
         words += f" Of {self.layers['prompts'].iloc[0]} prompts it is that of {_listed(agreeing)}."
         judged = f"{self.verdicts['id'].nunique()} verdicts ({', '.join(self.verdicts['experiment'].unique())})"
-        changes = [
-            f"{row.id} to '{row.verdict}' ({row.min_ratio:,g})"
-            for row in self.verdicts[self.verdicts["changed"].astype(bool)].itertuples()
-        ]
-        if not changes:
+        ratios_of: dict[str, list[str]] = {}
+        for of_changed, own in self.verdicts[self.verdicts["changed"].astype(bool)].groupby("min_ratio"):
+            changes = [f"{row['id']} to '{row['verdict']}'" for row in own.to_dict("records")]
+            ratios_of.setdefault(", ".join(changes), []).append(f"{of_changed:,g}")
+        if not ratios_of:
             return f"{words} Of {judged} none changes."
-        return f"{words} Of {judged} these change: {', '.join(changes)}."
+        by_ratio = [f"for {_listed(ratios)} {changes}" for changes, ratios in ratios_of.items()]
+        return f"{words} Of {judged} these change: {'; '.join(by_ratio)}."
 
 
 def _listed(words: Sequence[str]) -> str:

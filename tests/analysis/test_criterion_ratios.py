@@ -45,7 +45,7 @@ def test_what_differs_is_judged_again_and_once(judged):
     assert by_ratio.in_words() == (
         "With massive meaning more than so many × the median, the ME layer is block 1 for 500 and 750, block 2 for "
         "1,000 and 2,000. Of 3 prompts it is that of 3 (500), 3 (750), 3 (1,000) and 3 (2,000). Of 2 verdicts "
-        "(emergence, ffn) these change: b to 'does not hold' (500), b to 'does not hold' (750)."
+        "(emergence, ffn) these change: for 500 and 750 b to 'does not hold'."
     )
 
 

@@ -155,6 +155,7 @@ def test_a_massive_activation_of_block_0_cannot_come_earlier():
     texts = massive_state._texts(study_of(model_with_sinks(DIM)), n_prompts=3, max_tokens=N_TOKENS)
     ran = {massive_state.INTACT: texts.runs.run()}
     assert texts.written_at == 0
+    assert replace(texts, formed=BLOCK + 2).removed_layers == [BLOCK, BLOCK + 1, BLOCK + 2]  # of a slow climb
     first = replace(texts, me_layer=0)
     assert first.written_at is None
     assert massive_state._written_earlier(first, ran) == {"earlier_why_not": "No block lies before the ME layer."}
