@@ -115,9 +115,10 @@ def _first_token(metrics: EmergenceMetrics) -> Judgement:
         return alone
     first = number(metrics.first_massive, "first_massive")
     verdict: Verdict = "holds in part" if first >= 0.5 else "does not hold"
-    note = (
-        f"In {first:.0%} the first token is massive; a prompt has up to {metrics.most_massive_tokens} massive tokens."
-    )
+    if alone.value == 1:
+        return replace(alone, verdict=verdict, note="It is so in all; 36 first tokens are needed to show it.")
+    most = metrics.most_massive_tokens
+    note = f"In {first:.0%} the first token is massive; a prompt has up to {most} massive tokens."
     return replace(alone, verdict=verdict, note=note)
 
 
@@ -131,7 +132,9 @@ def _second_massive(metrics: EmergenceMetrics) -> Judgement:
         return Judgement("not measured", note="No block lies between that which forms the state and the last two.")
     erased, over_others = number(metrics.erased, "erased"), number(metrics.second_over_others, "second_over_others")
     judged = at_least(metrics.second_norm, metrics.second_norm_interval, 0.1)
-    notes = [f"From block {metrics.second_from} to {metrics.second_layer} {erased:.0%} of the first one is erased."]
+    notes = [
+        f"After block {metrics.second_layer} {erased:.0%} of the first one is erased, from {metrics.second_from} on."
+    ]
     notes.append(f"The new part is {over_others:.2g} × as large as the other tokens.")
     is_in_last_two = metrics.n_layers is None or (metrics.second_from or 0) >= metrics.n_layers - 2
     if judged.verdict != "does not hold" and metrics.second_norm < erased:

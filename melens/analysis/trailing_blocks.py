@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -69,11 +70,11 @@ class LastBlocks:
     by_block: pd.DataFrame
 
     @property
-    def what(self) -> str:
-        """Which of the two it is."""
+    def what(self) -> Literal["erase the massive activation", "make a second one", "leave it as it is"]:
+        """What the blocks do."""
         if max(self.second, self.erased) < OFF_PLATEAU:
-            return "leave the massive activation as it is"
-        return "make a second massive activation" if self.second >= self.erased else "erase the massive activation"
+            return "leave it as it is"
+        return "make a second one" if self.second >= self.erased else "erase the massive activation"
 
     def in_words(self, n_layers: int, n_apart: int) -> str:
         """Say which of the two it is, and by what.
@@ -82,14 +83,17 @@ class LastBlocks:
             n_layers: of the model.
             n_apart: how many last blocks count apart elsewhere, `Criterion.trailing_blocks`.
         """
-        where = f"block {self.begin}" if self.begin == n_layers - 1 else f"blocks {self.begin} to {n_layers - 1}"
+        where, what = f"blocks {self.begin} to {n_layers - 1}", str(self.what)
+        if self.begin == n_layers - 1:
+            verb, _, rest = self.what.partition(" ")
+            where, what = f"block {self.begin}", f"{verb}s {rest}"
         by_ffn = "" if self.written_by_ffn is None else f", of which their FFNs {self.written_by_ffn:+.2f}"
         more = n_layers - self.begin
         apart = (
             f" They are {more}; elsewhere {n_apart} count apart (criterion.trailing_blocks)." if more > n_apart else ""
         )
         return (
-            f"{where} {self.what}: after block {self.layer} {self.erased:.0%} of its norm is gone, and what is new is "
+            f"{where} {what}: after block {self.layer} {self.erased:.0%} of its norm is gone, and what is new is "
             f"{self.second:.0%} of it. Along it they write {self.written:+.2f} of its norm{by_ffn} (the cosine of the "
             f"whole with it is {self.write_cosine:+.2f}).{apart}"
         )
