@@ -150,7 +150,8 @@ def _texts(study: Study, n_prompts: int, max_tokens: int) -> _Texts:
     usable = [prompt for prompt, at in positions.items() if lengths[prompt] - at > MIN_BEHIND]
     if not usable:
         raise MelensError(
-            f"No prompt of {max_tokens} tokens has {MIN_BEHIND} behind its massive token: raise exp.max_tokens."
+            f"No prompt has {MIN_BEHIND} tokens behind its massive token among its first {max_tokens}: give longer "
+            "prompts, or raise exp.max_tokens."
         )
     prompts = sorted(usable, key=lambda prompt: -lengths[prompt])[:n_prompts]
     entries = massive.assign(

@@ -145,9 +145,7 @@ def test_where_nothing_can_follow_the_error_says_why():
     model = model_with_sinks(DIM)
     with pytest.raises(MelensError, match="no massive activation from which anything could follow"):
         melens.analysis.consequence(study_of(model, first=(20, 21, 22)))
-    with pytest.raises(
-        MelensError, match=r"No prompt of 8 tokens has 8 behind its massive token: raise exp\.max_tokens"
-    ):
+    with pytest.raises(MelensError, match="No prompt has 8 tokens behind its massive token among its first 8"):
         melens.analysis.consequence(study_of(model), max_tokens=8)
 
 
