@@ -223,9 +223,10 @@ def _measure(
     masks: Sequence[WeMask],
     store: Store | None,
     with_patterns: Sequence[WeMask],
+    stage: str = "masks",
 ) -> tuple[list[Measured], list[WeMask]]:
     """Measure the masks, or find that they were measured before; return those masks too."""
-    progress = study.stage("masks")
+    progress = study.stage(stage)
     measured, kept = [], []
     for done, mask in enumerate(masks, 1):
         patterns = mask in with_patterns
@@ -248,7 +249,7 @@ def _measure_ties(
     """Put into a grid's configurations how much Δloss depends on which of equal gains are masked."""
     others = [other for seed in range(draws) if (other := mask.with_ties_drawn(study.model, seed)) is not None]
     if others:
-        measured, _ = _measure(study, comparison, others, store, [])
+        measured, _ = _measure(study, comparison, others, store, [], "other choices among equal gains")
         name = mask_name(mask)
         own = grid.by_text.loc[grid.by_text["cell"] == name, "loss"].to_numpy()
         unmasked = comparison.unmasked.loss.numpy()

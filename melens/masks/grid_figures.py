@@ -185,7 +185,9 @@ def _mean_points(group: pd.DataFrame, x: str, quantity: str) -> pd.DataFrame:
 def _moderation_in_words(table: pd.DataFrame) -> str:
     best = table.iloc[table["dloss"].argmin()]
     words = f"The lowest loss is with {best['cell']}: {configuration_in_words(best.to_dict())}."
-    return words if best["dloss"] < 0 else f"No mask lowers the loss. {words}"
+    if best["dloss"] >= 0:
+        return f"No mask lowers the loss. {words}"
+    return f"{words} The lowest of {len(table)} is low by chance too." if len(table) > 1 else words
 
 
 def _relaxed_in_words(table: pd.DataFrame, by_block: pd.DataFrame, metrics: MaskGridMetrics) -> str:
