@@ -27,7 +27,8 @@ def sink(ratio, low, high):
         (sink(0.9, 0.85, 0.95), "holds in part", "holds in part"),
         (sink(0.91, 0.88, 0.94), "does not hold", "holds in part"),
         (sink(0.89, 0.78, 1.0), "does not hold", "does not hold"),
-        (sink(0.12, 0.09, 0.15), "does not hold", "does not hold"),  # removed
+        (sink(0.12, 0.09, 0.15), "holds in part", "does not hold"),
+        (sink(0.09, 0.07, 0.11), "does not hold", "does not hold"),  # removed
         (sink(0.45, NAN, NAN), "holds in part", "holds"),  # one text
         ({"sink_why_not": "No."}, "not measured", "not measured"),
     ],
