@@ -72,7 +72,8 @@ def test_every_experiment_finds_what_was_planted(planted):
 
 def test_the_verdicts_on_what_was_planted(planted):
     verdicts = verdicts_of(planted)
-    assert verdicts[["exists", "magnification", "first-token", "ffn-needed", "amplification"]].eq("holds").all()
+    of_one_state = ["exists", "magnification", "first-token", "ffn-needed", "amplification"]
+    assert verdicts[of_one_state].eq("holds in part").all()  # all prompts share their first token
     assert verdicts["predictable"] == "holds"
     assert verdicts["direction-inputs"] == "trivial here"
 
@@ -109,13 +110,13 @@ def test_a_massive_activation_in_the_first_or_last_block(block):
     results = run_all(planted_model(block=block), prompts_of())
     assert not any(result.metrics.failed for result in results.values())
     assert results["emergence"].metrics.me_layer == block
-    assert verdicts_of(results)["exists"] == "holds"
+    assert verdicts_of(results)["exists"] == "holds in part"
 
 
 def test_one_prompt_gives_values_without_intervals():
     results = run_all(planted_model(), prompts_of(n=1))
     assert not any(result.metrics.failed for result in results.values())
-    assert verdicts_of(results)["magnification"] == "holds"
+    assert verdicts_of(results)["magnification"] == "holds in part"
     assert not any("nan" in figure.observed for figure in figures_of(results).values())
 
 
