@@ -292,9 +292,10 @@ CLAIMS = (
         blocks_after=1,
         judge=_rises_in_the_next_block,
         former=Former(
-            "blocks to the first from which the mean sink mass stays over 0.3: 1; in part: sinks before come and go",
+            "1; in part: sinks before that come and go",
             "2026-11-22 a1bbeb3",
             _lasts_from_the_next_block,
+            "blocks with attention from the ME layer to the first from which the mean sink mass stays over 0.3",
         ),
     ),
     Claim(

@@ -290,9 +290,10 @@ CLAIMS = (
         criterion="<= 0.5; in part <= 0.8, or where it is the norm of token 0's row alone",
         judge=_states_collapse,
         former=Former(
-            "block outputs, of which token 0's row has an enormous norm: <= 0.5; in part < 1",
+            "<= 0.5; in part < 1",
             "2026-11-22 a1bbeb3",
             lambda metrics: at_most(metrics.hidden_rank_ratio, metrics.hidden_rank_ratio_interval, 0.5, partly=0.999),
+            "effective rank of all tokens' hidden states from the ME layer on over that before",
         ),
     ),
 )
