@@ -320,6 +320,9 @@ def test_several_experiments_of_a_model_belong_together():
     assert pd.isna(judged.set_index("id").low["norm-stable"])
 
 
+WORSE = {"all": 4, "better": 0, "worse": 4}
+
+
 @pytest.mark.parametrize(
     ("claim", "compared", "expected"),
     [
@@ -327,7 +330,10 @@ def test_several_experiments_of_a_model_belong_together():
         ("scores-weight-better", {"weight": {"all": 4, "better": 3, "worse": 1}}, "holds in part"),
         ("scores-weight-better", {"weight": {"all": 4, "better": 0, "worse": 0}}, "does not hold"),
         ("scores-weight-better", {"random": {"all": 4, "better": 0, "worse": 4}}, "not measured"),
-        ("scores-others-worse", {"random": {"all": 4, "better": 0, "worse": 4}}, "holds"),
+        ("scores-others-worse", {"random": WORSE, "magnitude": WORSE}, "holds"),
+        ("scores-others-worse", {"random": WORSE}, "holds in part"),
+        ("scores-others-worse", {"random": WORSE, "magnitude": WORSE | {"worse": 2}}, "holds in part"),
+        ("scores-others-worse", {"random": WORSE | {"worse": 0}, "magnitude": WORSE | {"worse": 0}}, "does not hold"),
         (
             "scores-others-worse",
             {"random": {"all": 4, "better": 1, "worse": 0}, "magnitude": {"all": 4, "better": 0, "worse": 4}},
