@@ -67,15 +67,15 @@ def test_a_prompt_that_is_massive_elsewhere_is_a_difference(judged):
     assert len(judged) == 2
 
 
-def test_only_what_the_trace_has_is_judged_again():
-    """Without the probes of the norms and of the FFN their analyses are left out, and nothing is traced for them."""
+def test_only_what_the_trace_has_is_judged_again(monkeypatch):
+    """Without the probes of the FFN its analysis is left out, and nothing is traced for it."""
+    monkeypatch.setattr(criterion_ratios, "OF_THE_TRACE", {"ffn": "ffn", "direction": "direction"})
     model = tiny_model()
     study = melens.study(model, [[10, 11, 12], [20, 11, 12]])
     assert study.has(study.probes[:1])
     assert not study.has([melens.SinkByQuery()])
     judged = criterion_ratios._judged(study)
-    assert "direction" in set(judged["experiment"])
-    assert not {"rmsnorm", "ffn"} & set(judged["experiment"])
+    assert set(judged["experiment"]) == {"direction"}
     assert study._traced == {}
     study.traced(ffn_concentration.probes(model))
-    assert "ffn" in set(criterion_ratios._judged(study)["experiment"])
+    assert set(criterion_ratios._judged(study)["experiment"]) == {"direction", "ffn"}
