@@ -165,6 +165,8 @@ def _agreement(study: Study, prompts: pd.DataFrame, bins: Sequence[str]) -> pd.D
 
 def _one_a_state(prompts: pd.DataFrame) -> pd.DataFrame:
     """Keep one of the prompts that share a massive token 0: in a causal model they share its every state."""
+    if "pos" not in prompts:  # no prompt has a massive token
+        return prompts
     at_first = prompts["pos"] == 0
     return prompts[~at_first | ~prompts[["first_token_id", "layer"]].where(at_first).duplicated()]
 
