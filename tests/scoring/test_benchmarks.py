@@ -458,6 +458,7 @@ def test_five_items_can_show_nothing_and_six_of_one_mask_can(n, masks, verdict):
     compared = scores[scores["mask"] != "none"]
     assert compared["p_corrected"].tolist() == pytest.approx([masks * 2 / 2**n] * masks)
     assert set(compared["verdict"]) == {verdict}
+    assert set(compared["former_verdict"]) == {"better" if verdict == "better" else "no difference shown"}
     cells = lay_out(scores, "my_model").cells
     assert ("†" in cells[1][0]) == (verdict == "better")
     counts = count_verdicts(compared.assign(select="weight"), "select")["weight"]
