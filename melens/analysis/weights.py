@@ -93,6 +93,7 @@ class PredictMetrics(Metrics):
     """
 
     experiment = "predict"
+    rests_on_states = False
     n_scored: int = 0
     top_layer: dict[str, int] | None = None
     ranks: dict[str, int | None] | None = None

@@ -85,6 +85,7 @@ class BenchmarkMetrics(ScoreMetrics):
     """
 
     experiment = "benchmark"
+    rests_on_states = False
     tasks: list[str] = Field(default_factory=list)
     mode: str = "loglikelihood"
     runs_kept: int = 0

@@ -49,6 +49,7 @@ class TableMetrics(ScoreMetrics):
     """
 
     experiment = "tables"
+    rests_on_states = False
     method: str = ""
     datasets: list[str] = Field(default_factory=list)
     n_compared: int = 0

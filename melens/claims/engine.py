@@ -199,7 +199,7 @@ def _judge_one(claim: Claim[Any], measured: Mapping[str, Any]) -> Judgement:
     if claim.of_ffn and judged.verdict != "not measured" and 0 < n_ffn < n_layers:
         notes.append(f"Of {n_layers} blocks {n_ffn} have an FFN that can be measured.")
     of_one_state = shared.n_prompts == 1 or (shared.massive_position == 0 and shared.distinct_first_tokens == 1)
-    if of_one_state and claim.experiment != "predict" and judged.verdict in ("holds", "holds in part"):
+    if of_one_state and claim.metrics.rests_on_states and judged.verdict in ("holds", "holds in part"):
         judged = replace(judged, verdict="holds in part")  # one state shows nothing of others
         notes.append("It rests on a single first token.")
     return replace(judged, note=" ".join(dict.fromkeys(note for note in notes if note)))

@@ -34,7 +34,7 @@ CLAIMS: tuple[Claim[Any], ...] = (
 
 FAMILY_CLAIM = Claim(
     id="same-in-family",
-    fixed="2026-11-22 b7ed470",
+    fixed="2026-11-22 a1bbeb3",
     metrics=EmergenceMetrics,
     claim="Models of one family have the same ME layer",
     source="appendix H, table 8",

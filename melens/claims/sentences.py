@@ -30,5 +30,6 @@ def sentences(claims: pd.DataFrame | None = None) -> pd.DataFrame:
     table["claims"] = [tuple(ids.split()) for ids in table["claims"]]
     if claims is not None:
         found = dict(zip(claims["id"], claims["verdict"], strict=True))
-        table["verdicts"] = [{name: found[name] for name in ids if name in found} for ids in table["claims"]]
+        verdicts = [{name: found[name] for name in ids if name in found} for ids in table["claims"]]
+        table["verdicts"] = pd.Series(verdicts, dtype=object)
     return table

@@ -167,8 +167,8 @@ CLAIMS: tuple[Claim[MaskGridMetrics], ...] = (
         why="better is any lower loss on the same tokens; a rate is judged on texts that did not choose it, as the "
         "lowest of several losses is below 0 by chance; rate 1 is all that the mask can take of token 0",
         former=Former(
-            "lowest Δloss of all rates < 0, at a rate below the largest; in part: on average only",
-            "2026-11-22 aed234a", _moderate_before,
+            "< 0, at a rate below the largest; in part: on average only", "2026-11-22 aed234a", _moderate_before,
+            statistic="lowest Δloss of the paper's mask over the rates",
         ),
         of_token_0=True, judge=_moderate,
     ),
@@ -181,7 +181,8 @@ CLAIMS: tuple[Claim[MaskGridMetrics], ...] = (
         criterion=">= 2, with the whole interval of the one less twice the other over 0; in part > 1",
         why="twice the next is the least that can be called specific",
         former=Former(
-            ">= 2; in part > 1, of the first mask of the grid", "2026-11-22 aed234a", _is_of_the_start_before
+            ">= 2; in part > 1", "2026-11-22 aed234a", _is_of_the_start_before,
+            statistic="the same of the first mask of the grid",
         ),
         of_token_0=True, judge=_is_of_the_start,
     ),

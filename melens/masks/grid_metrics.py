@@ -65,6 +65,7 @@ class MaskGridMetrics(Metrics):
     """
 
     experiment = "wemask"
+    rests_on_states = False
     texts: int = 0
     tokens_per_text: int = 0
     text_first_tokens: int | None = None

@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Hashable, Mapping
 from pathlib import Path
@@ -110,10 +109,12 @@ def update_readme(folder: str | Path, root: str | Path = ".") -> None:
     readme = Path(root) / "README.md"
     text = readme.read_text("utf-8")
     for name, part in readme_parts(kept).items():
-        marked = re.compile(rf"(<!-- findings: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        if not marked.search(text):
-            raise MelensError(f"{readme} has no part between <!-- findings: {name} --> and <!-- end -->.")
-        text = marked.sub(lambda marks, part=part: f"{marks[1]}{part}{marks[2]}", text)
+        begin, end = f"<!-- findings: {name} -->\n", "<!-- end -->"
+        before, found_begin, rest = text.partition(begin)
+        _, found_end, after = rest.partition(end)
+        if not (found_begin and found_end):
+            raise MelensError(f"{readme} has no part between {begin.strip()} and {end}.")
+        text = f"{before}{begin}{part}{end}{after}"
     write_text(Path(root) / KEPT, json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
     write_text(readme, text)
 

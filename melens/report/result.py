@@ -30,6 +30,8 @@ class Metrics(BaseModel):
 
     Attributes:
         experiment: which one measures them; of the class.
+        rests_on_states: whether its means are over states of the massive token, of which prompts that share it have
+            one, and not over texts, items or weights; of the class.
         me_layer: the ME layer, 0-based; None without one.
         formed: the block in which the massive state is formed: the ME layer, or a later one at the end of a climb.
         n_prompts, distinct_first_tokens: what the trace rests on.
@@ -46,6 +48,7 @@ class Metrics(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     experiment: ClassVar[str] = ""
+    rests_on_states: ClassVar[bool] = True
     me_layer: int | None = None
     formed: int | None = None
     n_prompts: int | None = None

@@ -64,7 +64,7 @@ def test_everything_about_the_embedded_model_on_one_page(tmp_path, short_prompts
     assert (tmp_path / "report.html").stat().st_size < 12 * 2**20
     for figure in result["figures"]:
         assert (tmp_path / f"{figure}.html").is_file()
-    assert "The paper's claims on this model" in done.stdout
+    assert "What the paper says, on this model" in done.stdout
 
 
 def test_an_experiment_that_does_not_apply_says_why(tmp_path):

@@ -254,7 +254,7 @@ def test_thinking_without_a_switch_is_told_before_the_model_is_loaded(tmp_path, 
     ("overrides", "message"),
     [
         (("wemask.rate=0",), "wemask.rate is 0"),
-        (("wemask.rate=[0.1,0.2]",), "takes one mask, but wemask gives 2"),
+        (("wemask.rate=[0.1,0.2]",), "takes one mask, but wemask makes 2"),
         (("generate.max_new_tokens=9000",), "generate.max_new_tokens is 9000, but the longest prompt leaves 81"),
         (("generate.prompt=Rain",), "'Rain' of generate.prompt has 1 token"),
     ],

@@ -57,7 +57,8 @@ def test_what_a_stopped_run_found_is_there_with_a_report_that_says_so(tmp_path, 
 
     with pytest.raises(error) as raised, note_if_stopped(record, cfg):
         stop()
-    assert names(tmp_path) == {"norms.parquet", "norms.html", "plotly.min.js", "report.html", "result.partial.json"}
+    written = {"norms.parquet", "norms.html", "plotly.min.js", "report.html", "claims.md", "result.partial.json"}
+    assert names(tmp_path) == written
     assert json.loads((tmp_path / "result.partial.json").read_text())["status"] == "stopped"
     assert "This run was stopped." in (tmp_path / "report.html").read_text()
     if error is KeyboardInterrupt:
@@ -73,7 +74,7 @@ def test_a_run_that_ended_has_a_report_of_the_whole_and_no_partial_result(tmp_pa
     with pytest.raises(KeyboardInterrupt) as raised, note_if_stopped(record, cfg):
         raise KeyboardInterrupt  # in the last moment
     assert str(raised.value) == f"the results are in {tmp_path}."
-    assert [path.name for path in paths[-2:]] == ["result.json", "report.html"]
+    assert [path.name for path in paths[-3:]] == ["result.json", "claims.md", "report.html"]
     assert "result.partial.json" not in names(tmp_path)
     assert 'class="missing"' not in (tmp_path / "report.html").read_text()
 
