@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from melens.analysis.metrics import pairwise_cosine
-from melens.analysis.statistics import mean_interval, mean_metric, with_interval
+from melens.analysis.statistics import mean_metric, mean_of_pairs, with_interval
 from melens.analysis.study import Study
 from melens.claims.engine import Claim, Judgement, at_least, unless_trivial
 from melens.errors import MelensError
@@ -31,7 +31,7 @@ from melens.tracing.probes import Probe, TokenVectors
 from melens.tracing.sites import Sites
 from melens.tracing.trace import trace
 
-__all__ = ["CLAIMS", "AttentionInputsMetrics", "compare_inputs", "inputs_figure", "inputs_in_words", "mean_of_pairs"]
+__all__ = ["CLAIMS", "AttentionInputsMetrics", "compare_inputs", "inputs_figure", "inputs_in_words"]
 
 CONTROL = 4
 """Position of the control: behind the first tokens, which may be massive too, and in every prompt of five tokens."""
@@ -135,33 +135,6 @@ def _vectors(study: Study, prompts: list[int]) -> dict[tuple[str, int], Float[Te
 
 
 # --- Between inputs ---------------------------------------------------------------------------------------------------
-
-
-def mean_of_pairs(
-    cosines: Float[np.ndarray, "n n"], counts: Bool[np.ndarray, "n n"]
-) -> tuple[float, tuple[float, float]]:
-    """Average over pairs of inputs, with the interval of the jackknife's pseudo-values n·U - (n - 1)·U without one.
-
-    An input is in n - 1 pairs: the interval of each input's mean over its pairs would be half as wide as it should be.
-
-    Args:
-        cosines, counts: symmetric; which pairs count. The diagonal does not.
-
-    Returns:
-        The mean, NaN without a pair, and its interval, (NaN, NaN) for fewer than three inputs.
-    """
-    counts = counts & ~np.eye(len(counts), dtype=bool)
-    paired = counts.any(axis=1)
-    sums, numbers = np.where(counts, cosines, 0).sum(axis=1)[paired], counts.sum(axis=1)[paired]
-    total, n_pairs, n = sums.sum(), numbers.sum(), len(sums)
-    if n < 2:
-        return float("nan"), (float("nan"), float("nan"))
-    mean, left = total / n_pairs, n_pairs - 2 * numbers
-    if n < 3 or (left == 0).any():
-        return float(mean), (float("nan"), float("nan"))
-    pseudo_values = n * mean - (n - 1) * (total - 2 * sums) / left
-    low, high = mean_interval(pseudo_values)
-    return float(mean), (max(-1.0, low), min(1.0, high))
 
 
 def _by_block(study: Study, prompts: list[int], vectors: Mapping[tuple[str, int], Tensor]) -> pd.DataFrame:

@@ -47,7 +47,7 @@ class SinksMetrics(low_rank.LowRankMetrics, attention_inputs.AttentionInputsMetr
     (in short prompts over twice that of even attention, if that is more).
 
     Attributes:
-        sink_onset_layer, first_sink_layer: as `SinkOnset`, of the mean over prompts.
+        sink_onset_layer, unbroken_sink_layer, first_sink_layer: as `SinkOnset`, of the mean over prompts.
         sink_inputs: how many inputs the following rest on: distinct first tokens.
         first_sinks: by block, for how many inputs the first sink is there; "none" where an input has none.
         sink_rises_next: share of inputs whose first sink is in the first block with attention behind the ME layer.
@@ -61,6 +61,7 @@ class SinksMetrics(low_rank.LowRankMetrics, attention_inputs.AttentionInputsMetr
 
     experiment = "sinks"
     sink_onset_layer: int | None = None
+    unbroken_sink_layer: int | None = None
     first_sink_layer: int | None = None
     sink_inputs: int | None = None
     first_sinks: dict[str, int] | None = None
@@ -104,6 +105,7 @@ def sinks(study: Study, *, map_tokens: int = 40, rank_tokens: int = 128, rank_pr
     metrics = study.metrics(
         SinksMetrics,
         sink_onset_layer=onset.layer,
+        unbroken_sink_layer=onset.unbroken_layer,
         first_sink_layer=onset.first_layer,
         **layout.metrics(),
         **_sinks_by_input(study, *masses.sinks_by_state(of_massive), layout),
@@ -261,7 +263,7 @@ def _rises_in_the_next_block(metrics: SinksMetrics) -> Judgement:
 
 def _lasts_from_the_next_block(metrics: SinksMetrics) -> Judgement:
     """The former way: the first block from which the mean over prompts stays over 0.3 must be the next."""
-    onset, first = metrics.sink_onset_layer, metrics.first_sink_layer
+    onset, first = metrics.unbroken_sink_layer, metrics.first_sink_layer
     me_layer, last = metrics.me_layer, metrics.last_lasting_layer
     if me_layer is None or last is None:
         return Judgement("not measured", note="The result does not say where the ME layer and the last blocks are.")

@@ -7,6 +7,7 @@ model prompts that share their first token share token 0's every state, and coun
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -32,13 +33,16 @@ class SinkOnset:
     """Where sinks start. Layers are 0-based blocks, None where there is no such block.
 
     Attributes:
-        layer: the first block from which the mean sink mass stays over the threshold, the trailing blocks left out.
+        layer: the first block from which the mean sink mass stays over the threshold, the trailing blocks left out. A
+            single block below it between two above is a dip, and moves nothing.
+        unbroken_layer: the same where a dip counts.
         first_layer: the first block over the threshold at all: earlier than `layer` where sinks come, go and return.
         threshold: see `SINK_THRESHOLD`.
         looked_at: the blocks with attention among which `layer` was looked for.
     """
 
     layer: int | None
+    unbroken_layer: int | None
     first_layer: int | None
     threshold: float
     looked_at: tuple[int, ...]
@@ -118,9 +122,13 @@ def find_sink_onset(trace: TraceGiven, *, threshold: Rate = SINK_THRESHOLD, trai
     layers = [int(layer) for layer in by_layer.index]
     over = [layer for layer in layers if by_layer[layer] > threshold]
     looked_at = tuple(layer for layer in layers if layer < trace.model["n_layers"] - trailing_blocks)
-    last_without = max((layer for layer in looked_at if layer not in over), default=-1)
-    onset = min((layer for layer in looked_at if layer > last_without), default=None)
-    return SinkOnset(onset, min(over, default=None), threshold, looked_at)
+    ended = [second for first, second in pairwise(looked_at) if first not in over and second not in over]
+    without = [layer for layer in looked_at if layer not in over]
+    onset, unbroken = (
+        min((layer for layer in looked_at if layer in over and layer > max(before, default=-1)), default=None)
+        for before in (ended, without)
+    )
+    return SinkOnset(onset, unbroken, min(over, default=None), threshold, looked_at)
 
 
 def _check_finite(table: pd.DataFrame) -> None:

@@ -12,14 +12,16 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Bool, Float
 from scipy.optimize import brentq
 from scipy.stats import beta, binomtest, bootstrap, monte_carlo_test, permutation_test, t
 
 from melens.errors import MelensError
 
 __all__ = [
-    "holm", "least_paired_p", "mcnemar_p", "mean_by", "mean_interval", "mean_metric", "paired_permutation_p",
-    "peak_layer", "share_interval", "tidy", "two_way_interval", "two_way_p", "two_way_reach", "with_interval",
+    "holm", "least_paired_p", "mcnemar_p", "mean_by", "mean_interval", "mean_metric", "mean_of_pairs",
+    "paired_permutation_p", "peak_layer", "share_interval", "tidy", "two_way_interval", "two_way_p", "two_way_reach",
+    "with_interval",
 ]  # fmt: skip
 
 FEW = 50
@@ -84,6 +86,34 @@ def share_interval(has: np.ndarray, *, confidence: float = 0.95) -> tuple[float,
 
 
 # --- Items and trainings, both sampled --------------------------------------------------------------------------------
+
+
+def mean_of_pairs(
+    cosines: Float[np.ndarray, "n n"], counts: Bool[np.ndarray, "n n"]
+) -> tuple[float, tuple[float, float]]:
+    """Average over pairs of inputs, with the interval of the jackknife's pseudo-values n·U - (n - 1)·U without one.
+
+    An input is in n - 1 pairs: the interval of each input's mean over its pairs would be half as wide as it should be
+    (Tukey 1958).
+
+    Args:
+        cosines, counts: symmetric; which pairs count. The diagonal does not.
+
+    Returns:
+        The mean, NaN without a pair, and its interval, (NaN, NaN) for fewer than three inputs.
+    """
+    counts = counts & ~np.eye(len(counts), dtype=bool)
+    paired = counts.any(axis=1)
+    sums, numbers = np.where(counts, cosines, 0).sum(axis=1)[paired], counts.sum(axis=1)[paired]
+    total, n_pairs, n = sums.sum(), numbers.sum(), len(sums)
+    if n < 2:
+        return float("nan"), (float("nan"), float("nan"))
+    mean, left = total / n_pairs, n_pairs - 2 * numbers
+    if n < 3 or (left == 0).any():
+        return float(mean), (float("nan"), float("nan"))
+    pseudo_values = n * mean - (n - 1) * (total - 2 * sums) / left
+    low, high = mean_interval(pseudo_values)
+    return float(mean), (max(-1.0, low), min(1.0, high))
 
 
 def two_way_reach(

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from melens.analysis.metrics import l2_norm, pairwise_cosine
-from melens.analysis.statistics import mean_by, mean_interval, tidy
+from melens.analysis.statistics import mean_by, mean_interval, mean_of_pairs, tidy
 from melens.analysis.study import Study
 from melens.analysis.trailing_blocks import find_trailing_blocks
 from melens.claims.engine import Claim, Former, Judgement, at_least, at_most, unless_trivial
@@ -86,18 +86,17 @@ def direction(study: Study) -> Result:
     states = vectors[study.distinct_massive_prompts]
     norms = l2_norm(states)
     between_inputs = pairwise_cosine(states.transpose(0, 1))
-    to_others = _mean_to_others(between_inputs)
     to_previous = torch.cosine_similarity(states, states.roll(1, dims=1), dim=-1)
     to_previous[:, 0] = float("nan")  # no block comes before the first
     by_block = {
         "norm": mean_by(tidy(norms.numpy(), "norm"), "norm"),
         "norm_cv": _by_layer(norms.std(dim=0) / norms.mean(dim=0) if len(norms) > 1 else torch.zeros_like(norms[0])),
-        "cosine_between_inputs": mean_by(tidy(to_others.numpy(), "cosine"), "cosine"),
+        "cosine_between_inputs": _mean_between(between_inputs),
         "least_cosine_between_inputs": _by_layer(between_inputs.flatten(1).amin(-1)),
         "cosine_to_previous_block": mean_by(tidy(to_previous.numpy(), "cosine"), "cosine"),
     }
     changes = _Changes(norms.numpy(), to_previous.numpy(), by_block["cosine_between_inputs"].set_index("layer"))
-    metrics = study.metrics(DirectionMetrics, **_once_formed(study, changes, to_others, by_block))
+    metrics = study.metrics(DirectionMetrics, **_once_formed(study, changes, by_block))
     n_distinct = len(states)
     note = f"{n_distinct} distinct first token{'s' if n_distinct > 1 else f' ({TRIVIAL})'}."
     observed = f"{_in_words(metrics)} It rests on {note}"
@@ -114,10 +113,12 @@ def direction(study: Study) -> Result:
     return Result("direction", study.trace.model, metrics, tables, figures, [("direction", observed)])
 
 
-def _mean_to_others(cosines: Float[Tensor, "layer n n"]) -> Float[Tensor, "n layer"]:
-    """Average each prompt's cosine to the others; with a single distinct first token there is none but itself: 1."""
-    n = cosines.shape[1]
-    return torch.ones(1, len(cosines)) if n == 1 else ((cosines.sum(-1) - cosines.diagonal(0, -2, -1)) / (n - 1)).T
+def _mean_between(cosines: Float[Tensor, "layer n n"]) -> pd.DataFrame:
+    """Average over pairs of inputs, by layer; with a single distinct first token there is none but itself: 1."""
+    every = np.ones(cosines.shape[1:], dtype=bool)
+    of_layers = [mean_of_pairs(of_layer.numpy(), every) for of_layer in cosines]
+    rows = [(layer, 1.0 if len(every) == 1 else mean, *both) for layer, (mean, both) in enumerate(of_layers)]
+    return pd.DataFrame(rows, columns=["layer", "mean", "low", "high"])
 
 
 def _by_layer(values: Float[Tensor, " layer"]) -> pd.DataFrame:
@@ -150,10 +151,7 @@ def _drift(norms: np.ndarray, layers: Sequence[int]) -> np.ndarray:
 
 
 def _once_formed(
-    study: Study,
-    changes: _Changes,
-    to_others: Float[Tensor, "prompt layer"],
-    by_block: Mapping[str, pd.DataFrame],
+    study: Study, changes: _Changes, by_block: Mapping[str, pd.DataFrame]
 ) -> dict[str, float | Interval | None]:
     """Compute how much norm and direction change once the massive state is formed, and from the ME layer on."""
     me_layer, layers = study.me.layer, list(study.massive_layers)
@@ -169,10 +167,10 @@ def _once_formed(
     if end is not None and end <= layers[-1]:
         on_plateau = [layer for layer in layers if layer < end]
         measured |= {"plateau_end": end, "norm_drift_on_plateau": float(_drift(changes.norms, on_plateau).mean())}
-    before = to_others[:, :me_layer].numpy()
+    before = changes.between_inputs.loc[: me_layer - 1, "mean"]
     least = by_block["least_cosine_between_inputs"].set_index("layer").loc[layers, "mean"]
     return measured | {
-        "cosine_before": float(before.mean()) if before.size else None,
+        "cosine_before": float(before.mean()) if len(before) else None,
         "least_cosine": float(least.min()),
     }
 

@@ -11,7 +11,8 @@ from planted import bridge, gains_apart, plain_model
 import melens
 from melens import MelensError
 from melens.analysis import attention_inputs
-from melens.analysis.attention_inputs import AttentionInputsMetrics, compare_inputs, inputs_in_words, mean_of_pairs
+from melens.analysis.attention_inputs import AttentionInputsMetrics, compare_inputs, inputs_in_words
+from melens.analysis.statistics import mean_of_pairs
 
 N, WIDTH = 6, 16
 EYE = torch.eye(WIDTH)

@@ -26,7 +26,8 @@ def trace_with(*mass_by_layer):
     ("mass", "layer", "first_layer"),
     [
         ((0.1, 0.1, 0.5, 0.5, 0.6, 0.1, 0.1), 2, 2),
-        ((0.1, 0.4, 0.1, 0.5, 0.6, 0.5, 0.1), 3, 1),  # comes, goes and returns
+        ((0.1, 0.4, 0.1, 0.5, 0.6, 0.5, 0.1), 1, 1),  # a dip
+        ((0.5, 0.1, 0.1, 0.5, 0.6, 0.5, 0.1), 3, 0),  # comes, goes and returns
         ((0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5), 0, 0),
         ((0.1, 0.1, 0.1, 0.1, 0.1, 0.5, 0.5), None, 5),  # in the trailing blocks alone
         ((0.1, 0.5, 0.1, 0.1, 0.1, 0.1, 0.1), None, 1),  # does not last
@@ -36,6 +37,10 @@ def trace_with(*mass_by_layer):
 def test_the_onset_is_where_sinks_come_to_stay(mass, layer, first_layer):
     onset = find_sink_onset(trace_with(*mass))
     assert (onset.layer, onset.first_layer) == (layer, first_layer)
+
+
+def test_a_dip_breaks_the_sinks_without_moving_their_onset():
+    assert find_sink_onset(trace_with(0.1, 0.4, 0.1, 0.5, 0.6, 0.5, 0.1)).unbroken_layer == 3
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ def test_a_changed_threshold_shows_what_the_former_one_gives():
     ],
 )
 def test_by_the_former_threshold_sinks_must_last_from_the_next_block_on(attention, onset, first, expected):
-    metrics = BASE | {"sink_onset_layer": onset, "first_sink_layer": first, "last_lasting_layer": 27}
+    metrics = BASE | {"unbroken_sink_layer": onset, "first_sink_layer": first, "last_lasting_layer": 27}
     result = {"experiment": "sinks", "model": {"name": "m"}, "metrics": metrics | {"attention_layers": attention}}
     assert melens.judge(result).set_index("id").former_verdict["sink-next"] == expected
 
