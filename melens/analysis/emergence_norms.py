@@ -264,10 +264,9 @@ def _in_words(study: Study) -> str:
     me = study.me
     if me.layer is None:
         return me.reason
-    lifted = int(me.per_prompt.loc[me.per_prompt["layer"] == me.layer, "pos"].mode().iloc[0])
     formed = "" if me.formed == me.layer else f" The massive state is formed in block {me.formed}."
     return (
-        f"Block {me.layer} lifts the token at position {lifted} by × {me.magnification:,.0f}: {me.kind}, with "
+        f"Block {me.layer} lifts the token at position {me.lifted_position} by × {me.magnification:,.0f}: {me.kind}, with "
         f"{me.share_of_peak:.0%} of the peak norm; {_agree(me.agreement, len(_one_a_state(study)))}.{formed}"
     )
 

@@ -111,6 +111,12 @@ class Emergence:
         lift = with_interval(self.magnification, self.magnification_interval, ",.0f")
         return f"block {self.layer} of {self.n_layers}, × {lift}, token {self.positions[0]}, dim {self.dims[0]}"
 
+    @property
+    def lifted_position(self) -> int:
+        """Where the token that `layer` lifts, of which `magnification` tells, most often is; 0 without a layer."""
+        lifted = self.per_prompt[self.per_prompt["layer"] == self.layer]
+        return int(lifted["pos"].mode().iloc[0]) if len(lifted) else 0
+
     def metrics(self) -> dict[str, Any]:
         """Everything but the table, ready for JSON; the layer under the name `me_layer`."""
         values = {name: value for name, value in asdict(self).items() if name != "per_prompt"}

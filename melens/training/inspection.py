@@ -88,7 +88,7 @@ class Inspector:
         layer = self._study.me.layer
         if layer is None:
             return None
-        there = found["norm"].query(f"pos == {self._study.position}")
+        there = found["norm"].query(f"pos == {self._study.me.lifted_position}")
         norms = there.set_index(["layer", "site", "prompt"])["norm"].sort_index()
         before = (layer - 1, "hook_resid_post") if layer else (0, "hook_resid_pre")
         return float((norms.xs((layer, "hook_resid_post")) / norms.xs(before)).mean())
