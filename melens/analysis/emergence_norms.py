@@ -266,8 +266,8 @@ def _in_words(study: Study) -> str:
         return me.reason
     formed = "" if me.formed == me.layer else f" The massive state is formed in block {me.formed}."
     return (
-        f"Block {me.layer} lifts the token at position {me.lifted_position} by × {me.magnification:,.0f}: {me.kind}, with "
-        f"{me.share_of_peak:.0%} of the peak norm; {_agree(me.agreement, len(_one_a_state(study)))}.{formed}"
+        f"Block {me.layer} lifts the token at position {me.lifted_position} by × {me.magnification:,.0f}: {me.kind}, "
+        f"with {me.share_of_peak:.0%} of the peak norm; {_agree(me.agreement, len(_one_a_state(study)))}.{formed}"
     )
 
 
