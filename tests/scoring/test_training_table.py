@@ -7,14 +7,14 @@ from handmade import study_by_hand
 
 from melens import WeMask
 from melens.benchmarks.catalog import BENCHMARKS
-from melens.benchmarks.comparison import ScoreMetrics, benchmark, describe_requests, judge_comparisons
+from melens.benchmarks.comparison import ScoreMetrics, benchmark, describe_requests, judge_comparisons, judge_each_worse
 from melens.benchmarks.evaluation import MaskConfiguration
 from melens.benchmarks.language import LanguageData
 from melens.benchmarks.options import BenchmarkOptions
 from melens.benchmarks.training_table import ScoredSet, training_table
 from melens.data.chat import Chat
 from melens.errors import MelensError
-from melens.training.history import TrainingHistory
+from melens.training.history import TrainingHistory, average_histories, draw_histories
 
 N = 40
 SHARES = {  # of right answers among 40, by row
@@ -43,12 +43,15 @@ def items(n_trainings=3, tasks=TASKS):
     return pd.DataFrame(rows).assign(**same, chance=0.5, shown=True, higher_is_better=True)
 
 
-def table_of(found):
+def history_of(name):
     steps = {"step": [0, 2], "masked": False, "me_layer": 2, "magnification_there": 9.0, "sink_mass": 0.5}
-    history = TrainingHistory("SFT", pd.DataFrame({"step": [1, 2], "loss": [2.0, 1.0]}), pd.DataFrame(steps))
+    return TrainingHistory(name, pd.DataFrame({"step": [1, 2], "loss": [2.0, 1.0]}), pd.DataFrame(steps))
+
+
+def table_of(found):
     scored = ScoredSet("gsm8k", found, "SFT", "Zero-shot, log-likelihoods.", Chat(opened="<think>"))
     n_trainings = found["training"].nunique()
-    return training_table(study_by_hand(2), 7, "sft", [scored], [history] * n_trainings, left_out=["mmlu"])
+    return training_table(study_by_hand(2), 7, "sft", [scored], [history_of("SFT")] * n_trainings, left_out=["mmlu"])
 
 
 def test_trainings_are_compared_row_by_row():
@@ -67,6 +70,8 @@ def test_trainings_are_compared_row_by_row():
     told = {name: (counts["all"], counts["better"], counts["worse"], counts["tasks"]) for name, counts in told.items()}
     assert told == {"inference": (6, 3, 3, 3), "training": (3, 3, 0, 3), "training over gates": (3, 3, 0, 3)}
     assert (metrics.n_compared, metrics.n_shown, metrics.left_out) == (15, 12, ["mmlu"])
+    # 20 of 40 items differ: a standard error of 0.0801, and t of 39 degrees of freedom is 2.0227
+    assert metrics.reach["training"] == pytest.approx(2.0227 * 0.0801, abs=1e-4)
     assert metrics.thinking == "on (the chat template opens a thought)"
     verdicts = result.claims.set_index("id")["verdict"]
     assert verdicts["training-over-none"] == "holds"
@@ -95,6 +100,13 @@ def test_one_or_two_trainings_get_no_verdict_and_every_row_says_so(n_trainings, 
     assert result.tables["table_scores"][["p", "difference_low", "difference_high"]].isna().all(axis=None)
 
 
+@pytest.mark.parametrize(("n", "said"), [(1, "Curves of one training"), (2, "Curves of two trainings"), (3, None)])
+def test_curves_of_one_or_two_trainings_also_differ_by_chance(n, said):
+    histories = average_histories([history_of(name) for name in ("SFT", "WeMask") for _ in range(n)])
+    observed = draw_histories(histories, "", 2)["training_loss"].observed
+    assert observed.endswith(f"{said} also differ by chance." if said else "loss from 2 to 1.")
+
+
 def test_a_row_trained_once_is_not_compared_with_one_trained_thrice():
     found = items()
     once = found[(found["kind"] != "training") | (found["training"] == 0)]
@@ -119,9 +131,23 @@ def test_what_one_benchmark_shows_holds_in_part():
     ],
 )
 def test_most_comparisons_are_more_than_half_of_at_least_three_benchmarks(better, worse, n, tasks, verdict):
-    metrics = ScoreMetrics(compared={"training": {"all": n, "better": better, "worse": worse, "tasks": tasks}})
-    judged = judge_comparisons(metrics, "training")
+    counts = {"all": n, "better": better, "worse": worse, "tasks": tasks}
+    judged = judge_comparisons(ScoreMetrics(compared={"training": counts}, reach={"training": 0.1}), "training")
     assert (judged.verdict, judged.value) == (verdict, pytest.approx(better / n))
+    assert "would not be seen" not in judged.note
+
+
+def test_of_two_kinds_of_masks_the_one_that_harms_less_is_told():
+    counts = {"all": 4, "better": 0, "tasks": 4}
+    judged = judge_each_worse(
+        ScoreMetrics(compared={"random": counts | {"worse": 1}, "magnitude": counts | {"worse": 4}}),
+        "random",
+        "magnitude",
+    )
+    assert (judged.verdict, judged.value) == ("holds in part", 0.25)
+    assert judged.note == (
+        "Random masks: 0 better, 1 worse, 3 not shown. Magnitude masks: 0 better, 4 worse, 0 not shown."
+    )
 
 
 def test_where_nothing_is_shown_it_is_said_what_could_have_been():
