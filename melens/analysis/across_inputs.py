@@ -25,7 +25,7 @@ from melens.analysis.criterion_ratios import verdicts_by_ratio
 from melens.analysis.me_layer import find_me_layer
 from melens.analysis.statistics import share_interval
 from melens.analysis.study import Study
-from melens.claims.engine import Claim, Former, Judgement, at_least, unless_trivial
+from melens.claims.engine import Claim, Former, Judgement, NotMeasuredError, at_least, unless_trivial
 from melens.figures.curves import Curve, Panel, curves_by_block
 from melens.figures.scores import shares
 from melens.figures.style import COLORS
@@ -316,15 +316,9 @@ def _beginnings_figure(study: Study, beginnings: pd.DataFrame, n_prompts: int) -
 # --- Claims -----------------------------------------------------------------------------------------------------------
 
 
-_ONE_KIND = Judgement("not measured", note="It takes prompts of at least two task types and two lengths.")
-
-
 def _same_everywhere(metrics: StabilityMetrics) -> Judgement:
-    if metrics.n_tasks < 2 or metrics.n_length_bins < 2:
-        return _ONE_KIND
+    _check_kinds(metrics)
     judged = at_least(metrics.weakest_share, metrics.weakest_share_interval, 0.5)
-    if judged.verdict == "not measured":
-        return judged
     elsewhere = metrics.groups_with_another_layer or []
     note = f"Least clear for {metrics.weakest_group}, of {metrics.weakest_states} first tokens."
     if elsewhere:
@@ -335,9 +329,13 @@ def _same_everywhere(metrics: StabilityMetrics) -> Judgement:
     return judged if metrics.massive_position != 0 else unless_trivial(metrics, judged)
 
 
-def _same_in_95_percent(metrics: StabilityMetrics) -> Judgement:
+def _check_kinds(metrics: StabilityMetrics) -> None:
     if metrics.n_tasks < 2 or metrics.n_length_bins < 2:
-        return _ONE_KIND
+        raise NotMeasuredError("It takes prompts of at least two task types and two lengths.")
+
+
+def _same_in_95_percent(metrics: StabilityMetrics) -> Judgement:
+    _check_kinds(metrics)
     judged = at_least(metrics.least_agreement, metrics.least_agreement_interval, 0.95, partly=0.5)
     return judged if metrics.massive_position != 0 else unless_trivial(metrics, judged)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from melens.analysis.metrics import pairwise_cosine
 from melens.analysis.statistics import mean_metric, mean_of_pairs, with_interval
 from melens.analysis.study import Study
-from melens.claims.engine import Claim, Judgement, at_least, unless_trivial
+from melens.claims.engine import Claim, Judgement, NotMeasuredError, at_least, number, unless_trivial
 from melens.errors import MelensError
 from melens.figures.curves import Curve, Panel, curves_by_block
 from melens.figures.style import FIRST, OTHERS
@@ -284,22 +284,15 @@ def _same_for_every_input(
     before: float | None,
 ) -> Judgement:
     judged = at_least(cosine, interval, 0.95, partly=0.8, why_not=metrics.inputs_why_not)
-    if cosine is None:
-        return judged
     if metrics.compared_inputs == 1 and metrics.distinct_first_tokens != 1:
-        return Judgement(
-            "not measured", note="One input alone has the massive state: there is none to compare it with."
-        )
-    notes = [judged.note]
-    if others is None or 1 - cosine > 0.5 * (1 - others):
-        judged = replace(judged, verdict="holds in part" if judged.verdict == "holds" else judged.verdict)
+        raise NotMeasuredError("One input alone has the massive state: there is none to compare it with.")
     if others is None:
-        notes.append("There is no other token to compare with.")
+        judged = judged.in_part().noting("There is no other token to compare with.")
     else:
-        notes.append(f"At position {CONTROL} it is {others:.3f}.")
-    if before is not None:
-        notes.append(f"Up to the ME layer token 0's is {before:.3f} on average.")
-    return unless_trivial(metrics, replace(judged, note=" ".join(filter(None, notes))))
+        alike = 1 - number(cosine, "cosine between inputs") <= 0.5 * (1 - others)
+        judged = (judged if alike else judged.in_part()).noting(f"At position {CONTROL} it is {others:.3f}.")
+    up_to = "" if before is None else f"Up to the ME layer token 0's is {before:.3f} on average."
+    return unless_trivial(metrics, judged.noting(up_to))
 
 
 def _query_is_the_same(m: AttentionInputsMetrics) -> Judgement:
@@ -308,80 +301,68 @@ def _query_is_the_same(m: AttentionInputsMetrics) -> Judgement:
     )
     if m.own_key_cosine is None or m.own_key_cosine_others is None:
         return judged
-    own = f"Its cosine with its own key is {m.own_key_cosine:.2f}, at position {CONTROL} {m.own_key_cosine_others:.2f}."
-    return replace(judged, note=f"{judged.note} {own}".strip())
+    return judged.noting(
+        f"Its cosine with its own key is {m.own_key_cosine:.2f}, at position {CONTROL} {m.own_key_cosine_others:.2f}."
+    )
 
 
 _NO_NORM = "The model has no norm before attention (ln1)."
 
 _SAME_INPUT = Claim(
-    id="input-same",
-    fixed="2026-11-26",
-    claim="After the ME layer the attention input of token 0 is the same for every input",
+    id="input-same", fixed="2026-11-26",
     source="section 4.1: 'a highly similar direction across different inputs'",
-    figure="inputs",
-    metrics=AttentionInputsMetrics,
+    figure="inputs", metrics=AttentionInputsMetrics,
+    claim="After the ME layer the attention input of token 0 is the same for every input",
     statistic="smallest mean cosine between inputs of token 0's ln1 output, over blocks that read the massive state",
     criterion=">= 0.95, and at most half as far from 1 as at position 4; in part >= 0.8",
     why="0.95 is an angle of 18 degrees; other tokens' may be alike as well, by a common mean or a bias of the keys",
-    of_token_0=True,
-    blocks_after=1,
+    of_token_0=True, blocks_after=1,
     judge=lambda m: _same_for_every_input(
         m, m.input_cosine, m.input_cosine_interval, m.input_cosine_others, m.input_cosine_before
     ),
-)
+)  # fmt: skip
 
 CLAIMS = (
     Claim(
-        id="few-dims",
-        fixed="2026-11-26",
-        claim="After the ME layer the massive state lies in few dims",
+        id="few-dims", fixed="2026-11-26",
         source="section 4.1: 'highly concentrate along a small subset of dimensions'",
-        figure="inputs",
-        metrics=AttentionInputsMetrics,
+        figure="inputs", metrics=AttentionInputsMetrics,
+        claim="After the ME layer the massive state lies in few dims",
         statistic="share of the energy of token 0's state in its largest 1% of dims, in the block where it is smallest",
         criterion=">= 0.9; in part >= 0.5",
         why="a random state has 8% there; nine tenths leave its direction to them",
-        of_token_0=True,
-        blocks_after=1,
+        of_token_0=True, blocks_after=1,
         judge=lambda m: at_least(
             m.few_dims_energy, m.few_dims_energy_interval, 0.9, partly=0.5, why_not=m.inputs_why_not
         ),
     ),
     Claim(
-        id="norm-direction",
-        fixed="2026-11-26",
-        claim="The norm before attention preserves the direction of the massive state",
+        id="norm-direction", fixed="2026-11-26",
         source="section 4.2: 'Pre-attention RMSNorm preserves direction'",
-        figure="inputs",
-        metrics=AttentionInputsMetrics,
+        figure="inputs", metrics=AttentionInputsMetrics,
+        claim="The norm before attention preserves the direction of the massive state",
         statistic="smallest cosine between token 0's state and the output of ln1, over the blocks that read it",
         criterion=">= 0.95; in part >= 0.8",
         why="0.95 is an angle of 18 degrees, 0.8 one of 37",
-        of_token_0=True,
-        blocks_after=1,
+        of_token_0=True, blocks_after=1,
         judge=lambda m: at_least(
             m.norm_cosine, m.norm_cosine_interval, 0.95, partly=0.8, why_not=m.inputs_why_not or _NO_NORM
         ),
     ),
     Claim(
-        id="norm-amplifies",
-        fixed="2026-11-26",
-        claim="The norm before attention amplifies the dims that dominate the massive state",
+        id="norm-amplifies", fixed="2026-11-26",
         source="section 4.1: 'dimension-wise scaling primarily amplifies already dominant components'",
-        figure="inputs",
-        metrics=AttentionInputsMetrics,
+        figure="inputs", metrics=AttentionInputsMetrics,
+        claim="The norm before attention amplifies the dims that dominate the massive state",
         statistic="energy in the largest dim of token 0's state over that in all others, after ln1 relative to before",
         criterion=">= 1.1",
         why="a gain alike in all dims gives 1, and one that takes the massive dim back less",
-        of_token_0=True,
-        blocks_after=1,
+        of_token_0=True, blocks_after=1,
         judge=lambda m: at_least(m.norm_odds, m.norm_odds_interval, 1.1, why_not=m.inputs_why_not or _NO_NORM),
     ),
     _SAME_INPUT,
     replace(
-        _SAME_INPUT,
-        id="key-same",
+        _SAME_INPUT, id="key-same",
         claim="After the ME layer the key of token 0 is the same for every input",
         source="section 4.1: 'an approximately fixed position in the attention similarity space'; section 6",
         statistic="smallest mean cosine between inputs of token 0's key, over blocks that read the massive state",
@@ -390,12 +371,11 @@ CLAIMS = (
         ),
     ),
     replace(
-        _SAME_INPUT,
-        id="query-same",
+        _SAME_INPUT, id="query-same",
         claim="After the ME layer the query of token 0 is the same for every input",
         source="section 6: 'highly similar keys and queries for the first token'",
         statistic="smallest mean cosine between inputs of token 0's query, over blocks that read the massive state",
         why="similar between inputs, as the collapse is that it follows from; how like its own key: see the note",
         judge=_query_is_the_same,
     ),
-)
+)  # fmt: skip

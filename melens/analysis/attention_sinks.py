@@ -24,7 +24,7 @@ from melens.analysis import sink_mass as masses
 from melens.analysis.sink_mass import SINK_THRESHOLD, SinkOnset
 from melens.analysis.statistics import mean_metric, share_interval, with_interval
 from melens.analysis.study import Study
-from melens.claims.engine import Claim, Former, Judgement, Verdict, at_least
+from melens.claims.engine import Claim, Former, Judgement, NotMeasuredError, Verdict, at_least
 from melens.errors import MelensError
 from melens.figures.attention import attention_maps
 from melens.figures.curves import Curve, Panel
@@ -249,16 +249,14 @@ MOST = 0.8
 def _rises_in_the_next_block(metrics: SinksMetrics) -> Judgement:
     why_not = metrics.sink_rises_why_not
     judged = at_least(metrics.sink_rises_next, metrics.sink_rises_next_interval, MOST, why_not=why_not)
-    if judged.verdict == "not measured":
-        return judged
-    notes = [judged.note, _first_sinks_in_words(metrics.first_sinks) if metrics.first_sinks else ""]
+    notes = [_first_sinks_in_words(metrics.first_sinks) if metrics.first_sinks else ""]
     if judged.verdict == "does not hold" and (metrics.sink_returns_next or 0) >= MOST:
         judged = replace(judged, verdict="holds in part")
         notes.append("Earlier sinks are gone in the ME layer.")
     attending = [layer for layer in metrics.attention_layers or () if layer > (metrics.me_layer or 0)]
     if attending and attending[0] != (metrics.me_layer or 0) + 1:
         notes.append(f"The next block with attention is {attending[0]}.")
-    return replace(judged, note=" ".join(filter(None, notes)))
+    return judged.noting(*notes)
 
 
 def _lasts_from_the_next_block(metrics: SinksMetrics) -> Judgement:
@@ -266,11 +264,11 @@ def _lasts_from_the_next_block(metrics: SinksMetrics) -> Judgement:
     onset, first = metrics.unbroken_sink_layer, metrics.first_sink_layer
     me_layer, last = metrics.me_layer, metrics.last_lasting_layer
     if me_layer is None or last is None:
-        return Judgement("not measured", note="The result does not say where the ME layer and the last blocks are.")
+        raise NotMeasuredError("The result does not say where the ME layer and the last blocks are.")
     attending = range(last + 1) if metrics.attention_layers is None else metrics.attention_layers
     behind = [layer for layer in attending if me_layer < layer <= last]
     if not behind:
-        return Judgement("not measured", note="No block between the ME layer and the last two has attention.")
+        raise NotMeasuredError("No block between the ME layer and the last two has attention.")
     if onset is None:
         return Judgement("does not hold", note="No sink lasts.")
     steps = sum(layer <= onset for layer in behind) if onset > me_layer else onset - me_layer
@@ -281,63 +279,47 @@ def _lasts_from_the_next_block(metrics: SinksMetrics) -> Judgement:
 
 CLAIMS = (
     Claim(
-        id="sink-next",
-        fixed="2026-11-26",
-        claim="Attention sinks emerge in the layer right after the ME layer",
+        id="sink-next", fixed="2026-11-26",
         source="introduction: 'in the layer immediately following the ME Layer'; figure 7b",
-        metrics=SinksMetrics,
-        figure="sink_mass",
+        figure="sink_mass", metrics=SinksMetrics,
+        claim="Attention sinks emerge in the layer right after the ME layer",
         statistic="share of inputs whose first block with a mean sink mass over 0.3 is the next one with attention",
         criterion=">= 0.8; in part: there, and none in the ME layer, but some earlier",
         why="to emerge is to come first, and a later dip is no return; 0.3 is Gu et al.'s; 17 inputs of 17 show 0.8",
-        of_token_0=True,
-        blocks_after=1,
+        of_token_0=True, blocks_after=1,
         judge=_rises_in_the_next_block,
         former=Former(
-            "1; in part: sinks before that come and go",
-            "2026-11-22 a1bbeb3",
-            _lasts_from_the_next_block,
+            "1; in part: sinks before that come and go", "2026-11-22 a1bbeb3", _lasts_from_the_next_block,
             "blocks with attention from the ME layer to the first from which the mean sink mass stays over 0.3",
         ),
     ),
     Claim(
-        id="sink-at-me",
-        fixed="2026-11-26",
-        claim="There is a sink at the ME layer itself, where the FFN has not written yet",
+        id="sink-at-me", fixed="2026-11-26",
         source="section 6, on figure 7: 'the attention sink observed at the ME Layer is not caused by the FFN output'",
-        metrics=SinksMetrics,
-        figure="attention_maps",
+        figure="attention_maps", metrics=SinksMetrics,
+        claim="There is a sink at the ME layer itself, where the FFN has not written yet",
         statistic="mean sink mass in the ME layer",
         criterion=">= 0.3",
         why="0.3 is Gu et al.'s; it contradicts sink-next, unless figure 7's 'layer 7' is the block after the ME layer",
         of_token_0=True,
-        judge=lambda metrics: at_least(
-            metrics.sink_mass_at_me_layer,
-            metrics.sink_mass_at_me_layer_interval,
-            SINK_THRESHOLD,
+        judge=lambda m: at_least(
+            m.sink_mass_at_me_layer, m.sink_mass_at_me_layer_interval, SINK_THRESHOLD,
             why_not="The ME layer has no attention that can be measured.",
         ),
     ),
     Claim(
-        id="sink-blocks",
-        fixed="2026-11-26",
-        claim="Attention sinks consistently appear in the layers after the ME layer",
+        id="sink-blocks", fixed="2026-11-26",
         source="section 6: 'consistently appear in layers following the onset of massive activation'",
-        metrics=SinksMetrics,
-        figure="sink_mass",
+        figure="sink_mass", metrics=SinksMetrics,
+        claim="Attention sinks consistently appear in the layers after the ME layer",
         statistic="share of blocks with attention behind the ME layer whose sink mass is over 0.3, mean over inputs",
         criterion=">= 0.9; in part >= 0.5",
         why="'consistently' leaves one block in ten out at most; half is in most layers",
-        of_token_0=True,
-        blocks_after=1,
-        judge=lambda metrics: at_least(
-            metrics.sink_blocks,
-            metrics.sink_blocks_interval,
-            0.9,
-            partly=0.5,
-            why_not=metrics.sink_rises_why_not,
+        of_token_0=True, blocks_after=1,
+        judge=lambda m: at_least(
+            m.sink_blocks, m.sink_blocks_interval, 0.9, partly=0.5, why_not=m.sink_rises_why_not
         ),
     ),
     *low_rank.CLAIMS,
     *attention_inputs.CLAIMS,
-)
+)  # fmt: skip

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from pydantic import Field
 
-from melens.claims.engine import Claim, Former, Judgement, Verdict, at_least, at_most, number
+from melens.analysis.norm_gains import NO_NORM
+from melens.claims.engine import Claim, Former, Judgement, NotMeasuredError, Verdict, at_least, at_most, number, worst
 from melens.report.result import Interval, Metrics
 
 __all__ = ["CLAIMS", "AblationMetrics"]
@@ -59,33 +60,27 @@ _NONE: Interval = (None, None)
 
 def _emerges_then_fades(metrics: AblationMetrics) -> Judgement:
     emerges = at_least(metrics.highest_without_ffn, metrics.highest_without_ffn_interval, 10)
-    if emerges.value is None:
-        return emerges
     fades = at_most(metrics.end_without_ffn, metrics.end_without_ffn_interval, 0.1, partly=0.5)
-    verdicts = (emerges.verdict, fades.verdict)
-    verdict: Verdict = next((worst for worst in ("does not hold", "holds in part") if worst in verdicts), "holds")
     note = f"At most × {emerges.value:,.3g} the other tokens; highest in block {metrics.highest_without_ffn_layer}."
-    return replace(fades, verdict=verdict, note=f"{note} {fades.note}".strip())
+    return replace(fades, verdict=worst(emerges, fades).verdict).noting(note)
 
 
 def _persists_smaller(metrics: AblationMetrics) -> Judgement:
     if not metrics.left_without_norm:
-        return Judgement("not measured", note="The ME layer's FFN has no norm of its own before it.")
+        raise NotMeasuredError(NO_NORM)
     verdicts = set[Verdict]()
     for sense, left in metrics.left_without_norm.items():
         interval = metrics.left_without_norm_intervals.get(sense, _NONE)
         smaller = at_most(number(left, f"left_without_norm, {sense},"), interval, 0.5)
         over_others = number(metrics.over_others_without_norm.get(sense), f"over_others_without_norm, {sense},")
         persists = at_least(over_others, metrics.over_others_without_norm_intervals.get(sense, _NONE), 10)
-        both = {smaller.verdict, persists.verdict}
-        verdicts.add("does not hold" if "does not hold" in both else "holds in part" if len(both) > 1 else both.pop())
-    verdict: Verdict = "holds in part" if len(verdicts) > 1 else verdicts.pop()
-    return _of_identity(metrics, verdict)
+        verdicts.add(worst(smaller, persists).verdict)
+    return _of_identity(metrics, "holds in part" if len(verdicts) > 1 else verdicts.pop())
 
 
 def _persists_smaller_on_average(metrics: AblationMetrics) -> Judgement:
     if not metrics.left_without_norm:
-        return Judgement("not measured", note="The ME layer's FFN has no norm of its own before it.")
+        raise NotMeasuredError(NO_NORM)
     agrees = []
     for sense, left in metrics.left_without_norm.items():
         over_others = number(metrics.over_others_without_norm.get(sense), f"over_others_without_norm, {sense},")
@@ -118,7 +113,7 @@ def _only_me_layer(metrics: AblationMetrics) -> Judgement:
 
 def _only_me_layer_on_average(metrics: AblationMetrics) -> Judgement:
     if metrics.causal_layers is None:
-        return Judgement("not measured", note="The result has no causal_layers.")
+        raise NotMeasuredError("The result has no causal_layers.")
     others = [layer for layer in metrics.causal_layers if layer != metrics.me_layer]
     verdict: Verdict = "does not hold"
     if metrics.me_layer in metrics.causal_layers and metrics.strongest_cause == metrics.me_layer:

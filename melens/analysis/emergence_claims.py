@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from melens.analysis.me_layer import Criterion, Kind
-from melens.claims.engine import Claim, Former, Judgement, Verdict, at_least, at_most, number
+from melens.claims.engine import Claim, Former, Judgement, NotMeasuredError, Verdict, at_least, at_most, number
 from melens.report.result import Interval, Metrics
 
 __all__ = ["CLAIMS", "EmergenceMetrics"]
@@ -104,14 +104,14 @@ def _single_block(metrics: EmergenceMetrics) -> Judgement:
 def _comparable_before(metrics: EmergenceMetrics) -> Judgement:
     why_not = "No block comes before the ME layer." if metrics.me_layer == 0 else None
     judged = at_most(metrics.before_ratio, metrics.before_ratio_interval, 2, partly=10, why_not=why_not)
-    if metrics.before_layer is None or judged.verdict in ("holds", "not measured"):
+    if metrics.before_layer is None or judged.verdict == "holds":
         return judged
     return replace(judged, note=f"It is furthest apart after block {metrics.before_layer}.")
 
 
 def _first_token(metrics: EmergenceMetrics) -> Judgement:
     alone = at_least(metrics.first_alone, metrics.first_alone_interval, 0.9)
-    if alone.verdict in ("holds", "not measured"):
+    if alone.verdict == "holds":
         return alone
     first = number(metrics.first_massive, "first_massive")
     verdict: Verdict = "holds in part" if first >= 0.5 else "does not hold"
@@ -129,27 +129,27 @@ def _former_first_token(metrics: EmergenceMetrics) -> Judgement:
 
 def _second_massive(metrics: EmergenceMetrics) -> Judgement:
     if metrics.second_norm is None:
-        return Judgement("not measured", note="No block lies between that which forms the state and the last two.")
+        raise NotMeasuredError("No block lies between that which forms the state and the last two.")
     erased, over_others = number(metrics.erased, "erased"), number(metrics.second_over_others, "second_over_others")
     judged = at_least(metrics.second_norm, metrics.second_norm_interval, 0.1)
-    notes = [
-        f"After block {metrics.second_layer} {erased:.0%} of the first one is erased, from {metrics.second_from} on."
-    ]
-    notes.append(f"The new part is {over_others:.2g} × as large as the other tokens.")
     is_in_last_two = metrics.n_layers is None or (metrics.second_from or 0) >= metrics.n_layers - 2
-    if judged.verdict != "does not hold" and metrics.second_norm < erased:
+    if metrics.second_norm < erased:
         judged = replace(judged, verdict="does not hold")
-    elif judged.verdict == "holds" and not (over_others >= 10 and is_in_last_two):
-        judged = replace(judged, verdict="holds in part")
-    return replace(judged, note=" ".join([*notes, judged.note]).strip())
+    elif not (over_others >= 10 and is_in_last_two):
+        judged = judged.in_part()
+    return judged.noting(
+        f"After block {metrics.second_layer} {erased:.0%} of the first one is erased, from {metrics.second_from} on.",
+        f"The new part is {over_others:.2g} × as large as the other tokens.",
+    )
 
 
 def _former_second_massive(metrics: EmergenceMetrics) -> Judgement:
     """Judge norms of what the FFNs write, which have no sign."""
     last, between = metrics.ffn_last_blocks, metrics.ffn_between
     if last is None or between is None:
-        why_not = metrics.ffn_last_blocks_why_not or "No blocks lie between the ME layer and the last two."
-        return Judgement("not measured", note=why_not)
+        raise NotMeasuredError(
+            metrics.ffn_last_blocks_why_not or "No blocks lie between the ME layer and the last two."
+        )
     last, between = number(last, "ffn_last_blocks"), number(between, "ffn_between")
     verdict: Verdict = "does not hold" if last < 0.1 else "holds" if between < 0.1 else "holds in part"
     return Judgement(verdict, last, None, f"In the blocks between, at most {between:.2g}.")
@@ -212,8 +212,6 @@ CLAIMS = (
         why="within an order of magnitude of the first one, and more than one above the other tokens; a large write "
         "against the first one takes it away and makes none",
         of_token_0=True, judge=_second_massive,
-        former=Former(
-            ">= 0.1, and < 0.1 between; in part: >= 0.1", "2026-11-22 a1bbeb3", _former_second_massive
-        ),
+        former=Former(">= 0.1, and < 0.1 between; in part: >= 0.1", "2026-11-22 a1bbeb3", _former_second_massive),
     ),
 )  # fmt: skip

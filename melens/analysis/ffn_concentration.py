@@ -22,7 +22,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from melens.analysis.peaks import by_state, compared_prompts, place_among
 from melens.analysis.statistics import mean_by, mean_metric, peak_layer, share_interval, with_interval
 from melens.analysis.study import Study
-from melens.claims.engine import Claim, Former, Judgement, Verdict, at_least
+from melens.claims.engine import Claim, Former, Judgement, NotMeasuredError, Verdict, at_least, worst
 from melens.errors import MelensError
 from melens.figures.curves import ffn_figure
 from melens.models.layout import Layout, listed
@@ -293,27 +293,24 @@ def _norm_behind_in_words(metrics: FfnMetrics) -> str:
 
 
 def _peak_together(metrics: FfnMetrics) -> Judgement:
-    if (why_not := _why_not_together(metrics)) is not None:
-        return why_not
+    _check_projections(metrics)
     shares, peaks = metrics.concentration_shares or {}, metrics.concentration_peaks or {}
     judged = at_least(metrics.concentration_together, metrics.concentration_together_interval, MOST)
     if judged.verdict == "does not hold" and any(shares[name] > MOST for name in PROJECTIONS):
         judged = replace(judged, verdict="holds in part")
     each = ", ".join(f"{name} in {shares[name]:.0%} (on average at block {peaks[name]})" for name in PROJECTIONS)
-    return replace(judged, note=f"{judged.note} Largest at the ME layer: {each}.".strip())
+    return judged.noting(f"Largest at the ME layer: {each}.")
 
 
-def _why_not_together(metrics: FfnMetrics) -> Judgement | None:
+def _check_projections(metrics: FfnMetrics) -> None:
     is_missing = any(metrics.me_layer in layers for layers in (metrics.missing_projections or {}).values())
     if is_missing or len(metrics.concentration_peaks or {}) < 3:
-        return Judgement("not measured", note="The ME layer's FFN has no gate, up and down projection to tell apart.")
-    return None
+        raise NotMeasuredError("The ME layer's FFN has no gate, up and down projection to tell apart.")
 
 
 def _mean_curves_peak_together(metrics: FfnMetrics) -> Judgement:
     """Judge `concentration` as it was until 2026-11-26: by the peaks of the three mean curves."""
-    if (why_not := _why_not_together(metrics)) is not None:
-        return why_not
+    _check_projections(metrics)
     there = sum(layer == metrics.me_layer for layer in (metrics.concentration_peaks or {}).values())
     verdict: Verdict = "does not hold" if there == 0 else "holds" if there == 3 else "holds in part"
     return Judgement(verdict, float(there))
@@ -324,13 +321,9 @@ def _amplifies_most(metrics: FfnMetrics) -> Judgement:
     judged = at_least(
         m.amplification_over_next, m.amplification_over_next_interval, 1, why_not=m.amplification_over_next_why_not
     )
-    if judged.value is None:
-        return judged
     itself = at_least(m.amplification, m.amplification_interval, 1)
-    verdicts = {judged.verdict, itself.verdict}
-    verdict = next(each for each in ("does not hold", "holds in part", "holds") if each in verdicts)
-    note = f"{judged.note} The FFN itself: × {m.amplification:,.4g}.{_norm_behind_in_words(m)}"
-    return replace(judged, verdict=verdict, note=note.strip())
+    note = f"The FFN itself: × {m.amplification:,.4g}.{_norm_behind_in_words(m)}"
+    return replace(judged, verdict=worst(judged, itself).verdict).noting(note)
 
 
 def _writes_most(metrics: FfnMetrics) -> Judgement:

@@ -29,14 +29,8 @@ from melens.tracing.sites import Sites
 from melens.tracing.trace import trace
 
 __all__ = [
-    "CLAIMS",
-    "LowRankMetrics",
-    "compare_ranks",
-    "measure_ranks",
-    "rank_by_block",
-    "rank_figure",
-    "ranks_in_words",
-]
+    "CLAIMS", "LowRankMetrics", "compare_ranks", "measure_ranks", "rank_by_block", "rank_figure", "ranks_in_words",
+]  # fmt: skip
 
 ATTENTION, INPUTS, OUTPUTS = "attention", "attention inputs", "block outputs"
 _SITES = {INPUTS: "ln1.hook_out", OUTPUTS: "hook_resid_post"}
@@ -244,56 +238,43 @@ def _states_collapse(metrics: LowRankMetrics) -> Judgement:
     judged = at_most(metrics.input_rank_ratio, metrics.input_rank_ratio_interval, 0.5, partly=0.8, why_not=why_not)
     ratios = metrics.rank_ratios or {}
     others = [f"{kind} {ratio:.2f}" for kind, ratio in ratios.items() if kind not in (ATTENTION, INPUTS)]
-    if judged.verdict == "not measured":
-        return judged
-    notes = [judged.note, f"Other kinds of states: {', '.join(others)}." if others else ""]
-    if judged.verdict == "holds" and ratios.get(f"{INPUTS} without token 0", 0) > 0.8:
-        judged = replace(judged, verdict="holds in part")
-        notes.append("It is the norm of token 0's row: the other tokens' states do not collapse.")
-    return replace(judged, note=" ".join(filter(None, notes)))
+    noted = judged.noting(f"Other kinds of states: {', '.join(others)}." if others else "")
+    if judged.verdict != "holds" or ratios.get(f"{INPUTS} without token 0", 0) <= 0.8:
+        return noted
+    return noted.in_part().noting("It is the norm of token 0's row: the other tokens' states do not collapse.")
 
 
 _ATTENTION_RANK = Claim(
-    id="attention-rank",
-    fixed="2026-11-26",
+    id="attention-rank", fixed="2026-11-26",
+    source="introduction, section 6", figure="rank", metrics=LowRankMetrics,
     claim="After the ME layer attention is of lower rank",
-    source="introduction, section 6",
-    metrics=LowRankMetrics,
-    figure="rank",
     statistic="effective rank of the attention matrices after the ME layer over that before",
     criterion="<= 0.5; in part <= 0.8",
     why="a collapse is at least a halving; the loss of less than a fifth is none",
-    of_token_0=True,
-    blocks_after=1,
-    judge=lambda metrics: at_most(
-        metrics.attention_rank_ratio,
-        metrics.attention_rank_ratio_interval,
-        0.5,
-        partly=0.8,
-        why_not=metrics.attention_rank_ratio_why_not or metrics.why_not,
+    of_token_0=True, blocks_after=1,
+    judge=lambda m: at_most(
+        m.attention_rank_ratio, m.attention_rank_ratio_interval, 0.5, partly=0.8,
+        why_not=m.attention_rank_ratio_why_not or m.why_not,
     ),
     former=Former(
-        "<= 0.5; in part < 1",
-        "2026-11-22 a1bbeb3",
-        lambda metrics: at_most(metrics.attention_rank_ratio, metrics.attention_rank_ratio_interval, 0.5, partly=0.999),
+        "<= 0.5; in part < 1", "2026-11-22 a1bbeb3",
+        lambda m: at_most(m.attention_rank_ratio, m.attention_rank_ratio_interval, 0.5, partly=0.999),
     ),
-)
+)  # fmt: skip
 
 CLAIMS = (
     _ATTENTION_RANK,
     replace(
-        _ATTENTION_RANK,
-        id="hidden-rank",
+        _ATTENTION_RANK, id="hidden-rank",
         claim="After the ME layer the states of a prompt's tokens collapse before they enter attention",
         source="section 6: 'collapsing representations into a low-dimensional subspace before entering the attention'",
         statistic="effective rank of all tokens' attention inputs (output of ln1) after the ME layer over that before",
         criterion="<= 0.5; in part <= 0.8, or where it is the norm of token 0's row alone",
         judge=_states_collapse,
         former=Former(
-            "<= 0.5; in part < 1",
-            "2026-11-22 a1bbeb3",
-            lambda metrics: at_most(metrics.hidden_rank_ratio, metrics.hidden_rank_ratio_interval, 0.5, partly=0.999),
+            "<= 0.5; in part < 1", "2026-11-22 a1bbeb3",
+            lambda m: at_most(m.hidden_rank_ratio, m.hidden_rank_ratio_interval, 0.5, partly=0.999),
             "effective rank of all tokens' hidden states from the ME layer on over that before",
         ),
     ),
-)
+)  # fmt: skip

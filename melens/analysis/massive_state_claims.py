@@ -7,7 +7,7 @@ from dataclasses import replace
 from pydantic import Field
 
 from melens.analysis.sink_mass import SINK_THRESHOLD
-from melens.claims.engine import Claim, Judgement, at_least, at_most, number, unless_trivial
+from melens.claims.engine import Claim, Judgement, NotMeasuredError, at_least, at_most, number, unless_trivial
 from melens.models.layout import listed
 from melens.report.result import Interval, Metrics
 
@@ -82,11 +82,10 @@ class ConsequenceMetrics(Metrics):
 
 def _sinks_follow(metrics: ConsequenceMetrics) -> Judgement:
     if metrics.norm_left is not None and number(metrics.norm_left, "norm_left") > 0.5:
-        note = f"Without the FFN write {metrics.norm_left:.0%} of the massive token's norm is left: it stays massive."
-        return Judgement("not measured", note=note)
+        raise NotMeasuredError(
+            f"Without the FFN write {metrics.norm_left:.0%} of the massive token's norm is left: it stays massive."
+        )
     judged = at_most(metrics.sinks_left, metrics.sinks_left_interval, 0.1, partly=0.5, why_not=metrics.sinks_why_not)
-    if judged.verdict == "not measured":
-        return judged
     against = []
     if metrics.sink_layers_left:
         against.append(f"A sink stays in {listed(metrics.sink_layers_left)}.")
@@ -94,22 +93,21 @@ def _sinks_follow(metrics: ConsequenceMetrics) -> Judgement:
         against.append(f"There is one before, in {listed(metrics.sink_layers_before)}.")
     if number(metrics.sinks_left_control, "sinks_left_control") < 0.5:
         against.append(f"Without the write to all other tokens {metrics.sinks_left_control:.0%} is left as well.")
-    verdict = "holds in part" if against and judged.verdict == "holds" else judged.verdict
-    notes = [judged.note, *against]
-    if metrics.sinks_left_zero is not None:
-        notes.append(f"With the massive entries alone set to zero {metrics.sinks_left_zero:.0%} is left.")
-    return replace(judged, verdict=verdict, note=" ".join(filter(None, notes)))
+    judged = (judged.in_part() if against else judged).noting(*against)
+    if metrics.sinks_left_zero is None:
+        return judged
+    return judged.noting(f"With the massive entries alone set to zero {metrics.sinks_left_zero:.0%} is left.")
 
 
 def _sinks_come_earlier(metrics: ConsequenceMetrics) -> Judgement:
     if not metrics.sink_layers and metrics.sinks_why_not is not None:
-        return Judgement("not measured", note=metrics.sinks_why_not)
+        raise NotMeasuredError(metrics.sinks_why_not)
     judged = at_least(
         metrics.sink_mass_earlier, metrics.sink_mass_earlier_interval, SINK_THRESHOLD, why_not=metrics.earlier_why_not
     )
     if judged.verdict == "does not hold" and metrics.earlier_sink_layers:
         judged = replace(judged, verdict="holds in part")
-    if judged.verdict != "not measured" and len(metrics.earlier_sink_layers) < len(metrics.earlier_layers):
+    if len(metrics.earlier_sink_layers) < len(metrics.earlier_layers):
         where = listed(metrics.earlier_sink_layers) if metrics.earlier_sink_layers else "no block"
         judged = replace(judged, note=f"Over {SINK_THRESHOLD:g} in {where} of {listed(metrics.earlier_layers)}.")
     return judged
@@ -118,7 +116,7 @@ def _sinks_come_earlier(metrics: ConsequenceMetrics) -> Judgement:
 def _mean_is_enough(metrics: ConsequenceMetrics) -> Judgement:
     zero = metrics.dloss_zero
     if zero is not None and number(zero, "dloss_zero") <= HARMLESS:
-        return Judgement("not measured", note=f"Zero does no harm either ({zero:+.3f}), so the mean saves nothing.")
+        raise NotMeasuredError(f"Zero does no harm either ({zero:+.3f}), so the mean saves nothing.")
     partly = None if zero is None else 0.1 * zero
     judged = at_most(
         metrics.dloss_mean, metrics.dloss_mean_interval, HARMLESS, partly=partly, why_not=metrics.mean_why_not

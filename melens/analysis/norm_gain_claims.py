@@ -30,25 +30,20 @@ NO_OTHER = "No other block has a norm before its FFN to compare with."
 
 def _stands_out_first(metrics: RmsnormMetrics) -> Judgement:
     judged = at_least(metrics.weight_norm_ratio, metrics.weight_norm_ratio_interval, STANDS_OUT, why_not=NO_NORM)
-    if judged.value is None:
-        return judged
     before, interval = metrics.weight_norm_before, metrics.weight_norm_before_interval
     if before is None:
-        alike, note = False, "There is no block before the ME layer to compare with."
-    else:
-        bounds = (at_least(before, interval, 1 / STANDS_OUT), at_most(before, interval, STANDS_OUT))
-        alike = all(bound.verdict == "holds" for bound in bounds)
-        times = with_interval(before, interval)
-        note = f"Before, it is the least alike in block {metrics.weight_norm_before_layer}: × {times}."
-    verdict = "holds in part" if judged.verdict == "holds" and not alike else judged.verdict
-    return replace(judged, verdict=verdict, note=f"{judged.note} {note}".strip())
+        return judged.in_part().noting("There is no block before the ME layer to compare with.")
+    bounds = (at_least(before, interval, 1 / STANDS_OUT), at_most(before, interval, STANDS_OUT))
+    alike = all(bound.verdict == "holds" for bound in bounds)
+    times = with_interval(before, interval)
+    note = f"Before, it is the least alike in block {metrics.weight_norm_before_layer}: × {times}."
+    return (judged if alike else judged.in_part()).noting(note)
 
 
 def _stood_out_first(metrics: RmsnormMetrics) -> Judgement:
     """Judge `weight-norm` as it was until 2026-11-26: earlier blocks by their means alone, and one way."""
     judged = at_least(metrics.weight_norm_ratio, metrics.weight_norm_ratio_interval, STANDS_OUT, why_not=NO_NORM)
-    is_later = judged.verdict == "holds" and metrics.weight_norm_first_layer != metrics.me_layer
-    return replace(judged, verdict="holds in part") if is_later else judged
+    return judged if metrics.weight_norm_first_layer == metrics.me_layer else judged.in_part()
 
 
 def _exceeds_others(metrics: RmsnormMetrics) -> Judgement:
@@ -56,9 +51,7 @@ def _exceeds_others(metrics: RmsnormMetrics) -> Judgement:
     judged = at_least(
         metrics.weight_norm_lead, metrics.weight_norm_lead_interval, STANDS_OUT, partly=1, why_not=why_not
     )
-    if judged.value is None:
-        return judged
-    return replace(judged, note=f"{judged.note} The next is block {metrics.weight_norm_next_layer}.".strip())
+    return judged.noting(f"The next is block {metrics.weight_norm_next_layer}.")
 
 
 def _special(
@@ -78,8 +71,6 @@ def _special(
         why_not: why nothing was measured.
     """
     judged = at_least(lead, lead_interval, ANY, why_not=why_not or NO_OTHER)
-    if judged.value is None:
-        return judged
     signed = at_least(number(value, "value in the ME layer"), interval, ANY)
     is_among_first = signed.verdict == "holds" and number(further_out, "share of blocks further out") <= FEW_OTHERS
     if signed.verdict == "does not hold" or (judged.verdict == "does not hold" and not is_among_first):
@@ -93,22 +84,15 @@ def _delta_frac(metrics: RmsnormMetrics) -> Judgement:
         m.delta_frac, m.delta_frac_interval, m.delta_frac_lead, m.delta_frac_lead_interval, m.delta_frac_share_larger,
         m.why_not,
     )  # fmt: skip
-    if judged.value is None:
-        return judged
-    note = (
-        f"{judged.note} ΔFrac is {m.delta_frac:+.3f}; the next is block {m.delta_frac_next_layer}, and "
-        f"{m.delta_frac_share_larger:.0%} of the other blocks have a larger one."
-    )
-    if m.top_share != 0.01:
-        note += f" Here K was {m.top_share:.2%} of the width."
-    return replace(judged, note=note.strip())
+    note = f"ΔFrac is {m.delta_frac:+.3f}; the next is block {m.delta_frac_next_layer}, and "
+    note += f"{m.delta_frac_share_larger:.0%} of the other blocks have a larger one."
+    return judged.noting(note, f"Here K was {m.top_share:.2%} of the width." if m.top_share != 0.01 else "")
 
 
 def _delta_frac_up_to_there(metrics: RmsnormMetrics) -> Judgement:
     """Judge `delta-frac` as it was until 2026-11-26: its sign, and its place among the blocks before."""
     judged = at_least(metrics.delta_frac, metrics.delta_frac_interval, ANY, why_not=metrics.why_not)
-    is_later = judged.verdict == "holds" and metrics.delta_frac_top_layer != metrics.me_layer
-    return replace(judged, verdict="holds in part") if is_later else judged
+    return judged if metrics.delta_frac_top_layer == metrics.me_layer else judged.in_part()
 
 
 def _delta_kl(metrics: RmsnormMetrics) -> Judgement:
@@ -120,28 +104,23 @@ def _delta_kl(metrics: RmsnormMetrics) -> Judgement:
         closer, interval or m.delta_kl_interval, m.delta_kl_lead, m.delta_kl_lead_interval, m.delta_kl_share_lower,
         m.why_not,
     )  # fmt: skip
-    if judged.value is None:
-        return judged
     note = f"ΔKL is {m.delta_kl:+.3f} nats; the next is block {m.delta_kl_next_layer}, and {m.delta_kl_share_lower:.0%}"
-    return replace(judged, note=f"{judged.note} {note} of the other blocks have a lower one.".strip())
+    return judged.noting(f"{note} of the other blocks have a lower one.")
 
 
 def _peaks_or_rises(metrics: RmsnormMetrics) -> Judgement:
     why_not = metrics.why_not or NO_OTHER
     peaks = at_least(metrics.norm_lead, metrics.norm_lead_interval, STANDS_OUT, partly=1, why_not=why_not)
     rises = at_least(metrics.norm_at_end, metrics.norm_at_end_interval, 1, why_not=why_not)
-    if peaks.value is None or rises.value is None:
-        return peaks if peaks.value is None else rises
     mostly = at_least(metrics.norm_rising, metrics.norm_rising_interval, MOSTLY_RISING)
-    if rises.verdict == "holds" and mostly.verdict != "holds":
-        rises = replace(rises, verdict="holds in part")
+    rises = rises if mostly.verdict == "holds" else rises.in_part()
     found = (
         f"The norm in the ME layer is × {peaks.value:.3g} that in block {metrics.norm_next_layer}, the next largest. "
         f"In the last block before the trailing ones it is × {rises.value:.3g} that in the ME layer, and of two blocks "
         f"from there on the later has the larger one in {metrics.norm_rising:.0%} of pairs."
     )
     judged, as_in = (rises, "Llama and Mistral, a rise") if metrics.rises_in_paper else (peaks, "Qwen3, a peak")
-    return replace(judged, note=f"{judged.note} Judged as the paper's {as_in}. {found}".strip())
+    return judged.noting(f"Judged as the paper's {as_in}.", found)
 
 
 CLAIMS = (

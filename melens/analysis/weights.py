@@ -23,7 +23,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from melens.analysis.statistics import peak_layer
 from melens.analysis.study import Study
-from melens.claims.engine import Claim, Judgement, Verdict
+from melens.claims.engine import Claim, Judgement, NotMeasuredError, Verdict
 from melens.errors import MelensError
 from melens.figures.curves import Curve, Panel, curves_by_block
 from melens.figures.style import COLORS
@@ -246,9 +246,9 @@ def _in_words(study: Study, metrics: PredictMetrics, scores: pd.DataFrame) -> st
 def _ranks_first(metrics: PredictMetrics) -> Judgement:
     ranks, n_scored = metrics.ranks or {}, metrics.n_scored
     if (rank := ranks.get("response")) is None:
-        return Judgement("not measured", note="The ME layer's FFN has no score.")
+        raise NotMeasuredError("The ME layer's FFN has no score.")
     if n_scored < 2:
-        return Judgement("not measured", note="Only one block has an FFN that can be scored.")
+        raise NotMeasuredError("Only one block has an FFN that can be scored.")
     verdict: Verdict = "holds" if rank == 1 else "holds in part" if rank <= 3 < n_scored else "does not hold"
     by_score = ", ".join(f"{score} {place}" for score, place in ranks.items())
     return Judgement(verdict, float(rank), note=f"Ranks: {by_score}, of {n_scored}.")

@@ -25,8 +25,8 @@ from melens.report.result import Interval, Metrics, Result
 from melens.validation.signatures import given
 
 __all__ = [
-    "Claim", "Former", "Judgement", "NotANumberError", "Verdict", "at_least", "at_most", "judge", "judge_parts",
-    "number", "unless_trivial",
+    "Claim", "Former", "Judgement", "NotMeasuredError", "Verdict", "at_least", "at_most", "judge", "judge_parts",
+    "number", "unless_trivial", "worst",
 ]  # fmt: skip
 
 Verdict = Literal["holds", "holds in part", "does not hold", "trivial here", "not measured"]
@@ -47,6 +47,14 @@ class Judgement:
     value: float | int | None = None
     interval: tuple[float, float] | None = None
     note: str = ""
+
+    def noting(self, *notes: str) -> Judgement:
+        """Put notes behind its own; empty ones say nothing."""
+        return replace(self, note=" ".join(filter(None, (self.note, *notes))))
+
+    def in_part(self) -> Judgement:
+        """Take what holds as holding in part."""
+        return replace(self, verdict="holds in part") if self.verdict == "holds" else self
 
 
 @dataclass(frozen=True)
@@ -192,15 +200,15 @@ def _judge_one(claim: Claim[Any], measured: Mapping[str, Any]) -> Judgement:
         judged = claim.judge(_of(claim.metrics, found))
     except KeyError as missing:
         return Judgement("not measured", note=f"The result has no metric {missing}.")
-    except NotANumberError as broken:  # every comparison with NaN is false, which would read as "does not hold"
-        return Judgement("not measured", note=str(broken))
+    except NotMeasuredError as error:
+        return Judgement("not measured", note=str(error))
     notes = [judged.note]
     n_ffn, n_layers = len(shared.ffn_layers or ()), shared.n_layers or 0
     if claim.of_ffn and judged.verdict != "not measured" and 0 < n_ffn < n_layers:
         notes.append(f"Of {n_layers} blocks {n_ffn} have an FFN that can be measured.")
     of_one_state = shared.n_prompts == 1 or (shared.massive_position == 0 and shared.distinct_first_tokens == 1)
     if of_one_state and claim.metrics.rests_on_states and judged.verdict in ("holds", "holds in part"):
-        judged = replace(judged, verdict="holds in part")  # one state shows nothing of others
+        judged = judged.in_part()  # one state shows nothing of others
         notes.append("It rests on a single first token.")
     return replace(judged, note=" ".join(dict.fromkeys(note for note in notes if note)))
 
@@ -240,18 +248,18 @@ def _why_not_measured(claim: Claim[Any], metrics: Metrics) -> str | None:
 # --- For the claims' own judges ---------------------------------------------------------------------------------------
 
 
-class NotANumberError(Exception):
-    """A number that a claim rests on is NaN, or null where JSON has no NaN."""
+class NotMeasuredError(Exception):
+    """Why what a claim rests on was not measured, which is then the verdict; `_judge_one` catches it."""
 
 
 def number(value: float | None, name: str) -> float:
     """Return a number that a claim rests on.
 
     Raises:
-        NotANumberError: it is NaN, or missing; the verdict is then "not measured".
+        NotMeasuredError: it is NaN, with which every comparison is false, or null where JSON has no NaN.
     """
     if value is None or math.isnan(value):
-        raise NotANumberError(f"The result's {name} is no number (NaN).")
+        raise NotMeasuredError(f"The result's {name} is no number (NaN).")
     return value
 
 
@@ -274,9 +282,12 @@ def at_least(
             they can show a claim in part at most.
         enough, partly: thresholds.
         why_not: why nothing was measured.
+
+    Raises:
+        NotMeasuredError: nothing was measured, or NaN.
     """
     if value is None:
-        return Judgement("not measured", note=why_not or "The result does not have it.")
+        raise NotMeasuredError(why_not or "The result does not have it.")
     value, measured = number(value, "value"), _measured(interval)
     in_part = value >= (enough if partly is None else min(partly, enough))
     verdict: Verdict = "holds in part" if in_part else "does not hold"
@@ -299,7 +310,12 @@ def at_most(
     mirrored = interval if measured is None else (-measured[1], -measured[0])
     negative, partly = None if value is None else -value, None if partly is None else -partly
     judged = at_least(negative, mirrored, -enough, partly=partly, why_not=why_not)
-    return judged if judged.value is None else replace(judged, value=value, interval=measured)
+    return replace(judged, value=value, interval=measured)
+
+
+def worst(*judged: Judgement) -> Judgement:
+    """Return the judgement with the worst verdict, of equal ones the first."""
+    return min(judged, key=lambda each: ("does not hold", "holds in part", "holds").index(each.verdict))
 
 
 def _measured(interval: Interval | None) -> tuple[float, float] | None:
@@ -312,7 +328,7 @@ def _measured(interval: Interval | None) -> tuple[float, float] | None:
 
 def unless_trivial(metrics: Metrics, judgement: Judgement) -> Judgement:
     """Mark what follows from the design: in a causal model prompts that share token 0 share its every state."""
-    if metrics.distinct_first_tokens != 1 or judgement.verdict == "not measured":
+    if metrics.distinct_first_tokens != 1:
         return judgement
     note = "All prompts share their first token, so its states are the same by construction."
     return replace(judgement, verdict="trivial here", note=note)

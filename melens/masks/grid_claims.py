@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from melens.claims.engine import Claim, Former, Judgement, Verdict, at_least, at_most, number
+from melens.claims.engine import Claim, Former, Judgement, NotMeasuredError, Verdict, at_least, at_most, number, worst
 from melens.masks.grid_metrics import SINK_REMOVED, SINK_WEAKENED, MaskGridMetrics
 
 __all__ = ["CLAIMS"]
@@ -14,21 +14,18 @@ def _weakens(metrics: MaskGridMetrics) -> Judgement:
     judged = at_most(
         metrics.sink_ratio, metrics.sink_ratio_interval, 0.5, partly=SINK_WEAKENED, why_not=metrics.sink_why_not
     )
-    if judged.value is None:
-        return judged
-    low, high = judged.interval or (judged.value, judged.value)
-    if judged.value < SINK_REMOVED or high >= 1:
+    left = number(metrics.sink_ratio, "sink_ratio")
+    low, high = judged.interval or (left, left)
+    if left < SINK_REMOVED or high >= 1:
         judged = replace(judged, verdict="does not hold")
     elif low < SINK_REMOVED:
         judged = replace(judged, verdict="holds in part")
-    return replace(judged, note=f"At rate {metrics.paper_rate:g}. {judged.note}".strip())
+    return judged.noting(f"At rate {metrics.paper_rate:g}.")
 
 
 def _weakens_before(metrics: MaskGridMetrics) -> Judgement:
     judged = at_most(metrics.sink_ratio, metrics.sink_ratio_interval, 0.9, why_not=metrics.sink_why_not)
-    if judged.value is None:
-        return judged
-    low, high = judged.interval or (judged.value, judged.value)
+    low, high = judged.interval or (metrics.sink_ratio or 0, metrics.sink_ratio or 0)
     verdict: Verdict = "does not hold" if low < 0.1 or high >= 1 else "holds" if high <= 0.9 else "holds in part"
     return replace(judged, verdict=verdict)
 
@@ -38,31 +35,23 @@ def _harmless(metrics: MaskGridMetrics) -> Judgement:
         most = number(metrics.controls_dloss, "controls_dloss")
         note = f"Random and magnitude masks destroy nowhere in the grid: they cost {most:.2g} nats a token at most."
         return Judgement("does not hold", note=note)
-    judged = _harmless_before(metrics)
-    if judged.value is None or metrics.destroyed_at is None:
+    judged, sites = _harmless_before(metrics), metrics.destroyed_at
+    if sites is None:
         return judged
-    sites = metrics.destroyed_at
-    if judged.verdict == "holds" and not all("attn_in" in at for at in sites.values()):
-        judged = replace(judged, verdict="holds in part")
     places = [f"{select} masks destroy at {', '.join(at) or 'no site'}" for select, at in sites.items()]
-    return replace(judged, note=f"{'; '.join(places)}. {judged.note}".strip())
+    shown = judged if all("attn_in" in at for at in sites.values()) else judged.in_part()
+    return shown.noting(f"{'; '.join(places)}.")
 
 
 def _harmless_before(metrics: MaskGridMetrics) -> Judgement:
     judged = at_most(
         metrics.weight_where_destroyed, metrics.weight_where_destroyed_interval, 0.1, why_not=metrics.harm_why_not
     )
-    if judged.value is None or metrics.destroyed_by is None:
-        return judged
-    if judged.verdict == "holds" and not all(metrics.destroyed_by.values()):
-        judged = replace(judged, verdict="holds in part")
-    return judged
+    return judged if all((metrics.destroyed_by or {}).values()) else judged.in_part()
 
 
 def _moderate(metrics: MaskGridMetrics) -> Judgement:
     judged = at_most(metrics.moderate_dloss, metrics.moderate_dloss_interval, 0, why_not=metrics.moderate_why_not)
-    if judged.value is None:
-        return judged
     over_full = at_most(metrics.moderate_over_full, metrics.moderate_over_full_interval, 0)
     left = at_most(metrics.moderate_sink_ratio, metrics.moderate_sink_ratio_interval, SINK_WEAKENED)
     # at most 0 would hold of a mask that changes nothing
@@ -71,19 +60,16 @@ def _moderate(metrics: MaskGridMetrics) -> Judgement:
     if over_none < 0 and (judged.interval is not None or over_all < 0):
         shown = judged.interval is not None and over_all < 0 and left.verdict == "holds"
         verdict = "holds" if shown else "holds in part"
-    note = (
+    return replace(judged, verdict=verdict).noting(
         f"At rate {metrics.moderate_rate:g}, chosen on the other half of the texts, which leaves {left.value:.2g} "
         f"of the sink. Rate 1 leaves {metrics.full_sink_ratio:.2g} and adds {-(over_full.value or 0):+.2g} nats."
     )
-    return replace(judged, verdict=verdict, note=f"{note} {judged.note}".strip())
 
 
 def _moderate_before(metrics: MaskGridMetrics) -> Judgement:
     judged = at_most(metrics.best_dloss, metrics.best_dloss_interval, 0, why_not=metrics.moderation_why_not)
-    if judged.value is None:
-        return judged
     verdict: Verdict = "does not hold"
-    if judged.value < 0 and not metrics.best_rate_is_largest:
+    if number(metrics.best_dloss, "best_dloss") < 0 and not metrics.best_rate_is_largest:
         verdict = "holds" if judged.interval is not None and judged.interval[1] < 0 else "holds in part"
     return replace(judged, verdict=verdict)
 
@@ -95,12 +81,12 @@ def _is_of_the_start(metrics: MaskGridMetrics) -> Judgement:
     margin = at_least(metrics.paper_start_margin, metrics.paper_start_margin_interval, 0)
     verdict: Verdict = "holds" if margin.verdict == "holds" else "holds in part" if ratio > 1 else "does not hold"
     note = f"At rate {metrics.paper_start_rate:g}. The strongest elsewhere is in block {metrics.paper_start_strongest}."
-    return Judgement(verdict, ratio, note=f"{note} {margin.note}".strip())
+    return Judgement(verdict, ratio, note=note).noting(margin.note)
 
 
 def _is_of_the_start_before(metrics: MaskGridMetrics) -> Judgement:
     judged = at_least(metrics.start_effect_ratio, None, 2, why_not=metrics.start_why_not)
-    return replace(judged, verdict="holds in part") if judged.value is not None and 1 < judged.value < 2 else judged
+    return replace(judged, verdict="holds in part") if 1 < (judged.value or 0) < 2 else judged
 
 
 def _restores(metrics: MaskGridMetrics) -> Judgement:
@@ -112,20 +98,19 @@ def _restores(metrics: MaskGridMetrics) -> Judgement:
     }
     judged = []
     for share, interval, _ in of_parts.values():
-        if share is not None:
-            one = at_least(share, interval, 0.5, partly=0.1)
-            is_none = one.interval is not None and one.interval[0] <= 0
-            judged.append(replace(one, verdict="does not hold") if is_none else one)
+        if share is None:
+            continue
+        one = at_least(share, interval, 0.5, partly=0.1)
+        is_none = one.interval is not None and one.interval[0] <= 0
+        judged.append(replace(one, verdict="does not hold") if is_none else one)
     if not judged:
-        return Judgement("not measured", note=metrics.diversity_why_not or "The result does not have it.")
-    from_worst = ("does not hold", "holds in part", "holds")
-    least = min(judged, key=lambda each: (from_worst.index(each.verdict), each.value))
+        raise NotMeasuredError(metrics.diversity_why_not or "The result does not have it.")
     said = [
         f"cosine of the {part} {cosines[0]:.4f} at the ME layer, {cosines[1]:.4f} behind it, {cosines[2]:.4f} masked"
         for part, (_, _, cosines) in of_parts.items()
         if cosines is not None
     ]
-    return replace(least, note=f"{'; '.join(said)}. {least.note}".strip())
+    return worst(*sorted(judged, key=lambda each: each.value or 0)).noting(f"{'; '.join(said)}.")
 
 
 CLAIMS: tuple[Claim[MaskGridMetrics], ...] = (

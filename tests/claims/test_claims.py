@@ -242,7 +242,7 @@ def test_what_could_not_be_seen_is_not_measured(claim, metrics):
 
 def test_other_settings_than_the_claim_states_are_noted():
     criterion = {"min_abs": 10, "min_ratio": 1_000}
-    metrics = BASE | {"prompts_with": 1.0, "criterion": criterion}
+    metrics = BASE | {"states_with": 1.0, "criterion": criterion}
     judged = melens.judge([{"experiment": "emergence", "model": {"name": "m"}, "metrics": metrics}]).set_index("id")
     assert "|h| > 10" in judged.note["exists"]
 
