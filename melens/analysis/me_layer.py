@@ -65,9 +65,9 @@ class Emergence:
             many the earliest); None without one.
         reason: why `layer` is None, or how it was settled.
         kind: whether one block brings the massive activation, a few do, or the norm climbs slowly; None without one.
-        magnification: ‖h_out‖ / ‖h_in‖ of the massive token at that block, mean over prompts (table 8).
-        magnification_interval: its 95% interval over prompts, of which those that share a massive first token
-            count once (they share its every state); None for a single one. `share_of_peak_interval` in the same way.
+        magnification: ‖h_out‖ / ‖h_in‖ of the massive token at that block, mean over prompts (table 8); those that
+            share a massive first token share its every state and count once. `share_of_peak` in the same way.
+        magnification_interval, share_of_peak_interval: 95% intervals of these; (NaN, NaN) of fewer than three.
         relative_magnification: the same divided by the mean magnification of the prompt's other tokens in that block
             (block 0 lifts every token), mean over the prompts that have some; NaN where none has.
         share_of_peak: how much of the token's peak norm that one block brings, (‖h_out‖ - ‖h_in‖) / peak.
@@ -202,21 +202,21 @@ def find_me_layer(trace: TraceGiven, criterion: CriterionGiven | None = None) ->
     read_at = formed if formed in set(of_agreeing["layer"]) else layer
     in_formed, entries = (table[table["layer"] == read_at] for table in (massive, of_agreeing))
     shared["per_prompt"] = _with_massive_tokens(per_prompt, in_formed)
-    share = float(agreeing["share_of_peak"].mean())
     climb = int(agreeing["climb_from"].median()), int(agreeing["climb_to"].median())
+    first_tokens = trace.prompts.set_index("prompt")["first_token_id"].reindex(agreeing["prompt"]).to_numpy()
+    apart = agreeing[(agreeing["pos"] > 0) | ~pd.Series(first_tokens, index=agreeing.index).duplicated()]
+    share = float(apart["share_of_peak"].mean())
     kind: Kind = "a few blocks" if climb[1] - climb[0] < criterion.few_blocks else "slow climb"
     if share >= criterion.one_block:
         kind = "one block"
-    first_tokens = trace.prompts.set_index("prompt")["first_token_id"].reindex(agreeing["prompt"]).to_numpy()
-    apart = agreeing[(agreeing["pos"] > 0) | ~pd.Series(first_tokens, index=agreeing.index).duplicated()]
     return Emergence(
         layer=layer,
         kind=kind,
-        magnification=float(agreeing["magnification"].mean()),
-        magnification_interval=_interval(apart["magnification"]),
+        magnification=float(apart["magnification"].mean()),
+        magnification_interval=mean_interval(apart["magnification"].to_numpy()),
         relative_magnification=float(agreeing["relative_magnification"].mean()),
         share_of_peak=share,
-        share_of_peak_interval=_interval(apart["share_of_peak"]),
+        share_of_peak_interval=mean_interval(apart["share_of_peak"].to_numpy()),
         climb=climb,
         formed=formed,
         agreement=len(agreeing) / n_prompts,
@@ -240,10 +240,6 @@ def _with_massive_tokens(per_prompt: pd.DataFrame, massive: pd.DataFrame) -> pd.
     n_massive = of_prompt.nunique().reindex(per_prompt["prompt"], fill_value=0).to_numpy()
     at_first = of_prompt.min().reindex(per_prompt["prompt"]).to_numpy() == 0
     return per_prompt.assign(n_massive=n_massive, first_is_massive=at_first)
-
-
-def _interval(values: pd.Series) -> tuple[float, float] | None:
-    return mean_interval(values.to_numpy()) if len(values) > 1 else None
 
 
 def _check_finite(trace: Trace, **tables: pd.DataFrame) -> None:

@@ -333,3 +333,29 @@ def test_an_emergence_shows_itself_in_a_line():
         "block 11 of 30, × 200 (180 to 220), token 3, dim 5"
     )
     assert repr(melens.find_me_layer(trace_by_hand(1, 2, 2, 2))) == "no ME layer among 3 blocks"
+
+
+def test_what_one_first_token_alone_shows_of_several_holds_in_part():
+    network = plain_model("llama")
+    plant(network, block=2, token=TOKEN, dim=DIM)
+    prompts = [*prompts_with(TOKEN, 0, n=2), *prompts_with(TOKEN + 1, 0, n=1)]  # the last has no massive token
+    study = melens.study(bridge(network), prompts)
+    assert (study.me.layer, study.me.distinct_first_tokens) == (2, 2)
+    assert np.isnan(study.me.magnification_interval).all()
+    judged = melens.analysis.emergence(study).claims.set_index("id").verdict
+    assert (judged["magnification"], judged["single-block"]) == ("holds in part", "holds in part")
+
+
+def test_prompts_that_share_their_first_token_count_once_in_the_magnification():
+    network = plain_model("llama")
+    for token, size in ((TOKEN, 1), (TOKEN + 1, 3)):
+        plant(network, block=2, token=token, dim=DIM)
+        with torch.no_grad():
+            network.get_input_embeddings().weight[token] *= size
+    with torch.no_grad():
+        network.get_input_embeddings().weight[TOKEN, 3] = 10
+    prompts = [*prompts_with(TOKEN, 0, n=4), *prompts_with(TOKEN + 1, 0, n=1)]
+    me = melens.find_me_layer(melens.trace(bridge(network), prompts))
+    each = me.per_prompt["magnification"]
+    assert each[0] != pytest.approx(each[4], rel=0.1)
+    assert me.magnification == pytest.approx((each[0] + each[4]) / 2)
