@@ -122,12 +122,15 @@ def merge(jobs: Sequence[Job]) -> list[Result]:
     from melens.report.result import Metrics, Result
     from melens.training.history import TrainingHistory, draw_histories
 
-    files = ("training_log.parquet", "training_trace.parquet")
+    log, inspections = "training_log.parquet", "training_trace.parquet"
     trained = [job for job in jobs if job.is_ok and job.result["experiment"] in METHODS]
-    trained = [job for job in trained if (job.folder / files[1]).is_file()]
+    trained = [job for job in trained if (job.folder / inspections).is_file()]
     if not trained:
         return []
-    histories = [TrainingHistory(job.name, *(pd.read_parquet(job.folder / file) for file in files)) for job in trained]
+    histories = [
+        TrainingHistory(job.name, pd.read_parquet(job.folder / log), pd.read_parquet(job.folder / inspections))
+        for job in trained
+    ]
     me_layers = {job.result["metrics"]["me_layer"] for job in trained}
     methods = sorted({job.result["experiment"].upper() for job in trained})
     title = f"{len(histories)} of {' and '.join(methods)}"

@@ -17,7 +17,7 @@ from melens.figures.scores import verdicts
 from melens.report.ledger import claims_by_model
 from melens.report.record import write_tables_and_figures
 from melens.report.result import Figure, Metrics, Result
-from melens.report.terminal import show_claims, show_findings, show_paths
+from melens.report.terminal import show_claims, show_findings, show_paths, verdicts_in_words
 
 __all__ = ["merge_jobs"]
 
@@ -69,13 +69,12 @@ def _merge_claims(jobs: Sequence[Job]) -> list[Result]:
     claims = claims[~((claims["verdict"] == "not measured") & claims["note"].str.endswith("was not run."))]
     if set(claims["model"]) <= {"all models"}:  # nothing was measured that a claim is about
         return []
-    counts = claims.groupby("model", sort=False)["verdict"].value_counts().unstack(fill_value=0)
-    in_words = {model: ", ".join(f"{n} {what}" for what, n in row.items() if n) for model, row in counts.iterrows()}
-    findings = [(str(model), words) for model, words in in_words.items()]
+    models = [model for model in claims["model"].unique() if model != "all models"]
+    findings = [(model, verdicts_in_words(claims.loc[claims["model"] == model, "verdict"])) for model in models]
     across = claims[claims["model"] == "all models"]
     findings += [(claim["claim"], f"{claim['verdict']}. {claim['note']}") for claim in across.to_dict("records")]
     ledger = claims_by_model(claims)
-    if len(counts) > 1:
+    if len(models) > 1:
         in_all = ledger[(ledger["holds_in"] == ledger["of"]) & (ledger["of"] > 1)]["claim"].tolist()
         findings.insert(0, ("what holds in all of them", "\n".join(in_all) or "no claim"))
     paper = "The paper makes its claims of every model it looks at."

@@ -98,10 +98,12 @@ class TableRows:
                     shutil.rmtree(store.folder / "checkpoints", ignore_errors=True)
         mask = "none" if rate is None else f"rate={rate:g}"
         about: dict[str, Any] = {"dataset": self._set.dataset, "training_mask": mask, "gate": gate, "seed": seed}
-        tables = [pd.DataFrame(store.load_table(name)) for name in ("training_log", "training_trace")]
+        log, inspections = (
+            pd.DataFrame(store.load_table(name)).assign(**about) for name in ("training_log", "training_trace")
+        )
         has_one_name = len(self._request.sets) == 1 or self._request.shares_benchmarks
         name = label if has_one_name else f"{label}, {self._set.dataset}"
-        self.histories.append(TrainingHistory(name, *(table.assign(**about) for table in tables)))
+        self.histories.append(TrainingHistory(name, log, inspections))
         options = model_options(cfg, request.plan)
         options |= {"name": str(store.folder / "model"), "source": "hub", "hub_id": None}
         return begin_study(load_model(**options), self._run.tokens, cfg, self._run.stage, self._run.folder)
