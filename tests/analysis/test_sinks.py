@@ -191,8 +191,30 @@ def test_the_mass_of_both_blocks_has_students_interval(sinks_of):
     ],
 )
 def test_a_sink_at_the_me_layer_and_sinks_behind_it_are_claims_of_their_own(sinks_of, mass, at_me, blocks):
-    verdicts = sinks_of([mass] * 3).claims.set_index("id").verdict
+    verdicts = sinks_of([mass] * 17).claims.set_index("id").verdict
     assert (verdicts["sink-at-me"], verdicts["sink-blocks"]) == (at_me, blocks)
+
+
+def test_three_inputs_that_are_all_alike_show_nothing_of_others(sinks_of):
+    verdicts = sinks_of([EARLY] * 3).claims.set_index("id").verdict
+    assert (verdicts["sink-at-me"], verdicts["sink-blocks"]) == ("holds in part", "holds in part")
+
+
+def test_in_prompts_of_four_tokens_even_attention_is_no_sink_in_the_me_layer(sinks_of):
+    rows = sinks_of([[0.36] * 7] * 17, n_tokens=4).claims.set_index("id")
+    assert rows.verdict["sink-at-me"] == "does not hold"
+    assert "The mean sink mass there is 0.36." in rows.note["sink-at-me"]
+
+
+def test_most_inputs_must_have_sinks_in_nearly_all_blocks_behind(sinks_of):
+    judged = sinks_of([EARLY] * 12 + [LATE] * 5).claims.set_index("id").loc["sink-blocks"]
+    assert (judged.verdict, judged.value) == ("holds in part", pytest.approx(12 / 17))
+    assert "It is in 85% of these blocks, mean over inputs." in judged.note
+
+
+def test_earlier_sinks_that_are_gone_at_the_me_layer_are_told_with_their_share(sinks_of):
+    judged = sinks_of([CAME_AND_WENT] * 16 + [LATE]).claims.set_index("id").loc["sink-next"]
+    assert "Earlier ones are gone in the ME layer and back in the next in 94%." in judged.note
 
 
 def test_where_nothing_before_attends_a_sink_need_not_be_new(sinks_of):
