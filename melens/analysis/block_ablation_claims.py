@@ -65,34 +65,21 @@ def _emerges_then_fades(metrics: AblationMetrics) -> Judgement:
     return replace(fades, verdict=worst(emerges, fades).verdict).noting(note)
 
 
-def _persists_smaller(metrics: AblationMetrics) -> Judgement:
+def _persists_smaller(metrics: AblationMetrics, *, on_average: bool = False) -> Judgement:
+    """Judge every sense of "without"; `on_average` as until 2026-11-26, by its means alone."""
     if not metrics.left_without_norm:
         raise NotMeasuredError(NO_NORM)
     verdicts = set[Verdict]()
     for sense, left in metrics.left_without_norm.items():
-        interval = metrics.left_without_norm_intervals.get(sense, _NONE)
-        smaller = at_most(number(left, f"left_without_norm, {sense},"), interval, 0.5)
         over_others = number(metrics.over_others_without_norm.get(sense), f"over_others_without_norm, {sense},")
-        persists = at_least(over_others, metrics.over_others_without_norm_intervals.get(sense, _NONE), 10)
-        verdicts.add(worst(smaller, persists).verdict)
-    return _of_identity(metrics, "holds in part" if len(verdicts) > 1 else verdicts.pop())
-
-
-def _persists_smaller_on_average(metrics: AblationMetrics) -> Judgement:
-    if not metrics.left_without_norm:
-        raise NotMeasuredError(NO_NORM)
-    agrees = []
-    for sense, left in metrics.left_without_norm.items():
-        over_others = number(metrics.over_others_without_norm.get(sense), f"over_others_without_norm, {sense},")
-        agrees.append(number(left, f"left_without_norm, {sense},") <= 0.5 and over_others >= 10)
-    return _of_identity(metrics, "holds" if all(agrees) else "holds in part" if any(agrees) else "does not hold")
-
-
-def _of_identity(metrics: AblationMetrics, verdict: Verdict) -> Judgement:
-    interval = metrics.left_without_norm_intervals.get("identity", _NONE)
-    of_identity = at_most(metrics.left_without_norm["identity"], interval, 0.5)
+        intervals = metrics.left_without_norm_intervals, metrics.over_others_without_norm_intervals
+        of_left, of_others = (None if on_average else each.get(sense, _NONE) for each in intervals)
+        smaller = at_most(number(left, f"left_without_norm, {sense},"), of_left, 0.5)
+        verdicts.add(worst(smaller, at_least(over_others, of_others, 10)).verdict)
+    of_identity = metrics.left_without_norm["identity"], metrics.left_without_norm_intervals.get("identity", _NONE)
     note = ", ".join(f"{sense}: {left:.3g} of intact" for sense, left in metrics.left_without_norm.items())
-    return Judgement(verdict, of_identity.value, of_identity.interval, f"{note}.")
+    verdict: Verdict = "holds in part" if len(verdicts) > 1 else verdicts.pop()
+    return replace(at_most(*of_identity, 0.5), verdict=verdict, note=f"{note}.")
 
 
 def _only_me_layer(metrics: AblationMetrics) -> Judgement:
@@ -156,7 +143,7 @@ CLAIMS = (
         of_ffn=True, judge=_persists_smaller,
         former=Former(
             "<= 0.5 of intact and >= 10 × the other tokens in every sense of 'without'; in part: in some sense",
-            "2026-11-22 a1bbeb3", _persists_smaller_on_average,
+            "2026-11-22 a1bbeb3", lambda metrics: _persists_smaller(metrics, on_average=True),
         ),
     ),
     Claim(

@@ -98,20 +98,16 @@ def measure_ranks(study: Study, rank_tokens: int, rank_prompts: int) -> pd.DataF
     kinds, of_study = {site: kind for kind, site in _SITES.items()}, dict(enumerate(chosen))
     tables = {name: table.assign(prompt=table["prompt"].map(of_study)) for name, table in found.tables.items()}
     for table in tables.values():  # before a mean over heads leaves NaN out
-        _check_ranks(table)
+        for row in table[~np.isfinite(table["effective_rank"])].head(1).to_dict("records"):
+            raise MelensError(
+                f"The effective rank of block {row['layer']} is {row['effective_rank']} in prompt {row['prompt']}: "
+                "look for NaN in the model's weights, or load it in float32."
+            )
     ranks = [tables["spectrum"].assign(of=tables["spectrum"]["site"].astype(str).map(kinds)).drop(columns="site")]
     if "attention_spectrum" in tables:
         by_prompt = tables["attention_spectrum"].groupby(["prompt", "layer"])[list(_QUANTITIES)].mean()
         ranks.append(by_prompt.reset_index().assign(of=ATTENTION))
     return pd.concat(ranks, ignore_index=True)
-
-
-def _check_ranks(ranks: pd.DataFrame) -> None:
-    for row in ranks[~np.isfinite(ranks["effective_rank"])].head(1).to_dict("records"):
-        raise MelensError(
-            f"The effective rank of block {row['layer']} is {row['effective_rank']} in prompt {row['prompt']}: look "
-            "for NaN in the model's weights, or load it in float32."
-        )
 
 
 def _across_tasks(study: Study, rank_tokens: int) -> list[int]:
@@ -143,12 +139,12 @@ def compare_ranks(study: Study, ranks: pd.DataFrame, layout: Layout) -> dict[str
         is_after = table["layer"] >= first_after
         before, after = (table[side].groupby("prompt")[_COLUMNS].mean() for side in (~is_after, is_after))
         if not (len(before) and len(after)):
-            measured[f"{name}_ratio_why_not"] = _nothing_to_compare(name, layout)
+            why = f": there is {layout.attention_in_words}" if of == ATTENTION else ""
+            # a massive activation of block 0 leaves no before
+            measured[f"{name}_ratio_why_not"] = f"Nothing lies both before and after the ME layer{why}."
             continue
-        measured |= {
-            f"{name}_{side}": float(of_side["effective_rank"].mean())
-            for side, of_side in (("before", before), ("after", after))
-        }
+        measured[f"{name}_before"] = float(before["effective_rank"].mean())
+        measured[f"{name}_after"] = float(after["effective_rank"].mean())
         ratios = (after / before).groupby(first_tokens.loc[before.index]).mean()
         measured |= mean_metric(f"{name}_ratio", ratios["effective_rank"].to_numpy(dtype=float))
         for words, suffix in _VARIANTS.items() if of != ATTENTION else [("", "")]:
@@ -160,31 +156,22 @@ def compare_ranks(study: Study, ranks: pd.DataFrame, layout: Layout) -> dict[str
     return measured
 
 
-def _nothing_to_compare(name: str, layout: Layout) -> str:
-    why = f": there is {layout.attention_in_words}" if name == "attention_rank" else ""
-    return f"Nothing lies both before and after the ME layer{why}."  # a massive activation of block 0 leaves no before
-
-
 # --- Figure -----------------------------------------------------------------------------------------------------------
 
 
 def rank_by_block(ranks: pd.DataFrame) -> pd.DataFrame:
     """Average over prompts: `of`, `layer`, `mean`, `low` and `high` of each `quantity`."""
     states = ranks[ranks["of"] != ATTENTION]
-    tables = [mean_by(ranks, name, ("of", "layer")).assign(quantity=name) for name in _QUANTITIES]
-    tables += [
-        mean_by(states, f"{name}{suffix}", ("of", "layer")).assign(quantity=f"{name}{suffix}")
-        for suffix in filter(None, _VARIANTS.values())
-        for name in _QUANTITIES
-    ]
-    return pd.concat(tables)
+    of_columns = {name: ranks if name in _QUANTITIES else states for name in _COLUMNS}
+    return pd.concat(mean_by(own, name, ("of", "layer")).assign(quantity=name) for name, own in of_columns.items())
 
 
 def rank_figure(study: Study, by_block: pd.DataFrame, metrics: LowRankMetrics, rank_tokens: int) -> Figure:
     """Draw effective rank and normalised matrix entropy by block, of attention and of each kind of states."""
     texts = {"effective_rank": "effective rank", "matrix_entropy": "normalised matrix entropy"}
     panels = []
-    for title, kinds in (("Attention", [(ATTENTION, "", "")]), ("States of all tokens", _kinds_of_states())):
+    of_states = [(INPUTS, "", ""), *((OUTPUTS, words, suffix) for words, suffix in _VARIANTS.items())]
+    for title, kinds in (("Attention", [(ATTENTION, "", "")]), ("States of all tokens", of_states)):
         for quantity, text in texts.items():
             curves = []
             for (of, words, suffix), color in zip(kinds, COLORS, strict=False):
@@ -194,16 +181,11 @@ def rank_figure(study: Study, by_block: pd.DataFrame, metrics: LowRankMetrics, r
             if curves:
                 y_range = (0.0, 1.0) if quantity == "matrix_entropy" else None
                 panels.append(Panel(f"{title}: {text}", text, curves, study.me.layer, y_range=y_range))
-    bands = "Bands: 95% intervals over prompts."
-    note = f"The first {rank_tokens} tokens of each prompt; attention: mean over heads. {bands}"
+    note = f"The first {rank_tokens} tokens of each prompt; attention: mean over heads. "
+    note += "Bands: 95% intervals over prompts."
     plot = curves_by_block(panels, title=study.title("Rank by block", metrics.rank_prompts), note=note)
     expected = "Attention weights, and the states that enter attention, both collapse to low rank after the ME layer."
     return Figure(plot, "section 6", expected, ranks_in_words(metrics))
-
-
-def _kinds_of_states() -> list[tuple[str, str, str]]:
-    kinds = [(OUTPUTS, words, suffix) for words, suffix in _VARIANTS.items()]
-    return [(INPUTS, "", ""), *kinds]
 
 
 def ranks_in_words(metrics: LowRankMetrics) -> str:

@@ -81,11 +81,10 @@ def consequence(study: Study, *, n_prompts: int = 24, max_tokens: int = 64) -> R
     )
     by_block = [mean_by(tidy(run.sink_mass.numpy(), "sink_mass"), "sink_mass") for run in ran.values()]
     sinks = pd.concat([table.assign(run=name) for name, table in zip(ran, by_block, strict=True)], ignore_index=True)
-    losses = pd.concat([_loss_table(texts, name, run) for name, run in ran.items()], ignore_index=True)
-    figures = {
-        "sinks_by_run": _sinks_figure(texts, sinks, metrics),
-        "loss_by_run": _loss_figure(texts, ran, metrics),
-    }
+    of_texts = {"prompt": texts.prompts, "id": study.trace.prompts["id"][texts.prompts].tolist()}
+    of_runs = [pd.DataFrame({"run": name, **of_texts, "loss": run.loss.numpy()}) for name, run in ran.items()]
+    losses = pd.concat(of_runs, ignore_index=True)
+    figures = {"sinks_by_run": _sinks_figure(texts, sinks, metrics), "loss_by_run": _loss_figure(texts, ran, metrics)}
     findings = [("sinks", figures["sinks_by_run"].observed), ("loss", figures["loss_by_run"].observed)]
     tables = {"sinks_by_run": sinks, "loss_by_run": losses}
     return Result("consequence", study.trace.model, metrics, tables, figures, findings)
@@ -171,20 +170,17 @@ def _run_all(texts: _Texts) -> dict[str, TextEffects]:
     intact = runs.run()
     massive_tokens = texts.is_massive.any(dim=-1, keepdim=True)
     at_formed = f"blocks.{texts.formed}.hook_resid_post"
+    writes = [f"blocks.{layer}.hook_mlp_out" for layer in texts.removed_layers]
     changes: dict[str, list[Hook]] = {
-        REMOVED: [runs.put(f"blocks.{layer}.hook_mlp_out", massive_tokens, 0) for layer in texts.removed_layers],
-        CONTROL: [
-            runs.put(f"blocks.{layer}.hook_mlp_out", runs.is_token & ~massive_tokens, 0)
-            for layer in texts.removed_layers
-        ],
+        REMOVED: [runs.put(write, massive_tokens, 0) for write in writes],
+        CONTROL: [runs.put(write, runs.is_token & ~massive_tokens, 0) for write in writes],
     }
     if texts.written_at is not None:
         added = intact.states[:, texts.formed] - intact.states[:, texts.me_layer - 1]
         changes[EARLIER] = [runs.add(f"blocks.{texts.written_at}.hook_resid_post", runs.massive, added)]
     changes[ZERO] = [runs.put(at_formed, texts.is_massive, 0)]
     if len(texts.prompts) > 1:
-        of_others = _means_of_others(intact.states[:, texts.formed])
-        changes[MEAN] = [runs.put(at_formed, texts.is_massive, of_others)]
+        changes[MEAN] = [runs.put(at_formed, texts.is_massive, _means_of_others(intact.states[:, texts.formed]))]
     ran = {INTACT: intact}
     for done, (name, hooks) in enumerate(changes.items(), 1):
         ran[name] = runs.run(hooks)
@@ -265,11 +261,6 @@ def _losses(ran: dict[str, TextEffects]) -> dict[str, Any]:
 # --- Figures ----------------------------------------------------------------------------------------------------------
 
 
-def _loss_table(texts: _Texts, name: str, run: TextEffects) -> pd.DataFrame:
-    ids = texts.study.trace.prompts["id"][texts.prompts].tolist()
-    return pd.DataFrame({"run": name, "prompt": texts.prompts, "id": ids, "loss": run.loss.numpy()})
-
-
 def _sinks_figure(texts: _Texts, sinks: pd.DataFrame, metrics: ConsequenceMetrics) -> Figure:
     shown = [name for name in (INTACT, REMOVED, CONTROL, EARLIER, ZERO) if name in set(sinks["run"])]
     named = {EARLIER: f"{EARLIER}, at block {texts.written_at}"}
@@ -305,9 +296,9 @@ def _sinks_in_words(metrics: ConsequenceMetrics) -> str:
 
 
 def _loss_figure(texts: _Texts, ran: dict[str, TextEffects], metrics: ConsequenceMetrics) -> Figure:
-    rows = [(name, _rise(ran, name)) for name in ran if name != INTACT]
-    bars = pd.DataFrame([(name, rise.mean(), *mean_interval(rise)) for name, rise in rows])
-    bars.columns = pd.Index(["name", "mean", "low", "high"])
+    rises = {name: _rise(ran, name) for name in ran if name != INTACT}
+    rows = [(name, rise.mean(), *mean_interval(rise)) for name, rise in rises.items()]
+    bars = pd.DataFrame(rows, columns=["name", "mean", "low", "high"])
     title = texts.study.title("What each change costs in loss", len(texts.prompts))
     note = f"Rise of the loss over the intact model's {metrics.loss:.2f}; whiskers: 95% intervals over texts."
     plot = difference_bars(bars, x_title="Δloss (nats a token)", title=title, note=note)
