@@ -87,6 +87,8 @@ class EmergenceMetrics(Metrics):
 
 
 def _exists(metrics: EmergenceMetrics) -> Judgement:
+    if metrics.me_layer is None and metrics.states_with is None:
+        return Judgement("does not hold")
     judged = at_least(metrics.states_with, metrics.states_with_interval, 0.5)
     criterion = metrics.criterion.min_abs, metrics.criterion.min_ratio
     if criterion != (100, 1_000):
@@ -138,8 +140,8 @@ def _second_massive(metrics: EmergenceMetrics) -> Judgement:
     elif not (over_others >= 10 and is_in_last_two):
         judged = judged.in_part()
     return judged.noting(
-        f"After block {metrics.second_layer} {erased:.0%} of the first one is erased, from {metrics.second_from} on.",
-        f"The new part is {over_others:.2g} × as large as the other tokens.",
+        f"Of blocks {metrics.second_from} on the new part is largest after block {metrics.second_layer}: it is "
+        f"{over_others:.2g} × as large as the other tokens, and {erased:.0%} of the first one is erased.",
     )
 
 
