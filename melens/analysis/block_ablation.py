@@ -235,8 +235,8 @@ def _removed_figure(runs: _Runs, by_block: pd.DataFrame, metrics: AblationMetric
     without_norm = ", ".join(of_norm) or "there is no norm of its own before it"
     observed = f"Without the FFN {of_ffn} of the norm is left; {without_norm}."
     if metrics.highest_without_ffn is not None:
-        observed += f" Without it the token is at most × {metrics.highest_without_ffn:,.3g} the others from there on, "
-        observed += f"and ends at {metrics.end_without_ffn:.0%} of its highest norm."
+        observed += f" Without the FFN the token is at most × {metrics.highest_without_ffn:,.3g} the others from there "
+        observed += f"on, and ends at {metrics.end_without_ffn:.0%} of its highest norm."
     return Figure(plot, "figure 9", expected, observed)
 
 

@@ -209,7 +209,7 @@ def _judge_one(claim: Claim[Any], measured: Mapping[str, Any]) -> Judgement:
     of_one_state = shared.n_prompts == 1 or (shared.massive_position == 0 and shared.distinct_first_tokens == 1)
     if of_one_state and claim.metrics.rests_on_states and judged.verdict in ("holds", "holds in part"):
         judged = judged.in_part()  # one state shows nothing of others
-        notes.append("It rests on a single first token.")
+        notes.append(f"It rests on a single {'first token' if shared.massive_position == 0 else 'prompt'}.")
     return replace(judged, note=" ".join(dict.fromkeys(note for note in notes if note)))
 
 

@@ -60,9 +60,11 @@ def _moderate(metrics: MaskGridMetrics) -> Judgement:
     if over_none < 0 and (judged.interval is not None or over_all < 0):
         shown = judged.interval is not None and over_all < 0 and left.verdict == "holds"
         verdict = "holds" if shown else "holds in part"
+    more = -(over_full.value or 0)
     return replace(judged, verdict=verdict).noting(
         f"At rate {metrics.moderate_rate:g}, chosen on the other half of the texts, which leaves {left.value:.2g} "
-        f"of the sink. Rate 1 leaves {metrics.full_sink_ratio:.2g} and adds {-(over_full.value or 0):+.2g} nats."
+        f"of the sink. Rate 1 leaves {metrics.full_sink_ratio:.2g} and has a loss {abs(more):.2g} nats "
+        f"{'higher' if more > 0 else 'lower'} than that."
     )
 
 

@@ -200,6 +200,7 @@ def test_a_massive_state_lies_in_its_largest_dims(compared, others, expected):
     metrics, _ = compared(state=EYE[3] + others * (EYE[7] + EYE[9]))
     assert metrics.few_dims_energy == pytest.approx(1 / (1 + 2 * others**2))  # 1% of 16 dims is one
     assert judged(metrics).verdict["few-dims"] == expected
+    assert "mostly is so by definition" in judged(metrics).note["few-dims"]
 
 
 def test_each_block_reads_the_state_of_the_block_before_and_the_worst_counts(compared):

@@ -364,3 +364,12 @@ def test_training_must_be_better_in_most_comparisons_and_worse_in_none(claim, gr
     assert verdict("tables", claim, compared={group: counts}) == expected
     assert verdict("tables", claim, compared={"other": counts}) == "not measured"
     assert verdict("tables", claim, compared={group: {"all": 0, "too few trainings": 4}}) == "not measured"
+
+
+@pytest.mark.parametrize(("position", "of_one"), [(0, "first token"), (3, "prompt")])
+def test_what_rests_on_one_prompt_says_of_what(position, of_one):
+    metrics = {"me_layer": 11, "n_prompts": 1, "distinct_first_tokens": 1, "massive_position": position}
+    metrics |= {"magnification": 150, "magnification_interval": (140, 160)}
+    rows = melens.judge({"experiment": "emergence", "model": {"name": "m"}, "metrics": metrics}).set_index("id")
+    assert rows.verdict["magnification"] == "holds in part"
+    assert rows.note["magnification"] == f"It rests on a single {of_one}."

@@ -164,10 +164,20 @@ def test_diversity_is_restored_where_half_of_what_was_lost_is_back_in_input_and_
     assert judged("mask-restores-diversity", **metrics).verdict == expected
 
 
-def test_one_first_token_shows_no_more_than_a_part():
-    assert judged("mask-moderate", **moderate(BETTER, BETTER), distinct_first_tokens=1).verdict == "holds in part"
+def test_prompts_that_share_their_first_token_change_nothing_as_a_grid_has_texts_of_its_own():
+    assert judged("mask-moderate", **moderate(BETTER, BETTER), distinct_first_tokens=1).verdict == "holds"
 
 
 def test_a_changed_threshold_shows_what_was_fixed_when():
     assert {claim.fixed for claim in CLAIMS} == {"2026-11-26"}
     assert {claim.former.fixed for claim in CLAIMS if claim.former} == {"2026-11-22 aed234a"}
+
+
+def test_the_loss_of_full_removal_is_compared_with_that_of_the_moderate_rate():
+    ends = {
+        judged("mask-moderate", **moderate(BETTER, over_full)).note.partition("Rate 1 ")[2]
+        for over_full in (BETTER, (0.1, 0.05, 0.15))
+    }
+    assert ends == {
+        "leaves 0.2 and has a loss 0.05 nats higher than that.", "leaves 0.2 and has a loss 0.1 nats lower than that.",
+    }  # fmt: skip
