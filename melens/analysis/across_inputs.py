@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain, repeat
+from itertools import chain, pairwise, repeat
 from typing import Any
 
 import numpy as np
@@ -96,7 +96,9 @@ def stability(
     Raises:
         MelensError: as `melens.trace`.
     """
-    prompts, names = study.trace.prompts.merge(study.me.per_prompt, on="prompt"), _bin_names(length_bins)
+    prompts = study.trace.prompts.merge(study.me.per_prompt, on="prompt")
+    names = [f"{low + 1}-{high} tokens" for low, high in pairwise((0, *length_bins))]
+    names.append(f"over {(0, *length_bins)[-1]} tokens")
     length = pd.cut(prompts["n_tokens"], [0, *length_bins, np.inf], labels=names).astype(str)
     bins = [name for name in names if name in set(length)]
     prompts = prompts.assign(length=length, task=prompts["task"].fillna("not given"))
@@ -131,11 +133,6 @@ def stability(
 
 
 # --- By task type and length ------------------------------------------------------------------------------------------
-
-
-def _bin_names(edges: Sequence[int]) -> list[str]:
-    lows = [1, *(edge + 1 for edge in edges)]
-    return [f"{low}-{high} tokens" for low, high in zip(lows, edges, strict=False)] + [f"over {lows[-1] - 1} tokens"]
 
 
 def _agreement(study: Study, prompts: pd.DataFrame, bins: Sequence[str]) -> pd.DataFrame:

@@ -63,11 +63,9 @@ class ByRatio:
         by_layer: dict[int | None, list[str]] = {}
         for ratio, me in self.found.items():
             by_layer.setdefault(me.layer, []).append(f"{ratio:,g}")
-        layers = [
-            f"{'none' if layer is None else f'block {layer}'} for {_listed(ratios)}"
-            for layer, ratios in by_layer.items()
-        ]
-        words = f"With massive meaning more than so many × the median, the ME layer is {', '.join(layers)}."
+        named = {"none" if layer is None else f"block {layer}": ratios for layer, ratios in by_layer.items()}
+        layers = ", ".join(f"{name} for {_listed(ratios)}" for name, ratios in named.items())
+        words = f"With massive meaning more than so many × the median, the ME layer is {layers}."
         if self.verdicts.empty:
             return f"{words} It is the same in every prompt, and so is every verdict."
         agreeing = [f"{row.agreeing} ({row.min_ratio:,g})" for row in self.layers.itertuples()]
@@ -101,14 +99,13 @@ def verdicts_by_ratio(study: Study, min_ratios: Sequence[float | int]) -> ByRati
     found: dict[float | int, Emergence] = {
         ratio: find_me_layer(study.trace, replace(criterion, min_ratio=ratio)) for ratio in min_ratios
     }
-    same = {ratio: _are_same(me, study.me) for ratio, me in found.items()}
-    rows = [
-        (ratio, me.layer, me.formed, int((me.per_prompt["layer"] == me.layer).sum()), me.n_prompts, same[ratio])
-        for ratio, me in found.items()
-    ]
+    rows = []
+    for ratio, me in found.items():
+        agreeing = int((me.per_prompt["layer"] == me.layer).sum())
+        rows.append((ratio, me.layer, me.formed, agreeing, me.n_prompts, _are_same(me, study.me)))
     columns = ["min_ratio", "me_layer", "formed", "agreeing", "prompts", "same"]
     layers = pd.DataFrame(rows, columns=columns).astype({"me_layer": "Int64", "formed": "Int64"})
-    return ByRatio(found, layers, _verdicts(study, found, same))
+    return ByRatio(found, layers, _verdicts(study, found))
 
 
 def _are_same(me: Emergence, other: Emergence) -> bool:
@@ -118,14 +115,14 @@ def _are_same(me: Emergence, other: Emergence) -> bool:
     )
 
 
-def _verdicts(study: Study, found: dict[float | int, Emergence], same: dict[float | int, bool]) -> pd.DataFrame:
+def _verdicts(study: Study, found: dict[float | int, Emergence]) -> pd.DataFrame:
     columns = ["min_ratio", "me_layer", "experiment", "id", "claim", "verdict", "by_criterion", "changed"]
-    if all(same.values()):
+    if all(_are_same(me, study.me) for me in found.values()):
         return pd.DataFrame(columns=columns)
     by_criterion = _judged(study)
-    tables, done = [], list[tuple[Emergence, pd.DataFrame]]()
+    tables, done = [], [(study.me, by_criterion)]
     for ratio, me in found.items():
-        judged = by_criterion if same[ratio] else next((own for other, own in done if _are_same(me, other)), None)
+        judged = next((own for other, own in done if _are_same(me, other)), None)
         if judged is None:
             judged = _judged(replace(study, me=me))
             done.append((me, judged))

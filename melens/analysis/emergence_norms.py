@@ -21,7 +21,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from melens.analysis.emergence_claims import EmergenceMetrics
 from melens.analysis.sink_mass import SinkOnset, find_sink_onset, measured_layers, sink_mass_by_layer
-from melens.analysis.statistics import mean_interval, share_interval, with_interval
+from melens.analysis.statistics import mean_metric, share_interval, with_interval
 from melens.analysis.study import Study
 from melens.analysis.trailing_blocks import LastBlocks, follow_last_blocks, last_blocks_figure
 from melens.analysis.trailing_blocks import probes as write_probes
@@ -73,12 +73,9 @@ def emergence(study: Study, *, log_scale: bool = True, top_dims: int = 24) -> Re
     largest = dims.sort_values("abs_activation").iloc[-1]
     by_block = _emergence_figure(study, norms, sink_mass, log_scale=log_scale)
     expected = "Flat, then one block lifts token 0 by hundreds of times; flat again until the last two blocks."
-    observed = (
-        f"The largest is dim {int(largest['dim'])}, with |h| = {largest['abs_activation']:,.4g} after block "
-        f"{int(largest['layer'])} (mean over prompts)."
-    )
-    heatmap = dims_heatmap(dims, me_layer=me.layer, title=title)
-    surface = dims_surface(dims, me_layer=me.layer, title=title)
+    observed = f"The largest is dim {int(largest['dim'])}, with |h| = {largest['abs_activation']:,.4g} after block "
+    observed += f"{int(largest['layer'])} (mean over prompts)."
+    heatmap, surface = (draw(dims, me_layer=me.layer, title=title) for draw in (dims_heatmap, dims_surface))
     few = "A few dims of the first token hold all of the massive activation."
     same = "The same dims stand out in every block from the ME layer on."
     figures = {
@@ -170,15 +167,14 @@ def _shares(study: Study) -> dict[str, Any]:
     me, states = study.me, _one_a_state(study)
     layers = states["layer"].to_numpy()
     found: dict[str, Any] = {"n_states": len(states)}
-    found |= _share("states_with", layers >= 0) | _share(
-        "states_agreeing", layers == (-2 if me.layer is None else me.layer)
-    )
+    found |= _share("states_with", layers >= 0)
+    found |= _share("states_agreeing", layers == (-2 if me.layer is None else me.layer))
     born = me.per_prompt[me.per_prompt["layer"] >= 0]
     if born.empty:
         return found
     found |= _share("share_at_first", (born["pos"] == 0).to_numpy())
     if me.distinct_first_tokens == 1:
-        found |= {"share_at_first_interval": None}  # one state of token 0, seen many times
+        found["share_at_first_interval"] = None  # one state of token 0, seen many times
     if me.layer is None:
         return found
     formed = born[born["n_massive"] > 0].merge(study.trace.prompts[["prompt", "first_token_id"]], on="prompt")
@@ -204,11 +200,8 @@ def _before(study: Study) -> dict[str, Any]:
     by_token = before.assign(first=before["pos"] == 0).groupby(["prompt", "layer", "first"])["norm"].mean().unstack()
     factors: pd.DataFrame = (by_token.max(axis=1) / by_token.min(axis=1)).unstack("layer")
     furthest = factors.max(axis=1).to_numpy()
-    return {
-        "before_ratio": float(furthest.mean()),
-        "before_ratio_interval": mean_interval(furthest),
-        "before_layer": int(factors.idxmax(axis=1).mode().iloc[0]),
-    }
+    before_layer = int(factors.idxmax(axis=1).mode().iloc[0])
+    return mean_metric("before_ratio", furthest) | {"before_layer": before_layer}
 
 
 def _last_blocks(last: LastBlocks | None) -> dict[str, Any]:

@@ -203,12 +203,11 @@ def _among_blocks(study: Study, table: pd.DataFrame, frac: str) -> dict[str, Any
         return by_state(table, value, up_to=study.last_before_trailing)
 
     found: dict[str, Any] = {}
-    if (place := place_among(of_states(frac), study.me.layer)) is not None:
-        found |= {"delta_frac_lead": place.lead, "delta_frac_lead_interval": place.lead_interval}
-        found |= {"delta_frac_next_layer": place.next_layer, "delta_frac_share_larger": place.share_larger}
-    if (place := place_among(-of_states("delta_kl"), study.me.layer)) is not None:
-        found |= {"delta_kl_lead": place.lead, "delta_kl_lead_interval": place.lead_interval}
-        found |= {"delta_kl_next_layer": place.next_layer, "delta_kl_share_lower": place.share_larger}
+    further_out = {"delta_frac": ("share_larger", of_states(frac)), "delta_kl": ("share_lower", -of_states("delta_kl"))}
+    for name, (share, values) in further_out.items():
+        if (place := place_among(values, study.me.layer)) is not None:
+            found |= {f"{name}_lead": place.lead, f"{name}_lead_interval": place.lead_interval}
+            found |= {f"{name}_next_layer": place.next_layer, f"{name}_{share}": place.share_larger}
     for name, value in {"weight_norm": "weight_norm_ratio", "norm": "weight_norm"}.items():
         values = of_states(value)
         if (place := place_among(values.apply(np.log), study.me.layer)) is not None:
@@ -242,12 +241,8 @@ def _behind(study: Study, table: pd.DataFrame) -> dict[str, Any]:
     earlier, later = np.triu_indices(norms.shape[1], k=1)
     rising = (norms[:, later] > norms[:, earlier]).mean(axis=1)
     at_end, interval = geometric_mean(norms[:, -1] / norms[:, 0])
-    return {
-        "norm_at_end": at_end,
-        "norm_at_end_interval": interval,
-        **mean_metric("norm_rising", rising),
-        "rises_in_paper": is_rising,
-    }
+    of_end = {"norm_at_end": at_end, "norm_at_end_interval": interval, "rises_in_paper": is_rising}
+    return of_end | mean_metric("norm_rising", rising)
 
 
 def _in_words(metrics: RmsnormMetrics) -> tuple[str, str]:
@@ -267,10 +262,8 @@ def _in_words(metrics: RmsnormMetrics) -> tuple[str, str]:
     nats = with_interval(kl, metrics.delta_kl_interval, "+.3f")
     along = f"In block {metrics.me_layer} ΔFrac (K = {metrics.top_share:.1%} of the width) is {share}"
     along += _against_next(metrics.delta_frac_lead, metrics.delta_frac_next_layer, "more", "less")
-    along += (
-        f"; ΔKL is {nats} nats{_against_next(metrics.delta_kl_lead, metrics.delta_kl_next_layer, 'lower', 'higher')}."
-    )
-    return norm, along
+    along += f"; ΔKL is {nats} nats"
+    return norm, f"{along}{_against_next(metrics.delta_kl_lead, metrics.delta_kl_next_layer, 'lower', 'higher')}."
 
 
 def _against_next(lead: float | None, next_layer: int | None, beyond: str, short: str) -> str:
@@ -313,9 +306,7 @@ def _alignment_figure(study: Study, by_block: pd.DataFrame, shares: Sequence[flo
             Panel(f"ΔFrac at {name}", "ΔFrac", fractions, study.me.layer, zero_line=True),
             Panel(f"ΔKL at {name}", "ΔKL (nats)", [divergence], study.me.layer, zero_line=True),
         ]
-    note = (
-        "Token 0 minus the mean of the others. Lines: means over prompts. Bands: their 95% intervals. "
-        "K: the dims with the largest gains."
-    )
+    note = "Token 0 minus the mean of the others. Lines: means over prompts. Bands: their 95% intervals. "
+    note += "K: the dims with the largest gains."
     title = study.title("How far token 0 lies along the gain", len(compared_prompts(study)))
     return curves_by_block(panels, title=title, note=note)

@@ -88,15 +88,14 @@ class LastBlocks:
             verb, _, rest = self.what.partition(" ")
             where, what = f"block {self.begin}", f"{verb}s {rest}"
         by_ffn = "" if self.written_by_ffn is None else f", of which their FFNs {self.written_by_ffn:+.2f}"
-        more = n_layers - self.begin
-        apart = (
-            f" They are {more}; elsewhere {n_apart} count apart (criterion.trailing_blocks)." if more > n_apart else ""
-        )
-        return (
+        words = (
             f"{where} {what}: after block {self.layer} {self.erased:.0%} of its norm is gone, and what is new is "
             f"{self.second:.0%} of it. Along it they write {self.written:+.2f} of its norm{by_ffn} (the cosine of the "
-            f"whole with it is {self.write_cosine:+.2f}).{apart}"
+            f"whole with it is {self.write_cosine:+.2f})."
         )
+        if (more := n_layers - self.begin) <= n_apart:
+            return words
+        return f"{words} They are {more}; elsewhere {n_apart} count apart (criterion.trailing_blocks)."
 
 
 def probes(model: TransformerBridge) -> list[Probe]:
@@ -150,6 +149,10 @@ def follow_last_blocks(study: Study) -> LastBlocks | None:
     by_prompt = others.groupby("prompt")["norm"].mean().reindex(chosen).to_numpy()
     written = along.diff(dim=1, prepend=torch.full_like(along[:, :1], float("nan")))
     by_ffn = _written_by_ffn(study, chosen, plateau)
+    drawn = {"norm": l2_norm(states) / size[:, None], "written": written}
+    drawn |= {} if by_ffn is None else {"written_by_ffn": by_ffn}
+    means = [mean_by(tidy(own.numpy(), "value"), "value").assign(quantity=name) for name, own in drawn.items()]
+    by_block = pd.concat(means, ignore_index=True)
     at = list(range(begin, layer + 1))
     of_ffn = float("nan") if by_ffn is None else float(by_ffn[:, at].sum(dim=1).mean())
     return LastBlocks(
@@ -163,9 +166,7 @@ def follow_last_blocks(study: Study) -> LastBlocks | None:
         write_cosine=float(torch.cosine_similarity(states[:, layer] - plateau, plateau, dim=-1).mean()),
         written=float(written[:, at].sum(dim=1).mean()),
         written_by_ffn=None if np.isnan(of_ffn) else of_ffn,
-        by_block=_by_block(
-            {"norm": l2_norm(states) / size[:, None], "written": written, "written_by_ffn": by_ffn}, layers[0]
-        ),
+        by_block=by_block[by_block["layer"] > layers[0]].reset_index(drop=True),
     )
 
 
@@ -192,28 +193,12 @@ def _written_by_ffn(
     return found
 
 
-def _by_block(values: dict[str, Float[Tensor, "prompt layer"] | None], formed: int) -> pd.DataFrame:
-    tables = [
-        mean_by(tidy(of_prompts.numpy(), "value"), "value").assign(quantity=name)
-        for name, of_prompts in values.items()
-        if of_prompts is not None
-    ]
-    by_block = pd.concat(tables, ignore_index=True)
-    return by_block[by_block["layer"] > formed].reset_index(drop=True)
-
-
 def last_blocks_figure(study: Study, last: LastBlocks) -> Figure:
     """Draw token 0's norm behind the block that formed its state, and what each block writes along that state."""
-    names = {
-        "norm": ("norm of the state", FIRST),
-        "written": ("written along it by the block", OTHERS),
-        "written_by_ffn": ("by its FFN", COLORS[3]),
-    }
-    curves = [
-        Curve(text, last.by_block[last.by_block["quantity"] == name], color)
-        for name, (text, color) in names.items()
-        if (last.by_block["quantity"] == name).any()
-    ]
+    named = {"norm": ("norm of the state", FIRST), "written": ("written along it by the block", OTHERS)}
+    named["written_by_ffn"] = ("by its FFN", COLORS[3])
+    by_quantity = dict(iter(last.by_block.groupby("quantity")))
+    curves = [Curve(text, by_quantity[name], color) for name, (text, color) in named.items() if name in by_quantity]
     panel = Panel("", "relative to the plateau's norm", curves, None, zero_line=True)
     note = f"The state's direction is that after block {last.begin - 1}. Bands: 95% intervals over first tokens."
     plot = curves_by_block([panel], title=study.title("What is written along the massive state", None), note=note)

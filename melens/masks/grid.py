@@ -175,7 +175,7 @@ def compare_grid(
     metrics = MaskGridMetrics(
         **metrics.plain(),
         cells=len(table),
-        least_p=_least_p(metrics.texts, len(table)),
+        least_p=min(1.0, len(table) * max(2 / 2**metrics.texts, 1e-4)),  # beyond 13 texts 10,000 signs are drawn
         unmasked_loss=loss,
         unmasked_perplexity=float(np.exp(loss)),
         unmasked_sink_mass=sink_mass,
@@ -340,31 +340,17 @@ def _compare(grid: Grid, sink_layers: Sequence[int]) -> pd.DataFrame:
     return table
 
 
-def _least_p(n_texts: int, n_masks: int) -> float:
-    """Return the least p-value that a paired permutation test of so many texts can give, after Holm's correction."""
-    return min(1.0, n_masks * max(2 / 2**n_texts, 1e-4))  # beyond 13 texts 10,000 choices of signs are drawn
-
-
 def _caveats(table: pd.DataFrame, metrics: MaskGridMetrics) -> list[tuple[str, str]]:
     """Say what p-values of so few texts cannot show, and what the choice among equal gains changes."""
     said = []
     if metrics.least_p is not None and metrics.least_p >= 0.05:
-        said.append(
-            (
-                "p",
-                f"{metrics.texts} texts and {len(table)} masks give no p below {metrics.least_p:.2g}, so that no "
-                "difference can be shown at 0.05. Give more texts (data.n_texts) or fewer masks.",
-            )
-        )
+        words = f"{metrics.texts} texts and {len(table)} masks give no p below {metrics.least_p:.2g}, so that no "
+        words += "difference can be shown at 0.05. Give more texts (data.n_texts) or fewer masks."
+        said.append(("p", words))
     for row in table.dropna(subset=["dloss_ties_low"]).to_dict("records"):
-        said.append(
-            (
-                "equal gains",
-                f"In {row['tied_blocks']:.0f} of {row['n_blocks']} blocks equal gains decide which dims come last in "
-                f"{row['cell']}: the first are masked. By other choices Δloss is {row['dloss_ties_low']:+.4f} to "
-                f"{row['dloss_ties_high']:+.4f}.",
-            )
-        )
+        words = f"In {row['tied_blocks']:.0f} of {row['n_blocks']} blocks equal gains decide which dims come last in "
+        words += f"{row['cell']}: the first are masked. By other choices Δloss is {row['dloss_ties_low']:+.4f} to "
+        said.append(("equal gains", f"{words}{row['dloss_ties_high']:+.4f}."))
     return said
 
 

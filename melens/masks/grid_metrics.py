@@ -172,13 +172,8 @@ def _sink_metrics(of_paper: pd.DataFrame) -> MaskGridMetrics:
     nearest = _nearest(of_paper)
     if np.isnan(nearest["sink_ratio"]):
         return MaskGridMetrics(sink_why_not="No block behind the ME layer has attention.")
-    return MaskGridMetrics(
-        paper_rate=nearest["rate"],
-        sink_ratio=nearest["sink_ratio"],
-        sink_ratio_interval=_interval(nearest, "sink_ratio"),
-        paper_dloss=nearest["dloss"],
-        paper_dloss_interval=_interval(nearest, "dloss"),
-    )
+    means = _mean(nearest, "sink_ratio", "sink_ratio") | _mean(nearest, "dloss", "paper_dloss")
+    return MaskGridMetrics(paper_rate=nearest["rate"], **means)
 
 
 def _harm_metrics(behind: pd.DataFrame) -> MaskGridMetrics:
@@ -206,8 +201,7 @@ def _harm_metrics(behind: pd.DataFrame) -> MaskGridMetrics:
         "destroyed_at": {select: list(dict.fromkeys(sites)) for select, sites in at.items()},
     }
     if worst is not None:
-        cost, interval = worst["dloss"], _interval(worst, "dloss")
-        return MaskGridMetrics(weight_where_destroyed=cost, weight_where_destroyed_interval=interval, **places)
+        return MaskGridMetrics(**_mean(worst, "dloss", "weight_where_destroyed"), **places)
     why_not = f"Neither random nor magnitude masks cost {DESTROYS:g} nat a token in this grid."
     if max(rates) < PAPER_RATE:  # so few dims prove nothing of the paper's many
         return MaskGridMetrics(harm_why_not=f"{why_not} Its largest rate is {max(rates):g}; give {PAPER_RATE:g} too.")
@@ -218,12 +212,8 @@ def _best_metrics(of_paper: pd.DataFrame) -> MaskGridMetrics:
     if len(of_paper) < 3:
         return MaskGridMetrics(moderation_why_not="It takes at least three rates (wemask.rate=[0.01,0.1,0.3]).")
     best = of_paper.iloc[of_paper["dloss"].argmin()]
-    return MaskGridMetrics(
-        best_rate=best["rate"],
-        best_rate_is_largest=best["rate"] == of_paper["rate"].max(),
-        best_dloss=best["dloss"],
-        best_dloss_interval=_interval(best, "dloss"),
-    )
+    rate, dloss = best["rate"], _mean(best, "dloss", "best_dloss")
+    return MaskGridMetrics(best_rate=rate, best_rate_is_largest=rate == of_paper["rate"].max(), **dloss)
 
 
 def _moderation_metrics(of_paper: pd.DataFrame, texts: pd.DataFrame) -> MaskGridMetrics:
@@ -294,8 +284,7 @@ def _paper_start_metrics(first_only: pd.DataFrame, texts: pd.DataFrame, behind: 
     change = 1 - texts["sink_mass"][list(cells)].div(texts["sink_mass"][UNMASKED], axis=0)
     sizes = (change * np.sign(change.mean())).set_axis(cells.index, axis=1)  # [text, start]; each mean is positive
     elsewhere = sizes.drop(columns=behind).mean()
-    strongest = int(elsewhere.idxmax())
-    own = float(sizes[behind].mean())
+    strongest, own = int(elsewhere.idxmax()), float(sizes[behind].mean())
     return MaskGridMetrics(
         paper_start_rate=rate,
         paper_start_effect=own,
@@ -358,5 +347,6 @@ def _jackknifed(statistic: Callable[..., Any], *cosines: Float[np.ndarray, " tex
     return n * whole - (n - 1) * np.asarray(statistic(*left))
 
 
-def _interval(row: pd.Series, name: str) -> Interval:
-    return float(row[f"{name}_low"]), float(row[f"{name}_high"])
+def _mean(row: pd.Series, column: str, name: str) -> dict[str, Any]:
+    """Return a configuration's mean over texts and its interval as fields of metrics."""
+    return {name: row[column], f"{name}_interval": (float(row[f"{column}_low"]), float(row[f"{column}_high"]))}
