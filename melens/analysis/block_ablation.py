@@ -211,7 +211,9 @@ def _course_without_ffn(runs: _Runs, norms: Float[Tensor, "prompt layer"]) -> di
         return {}
     over_others, course = runs.over_others(norms, layers), norms[:, layers.start : layers.stop]
     highest = course.max(dim=1)
-    return {
+    before = runs.me_layer - 1
+    risen = (highest.values / runs.runs.intact[:, before]).numpy()
+    return ({} if before < 0 else mean_metric("risen_without_ffn", risen)) | {
         **mean_metric("highest_without_ffn", over_others.max(axis=1)),
         **mean_metric("end_without_ffn", (course[:, -1] / highest.values).numpy()),
         "highest_without_ffn_layer": int(highest.indices.median()) + runs.me_layer,

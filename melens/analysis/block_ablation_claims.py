@@ -22,6 +22,7 @@ class AblationMetrics(Metrics):
         highest_without_ffn, highest_without_ffn_layer: without it, the token's norm over the mean norm of the other
             tokens, intact, where that is highest from the ME layer to the last block before the trailing ones; and the
             block where the norm itself is highest, median over prompts.
+        risen_without_ffn: its highest norm then over that in the block before the ME layer; None where there is none.
         end_without_ffn: its norm after the last of these blocks over the highest.
         left_without_norm: what is left by sense of "without the norm before it" (identity, no_gain, no_norm).
         over_others_without_norm: by sense, the massive token's norm over the mean norm of the other tokens, intact.
@@ -40,6 +41,8 @@ class AblationMetrics(Metrics):
     highest_without_ffn: float | None = None
     highest_without_ffn_interval: Interval | None = None
     highest_without_ffn_layer: int | None = None
+    risen_without_ffn: float | None = None
+    risen_without_ffn_interval: Interval | None = None
     end_without_ffn: float | None = None
     end_without_ffn_interval: Interval | None = None
     left_without_norm: dict[str, float | None] = Field(default_factory=dict)
@@ -54,6 +57,9 @@ class AblationMetrics(Metrics):
     block_evaluations_from_the_start: int | None = None
 
 
+_SENSES = {
+    "identity": "without the norm", "no_gain": "without its gain alone", "no_norm": "without its normalisation alone",
+}  # fmt: skip
 _NONE: Interval = (None, None)
 """Of a mean of one or two."""
 
@@ -61,8 +67,12 @@ _NONE: Interval = (None, None)
 def _emerges_then_fades(metrics: AblationMetrics) -> Judgement:
     emerges = at_least(metrics.highest_without_ffn, metrics.highest_without_ffn_interval, 10)
     fades = at_most(metrics.end_without_ffn, metrics.end_without_ffn_interval, 0.1, partly=0.5)
-    note = f"At most × {emerges.value:,.3g} the other tokens; highest in block {metrics.highest_without_ffn_layer}."
-    return replace(fades, verdict=worst(emerges, fades).verdict).noting(note)
+    note = f"At most × {emerges.value:,.3g} the other tokens; highest in block {metrics.highest_without_ffn_layer}"
+    if metrics.risen_without_ffn is None:
+        return replace(fades, verdict=worst(emerges, fades).verdict).noting(f"{note}.")
+    rises = at_least(metrics.risen_without_ffn, metrics.risen_without_ffn_interval, 2)
+    note += f", × {rises.value:,.3g} its norm before the ME layer."
+    return replace(fades, verdict=worst(emerges, rises, fades).verdict).noting(note)
 
 
 def _persists_smaller(metrics: AblationMetrics, *, on_average: bool = False) -> Judgement:
@@ -77,9 +87,9 @@ def _persists_smaller(metrics: AblationMetrics, *, on_average: bool = False) -> 
         smaller = at_most(number(left, f"left_without_norm, {sense},"), of_left, 0.5)
         verdicts.add(worst(smaller, at_least(over_others, of_others, 10)).verdict)
     of_identity = metrics.left_without_norm["identity"], metrics.left_without_norm_intervals.get("identity", _NONE)
-    note = ", ".join(f"{sense}: {left:.3g} of intact" for sense, left in metrics.left_without_norm.items())
+    note = ", ".join(f"{_SENSES[sense]}: × {left:.3g}" for sense, left in metrics.left_without_norm.items())
     verdict: Verdict = "holds in part" if len(verdicts) > 1 else verdicts.pop()
-    return replace(at_most(*of_identity, 0.5), verdict=verdict, note=f"{note}.")
+    return replace(at_most(*of_identity, 0.5), verdict=verdict, note=f"{note[0].upper()}{note[1:]}.")
 
 
 def _only_me_layer(metrics: AblationMetrics) -> Judgement:
@@ -127,9 +137,10 @@ CLAIMS = (
         claim="Without the ME layer's FFN it still emerges, then fades",
         statistic="norm of the token after the last block before the trailing ones, over its highest from the ME layer "
         "on, without that FFN",
-        criterion="at its highest >= 10 × the other tokens; at the end <= 0.1 of that, in part <= 0.5",
-        why="elevated is an order of magnitude over the others; 'gradually vanish' is a tenth, an order less, and half "
-        "the least that can be called fading",
+        criterion="at its highest >= 10 × the other tokens and >= 2 × its norm before the ME layer; at the end <= 0.1 "
+        "of its highest, in part <= 0.5",
+        why="elevated is an order of magnitude over the others, and what was so before the ME layer does not emerge "
+        "behind; 'gradually vanish' is a tenth, an order less, and half the least that can be called fading",
         of_ffn=True, blocks_after=1, judge=_emerges_then_fades,
     ),
     Claim(

@@ -211,7 +211,7 @@ CLAIMS = (
         claim="The last two blocks make a second massive activation",
         statistic="norm of what is new in token 0's state behind its plateau, over its norm on the plateau",
         criterion=">= 0.1, at least as much as they erase of the first one, >= 10 × the other tokens, and in the last "
-        "two blocks; in part without the last two",
+        "two blocks; in part: the first two of these four",
         why="within an order of magnitude of the first one, and more than one above the other tokens; a large write "
         "against the first one takes it away and makes none",
         of_token_0=True, judge=_second_massive,

@@ -97,6 +97,7 @@ def test_without_the_ffn_the_token_may_rise_all_the_same_and_fade(result, monkey
     metrics = result.metrics
     assert metrics.highest_without_ffn == pytest.approx((12 + 40 + 24) / 3)  # 120, 400, 240 over 10, in block 4
     assert (metrics.highest_without_ffn_layer, metrics.end_without_ffn) == (4, 1)
+    assert metrics.risen_without_ffn == pytest.approx((120 / 10 + 400 / 20 + 240 / 15) / 3)
     assert result.claims.set_index("id").verdict["ffn-fades"] == "does not hold"
     monkeypatch.setitem(LEFT, "2 ffn", [[1, 0.3, 0.01, 9, 9]] * 3)  # 100, 60, 4; 200, 120, 8; 150, 90, 6
     faded = ablate()

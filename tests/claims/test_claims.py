@@ -128,6 +128,26 @@ def test_without_the_ffn_it_must_emerge_and_fade(highest, end, expected):
     assert verdict("ablation", "ffn-fades", **metrics) == expected
 
 
+@pytest.mark.parametrize(
+    ("risen", "expected"),
+    [((2.5, (2.0, 3.0)), "holds"), ((2.5, (1.9, 3.1)), "holds in part"), ((1.1, (1.0, 1.2)), "does not hold")],
+)
+def test_what_token_0_was_before_the_me_layer_does_not_emerge_without_its_ffn(risen, expected):
+    metrics = {"highest_without_ffn": 30, "highest_without_ffn_interval": (11, 49)}
+    metrics |= {"end_without_ffn": 0.05, "end_without_ffn_interval": (0.01, 0.09)}
+    metrics |= dict(zip(("risen_without_ffn", "risen_without_ffn_interval"), risen, strict=True))
+    assert verdict("ablation", "ffn-fades", **metrics) == expected
+
+
+def test_each_sense_of_without_the_norm_is_said_in_words():
+    left = {"identity": 840.0, "no_gain": 16.6, "no_norm": 50.7}
+    metrics = BASE | {"left_without_norm": left, "over_others_without_norm": left}
+    rows = melens.judge({"experiment": "ablation", "model": {"name": "m"}, "metrics": metrics}).set_index("id")
+    assert rows.note["norm-scales"] == (
+        "Without the norm: × 840, without its gain alone: × 16.6, without its normalisation alone: × 50.7."
+    )
+
+
 def test_a_changed_threshold_shows_what_the_former_one_gives():
     metrics = {"left_without_norm": {"identity": 0.2}, "over_others_without_norm": {"identity": 30}}
     judged = melens.judge({"experiment": "ablation", "model": {"name": "m"}, "metrics": BASE | metrics})
