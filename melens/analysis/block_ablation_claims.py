@@ -134,7 +134,7 @@ CLAIMS = (
     Claim(
         id="ffn-fades", fixed="2026-11-26",
         source="appendix B, figure 9", figure="removed", metrics=AblationMetrics,
-        claim="Without the ME layer's FFN it still emerges, then fades",
+        claim="Without the ME layer's FFN the massive activation still emerges, then fades",
         statistic="norm of the token after the last block before the trailing ones, over its highest from the ME layer "
         "on, without that FFN",
         criterion="at its highest >= 10 × the other tokens and >= 2 × its norm before the ME layer; at the end <= 0.1 "
@@ -146,7 +146,7 @@ CLAIMS = (
     Claim(
         id="norm-scales", fixed="2026-11-26",
         source="appendix B, figure 9", figure="removed", metrics=AblationMetrics,
-        claim="Without the norm before that FFN it persists, but far smaller",
+        claim="Without the norm before the ME layer's FFN the massive activation persists, but far smaller",
         statistic="norm of the token afterwards, relative to intact, norm replaced by the identity",
         criterion="<= 0.5 of intact and >= 10 × the other tokens, the whole intervals, in every sense of 'without'; in "
         "part: on average, or in some sense",
@@ -160,7 +160,7 @@ CLAIMS = (
     Claim(
         id="only-me-causal", fixed="2026-11-26",
         source="the review, point 1", figure="causality", metrics=AblationMetrics,
-        claim="Only the ME layer is causal for it",
+        claim="Only the ME layer is causal for the massive activation",
         statistic="how many other blocks' FFNs halve it when removed",
         criterion="0, none with 0.5 in its interval; in part: the ME layer's does most",
         why="a block without which half is gone is a cause",

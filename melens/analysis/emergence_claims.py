@@ -178,7 +178,7 @@ CLAIMS = (
     Claim(
         id="magnification", fixed="2026-11-22 a1bbeb3",
         source="section 1, table 8", figure="emergence", metrics=EmergenceMetrics,
-        claim="That block magnifies the token hundreds of times",
+        claim="The ME layer magnifies the token hundreds of times",
         statistic="‖h_out‖ / ‖h_in‖ at the ME layer",
         criterion=">= 100; in part >= 10",
         why="the smallest number that can be called hundreds; 10 is still an order of magnitude",

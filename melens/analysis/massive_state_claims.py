@@ -158,7 +158,7 @@ CLAIMS = (
     Claim(
         id="mean-harmless", fixed="2026-11-26",
         source="Sun et al. (2024), table 3", figure="loss_by_run", metrics=ConsequenceMetrics,
-        claim="Set to their mean over other inputs, they do the model no harm",
+        claim="Set to their mean over other inputs, the massive activations do the model no harm",
         statistic="rise of the loss (nats a token) with the massive entries set to their mean over the other texts",
         criterion="<= 0.01; in part <= a tenth of what zero costs",
         why="1% of the perplexity; Sun et al. see no change in the second decimal (5.47 on WikiText)",

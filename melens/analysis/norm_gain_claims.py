@@ -150,7 +150,7 @@ CLAIMS = (
     Claim(
         id="delta-frac", fixed="2026-11-26",
         source="section 3.1, equation 1, figure 3", figure="gain_alignment", metrics=RmsnormMetrics,
-        claim="There its output lies more on the dims with the largest gains than in any other block",
+        claim="The output of the norm before the FFN lies on the dims with the largest gains most at the ME layer",
         statistic="ΔFrac at the ME layer minus that in the block with the next largest, trailing blocks apart; "
         "K = 1% of the width",
         criterion="> 0, and ΔFrac > 0; in part: ΔFrac > 0 and larger in at most a tenth of the other blocks",
@@ -164,7 +164,7 @@ CLAIMS = (
     Claim(
         id="delta-kl", fixed="2026-11-26",
         source="section 3.1, equation 2, figure 3", figure="gain_alignment", metrics=RmsnormMetrics,
-        claim="There its output is closer to the distribution of the gains than in any other block",
+        claim="The output of the norm before the FFN is closest to the distribution of the gains at the ME layer",
         statistic="by how many nats ΔKL at the ME layer is lower than in the block with the next lowest, trailing "
         "blocks apart",
         criterion="> 0, and ΔKL < 0; in part: ΔKL < 0 and lower in at most a tenth of the other blocks",
@@ -179,7 +179,8 @@ CLAIMS = (
     Claim(
         id="rmsnorm-peak", fixed="2026-11-26",
         source="appendix H, figures 11-20", figure="weight_norm", metrics=RmsnormMetrics,
-        claim="The norm of that output peaks sharply at the ME layer; in Llama and Mistral it keeps rising behind it",
+        claim="The output of the norm before the FFN is largest at the ME layer, a sharp peak; in Llama and Mistral it "
+        "keeps rising behind it",
         statistic="‖ĥ₀‖ at the ME layer over that in the block with the next largest; in Llama and Mistral that in the "
         "last block over that at the ME layer; trailing blocks apart",
         criterion=">= 2, in part >= 1; in Llama and Mistral >= 1, and in 3/4 of the pairs of blocks from the ME layer "

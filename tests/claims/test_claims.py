@@ -1,3 +1,5 @@
+import re
+
 import pandas as pd
 import pytest
 from pydantic import ValidationError
@@ -393,3 +395,9 @@ def test_what_rests_on_one_prompt_says_of_what(position, of_one):
     rows = melens.judge({"experiment": "emergence", "model": {"name": "m"}, "metrics": metrics}).set_index("id")
     assert rows.verdict["magnification"] == "holds in part"
     assert rows.note["magnification"] == f"It rests on a single {of_one}."
+
+
+def test_a_claim_can_be_read_without_the_one_before_it():
+    """Tables list claims by verdict, so that none may speak of what another one names."""
+    of_another = re.compile(r"^(That|There its) | that (output|FFN)\b|\bthey do\b|\bFFN it\b| for it$")
+    assert [claim.id for claim in CLAIMS if of_another.search(claim.claim)] == []
