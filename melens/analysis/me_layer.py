@@ -56,7 +56,7 @@ class Criterion:
         check_fields(self, "The criterion's {}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Emergence:
     """Where and how the massive activation emerges. Layers are 0-based blocks.
 
@@ -85,20 +85,20 @@ class Emergence:
             block `formed`, and whether token 0 is one; only with an ME layer.
     """
 
-    layer: int | None
+    layer: int | None = None
     reason: str
-    kind: Kind | None
-    magnification: float | None
-    magnification_interval: tuple[float, float] | None
-    relative_magnification: float | None
-    share_of_peak: float | None
-    share_of_peak_interval: tuple[float, float] | None
-    climb: tuple[int, int] | None
-    formed: int | None
-    agreement: float
+    kind: Kind | None = None
+    magnification: float | None = None
+    magnification_interval: tuple[float, float] | None = None
+    relative_magnification: float | None = None
+    share_of_peak: float | None = None
+    share_of_peak_interval: tuple[float, float] | None = None
+    climb: tuple[int, int] | None = None
+    formed: int | None = None
+    agreement: float = 0.0
     prompts_with: float
-    positions: tuple[int, ...]
-    dims: tuple[int, ...]
+    positions: tuple[int, ...] = ()
+    dims: tuple[int, ...] = ()
     n_layers: int
     n_prompts: int
     distinct_first_tokens: int
@@ -190,11 +190,7 @@ def find_me_layer(trace: TraceGiven, criterion: CriterionGiven | None = None) ->
         "criterion": criterion, "per_prompt": per_prompt,
     }  # fmt: skip
     if layer is None:
-        return Emergence(
-            layer=None, kind=None, magnification=None, magnification_interval=None, relative_magnification=None,
-            share_of_peak=None, share_of_peak_interval=None, climb=None, formed=None, agreement=0.0, positions=(),
-            dims=(), **shared,
-        )  # fmt: skip
+        return Emergence(**shared)
     agreeing = born[born["layer"] == layer]
     formed = int(agreeing["formed"].median())
     of_agreeing = massive[massive["prompt"].isin(agreeing["prompt"])]

@@ -191,12 +191,11 @@ def _contents(results: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _judge_one(claim: Claim[Any], measured: Mapping[str, Any]) -> Judgement:
-    if (found := measured.get(claim.experiment)) is None:
-        return Judgement("not measured", note=f"exp={claim.experiment} was not run.")
-    shared = _of(Metrics, found)
-    if (why_not := _why_not_measured(claim, shared)) is not None:
-        return Judgement("not measured", note=why_not)
     try:
+        if (found := measured.get(claim.experiment)) is None:
+            raise NotMeasuredError(f"exp={claim.experiment} was not run.")
+        shared = _of(Metrics, found)
+        _check_measured(claim, shared)
         judged = claim.judge(_of(claim.metrics, found))
     except KeyError as missing:
         return Judgement("not measured", note=f"The result has no metric {missing}.")
@@ -228,21 +227,21 @@ def _of(kind: type[M], found: Any) -> M:
         ) from None
 
 
-def _why_not_measured(claim: Claim[Any], metrics: Metrics) -> str | None:
+def _check_measured(claim: Claim[Any], metrics: Metrics) -> None:
     if metrics.not_applicable is not None:
-        return metrics.not_applicable
+        raise NotMeasuredError(metrics.not_applicable)
     if not claim.needs_me_layer:
-        return None
+        return
     if metrics.me_layer is None:
-        return "The model has no ME layer."
+        raise NotMeasuredError("The model has no ME layer.")
     if claim.of_token_0 and metrics.massive_position != 0:
-        return f"It is measured on token 0; the massive token is at position {metrics.massive_position}."
+        at = metrics.massive_position
+        raise NotMeasuredError(f"It is measured on token 0; the massive token is at position {at}.")
     if claim.of_ffn and metrics.ffn_layers is not None and metrics.me_layer not in metrics.ffn_layers:
-        return f"Block {metrics.me_layer}, the ME layer, has no FFN that can be measured."
+        raise NotMeasuredError(f"Block {metrics.me_layer}, the ME layer, has no FFN that can be measured.")
     last = metrics.last_lasting_layer
     if claim.blocks_after is not None and last is not None and metrics.me_layer + claim.blocks_after > last:
-        return "The ME layer is too near the end: the last two blocks count apart (appendix A)."
-    return None
+        raise NotMeasuredError("The ME layer is too near the end: the last two blocks count apart (appendix A).")
 
 
 # --- For the claims' own judges ---------------------------------------------------------------------------------------
