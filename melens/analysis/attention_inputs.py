@@ -256,12 +256,9 @@ def inputs_in_words(metrics: AttentionInputsMetrics) -> str:
     if m.inputs_why_not is not None:
         return m.inputs_why_not
     parts = [
-        f"{name} {with_interval(cosine, interval, '.4f')}" + ("" if others is None else f", at position 4 {others:.2f}")
-        for name, cosine, interval, others in (
-            ("attention input", m.input_cosine, m.input_cosine_interval, m.input_cosine_others),
-            ("key", m.key_cosine, m.key_cosine_interval, m.key_cosine_others),
-            ("query", m.query_cosine, m.query_cosine_interval, m.query_cosine_others),
-        )
+        f"{_NAMES[quantity]} {with_interval(cosine, interval, '.4f')}"
+        + ("" if others is None else f", at position 4 {others:.2f}")
+        for quantity, (cosine, interval, others, _) in _between_inputs(m).items()
         if cosine is not None
     ]
     words = f"Least mean cosine between {m.compared_inputs} inputs, of token 0: {'; '.join(parts)}."
@@ -276,13 +273,20 @@ def inputs_in_words(metrics: AttentionInputsMetrics) -> str:
 # --- Claims -----------------------------------------------------------------------------------------------------------
 
 
-def _same_for_every_input(
-    metrics: AttentionInputsMetrics,
-    cosine: float | None,
-    interval: Interval | None,
-    others: float | None,
-    before: float | None,
-) -> Judgement:
+_Cosines = tuple[float | None, Interval | None, float | None, float | None]
+"""Token 0's cosine between inputs with its interval, the control's, and token 0's before."""
+
+
+def _between_inputs(m: AttentionInputsMetrics) -> dict[str, _Cosines]:
+    return {
+        "input": (m.input_cosine, m.input_cosine_interval, m.input_cosine_others, m.input_cosine_before),
+        "key": (m.key_cosine, m.key_cosine_interval, m.key_cosine_others, m.key_cosine_before),
+        "query": (m.query_cosine, m.query_cosine_interval, m.query_cosine_others, m.query_cosine_before),
+    }
+
+
+def _same_for_every_input(metrics: AttentionInputsMetrics, quantity: str) -> Judgement:
+    cosine, interval, others, before = _between_inputs(metrics)[quantity]
     judged = at_least(cosine, interval, 0.95, partly=0.8, why_not=metrics.inputs_why_not)
     if metrics.compared_inputs == 1 and metrics.distinct_first_tokens != 1:
         raise NotMeasuredError("One input alone has the massive state: there is none to compare it with.")
@@ -296,9 +300,7 @@ def _same_for_every_input(
 
 
 def _query_is_the_same(m: AttentionInputsMetrics) -> Judgement:
-    judged = _same_for_every_input(
-        m, m.query_cosine, m.query_cosine_interval, m.query_cosine_others, m.query_cosine_before
-    )
+    judged = _same_for_every_input(m, "query")
     if m.own_key_cosine is None or m.own_key_cosine_others is None:
         return judged
     return judged.noting(
@@ -325,9 +327,7 @@ _SAME_INPUT = Claim(
     criterion=">= 0.95, and at most half as far from 1 as at position 4; in part >= 0.8",
     why="0.95 is an angle of 18 degrees; other tokens' may be alike as well, by a common mean or a bias of the keys",
     of_token_0=True, blocks_after=1,
-    judge=lambda m: _same_for_every_input(
-        m, m.input_cosine, m.input_cosine_interval, m.input_cosine_others, m.input_cosine_before
-    ),
+    judge=lambda m: _same_for_every_input(m, "input"),
 )  # fmt: skip
 
 CLAIMS = (
@@ -372,9 +372,7 @@ CLAIMS = (
         claim="After the ME layer the key of token 0 is the same for every input",
         source="section 4.1: 'an approximately fixed position in the attention similarity space'; section 6",
         statistic="smallest mean cosine between inputs of token 0's key, over blocks that read the massive state",
-        judge=lambda m: _same_for_every_input(
-            m, m.key_cosine, m.key_cosine_interval, m.key_cosine_others, m.key_cosine_before
-        ),
+        judge=lambda m: _same_for_every_input(m, "key"),
     ),
     replace(
         _SAME_INPUT, id="query-same",
