@@ -32,6 +32,7 @@ class EmergenceMetrics(Metrics):
         most_massive_tokens: how many massive tokens a prompt has there at most.
         before_ratio: ‖h_0‖ over the other tokens' mean norm in the block before the ME layer where it is furthest from
             1, as a factor (1/2 is 2); of blocks' outputs, mean over states. `before_layer`: where it is, most often.
+        over_others: ‖h‖ of the massive token over the other tokens' mean in the output of the block `formed`.
         trailing_from: the block from which on token 0's norm is off its plateau for good; None where it stays there.
         second_from, second_layer, second_norm, second_over_others, erased, write_cosine, written, written_by_ffn: as
             `begin`, `layer`, `second` and the others of `LastBlocks`.
@@ -69,6 +70,8 @@ class EmergenceMetrics(Metrics):
     before_ratio: float | None = None
     before_ratio_interval: Interval | None = None
     before_layer: int | None = None
+    over_others: float | None = None
+    over_others_interval: Interval | None = None
     trailing_from: int | None = None
     second_from: int | None = None
     second_layer: int | None = None
@@ -183,6 +186,19 @@ CLAIMS = (
         criterion=">= 100; in part >= 10",
         why="the smallest number that can be called hundreds; 10 is still an order of magnitude",
         judge=lambda metrics: at_least(metrics.magnification, metrics.magnification_interval, 100, partly=10),
+    ),
+    Claim(
+        id="over-others", fixed="2026-11-26",
+        source="section 3.1: 'hundreds or even thousands of times greater than those of other tokens'",
+        figure="emergence", metrics=EmergenceMetrics,
+        claim="The massive token is hundreds of times as large as other tokens",
+        statistic="norm of the massive token over the other tokens' mean, where the massive state is formed",
+        criterion=">= 100; in part >= 10",
+        why="as of the magnification, which compares the token with itself before and not with others",
+        judge=lambda metrics: at_least(
+            metrics.over_others, metrics.over_others_interval, 100, partly=10,
+            why_not="No prompt has a token beside the massive one.",
+        ),
     ),
     Claim(
         id="comparable-before", fixed="2026-11-26",

@@ -64,6 +64,7 @@ def emergence(study: Study, *, log_scale: bool = True, top_dims: int = 24) -> Re
         **me.metrics() | layout.metrics(),
         **_shares(study),
         **_before(study),
+        **_over_others(study),
         **_last_blocks(last),
         **_ffn_norms_in_last_blocks(study, layout),
         sink_onset_layer=onset.layer,
@@ -202,6 +203,18 @@ def _before(study: Study) -> dict[str, Any]:
     furthest = factors.max(axis=1).to_numpy()
     before_layer = int(factors.idxmax(axis=1).mode().iloc[0])
     return mean_metric("before_ratio", furthest) | {"before_layer": before_layer}
+
+
+def _over_others(study: Study) -> dict[str, Any]:
+    """Compare the massive token's norm with the other tokens' of its prompt, where the massive state is formed."""
+    chosen = study.massive_prompts if study.position else study.distinct_massive_prompts
+    norms = study.trace["norm"].merge(study.me.per_prompt[["prompt", "formed_pos"]], on="prompt")
+    norms = norms[(norms["site"] == "hook_resid_post") & (norms["layer"] == study.me.formed)]
+    norms = norms[norms["prompt"].isin(chosen)]
+    is_massive = norms["pos"] == norms["formed_pos"]
+    others = norms[~is_massive].groupby("prompt")["norm"].mean()
+    ratios = (norms[is_massive].set_index("prompt")["norm"] / others).dropna()  # a prompt of one token has no others
+    return mean_metric("over_others", ratios.to_numpy()) if len(ratios) else {}
 
 
 def _last_blocks(last: LastBlocks | None) -> dict[str, Any]:

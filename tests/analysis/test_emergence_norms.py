@@ -69,6 +69,20 @@ def test_shares_of_states(result):
     assert metrics.first_alone_interval == pytest.approx((0.0943, 0.9916), abs=1e-4)
 
 
+def test_the_massive_token_is_compared_with_the_others_of_its_prompt(result):
+    assert result.metrics.over_others == pytest.approx(400)  # of the two prompts with a massive token 0
+    assert result.claims.set_index("id").verdict["over-others"] == "holds in part"  # of two there is no interval
+
+
+def test_a_magnified_token_may_be_little_larger_than_the_others():
+    given = study()
+    norms = given.trace.tables["norm"]
+    norms.loc[norms["pos"] == 1, "norm"] = 40.0
+    judged = melens.analysis.emergence(given).claims.set_index("id")
+    assert judged.value["over-others"] == pytest.approx(10)
+    assert judged.verdict["magnification"] == "holds"  # × 200 of its own norm
+
+
 def test_prompts_that_share_their_first_token_are_one_state():
     """Three prompts with a massive first token share it: of two states one agrees, where of four prompts three do."""
     norms = study().trace.tables

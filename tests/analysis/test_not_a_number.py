@@ -365,6 +365,7 @@ MEASURED = {
     "mask-weight-harmless": {"weight_where_destroyed": NAN, "destroyed_by": {"random": 1, "magnitude": 1}},
     "second-massive": {"second_norm": NAN, "erased": 0.0, "second_over_others": 20.0},
     "comparable-before": {"before_ratio": NAN},
+    "over-others": {"over_others": NAN},
     "first-token": {"first_alone": NAN, "first_massive": 1.0},
     "norm-scales": {"left_without_norm": {"identity": NAN}, "over_others_without_norm": {"identity": 20.0}},
     "ffn-needed": {"left_without_ffn": NAN},
