@@ -127,9 +127,8 @@ def _vectors(study: Study, prompts: list[int]) -> dict[tuple[str, int], Float[Te
     for place, tensor in found.items():  # [prompt, 1, token, d]
         name, layer = place.split()
         if not tensor[:, :, 0].isfinite().all():
-            raise MelensError(
-                f"The {_NAMES[name]} of token 0 in block {layer} is no number: look for NaN in the weights."
-            )
+            where = f"The {_NAMES[name]} of token 0 in block {layer}"
+            raise MelensError(f"{where} is no number: look for NaN in the weights.")
         vectors[name, int(layer)] = tensor[:, 0]
     return vectors
 
@@ -236,12 +235,9 @@ def inputs_figure(study: Study, by_block: pd.DataFrame, metrics: AttentionInputs
     """Draw the cosines between inputs by block, of token 0 and at the control's position."""
     panels = []
     for quantity, name in _NAMES.items():
-        of_quantity = by_block[by_block["quantity"] == quantity]
-        curves = [
-            Curve(text, of_quantity[of_quantity["token"] == token], color)
-            for token, text, color in ((0, "token 0", FIRST), (CONTROL, f"position {CONTROL}", OTHERS))
-            if (of_quantity["token"] == token).any()
-        ]
+        by_token = dict(iter(by_block[by_block["quantity"] == quantity].groupby("token")))
+        tokens = ((0, "token 0", FIRST), (CONTROL, f"position {CONTROL}", OTHERS))
+        curves = [Curve(text, by_token[token], color) for token, text, color in tokens if token in by_token]
         if curves:
             panels.append(Panel(f"{name.capitalize()}: cosine between inputs", "cosine", curves, study.me.layer))
     note = "Mean over pairs of prompts with different tokens there. Bands: 95% intervals over prompts."

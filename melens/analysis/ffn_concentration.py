@@ -88,10 +88,8 @@ def probes(model: TransformerBridge) -> list[Probe]:
     by_layer = _projections(model)
     if not any(by_layer.values()):
         raise MelensError(f"No FFN can be measured: there is {Layout.of(model).ffn_in_words}.")
-    concentration = Concentration(
-        [f"blocks.{layer}.{site}" for layer, sites in by_layer.items() for site in sites.values()]
-    )
-    wanted: list[Probe] = [concentration]
+    places = [f"blocks.{layer}.{site}" for layer, sites in by_layer.items() for site in sites.values()]
+    wanted: list[Probe] = [Concentration(places)]
     if behind := [layer for layer, sites in by_layer.items() if BEHIND in sites]:
         wanted.append(Norms(["mlp.hook_in", BEFORE_NORM_BEHIND], behind).named("norm_at_ffn"))
     for probe in wanted:
@@ -133,14 +131,8 @@ def ffn(study: Study) -> Result:
     )
     n_states = len(study.distinct_massive_prompts)
     title = study.title("Concentration of token 0 after the FFN's projections, and the FFN's amplification", n_states)
-    has_norm_behind = amplification["with_norm_behind"].notna().any()
-    plot = ffn_figure(
-        differences,
-        by_block["amplification"],
-        by_block["with_norm_behind"] if has_norm_behind else None,
-        me_layer=study.me.layer,
-        title=title,
-    )
+    behind = by_block["with_norm_behind"] if amplification["with_norm_behind"].notna().any() else None
+    plot = ffn_figure(differences, by_block["amplification"], behind, me_layer=study.me.layer, title=title)
     expected = "All three concentrations and the amplification peak together, only at the ME layer."
     observed = _in_words(metrics, study.layout)
     tables = [points.assign(quantity=f"concentration after {name}") for name, points in differences.items()]
@@ -177,19 +169,19 @@ def _projections(model: TransformerBridge) -> dict[int, dict[str, str]]:
 
 def _concentration_metrics(study: Study, table: pd.DataFrame, differences: dict[str, pd.DataFrame]) -> dict[str, Any]:
     """Find the peak of each mean curve, and in how many states it is in the ME layer, alone and for all three."""
-    last, shares, there = study.last_before_trailing, {}, {}
+    last, there = study.last_before_trailing, {}
     for name in differences:
-        place = place_among(by_state(table[table["after"] == name], "difference", up_to=last), study.me.layer)
-        if place is not None:
+        values = by_state(table[table["after"] == name], "difference", up_to=last)
+        if (place := place_among(values, study.me.layer)) is not None:
             there[name] = place.is_largest
-            shares[name] = float(place.is_largest.mean())
+    shares = {name: float(is_largest.mean()) for name, is_largest in there.items()}
     peaks = {name: _peak(points, last) for name, points in differences.items()}
     found: dict[str, Any] = {"concentration_peak_behind": peaks.pop(BEHIND, None)}
     found |= {"concentration_peaks": peaks, "concentration_shares": shares}
     if set(PROJECTIONS) <= set(there):
         together = np.logical_and.reduce([there[name] for name in PROJECTIONS])
-        found |= {"concentration_together": float(together.mean())}
-        found |= {"concentration_together_interval": share_interval(together)}
+        found["concentration_together"] = float(together.mean())
+        found["concentration_together_interval"] = share_interval(together)
     return found
 
 
@@ -235,11 +227,8 @@ def _amplification_metrics(study: Study, amplification: pd.DataFrame, by_block: 
         why_not = "The input of the ME layer's FFN cannot be measured, or there is no other to compare with."
         return {"amplification_over_next_why_not": why_not}
     here, others = values[me_layer], values.drop(columns=me_layer)
-    found = {
-        **mean_metric("amplification", here.to_numpy()),
-        "amplification_peak": _peak(by_block, last),
-        **mean_metric("amplification_over_next", (here / others.max(axis=1)).to_numpy()),
-    }
+    found = {"amplification_peak": _peak(by_block, last), **mean_metric("amplification", here.to_numpy())}
+    found |= mean_metric("amplification_over_next", (here / others.max(axis=1)).to_numpy())
     # where only some blocks have a norm behind the FFN, the others write what the FFN puts out
     of_both = amplification["with_norm_behind"].fillna(amplification["amplification"])
     written = by_state(amplification.assign(written=of_both), "written", up_to=last)
@@ -267,10 +256,8 @@ def _in_words(metrics: FfnMetrics, layout: Layout) -> str:
         words += f" After the norm behind the FFN it peaks in block {metrics.concentration_peak_behind}."
     if metrics.amplification is not None:
         lift = with_interval(metrics.amplification, metrics.amplification_interval, ",.4g")
-        words += (
-            f" The FFN of block {metrics.me_layer} amplifies token 0 by × {lift}, "
-            f"{metrics.amplification_over_next:,.3g} times as much as any other."
-        )
+        words += f" The FFN of block {metrics.me_layer} amplifies token 0 by × {lift}, "
+        words += f"{metrics.amplification_over_next:,.3g} times as much as any other."
     words += _norm_behind_in_words(metrics)
     for name, layers in (metrics.missing_projections or {}).items():
         where = "any FFN" if set(layers) == set(layout.ffn) else f"the FFN of {listed(layers)}"

@@ -262,12 +262,9 @@ def _losses(ran: dict[str, TextEffects]) -> dict[str, Any]:
 
 
 def _sinks_figure(texts: _Texts, sinks: pd.DataFrame, metrics: ConsequenceMetrics) -> Figure:
-    shown = [name for name in (INTACT, REMOVED, CONTROL, EARLIER, ZERO) if name in set(sinks["run"])]
-    named = {EARLIER: f"{EARLIER}, at block {texts.written_at}"}
-    curves = [
-        Curve(named.get(name, name), sinks[sinks["run"] == name], color)
-        for name, color in zip(shown, COLORS, strict=False)
-    ]
+    by_run, named = dict(iter(sinks.groupby("run"))), {EARLIER: f"{EARLIER}, at block {texts.written_at}"}
+    shown = [name for name in (INTACT, REMOVED, CONTROL, EARLIER, ZERO) if name in by_run]
+    curves = [Curve(named.get(each, each), by_run[each], color) for each, color in zip(shown, COLORS, strict=False)]
     panel = Panel("", "attention on the massive token", curves, texts.me_layer, y_range=(0, 1))
     note = "Mean over heads and texts; bands: 95% intervals over texts. "
     note += f"Equal attention to all tokens: {texts.equal_attention.mean():.2f}."

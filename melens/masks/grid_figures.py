@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -72,13 +73,9 @@ def grid_figures(
         figures["rates"] = Figure(plot, "asked for by the review", "One rate a task.", observed)
     if len(main):
         assert metrics.unmasked_sink_mass is not None
-        plot = loss_over_sinks(
-            main.assign(label=main["cell"]),
-            sink_mass=metrics.unmasked_sink_mass,
-            colors=SELECT_COLORS,
-            title=f"Loss against the sink that is left: {of_texts}",
-            note="Whiskers: 95% intervals over texts.",
-        )
+        title, note = f"Loss against the sink that is left: {of_texts}", "Whiskers: 95% intervals over texts."
+        cells, sink_mass = main.assign(label=main["cell"]), metrics.unmasked_sink_mass
+        plot = loss_over_sinks(cells, sink_mass=sink_mass, colors=SELECT_COLORS, title=title, note=note)
         expected = "Moderate attenuation of the sink helps; none and full do not."
         figures["loss_and_sinks"] = Figure(plot, "section 4", expected, _moderation_in_words(main))
         plot = _block_plot(main, by_block, metrics.me_layer, of_texts)
@@ -128,12 +125,9 @@ def _loss_plot(table: pd.DataFrame, of_texts: str) -> go.Figure:
 def _rate_plot(table: pd.DataFrame, of_texts: str) -> go.Figure:
     panels = []
     for (site, layers), group in table.groupby(["site", "layers"], sort=False):
-        of_selects = {select: group[group["select"] == select] for select in SELECT_COLORS}
-        curves = [
-            Curve(select, _mean_points(own, "rate", "dloss"), SELECT_COLORS[select])
-            for select, own in of_selects.items()
-            if len(own)
-        ]
+        of_selects = dict(iter(group.groupby("select")))
+        shown = [select for select in SELECT_COLORS if select in of_selects]
+        curves = [Curve(each, _mean_points(of_selects[each], "rate", "dloss"), SELECT_COLORS[each]) for each in shown]
         panels.append(Panel(f"{site}, layers {layers}", "Δloss (nats a token)", curves, None, zero_line=True))
     note = "Bands: 95% intervals over texts; for random masks the mean of each seed's."
     plot = curves_by_block(panels, title=f"Loss by mask rate: {of_texts}", note=note, columns=3)
@@ -161,14 +155,10 @@ def _start_plot(table: pd.DataFrame, me_layer: int | None, of_texts: str) -> go.
     panels = []
     for quantity, text in (("dloss", "Δloss (nats a token)"), ("sink_ratio", "sink mass, relative to unmasked")):
         groups = table.groupby(["select", "site", "layers", "rate"], sort=False)
-        curves = [
-            Curve(
-                f"{select}, {site}, layers {layers}, rate {rate:g}",
-                _mean_points(group, "start", quantity),
-                COLORS[number % len(COLORS)],
-            )
-            for number, ((select, site, layers, rate), group) in enumerate(groups)
-        ]
+        curves = []
+        for ((select, site, layers, rate), group), color in zip(groups, cycle(COLORS), strict=False):
+            name = f"{select}, {site}, layers {layers}, rate {rate:g}"
+            curves.append(Curve(name, _mean_points(group, "start", quantity), color))
         panels.append(Panel("", text, curves, me_layer, zero_line=quantity == "dloss"))
     note = "Bands: 95% intervals over texts. Sink mass: mean over the blocks behind the ME layer."
     plot = curves_by_block(panels, title=f"The same mask from each block in turn: {of_texts}", note=note)
@@ -221,21 +211,14 @@ def attention_figure(study: Study, mask: WeMask, name: str, block: int, tokens: 
     with mask.applied(study.model):
         masked = trace(study.model, [tokens], [probe]).tensors[probe.name][0, 0].numpy()
     tokenizer = study.model.tokenizer
-    words = [
-        f"{at} {token if tokenizer is None else repr(tokenizer.decode([token]))}"
-        for at, token in enumerate(tokens.tolist())
-    ]
-    plot = attention_change(
-        unmasked,
-        masked,
-        words,
-        title=f"Attention in block {block}: {study.trace.model['name']}",
-        note=f"{name}; the first {len(tokens)} tokens of a text.",
-    )
+    ids = tokens.tolist()
+    words = [f"{at} {i if tokenizer is None else repr(tokenizer.decode([i]))}" for at, i in enumerate(ids)]
+    title = f"Attention in block {block}: {study.trace.model['name']}"
+    note = f"{name}; the first {len(tokens)} tokens of a text."
+    plot = attention_change(unmasked, masked, words, title=title, note=note)
     before, after = (float(maps[:, 1:, 0].mean()) for maps in (unmasked, masked))
-    observed = (
-        f"Attention on token 0 in block {block}, mean over heads: {before:.3f} without the mask, {after:.3f} with it."
-    )
+    observed = f"Attention on token 0 in block {block}, mean over heads: {before:.3f} without the mask, "
+    observed += f"{after:.3f} with it."
     return Figure(plot, "figure 8", "The sink is weakened, not removed.", observed)
 
 
