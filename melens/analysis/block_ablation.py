@@ -160,10 +160,8 @@ class _Runs:
 def _runs(study: Study, max_position: int) -> _Runs:
     if study.me.layer is None:
         raise MelensError(f"There is no massive activation whose causes could be removed: {study.me.reason}")
-    # prompts that share a massive first token share its every state, so that one of them stands for all
-    chosen = study.massive_prompts if study.position else study.distinct_massive_prompts
     born = study.me.per_prompt
-    massive = born[born["prompt"].isin(chosen) & (born["formed_pos"] < max_position)]
+    massive = born[born["prompt"].isin(study.massive_states) & (born["formed_pos"] < max_position)]
     if massive.empty:
         raise MelensError(f"Every massive token is at position {max_position} or later: raise exp.max_position.")
     prompts, positions = massive["prompt"].tolist(), massive["formed_pos"].astype(int).tolist()

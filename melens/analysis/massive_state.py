@@ -140,9 +140,9 @@ def _texts(study: Study, n_prompts: int, max_tokens: int) -> _Texts:
         raise MelensError(
             f"Block {me_layer}, the ME layer, has no FFN output to remove: there is {study.layout.ffn_in_words}."
         )
-    chosen = study.massive_prompts if study.position else study.distinct_massive_prompts
     massive = massive_activations(study.trace, study.me.criterion)
-    massive = massive[(massive["layer"] == formed) & massive["prompt"].isin(chosen) & (massive["pos"] < max_tokens)]
+    massive = massive[massive["prompt"].isin(study.massive_states)]
+    massive = massive[(massive["layer"] == formed) & (massive["pos"] < max_tokens)]
     largest = massive.loc[massive["value"].abs().groupby(massive["prompt"]).idxmax()]
     positions = dict(zip(largest["prompt"].tolist(), largest["pos"].tolist(), strict=True))
     lengths = {prompt: min(len(study.tokens[prompt]), max_tokens) for prompt in positions}

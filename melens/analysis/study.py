@@ -112,6 +112,11 @@ class Study:
         prompts = self.of_massive_prompts(self.trace.prompts)
         return prompts.drop_duplicates("first_token_id")["prompt"].tolist()
 
+    @property
+    def massive_states(self) -> list[int]:
+        """One prompt for each massive state: `distinct_massive_prompts` where token 0 is the massive one, else all."""
+        return self.massive_prompts if self.position else self.distinct_massive_prompts
+
     def of_massive_prompts(self, table: pd.DataFrame) -> pd.DataFrame:
         """Keep a table's rows of the prompts whose massive activation is born in the ME layer."""
         return table[table["prompt"].isin(self.massive_prompts)]
