@@ -2,7 +2,8 @@
 
 1. `massive_activations` lists the entries of every block's output that meet the criterion (Sun et al. 2024).
 2. Of each prompt the first block with such an entry counts, and how the norm of the token with the largest one rises.
-3. The ME layer is the block that is the first in most prompts; of these prompts the numbers are averaged.
+3. The ME layer is the block that is the first in most prompts, of which those that share a massive first token count
+   once, as they share its every state; of these prompts the numbers are averaged.
 4. The massive state is formed where the climb of the largest token ends: in the ME layer itself, if that block alone
    brings it, else later. Its dims and positions are read off there.
 """
@@ -23,7 +24,7 @@ from melens.tracing.trace import Trace, TraceGiven
 from melens.validation.signatures import checked
 from melens.validation.types import Number, Rate, Said, Whole, check_fields
 
-__all__ = ["Criterion", "Emergence", "find_me_layer", "massive_activations"]
+__all__ = ["Criterion", "Emergence", "find_me_layer", "massive_activations", "one_a_state"]
 
 Kind = Literal["one block", "a few blocks", "slow climb"]
 
@@ -62,7 +63,7 @@ class Emergence:
 
     Attributes:
         layer: the first block whose output holds a massive activation, in more prompts than any other block (of equally
-            many the earliest); None without one.
+            many the earliest), those that share a massive first token counted once; None without one.
         reason: why `layer` is None, or how it was settled.
         kind: whether one block brings the massive activation, a few do, or the norm climbs slowly; None without one.
         magnification: ‖h_out‖ / ‖h_in‖ of the massive token at that block, mean over prompts (table 8); those that
@@ -199,8 +200,7 @@ def find_me_layer(trace: TraceGiven, criterion: CriterionGiven | None = None) ->
     in_formed, entries = (table[table["layer"] == read_at] for table in (massive, of_agreeing))
     shared["per_prompt"] = _with_massive_tokens(per_prompt, in_formed)
     climb = int(agreeing["climb_from"].median()), int(agreeing["climb_to"].median())
-    first_tokens = trace.prompts.set_index("prompt")["first_token_id"].reindex(agreeing["prompt"]).to_numpy()
-    apart = agreeing[(agreeing["pos"] > 0) | ~pd.Series(first_tokens, index=agreeing.index).duplicated()]
+    apart = one_a_state(agreeing.merge(trace.prompts[["prompt", "first_token_id"]], on="prompt"))
     share = float(apart["share_of_peak"].mean())
     kind: Kind = "a few blocks" if climb[1] - climb[0] < criterion.few_blocks else "slow climb"
     if share >= criterion.one_block:
@@ -220,6 +220,18 @@ def find_me_layer(trace: TraceGiven, criterion: CriterionGiven | None = None) ->
         dims=_most_frequent(entries[entries["dim"] >= 0], "dim"),
         **shared,
     )
+
+
+def one_a_state(prompts: pd.DataFrame) -> pd.DataFrame:
+    """Keep one of the prompts that share a massive token 0: in a causal model they share its every state.
+
+    Args:
+        prompts: rows of `Emergence.per_prompt` with `first_token_id`.
+    """
+    if "pos" not in prompts:  # no prompt has a massive token
+        return prompts
+    at_first = prompts["pos"] == 0
+    return prompts[~at_first | ~prompts[["first_token_id", "layer"]].where(at_first).duplicated()]
 
 
 def _most_frequent(entries: pd.DataFrame, column: str) -> tuple[int, ...]:
@@ -261,9 +273,13 @@ def _settle(trace: Trace, born: pd.DataFrame, n_prompts: int, criterion: Criteri
         )
     if len(born) < criterion.min_prompts * n_prompts:
         return None, f"Only {len(born)} of {n_prompts} prompts hold a massive activation at any block."
-    counts = born["layer"].value_counts().sort_index().sort_values(ascending=False, kind="stable")
+    states = one_a_state(born.merge(trace.prompts[["prompt", "first_token_id"]], on="prompt"))
+    by_state = states["layer"].value_counts().sort_index().sort_values(ascending=False, kind="stable")
+    counts = born["layer"].value_counts().loc[by_state.index]
     others = ", ".join(f"block {layer} in {count}" for layer, count in counts.iloc[1:].items())
     layer, end = int(counts.index[0]), f" ({others})." if others else "."
+    if counts.iloc[0] < counts.max():
+        end += " Prompts that share a massive first token share its every state, and count once."
     return layer, f"First massive at block {layer} in {counts.iloc[0]} of {n_prompts} prompts{end}"
 
 

@@ -89,7 +89,11 @@ def test_the_me_layer_is_the_most_frequent_block_also_without_a_majority():
     network = plain_model("llama")
     for block, token in ((1, 7), (2, 8), (3, 9)):
         plant(network, block=block, token=token, dim=DIM, source_dim=block)
-    firsts = [7, 8, 8, 9, 7, 8, 9]
+    with torch.no_grad():
+        for block, token in ((1, 17), (2, 18), (2, 28), (3, 19)):
+            network.get_input_embeddings().weight[token] = 0
+            network.get_input_embeddings().weight[token, [block, token]] = 10
+    firsts = [7, 8, 18, 9, 17, 28, 19]
     me = melens.find_me_layer(
         melens.trace(bridge(network), [torch.tensor([first, 20, 30, 40, 50]) for first in firsts])
     )
@@ -359,3 +363,21 @@ def test_prompts_that_share_their_first_token_count_once_in_the_magnification():
     each = me.per_prompt["magnification"]
     assert each[0] != pytest.approx(each[4], rel=0.1)
     assert me.magnification == pytest.approx((each[0] + each[4]) / 2)
+
+
+def test_copies_of_one_state_do_not_outvote_others():
+    network = plain_model("llama")
+    plant(network, block=1, token=TOKEN, dim=DIM)
+    copies = prompts_with(TOKEN, 0, n=5)
+    plant(network, block=2, token=TOKEN + 1, dim=DIM, source_dim=4)
+    with torch.no_grad():
+        for token in (TOKEN + 1, TOKEN + 2):
+            network.get_input_embeddings().weight[token, 4] = 10
+    others = [prompts_with(token, 0, n=1)[0] for token in (TOKEN + 1, TOKEN + 2)]
+    me = melens.find_me_layer(melens.trace(bridge(network), [*copies, *others]))
+    assert me.per_prompt["layer"].tolist() == [1] * 5 + [2] * 2
+    assert me.layer == 2
+    assert me.reason == (
+        "First massive at block 2 in 2 of 7 prompts (block 1 in 5). Prompts that share a massive first token share its "
+        "every state, and count once."
+    )
