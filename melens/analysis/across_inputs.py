@@ -22,10 +22,10 @@ import pandas as pd
 import torch
 
 from melens.analysis.criterion_ratios import verdicts_by_ratio
-from melens.analysis.me_layer import find_me_layer
+from melens.analysis.me_layer import find_me_layer, one_a_state
 from melens.analysis.statistics import share_interval
 from melens.analysis.study import Study
-from melens.claims.engine import Claim, Former, Judgement, NotMeasuredError, at_least, unless_trivial
+from melens.claims.engine import Claim, Former, Judgement, NotMeasuredError, Verdict, at_least, unless_trivial
 from melens.figures.curves import Curve, Panel, curves_by_block
 from melens.figures.scores import shares
 from melens.figures.style import COLORS
@@ -147,7 +147,7 @@ def _agreement(study: Study, prompts: pd.DataFrame, bins: Sequence[str]) -> pd.D
     groups = (*(("task", task) for task in sorted(set(prompts["task"]))), *(("length", name) for name in bins))
     for kind, group in groups:
         of_group = prompts[prompts[kind] == group]
-        states = _one_a_state(of_group)
+        states = one_a_state(of_group)
         agrees = (states["layer"] == study.me.layer).to_numpy()
         most_frequent = int(states["layer"].mode().iloc[0])  # -1 stands for prompts without a massive token
         own = most_frequent if most_frequent >= 0 else None
@@ -158,14 +158,6 @@ def _agreement(study: Study, prompts: pd.DataFrame, bins: Sequence[str]) -> pd.D
         "kind", "group", "n_prompts", "n_agreeing", "me_layer", "agreement", "states", "share", "low", "high",
     ]  # fmt: skip
     return pd.DataFrame(rows, columns=columns).astype({"me_layer": "Int64"})
-
-
-def _one_a_state(prompts: pd.DataFrame) -> pd.DataFrame:
-    """Keep one of the prompts that share a massive token 0: in a causal model they share its every state."""
-    if "pos" not in prompts:  # no prompt has a massive token
-        return prompts
-    at_first = prompts["pos"] == 0
-    return prompts[~at_first | ~prompts[["first_token_id", "layer"]].where(at_first).duplicated()]
 
 
 def _weakest(study: Study, groups: pd.DataFrame, least: pd.Series) -> dict[str, Any]:
@@ -316,13 +308,11 @@ def _beginnings_figure(study: Study, beginnings: pd.DataFrame, n_prompts: int) -
 def _same_everywhere(metrics: StabilityMetrics) -> Judgement:
     _check_kinds(metrics)
     judged = at_least(metrics.weakest_share, metrics.weakest_share_interval, 0.5)
-    elsewhere = metrics.groups_with_another_layer or []
     note = f"Least clear for {metrics.weakest_group}, of {metrics.weakest_states} first tokens."
-    if elsewhere:
+    if elsewhere := metrics.groups_with_another_layer:
         note = f"Another block, or none, is the most frequent for {', '.join(elsewhere)}."
-    if judged.verdict != "holds":
-        judged = replace(judged, verdict="does not hold" if elsewhere else "holds in part")
-    judged = replace(judged, note=note)
+    verdict: Verdict = "holds" if judged.verdict == "holds" else "does not hold" if elsewhere else "holds in part"
+    judged = replace(judged, verdict=verdict, note=note)
     return judged if metrics.massive_position != 0 else unless_trivial(metrics, judged)
 
 

@@ -79,12 +79,11 @@ def emergence(study: Study, *, log_scale: bool = True, top_dims: int = 24) -> Re
     heatmap, surface = (draw(dims, me_layer=me.layer, title=title) for draw in (dims_heatmap, dims_surface))
     few = "A few dims of the first token hold all of the massive activation."
     same = "The same dims stand out in every block from the ME layer on."
+    as_before = "The data of the figure before, as a surface."
     figures = {
         "emergence": Figure(by_block, "figure 1 (bottom), figures 11-20", expected, _in_words(study)),
         "top_dims": Figure(heatmap, "figure 1 (top)", few, observed),
-        "top_dims_surface": Figure(
-            surface, "the authors' 3-D plot", same, "The data of the figure before, as a surface."
-        ),
+        "top_dims_surface": Figure(surface, "the authors' 3-D plot", same, as_before),
     }
     if last is not None:
         figures["last_blocks"] = last_blocks_figure(study, last)

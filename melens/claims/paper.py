@@ -33,17 +33,13 @@ CLAIMS: tuple[Claim[Any], ...] = (
 
 
 FAMILY_CLAIM = Claim(
-    id="same-in-family",
-    fixed="2026-11-22 a1bbeb3",
-    metrics=EmergenceMetrics,
+    id="same-in-family", fixed="2026-11-22 a1bbeb3",
+    source="appendix H, table 8", figure="emergence", metrics=EmergenceMetrics,
     claim="Models of one family have the same ME layer",
-    source="appendix H, table 8",
-    figure="emergence",
     statistic="share of a family's models with its most frequent ME layer",
-    criterion="1",
-    why="'the same' leaves no exception",
+    criterion="1", why="'the same' leaves no exception",
     judge=lambda metrics: Judgement("not measured", note="It takes a sweep over models."),
-)
+)  # fmt: skip
 
 
 def judge_families(me_layers: Mapping[str, int | None], models: Mapping[str, Mapping[str, Any]]) -> list[Judgement]:
