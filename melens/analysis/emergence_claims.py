@@ -143,9 +143,8 @@ def _second_massive(metrics: EmergenceMetrics) -> Judgement:
     elif not (over_others >= 10 and is_in_last_two):
         judged = judged.in_part()
     return judged.noting(
-        f"From block {metrics.second_from} on the new part is largest after block {metrics.second_layer}, where "
-        f"{erased:.0%} of the first one is erased.",
-        f"The new part is {over_others:.2g} × as large as the other tokens.",
+        f"From block {metrics.second_from} on {erased:.0%} of the first one is erased.",
+        f"The new part is largest after block {metrics.second_layer}, × {over_others:.2g} the other tokens.",
     )
 
 

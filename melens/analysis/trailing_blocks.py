@@ -50,7 +50,8 @@ class LastBlocks:
         second, second_interval: that part's norm: what is across the plateau's direction, longer than the plateau's
             state along it, or turned around.
         second_over_others: the same part's norm over the mean norm of the other tokens after that block.
-        erased: how much of the first massive activation is gone after `layer`, from 0 to 1.
+        erased: how much of the first massive activation is gone after the block from `begin` on after which most is,
+            from 0 to 1.
         write_cosine: the cosine of what the blocks from `begin` to `layer` write together with the plateau's state.
         written, written_by_ffn: what they write along its direction, and what their FFNs do; negative is against it.
             The rest is attention's. None where one of them has no FFN that can be measured.
@@ -89,9 +90,9 @@ class LastBlocks:
             where, what = f"block {self.begin}", f"{verb}s {rest}"
         by_ffn = "" if self.written_by_ffn is None else f", of which their FFNs {self.written_by_ffn:+.2f}"
         words = (
-            f"{where} {what}: after block {self.layer} {self.erased:.0%} of its norm is gone, and what is new is "
-            f"{self.second:.0%} of it. Along it they write {self.written:+.2f} of its norm{by_ffn} (the cosine of the "
-            f"whole with it is {self.write_cosine:+.2f})."
+            f"{where} {what}: {self.erased:.0%} of its norm is gone, and what is new is {self.second:.0%} of it after "
+            f"block {self.layer}. Up to there they write {self.written:+.2f} of its norm along it{by_ffn} (the cosine "
+            f"of the whole with it is {self.write_cosine:+.2f})."
         )
         if (more := n_layers - self.begin) <= n_apart:
             return words
@@ -162,7 +163,7 @@ def follow_last_blocks(study: Study) -> LastBlocks | None:
         second=float(second.mean()),
         second_interval=mean_interval(second),
         second_over_others=float(pd.Series(second * size.numpy() / by_prompt).mean()),  # of one token there are none
-        erased=float((1 - along[:, layer]).clamp(0, 1).mean()),
+        erased=float((1 - along[:, begin:]).clamp(0, 1).mean(dim=0).max()),
         write_cosine=float(torch.cosine_similarity(states[:, layer] - plateau, plateau, dim=-1).mean()),
         written=float(written[:, at].sum(dim=1).mean()),
         written_by_ffn=None if np.isnan(of_ffn) else of_ffn,

@@ -46,6 +46,7 @@ def judged(given):
         (((100.0, 9.0), (100.0, 9.0)), 5, 0.09, 0, "does not hold"),  # little is written
         (((50.0, 25.0), (50.0, 50.0)), 6, 0.5, 0.5, "holds"),  # as much is made as is erased
         (((60.0, 30.0), (60.0, 39.0)), 6, 0.39, 0.4, "does not hold"),
+        (((100.0, 60.0), (10.0, 15.0)), 5, 0.6, 0.9, "does not hold"),  # something new, then the first one is erased
     ],
 )
 def test_what_is_new_is_told_from_what_is_left(last, layer, second, erased, verdict):
@@ -60,7 +61,7 @@ def test_a_second_one_that_is_no_order_of_magnitude_over_the_other_tokens_holds_
     assert judged(study((100.0, 50.0), (100.0, 50.0), others=5.0)).verdict == "holds"
     row = judged(study((100.0, 50.0), (100.0, 50.0), others=5.1))
     assert row.verdict == "holds in part"
-    assert "The new part is 9.8 × as large as the other tokens." in row.note
+    assert "The new part is largest after block 5, × 9.8 the other tokens." in row.note
 
 
 def test_more_than_two_trailing_blocks_hold_in_part_and_are_told():
@@ -89,9 +90,7 @@ def test_one_state_is_no_plain_yes():
 
 def test_a_single_trailing_block_is_told_in_the_singular():
     found = follow_last_blocks(study((100.0, 0.0), (20.0, 1.0)))
-    assert found.in_words(7, 2).startswith(
-        "block 6 erases the massive activation: after block 6 80% of its norm is gone"
-    )
+    assert found.in_words(7, 2).startswith("block 6 erases the massive activation: 80% of its norm is gone")
 
 
 def test_who_writes_against_it():
@@ -106,7 +105,7 @@ def test_who_writes_against_it():
     assert by_block["norm", 5] == pytest.approx(np.hypot(0.4, 0.1))
     said = found.in_words(7, 2)
     assert said.startswith(
-        "blocks 5 to 6 erase the massive activation: after block 5 60% of its norm is gone, and what "
+        "blocks 5 to 6 erase the massive activation: 80% of its norm is gone, and what is new is 10% of it after"
     )
     assert "of which their FFNs -0.50 (the cosine of the whole with it is -0.99)." in said
     assert "elsewhere" not in said
