@@ -183,7 +183,7 @@ def find_me_layer(trace: TraceGiven, criterion: CriterionGiven | None = None) ->
     massive = massive_activations(trace, criterion)
     per_prompt = _per_prompt(trace, massive, criterion)
     n_prompts = len(per_prompt)
-    born = per_prompt[per_prompt["layer"] >= 0]
+    born = per_prompt[per_prompt["layer"] >= 0].merge(trace.prompts[["prompt", "first_token_id"]], on="prompt")
     layer, reason = _settle(trace, born, n_prompts, criterion)
     shared: dict[str, Any] = {
         "reason": reason, "prompts_with": len(born) / n_prompts, "n_layers": trace.model["n_layers"],
@@ -200,7 +200,7 @@ def find_me_layer(trace: TraceGiven, criterion: CriterionGiven | None = None) ->
     in_formed, entries = (table[table["layer"] == read_at] for table in (massive, of_agreeing))
     shared["per_prompt"] = _with_massive_tokens(per_prompt, in_formed)
     climb = int(agreeing["climb_from"].median()), int(agreeing["climb_to"].median())
-    apart = one_a_state(agreeing.merge(trace.prompts[["prompt", "first_token_id"]], on="prompt"))
+    apart = one_a_state(agreeing)
     share = float(apart["share_of_peak"].mean())
     kind: Kind = "a few blocks" if climb[1] - climb[0] < criterion.few_blocks else "slow climb"
     if share >= criterion.one_block:
@@ -273,8 +273,7 @@ def _settle(trace: Trace, born: pd.DataFrame, n_prompts: int, criterion: Criteri
         )
     if len(born) < criterion.min_prompts * n_prompts:
         return None, f"Only {len(born)} of {n_prompts} prompts hold a massive activation at any block."
-    states = one_a_state(born.merge(trace.prompts[["prompt", "first_token_id"]], on="prompt"))
-    by_state = states["layer"].value_counts().sort_index().sort_values(ascending=False, kind="stable")
+    by_state = one_a_state(born)["layer"].value_counts().sort_index().sort_values(ascending=False, kind="stable")
     counts = born["layer"].value_counts().loc[by_state.index]
     others = ", ".join(f"block {layer} in {count}" for layer, count in counts.iloc[1:].items())
     layer, end = int(counts.index[0]), f" ({others})." if others else "."
