@@ -241,7 +241,7 @@ def _beginnings(study: Study, n_prompts: int, max_tokens: int, n_first_tokens: i
     per_prompt = find_me_layer(found, study.me.criterion).per_prompt
     beginnings = [name for name, sequences in variants.items() for _ in sequences]
     is_born = per_prompt["layer"] >= 0
-    at_first = is_born & (per_prompt["pos"] == 0 if is_born.any() else False)
+    at_first = is_born & (per_prompt["pos"] == 0)
     where = np.select([at_first, is_born], ["at_first", "elsewhere"], "none")
     table = per_prompt.assign(beginning=beginnings, where=where, first=[int(ids[0]) for ids in tokens])
     rows = []

@@ -308,7 +308,7 @@ def _sinks_start(onset: SinkOnset, layout: Layout) -> str:
     if not layout.attention:
         return f"not measured: there is {layout.attention_in_words}"
     is_first = onset.first_layer == onset.layer
-    earlier = "" if is_first else f" (over {onset.threshold:g} first at block {onset.first_layer})"
+    earlier = "" if is_first else f" (over {onset.threshold:.2g} first at block {onset.first_layer})"
     if onset.layer is not None:
         return f"block {onset.layer}{earlier}"
     if not onset.looked_at:

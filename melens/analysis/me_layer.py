@@ -30,6 +30,10 @@ Kind = Literal["one block", "a few blocks", "slow climb"]
 
 _SITES = ("hook_resid_pre", "hook_resid_post")
 """Of the embeddings, and of every block's output."""
+_PER_PROMPT = [
+    "prompt", "layer", "pos", "dim", "value", "norm_in", "norm_out", "magnification", "relative_magnification", "peak",
+    "share_of_peak", "climb_from", "climb_to", "formed", "formed_pos",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -228,8 +232,6 @@ def one_a_state(prompts: pd.DataFrame) -> pd.DataFrame:
     Args:
         prompts: rows of `Emergence.per_prompt` with `first_token_id`.
     """
-    if "pos" not in prompts:  # no prompt has a massive token
-        return prompts
     at_first = prompts["pos"] == 0
     return prompts[~at_first | ~prompts[["first_token_id", "layer"]].where(at_first).duplicated()]
 
@@ -297,7 +299,7 @@ def _per_prompt(trace: Trace, massive: pd.DataFrame, criterion: Criterion) -> pd
             row |= _rise(of_norms, row["layer"], row["pos"], set(at_birth["pos"]), criterion)
             row |= _formed(of_norms, of_prompt, row["layer"], criterion)
         rows.append(row)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).reindex(columns=_PER_PROMPT)  # all of them, also where no prompt has a massive token
 
 
 def _rise(

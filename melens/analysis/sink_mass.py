@@ -37,7 +37,7 @@ class SinkOnset:
             single block below it between two above is a dip, and moves nothing.
         unbroken_layer: the same where a dip counts.
         first_layer: the first block over the threshold at all: earlier than `layer` where sinks come, go and return.
-        threshold: see `SINK_THRESHOLD`.
+        threshold: see `SINK_THRESHOLD`; for short prompts twice what even attention pays, where that is more.
         looked_at: the blocks with attention among which `layer` was looked for.
     """
 
@@ -119,6 +119,7 @@ def find_sink_onset(trace: TraceGiven, *, threshold: Rate = SINK_THRESHOLD, trai
         MelensError: as `sink_mass_by_head`.
     """
     by_layer = sink_mass_by_layer(trace).set_index("layer")["mean"]
+    threshold = max(threshold, 2 * float(trace.prompts["n_tokens"].map(even_attention).mean()))
     layers = [int(layer) for layer in by_layer.index]
     over = [layer for layer in layers if by_layer[layer] > threshold]
     looked_at = tuple(layer for layer in layers if layer < trace.model["n_layers"] - trailing_blocks)

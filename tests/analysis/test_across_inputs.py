@@ -80,7 +80,8 @@ def test_other_bins_end_where_they_say(study, begun):
 def test_without_an_me_layer_no_agreement_is_measured(begun):
     norms = table("hook_resid_post", 0, norm=[[1.0] * 7] * 2)
     study = study_by_hand(None, tables={"norm": norms})
-    without = replace(study.me, per_prompt=study.me.per_prompt[["prompt", "layer"]])  # as `find_me_layer` leaves it
+    rows = study.me.per_prompt[["prompt", "layer"]].assign(pos=float("nan"))
+    without = replace(study.me, per_prompt=rows)  # as `find_me_layer` leaves it
     metrics = melens.analysis.stability(replace(study, me=without)).metrics
     assert metrics.least_agreement is None
 

@@ -37,7 +37,7 @@ def study(written=WRITTEN, me_layer=ME_LAYER, **prompts):
     ]
     tables = {
         "norm": pd.concat(norms, ignore_index=True),
-        "sink_mass": table(head=0, sink_mass=[[0.4, 0.1, 0.1, 0.5, 0.6, 0.1, 0.1]] * n),
+        "sink_mass": table(head=0, sink_mass=[[0.6, 0.1, 0.1, 0.5, 0.6, 0.1, 0.1]] * n),
     }
     born = [(me_layer, 0)] * n if me_layer not in (None, ME_LAYER) else BORN[:n]
     return study_by_hand(me_layer, born=born, tables=tables, tensors={"token_vectors": vectors}, **prompts)
@@ -146,7 +146,7 @@ def test_what_a_user_reads(result):
     said = dict(result.findings)
     assert said["ME layer"] == "block 2 (layer 3 counting from 1)"
     assert said["how it emerges"] == "one block: the ME layer alone brings 90% of the peak norm"
-    assert said["sinks start"] == "block 3 (over 0.3 first at block 0)"
+    assert said["sinks start"] == "block 3 (over 0.49 first at block 0)"
     assert said["first tokens"] == "4 distinct"
     assert repr(study()).endswith("block 2 of 7, × 200 (180 to 220), token 0, dim 5")
 

@@ -8,6 +8,8 @@ from melens import MelensError
 from melens.analysis import attention_inputs, attention_sinks
 from melens.analysis.sink_mass import even_attention, find_sink_onset, sink_mass_by_layer
 
+PROMPT = pd.DataFrame({"prompt": [0], "n_tokens": [100]})
+
 
 def trace_with(*mass_by_layer):
     """A trace of two heads a block; None for a block without attention."""
@@ -19,7 +21,7 @@ def trace_with(*mass_by_layer):
             for head, shift in ((0, -0.1), (1, 0.1))
         ]
     )
-    return melens.Trace(model={"n_layers": len(mass_by_layer)}, prompts=pd.DataFrame(), tables={"sink_mass": table})
+    return melens.Trace(model={"n_layers": len(mass_by_layer)}, prompts=PROMPT, tables={"sink_mass": table})
 
 
 @pytest.mark.parametrize(
