@@ -95,7 +95,9 @@ def _persists_smaller(metrics: AblationMetrics, *, on_average: bool = False) -> 
 def _only_me_layer(metrics: AblationMetrics) -> Judgement:
     judged, left = _only_me_layer_on_average(metrics), metrics.left_by_cause.get("ffn", {})
     if judged.verdict != "holds":
-        return judged
+        others = {layer: metrics.left_by_ffn_intervals.get(layer, _NONE) for layer in left if layer != metrics.me_layer}
+        is_shown = any(at_most(left[layer], interval, 0.5).verdict == "holds" for layer, interval in others.items())
+        return replace(judged, verdict="does not hold") if is_shown else judged
     unclear = [] if metrics.me_layer in left else [metrics.me_layer]
     for layer, value in left.items():
         clears = at_most if layer == metrics.me_layer else at_least
@@ -162,7 +164,7 @@ CLAIMS = (
         source="the review, point 1", figure="causality", metrics=AblationMetrics,
         claim="Only the ME layer is causal for the massive activation",
         statistic="how many other blocks' FFNs halve it when removed",
-        criterion="0, none with 0.5 in its interval; in part: the ME layer's does most",
+        criterion="0, none with 0.5 in its interval; in part: the ME layer's does most, and no other's is shown",
         why="a block without which half is gone is a cause",
         of_ffn=True, judge=_only_me_layer,
         former=Former("0; in part: the ME layer's does most", "2026-11-22 a1bbeb3", _only_me_layer_on_average),

@@ -182,8 +182,8 @@ def _in_words(metrics: DirectionMetrics) -> str:
     start = "the ME layer" if metrics.formed == metrics.me_layer else f"block {metrics.formed}, which forms it,"
     return (
         f"From {start} to the last two blocks, mean over inputs: the norm changes by {metrics.norm_drift:.1%}, "
-        f"the cosine from block to block falls to {metrics.consecutive_cosine:.4f}, that between inputs to "
-        f"{metrics.cosine:.4f}{before}; between the two most different inputs it is {metrics.least_cosine:.4f}."
+        f"the cosine from block to block falls to {metrics.consecutive_cosine:.6g}, that between inputs to "
+        f"{metrics.cosine:.6g}{before}; between the two most different inputs it is {metrics.least_cosine:.6g}."
     )
 
 
@@ -275,7 +275,7 @@ CLAIMS = (
     Claim(
         id="norm-stable", fixed="2026-11-26",
         source="section 3.2, figure 5a", figure="norms", metrics=DirectionMetrics,
-        claim="Once formed, its norm barely changes",
+        claim="Once the massive state is formed, its norm barely changes",
         statistic="largest relative change of token 0's norm from the block that forms the massive state to the last "
         "two blocks",
         criterion="<= 0.1; in part <= 0.5",
@@ -291,7 +291,7 @@ CLAIMS = (
     Claim(
         id="direction-layers", fixed="2026-11-26",
         source="section 3.2, figure 5b", figure="between_blocks", metrics=DirectionMetrics,
-        claim="Once formed, its direction barely changes from block to block",
+        claim="Once the massive state is formed, its direction barely changes from block to block",
         statistic="smallest cosine between its states after consecutive blocks, from that which forms it on",
         criterion=">= 0.99; in part >= 0.9", why="0.99 is an angle of 8 degrees",
         of_token_0=True, blocks_after=1, judge=_direction_layers,
@@ -305,7 +305,7 @@ CLAIMS = (
     Claim(
         id="direction-inputs", fixed="2026-11-26",
         source="section 3.2, figure 5c", figure="cosine_by_block", metrics=DirectionMetrics,
-        claim="Once formed, its direction is the same for all inputs",
+        claim="Once the massive state is formed, its direction is the same for all inputs",
         statistic="smallest mean cosine between inputs, over the blocks from that which forms it to the last two",
         criterion=">= 0.95; in part >= 0.8", why="0.95 is an angle of 18 degrees, where random directions have 90",
         of_token_0=True, blocks_after=0, judge=_direction_inputs,
