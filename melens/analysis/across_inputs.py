@@ -329,7 +329,7 @@ def _same_in_95_percent(metrics: StabilityMetrics) -> Judgement:
 
 CLAIMS = (
     Claim(
-        id="same-layer", fixed="2026-11-26",
+        id="same-layer", fixed="2026-11-26 25a77c7",
         source="appendix D, figure 10", figure="norms_by_task", metrics=StabilityMetrics,
         claim="The ME layer is the same for all task types and lengths",
         statistic="share of first tokens with that ME layer, in the task type or length whose exact interval begins "

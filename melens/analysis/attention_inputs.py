@@ -315,7 +315,7 @@ def _lies_in_few_dims(m: AttentionInputsMetrics) -> Judgement:
 _NO_NORM = "The model has no norm before attention (ln1)."
 
 _SAME_INPUT = Claim(
-    id="input-same", fixed="2026-11-26",
+    id="input-same", fixed="2026-11-26 25a77c7",
     source="section 4.1: 'a highly similar direction across different inputs'",
     figure="inputs", metrics=AttentionInputsMetrics,
     claim="After the ME layer the attention input of token 0 is the same for every input",
@@ -328,7 +328,7 @@ _SAME_INPUT = Claim(
 
 CLAIMS = (
     Claim(
-        id="few-dims", fixed="2026-11-26",
+        id="few-dims", fixed="2026-11-26 25a77c7",
         source="section 4.1: 'highly concentrate along a small subset of dimensions'",
         figure="inputs", metrics=AttentionInputsMetrics,
         claim="After the ME layer the massive state lies in few dims",
@@ -339,7 +339,7 @@ CLAIMS = (
         judge=_lies_in_few_dims,
     ),
     Claim(
-        id="norm-direction", fixed="2026-11-26",
+        id="norm-direction", fixed="2026-11-26 25a77c7",
         source="section 4.2: 'Pre-attention RMSNorm preserves direction'",
         figure="inputs", metrics=AttentionInputsMetrics,
         claim="The norm before attention preserves the direction of the massive state",
@@ -352,7 +352,7 @@ CLAIMS = (
         ),
     ),
     Claim(
-        id="norm-amplifies", fixed="2026-11-26",
+        id="norm-amplifies", fixed="2026-11-26 25a77c7",
         source="section 4.1: 'dimension-wise scaling primarily amplifies already dominant components'",
         figure="inputs", metrics=AttentionInputsMetrics,
         claim="The norm before attention amplifies the dims that dominate the massive state",

@@ -308,7 +308,7 @@ def _lasts_from_the_next_block(metrics: SinksMetrics) -> Judgement:
 
 CLAIMS = (
     Claim(
-        id="sink-next", fixed="2026-11-26",
+        id="sink-next", fixed="2026-11-26 25a77c7",
         source="introduction: 'in the layer immediately following the ME Layer'; figure 7b",
         figure="sink_mass", metrics=SinksMetrics,
         claim="Attention sinks emerge in the layer right after the ME layer",
@@ -323,7 +323,7 @@ CLAIMS = (
         ),
     ),
     Claim(
-        id="sink-at-me", fixed="2026-11-26",
+        id="sink-at-me", fixed="2026-11-26 25a77c7",
         source="section 6, on figure 7: 'the attention sink observed at the ME Layer is not caused by the FFN output'",
         figure="attention_maps", metrics=SinksMetrics,
         claim="There is a sink at the ME layer itself, where the FFN has not written yet",
@@ -334,7 +334,7 @@ CLAIMS = (
         of_token_0=True, judge=_is_at_the_me_layer,
     ),
     Claim(
-        id="sink-blocks", fixed="2026-11-26",
+        id="sink-blocks", fixed="2026-11-26 25a77c7",
         source="section 6: 'consistently appear in layers following the onset of massive activation'",
         figure="sink_mass", metrics=SinksMetrics,
         claim="Attention sinks consistently appear in the layers after the ME layer",

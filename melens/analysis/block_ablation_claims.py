@@ -134,7 +134,7 @@ CLAIMS = (
         judge=lambda metrics: at_most(metrics.left_without_ffn, metrics.left_without_ffn_interval, 0.1, partly=0.5),
     ),
     Claim(
-        id="ffn-fades", fixed="2026-11-26",
+        id="ffn-fades", fixed="2026-11-26 25a77c7",
         source="appendix B, figure 9", figure="removed", metrics=AblationMetrics,
         claim="Without the ME layer's FFN the massive activation still emerges, then fades",
         statistic="norm of the token after the last block before the trailing ones, over its highest from the ME layer "
@@ -146,7 +146,7 @@ CLAIMS = (
         of_ffn=True, blocks_after=1, judge=_emerges_then_fades,
     ),
     Claim(
-        id="norm-scales", fixed="2026-11-26",
+        id="norm-scales", fixed="2026-11-26 25a77c7",
         source="appendix B, figure 9", figure="removed", metrics=AblationMetrics,
         claim="Without the norm before the ME layer's FFN the massive activation persists, but far smaller",
         statistic="norm of the token afterwards, relative to intact, norm replaced by the identity",
@@ -160,7 +160,7 @@ CLAIMS = (
         ),
     ),
     Claim(
-        id="only-me-causal", fixed="2026-11-26",
+        id="only-me-causal", fixed="2026-11-26 25a77c7",
         source="the review, point 1", figure="causality", metrics=AblationMetrics,
         claim="Only the ME layer is causal for the massive activation",
         statistic="how many other blocks' FFNs halve it when removed",

@@ -187,7 +187,7 @@ CLAIMS = (
         judge=lambda metrics: at_least(metrics.magnification, metrics.magnification_interval, 100, partly=10),
     ),
     Claim(
-        id="over-others", fixed="2026-11-26",
+        id="over-others", fixed="2026-11-26 25a77c7",
         source="section 3.1: 'hundreds or even thousands of times greater than those of other tokens'",
         figure="emergence", metrics=EmergenceMetrics,
         claim="The massive token is hundreds of times as large as other tokens",
@@ -200,7 +200,7 @@ CLAIMS = (
         ),
     ),
     Claim(
-        id="comparable-before", fixed="2026-11-26",
+        id="comparable-before", fixed="2026-11-26 25a77c7",
         source="section 3.1, figure 1", figure="emergence", metrics=EmergenceMetrics,
         claim="Before the ME layer the tokens' activations are comparable",
         statistic="‖h₀‖ over the other tokens' mean norm, or the inverse, in the block's output before the ME layer "
@@ -211,7 +211,7 @@ CLAIMS = (
         of_token_0=True, judge=_comparable_before,
     ),
     Claim(
-        id="first-token", fixed="2026-11-26",
+        id="first-token", fixed="2026-11-26 25a77c7",
         source="section 3.1", figure="top_dims", metrics=EmergenceMetrics,
         claim="The massive token is the first one, alone",
         statistic="share of first tokens that are the only massive one of their prompts, where the state is formed",
@@ -221,7 +221,7 @@ CLAIMS = (
         former=Former(">= 0.95; in part >= 0.5", "2026-11-22 a1bbeb3", _former_first_token),
     ),
     Claim(
-        id="second-massive", fixed="2026-11-26",
+        id="second-massive", fixed="2026-11-26 25a77c7",
         source="appendix A, figure 1", figure="last_blocks", metrics=EmergenceMetrics,
         claim="The last two blocks make a second massive activation",
         statistic="norm of what is new in token 0's state behind its plateau, over its norm on the plateau",

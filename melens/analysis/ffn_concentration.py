@@ -323,7 +323,7 @@ def _writes_most(metrics: FfnMetrics) -> Judgement:
 
 CLAIMS = (
     Claim(
-        id="concentration", fixed="2026-11-26",
+        id="concentration", fixed="2026-11-26 25a77c7",
         source="section 3.1, equation 3, figure 4", figure="ffn", metrics=FfnMetrics,
         claim="Gate, up and down concentrate token 0 most at the ME layer",
         statistic="share of prompts in which the concentration difference after each of the three is largest at the ME "
@@ -338,7 +338,7 @@ CLAIMS = (
         ),
     ),
     Claim(
-        id="amplification", fixed="2026-11-26",
+        id="amplification", fixed="2026-11-26 25a77c7",
         source="section 3.1, figure 4", figure="ffn", metrics=FfnMetrics,
         claim="The FFN amplifies token 0 most at the ME layer",
         statistic="‖FFN output‖ / ‖FFN input‖ at the ME layer over the largest at another block, trailing blocks "

@@ -227,7 +227,7 @@ def _states_collapse(metrics: LowRankMetrics) -> Judgement:
 
 
 _ATTENTION_RANK = Claim(
-    id="attention-rank", fixed="2026-11-26",
+    id="attention-rank", fixed="2026-11-26 25a77c7",
     source="introduction, section 6", figure="rank", metrics=LowRankMetrics,
     claim="After the ME layer attention is of lower rank",
     statistic="effective rank of the attention matrices after the ME layer over that before",

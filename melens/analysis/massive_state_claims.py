@@ -126,7 +126,7 @@ def _mean_is_enough(metrics: ConsequenceMetrics) -> Judgement:
 
 CLAIMS = (
     Claim(
-        id="sinks-follow", fixed="2026-11-26",
+        id="sinks-follow", fixed="2026-11-26 25a77c7",
         source="section 6, 4th contribution", figure="sinks_by_run", metrics=ConsequenceMetrics,
         claim="Attention sinks are a consequence of the massive activation",
         statistic="what is left of the sink mass behind, beyond equal attention, when the FFN write that makes the "
@@ -138,7 +138,7 @@ CLAIMS = (
         of_ffn=True, blocks_after=1, judge=_sinks_follow,
     ),
     Claim(
-        id="sinks-earlier", fixed="2026-11-26",
+        id="sinks-earlier", fixed="2026-11-26 25a77c7",
         source="section 6, the converse", figure="sinks_by_run", metrics=ConsequenceMetrics,
         claim="Where the massive activation is written earlier, sinks come earlier",
         statistic="sink mass, in the blocks up to the ME layer that then read it and have no sink intact, with the "
@@ -147,7 +147,7 @@ CLAIMS = (
         judge=_sinks_come_earlier,
     ),
     Claim(
-        id="zero-harms", fixed="2026-11-26",
+        id="zero-harms", fixed="2026-11-26 25a77c7",
         source="Sun et al. (2024), table 3", figure="loss_by_run", metrics=ConsequenceMetrics,
         claim="Set to zero, the massive activations take the model down",
         statistic="rise of the loss (nats a token) with the massive entries set to zero where they are formed",
@@ -156,7 +156,7 @@ CLAIMS = (
         judge=lambda metrics: at_least(metrics.dloss_zero, metrics.dloss_zero_interval, 0.69, partly=0.1),
     ),
     Claim(
-        id="mean-harmless", fixed="2026-11-26",
+        id="mean-harmless", fixed="2026-11-26 25a77c7",
         source="Sun et al. (2024), table 3", figure="loss_by_run", metrics=ConsequenceMetrics,
         claim="Set to their mean over other inputs, the massive activations do the model no harm",
         statistic="rise of the loss (nats a token) with the massive entries set to their mean over the other texts",

@@ -125,7 +125,7 @@ def _peaks_or_rises(metrics: RmsnormMetrics) -> Judgement:
 
 CLAIMS = (
     Claim(
-        id="weight-norm", fixed="2026-11-26",
+        id="weight-norm", fixed="2026-11-26 25a77c7",
         source="section 3.1, figure 2", figure="weight_norm", metrics=RmsnormMetrics,
         claim="The norm before the FFN makes token 0 stand out, at the ME layer first",
         statistic="WeightNorm of token 0 over the others' mean, at the ME layer and in every block before",
@@ -138,7 +138,7 @@ CLAIMS = (
         ),
     ),
     Claim(
-        id="weight-norm-peak", fixed="2026-11-26",
+        id="weight-norm-peak", fixed="2026-11-26 25a77c7",
         source="section 3.1, figure 2", figure="weight_norm", metrics=RmsnormMetrics,
         claim="The norm before the FFN amplifies token 0 at the ME layer far more than in other blocks",
         statistic="token 0's WeightNorm over the others' at the ME layer, over the same in the block with the next "
@@ -148,7 +148,7 @@ CLAIMS = (
         of_token_0=True, of_ffn=True, blocks_after=0, judge=_exceeds_others,
     ),
     Claim(
-        id="delta-frac", fixed="2026-11-26",
+        id="delta-frac", fixed="2026-11-26 25a77c7",
         source="section 3.1, equation 1, figure 3", figure="gain_alignment", metrics=RmsnormMetrics,
         claim="The output of the norm before the FFN lies on the dims with the largest gains most at the ME layer",
         statistic="ΔFrac at the ME layer minus that in the block with the next largest, trailing blocks apart; "
@@ -162,7 +162,7 @@ CLAIMS = (
         ),
     ),
     Claim(
-        id="delta-kl", fixed="2026-11-26",
+        id="delta-kl", fixed="2026-11-26 25a77c7",
         source="section 3.1, equation 2, figure 3", figure="gain_alignment", metrics=RmsnormMetrics,
         claim="The output of the norm before the FFN is closest to the distribution of the gains at the ME layer",
         statistic="by how many nats ΔKL at the ME layer is lower than in the block with the next lowest, trailing "
@@ -177,7 +177,7 @@ CLAIMS = (
         ),
     ),
     Claim(
-        id="rmsnorm-peak", fixed="2026-11-26",
+        id="rmsnorm-peak", fixed="2026-11-26 25a77c7",
         source="appendix H, figures 11-20", figure="weight_norm", metrics=RmsnormMetrics,
         claim="The output of the norm before the FFN is largest at the ME layer, a sharp peak; in Llama and Mistral it "
         "keeps rising behind it",

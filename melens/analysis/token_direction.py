@@ -273,7 +273,7 @@ FORMER = "2026-11-22 a1bbeb3"
 
 CLAIMS = (
     Claim(
-        id="norm-stable", fixed="2026-11-26",
+        id="norm-stable", fixed="2026-11-26 25a77c7",
         source="section 3.2, figure 5a", figure="norms", metrics=DirectionMetrics,
         claim="Once the massive state is formed, its norm barely changes",
         statistic="largest relative change of token 0's norm from the block that forms the massive state to the last "
@@ -289,7 +289,7 @@ CLAIMS = (
         ),
     ),
     Claim(
-        id="direction-layers", fixed="2026-11-26",
+        id="direction-layers", fixed="2026-11-26 25a77c7",
         source="section 3.2, figure 5b", figure="between_blocks", metrics=DirectionMetrics,
         claim="Once the massive state is formed, its direction barely changes from block to block",
         statistic="smallest cosine between its states after consecutive blocks, from that which forms it on",
@@ -303,7 +303,7 @@ CLAIMS = (
         ),
     ),
     Claim(
-        id="direction-inputs", fixed="2026-11-26",
+        id="direction-inputs", fixed="2026-11-26 25a77c7",
         source="section 3.2, figure 5c", figure="cosine_by_block", metrics=DirectionMetrics,
         claim="Once the massive state is formed, its direction is the same for all inputs",
         statistic="smallest mean cosine between inputs, over the blocks from that which forms it to the last two",

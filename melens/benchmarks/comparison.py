@@ -356,7 +356,7 @@ CLAIMS = (
         "is p < 0.05 over items after correction, as there is one model and no training; what so few items cannot show "
         "does not count",
         judge=lambda metrics: judge_comparisons(metrics, "weight"),
-        fixed="2026-11-26", former=judged_before("weight"),
+        fixed="2026-11-26 25a77c7", former=judged_before("weight"),
     ),
     Claim(
         id="scores-others-worse", source="appendix E, table 5", figure="benchmark_differences",
@@ -367,7 +367,7 @@ CLAIMS = (
         "for one",
         why="as for the claim before; the paper says it of all other masks, so that one kind does not stand for both",
         judge=lambda metrics: judge_each_worse(metrics, "random", "magnitude"),
-        fixed="2026-11-26",
+        fixed="2026-11-26 25a77c7",
         former=judged_before("random", "magnitude", claimed="worse", criterion=_WORSE_BEFORE),
     ),
 )  # fmt: skip

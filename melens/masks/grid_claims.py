@@ -118,7 +118,7 @@ def _restores(metrics: MaskGridMetrics) -> Judgement:
 
 CLAIMS: tuple[Claim[MaskGridMetrics], ...] = (
     Claim(
-        id="mask-weakens-sink", fixed="2026-11-26",
+        id="mask-weakens-sink", fixed="2026-11-26 25a77c7",
         source="section 6, figure 8", figure="by_block", metrics=MaskGridMetrics,
         claim="WeMask does not remove the sink but substantially reduces it",
         statistic="sink mass behind the ME layer with the paper's mask, relative to without",
@@ -129,7 +129,7 @@ CLAIMS: tuple[Claim[MaskGridMetrics], ...] = (
         of_token_0=True, blocks_after=1, judge=_weakens,
     ),
     Claim(
-        id="mask-weight-harmless", fixed="2026-11-26",
+        id="mask-weight-harmless", fixed="2026-11-26 25a77c7",
         source="section 5, table 5, appendix E", figure="loss_change", metrics=MaskGridMetrics,
         claim="Weight-guided masks are harmless or better where random and magnitude masks destroy",
         statistic="largest Δloss of a weight-guided mask where a random or a magnitude mask of its rate and site costs "
@@ -145,7 +145,7 @@ CLAIMS: tuple[Claim[MaskGridMetrics], ...] = (
         of_token_0=True, judge=_harmless,
     ),
     Claim(
-        id="mask-moderate", fixed="2026-11-26",
+        id="mask-moderate", fixed="2026-11-26 25a77c7",
         source="section 6", figure="loss_and_sinks", metrics=MaskGridMetrics,
         claim="Moderate attenuation of the sink is better than none and than full",
         statistic="Δloss on the odd texts of the rate of the paper's mask that has the lowest loss on the even ones, "
@@ -161,7 +161,7 @@ CLAIMS: tuple[Claim[MaskGridMetrics], ...] = (
         of_token_0=True, judge=_moderate,
     ),
     Claim(
-        id="mask-start", fixed="2026-11-26",
+        id="mask-start", fixed="2026-11-26 25a77c7",
         source="the review, point 5", figure="starts", metrics=MaskGridMetrics,
         claim="The effect is specific to starting behind the ME layer",
         statistic="change of the sink mass by the paper's mask in the block behind the ME layer alone, over the "
@@ -175,7 +175,7 @@ CLAIMS: tuple[Claim[MaskGridMetrics], ...] = (
         of_token_0=True, judge=_is_of_the_start,
     ),
     Claim(
-        id="mask-restores-diversity", fixed="2026-11-26",
+        id="mask-restores-diversity", fixed="2026-11-26 25a77c7",
         source="abstract, third contribution, section 4.2", figure="by_block", metrics=MaskGridMetrics,
         claim="WeMask relaxes the rigidity of token 0 and restores the diversity of what attention reads of it",
         statistic="share of the diversity (1 - cosine between texts) that token 0 lost from the ME layer's attention "

@@ -28,6 +28,7 @@ __all__ = ["KEPT", "claims_by_model", "claims_in_markdown", "readme_parts", "upd
 
 KEPT = ".github/findings.json"
 """The claims of the README's model, and what its figure shows: a part of a `result.json`."""
+_RATIOS = ("me_layer_by_ratio", "changed_by_ratio")
 
 
 def claims_in_markdown(content: Mapping[str, Any]) -> str:
@@ -38,6 +39,7 @@ def claims_in_markdown(content: Mapping[str, Any]) -> str:
     """
     claims = content["claims"]
     lines = [f"Of {len(claims)} claims of the paper and its review, {verdicts_in_words(c['verdict'] for c in claims)}."]
+    lines += _by_ratio(content)
     for verdict in VERDICTS:
         rows = [claim for claim in claims if claim["verdict"] == verdict]
         if rows:
@@ -104,6 +106,7 @@ def update_readme(folder: str | Path, root: str | Path = ".") -> None:
         "model": {name: content["model"][name] for name in names},
         "figures": {name: content["figures"][name] for name in figures},
         "claims": content["claims"],
+        "metrics": {"stability": {name: content["metrics"]["stability"][name] for name in _RATIOS}},
         "environment": {name: content["environment"][name] for name in ("git_commit", "finished")},
     }
     readme = Path(root) / "README.md"
@@ -117,6 +120,17 @@ def update_readme(folder: str | Path, root: str | Path = ".") -> None:
         text = f"{before}{begin}{part}{end}{after}"
     write_text(Path(root) / KEPT, json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
     write_text(readme, text)
+
+
+def _by_ratio(content: Mapping[str, Any]) -> list[str]:
+    """Say how ME layer and verdicts change with the ratio to the median that counts as massive, if that was measured."""
+    stability = content.get("metrics", {}).get("stability", {})
+    if not (me_layers := stability.get("me_layer_by_ratio")):
+        return []
+    layers = [f"{'none' if layer is None else layer} for {int(ratio):,}" for ratio, layer in me_layers.items()]
+    sentence = f"By the ratio to the median that an entry must exceed the ME layer is {', '.join(layers)}."
+    changed = [f"{', '.join(ids)} for {int(ratio):,}" for ratio, ids in stability["changed_by_ratio"].items() if ids]
+    return ["", f"{sentence} Other verdicts than for 1,000 have {'; '.join(changed) or 'no claims'}."]
 
 
 def _row(claim: Mapping[Hashable, Any]) -> str:

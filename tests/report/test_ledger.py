@@ -1,0 +1,111 @@
+"""The verdicts as a document: by hand-made claims, and the README against what it rests on."""
+
+import json
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from melens import MelensError
+from melens.claims.paper import CLAIMS
+from melens.report.ledger import KEPT, claims_by_model, claims_in_markdown, readme_parts, update_readme
+from melens.report.terminal import number_with_interval
+
+ROOT = Path(__file__).parents[2]
+CLAIM = {
+    "id": "a", "claim": "It is large", "source": "section 3", "statistic": "size", "criterion": ">= 3",
+    "value": 4.0, "low": 3.5, "high": 4.5, "verdict": "holds", "note": "", "former_verdict": None,
+}  # fmt: skip
+
+
+RATIOS = {
+    "me_layer_by_ratio": {"500": 2, "1000": 11, "2000": None},
+    "changed_by_ratio": {"500": ["a", "b"], "2000": []},
+}
+
+
+def test_it_is_said_what_another_ratio_changes():
+    assert claims_in_markdown({"claims": [], "metrics": {"stability": RATIOS}}).splitlines()[2] == (
+        "By the ratio to the median that an entry must exceed the ME layer is 2 for 500, 11 for 1,000, none for 2,000. "
+        "Other verdicts than for 1,000 have a, b for 500."
+    )
+
+
+def test_claims_are_written_by_verdict_with_what_was_measured():
+    unlike = CLAIM | {"id": "b", "claim": "a|b", "verdict": "does not hold", "low": None, "former_verdict": "holds"}
+    unmeasured = CLAIM | {"id": "c", "verdict": "not measured", "value": None, "note": "It was not run."}
+    assert claims_in_markdown({"claims": [unlike, unmeasured, CLAIM]}) == (
+        "Of 3 claims of the paper and its review, 1 hold, 1 do not hold, 1 not measured.\n\n"
+        "| holds | measured here |\n| --- | --- |\n"
+        "| It is large (section 3) | **4 (3.5 to 4.5)**: size. Threshold: >= 3. |\n\n"
+        "| does not hold | measured here |\n| --- | --- |\n"
+        "| a\\|b (section 3) | **4**: size. Threshold: >= 3. By the former threshold: holds. |\n\n"
+        "| not measured | measured here |\n| --- | --- |\n"
+        "| It is large (section 3) | size. Threshold: >= 3. It was not run. |\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(0.999978, "0.999978 (0.9999 to 1)"), (1.0, "1 (1 to 1)"), (0.9912, "0.991 (1 to 1)")]
+)
+def test_a_cosine_near_1_is_not_rounded_to_it(value, words):
+    assert number_with_interval({"value": value, "low": 0.9999, "high": 1.0}) == words
+
+
+def test_what_holds_in_all_models_comes_first_then_what_holds_in_most():
+    verdicts = {
+        "a": ("does not hold", "does not hold"), "b": ("holds", "holds in part"), "c": ("holds", "holds"),
+        "d": ("not measured", "holds"), "e": ("not measured", "not measured"),
+    }  # fmt: skip
+    rows = [
+        {"model": model, "id": name, "claim": name, "source": "", "verdict": of_model[place]}
+        for place, model in enumerate(("x", "y"))
+        for name, of_model in verdicts.items()
+    ]
+    rows.append({"model": "all models", "id": "family", "claim": "family", "source": "", "verdict": "holds"})
+    table = claims_by_model(pd.DataFrame(rows))
+    assert table["id"].tolist() == ["c", "d", "b", "a", "e"]
+    assert table["holds_in"].tolist() == [2, 1, 1, 0, 0]
+    assert table["of"].tolist() == [2, 1, 2, 2, 0]
+    assert table.loc[2, ["x", "y"]].tolist() == ["holds", "holds in part"]
+
+
+def test_a_readme_is_filled_from_a_result_and_what_it_rests_on_is_kept(tmp_path):
+    run, readme = tmp_path / "run", tmp_path / "README.md"
+    run.mkdir()
+    (tmp_path / ".github").mkdir()
+    content = {
+        "experiment": "all", "status": "ok", "model": {"name": "m", "n_layers": 3, "dtype": "float32", "path": "/x"},
+        "figures": {"emergence": {"here": "It rises."}, "sink_mass": {"here": "They sink."}, "norms": {}},
+        "claims": [CLAIM], "metrics": {"stability": RATIOS}, "environment": {"git_commit": "abc", "finished": "now", "versions": {}}, "config": {},
+    }  # fmt: skip
+    (run / "result.json").write_text(json.dumps(content))
+    readme.write_text("A\n<!-- findings: caption -->\nold\n<!-- end -->\nB\n<!-- findings: claims -->\n<!-- end -->\n")
+    update_readme(run, tmp_path)
+    text = readme.read_text()
+    assert text.startswith("A\n<!-- findings: caption -->\n*m, drawn by the command below. It rises. They sink.*\n")
+    assert "| It is large (section 3) | **4 (3.5 to 4.5)**: size. Threshold: >= 3. |\n<!-- end -->" in text
+    assert "/x" not in (tmp_path / KEPT).read_text()
+    before = readme.read_text()
+    update_readme(run, tmp_path)
+    assert readme.read_text() == before
+
+
+@pytest.mark.parametrize(("content", "words"), [(None, "cannot be read"), ({"experiment": "ffn"}, "is of exp=ffn")])
+def test_what_is_no_result_of_all_experiments_is_refused(tmp_path, content, words):
+    if content is not None:
+        (tmp_path / "result.json").write_text(json.dumps({"status": "ok", **content}))
+    with pytest.raises(MelensError, match=words):
+        update_readme(tmp_path, tmp_path)
+
+
+def test_the_readme_says_what_was_measured():
+    kept, readme = json.loads((ROOT / KEPT).read_text("utf-8")), (ROOT / "README.md").read_text("utf-8")
+    for name, part in readme_parts(kept).items():
+        marked = re.search(rf"<!-- findings: {name} -->\n(.*?)<!-- end -->", readme, re.DOTALL)
+        assert marked is not None
+        assert marked[1] == part
+    claims = {claim.id: claim for claim in CLAIMS}
+    for claim in kept["claims"]:  # a claim that was reworded or a threshold that was moved makes the README anew
+        assert (claim["claim"], claim["criterion"]) == (claims[claim["id"]].claim, claims[claim["id"]].criterion)
