@@ -123,7 +123,7 @@ def update_readme(folder: str | Path, root: str | Path = ".") -> None:
 
 
 def _by_ratio(content: Mapping[str, Any]) -> list[str]:
-    """Say how ME layer and verdicts change with the ratio to the median that counts as massive, if that was measured."""
+    """Say how ME layer and verdicts change with the ratio to the median from which on an entry is massive."""
     stability = content.get("metrics", {}).get("stability", {})
     if not (me_layers := stability.get("me_layer_by_ratio")):
         return []

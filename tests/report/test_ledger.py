@@ -78,7 +78,8 @@ def test_a_readme_is_filled_from_a_result_and_what_it_rests_on_is_kept(tmp_path)
     content = {
         "experiment": "all", "status": "ok", "model": {"name": "m", "n_layers": 3, "dtype": "float32", "path": "/x"},
         "figures": {"emergence": {"here": "It rises."}, "sink_mass": {"here": "They sink."}, "norms": {}},
-        "claims": [CLAIM], "metrics": {"stability": RATIOS}, "environment": {"git_commit": "abc", "finished": "now", "versions": {}}, "config": {},
+        "claims": [CLAIM], "metrics": {"stability": RATIOS}, "config": {},
+        "environment": {"git_commit": "abc", "finished": "now", "versions": {}},
     }  # fmt: skip
     (run / "result.json").write_text(json.dumps(content))
     readme.write_text("A\n<!-- findings: caption -->\nold\n<!-- end -->\nB\n<!-- findings: claims -->\n<!-- end -->\n")
