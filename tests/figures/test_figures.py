@@ -139,7 +139,7 @@ def test_verdicts_are_drawn_by_claim_and_model():
     claims = judge([{"experiment": "direction", "model": {"name": name}, "metrics": metrics} for name in ("a", "b")])
     trace = verdicts(claims).data[0]
     assert list(trace.x) == ["a", "b", "all models"]
-    assert trace.text[list(trace.y).index("Once formed, its norm barely changes")][0] == "holds"
+    assert trace.text[list(trace.y).index("Once the massive state is formed, its norm barely changes")][0] == "holds"
 
 
 def test_figures_are_valid_json_without_nan():

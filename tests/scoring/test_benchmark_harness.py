@@ -465,7 +465,7 @@ def test_the_harness_command_line_comes_to_the_same_score(data, tmp_path):
     rows = [{"goal": q, "sol1": a, "sol2": b, "label": answer} for q, (a, b), answer in PIQA]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "own_piqa.yaml").write_text(
-        (harness.Path(__import__("lm_eval").__file__).parent / "tasks" / "piqa" / "piqa.yaml")
+        (Path(__import__("lm_eval").__file__).parent / "tasks" / "piqa" / "piqa.yaml")
         .read_text()
         .replace("task: piqa", "task: own_piqa")
         .replace("training_split: train\n", "")
