@@ -3,7 +3,6 @@
 import pytest
 
 import melens
-from melens.masks.grid_claims import CLAIMS
 
 NAN = float("nan")
 BASE = {"me_layer": 11, "n_prompts": 9, "distinct_first_tokens": 9, "massive_position": 0, "last_lasting_layer": 27}
