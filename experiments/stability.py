@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator
 
 from experiments.runner.declaration import AtLeast2, ExperimentOptions, of_analysis
-from melens.validation.types import Count, Number, Said
+from melens.validation.types import Count, Flag, Number, Said
 
 __all__ = ["EXPERIMENTS"]
 
@@ -27,6 +27,7 @@ class StabilityOptions(ExperimentOptions):
     max_tokens: AtLeast2
     n_first_tokens: Count
     min_ratios: Annotated[list[Number], Said("a list of numbers of at least 0")]
+    judge_all: Flag
 
 
 EXPERIMENTS = (of_analysis("stability", StabilityOptions),)

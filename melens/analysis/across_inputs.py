@@ -78,6 +78,7 @@ def stability(
     max_tokens: int = 32,
     n_first_tokens: int = 8,
     min_ratios: Sequence[float | int] = (500, 750, 1_000, 2_000),
+    judge_all: bool = False,
 ) -> Result:
     """Group the prompts by task type and length, read them by other criteria, change how the shortest of them begin.
 
@@ -88,6 +89,8 @@ def stability(
         max_tokens: of each of them.
         n_first_tokens: how many random tokens are put in place of, and before, the first.
         min_ratios: in place of the criterion's, which is 1,000 by default.
+        judge_all: whether, where another ratio finds another ME layer, sinks, ablation, consequence and predict are
+            judged again too, which takes their passes anew.
 
     Returns:
         Metrics `StabilityMetrics`; the figures `norms_by_task` and `agreement` (figure 10), and `beginnings`; the
@@ -104,7 +107,7 @@ def stability(
     prompts = prompts.assign(length=length, task=prompts["task"].fillna("not given"))
     groups = _agreement(study, prompts, bins)
     beginnings = _beginnings(study, n_prompts, max_tokens, n_first_tokens)
-    by_ratio = verdicts_by_ratio(study, min_ratios)
+    by_ratio = verdicts_by_ratio(study, min_ratios, judge_all=judge_all)
     least = groups.iloc[groups["agreement"].argmin()]
     metrics = study.metrics(
         StabilityMetrics,

@@ -5,8 +5,8 @@
 
 1. `find_me_layer` reads the same trace again with every ratio; all else of the criterion stays.
 2. Where it finds the same token in the same block in every prompt, every verdict is the same by construction.
-3. Elsewhere the analyses run again that need the study's trace alone: all four of `OF_THE_TRACE` in `exp=all`, whose
-   trace has what each of them measures. Nothing more is traced.
+3. Elsewhere the analyses run again that need the study's trace alone: all of `OF_THE_TRACE` in `exp=all`, whose trace
+   has what each of them measures; and those `WITH_PASSES` of their own where everything is to be judged again.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from melens.tracing.trace import Trace
 __all__ = ["ByRatio", "verdicts_by_ratio"]
 
 OF_THE_TRACE = {"emergence": "emergence", "rmsnorm": "normalization", "ffn": "ffn", "direction": "direction"}
+WITH_PASSES = {"sinks": "sinks", "ablation": "ablation", "consequence": "consequence", "predict": "prediction"}
 """The experiments that run again, and their functions in `melens.analysis`."""
 
 
@@ -85,12 +86,13 @@ def _listed(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-def verdicts_by_ratio(study: Study, min_ratios: Sequence[float | int]) -> ByRatio:
+def verdicts_by_ratio(study: Study, min_ratios: Sequence[float | int], *, judge_all: bool = False) -> ByRatio:
     """Find the ME layer by other ratios to the median, and judge again what then differs.
 
     Args:
         study: as `melens.study` makes it.
         min_ratios: in place of `Criterion.min_ratio`.
+        judge_all: whether those run again too that take passes of their own.
 
     Raises:
         MelensError: as `find_me_layer`.
@@ -105,7 +107,7 @@ def verdicts_by_ratio(study: Study, min_ratios: Sequence[float | int]) -> ByRati
         rows.append((ratio, me.layer, me.formed, agreeing, me.n_prompts, _are_same(me, study.me)))
     columns = ["min_ratio", "me_layer", "formed", "agreeing", "prompts", "same"]
     layers = pd.DataFrame(rows, columns=columns).astype({"me_layer": "Int64", "formed": "Int64"})
-    return ByRatio(found, layers, _verdicts(study, found))
+    return ByRatio(found, layers, _verdicts(study, found, judge_all))
 
 
 def _are_same(me: Emergence, other: Emergence) -> bool:
@@ -115,29 +117,29 @@ def _are_same(me: Emergence, other: Emergence) -> bool:
     )
 
 
-def _verdicts(study: Study, found: dict[float | int, Emergence]) -> pd.DataFrame:
+def _verdicts(study: Study, found: dict[float | int, Emergence], judge_all: bool) -> pd.DataFrame:
     columns = ["min_ratio", "me_layer", "experiment", "id", "claim", "verdict", "by_criterion", "changed"]
     if all(_are_same(me, study.me) for me in found.values()):
         return pd.DataFrame(columns=columns)
-    by_criterion = _judged(study)
+    by_criterion = _judged(study, judge_all)
     tables, done = [], [(study.me, by_criterion)]
     for ratio, me in found.items():
         judged = next((own for other, own in done if _are_same(me, other)), None)
         if judged is None:
-            judged = _judged(replace(study, me=me))
+            judged = _judged(replace(study, me=me), judge_all)
             done.append((me, judged))
         verdicts = judged.assign(by_criterion=by_criterion["verdict"], min_ratio=ratio, me_layer=me.layer)
         tables.append(verdicts.assign(changed=verdicts["verdict"] != verdicts["by_criterion"]).reset_index())
     return pd.concat(tables, ignore_index=True)[columns].astype({"me_layer": "Int64"})
 
 
-def _judged(study: Study) -> pd.DataFrame:
-    """Judge the claims of `OF_THE_TRACE`: `experiment`, `claim` and `verdict` by id."""
+def _judged(study: Study, judge_all: bool) -> pd.DataFrame:
+    """Judge the claims of `OF_THE_TRACE`, and of `WITH_PASSES`: `experiment`, `claim` and `verdict` by id."""
     results = []
-    study = _OfTheTrace(**{field.name: getattr(study, field.name) for field in fields(Study)})
-    for experiment, function in OF_THE_TRACE.items():
+    of_the_trace = _OfTheTrace(**{field.name: getattr(study, field.name) for field in fields(Study)})
+    for experiment, function in (OF_THE_TRACE | (WITH_PASSES if judge_all else {})).items():
         try:
-            results.append(getattr(analysis, function)(study))
+            results.append(getattr(analysis, function)(study if judge_all else of_the_trace))
         except _NotTracedError:
             continue
         except MelensError as error:  # it does not apply to this model, which its own run says

@@ -20,7 +20,7 @@ def judged(monkeypatch):
         layer = 1 if criterion.min_ratio < 1_000 else 2
         return emergence_by_hand(layer, [(layer, 0)] * 3, first_tokens=FIRSTS, criterion=criterion)
 
-    def judge(study):
+    def judge(study, judge_all):
         calls.append(study.me.layer)
         verdicts = {1: ["holds", "does not hold"], 2: ["holds", "holds in part"]}[study.me.layer]
         of_claims = {"experiment": ["emergence", "ffn"], "claim": ["A.", "B."], "verdict": verdicts}
@@ -74,8 +74,13 @@ def test_only_what_the_trace_has_is_judged_again(monkeypatch):
     study = melens.study(model, [[10, 11, 12], [20, 11, 12]])
     assert study.has(study.probes[:1])
     assert not study.has([melens.SinkByQuery()])
-    judged = criterion_ratios._judged(study)
+    judged = criterion_ratios._judged(study, judge_all=False)
     assert set(judged["experiment"]) == {"direction"}
     assert study._traced == {}
     study.traced(ffn_concentration.probes(model))
-    assert set(criterion_ratios._judged(study)["experiment"]) == {"direction", "ffn"}
+    assert set(criterion_ratios._judged(study, judge_all=False)["experiment"]) == {"direction", "ffn"}
+
+
+def test_all_is_judged_again_where_that_is_asked_for():
+    judged = criterion_ratios._judged(melens.study(tiny_model(), [[10, 11, 12], [20, 11, 12]]), judge_all=True)
+    assert set(judged["experiment"]) == {*criterion_ratios.OF_THE_TRACE, *criterion_ratios.WITH_PASSES}
