@@ -1,6 +1,6 @@
 """The verdicts as a document: `claims.md` of a run, the table of several models, and the findings in the README.
 
-    python experiments/run.py exp=all hydra.run.dir=outputs/findings
+    python experiments/run.py exp=all exp.stability.judge_all=true hydra.run.dir=outputs/findings
     python -m melens.report.ledger outputs/findings   # puts its findings into README.md, and keeps what they rest on
 
 1. `claims_in_markdown` writes the claims of one `result.json`, by verdict: every number in it is read from there.

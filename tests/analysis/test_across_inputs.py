@@ -31,7 +31,7 @@ def begun(monkeypatch):
     run = []
     monkeypatch.setattr(across_inputs, "trace", lambda model, tokens, probes, **options: tokens)
     # these traces have no activations to read by other criteria
-    monkeypatch.setattr(across_inputs, "verdicts_by_ratio", lambda study, *args, **options: verdicts_by_ratio(study, ()))
+    monkeypatch.setattr(across_inputs, "verdicts_by_ratio", lambda study, *_, **options: verdicts_by_ratio(study, ()))
 
     def born_where(function):
         def find(tokens, criterion):
