@@ -222,7 +222,7 @@ def _removed_figure(runs: _Runs, by_block: pd.DataFrame, metrics: AblationMetric
     names = by_block["removed"].unique().tolist()
     curves = [Curve(name, by_block[by_block["removed"] == name], COLORS[i]) for i, name in enumerate(names)]
     others = pd.DataFrame({"layer": range(len(runs.others)), "mean": runs.others})
-    curves.append(Curve("other tokens, intact", others, "#999999"))
+    curves.append(Curve("others", others, "#999999"))
     panel = Panel("", "L2 norm of the block output", curves, runs.me_layer, log_scale=True)
     norm = named_normalization(runs.study.model, "ln2") or "none"
     note = f"One part of block {runs.me_layer} changed at a time; the norm is {norm}. Bands: 95% intervals."
@@ -304,7 +304,7 @@ def _causality_figure(runs: _Runs, causality: pd.DataFrame, metrics: AblationMet
 
 def _causes_figure(runs: _Runs, causes: pd.DataFrame, metrics: AblationMetrics) -> Figure:
     curves = [Curve(TEXTS[part], causes[causes["part"] == part], COLORS[i]) for i, part in enumerate(CAUSES)]
-    panel = Panel("", "left from the ME layer on, relative to intact", curves, runs.me_layer, log_scale=True)
+    panel = Panel("", "norm left, relative to intact", curves, runs.me_layer, log_scale=True)
     title = runs.study.title("Massive activation by removed block", runs.n_prompts)
     note = "Mean over the blocks from the ME layer to the last two. Bands: 95% intervals."
     return _figure_of_causes(curves_by_block([panel], title=title, note=note), metrics)

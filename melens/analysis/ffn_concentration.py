@@ -130,7 +130,7 @@ def ffn(study: Study) -> Result:
         **_amplification_metrics(study, amplification, by_block["amplification"]),
     )
     n_states = len(study.distinct_massive_prompts)
-    title = study.title("Concentration of token 0 after the FFN's projections, and the FFN's amplification", n_states)
+    title = study.title("Token 0 in the FFN: concentration and amplification", n_states)
     behind = by_block["with_norm_behind"] if amplification["with_norm_behind"].notna().any() else None
     plot = ffn_figure(differences, by_block["amplification"], behind, me_layer=study.me.layer, title=title)
     expected = "All three concentrations and the amplification peak together, only at the ME layer."

@@ -171,10 +171,11 @@ def rank_figure(study: Study, by_block: pd.DataFrame, metrics: LowRankMetrics, r
     texts = {"effective_rank": "effective rank", "matrix_entropy": "normalised matrix entropy"}
     panels = []
     of_states = [(INPUTS, "", ""), *((OUTPUTS, words, suffix) for words, suffix in _VARIANTS.items())]
-    for title, kinds in (("Attention", [(ATTENTION, "", "")]), ("States of all tokens", of_states)):
+    of_attention = [(ATTENTION, "", "")]
+    for title, kinds, colors in (("Attention", of_attention, COLORS[4:]), ("States of all tokens", of_states, COLORS)):
         for quantity, text in texts.items():
             curves = []
-            for (of, words, suffix), color in zip(kinds, COLORS, strict=False):
+            for (of, words, suffix), color in zip(kinds, colors, strict=False):
                 is_shown = (by_block["of"] == of) & (by_block["quantity"] == f"{quantity}{suffix}")
                 if is_shown.any():
                     curves.append(Curve(f"{of}{words}", by_block[is_shown], color))

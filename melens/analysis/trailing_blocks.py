@@ -197,10 +197,10 @@ def _written_by_ffn(
 def last_blocks_figure(study: Study, last: LastBlocks) -> Figure:
     """Draw token 0's norm behind the block that formed its state, and what each block writes along that state."""
     named = {"norm": ("norm of the state", FIRST), "written": ("written along it by the block", OTHERS)}
-    named["written_by_ffn"] = ("by its FFN", COLORS[3])
+    named["written_by_ffn"] = ("of that by its FFN", COLORS[3])
     by_quantity = dict(iter(last.by_block.groupby("quantity")))
     curves = [Curve(text, by_quantity[name], color) for name, (text, color) in named.items() if name in by_quantity]
-    panel = Panel("", "relative to the plateau's norm", curves, None, zero_line=True)
+    panel = Panel("", "relative to the plateau's norm", curves, study.me.layer, zero_line=True)
     note = f"The state's direction is that after block {last.begin - 1}. Bands: 95% intervals over first tokens."
     plot = curves_by_block([panel], title=study.title("What is written along the massive state", None), note=note)
     expected = "The last two blocks make a massive activation again."

@@ -102,7 +102,7 @@ def shares(table: pd.DataFrame, *, names: Sequence[str], title: str, note: str =
         bar = go.Bar(y=list(table.index), x=table[column], name=name, orientation="h", marker={"color": color})
         bar.hovertemplate = f"%{{y}}: %{{x:.0%}}<extra>{name}</extra>"
         figure.add_trace(bar)
-    figure.update_xaxes(title_text="share of prompts", range=[0, 1], tickformat=".0%")
+    figure.update_xaxes(title_text="share", range=[0, 1], tickformat=".0%")
     figure.update_yaxes(autorange="reversed", automargin=True)
     legend = {**style.legend_below(-0.25), "traceorder": "normal"}
     return style.finish(figure, title, note, height=220 + 55 * len(table), barmode="stack", legend=legend)

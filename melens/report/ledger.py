@@ -101,6 +101,8 @@ def update_readme(folder: str | Path, root: str | Path = ".") -> None:
         raise MelensError(f"{path} cannot be read: give the folder of a finished run of exp=all.") from None
     if content["experiment"] != "all" or content["status"] != "ok":
         raise MelensError(f"{path} is of exp={content['experiment']}: give the folder of a finished run of exp=all.")
+    if missing := {"emergence", "sinks", "stability"} - set(content["metrics"]):
+        raise MelensError(f"{path} has no {' and '.join(sorted(missing))}: run exp=all with all its experiments.")
     names, figures = ("name", "n_layers", "dtype"), ("emergence", "sink_mass")
     kept = {
         "model": {name: content["model"][name] for name in names},

@@ -78,7 +78,7 @@ def test_a_readme_is_filled_from_a_result_and_what_it_rests_on_is_kept(tmp_path)
     content = {
         "experiment": "all", "status": "ok", "model": {"name": "m", "n_layers": 3, "dtype": "float32", "path": "/x"},
         "figures": {"emergence": {"here": "It rises."}, "sink_mass": {"here": "They sink."}, "norms": {}},
-        "claims": [CLAIM], "metrics": {"stability": RATIOS}, "config": {},
+        "claims": [CLAIM], "metrics": {"emergence": {}, "sinks": {}, "stability": RATIOS}, "config": {},
         "environment": {"git_commit": "abc", "finished": "now", "versions": {}},
     }  # fmt: skip
     (run / "result.json").write_text(json.dumps(content))
@@ -93,7 +93,14 @@ def test_a_readme_is_filled_from_a_result_and_what_it_rests_on_is_kept(tmp_path)
     assert readme.read_text() == before
 
 
-@pytest.mark.parametrize(("content", "words"), [(None, "cannot be read"), ({"experiment": "ffn"}, "is of exp=ffn")])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "cannot be read"),
+        ({"experiment": "ffn"}, "is of exp=ffn"),
+        ({"experiment": "all", "metrics": {"emergence": {}}}, "has no sinks and stability"),
+    ],
+)
 def test_what_is_no_result_of_all_experiments_is_refused(tmp_path, content, words):
     if content is not None:
         (tmp_path / "result.json").write_text(json.dumps({"status": "ok", **content}))
