@@ -151,6 +151,10 @@ def test_what_a_user_reads(result):
     assert repr(study()).endswith("block 2 of 7, × 200 (180 to 220), token 0, dim 5")
 
 
+def test_the_token_that_is_lifted_is_where_most_prompts_of_the_me_layer_have_it():
+    assert emergence_by_hand(2, [(2, 3), (2, 3), (2, 1), (1, 0)], first_tokens=[1, 2, 3, 4]).lifted_position == 3
+
+
 def test_a_slow_climb_is_no_single_block_and_a_few_blocks_are_in_part():
     def verdict(**fields):
         me = emergence_by_hand(ME_LAYER, BORN, first_tokens=[1, 2, 3, 4], **fields)
