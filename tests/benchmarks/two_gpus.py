@@ -100,15 +100,7 @@ def placements(size: int, *, tiny: bool) -> dict[str, list[str]]:
 def make_model(folder: Path, shape: dict[str, Any], *, on_gpu: bool) -> int:
     """Save a random model whose block 3 makes the texts' first token massive; return its size in bytes."""
     config = AutoConfig.for_model("qwen3", **shape)
-    torch.manual_seed(0)
-    with torch.device("cuda:0" if on_gpu else "cpu"):
-        network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if on_gpu else torch.float32)
-    for name, weight in network.named_parameters():
-        if "norm" in name:
-            torch.nn.init.uniform_(weight, 0.5, 1.5)  # else no gain tells from another
-    plant(
-        network, block=min(BLOCK, len(network.model.layers) - 2), token=byte_tokenizer()("T")["input_ids"][0], dim=DIM
-    )
+    network = planted_network(config, "T", {"": "cuda:0" if on_gpu else "cpu"})
     network.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     size = sum(weight.nbytes for weight in network.parameters())
@@ -118,18 +110,39 @@ def make_model(folder: Path, shape: dict[str, Any], *, on_gpu: bool) -> int:
     return size
 
 
+def planted_network(config: Any, token: str, device_map: Any) -> Any:
+    """Make a random model where its weights are to lie, in bf16 on GPUs, with a block that makes a byte massive."""
+    kind = AutoModelForCausalLM._model_mapping[type(config)]
+    torch.manual_seed(0)
+    # A checkpoint without a single weight: transformers draws what is missing, each on the device of its module.
+    network = kind.from_pretrained(
+        None, config=config, state_dict={}, device_map=device_map, attn_implementation="eager",
+        dtype=torch.float32 if device_map == {"": "cpu"} else torch.bfloat16,
+    )  # fmt: skip
+    for name, weight in network.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(weight, 0.5, 1.5)  # else no gain tells from another
+    block = min(BLOCK, len(network.model.layers) - 2)
+    plant(network, block=block, token=byte_tokenizer()(token)["input_ids"][0], dim=DIM)
+    return network
+
+
 def job(folder: Path, run: str, *options: str) -> tuple[Path, float]:
-    """Run an experiment as the command line does; return where its result is, and how long it took."""
-    of_run = folder / run
-    of_run.mkdir(exist_ok=True)
+    """Run an experiment on the saved model; return where its result is, and how long it took."""
     own = ["model=hub", f"model.name={folder / 'model'}", f"prompts.file={folder / 'prompts.txt'}"]
-    cfg = compose_options(*own, *options)
+    return folder / run, run_experiment(folder / run, *own, *options)
+
+
+def run_experiment(folder: Path, *options: str) -> float:
+    """Run an experiment as the command line does, with its result in a folder; return the seconds that it took."""
+    folder.mkdir(exist_ok=True)
+    cfg = compose_options(*options)
     start = time.perf_counter()
     with redirect_stdout(io.StringIO()):
-        failed = run_job(cfg, of_run)
+        failed = run_job(cfg, folder)
     if failed:
-        sys.exit(f"{run}: {', '.join(failed)} failed.")
-    return of_run, time.perf_counter() - start
+        sys.exit(f"{folder.name}: {', '.join(failed)} failed.")
+    return time.perf_counter() - start
 
 
 def is_training_refused(folder: Path, options: list[str]) -> bool:
