@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 from scipy.optimize import brentq
-from scipy.stats import beta, binomtest, bootstrap, monte_carlo_test, permutation_test, t
+from scipy.special import betainccinv, betaincinv, stdtrit
 
 from melens.errors import MelensError
 
@@ -56,8 +56,10 @@ def mean_interval(
         return (float("nan"), float("nan"))
     if len(values) < FEW:
         mean, error = float(values.mean()), float(values.std(ddof=1)) / len(values) ** 0.5
-        reach = float(t.ppf((1 + confidence) / 2, len(values) - 1)) * error
+        reach = float(stdtrit(len(values) - 1, (1 + confidence) / 2)) * error
         return (mean - reach, mean + reach)
+    from scipy.stats import bootstrap  # a third of a second and 20 MiB, which few runs need
+
     found = bootstrap(
         (values,), np.mean, n_resamples=resamples, batch=_batch_of(len(values)), confidence_level=confidence,
         method="percentile", rng=np.random.default_rng(seed),
@@ -80,8 +82,8 @@ def share_interval(has: np.ndarray, *, confidence: float = 0.95) -> tuple[float,
     n, n_have, tail = len(has), float(np.sum(has)), (1 - confidence) / 2
     if not n:
         return (float("nan"), float("nan"))
-    low = float(beta.ppf(tail, n_have, n - n_have + 1)) if n_have > 0 else 0.0
-    high = float(beta.isf(tail, n_have + 1, n - n_have)) if n_have < n else 1.0
+    low = float(betaincinv(n_have, n - n_have + 1, tail)) if n_have > 0 else 0.0
+    high = float(betainccinv(n_have + 1, n - n_have, tail)) if n_have < n else 1.0
     return (low, high)
 
 
@@ -133,7 +135,7 @@ def two_way_reach(
         n_items, n_trainings: at least two of each.
         alpha: how often the mean may be outside.
     """
-    of_items, of_trainings = (t.isf(np.asarray(alpha) / 2, n - 1) for n in (n_items, n_trainings))
+    of_items, of_trainings = (-stdtrit(n - 1, np.asarray(alpha) / 2) for n in (n_items, n_trainings))
     return np.sqrt((of_items * error_of_items) ** 2 + (of_trainings * error_of_trainings) ** 2)
 
 
@@ -207,6 +209,8 @@ def paired_permutation_p(differences: np.ndarray, *, resamples: int = _RESAMPLES
     def size_of_mean(values: np.ndarray, axis: int) -> Any:
         return np.abs(values.mean(axis=axis))
 
+    from scipy.stats import monte_carlo_test, permutation_test  # as above
+
     if 2 ** len(differences) <= resamples:
         exact = permutation_test(
             (differences,), size_of_mean, permutation_type="samples", n_resamples=resamples, alternative="greater"
@@ -227,6 +231,8 @@ def paired_permutation_p(differences: np.ndarray, *, resamples: int = _RESAMPLES
 
 def mcnemar_p(better: int, worse: int) -> float:
     """Compute the exact two-sided p-value of McNemar's test from the items on which two answers differ (1947)."""
+    from scipy.stats import binomtest  # as above
+
     return float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
 
 
