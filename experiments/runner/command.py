@@ -32,6 +32,7 @@ from experiments.options.reading import CONF, OptionError, said_options
 from experiments.options.unused import unused_options
 from experiments.runner.interrupts import INTERRUPTED, restore_signals
 from experiments.runner.locks import locked_job_folder
+from experiments.runner.sweep import failed_jobs
 from melens.environment.versions import warn_untried
 from melens.errors import MelensError
 
@@ -65,7 +66,10 @@ def _run(cfg: DictConfig, folder: Path) -> None:
             raise MelensError(f"The output folder {folder} cannot be written to.")
         if not sys.stdout.isatty():  # where nothing else shows that something is done
             logging.getLogger(__name__).info("loading torch, transformers and TransformerLens")
-        from experiments.runner.job import run_job  # takes seconds, which a mistake need not
+        from experiments.runner.gpus import take_gpu  # takes seconds, which a mistake need not
+
+        take_gpu(options.model)  # before any library starts CUDA
+        from experiments.runner.job import run_job
 
         restore_signals()
         if failed := run_job(options, folder):
@@ -118,5 +122,5 @@ def run_command() -> int:
         print_error(error, verbose="hydra.verbose=true" in sys.argv)
         _failures.insert(0, error)
     if not _failures:
-        return 0
+        return 1 if failed_jobs else 0
     return 2 if isinstance(_failures[0], OptionError | HydraException | OmegaConfBaseException) else 1
