@@ -47,6 +47,12 @@ class Job:
     def is_ok(self) -> bool:
         return bool(self.result["status"] == "ok")
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether it, or one experiment of several, ended with an error."""
+        parts = self.result.get("metrics", {}).values()
+        return not self.is_ok or any(isinstance(part, dict) and part.get("failed") is True for part in parts)
+
     def named_by(self, keys: Sequence[str]) -> str:
         """Name the model with some of the swept options."""
         return job_name(self.model, {key: value for key, value in self.swept.items() if key in keys})

@@ -1,4 +1,4 @@
-"""Merge what the jobs of a sweep (`-m`) left."""
+"""Merge what the jobs of a sweep (`-m`) left, and note which of them failed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
+
+failed_jobs: list[Path] = []
+"""Folders of the jobs that failed in this process's sweep: a launcher may run jobs in processes of their own."""
 
 
 class MergeSweep(Callback):
@@ -19,10 +22,12 @@ class MergeSweep(Callback):
         self._earlier = _written_in(Path(config.hydra.sweep.dir))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        from experiments.runner.merging import merge_jobs  # Hydra makes this object before it looks at the options
+        from experiments.runner.jobs import read_jobs  # Hydra makes this object before it looks at the options
+        from experiments.runner.merging import merge_jobs
 
         folder = Path(config.hydra.sweep.dir)
         jobs = [job for job, version in _written_in(folder).items() if self._earlier.get(job) != version]
+        failed_jobs.extend(job.folder for job in read_jobs(folder, jobs) if job.has_failed)
         merge_jobs(folder, jobs)
 
 

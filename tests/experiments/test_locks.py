@@ -1,5 +1,6 @@
 """A folder belongs to one run."""
 
+import json
 import re
 import signal
 import subprocess
@@ -136,18 +137,47 @@ def test_runs_that_start_in_the_same_second_have_folders_of_their_own():
 def test_a_sweep_in_the_folder_of_an_earlier_one_merges_its_own_jobs(tmp_path, monkeypatch):
     merged = []
     monkeypatch.setattr("experiments.runner.merging.merge_jobs", lambda folder, jobs: merged.append(sorted(jobs)))
+    monkeypatch.setattr("experiments.runner.sweep.failed_jobs", [])
     config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
 
     def sweep(n_jobs):
         callback = MergeSweep()
         callback.on_multirun_start(config)
+        of_job = {"exp": {"name": "emergence"}, "model": {"name": "tiny"}}
         for number in range(n_jobs):
-            write_failure("It broke.", tmp_path / str(number), config={"exp": {"name": "emergence"}})
+            write_failure("It broke.", tmp_path / str(number), config=of_job)
         callback.on_multirun_end(config)
 
     for n_jobs in (3, 2, 0):
         sweep(n_jobs)
     assert merged == [[tmp_path / str(number) for number in range(n_jobs)] for n_jobs in (3, 2, 0)]
+
+
+@pytest.mark.parametrize(
+    ("result", "fails"),
+    [
+        ({"status": "ok", "metrics": {"me_layer": 3}}, False),
+        ({"status": "ok", "metrics": {"sinks": {"me_layer": 3}, "ffn": {"not_applicable": "no FFN"}}}, False),
+        ({"status": "ok", "metrics": {"sinks": {"me_layer": 3}, "ffn": {"failed": True}}}, True),
+        ({"status": "failed", "error": "It broke."}, True),
+    ],
+)
+def test_a_sweep_fails_with_a_job_that_ran_in_another_process(tmp_path, monkeypatch, result, fails):
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
+
+    def sweep():
+        (tmp_path / "0").mkdir()
+        content = {"experiment": "all", "config": {"model": {"name": "tiny"}}} | result
+        (tmp_path / "0" / "result.json").write_text(json.dumps(content))
+        MergeSweep().on_multirun_end(config)
+
+    monkeypatch.setattr("experiments.runner.merging.merge_jobs", lambda folder, jobs: None)
+    failed = []
+    for name, value in {"main": sweep, "_failures": [], "failed_jobs": failed}.items():
+        monkeypatch.setattr(command, name, value)
+    monkeypatch.setattr("experiments.runner.sweep.failed_jobs", failed)
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    assert command.run_command() == int(fails)
 
 
 def test_only_the_jobs_of_a_sweep_are_read(tmp_path):
