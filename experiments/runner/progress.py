@@ -4,6 +4,7 @@ minute, and when it ends."""
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -33,12 +34,13 @@ def log_line(sentence: str) -> None:
 def show_stages(console: Console, *, every: float = 30.0) -> Iterator[StageOf]:
     """Show each named stage of a run for as long as the context lasts, with a line in the log every so many seconds.
 
-    A console that is a terminal has bars; a quiet one shows and logs nothing.
+    A console that is a terminal has bars, unless other jobs of a sweep share it; a quiet one shows and logs nothing.
     """
     if console.quiet:
         yield lambda name: lambda so_far, in_all: None
         return
-    has_bars = console.file.isatty() and not console.is_dumb_terminal
+    is_alone = multiprocessing.parent_process() is None
+    has_bars = console.file.isatty() and not console.is_dumb_terminal and is_alone
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     bars = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not has_bars)
     stages: list[_Stage] = []

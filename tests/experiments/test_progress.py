@@ -2,6 +2,7 @@
 
 import io
 import logging
+import multiprocessing
 import re
 import time
 
@@ -68,6 +69,14 @@ def test_with_a_terminal_there_are_bars_there_and_lines_in_the_file(log):
     assert [line.split(":")[0] for line in lines()] == ["tokens traced", "tokens traced", "shown"]
     logging.getLogger("experiments.runner.progress").info("after")
     assert shown() == "shown\nafter\n"
+
+
+def test_jobs_side_by_side_have_lines_on_the_terminal_that_they_share(log, monkeypatch):
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: "the sweep")
+    terminal = Terminal()
+    with show_stages(Console(file=terminal, force_terminal=True)) as stage:
+        stage("masks")
+    assert (log[0](), terminal.getvalue()) == ("masks: begins\n", "")
 
 
 def test_a_file_that_is_said_to_take_colours_is_no_terminal(log, monkeypatch):
