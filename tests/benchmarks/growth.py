@@ -99,7 +99,7 @@ def ways_of(shape: dict[str, Any], device: str) -> dict[str, Way]:
     bridge = melens.load_model("random", model_type="qwen3", config=shape, dtype=dtype, device=device)
     plain = plain_twin(bridge)
     eager = twin_of(bridge.original_model, "eager").eval()  # the only attention that returns its pattern
-    plant(plain, block=1 if shape is TINY else 2, token=FIRST_TOKEN, dim=21)
+    plant(plain, block=2, token=FIRST_TOKEN, dim=21)
     names = {f"blocks.{layer}.{site}" for layer in range(bridge.cfg.n_layers) for site in KEPT}
 
     def plain_forward(tokens: Tensor) -> object:
