@@ -59,7 +59,7 @@ def take_gpu(model: ModelOptions) -> None:
             _log.warning("Which GPUs are free is not known (%s): this run takes the first.", error)
             return
         os.environ[_VISIBLE] = name
-        if torch.accelerator.device_count() > 1:
+        if torch._C._cuda_getDeviceCount() > 1:  # by CUDA's own count: PyTorch's reads the environment anew
             os.environ[_VISIBLE] = ",".join(visible)
             _log.warning("CUDA had started before a GPU was chosen: this run takes the first of %d.", len(visible))
             return
