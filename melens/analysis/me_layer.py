@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
@@ -20,6 +21,7 @@ from pydantic import InstanceOf
 from melens.analysis.statistics import mean_interval, with_interval
 from melens.errors import MelensError
 from melens.tracing.probes import LargestActivations
+from melens.tracing.tables import Grid
 from melens.tracing.trace import Trace, TraceGiven
 from melens.validation.signatures import checked
 from melens.validation.types import Number, Rate, Said, Whole, check_fields
@@ -34,6 +36,9 @@ _PER_PROMPT = [
     "prompt", "layer", "pos", "dim", "value", "norm_in", "norm_out", "magnification", "relative_magnification", "peak",
     "share_of_peak", "climb_from", "climb_to", "formed", "formed_pos",
 ]  # fmt: skip
+
+_WHOLE = ("pos", "dim", "climb_from", "climb_to", "formed", "formed_pos")
+"""Columns of whole numbers, as far as every prompt has one."""
 
 
 @dataclass(frozen=True)
@@ -142,15 +147,36 @@ def massive_activations(trace: TraceGiven, criterion: CriterionGiven | None = No
         MelensError: a trace that may not hold all massive tokens of this criterion, or holds NaN.
     """
     criterion = criterion or Criterion()
-    largest = trace["largest"]
-    kept = largest[largest["pos"] >= 0]  # elsewhere rows are empty: prompts have fewer tokens, or fewer massive ones
-    _check_finite(trace, value=kept, abs_median=trace["abs_median"])
-    entries = kept[(kept["site"] == "hook_resid_post") & (kept["value"].abs() > criterion.min_abs)]
-    medians = trace["abs_median"].query("site == 'hook_resid_post'")[["prompt", "layer", "abs_median"]]
-    entries = entries.merge(medians, on=["prompt", "layer"])
-    massive = entries[entries["value"].abs() > criterion.min_ratio * entries["abs_median"]]
+    massive = pd.DataFrame(_massive(trace, criterion))
     _check_all_are_kept(trace, massive, criterion)
-    return massive[["prompt", "layer", "pos", "dim", "value", "abs_median"]].reset_index(drop=True)
+    return massive
+
+
+def _massive(trace: Trace, criterion: Criterion) -> dict[str, np.ndarray]:
+    """List the massive entries of each block's output as columns, by batch, block, prompt and rank."""
+    medians = _medians(trace)
+    found: list[dict[str, np.ndarray]] = []
+    for grid in trace.grids("largest", index="rank"):
+        (layers, value), (_, pos), (_, dim) = (grid.at(name, "hook_resid_post") for name in ("value", "pos", "dim"))
+        is_kept = pos >= 0  # elsewhere rows are empty: prompts have fewer tokens, or fewer massive ones
+        _check_finite(trace, {layer: is_kept[at] & ~np.isfinite(value[at]) for at, layer in enumerate(layers)}, grid)
+        at_layer, at_prompt, rank = np.nonzero(is_kept & (np.abs(value) > criterion.min_abs))
+        layer, prompt = np.asarray(layers, dtype=np.int32)[at_layer], grid.prompts.astype(np.int32)[at_prompt]
+        at, median = (at_layer, at_prompt, rank), medians[prompt, layer]
+        is_massive = np.abs(value[at]) > criterion.min_ratio * median
+        columns = {"prompt": prompt, "layer": layer, "pos": pos[at], "dim": dim[at], "value": value[at]}
+        found.append({name: values[is_massive] for name, values in (columns | {"abs_median": median}).items()})
+    return {name: np.concatenate([of_grid[name] for of_grid in found]) for name in found[0]}
+
+
+def _medians(trace: Trace) -> np.ndarray:
+    """Lay the medians of the blocks' outputs out as `[prompt, layer]`."""
+    medians = np.full((len(trace.prompts), trace.model["n_layers"]), np.nan, dtype=np.float32)
+    for grid in trace.grids("abs_median"):
+        layers, values = grid.at("abs_median", "hook_resid_post")
+        _check_finite(trace, {layer: ~np.isfinite(values[at])[:, None] for at, layer in enumerate(layers)}, grid)
+        medians[grid.prompts[:, None], layers] = values.T
+    return medians
 
 
 def _check_all_are_kept(trace: Trace, massive: pd.DataFrame, criterion: Criterion) -> None:
@@ -183,11 +209,14 @@ def find_me_layer(trace: TraceGiven, criterion: CriterionGiven | None = None) ->
         MelensError: a trace without those tables, or with NaN or infinite values in them.
     """
     criterion = criterion or Criterion()
-    _check_finite(trace, norm=trace["norm"])
-    massive = massive_activations(trace, criterion)
-    per_prompt = _per_prompt(trace, massive, criterion)
+    norms = _norms(trace)
+    entries = _massive(trace, criterion)
+    massive = pd.DataFrame(entries)
+    _check_all_are_kept(trace, massive, criterion)
+    per_prompt = _per_prompt(len(trace.prompts), norms, entries, criterion)
     n_prompts = len(per_prompt)
-    born = per_prompt[per_prompt["layer"] >= 0].merge(trace.prompts[["prompt", "first_token_id"]], on="prompt")
+    born = per_prompt[per_prompt["layer"] >= 0]
+    born = born.assign(first_token_id=trace.prompts["first_token_id"].to_numpy()[born["prompt"]])
     layer, reason = _settle(trace, born, n_prompts, criterion)
     shared: dict[str, Any] = {
         "reason": reason, "prompts_with": len(born) / n_prompts, "n_layers": trace.model["n_layers"],
@@ -201,7 +230,7 @@ def find_me_layer(trace: TraceGiven, criterion: CriterionGiven | None = None) ->
     of_agreeing = massive[massive["prompt"].isin(agreeing["prompt"])]
     # `formed` is a median over prompts: an entry that is massive in no prompt there is looked for in the ME layer
     read_at = formed if formed in set(of_agreeing["layer"]) else layer
-    in_formed, entries = (table[table["layer"] == read_at] for table in (massive, of_agreeing))
+    in_formed, there = (table[table["layer"] == read_at] for table in (massive, of_agreeing))
     shared["per_prompt"] = _with_massive_tokens(per_prompt, in_formed)
     climb = int(agreeing["climb_from"].median()), int(agreeing["climb_to"].median())
     apart = one_a_state(agreeing)
@@ -220,8 +249,8 @@ def find_me_layer(trace: TraceGiven, criterion: CriterionGiven | None = None) ->
         climb=climb,
         formed=formed,
         agreement=len(agreeing) / n_prompts,
-        positions=_most_frequent(entries, "pos"),
-        dims=_most_frequent(entries[entries["dim"] >= 0], "dim"),
+        positions=_most_frequent(there, "pos"),
+        dims=_most_frequent(there[there["dim"] >= 0], "dim"),
         **shared,
     )
 
@@ -232,8 +261,11 @@ def one_a_state(prompts: pd.DataFrame) -> pd.DataFrame:
     Args:
         prompts: rows of `Emergence.per_prompt` with `first_token_id`.
     """
-    at_first = prompts["pos"] == 0
-    return prompts[~at_first | ~prompts[["first_token_id", "layer"]].where(at_first).duplicated()]
+    at_first = prompts["pos"].to_numpy() == 0
+    states = prompts[["first_token_id", "layer"]].to_numpy()
+    is_known = np.ones(len(prompts), dtype=bool)
+    is_known[np.nonzero(at_first)[0][np.unique(states[at_first], axis=0, return_index=True)[1]]] = False
+    return prompts[~(at_first & is_known)]
 
 
 def _most_frequent(entries: pd.DataFrame, column: str) -> tuple[int, ...]:
@@ -252,23 +284,27 @@ def _with_massive_tokens(per_prompt: pd.DataFrame, massive: pd.DataFrame) -> pd.
     return per_prompt.assign(n_massive=n_massive, first_is_massive=at_first)
 
 
-def _check_finite(trace: Trace, **tables: pd.DataFrame) -> None:
-    """Raise a `MelensError` for the first block with NaN in a table's column, which `max` and `>` would pass by."""
-    read = [table[table["site"].isin(_SITES) & ~np.isfinite(table[column])] for column, table in tables.items()]
-    broken = pd.concat(read)
-    if not broken.empty:
-        after = broken["layer"].where(broken["site"] == "hook_resid_post", -1)
-        first = broken.loc[(after == after.min()).to_numpy(), "prompt"].unique()
-        what = "the embeddings" if after.min() < 0 else f"block {after.min()}"
-        raise MelensError(
-            f"The output of {what} is not finite in {len(first)} of {len(trace.prompts)} prompts, first in prompt "
-            f"{min(first)} ({trace.model.get('dtype')}): load the model in bfloat16 or float32."
-        )
+def _check_finite(trace: Trace, broken: Mapping[int, np.ndarray], grid: Grid) -> None:
+    """Raise a `MelensError` for the first block with NaN, which `max` and `>` would pass by.
+
+    Args:
+        broken: by block (-1 for the embeddings), in which prompts and where what was measured is not finite.
+        grid: of these prompts.
+    """
+    for layer, where in sorted(broken.items()):
+        if where.any():
+            prompts = grid.prompts[where.any(1)]
+            what = "the embeddings" if layer < 0 else f"block {layer}"
+            raise MelensError(
+                f"The output of {what} is not finite in {len(prompts)} of {len(trace.prompts)} prompts, first in "
+                f"prompt {prompts.min()} ({trace.model.get('dtype')}): load the model in bfloat16 or float32."
+            )
 
 
 def _settle(trace: Trace, born: pd.DataFrame, n_prompts: int, criterion: Criterion) -> tuple[int | None, str]:
     if born.empty:
-        largest = trace["largest"].query("site == 'hook_resid_post'")["value"].abs().max()
+        values = [grid.at("value", "hook_resid_post")[1] for grid in trace.grids("largest", index="rank")]
+        largest = max(np.nanmax(np.abs(of_grid)) for of_grid in values)
         return None, (
             f"No block's output holds an entry with |h| > {criterion.min_abs:g} and > {criterion.min_ratio:,g} × the "
             f"median |h| (the largest |h| is {largest:.4g})."
@@ -284,35 +320,82 @@ def _settle(trace: Trace, born: pd.DataFrame, n_prompts: int, criterion: Criteri
     return layer, f"First massive at block {layer} in {counts.iloc[0]} of {n_prompts} prompts{end}"
 
 
-def _per_prompt(trace: Trace, massive: pd.DataFrame, criterion: Criterion) -> pd.DataFrame:
-    norms = _norms_by_layer(trace)
-    rows = []
-    for prompt in range(len(trace.prompts)):
-        row: dict[str, Any] = {"prompt": prompt, "layer": -1}
-        of_prompt = massive[massive["prompt"] == prompt]
-        if not of_prompt.empty:
-            at_birth = of_prompt[of_prompt["layer"] == of_prompt["layer"].min()]
-            largest = at_birth.loc[at_birth["value"].abs().idxmax()]
-            row |= {"layer": int(largest["layer"]), "pos": int(largest["pos"]), "dim": int(largest["dim"])}
-            row["value"] = float(largest["value"])
-            of_norms = norms[prompt].to_numpy(dtype=float)
-            row |= _rise(of_norms, row["layer"], row["pos"], set(at_birth["pos"]), criterion)
-            row |= _formed(of_norms, of_prompt, row["layer"], criterion)
-        rows.append(row)
-    return pd.DataFrame(rows).reindex(columns=_PER_PROMPT)  # all of them, also where no prompt has a massive token
+def _norms(trace: Trace) -> list[tuple[Grid, np.ndarray]]:
+    """Lay ‖h‖ out as `[embeddings and blocks, prompt, pos]`, by batch; 0 behind the end of a prompt."""
+    found = []
+    for grid in trace.grids("norm", index="pos"):
+        sites = [grid.at("norm", site) for site in _SITES]
+        if [layers for layers, _ in sites] != [[0], list(range(trace.model["n_layers"]))]:
+            raise MelensError(
+                "find_me_layer needs the norms of the embeddings and of every block's output: trace with "
+                "melens.default_probes(model)."
+            )
+        is_token = np.arange(sites[0][1].shape[-1]) < grid.lengths[:, None]
+        norms = np.concatenate([np.where(is_token, values, 0) for _, values in sites])
+        _check_finite(trace, {at - 1: ~np.isfinite(of_state) for at, of_state in enumerate(norms)}, grid)
+        found.append((grid, norms))
+    return found
+
+
+def _per_prompt(
+    n_prompts: int, norms: Sequence[tuple[Grid, np.ndarray]], massive: Mapping[str, np.ndarray], criterion: Criterion
+) -> pd.DataFrame:
+    """Describe how the massive token of each prompt rises; NaN, and -1 for `layer`, where a prompt has none."""
+    prompts, layers = massive["prompt"], massive["layer"]
+    n_blocks = len(norms[0][1]) - 1
+    birth = np.full(n_prompts, n_blocks)
+    np.minimum.at(birth, prompts, layers)
+    columns = {name: np.full(n_prompts, np.nan) for name in _PER_PROMPT}
+    columns |= {"prompt": np.arange(n_prompts), "layer": np.where(birth < n_blocks, birth, -1)}
+    is_birth = layers == birth[prompts]
+    first = _largest_of_each_prompt(massive, is_birth)
+    for name in ("pos", "dim", "value"):
+        columns[name][prompts[first]] = massive[name][first]
+    largest = _largest_of_each_prompt(massive, layers < _lasting(birth, n_blocks, criterion)[prompts])
+    columns["formed_pos"][prompts[largest]] = massive["pos"][largest]
+    for grid, of_grid in norms:
+        within = columns["layer"][grid.prompts] >= 0
+        own, states = grid.prompts[within], of_grid[:, within].astype(float)
+        row_of = np.full(n_prompts, -1)
+        row_of[own] = np.arange(len(own))
+        here = is_birth & (row_of[prompts] >= 0)
+        is_massive = np.zeros(states.shape[1:], dtype=bool)
+        is_massive[row_of[prompts[here]], massive["pos"][here]] = True
+        layer, position, formed_pos = (columns[name][own].astype(int) for name in ("layer", "pos", "formed_pos"))
+        found = _rise(states, layer, position, is_massive, criterion)
+        found["formed"] = _formed(states, layer, formed_pos, criterion)
+        for name, values in found.items():
+            columns[name][own] = values
+    whole = {name: columns[name].astype(int) for name in _WHOLE if np.isfinite(columns[name]).all()}
+    return pd.DataFrame(columns | whole)
+
+
+def _largest_of_each_prompt(massive: Mapping[str, np.ndarray], among: np.ndarray) -> np.ndarray:
+    """Return where each prompt's entry with the largest |h| is among some entries; of equals the first."""
+    at = np.nonzero(among)[0]
+    at = at[np.lexsort((-np.abs(massive["value"][at]), massive["prompt"][at]))]
+    return at[np.unique(massive["prompt"][at], return_index=True)[1]]
 
 
 def _rise(
-    norms: np.ndarray, layer: int, position: int, massive_positions: set[int], criterion: Criterion
-) -> dict[str, float | int]:
-    """Describe how a prompt's massive token rises; `norms` is `[embeddings and blocks, pos]`."""
-    before, after = norms[layer], norms[layer + 1]
-    ordinary = [at for at in range(norms.shape[1]) if at not in massive_positions]
-    others = [at for at in ordinary if before[at] > 0]  # a padding token's embedding may be 0
-    token, norm_in, norm_out = norms[1:, position], float(before[position]), float(after[position])
+    states: np.ndarray, layer: np.ndarray, position: np.ndarray, is_massive: np.ndarray, criterion: Criterion
+) -> dict[str, np.ndarray]:
+    """Describe how massive tokens rise.
+
+    Args:
+        states: ‖h‖ `[embeddings and blocks, prompt, pos]`, 0 behind the end of a prompt.
+        layer, position: of each prompt's massive token, where it is first massive.
+        is_massive: `[prompt, pos]`, the massive tokens in that block's output.
+    """
+    rows = np.arange(len(layer))
+    before, after, token = states[layer, rows], states[layer + 1, rows], states[1:, rows, position]
+    norm_in, norm_out = before[rows, position], after[rows, position]
+    is_other = ~is_massive & (before > 0)  # a padding token's embedding may be 0
+    lifts = np.divide(after, before, out=np.zeros_like(before), where=is_other)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        magnification = norm_out / norm_in
+        relative = magnification / (lifts.sum(1) / is_other.sum(1))
     peak = _peak(token, layer, criterion)
-    magnification = float(after[position] / before[position])
-    relative = magnification / float((after[others] / before[others]).mean()) if others else np.nan
     return {
         "norm_in": norm_in, "norm_out": norm_out,
         "magnification": magnification, "relative_magnification": relative,
@@ -321,37 +404,28 @@ def _rise(
     }  # fmt: skip
 
 
-def _formed(norms: np.ndarray, massive: pd.DataFrame, layer: int, criterion: Criterion) -> dict[str, int]:
-    """Find a prompt's largest massive token, the trailing blocks apart, and the block that completes it.
+def _formed(states: np.ndarray, layer: np.ndarray, position: np.ndarray, criterion: Criterion) -> np.ndarray:
+    """Find the block that completes each prompt's largest massive token, `position`; other arguments as for `_rise`.
 
     That is the ME layer where it alone brings the token's peak norm, else the first that reaches 90% of it.
     """
-    lasting = massive[massive["layer"] < max(layer + 1, len(norms) - 1 - criterion.trailing_blocks)]
-    position = int(lasting["pos"].to_numpy()[lasting["value"].abs().to_numpy().argmax()])
-    token = norms[1:, position]
+    rows = np.arange(len(layer))
+    token = states[1:, rows, position]
     peak = _peak(token, layer, criterion)
-    brings_it = token[layer] - norms[layer, position] >= criterion.one_block * peak
-    formed = layer if brings_it else max(layer, _first_reaching(0.9 * peak, token))
-    return {"formed": formed, "formed_pos": position}
+    brings_it = token[layer, rows] - states[layer, rows, position] >= criterion.one_block * peak
+    return np.where(brings_it, layer, np.maximum(layer, _first_reaching(0.9 * peak, token)))
 
 
-def _peak(token: np.ndarray, layer: int, criterion: Criterion) -> float:
-    return float(token[: max(layer + 1, len(token) - criterion.trailing_blocks)].max())
+def _peak(token: np.ndarray, layer: np.ndarray, criterion: Criterion) -> np.ndarray:
+    """Return the peak of norms `[block, prompt]`, the trailing blocks apart."""
+    is_lasting = np.arange(len(token))[:, None] < _lasting(layer, len(token), criterion)
+    return np.where(is_lasting, token, 0).max(0)
 
 
-def _first_reaching(norm: float, token: np.ndarray) -> int:
-    return int(np.argmax(token >= norm))
+def _lasting(layer: np.ndarray, n_blocks: int, criterion: Criterion) -> np.ndarray:
+    """Return how many blocks there are without the trailing ones, but at least up to the one given."""
+    return np.maximum(layer + 1, n_blocks - criterion.trailing_blocks)
 
 
-def _norms_by_layer(trace: Trace) -> pd.DataFrame:
-    """Lay ‖h‖ out with a row for the embeddings (-1) and each block, a column for each prompt and position."""
-    table = trace["norm"]
-    table = table[table["site"].isin(_SITES)]
-    layers = table["layer"].where(table["site"] == "hook_resid_post", -1)
-    wide = table.assign(layer=layers).pivot(index="layer", columns=["prompt", "pos"], values="norm").sort_index(axis=1)
-    if list(wide.index) != list(range(-1, trace.model["n_layers"])) or wide.isna().any(axis=None):
-        raise MelensError(
-            "find_me_layer needs the norms of the embeddings and of every block's output: trace with "
-            "melens.default_probes(model)."
-        )
-    return wide
+def _first_reaching(norm: np.ndarray, token: np.ndarray) -> np.ndarray:
+    return np.argmax(token >= norm, axis=0)

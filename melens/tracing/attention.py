@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from melens.analysis.metrics import has_triton
 from melens.errors import MelensError
 
 __all__ = [
@@ -110,6 +111,10 @@ def attention_on_keys(
     batch, n_heads, n_pos, _ = query.shape
     if not keys:
         return logsumexp.new_empty((batch, n_heads, n_pos, 0), dtype=torch.float32)
+    if query.is_cuda and has_triton():
+        from melens.tracing.kernels import on_keys
+
+        return on_keys(query, key, logsumexp, keys, scale, window)
     group = n_heads // key.shape[1]
     wanted = torch.stack([repeat(key[:, :, at], "batch kv d -> batch kv group d", group=group) for at in keys], dim=-1)
     scores = _matmul_float32(query.flatten(0, 1), wanted.flatten(0, 2)).unflatten(0, (batch, n_heads))

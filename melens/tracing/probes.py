@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -53,7 +53,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """The prompts of one forward pass, padded on the right.
 
@@ -65,30 +65,43 @@ class Batch:
     tokens: Int[Tensor, "batch pos"]
     lengths: tuple[int, ...]
     prompts: tuple[int, ...]
-    _weights_after: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _columns: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _known: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+
+    @cached_property
+    def n_tokens(self) -> Int[Tensor, " batch"]:
+        """The lengths, where the tokens are."""
+        return torch.tensor(self.lengths, dtype=torch.int32).to(self.tokens.device)
 
     @cached_property
     def is_token(self) -> Bool[Tensor, "batch pos"]:
         """False at padding."""
-        return (torch.arange(self.tokens.shape[1]) < torch.tensor(self.lengths)[:, None]).to(self.tokens.device)
+        return torch.arange(self.tokens.shape[1], device=self.tokens.device) < self.n_tokens[:, None]
 
     def weights_after(self, key: int) -> Float[Tensor, "batch pos"]:
         """Equal weights of sum 1 for the tokens after a position, 0 for the others; NaN where there are none."""
-        if key not in self._weights_after:
+        if ("after", key) not in self._known:
             later = self.is_token.float()
             later[:, : key + 1] = 0
-            self._weights_after[key] = later / later.sum(dim=-1, keepdim=True)
-        return self._weights_after[key]
+            self._known["after", key] = later / later.sum(dim=-1, keepdim=True)
+        return self._known["after", key]
 
     def columns_of(self, positions: tuple[int, ...]) -> Int[Tensor, "batch position"]:
         """The columns of positions, of which negative ones count from each prompt's own end; -1 where it has none."""
-        if positions not in self._columns:
-            ends, wanted = torch.tensor(self.lengths)[:, None], torch.tensor(positions)[None, :]
-            columns = torch.where(wanted < 0, ends + wanted, wanted)
-            columns = torch.where((columns < 0) | (columns >= ends), -1, columns)
-            self._columns[positions] = columns.to(self.tokens.device)
-        return self._columns[positions]
+        if ("columns", positions) not in self._known:
+            ends = self.n_tokens.long()
+            columns = torch.stack([ends + at if at < 0 else torch.full_like(ends, at) for at in positions], dim=1)
+            is_there = (columns >= 0) & (columns < ends[:, None])
+            self._known["columns", positions] = columns.where(is_there, -1)
+        return self._known["columns", positions]
+
+    def times(self, n: int) -> Batch:
+        """These prompts n times over, for the activations of n blocks one after the other."""
+        if ("times", n) not in self._known:
+            many = self if n == 1 else Batch(self.tokens.repeat(n, 1), self.lengths * n, self.prompts * n)
+            if n > 1:  # from the lengths that are on the device already
+                many.__dict__["n_tokens"] = self.n_tokens.repeat(n)
+            self._known["times", n] = many
+        return self._known["times", n]
 
 
 class Probe(ABC):
@@ -104,7 +117,9 @@ class Probe(ABC):
         layers: blocks to measure; None for all.
         kind: `"table"`, or `"tensor"` for wide results, kept as `[prompt, layer, *index]`.
         may_miss: a hook that does not fire in this model leaves a gap; otherwise it is an error.
-        waits: `finish` waits for the GPU, so that every other probe's is called before.
+        by_row: each row of a batch is reduced by itself, from the activation and the batch's tensors alone. Then one
+            `reduce` may get several blocks' activations of a site at once, one after the other along the batch, and be
+            recorded as a CUDA graph that runs on other prompts.
     """
 
     name: str
@@ -114,7 +129,7 @@ class Probe(ABC):
     layers: Sequence[int] | None = None
     kind: Literal["table", "tensor"] = "table"
     may_miss: bool = False
-    waits: bool = False
+    by_row: bool = False
 
     @abstractmethod
     def reduce(self, activation: Tensor, batch: Batch) -> dict[str, Tensor]:
@@ -127,12 +142,9 @@ class Probe(ABC):
         """Do what `reduce` does; for a probe that must know the site and the block: override it."""
         return self.reduce(activation, batch)
 
-    def finish(self, reduced: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-        """Turn what `reduce` returned, stacked to `[place, batch, ...]`, into the quantities `[place, batch, *index]`.
-
-        Called once a batch: what can wait until here costs a GPU one call in place of one a block.
-        """
-        return reduced
+    def complete(self, quantities: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Turn what `reduce` returned for a batch, stacked to `[place, batch, ...]` on the CPU, into the quantities."""
+        return quantities
 
     @checked
     def named(self, name: Name) -> Probe:
@@ -146,6 +158,7 @@ class Norms(Probe):
     """L2 norm by layer and position: figures 1, 2, 5a, 10 and 11-20."""
 
     name = "norm"
+    by_row = True
     index = ("pos",)
 
     @checked
@@ -170,8 +183,8 @@ class LargestActivations(Probe):
     """
 
     name = "largest"
+    by_row = True
     index = ("rank",)
-    waits = True
 
     @checked
     def __init__(
@@ -181,52 +194,61 @@ class LargestActivations(Probe):
         self.sites = tuple(sites)
 
     def reduce(self, activation: Float[Tensor, "batch pos d"], batch: Batch) -> dict[str, Tensor]:
-        by_token = abs_max(activation)
-        if min(batch.lengths) < activation.shape[1]:
-            by_token = by_token.masked_fill(~batch.is_token.to(activation.device), -1)
-        positions = by_token.topk(min(self.n_tokens, activation.shape[1]), dim=-1, sorted=False).indices
-        tokens = activation.gather(1, positions[..., None].expand(-1, -1, activation.shape[-1]))
-        return {"by_token": by_token, "positions": positions, "tokens": tokens}
+        sizes = abs_max(activation).masked_fill(~batch.is_token.to(activation.device), -1)
+        n_tokens, n_dims = min(self.n_tokens, activation.shape[1]), min(self.n_dims, activation.shape[2])
+        if sizes.is_cuda and has_triton():
+            from melens.tracing.kernels import largest_dims, largest_tokens
 
-    def finish(self, reduced: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-        by_token, positions = reduced["by_token"], reduced["positions"]
-        largest, order = by_token.gather(-1, positions).sort(dim=-1, descending=True)
-        tokens = reduced["tokens"].take_along_dim(order[..., None], dim=-2).float()
-        tokens = tokens.masked_fill(largest[..., None] < 0, float("nan"))  # padding
-        dims = tokens.abs().nan_to_num(-1).topk(min(self.n_dims, tokens.shape[-1]), dim=-1).indices
-        at = positions.take_along_dim(order, dim=-1).masked_fill(largest < 0, -1)[..., None].expand_as(dims)
-        entries = {"pos": at, "dim": dims, "value": tokens.gather(-1, dims)}
-        others = self._others(by_token.scatter(-1, positions, -1))
-        return {name: torch.cat([values.flatten(2), others[name]], dim=-1) for name, values in entries.items()}
+            positions = largest_tokens(sizes, n_tokens)
+            values, dims = largest_dims(activation, positions, n_dims)
+        else:
+            largest, positions = sizes.topk(n_tokens, dim=-1)
+            tokens = activation[torch.arange(len(positions), device=positions.device)[:, None], positions]
+            dims = tokens.abs().topk(n_dims, dim=-1).indices
+            is_missing = largest < 0  # the prompt has fewer tokens
+            positions = positions.masked_fill(is_missing, -1)
+            values = tokens.gather(-1, dims).float().masked_fill(is_missing[..., None], float("nan"))
+        at = positions[..., None].expand_as(dims)
+        entries = {"pos": at.int(), "dim": dims.int(), "value": values}
+        return {name: of_rank.flatten(1) for name, of_rank in entries.items()} | {"of_token": sizes}
 
-    def _others(self, by_token: Float[Tensor, "place batch pos"]) -> dict[str, Tensor]:
-        """List the other tokens with an entry over `min_abs`, in as many rows as the fullest hidden state needs."""
-        n_rows = int((by_token > self.min_abs).sum(-1).max())
-        values, positions = by_token.topk(n_rows, dim=-1)
+    def complete(self, quantities: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Add the other tokens with an entry over `min_abs`, in as many rows as the fullest hidden state needs."""
+        of_token, positions = quantities.pop("of_token").float(), quantities["pos"]
+        n_large = (of_token > self.min_abs).sum(-1)
+        n_rows = int(n_large.max()) - self.n_tokens
+        if n_rows <= 0:
+            return quantities
+        others = of_token.scatter(-1, positions.clamp(min=0).long(), -1)
+        values, at = others.topk(n_rows, dim=-1)
         is_large = values > self.min_abs
-        return {
-            "pos": positions.where(is_large, -1),
-            "dim": torch.full_like(positions, -1),
-            "value": values.float().masked_fill(~is_large, float("nan")),
+        more = {
+            "pos": at.where(is_large, -1).int(),
+            "dim": torch.full_like(at, -1).int(),
+            "value": values.masked_fill(~is_large, float("nan")),
         }
+        return {name: torch.cat([values, more[name]], dim=-1) for name, values in quantities.items()}
 
 
 class AbsMedian(Probe):
     """The median of |h| over all tokens and dims of a hidden state: the other half of the criterion for "massive"."""
 
     name = "abs_median"
+    by_row = True
 
     @checked
     def __init__(self, sites: SiteList = ("hook_resid_post",)):
         self.sites = tuple(sites)
 
     def reduce(self, activation: Float[Tensor, "batch pos d"], batch: Batch) -> dict[str, Tensor]:
-        hiddens = [hidden[:length] for hidden, length in zip(activation, batch.lengths, strict=True)]
         if activation.is_cuda and activation.element_size() == 2 and has_triton():
             from melens.tracing.kernels import abs_medians
 
-            return {"abs_median": abs_medians(hiddens)}
-        return {"abs_median": torch.stack([abs_median(hidden) for hidden in hiddens])}
+            return {"abs_median": abs_medians(activation, batch.n_tokens.to(activation.device))}
+        if min(batch.lengths) == max(batch.lengths):
+            return {"abs_median": abs_median(activation[:, : batch.lengths[0]])}
+        hiddens = (hidden[:length] for hidden, length in zip(activation, batch.lengths, strict=True))
+        return {"abs_median": torch.stack(list(map(abs_median, hiddens)))}
 
 
 class TokenVectors(Probe):
@@ -237,6 +259,7 @@ class TokenVectors(Probe):
     """
 
     name = "token_vectors"
+    by_row = True
     index = ("pos", "dim")
     kind = "tensor"
 
@@ -246,24 +269,20 @@ class TokenVectors(Probe):
         self.sites = (site,)
 
     def reduce(self, activation: Float[Tensor, "batch pos *d"], batch: Batch) -> dict[str, Tensor]:
-        if min(self.positions) >= 0:  # the same column in every row
-            last = activation.shape[1] - 1
-            vectors = [activation[:, min(position, last)].flatten(1) for position in self.positions]
-            return {"vector": torch.stack(vectors, dim=1)}
         columns = batch.columns_of(self.positions).to(activation.device)
-        rows = torch.arange(len(columns), device=activation.device)[:, None]
-        return {"vector": activation[rows, columns].flatten(2)}
-
-    def finish(self, reduced: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-        vectors = reduced["vector"].float()
-        missing = (batch.columns_of(self.positions) < 0).to(vectors.device)
-        return {"vector": vectors.masked_fill(missing[None, :, :, None], float("nan"))}
+        if self.positions == (0,):
+            vectors = activation[:, :1].flatten(2)
+        else:
+            rows = torch.arange(len(columns), device=activation.device)[:, None]
+            vectors = activation[rows, columns].flatten(2)
+        return {"vector": vectors.masked_fill((columns < 0)[..., None], float("nan"))}
 
 
 class SinkMass(Probe):
     """How much attention the later queries pay to one key, by layer and head (section 6, figure 7)."""
 
     name = "sink_mass"
+    by_row = True
     sites = (ATTENTION_ON_KEYS,)
     index = ("head",)
 
@@ -279,6 +298,7 @@ class SinkByQuery(Probe):
     """The attention that each position pays to one key, averaged over heads: the sink map of any length."""
 
     name = "sink_by_query"
+    by_row = True
     sites = (ATTENTION_ON_KEYS,)
     index = ("pos",)
 

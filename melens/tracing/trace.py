@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,13 +22,14 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from melens.data.prompts import Prompt, TokenizedPrompts, check_length, tokenize
 from melens.errors import MelensError
-from melens.models.layout import listed
 from melens.models.quantization import describe_quantization
 from melens.models.view import base_of
 from melens.storage.files import atomic_folder
 from melens.tracing.batching import forget_longest
 from melens.tracing.probes import AbsMedian, Batch, LargestActivations, Norms, Probe, SinkMass, TokenVectors
+from melens.tracing.recording import Recorder, Target, targets_of
 from melens.tracing.sites import Sites
+from melens.tracing.tables import Grid, Tables, Tensors, grids_of
 from melens.tracing.twin import Way, is_hooked, running
 from melens.tracing.verification import Verification, verified
 from melens.validation.arguments import BosOrNot, Bridge, Probes, Prompts, check_vocabulary
@@ -57,7 +58,7 @@ class Trace:
     model: dict[str, Any]
     prompts: pd.DataFrame
     tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __getitem__(self, probe: Any) -> pd.DataFrame:
         """Return the table of a probe; a `MelensError` names the probes of this trace if it is not among them."""
@@ -65,6 +66,17 @@ class Trace:
             has = [*sorted(self.tables), *(f"trace.tensors[{name!r}]" for name in sorted(self.tensors))]
             raise MelensError(f"The trace has no table {given(probe)}; it has {', '.join(has) or 'none'}.")
         return self.tables[probe]
+
+    def grids(self, probe: str, index: str | None = None) -> list[Grid]:
+        """Return a table as arrays, which many prompts are faster to compute with than with its rows.
+
+        Args:
+            probe: the table's name.
+            index: what its probe's index names; None where there is a row a prompt, block and site.
+        """
+        if isinstance(self.tables, Tables) and probe in self.tables:
+            return self.tables.grids(probe)
+        return grids_of(self[probe], self.prompts["n_tokens"].tolist(), index)
 
     @checked
     def save(self, folder: Folder, *, replace: bool = True) -> Path:
@@ -173,7 +185,7 @@ def trace(
                 f"The probe {probe.name!r} asks for the key at position {max(probe.keys)}; the longest prompt has "
                 f"{longest} tokens."
             )
-    recorder = _Recorder(probes, [target for probe in probes for target in _targets(model, probe)])
+    recorder = Recorder(probes, [target for probe in probes for target in targets_of(model, probe)])
     verification = verified(model, [site for probe in probes for site in probe.sites])
     total, rule = sum(map(len, tokens)), verification.rule
     groups = rule.groups([len(ids) for ids in tokens], max_batch_tokens=max_batch_tokens)
@@ -189,14 +201,14 @@ def trace(
                 if progress is not None:
                     progress(recorder.n_tokens, total)
                 network(input_ids=batch.tokens, use_cache=False)
+                recorder.end()
             described = _describe(model, verification), _describe_prompts(model, given_prompts)  # while a GPU computes
-        recorder.end()
+        recorded = recorder.recorded()
     if progress is not None:
         progress(recorder.n_tokens, total)
-    recorded = [probe for probe in probes if recorder.has(probe)]
-    tables = {probe.name: partial(recorder.table, probe) for probe in recorded if probe.kind == "table"}
-    tensors = {probe.name: recorder.tensor(probe, len(tokens)) for probe in recorded if probe.kind == "tensor"}
-    return Trace(*described, _Tables(tables), tensors)
+    tables = Tables(recorded, [probe for probe in probes if probe.kind == "table"])
+    tensors = Tensors(recorded, [probe for probe in probes if probe.kind == "tensor"], len(tokens))
+    return Trace(*described, tables, tensors)
 
 
 @checked
@@ -212,25 +224,6 @@ def default_probes(model: Bridge, *, min_abs: Number = 100) -> list[Probe]:
         probe.may_miss = True
         probe.sites = tuple(site for site in probe.sites if sites.find(site))
     return [probe for probe in probes if probe.sites]
-
-
-class _Tables(Mapping[str, pd.DataFrame]):
-    """Tables by probe, each laid out when it is first asked for."""
-
-    def __init__(self, make: Mapping[str, Callable[[], pd.DataFrame]]):
-        self._make = make
-        self._made: dict[str, pd.DataFrame] = {}
-
-    def __getitem__(self, probe: str) -> pd.DataFrame:
-        if probe not in self._made:
-            self._made[probe] = self._make[probe]()
-        return self._made[probe]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._make)
-
-    def __len__(self) -> int:
-        return len(self._make)
 
 
 def as_tokens(model: TransformerBridge, prompts: Any, bos: BosOrNot = "auto") -> TokenizedPrompts:
@@ -260,215 +253,31 @@ def _describe_prompts(model: TransformerBridge, prompts: TokenizedPrompts) -> pd
     )
 
 
-# --- What to record ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True, eq=False)
-class _Target:
-    """One probe at one site of one block; without a hook point it is the attention on the probe's keys."""
-
-    probe: Probe
-    site: str
-    layer: int
-    hook_point: HookPoint | None
-
-
-def _targets(model: TransformerBridge, probe: Probe) -> list[_Target]:
-    n_layers = len(model.blocks)
-    layers = range(n_layers) if probe.layers is None else probe.layers
-    if any(not 0 <= layer < n_layers for layer in layers):
-        raise MelensError(
-            f"The probe {probe.name!r} measures layers {list(layers)}; the model has 0 to {n_layers - 1}."
-        )
-    found: list[_Target] = []
-    wanted = {-1, *layers}
-    for site in probe.sites:  # one named with its block is wanted whatever the layers are
-        everywhere = Sites.of(model).find(site)
-        places = [place for place in everywhere if place.layer in wanted or place.site != site]
-        if not places:
-            has = [place.layer for place in everywhere]
-            where = f" in {listed(layers)}; this model has it in {listed(has)}" if has else ", which no block here has"
-            raise MelensError(f"The probe {probe.name!r} measures at {site!r}{where}.")
-        found += [_Target(probe, *place) for place in places]
-    return found
-
-
 @contextmanager
-def _recording(model: TransformerBridge, recorder: _Recorder, way: Way) -> Iterator[Any]:
+def _recording(model: TransformerBridge, recorder: Recorder, way: Way) -> Iterator[Any]:
     """Let every probe reduce what passes in the model that is given, of which nothing runs that nobody needs."""
-    at_keys: dict[int, list[_Target]] = defaultdict(list)
+    at_keys: dict[int, list[Target]] = defaultdict(list)
+    at_points: dict[int, list[Target]] = defaultdict(list)
     for target in recorder.expected:
         if target.hook_point is None:
             at_keys[target.layer].append(target)
+        else:
+            at_points[id(target.hook_point)].append(target)
     keys = sorted({key for targets in at_keys.values() for target in targets for key in target.probe.keys})
 
     def record_attention(layer: int, attention: Tensor) -> None:
+        by_keys: dict[tuple[int, ...], list[Target]] = defaultdict(list)
         for target in at_keys[layer]:
-            columns = [attention[..., keys.index(key)] for key in target.probe.keys]  # in the probe's own order
-            recorder.add(target, attention if list(target.probe.keys) == keys else torch.stack(columns, dim=-1))
+            by_keys[target.probe.keys].append(target)
+        for wanted, targets in by_keys.items():  # in the probe's own order
+            columns = attention if list(wanted) == keys else attention[..., [keys.index(key) for key in wanted]]
+            recorder.record(targets, columns)
 
-    recorders = [(at.hook_point, partial(recorder.add, at)) for at in recorder.expected if at.hook_point is not None]
-    recorded = {id(hook_point) for hook_point, _ in recorders}
+    recorders = [(at[0].hook_point, partial(recorder.record, at)) for at in at_points.values() if at[0].hook_point]
     at_head = [module for module in model.unembed.modules() if isinstance(module, HookPoint)]
-    wants_logits = any(id(hook_point) in recorded or is_hooked(hook_point) for hook_point in at_head)
+    wants_logits = any(id(hook_point) in at_points or is_hooked(hook_point) for hook_point in at_head)
     with running(model, recorders, keys, record_attention if at_keys else None, way=way) as network:
         yield network if wants_logits else base_of(network)
-
-
-# --- Recording --------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Chunk:
-    """One probe's quantities of one batch, each `[place, batch, *index]`."""
-
-    batch: Batch
-    places: list[tuple[str, int]]
-    quantities: dict[str, np.ndarray]
-
-
-class _Recorder:
-    """Lets probes reduce what passes, and lays their results out as tables."""
-
-    def __init__(self, probes: Sequence[Probe], expected: list[_Target]) -> None:
-        self.n_tokens = 0
-        self.expected = expected
-        self._batch: Batch | None = None
-        self._reduced: dict[str, list[tuple[_Target, dict[str, Tensor]]]] = {probe.name: [] for probe in probes}
-        self._chunks: dict[str, list[_Chunk]] = {probe.name: [] for probe in probes}
-
-    def begin(self, batch: Batch) -> None:
-        if self._batch is not None:
-            self.end()
-        self._batch = batch
-
-    def add(self, target: _Target, activation: Tensor) -> None:
-        assert self._batch is not None
-        reduced = target.probe.reduce_at(target.site, target.layer, activation, self._batch)
-        self._reduced[target.probe.name].append((target, reduced))
-
-    def end(self) -> None:
-        """Bring the batch's results to the CPU, one transfer a quantity, once all of them are under way."""
-        batch, self._batch = self._batch, None
-        assert batch is not None
-        self._check_each_recorded_once()
-        finished = []
-        of_probes = [recorded for recorded in self._reduced.values() if recorded]
-        for recorded in sorted(of_probes, key=lambda recorded: recorded[0][0].probe.waits):
-            probe, first = recorded[0][0].probe, recorded[0][1]
-            _check_alike(probe, recorded)
-            device = next(iter(first.values())).device
-            stacked = {key: torch.stack([reduced[key].to(device) for _, reduced in recorded]) for key in first}
-            places = [(target.site, target.layer) for target, _ in recorded]
-            quantities = probe.finish(stacked, batch)
-            _check_dims(probe, quantities, len(places), batch)
-            on_cpu = {key: _start_transfer(values) for key, values in quantities.items()}
-            finished.append((probe.name, places, on_cpu, device))
-            recorded.clear()
-        for device in {device for *_, device in finished if device.type == "cuda"}:
-            torch.cuda.synchronize(device)
-        for name, places, on_cpu, _ in finished:
-            arrays = {key: values.numpy() for key, values in on_cpu.items()}
-            self._chunks[name].append(_Chunk(batch, places, arrays))
-        self.n_tokens += sum(batch.lengths)
-
-    def _check_each_recorded_once(self) -> None:
-        times = Counter(id(target) for recorded in self._reduced.values() for target, _ in recorded)
-        for target in self.expected:
-            if times[id(target)] > 1 or not (times[id(target)] or target.probe.may_miss):
-                raise MelensError(
-                    f"The probe {target.probe.name!r} cannot measure {target.site!r} in block {target.layer}: it needs "
-                    f"one activation a forward pass, and this model has {times[id(target)]} there."
-                )
-
-    def has(self, probe: Probe) -> bool:
-        return bool(self._chunks[probe.name])
-
-    def table(self, probe: Probe) -> pd.DataFrame:
-        sites = list(dict.fromkeys(site for chunk in self._chunks[probe.name] for site, _ in chunk.places))
-        chunks = [_tidy(chunk, probe.index, sites) for chunk in self._chunks[probe.name]]
-        columns = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
-        of_site: Any = pd.Categorical.from_codes(columns["site"].astype(np.int8), categories=pd.Index(sites))
-        return pd.DataFrame(columns | {"site": of_site}, copy=False)
-
-    def tensor(self, probe: Probe, n_prompts: int) -> Tensor:
-        chunks = self._chunks[probe.name]
-        (quantity,) = chunks[0].quantities
-        shape = chunks[0].quantities[quantity].shape
-        if any(chunk.quantities[quantity].shape[2:] != shape[2:] for chunk in chunks):
-            raise MelensError(f"The probe {probe.name!r} takes prompts of one length: its results lie in one tensor.")
-        whole = torch.full((n_prompts, shape[0], *shape[2:]), float("nan"))
-        for chunk in chunks:
-            whole[list(chunk.batch.prompts)] = torch.from_numpy(chunk.quantities[quantity]).float().transpose(0, 1)
-        return whole
-
-
-def _check_alike(probe: Probe, recorded: Sequence[tuple[_Target, Any]]) -> None:
-    """Raise a `MelensError` where a probe's results are no tensors by name, or cannot lie in one table."""
-    first, of_first = recorded[0]
-    for target, reduced in recorded:
-        named = reduced.values() if isinstance(reduced, Mapping) else ()
-        if not named or not all(isinstance(values, Tensor) for values in named):
-            raise MelensError(
-                f"The probe {probe.name!r} returns {given(reduced)} at {target.site!r} in block {target.layer}; "
-                "its reduce must return a dict of tensors, such as {'norm': norms}."
-            )
-    for target, reduced in recorded[1:]:
-        for name, values in reduced.items():
-            if of_first[name].shape != values.shape:
-                raise MelensError(
-                    f"The probe {probe.name!r} returns {name!r} of shape {list(of_first[name].shape)} at "
-                    f"{first.site!r} in block {first.layer} and of shape {list(values.shape)} at {target.site!r} in "
-                    f"block {target.layer}: trace these sites with a probe each."
-                )
-
-
-def _check_dims(probe: Probe, quantities: Mapping[str, Tensor], n_places: int, batch: Batch) -> None:
-    """Raise a `MelensError` where the dimensions of a probe's results are not those that its index names."""
-    n_rows, n_pos = batch.tokens.shape
-    if probe.kind == "tensor" and len(quantities) > 1:
-        raise MelensError(
-            f"The probe {probe.name!r} of kind 'tensor' returns {', '.join(quantities)}; it must return one tensor."
-        )
-    for name, values in quantities.items():
-        named = dict(zip(probe.index, values.shape[2:], strict=False))
-        is_of_batch = tuple(values.shape[:2]) == (n_places, n_rows)
-        reaches_over_tokens = named.get("pos", n_pos) == n_pos or probe.kind == "tensor"
-        if values.ndim != 2 + len(probe.index) or not is_of_batch or not reaches_over_tokens:
-            raise MelensError(
-                f"The probe {probe.name!r} returns {name!r} of shape {list(values.shape[1:])} for {n_rows} prompts of "
-                f"up to {n_pos} tokens; its index {list(probe.index)} must name each dimension after the prompts'."
-            )
-
-
-def _start_transfer(values: Tensor) -> Tensor:
-    """Bring a quantity to the CPU; from a GPU the copy is complete once the GPU has been waited for."""
-    values = values.float() if values.is_floating_point() else values
-    if not values.is_cuda:
-        return values.cpu()
-    pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    return pinned.copy_(values, non_blocking=True)
-
-
-def _tidy(chunk: _Chunk, index: tuple[str, ...], sites: list[str]) -> dict[str, np.ndarray]:
-    """Lay `[place, batch, *index]` arrays out as columns, without the rows of padded positions."""
-    shape = next(iter(chunk.quantities.values())).shape
-    axes: dict[str, tuple[int, np.ndarray]] = {
-        "prompt": (1, np.asarray(chunk.batch.prompts, dtype=np.int32)),
-        "layer": (0, np.asarray([layer for _, layer in chunk.places], dtype=np.int32)),
-        "site": (0, np.asarray([sites.index(site) for site, _ in chunk.places], dtype=np.int8)),
-        **{name: (2 + i, np.arange(shape[2 + i], dtype=np.int32)) for i, name in enumerate(index)},
-    }
-    columns = {name: np.broadcast_to(_along(values, axis, len(shape)), shape) for name, (axis, values) in axes.items()}
-    columns |= chunk.quantities
-    if "pos" in index and min(chunk.batch.lengths) < shape[axes["pos"][0]]:
-        real = columns["pos"] < _along(np.asarray(chunk.batch.lengths), 1, len(shape))
-        return {name: values[real] for name, values in columns.items()}
-    return {name: values.reshape(-1) for name, values in columns.items()}
-
-
-def _along(values: np.ndarray, axis: int, n_axes: int) -> np.ndarray:
-    return values.reshape([-1 if i == axis else 1 for i in range(n_axes)])
 
 
 def _describe(model: TransformerBridge, checked: Verification) -> dict[str, Any]:

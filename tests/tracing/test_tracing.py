@@ -568,6 +568,17 @@ class Total(Probe):
         return {"total": activation.sum((1, 2))}
 
 
+class ByHead(Probe):
+    """Finds fewer heads of keys than of queries."""
+
+    name = "by_head"
+    sites = ("attn.hook_q", "attn.hook_k")
+    index = ("pos", "head")
+
+    def reduce(self, activation, batch):
+        return {"norm": activation.norm(dim=-1)}
+
+
 def test_two_probes_of_one_class_are_traced_together():
     model, prompts = bridge(plain_model("llama")), some_prompts()
     probes = [melens.Norms(("ln1.hook_out",)), melens.Norms(("ln2.hook_out",)).named("norm_2")]
@@ -686,7 +697,7 @@ def test_a_trace_survives_saving(tmp_path):
         (lambda model: melens.trace(model, some_prompts(), [melens.Norms(("attn.hook_v",))]), "name each dimension"),
         (lambda model: melens.trace(model, some_prompts(), [Total()]), "name each dimension"),
         (
-            lambda model: melens.trace(model, some_prompts(), [melens.Norms(("attn.hook_q", "attn.hook_k"))]),
+            lambda model: melens.trace(model, some_prompts(), [ByHead()]),
             "trace these sites with a probe each",
         ),
         (lambda model: melens.trace(model, some_prompts(), [melens.Norms(("hook_nope",))]), "'hook_nope'"),

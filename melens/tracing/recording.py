@@ -1,0 +1,275 @@
+"""Record what passes in forward passes: give it to the probes, and bring what they make of it to the CPU.
+
+1. `Recorder.record` takes the activation of a site. Small ones are copied, so that a probe reduces several blocks at
+   once (`Probe.by_row`): where a block takes little, a call for each takes longer than the block.
+2. What the probes return stays where it is up to a few MiB, and is then copied to the CPU, while the model goes on.
+3. `Recorder.recorded` waits for the copies, and lays out each probe's results by site and block, a `Chunk` a batch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
+
+from melens.errors import MelensError
+from melens.models.layout import listed
+from melens.tracing.probes import Batch, Probe
+from melens.tracing.sites import Sites
+from melens.validation.signatures import given
+
+__all__ = ["Chunk", "Recorder", "Target", "targets_of"]
+
+_PENDING_BYTES = 8 * 2**20
+"""Up to how much a site's activations wait to be reduced together."""
+
+_KEPT_BYTES = 16 * 2**20
+"""Up to how much reduced results stay on a GPU."""
+
+Reduced = dict[str, Tensor]
+"""What a probe's `reduce` returns."""
+
+
+@dataclass(slots=True, eq=False)
+class Target:
+    """One probe at one site of one block; without a hook point it is the attention on the probe's keys."""
+
+    probe: Probe
+    site: str
+    layer: int
+    hook_point: HookPoint | None
+
+
+def targets_of(model: TransformerBridge, probe: Probe) -> list[Target]:
+    """Return where a probe measures in a model, by site and block.
+
+    Raises:
+        MelensError: layers or sites that the model does not have.
+    """
+    n_layers = len(model.blocks)
+    layers = range(n_layers) if probe.layers is None else probe.layers
+    if any(not 0 <= layer < n_layers for layer in layers):
+        raise MelensError(
+            f"The probe {probe.name!r} measures layers {list(layers)}; the model has 0 to {n_layers - 1}."
+        )
+    found: list[Target] = []
+    wanted = {-1, *layers}
+    for site in probe.sites:  # one named with its block is wanted whatever the layers are
+        everywhere = Sites.of(model).find(site)
+        places = [place for place in everywhere if place.layer in wanted or place.site != site]
+        if not places:
+            has = [place.layer for place in everywhere]
+            where = f" in {listed(layers)}; this model has it in {listed(has)}" if has else ", which no block here has"
+            raise MelensError(f"The probe {probe.name!r} measures at {site!r}{where}.")
+        found += [Target(probe, *place) for place in places]
+    return found
+
+
+@dataclass
+class Chunk:
+    """One probe's results of one batch.
+
+    Attributes:
+        lengths, prompts: as those of the `Batch`.
+        places: site and block of each place, in the order of the probe's sites.
+    """
+
+    lengths: tuple[int, ...]
+    prompts: tuple[int, ...]
+    places: list[tuple[str, int]]
+    _probe: Probe
+    _pieces: list[Reduced]
+    _order: list[int]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What follows place and batch in the first quantity."""
+        return tuple(next(iter((self._pieces or [self.quantities])[0].values())).shape[2:])
+
+    @cached_property
+    def quantities(self) -> Reduced:
+        """The probe's quantities on the CPU, each `[place, batch, *index]`."""
+        whole = {name: torch.cat([piece[name] for piece in self._pieces]) for name in self._pieces[0]}
+        if self._order != sorted(self._order):
+            whole = {name: values[self._order] for name, values in whole.items()}
+        self._pieces.clear()
+        return self._probe.complete(whole)
+
+
+@dataclass
+class _OfProbe:
+    """What a probe returned in the batch that runs: by piece the targets, and the results `[place, batch, ...]`."""
+
+    targets: list[Target] = field(default_factory=list)
+    kept: list[Reduced] = field(default_factory=list)
+    on_cpu: list[Reduced] = field(default_factory=list)
+
+
+class Recorder:
+    """Lets probes reduce what passes, and keeps their results."""
+
+    def __init__(self, probes: Sequence[Probe], expected: list[Target]) -> None:
+        self.expected = expected
+        self.n_tokens = 0
+        self._probes = probes
+        self._batch: Batch | None = None
+        self._pending: dict[tuple[str, ...], tuple[list[list[Target]], list[Tensor]]] = {}
+        self._of_probe: dict[str, _OfProbe] = {}
+        self._kept_bytes = 0
+        self._devices: set[torch.device] = set()
+        self._chunks: dict[str, list[Chunk]] = {probe.name: [] for probe in probes}
+
+    def begin(self, batch: Batch) -> None:
+        self._batch = batch
+        self._of_probe = defaultdict(_OfProbe)
+        batch.n_tokens  # noqa: B018 - before the GPU has anything to do, as a copy to it waits
+
+    def record(self, targets: Sequence[Target], activation: Tensor) -> None:
+        """Take what passes at a site of a block, for all the probes there."""
+        together = [target for target in targets if target.probe.by_row]
+        for target in targets:
+            if not target.probe.by_row:
+                self._reduce([target], activation, n=1)
+        if not together:
+            return
+        if 2 * activation.nbytes > _PENDING_BYTES:
+            self._reduce(together, activation, n=1)
+            return
+        key = (together[0].site, *(target.probe.name for target in together))
+        waiting, activations = self._pending.setdefault(key, ([], []))
+        if activations and not _are_alike(activation, activations[0]):
+            self._flush(key)
+            waiting, activations = self._pending.setdefault(key, ([], []))
+        waiting.append(together)
+        activations.append(activation.clone())
+        if (len(activations) + 1) * activation.nbytes > _PENDING_BYTES:
+            self._flush(key)
+
+    def _flush(self, key: tuple[str, ...]) -> None:
+        waiting, activations = self._pending.pop(key)
+        whole = activations[0] if len(activations) == 1 else torch.cat(activations)
+        self._reduce([target for of_probe in zip(*waiting, strict=True) for target in of_probe], whole, len(waiting))
+
+    def _reduce(self, targets: Sequence[Target], activation: Tensor, n: int) -> None:
+        """Let each probe reduce an activation of `n` blocks; `targets` has the n of a probe one after the other."""
+        assert self._batch is not None
+        for start in range(0, len(targets), n):
+            first, probe = targets[start], targets[start].probe
+            reduced = probe.reduce_at(first.site, first.layer, activation, self._batch.times(n))
+            of_probe = self._of_probe[probe.name]
+            before = of_probe.targets[0] if of_probe.targets else first
+            _check_results(first, reduced, self._batch.times(n).tokens.shape)
+            piece = {name: values.unflatten(0, (n, -1)) for name, values in reduced.items()}
+            _check_alike(before, first, piece, [*of_probe.kept, *of_probe.on_cpu])
+            of_probe.targets += targets[start : start + n]
+            of_probe.kept.append(piece)
+            self._kept_bytes += sum(values.nbytes for values in piece.values())
+        if self._kept_bytes > _KEPT_BYTES:
+            self._send()
+
+    def _send(self) -> None:
+        """Start to copy what is kept to the CPU, one copy a quantity."""
+        for of_probe in self._of_probe.values():
+            if not of_probe.kept:
+                continue
+            device = next(iter(of_probe.kept[0].values())).device
+            self._devices.add(device)
+            names = of_probe.kept[0]
+            together = {name: [piece[name].to(device) for piece in of_probe.kept] for name in names}
+            whole = {name: torch.cat(values) if len(values) > 1 else values[0] for name, values in together.items()}
+            of_probe.on_cpu.append({name: _start_transfer(values) for name, values in whole.items()})
+            of_probe.kept.clear()
+        self._kept_bytes = 0
+
+    def end(self) -> None:
+        """End a batch: reduce what waits, and start to copy everything to the CPU."""
+        batch = self._batch
+        assert batch is not None
+        for key in list(self._pending):
+            self._flush(key)
+        self._check_each_recorded_once()
+        self._send()
+        for name, of_probe in self._of_probe.items():
+            probe = of_probe.targets[0].probe
+            at = {id(target): place for place, target in enumerate(of_probe.targets)}
+            targets = [target for target in self.expected if target.probe is probe and id(target) in at]
+            places = [(target.site, target.layer) for target in targets]
+            order = [at[id(target)] for target in targets]
+            self._chunks[name].append(Chunk(batch.lengths, batch.prompts, places, probe, of_probe.on_cpu, order))
+        self.n_tokens += sum(batch.lengths)
+        self._batch = None
+
+    def recorded(self) -> dict[str, list[Chunk]]:
+        """Wait for the copies, and return each probe's results by batch."""
+        for device in self._devices:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        return {name: chunks for name, chunks in self._chunks.items() if chunks}
+
+    def _check_each_recorded_once(self) -> None:
+        times = Counter(id(target) for of_probe in self._of_probe.values() for target in of_probe.targets)
+        for target in self.expected:
+            if times[id(target)] > 1 or not (times[id(target)] or target.probe.may_miss):
+                raise MelensError(
+                    f"The probe {target.probe.name!r} cannot measure {target.site!r} in block {target.layer}: it needs "
+                    f"one activation a forward pass, and this model has {times[id(target)]} there."
+                )
+
+
+def _are_alike(activation: Tensor, other: Tensor) -> bool:
+    return (activation.shape, activation.dtype, activation.device) == (other.shape, other.dtype, other.device)
+
+
+def _start_transfer(values: Tensor) -> Tensor:
+    """Bring results to the CPU; from a GPU the copy is complete once the GPU has been waited for."""
+    if not values.is_cuda:
+        return values.cpu()
+    pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    return pinned.copy_(values, non_blocking=True)
+
+
+def _check_results(target: Target, reduced: object, shape: Sequence[int]) -> None:
+    """Raise a `MelensError` where a probe's results are no tensors by name, or not of the dimensions of its index.
+
+    Args:
+        shape: number of rows and of positions of the activation's batch.
+    """
+    probe = target.probe
+    named = dict(reduced) if isinstance(reduced, Mapping) else {}
+    if not named or not all(isinstance(values, Tensor) for values in named.values()):
+        raise MelensError(
+            f"The probe {probe.name!r} returns {given(reduced)} at {target.site!r} in block {target.layer}; "
+            "its reduce must return a dict of tensors, such as {'norm': norms}."
+        )
+    if probe.kind == "tensor" and len(named) > 1:
+        raise MelensError(
+            f"The probe {probe.name!r} of kind 'tensor' returns {', '.join(named)}; it must return one tensor."
+        )
+    if type(probe).complete is not Probe.complete:  # of which these are not yet the quantities
+        return
+    n_rows, n_pos = shape
+    for name, values in named.items():
+        indexed = dict(zip(probe.index, values.shape[1:], strict=False))
+        reaches_over_tokens = indexed.get("pos", n_pos) == n_pos or probe.kind == "tensor"
+        if values.ndim != 1 + len(probe.index) or len(values) != n_rows or not reaches_over_tokens:
+            raise MelensError(
+                f"The probe {probe.name!r} returns {name!r} of shape {list(values.shape)} for {n_rows} prompts of "
+                f"up to {n_pos} tokens; its index {list(probe.index)} must name each dimension after the prompts'."
+            )
+
+
+def _check_alike(first: Target, target: Target, piece: Reduced, before: Sequence[Reduced]) -> None:
+    """Raise a `MelensError` where a probe's results cannot lie in one table with those before."""
+    for name, values in piece.items() if before else ():
+        if before[0][name].shape[1:] != values.shape[1:]:
+            raise MelensError(
+                f"The probe {target.probe.name!r} returns {name!r} of shape {list(before[0][name].shape[1:])} at "
+                f"{first.site!r} in block {first.layer} and of shape {list(values.shape[1:])} at {target.site!r} in "
+                f"block {target.layer}: trace these sites with a probe each."
+            )
