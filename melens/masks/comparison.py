@@ -6,7 +6,8 @@ the unmasked run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
 from melens.analysis.metrics import has_triton, pairwise_cosine
@@ -80,11 +81,11 @@ class _Predicted(NamedTuple):
 
 
 class _Recorded(NamedTuple):
-    """What was recorded in one forward pass, by block."""
+    """What was recorded, by block: a tensor `[text, ...]` a batch."""
 
-    sink_mass: dict[int, Float[Tensor, "text head"]]
-    input: dict[int, Float[Tensor, "text d"]]
-    key: dict[int, Float[Tensor, "text d_keys"]]
+    sink_mass: defaultdict[int, list[Float[Tensor, "_ head"]]]
+    input: defaultdict[int, list[Float[Tensor, "_ d"]]]
+    key: defaultdict[int, list[Float[Tensor, "_ d_keys"]]]
 
 
 _OF_FIRST = {"input": "ln1.hook_out", "key": "attn.k.hook_out"}
@@ -156,14 +157,13 @@ class MaskComparison:
 
     @torch.no_grad()
     def _run_unmasked(self, *, patterns: bool) -> None:
-        recorded = []
-        for tokens in self._batches:
-            blocks = RecordedBlocks(self._model)
-            with blocks.recording(self._before_starts), self._recording(0) as (network, of_batch):
-                output = base_of(network)(input_ids=tokens, use_cache=False)
-            self._finals.append(output.last_hidden_state)
-            self._blocks.append(blocks)
-            recorded.append(of_batch)
+        with self._recording(0) as (network, recorded):
+            for tokens in self._batches:
+                blocks = RecordedBlocks(self._model)
+                with blocks.recording(self._before_starts):
+                    output = self._run(base_of(network), tokens)
+                self._finals.append(output.last_hidden_state)
+                self._blocks.append(blocks)
         loss = torch.cat([self._predictions(number).loss.mean(-1) for number in range(len(self._batches))]).cpu()
         compared = {"loss": loss, "kl": torch.zeros(len(loss)), "agreement": torch.ones(len(loss))}
         _check_finite(compared, "the unmasked model")
@@ -228,15 +228,13 @@ class MaskComparison:
         start = min(mask.blocks(self._model))
         if start and start - 1 not in self._before_starts:
             raise MelensError(f"The mask starts in block {start}, which is none of the starts of this comparison.")
-        recorded: list[_Recorded] = []
         texts: list[Tensor] = []
         with mask.applied(self._model):
-            for number, tokens in enumerate(self._batches):
-                resuming = self._blocks[number].resuming_at(start) if start else nullcontext()
-                with resuming, self._recording(start) as (network, of_batch):
-                    output = network(input_ids=tokens, use_cache=False)
-                recorded.append(of_batch)
-                texts += self._against_unmasked(number, output.logits.to(self._texts.device))
+            with self._recording(start) as (network, recorded):
+                for number, tokens in enumerate(self._batches):
+                    with self._blocks[number].resuming_at(start, network) if start else nullcontext():
+                        output = self._run(network, tokens)
+                    texts += self._against_unmasked(number, output.logits.to(self._texts.device))
             compared = dict(zip(("loss", "kl", "agreement"), torch.stack(texts, dim=1).cpu(), strict=True))
             _check_finite(compared, f"the mask select={mask.select} rate={mask.rate:g}")
             return self._finish(compared, recorded, start, patterns=patterns)
@@ -244,13 +242,13 @@ class MaskComparison:
     @contextmanager
     def _recording(self, start: int) -> Iterator[tuple[Any, _Recorded]]:
         """Record, from a block on, the attention that later tokens pay to token 0, and token 0's input and key."""
-        recorded = _Recorded({}, {}, {})
+        recorded = _Recorded(defaultdict(list), defaultdict(list), defaultdict(list))
 
         def record_sinks(layer: int, attention: Float[Tensor, "text head query 1"]) -> None:
-            recorded.sink_mass[layer] = attention[:, :, 1:, 0].mean(-1).to(self._texts.device)
+            recorded.sink_mass[layer].append(attention[:, :, 1:, 0].mean(-1).to(self._texts.device))
 
-        def record(kept: dict[int, Tensor], layer: int, activation: Float[Tensor, "text pos *d"]) -> None:
-            kept[layer] = activation[:, 0].flatten(1).to(self._texts.device, copy=True)
+        def record(kept: dict[int, list[Tensor]], layer: int, activation: Float[Tensor, "text pos *d"]) -> None:
+            kept[layer].append(activation[:, 0].flatten(1).to(self._texts.device, copy=True))
 
         recorders = [
             (hook_point, partial(record, getattr(recorded, name), layer))
@@ -258,8 +256,12 @@ class MaskComparison:
             if layer >= start
         ]
         with running(self._model, recorders, [0], record_sinks, way=self._verified.way) as network:
-            forget_longest(network)
             yield network, recorded
+
+    def _run(self, network: nn.Module, tokens: Int[Tensor, "text pos"]) -> Any:
+        if self._verified.rule.remembers:
+            forget_longest(network)
+        return network(input_ids=tokens, use_cache=False)
 
     def _against_unmasked(
         self, number: int, logits: Float[Tensor, "text pos vocabulary"]
@@ -273,14 +275,12 @@ class MaskComparison:
             found.append(torch.stack([loss.mean(), (negentropy - cross).clamp(min=0).mean(), agreement.mean()]))
         return found
 
-    def _finish(
-        self, compared: dict[str, Tensor], recorded: list[_Recorded], start: int, *, patterns: bool
-    ) -> Measured:
+    def _finish(self, compared: dict[str, Tensor], recorded: _Recorded, start: int, *, patterns: bool) -> Measured:
         """Put together what was compared by text and recorded by batch; before `start`, blocks are as if unmasked."""
-        if not start and not recorded[0].sink_mass:
+        if not start and not recorded.sink_mass:
             raise MelensError(f"No sinks can be compared: there is {Layout.of(self._model).attention_in_words}.")
-        own = {"sink_mass": self._gathered([batch.sink_mass for batch in recorded]).mT}
-        of_first = {name: self._gathered([getattr(batch, name) for batch in recorded]) for name in _OF_FIRST}
+        own = {"sink_mass": self._gathered(recorded.sink_mass).mT}
+        of_first = {name: self._gathered(getattr(recorded, name)) for name in _OF_FIRST}
         own |= {f"{name}_cosine": self._cosines_with_others(vectors) for name, vectors in of_first.items()}
         own["first_key"] = of_first["key"][:, 0]
         own = {name: values.cpu() for name, values in own.items()}
@@ -307,12 +307,12 @@ class MaskComparison:
             cosines[:, self._distinct] = (with_all.sum(-1) - with_itself) / (n - 1)
         return cosines
 
-    def _gathered(self, by_batch: Sequence[dict[int, Float[Tensor, "_ d"]]]) -> Float[Tensor, "layer text d"]:
+    def _gathered(self, by_layer: Mapping[int, Sequence[Float[Tensor, "_ d"]]]) -> Float[Tensor, "layer text d"]:
         """Put what was recorded in each batch together; NaN in blocks where nothing was."""
-        n_layers, layers, device = len(self._model.blocks), list(by_batch[0]), self._texts.device
+        n_layers, layers, device = len(self._model.blocks), list(by_layer), self._texts.device
         if not layers:
             return torch.full((n_layers, len(self._texts), 1), float("nan"), device=device)
-        values = torch.cat([torch.stack(list(of_batch.values())) for of_batch in by_batch], dim=1)
+        values = torch.stack([torch.cat([*of_layer]) for of_layer in by_layer.values()])
         whole = torch.full((n_layers, *values.shape[1:]), float("nan"), device=device)
         broken = ~values.isfinite().flatten(1).all(1)
         if broken.any():  # else it would pass for a block where nothing was recorded

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any, Literal, cast
 
@@ -50,7 +50,7 @@ _WITHOUT: dict[str, Any] = {"ln2_identity": "all", "ln2_no_gain": "gain", "ln2_n
 def can_ablate(model: TransformerBridge, layer: int, part: str) -> bool:
     """Tell whether a block has the part: a parallel block has no `ln2`, a state-space block no attention."""
     if part in _WRITES:
-        return f"blocks.{layer}.{_WRITES[part]}" in model.hook_dict
+        return bool(Sites.of(model).find(f"blocks.{layer}.{_WRITES[part]}"))
     return has_normalization(model, layer, "ln2")
 
 
@@ -110,6 +110,22 @@ class _Rows:
     tokens: Int[Tensor, "row pos"]
     at: Int[Tensor, " row"]  # the column of each one's massive token
     blocks: RecordedBlocks  # what they returned in the intact run
+    _massive: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def massive(self, device: torch.device) -> tuple[Int[Tensor, " row"], Int[Tensor, " row"]]:
+        """Index the massive tokens; each device gets the index once, as a GPU stands still until it has it."""
+        if device not in self._massive:
+            self._massive[device] = torch.arange(len(self.at), device=device), self.at.to(device)
+        return self._massive[device]
+
+    def gather(
+        self, by_layer: dict[int, Float[Tensor, "row d"]], reduce: Callable[[Tensor], Tensor], *, into: Tensor
+    ) -> None:
+        """Move the massive tokens of all blocks, reduced, into a tensor `[layer, prompt, ...]`, in one transfer."""
+        if by_layer:
+            states = torch.stack([of_layer.to(self.tokens.device) for of_layer in by_layer.values()])
+            into[torch.tensor([*by_layer])[:, None], torch.tensor(self.prompts)] = reduce(states).cpu()
+            by_layer.clear()
 
 
 PromptsByLayers = Annotated[Float[Tensor, "prompt layer"], Said("a float tensor [prompt, layer]")]
@@ -182,7 +198,7 @@ class MassiveTokenRuns:
             at = torch.tensor([positions[row] for row in prompts])
             self._groups.append(_Rows(prompts, padded.to(device), at, RecordedBlocks(self._model)))
         self._now = self._groups[0]
-        self.intact, self.ffn = self._run([], 0, record=True)
+        self.intact, self.ffn = self._run([], 0, with_ffn=True, record=True)
 
     def _agrees_with(self, norms: Float[Tensor, "prompt layer"]) -> bool:
         limit = limit_of(next(self._model.original_model.parameters()).dtype)
@@ -199,47 +215,57 @@ class MassiveTokenRuns:
         Raises:
             MelensError: no pairs of a hook point's name and a function, or a block that the model does not have.
         """
-        return self.run_with_ffn(hooks, start)[0]
+        self._check(hooks, start)
+        return self._run(hooks, start)[0]
 
     @checked
     def run_with_ffn(self, hooks: HookList = (), start: Layer = 0) -> _NormsAndFFN:
         """Do what `run` does, and return what each block's FFN writes at the massive token besides."""
+        self._check(hooks, start)
+        return self._run(hooks, start, with_ffn=True)
+
+    def _check(self, hooks: Sequence[Hook], start: int) -> None:
         check_layer(self._model, start)
         for name in (name for name, _ in hooks if not Sites.of(self._model).find(name)):
             raise MelensError(f"This model has no hook point {name!r}; names are like 'blocks.3.hook_mlp_out'.")
-        return self._run(hooks, start)
 
     @torch.no_grad()
-    def _run(self, hooks: Sequence[Hook], start: int, *, record: bool = False) -> _NormsAndFFN:
+    def _run(
+        self, hooks: Sequence[Hook], start: int, *, with_ffn: bool = False, record: bool = False
+    ) -> tuple[Float[Tensor, "prompt layer"], Float[Tensor, "_ prompt d"]]:
+        """Run all prompts; of FFN outputs there are none unless they are asked for, as each block's takes time."""
         model, n_layers = self._model, len(self._model.blocks)
         n_prompts = sum(len(group.prompts) for group in self._groups)
-        norms = torch.full((n_prompts, n_layers), float("nan"))
-        ffn = torch.full((n_layers, n_prompts, model.cfg.d_model), float("nan"))
+        norms = torch.full((n_layers, n_prompts), float("nan"))
+        ffn = torch.full((n_layers if with_ffn else 0, n_prompts, model.cfg.d_model), float("nan"))
+        after: dict[int, Tensor] = {}
+        written: dict[int, Tensor] = {}
 
-        def norm_after(layer: int, output: Tensor, hook: HookPoint) -> None:
-            norms[self._now.prompts, layer] = l2_norm(self.at_massive(output)).cpu()
+        def keep(kept: dict[int, Tensor], layer: int, activation: Float[Tensor, "row pos d"]) -> None:
+            kept[layer] = self.at_massive(activation)
 
-        def ffn_of(layer: int, output: Tensor, hook: HookPoint) -> None:
-            ffn[layer, self._now.prompts] = self.at_massive(output).float().cpu()
-
-        recorders: list[Hook] = []
-        for layer in range(start, n_layers):
-            recorders.append((f"blocks.{layer}.hook_resid_post", partial(norm_after, layer)))
-            if can_ablate(model, layer, "ffn"):
-                recorders.append((f"blocks.{layer}.hook_mlp_out", partial(ffn_of, layer)))
-        with model.hooks(fwd_hooks=[*hooks, *recorders]):
+        sites = {"hook_resid_post": after} | ({"hook_mlp_out": written} if with_ffn else {})
+        recorders = [
+            (at.hook_point, partial(keep, kept, at.layer))
+            for site, kept in sites.items()
+            for at in Sites.of(model).find(site)
+            if at.layer >= start and at.hook_point is not None
+        ]
+        with model.hooks(fwd_hooks=[*hooks]), running(model, recorders, way=self._verified.way) as network:
             for group in self._groups:
                 self._now = group
-                blocks = group.blocks.recording(range(n_layers)) if record else group.blocks.resuming_at(start)
-                with blocks, running(model, way=self._verified.way) as network:
+                if self._verified.rule.remembers:
                     forget_longest(network)
+                with group.blocks.recording(range(n_layers)) if record else group.blocks.resuming_at(start, network):
                     base_of(network)(input_ids=group.tokens, use_cache=False)
+                group.gather(after, l2_norm, into=norms)
+                group.gather(written, Tensor.float, into=ffn)
                 self.block_evaluations += n_layers - start
-        return norms, ffn
+        return norms.T, ffn
 
     def at_massive(self, activation: Float[Tensor, "row pos d"]) -> Float[Tensor, "row d"]:
         """Select the massive token of each prompt in the forward pass that is under way."""
-        return activation[torch.arange(len(self._now.at)), self._now.at.to(activation.device)]
+        return activation[self._now.massive(activation.device)]
 
     @checked
     def patch_ffn(
@@ -258,8 +284,7 @@ class MassiveTokenRuns:
 
         def patch(output: Tensor, hook: HookPoint) -> Tensor:
             patched = output.clone()
-            at = self._now.at.to(output.device)
-            patched[torch.arange(len(at)), at] = values[self._now.prompts].to(output)
+            patched[self._now.massive(output.device)] = values[self._now.prompts].to(output)
             return patched
 
         return (f"blocks.{layer}.hook_mlp_out", patch)

@@ -2,6 +2,9 @@
 
 A pass inside `RecordedBlocks.recording` keeps what blocks return. In a pass inside `resuming_at(start)` the blocks
 before `start` return what was recorded instead of computing, so that only the others take time.
+
+    with running(model) as network, blocks.resuming_at(start, network):
+        network(input_ids=tokens, use_cache=False)
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Float
@@ -26,7 +30,8 @@ class RecordedBlocks:
     """Recorded outputs of a bridge's blocks, in whatever form they return them, for other passes to start from."""
 
     def __init__(self, model: TransformerBridge, outputs: dict[int, Any] | None = None) -> None:
-        self._blocks = [block.original_component for block in model.blocks]
+        self._network, self._names = model.original_model, [block.name for block in model.blocks]
+        self._blocks = self._blocks_of(self._network)
         self.outputs: dict[int, Any] = outputs or {}
 
     @contextmanager
@@ -40,15 +45,23 @@ class RecordedBlocks:
                 handle.remove()
 
     @contextmanager
-    def resuming_at(self, start: int) -> Iterator[None]:
-        """Let the blocks before `start` return what block `start - 1` returned, instead of computing anything."""
-        blocks = [vars(module) for module in self._blocks[:start]]
+    def resuming_at(self, start: int, network: nn.Module | None = None) -> Iterator[None]:
+        """Let the blocks before `start` return what block `start - 1` returned, instead of computing anything.
+
+        Args:
+            start: the first block that computes.
+            network: what is run, as `running` gives it; by default the model inside the bridge. (The bridge's twin is
+                made anew whenever that one changes.)
+        """
+        blocks = [vars(block) for block in self._blocks_of(network or self._network)[:start]]
         of_accelerate = [attributes.get("forward") for attributes in blocks]  # on a model that is spread over devices
         try:
+            _SKIPPED.update(self._blocks[:start])
             for attributes in blocks:
                 attributes["forward"] = partial(_skip, self.outputs[start - 1])
             yield
         finally:
+            _SKIPPED.difference_update(self._blocks[:start])
             for attributes, forward in zip(blocks, of_accelerate, strict=True):
                 del attributes["forward"]
                 if forward is not None:
@@ -67,13 +80,21 @@ class RecordedBlocks:
 
         return cls(model, {layer: cut([of.outputs[layer] for of in recorded]) for layer in recorded[0].outputs})
 
+    def _blocks_of(self, network: nn.Module) -> list[nn.Module]:
+        blocks = [network.get_submodule(name) for name in self._names]
+        return [block._modules.get("_original_component") or block for block in blocks]
+
     def _record(self, layer: int, module: Any, args: Any, output: Any) -> None:
         self.outputs[layer] = output
 
 
+_SKIPPED: WeakSet[nn.Module] = WeakSet()
+"""Blocks of the models inside bridges that compute nothing, whether they or their twins are run."""
+
+
 def is_skipped(block: nn.Module) -> bool:
-    """Tell whether a block returns what was recorded, instead of computing."""
-    return getattr(block.forward, "func", None) is _skip
+    """Tell whether a block of the model inside a bridge returns what was recorded, instead of computing."""
+    return block in _SKIPPED
 
 
 def _skip(output: Any, *args: Any, **kwargs: Any) -> Any:

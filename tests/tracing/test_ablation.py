@@ -8,8 +8,9 @@ import torch
 from planted import FAMILIES, LONGROPE, N_LAYERS, VOCABULARY, bridge, gains_apart, plain_model, plant
 
 import melens
-from melens import MassiveTokenRuns, MelensError
+from melens import MassiveTokenRuns, MelensError, WeMask
 from melens.tracing.interventions import Part, ablation
+from melens.tracing.twin import Twin
 
 PARTS = get_args(Part)
 TOKENS = torch.randint(1, VOCABULARY, (3, 6), generator=torch.Generator().manual_seed(0))
@@ -102,6 +103,23 @@ def test_a_run_that_raises_leaves_the_model_as_it_was():
         runs.run([("blocks.2.hook_mlp_out", raises)], start=2)
     assert not any("forward" in block.original_component.__dict__ for block in model.blocks)
     torch.testing.assert_close(runs.run(), runs.intact)
+
+
+def test_runs_that_start_at_any_block_share_the_bridges_twin(monkeypatch):
+    """To make one takes as long as several blocks of a few tokens."""
+    model = bridge(plain_model("llama"))
+    runs = MassiveTokenRuns(model, TOKENS.tolist(), POSITIONS)
+    monkeypatch.setattr(Twin, "__init__", lambda *_: pytest.fail("The twin was made anew."))
+    for start in range(N_LAYERS):
+        runs.run(ablation(model, start, "ffn"), start=start)
+
+
+def test_blocks_that_return_what_was_recorded_have_nothing_to_mask():
+    model = bridge(plain_model("llama"))
+    with WeMask(0.3, start=1).applied(model):
+        runs = MassiveTokenRuns(model, TOKENS.tolist(), POSITIONS)
+        hooks = ablation(model, 3, "ffn")
+        torch.testing.assert_close(runs.run(hooks, start=3)[:, 3], runs.run(hooks)[:, 3])
 
 
 def test_restoring_the_planted_ffn_output_restores_the_massive_activation():
