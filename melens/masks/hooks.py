@@ -4,6 +4,8 @@
 2. A hook in each masked block multiplies the dims of these tokens in what enters a module (`Block.entries`). On a
    bridge that is a hook point, which fires in a plain call, `run_with_cache`, a generation and `melens.trace` alike.
 3. When the call ends, a hook on the model checks that every masked block was reached.
+4. A call that masks nothing, as a decode step does, runs without the hooks in the blocks: PyTorch takes longer for a
+   module with a hook, whatever the hook does.
 
 Token 0 is the first that is no padding, at its absolute position: padding on either side, a prompt fed in chunks and
 decoding with a cache lead to the same states as the bare prompt without a cache.
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, wraps
 from typing import Any
@@ -21,6 +24,7 @@ from weakref import WeakKeyDictionary
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.utils.hooks import RemovableHandle
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -211,6 +215,9 @@ def _starts(mask: Any, position_ids: Any, n_rows: int, n_tokens: int, past: int)
     return [[0] for _ in range(n_rows)]
 
 
+_SWITCHING = threading.Lock()  # for all masks: a lock of a mask's own could not be copied with its model
+
+
 class InstalledMask:
     """A mask on a model: `remove()` takes it off.
 
@@ -234,8 +241,11 @@ class InstalledMask:
         self._signature = inspect.signature(view.base.forward)
         self._expected = [(layer, view.blocks[layer].module) for layer in self.layers]
         self._removers: list[Callable[[], None]] = [factors.remove]
+        self._in_blocks: list[RemovableHandle] = []
+        self._taken_off: list[tuple[OrderedDict[int, Any], int, Any]] = []
         self._untrained: list[_Hooks] = []  # of blocks as they are until the model is trained
         torch.compiler.reset()  # code compiled without these hooks would go on without them
+        self._n_compiled = _n_compiled()
         try:
             self._attach(view, site)
         except BaseException:
@@ -246,13 +256,16 @@ class InstalledMask:
         """Take the mask off; a second time does nothing."""
         if self._removers:
             torch.compiler.reset()
+        with _SWITCHING:  # what is off stays off
+            self._in_blocks.clear()
+            self._taken_off.clear()
         while self._removers:
             self._removers.pop()()
 
     def _attach(self, view: ModelView, site: str) -> None:
         keep = self._keep
-        keep(view.base.register_forward_pre_hook(self._begin, with_kwargs=True))
-        keep(view.base.register_forward_hook(self._end, always_call=True))
+        self._removers.append(view.base.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
+        self._removers.append(view.base.register_forward_hook(self._end, always_call=True).remove)
         for layer in self.layers:
             block = view.blocks[layer]
             hooks = _Hooks(self, layer, block)
@@ -274,6 +287,30 @@ class InstalledMask:
 
     def _keep(self, handle: RemovableHandle) -> None:
         self._removers.append(handle.remove)
+        self._in_blocks.append(handle)
+
+    # --- Off and on again ---------------------------------------------------------------------------------------------
+
+    def _switch(self) -> None:
+        """Leave the blocks without hooks as long as there are forward calls under way, of which none masks anything."""
+        if not self.idle or len(self.idle) < len(self._calls):
+            self._put_on()
+        elif not self._taken_off and not self._may_be_compiled():
+            for handle in self._in_blocks:
+                hooks = handle.hooks_dict_ref()
+                if hooks is not None and len(hooks) == 1 and handle.id in hooks:  # beside others it keeps its place
+                    self._taken_off.append((hooks, handle.id, hooks.pop(handle.id)))
+
+    def _may_be_compiled(self) -> bool:
+        """Tell whether code compiled now, or since the mask was installed, could go on without the hooks."""
+        are_blocks = any(block._compiled_call_impl is not None for _, block in self._expected)
+        return are_blocks or _n_compiled() != self._n_compiled
+
+    def _put_on(self) -> None:
+        while self._taken_off:
+            hooks, key, hook = self._taken_off.pop()
+            hooks[key] = hook
+            hooks.move_to_end(key, last=False)  # before what was hooked there meanwhile
 
     # --- A forward call -----------------------------------------------------------------------------------------------
 
@@ -287,9 +324,12 @@ class InstalledMask:
                     hooks.on_input.remove()  # ln1 gets no arguments with which something could be carried
                     self._mask_for_attention(hooks)
         arguments = {**self._signature.bind_partial(*args).arguments, **kwargs} if args else kwargs
-        call = self._calls[threading.get_ident()] = self._finder.find(arguments)
-        if call.where is None and not call.detect and not module.training:
-            self.idle.add(threading.get_ident())
+        call, thread = self._finder.find(arguments), threading.get_ident()
+        is_idle = call.where is None and not call.detect and not module.training
+        with _SWITCHING:
+            self._calls[thread] = call
+            (self.idle.add if is_idle else self.idle.discard)(thread)  # an interrupted call did not end
+            self._switch()
         if module.training and self._hooks_are_repeated():
             return args, {**kwargs, self.carried: call}
         return None
@@ -305,8 +345,11 @@ class InstalledMask:
 
     @torch.compiler.disable
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.idle.discard(threading.get_ident())
-        call = self._calls.pop(threading.get_ident(), None)
+        thread = threading.get_ident()
+        with _SWITCHING:
+            self.idle.discard(thread)
+            call = self._calls.pop(thread, None)
+            self._switch()
         if call is None or call.where is None or output is None:
             return
         # a block that returns what was recorded has nothing to mask
@@ -343,6 +386,11 @@ class InstalledMask:
         """Note that a block was reached, and index the tokens to mask in what it is given; None without any."""
         call.masked.add(layer)
         return call.where_in(hidden)
+
+
+def _n_compiled() -> int:
+    """Count the frames that torch.compile has looked at in this process."""
+    return counters["frames"]["total"]
 
 
 def _hook(method: Callable[..., Any]) -> Callable[..., Any]:
