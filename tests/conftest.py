@@ -1,7 +1,9 @@
 """Shapes in the annotations are checked at run time while testing: the hook comes before any import of melens."""
 
+import importlib.util
 import os
 import sys
+from pathlib import Path
 
 from jaxtyping import install_import_hook
 
@@ -12,7 +14,12 @@ import torch  # noqa: E402
 
 import melens  # noqa: E402
 
-if not torch.cuda.is_available():
+if torch.cuda.is_available():  # past the hook, whose wrappers Triton cannot compile
+    path = Path(melens.__file__).with_name("tracing") / "kernels.py"
+    spec = importlib.util.spec_from_file_location("melens.tracing.kernels", path)
+    sys.modules["melens.tracing.kernels"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["melens.tracing.kernels"])
+else:
     os.environ["TRITON_INTERPRET"] = "1"  # the kernels run in Triton's interpreter; read when Triton is imported
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)

@@ -147,9 +147,9 @@ def massive_activations(trace: TraceGiven, criterion: CriterionGiven | None = No
         MelensError: a trace that may not hold all massive tokens of this criterion, or holds NaN.
     """
     criterion = criterion or Criterion()
-    massive = pd.DataFrame(_massive(trace, criterion))
+    massive = _massive(trace, criterion)
     _check_all_are_kept(trace, massive, criterion)
-    return massive
+    return pd.DataFrame(massive)
 
 
 def _massive(trace: Trace, criterion: Criterion) -> dict[str, np.ndarray]:
@@ -179,13 +179,13 @@ def _medians(trace: Trace) -> np.ndarray:
     return medians
 
 
-def _check_all_are_kept(trace: Trace, massive: pd.DataFrame, criterion: Criterion) -> None:
+def _check_all_are_kept(trace: Trace, massive: Mapping[str, np.ndarray], criterion: Criterion) -> None:
     """Raise a `MelensError` where all tokens that were kept are massive, and others, smaller, may be as well."""
     if criterion.min_abs >= LargestActivations().min_abs:
         return
     state = ["prompt", "layer"]
     kept = trace["largest"].query("site == 'hook_resid_post' and pos >= 0").groupby(state)["pos"].nunique()
-    n_massive = massive.groupby(state)["pos"].nunique().reindex(kept.index, fill_value=0)
+    n_massive = pd.DataFrame(massive).groupby(state)["pos"].nunique().reindex(kept.index, fill_value=0)
     lengths = trace.prompts.set_index("prompt")["n_tokens"].reindex(kept.index.get_level_values("prompt")).to_numpy()
     if ((n_massive == kept) & (kept < lengths)).any():
         raise MelensError(
@@ -210,47 +210,47 @@ def find_me_layer(trace: TraceGiven, criterion: CriterionGiven | None = None) ->
     """
     criterion = criterion or Criterion()
     norms = _norms(trace)
-    entries = _massive(trace, criterion)
-    massive = pd.DataFrame(entries)
+    massive = _massive(trace, criterion)
     _check_all_are_kept(trace, massive, criterion)
-    per_prompt = _per_prompt(len(trace.prompts), norms, entries, criterion)
-    n_prompts = len(per_prompt)
-    born = per_prompt[per_prompt["layer"] >= 0]
-    born = born.assign(first_token_id=trace.prompts["first_token_id"].to_numpy()[born["prompt"]])
-    layer, reason = _settle(trace, born, n_prompts, criterion)
+    of_prompt = _per_prompt(len(trace.prompts), norms, massive, criterion)
+    n_prompts, n_born = len(of_prompt["layer"]), int((of_prompt["layer"] >= 0).sum())
+    first_tokens = trace.prompts["first_token_id"].to_numpy()
+    layer, reason = _settle(trace, of_prompt, first_tokens, criterion)
     shared: dict[str, Any] = {
-        "reason": reason, "prompts_with": len(born) / n_prompts, "n_layers": trace.model["n_layers"],
-        "n_prompts": n_prompts, "distinct_first_tokens": int(trace.prompts["first_token_id"].nunique()),
-        "criterion": criterion, "per_prompt": per_prompt,
+        "reason": reason, "prompts_with": n_born / n_prompts, "n_layers": trace.model["n_layers"],
+        "n_prompts": n_prompts, "distinct_first_tokens": len(np.unique(first_tokens)), "criterion": criterion,
     }  # fmt: skip
     if layer is None:
-        return Emergence(**shared)
-    agreeing = born[born["layer"] == layer]
-    formed = int(agreeing["formed"].median())
-    of_agreeing = massive[massive["prompt"].isin(agreeing["prompt"])]
+        return Emergence(**shared, per_prompt=pd.DataFrame(of_prompt))
+    agrees = of_prompt["layer"] == layer
+    agreeing = {name: values[agrees] for name, values in of_prompt.items()}
+    formed = int(np.median(agreeing["formed"]))
+    is_of_agreeing = agrees[massive["prompt"]]
     # `formed` is a median over prompts: an entry that is massive in no prompt there is looked for in the ME layer
-    read_at = formed if formed in set(of_agreeing["layer"]) else layer
-    in_formed, there = (table[table["layer"] == read_at] for table in (massive, of_agreeing))
-    shared["per_prompt"] = _with_massive_tokens(per_prompt, in_formed)
-    climb = int(agreeing["climb_from"].median()), int(agreeing["climb_to"].median())
-    apart = one_a_state(agreeing)
+    read_at = formed if formed in massive["layer"][is_of_agreeing] else layer
+    is_there = massive["layer"] == read_at
+    in_formed, there = _only(massive, is_there), _only(massive, is_there & is_of_agreeing)
+    climb = int(np.median(agreeing["climb_from"])), int(np.median(agreeing["climb_to"]))
+    apart = _only(agreeing, _is_one_a_state(first_tokens[agrees], agreeing["layer"], agreeing["pos"]))
     share = float(apart["share_of_peak"].mean())
     kind: Kind = "a few blocks" if climb[1] - climb[0] < criterion.few_blocks else "slow climb"
     if share >= criterion.one_block:
         kind = "one block"
+    relative = agreeing["relative_magnification"]
     return Emergence(
         layer=layer,
         kind=kind,
         magnification=float(apart["magnification"].mean()),
-        magnification_interval=mean_interval(apart["magnification"].to_numpy()),
-        relative_magnification=float(agreeing["relative_magnification"].mean()),
+        magnification_interval=mean_interval(apart["magnification"]),
+        relative_magnification=float(np.nanmean(relative)) if np.isfinite(relative).any() else np.nan,
         share_of_peak=share,
-        share_of_peak_interval=mean_interval(apart["share_of_peak"].to_numpy()),
+        share_of_peak_interval=mean_interval(apart["share_of_peak"]),
         climb=climb,
         formed=formed,
-        agreement=len(agreeing) / n_prompts,
+        agreement=float(agrees.mean()),
         positions=_most_frequent(there, "pos"),
-        dims=_most_frequent(there[there["dim"] >= 0], "dim"),
+        dims=_most_frequent(_only(there, there["dim"] >= 0), "dim"),
+        per_prompt=pd.DataFrame(of_prompt | _massive_tokens(n_prompts, in_formed)),
         **shared,
     )
 
@@ -261,27 +261,37 @@ def one_a_state(prompts: pd.DataFrame) -> pd.DataFrame:
     Args:
         prompts: rows of `Emergence.per_prompt` with `first_token_id`.
     """
-    at_first = prompts["pos"].to_numpy() == 0
-    states = prompts[["first_token_id", "layer"]].to_numpy()
-    is_known = np.ones(len(prompts), dtype=bool)
-    is_known[np.nonzero(at_first)[0][np.unique(states[at_first], axis=0, return_index=True)[1]]] = False
-    return prompts[~(at_first & is_known)]
+    first_tokens, layers, positions = (prompts[name].to_numpy() for name in ("first_token_id", "layer", "pos"))
+    return prompts[_is_one_a_state(first_tokens, layers, positions)]
 
 
-def _most_frequent(entries: pd.DataFrame, column: str) -> tuple[int, ...]:
+def _is_one_a_state(first_tokens: np.ndarray, layers: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Mark the first of the prompts that share a massive token 0, and all others whose massive token is another."""
+    is_one = positions != 0
+    at_first = np.nonzero(~is_one)[0]
+    states = np.stack([first_tokens[at_first], layers[at_first]])
+    is_one[at_first[np.unique(states, axis=1, return_index=True)[1]]] = True
+    return is_one
+
+
+def _only(columns: Mapping[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
+    return {name: values[rows] for name, values in columns.items()}
+
+
+def _most_frequent(entries: Mapping[str, np.ndarray], column: str) -> tuple[int, ...]:
     """List the positions or dims, those of most prompts first; of equally many the one with the largest |h|, mean."""
     # not the number of entries: twenty small massive tokens of a prompt would outvote the dim of its large one
-    sizes = entries.assign(size=entries["value"].abs()).groupby(column)
-    order = sizes.agg(n=("prompt", "nunique"), size=("size", "mean")).sort_values(["n", "size"], ascending=False)
-    return tuple(int(at) for at in order.index)
+    found, which = np.unique(entries[column], return_inverse=True)
+    n_prompts = np.bincount(np.unique(np.stack([which, entries["prompt"]]), axis=1)[0], minlength=len(found))
+    sizes = np.bincount(which, np.abs(entries["value"]), len(found)) / np.bincount(which, minlength=len(found))
+    return tuple(found[np.lexsort((-sizes, -n_prompts))].tolist())
 
 
-def _with_massive_tokens(per_prompt: pd.DataFrame, massive: pd.DataFrame) -> pd.DataFrame:
-    """Add how many massive tokens each prompt holds among these entries of one block, and whether token 0 is one."""
-    of_prompt = massive.groupby("prompt")["pos"]
-    n_massive = of_prompt.nunique().reindex(per_prompt["prompt"], fill_value=0).to_numpy()
-    at_first = of_prompt.min().reindex(per_prompt["prompt"]).to_numpy() == 0
-    return per_prompt.assign(n_massive=n_massive, first_is_massive=at_first)
+def _massive_tokens(n_prompts: int, massive: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Count the massive tokens of each prompt among these entries of one block, and tell whether token 0 is one."""
+    prompts, positions = np.unique(np.stack([massive["prompt"], massive["pos"]]), axis=1)
+    at_first = np.bincount(prompts[positions == 0], minlength=n_prompts) > 0
+    return {"n_massive": np.bincount(prompts, minlength=n_prompts), "first_is_massive": at_first}
 
 
 def _check_finite(trace: Trace, broken: Mapping[int, np.ndarray], grid: Grid) -> None:
@@ -301,23 +311,31 @@ def _check_finite(trace: Trace, broken: Mapping[int, np.ndarray], grid: Grid) ->
             )
 
 
-def _settle(trace: Trace, born: pd.DataFrame, n_prompts: int, criterion: Criterion) -> tuple[int | None, str]:
-    if born.empty:
+def _settle(
+    trace: Trace, of_prompt: Mapping[str, np.ndarray], first_tokens: np.ndarray, criterion: Criterion
+) -> tuple[int | None, str]:
+    """Choose the ME layer, and say why."""
+    is_born, n_prompts = of_prompt["layer"] >= 0, len(first_tokens)
+    born = _only(of_prompt, is_born)
+    n_born = len(born["layer"])
+    if not n_born:
         values = [grid.at("value", "hook_resid_post")[1] for grid in trace.grids("largest", index="rank")]
         largest = max(np.nanmax(np.abs(of_grid)) for of_grid in values)
         return None, (
             f"No block's output holds an entry with |h| > {criterion.min_abs:g} and > {criterion.min_ratio:,g} × the "
             f"median |h| (the largest |h| is {largest:.4g})."
         )
-    if len(born) < criterion.min_prompts * n_prompts:
-        return None, f"Only {len(born)} of {n_prompts} prompts hold a massive activation at any block."
-    by_state = one_a_state(born)["layer"].value_counts().sort_index().sort_values(ascending=False, kind="stable")
-    counts = born["layer"].value_counts().loc[by_state.index]
-    others = ", ".join(f"block {layer} in {count}" for layer, count in counts.iloc[1:].items())
-    layer, end = int(counts.index[0]), f" ({others})." if others else "."
-    if counts.iloc[0] < counts.max():
+    if n_born < criterion.min_prompts * n_prompts:
+        return None, f"Only {n_born} of {n_prompts} prompts hold a massive activation at any block."
+    layers, counts = np.unique(born["layer"], return_counts=True)
+    apart = born["layer"][_is_one_a_state(first_tokens[is_born], born["layer"], born["pos"])]
+    order = np.argsort(-(apart == layers[:, None]).sum(1), kind="stable")  # of equally many the earliest first
+    layers, counts = layers[order].tolist(), counts[order].tolist()
+    others = ", ".join(f"block {layer} in {count}" for layer, count in zip(layers[1:], counts[1:], strict=True))
+    end = f" ({others})." if others else "."
+    if counts[0] < max(counts):
         end += " Prompts that share a massive first token share its every state, and count once."
-    return layer, f"First massive at block {layer} in {counts.iloc[0]} of {n_prompts} prompts{end}"
+    return layers[0], f"First massive at block {layers[0]} in {counts[0]} of {n_prompts} prompts{end}"
 
 
 def _norms(trace: Trace) -> list[tuple[Grid, np.ndarray]]:
@@ -339,8 +357,8 @@ def _norms(trace: Trace) -> list[tuple[Grid, np.ndarray]]:
 
 def _per_prompt(
     n_prompts: int, norms: Sequence[tuple[Grid, np.ndarray]], massive: Mapping[str, np.ndarray], criterion: Criterion
-) -> pd.DataFrame:
-    """Describe how the massive token of each prompt rises; NaN, and -1 for `layer`, where a prompt has none."""
+) -> dict[str, np.ndarray]:
+    """Describe how the massive token of each prompt rises, as columns; `layer` is -1, and all else NaN, without one."""
     prompts, layers = massive["prompt"], massive["layer"]
     n_blocks = len(norms[0][1]) - 1
     birth = np.full(n_prompts, n_blocks)
@@ -367,7 +385,7 @@ def _per_prompt(
         for name, values in found.items():
             columns[name][own] = values
     whole = {name: columns[name].astype(int) for name in _WHOLE if np.isfinite(columns[name]).all()}
-    return pd.DataFrame(columns | whole)
+    return columns | whole
 
 
 def _largest_of_each_prompt(massive: Mapping[str, np.ndarray], among: np.ndarray) -> np.ndarray:

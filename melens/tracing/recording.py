@@ -24,7 +24,7 @@ from melens.tracing.probes import Batch, Probe
 from melens.tracing.sites import Sites
 from melens.validation.signatures import given
 
-__all__ = ["Chunk", "Recorder", "Target", "targets_of"]
+__all__ = ["Chunk", "Recorder", "Reduced", "Target", "targets_of"]
 
 _PENDING_BYTES = 8 * 2**20
 """Up to how much a site's activations wait to be reduced together."""
@@ -95,7 +95,7 @@ class Chunk:
     @cached_property
     def quantities(self) -> Reduced:
         """The probe's quantities on the CPU, each `[place, batch, *index]`."""
-        whole = {name: torch.cat([piece[name] for piece in self._pieces]) for name in self._pieces[0]}
+        whole = _joined(self._pieces)
         if self._order != sorted(self._order):
             whole = {name: values[self._order] for name, values in whole.items()}
         self._pieces.clear()
@@ -114,16 +114,21 @@ class _OfProbe:
 class Recorder:
     """Lets probes reduce what passes, and keeps their results."""
 
-    def __init__(self, probes: Sequence[Probe], expected: list[Target]) -> None:
-        self.expected = expected
+    def __init__(self, probes: Sequence[Probe], expected: list[Target], *, sends: bool = True) -> None:
+        """Take the probes, where they measure, and whether what they return goes to the CPU by itself."""
+        self.probes, self.expected = probes, expected
+        self._sends = sends
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget what was recorded."""
         self.n_tokens = 0
-        self._probes = probes
         self._batch: Batch | None = None
         self._pending: dict[tuple[str, ...], tuple[list[list[Target]], list[Tensor]]] = {}
         self._of_probe: dict[str, _OfProbe] = {}
         self._kept_bytes = 0
         self._devices: set[torch.device] = set()
-        self._chunks: dict[str, list[Chunk]] = {probe.name: [] for probe in probes}
+        self._chunks: dict[str, list[Chunk]] = {probe.name: [] for probe in self.probes}
 
     def begin(self, batch: Batch) -> None:
         self._batch = batch
@@ -170,7 +175,7 @@ class Recorder:
             of_probe.targets += targets[start : start + n]
             of_probe.kept.append(piece)
             self._kept_bytes += sum(values.nbytes for values in piece.values())
-        if self._kept_bytes > _KEPT_BYTES:
+        if self._sends and self._kept_bytes > _KEPT_BYTES:
             self._send()
 
     def _send(self) -> None:
@@ -178,14 +183,25 @@ class Recorder:
         for of_probe in self._of_probe.values():
             if not of_probe.kept:
                 continue
-            device = next(iter(of_probe.kept[0].values())).device
-            self._devices.add(device)
-            names = of_probe.kept[0]
-            together = {name: [piece[name].to(device) for piece in of_probe.kept] for name in names}
-            whole = {name: torch.cat(values) if len(values) > 1 else values[0] for name, values in together.items()}
+            whole = _joined(of_probe.kept)
+            self._devices |= {values.device for values in whole.values()}
             of_probe.on_cpu.append({name: _start_transfer(values) for name, values in whole.items()})
             of_probe.kept.clear()
         self._kept_bytes = 0
+
+    def reduced(self) -> dict[str, tuple[list[Target], Reduced]]:
+        """Reduce what waits, and return each probe's targets and results `[place, batch, ...]`, where they are."""
+        for key in list(self._pending):
+            self._flush(key)
+        self._check_each_recorded_once()
+        return {name: (of_probe.targets, _joined(of_probe.kept)) for name, of_probe in self._of_probe.items()}
+
+    def take(self, reduced: Mapping[str, tuple[list[Target], Reduced]]) -> None:
+        """Take for the batch what another recorder of the same targets has `reduced`."""
+        own = {(target.probe.name, target.site, target.layer): target for target in self.expected}
+        for name, (targets, results) in reduced.items():
+            mine = [own[target.probe.name, target.site, target.layer] for target in targets]
+            self._of_probe[name] = _OfProbe(mine, [results])
 
     def end(self) -> None:
         """End a batch: reduce what waits, and start to copy everything to the CPU."""
@@ -212,6 +228,14 @@ class Recorder:
                 torch.cuda.synchronize(device)
         return {name: chunks for name, chunks in self._chunks.items() if chunks}
 
+    def last_equals(self, other: Recorder) -> bool:
+        """Tell whether another recorder's last batch gave the same, bit for bit."""
+        own, others = ({name: chunks[-1] for name, chunks in each.recorded().items()} for each in (self, other))
+        return own.keys() == others.keys() and all(
+            own[name].places == others[name].places and _are_equal(own[name].quantities, others[name].quantities)
+            for name in own
+        )
+
     def _check_each_recorded_once(self) -> None:
         times = Counter(id(target) for of_probe in self._of_probe.values() for target in of_probe.targets)
         for target in self.expected:
@@ -220,6 +244,20 @@ class Recorder:
                     f"The probe {target.probe.name!r} cannot measure {target.site!r} in block {target.layer}: it needs "
                     f"one activation a forward pass, and this model has {times[id(target)]} there."
                 )
+
+
+def _joined(pieces: Sequence[Reduced]) -> Reduced:
+    """Put a probe's results together, on the device of the first."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return {name: torch.cat([piece[name].to(first.device) for piece in pieces]) for name, first in pieces[0].items()}
+
+
+def _are_equal(results: Reduced, others: Reduced) -> bool:
+    return results.keys() == others.keys() and all(
+        bool(((values == others[name]) | (values.isnan() & others[name].isnan())).all())
+        for name, values in results.items()
+    )
 
 
 def _are_alike(activation: Tensor, other: Tensor) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from pydantic import InstanceOf
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -25,7 +25,8 @@ from melens.errors import MelensError
 from melens.models.quantization import describe_quantization
 from melens.models.view import base_of
 from melens.storage.files import atomic_folder
-from melens.tracing.batching import forget_longest
+from melens.tracing.batching import BatchRule, forget_longest
+from melens.tracing.captured import ShortPasses
 from melens.tracing.probes import AbsMedian, Batch, LargestActivations, Norms, Probe, SinkMass, TokenVectors
 from melens.tracing.recording import Recorder, Target, targets_of
 from melens.tracing.sites import Sites
@@ -187,25 +188,12 @@ def trace(
             )
     recorder = Recorder(probes, [target for probe in probes for target in targets_of(model, probe)])
     verification = verified(model, [site for probe in probes for site in probe.sites])
-    total, rule = sum(map(len, tokens)), verification.rule
-    groups = rule.groups([len(ids) for ids in tokens], max_batch_tokens=max_batch_tokens)
+    groups = verification.rule.groups([len(ids) for ids in tokens], max_batch_tokens=max_batch_tokens)
     with torch.no_grad():
-        with _recording(model, recorder, verification.way) as network:
-            for rows in groups:
-                padded = torch.nn.utils.rnn.pad_sequence([tokens[row] for row in rows], batch_first=True)
-                lengths = tuple(len(tokens[row]) for row in rows)
-                batch = Batch(padded.to(model.cfg.device), lengths, tuple(rows))
-                recorder.begin(batch)
-                if rule.remembers:
-                    forget_longest(network)
-                if progress is not None:
-                    progress(recorder.n_tokens, total)
-                network(input_ids=batch.tokens, use_cache=False)
-                recorder.end()
-            described = _describe(model, verification), _describe_prompts(model, given_prompts)  # while a GPU computes
+        described = _run(model, given_prompts, groups, recorder, verification, progress)
         recorded = recorder.recorded()
     if progress is not None:
-        progress(recorder.n_tokens, total)
+        progress(recorder.n_tokens, recorder.n_tokens)
     tables = Tables(recorded, [probe for probe in probes if probe.kind == "table"])
     tensors = Tensors(recorded, [probe for probe in probes if probe.kind == "tensor"], len(tokens))
     return Trace(*described, tables, tensors)
@@ -253,8 +241,53 @@ def _describe_prompts(model: TransformerBridge, prompts: TokenizedPrompts) -> pd
     )
 
 
+def _run(
+    model: TransformerBridge,
+    prompts: TokenizedPrompts,
+    groups: Sequence[Sequence[int]],
+    recorder: Recorder,
+    verification: Verification,
+    progress: Progress | None,
+) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Record a forward pass of each group of prompts, and describe model and prompts while a GPU computes."""
+    rule, total = verification.rule, sum(map(len, prompts.tokens))
+    short = ShortPasses.of(model, recorder.probes, rule) if verification.way == "fast" else None
+    recording = partial(_recording, model, way=verification.way)
+    batches = [_batch(model, [prompts.tokens[row] for row in rows], rows, short, rule) for rows in groups]
+    replayed = [batch for batch in batches if short and short.replay(batch, recorder)]
+    if short and not short.hold(model, replayed, recorder):
+        replayed = []
+        recorder.forget()
+    done = set(map(id, replayed))
+    plain = [batch for batch in batches if id(batch) not in done]
+    context: AbstractContextManager[Any] = recording(recorder) if plain else nullcontext()
+    with context as network:
+        for batch in plain:
+            if progress is not None:
+                progress(recorder.n_tokens, total)
+            recorder.begin(batch)
+            if rule.remembers:
+                forget_longest(network)
+            network(input_ids=batch.tokens, use_cache=False)
+            recorder.end()
+        described = _describe(model, verification), _describe_prompts(model, prompts)
+    if short and plain:
+        short.note(model, plain[-1], recorder, recording)
+    return described
+
+
+def _batch(
+    model: TransformerBridge, own: Sequence[Tensor], rows: Sequence[int], short: ShortPasses | None, rule: BatchRule
+) -> Batch:
+    """Pad the tokens of some prompts on the right."""
+    lengths = tuple(map(len, own))
+    n_pos = max(lengths) if short is None else short.padded_length(lengths, rule, model.cfg.n_ctx)
+    padded = torch.stack([nn.functional.pad(ids, (0, n_pos - len(ids))) for ids in own])
+    return Batch(padded.to(model.cfg.device), lengths, tuple(rows))
+
+
 @contextmanager
-def _recording(model: TransformerBridge, recorder: Recorder, way: Way) -> Iterator[Any]:
+def _recording(model: TransformerBridge, recorder: Recorder, *, way: Way) -> Iterator[Any]:
     """Let every probe reduce what passes in the model that is given, of which nothing runs that nobody needs."""
     at_keys: dict[int, list[Target]] = defaultdict(list)
     at_points: dict[int, list[Target]] = defaultdict(list)

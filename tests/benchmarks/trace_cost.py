@@ -1,9 +1,10 @@
-"""What a trace costs next to the plain forward pass and to `run_with_cache`, in one run.
+"""What a trace costs next to the plain forward pass over the same batches, by the number and length of prompts.
 
     python tests/benchmarks/trace_cost.py            # the embedded model on the CPU; on a GPU a Qwen3-4B-shaped model
 
-Prints a table of times, peak memory over the weights, and their ratios to the plain forward pass. Exits with 1 if a
-ratio is over its limit.
+Prints the time of the plain forward pass, and the ratio to it of a trace with the default probes, and of one with
+`find_me_layer` and the tables `norm` and `sink_mass`; and the peak memory of both, over what was there before. Exits
+with 1 if one is over its limit.
 """
 
 from __future__ import annotations
@@ -22,8 +23,13 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from planted import plant
+
 import melens
 from melens.models.loading import embedded_model_folder
+from melens.models.twins import plain_twin
 
 QWEN3_4B = {
     "vocab_size": 151936, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
@@ -31,73 +37,99 @@ QWEN3_4B = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "tie_word_embeddings": True,
 }  # fmt: skip
 
+FIRST = 17
+"""The token that every prompt begins with."""
+
 Run = Callable[[], object]
+
+
+SHAPES_ON_CPU = [(8, 512), (36, 60), (256, 16), (1, 64), (1, 2048)]
+SHAPES_ON_GPU = [(1, 64), (1, 512), (1, 4096), (8, 512), (64, 64), (36, 300), (256, 64), (512, 16), (1, 16384)]
+TRACE, TABLES, SHORT = 1.05, 1.10, 0.8
+"""Limits of a trace over the plain forward pass: by itself, with ME layer and tables, and of up to 512 tokens on a GPU,
+where a plain forward pass waits for Python."""
+OVER_PLAIN = 64 * 2**20
+"""Limit of peak memory over that of the plain forward pass, in bytes."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    repeats = parser.parse_args().repeats
-    within = gpu(repeats) if torch.cuda.is_available() else cpu(repeats)
-    sys.exit(0 if within else 1)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--with-cache", action="store_true", help="run_with_cache, too, on 8 prompts of 512 tokens")
+    arguments = parser.parse_args()
+    on_gpu = torch.cuda.is_available()
+    bridge, plain = qwen3_4b_shaped() if on_gpu else embedded()
+    where = f"Qwen3-4B-shaped, bf16, {torch.cuda.get_device_name()}" if on_gpu else "SmolLM2-135M, fp32, CPU"
+    table = Table("prompts × tokens", "plain", "trace", "with tables", "limits", "memory, plain to trace", title=where)
+    are_within = []
+    for n_prompts, n_tokens in SHAPES_ON_GPU if on_gpu else SHAPES_ON_CPU:
+        runs = variants(bridge, plain, n_prompts, n_tokens)
+        times = measure_times(runs, arguments.repeats * (5 if n_prompts * n_tokens < 1000 else 1))
+        ratios = [times[name] / times["plain"] for name in ("trace", "tables")]
+        memory = {name: (peak_allocated if on_gpu else peak_resident)(runs[name]) for name in ("plain", "trace")}
+        limits = (SHORT, SHORT) if on_gpu and n_prompts * n_tokens <= 512 else (TRACE, TABLES)
+        within = [ratio <= limit for ratio, limit in zip(ratios, limits, strict=True)]
+        within.append(memory["trace"] - memory["plain"] <= OVER_PLAIN)
+        are_within += within
+        table.add_row(
+            f"{n_prompts} × {n_tokens:,}",
+            f"{times['plain'] * 1e3:,.1f} ms",
+            *(f"{ratio:.3f}" for ratio in ratios),
+            " ".join(f"{limit:.2f}" for limit in limits) + ("" if all(within) else "  over"),
+            f"{memory['plain'] / 2**20:,.0f} to {memory['trace'] / 2**20:,.0f} MiB",
+        )
+    if arguments.with_cache:
+        tokens = some_tokens(8, 512).to(bridge.cfg.device)
+        times = measure_times(variants(bridge, plain, 8, 512) | {"cache": with_cache(bridge, tokens)}, 3)
+        table.add_row("8 × 512, run_with_cache", "", f"{times['cache'] / times['plain']:.3f}", "", "", "")
+    Console(width=110).print(table)
+    print("within the limits" if all(are_within) else "NOT within the limits")
+    sys.exit(0 if all(are_within) else 1)
 
 
-def cpu(repeats: int) -> bool:
-    """8 prompts of 512 tokens on the embedded model: at most 1.15 × plain, 1.5 × faster than the cache, +64 MiB."""
-    bridge = melens.load_model("smollm2-135m")
+def embedded() -> tuple[Any, Any]:
     plain = transformers.AutoModelForCausalLM.from_pretrained(embedded_model_folder(), attn_implementation="sdpa")
-    tokens = torch.randint(40_000, (8, 512), generator=torch.Generator().manual_seed(0))
-    runs = variants(bridge, plain, tokens)
-    times = measure_times(runs, repeats)
-    memory = {name: peak_resident(run) for name, run in runs.items()}
-    report("8 x 512 tokens, SmolLM2-135M, fp32, CPU", times, memory)
-    return within(
-        times["trace, all probes"] / times["plain forward"] <= 1.15,
-        times["run_with_cache"] / times["trace, all probes"] >= 1.5,
-        memory["trace, all probes"] - memory["plain forward"] <= 64 * 2**20,
-    )
+    return melens.load_model("smollm2-135m"), plain
 
 
-def gpu(repeats: int) -> bool:
-    """4,096 tokens: at most 1.10 × plain and +0.5 GiB; the sink map of 32,768 tokens: at most 1.25 × plain."""
-    device = torch.device("cuda")
-    options: dict[str, Any] = {"model_type": "qwen3", "config": QWEN3_4B, "dtype": "bfloat16", "device": "cuda"}
-    bridge = melens.load_model("random", **options)
-    config = transformers.AutoConfig.for_model("qwen3", **QWEN3_4B)
-    with device:
-        plain = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16, attn_implementation="sdpa"
-        ).eval()
-    tokens = torch.randint(150_000, (1, 4096), generator=torch.Generator().manual_seed(0))
-    runs = variants(bridge, plain, tokens.to(device))
-    times = measure_times(runs, repeats)
-    memory = {name: peak_allocated(run) for name, run in runs.items()}
-    where = f"Qwen3-4B-shaped, bf16, {torch.cuda.get_device_name()}"
-    report(f"4,096 tokens, {where}", times, memory)
-    long = torch.randint(150_000, (1, 32_768), generator=torch.Generator().manual_seed(1)).to(device)
-    sinks = [melens.SinkMass(), melens.SinkByQuery()]
-    long_runs: dict[str, Run] = {
-        "plain forward": lambda: plain.model(long, use_cache=False),
-        "trace, sink map": lambda: melens.trace(bridge, list(long), sinks, max_batch_tokens=long.numel()),
+def qwen3_4b_shaped(device: str = "cuda", **other: Any) -> tuple[Any, Any]:
+    """A bridge and the plain model, on the same random weights with a planted massive activation."""
+    shape = QWEN3_4B | other
+    bridge = melens.load_model("random", model_type="qwen3", config=shape, dtype="bfloat16", device=device)
+    plain = plain_twin(bridge)
+    with torch.no_grad():
+        plant(plain, block=6, token=FIRST, dim=4)
+    return bridge, plain
+
+
+def some_tokens(n_prompts: int, n_tokens: int) -> torch.Tensor:
+    tokens = torch.randint(40_000, (n_prompts, n_tokens), generator=torch.Generator().manual_seed(0))
+    tokens[:, 0] = FIRST
+    return tokens
+
+
+def variants(bridge: Any, plain: Any, n_prompts: int, n_tokens: int) -> dict[str, Run]:
+    """The plain forward pass, the trace, and the trace with ME layer and tables, over the same batches."""
+    tokens = some_tokens(n_prompts, n_tokens)
+    batches = tokens.to(bridge.cfg.device).split(max(1, 4096 // n_tokens))
+    prompts = list(tokens)
+
+    def with_tables() -> None:
+        traced = melens.trace(bridge, prompts)
+        melens.find_me_layer(traced)
+        traced["norm"], traced["sink_mass"]
+
+    return {
+        "plain": lambda: [plain.model(batch, use_cache=False) for batch in batches],
+        "trace": lambda: melens.trace(bridge, prompts),
+        "tables": with_tables,
     }
-    long_times = measure_times(long_runs, max(2, repeats // 2))
-    long_memory = {name: peak_allocated(run) for name, run in long_runs.items()}
-    report(f"32,768 tokens, {where}", long_times, long_memory)
-    return within(
-        times["trace, all probes"] / times["plain forward"] <= 1.10,
-        memory["trace, all probes"] - memory["plain forward"] <= 0.5 * 2**30,
-        long_times["trace, sink map"] / long_times["plain forward"] <= 1.25,
-    )
 
 
-def variants(bridge: Any, plain: Any, tokens: torch.Tensor) -> dict[str, Run]:
+def with_cache(bridge: Any, tokens: torch.Tensor) -> Run:
     sites = ("hook_resid_post", "ln2.hook_out", "hook_mlp_out", "attn.hook_pattern")
     names = {f"blocks.{layer}.{site}" for layer in range(bridge.cfg.n_layers) for site in sites}
-    return {
-        "plain forward": lambda: plain.model(tokens, use_cache=False),
-        "trace, all probes": lambda: melens.trace(bridge, list(tokens), max_batch_tokens=tokens.numel()),
-        "run_with_cache": lambda: bridge.run_with_cache(tokens, names_filter=lambda name: name in names),
-    }
+    return lambda: bridge.run_with_cache(tokens, names_filter=lambda name: name in names)
 
 
 def measure_times(runs: dict[str, Run], repeats: int) -> dict[str, float]:
@@ -147,20 +179,6 @@ def peak_resident(run: Run) -> int:
 def _status(key: str) -> int:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) * 1024
-
-
-def report(title: str, times: dict[str, float], memory: dict[str, int]) -> None:
-    table = Table("", "time", "x plain", "peak memory", "over plain", title=title)
-    for name, seconds in times.items():
-        over = (memory[name] - memory["plain forward"]) / 2**20
-        ratio = seconds / times["plain forward"]
-        table.add_row(name, f"{seconds:.3f} s", f"{ratio:.2f}", f"{memory[name] / 2**20:,.0f} MiB", f"{over:+,.0f} MiB")
-    Console(width=110).print(table)
-
-
-def within(*limits: bool) -> bool:
-    print("within the limits" if all(limits) else f"NOT within the limits: {limits}")
-    return all(limits)
 
 
 if __name__ == "__main__":
