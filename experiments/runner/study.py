@@ -164,7 +164,7 @@ def _find_or_run(run: Run, name: str, options: Any, store: Store | None) -> Resu
 
 def _run_one_of_several(run: Run, name: str, options: Any) -> Result:
     try:
-        return EXPERIMENTS[name].run(run, options)
+        return EXPERIMENTS[name].run(run, options).draw()  # here, where a mistake in a figure costs this one alone
     except MelensError as error:
         metrics, finding = run.metrics(Metrics, not_applicable=str(error)), f"does not apply: {error}"
     except Exception as error:  # a mistake of ours should not cost the user the other experiments

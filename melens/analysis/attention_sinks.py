@@ -33,6 +33,7 @@ from melens.figures.style import BLOCK, FIRST, SINK
 from melens.models.layout import Layout
 from melens.report.result import Figure, Interval, Result
 from melens.tracing.probes import AttentionMaps
+from melens.tracing.sites import Sites
 from melens.tracing.trace import trace
 
 __all__ = ["CLAIMS", "SinksMetrics", "sinks"]
@@ -247,7 +248,7 @@ def _maps_figure(study: Study, map_tokens: int) -> Figure | None:
 
 def _blocks_around_me_layer(study: Study) -> list[int]:
     """Choose the ME layer and the next block; of a hybrid the last with attention up to it and the first behind."""
-    with_pattern = [layer for layer in range(study.n_layers) if f"blocks.{layer}.{PATTERN}" in study.model.hook_dict]
+    with_pattern = [at.layer for at in Sites.of(study.model).find(PATTERN)]
     middle = study.n_layers // 2 if study.me.layer is None else study.me.layer
     before = [layer for layer in with_pattern if layer <= middle]
     behind = [layer for layer in with_pattern if layer > middle]

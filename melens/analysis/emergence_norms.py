@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -72,11 +73,11 @@ def emergence(study: Study, *, log_scale: bool = True, top_dims: int = 24) -> Re
     )
     title = study.title("Token 0's largest dims after each block", me.n_prompts)
     largest = dims.sort_values("abs_activation").iloc[-1]
-    by_block = _emergence_figure(study, norms, sink_mass, log_scale=log_scale)
+    by_block = partial(_emergence_figure, study, norms, sink_mass, log_scale=log_scale)
     expected = "Flat, then one block lifts token 0 by hundreds of times; flat again until the last two blocks."
     observed = f"The largest is dim {int(largest['dim'])}, with |h| = {largest['abs_activation']:,.4g} after block "
     observed += f"{int(largest['layer'])} (mean over prompts)."
-    heatmap, surface = (draw(dims, me_layer=me.layer, title=title) for draw in (dims_heatmap, dims_surface))
+    heatmap, surface = (partial(draw, dims, me_layer=me.layer, title=title) for draw in (dims_heatmap, dims_surface))
     few = "A few dims of the first token hold all of the massive activation."
     same = "The same dims stand out in every block from the ME layer on."
     as_before = "The data of the figure before, as a surface."

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from melens.figures.curves import ffn_figure
 from melens.models.layout import Layout, listed
 from melens.report.result import Figure, Interval, Metrics, Result
 from melens.tracing.probes import Concentration, Norms, Probe
+from melens.tracing.sites import Sites
 
 __all__ = ["CLAIMS", "FfnMetrics", "ffn", "probes"]
 
@@ -132,7 +134,7 @@ def ffn(study: Study) -> Result:
     n_states = len(study.distinct_massive_prompts)
     title = study.title("Token 0 in the FFN: concentration and amplification", n_states)
     behind = by_block["with_norm_behind"] if amplification["with_norm_behind"].notna().any() else None
-    plot = ffn_figure(differences, by_block["amplification"], behind, me_layer=study.me.layer, title=title)
+    plot = partial(ffn_figure, differences, by_block["amplification"], behind, me_layer=study.me.layer, title=title)
     expected = "All three concentrations and the amplification peak together, only at the ME layer."
     observed = _in_words(metrics, study.layout)
     tables = [points.assign(quantity=f"concentration after {name}") for name, points in differences.items()]
@@ -153,7 +155,7 @@ def _projections(model: TransformerBridge) -> dict[int, dict[str, str]]:
         name = "shared_mlp" if "shared_mlp" in parts and "moe" not in parts else "mlp"  # Granite's where it is dense
         gate, up, down = f"{name}.hook_pre", f"{name}.hook_pre_linear", WRITTEN
         hooks = (gate, up, down, BEFORE_NORM_BEHIND)
-        has = {site for site in hooks if f"blocks.{layer}.{site}" in model.hook_dict}
+        has = {site for site in hooks if Sites.of(model).find(f"blocks.{layer}.{site}")}
         sites = {}
         if {gate, up} <= has:
             sites = {"gate": gate, "up": up}

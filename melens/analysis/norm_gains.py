@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -151,7 +152,10 @@ def normalization(study: Study, *, top_share: float = 0.01, other_shares: Sequen
     by_block = pd.concat(means, ignore_index=True)
     metrics = _metrics(study, table, by_block, top_share, shares)
     norm, along = _in_words(metrics)
-    of_norm, of_gain = _weight_norm_figure(study, by_block), _alignment_figure(study, by_block, shares)
+    of_norm, of_gain = (
+        partial(_weight_norm_figure, study, by_block),
+        partial(_alignment_figure, study, by_block, shares),
+    )
     like_others = "Token 0 is amplified like the others before the ME layer, and far more there."
     signs = "At the ME layer ΔFrac is large and positive, ΔKL negative."
     figures = {

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -104,10 +105,12 @@ def direction(study: Study) -> Result:
     near_1 = "After the ME layer the cosine between any two inputs is about 1."
     settled = "Direction is settled at the ME layer: it barely changes after, whatever the input."
     figures = {
-        "norms": Figure(_norms_figure(study, norms, by_block["norm_cv"], note), "figure 5a", alike, observed),
+        "norms": Figure(partial(_norms_figure, study, norms, by_block["norm_cv"], note), "figure 5a", alike, observed),
         "dims_by_block": _dims_figure(study, states.mean(0).numpy(), note),
-        "cosine_by_block": Figure(_cosine_maps(study, vectors, note), "figure 5c", near_1, observed),
-        "between_blocks": Figure(_cosine_figure(study, by_block, note), "figure 5c, by block", settled, observed),
+        "cosine_by_block": Figure(partial(_cosine_maps, study, vectors, note), "figure 5c", near_1, observed),
+        "between_blocks": Figure(
+            partial(_cosine_figure, study, by_block, note), "figure 5c, by block", settled, observed
+        ),
     }
     tables = {"direction_by_block": pd.concat([table.assign(quantity=name) for name, table in by_block.items()])}
     return Result("direction", study.trace.model, metrics, tables, figures, [("direction", observed)])
@@ -212,7 +215,7 @@ def _dims_figure(study: Study, mean_states: np.ndarray, note: str) -> Figure:
         blocks = {me_layer - 1, me_layer, me_layer + 1, (me_layer + study.last_before_trailing) // 2, last}
     shown = {block: mean_states[block] for block in sorted(blocks) if 0 <= block <= last}
     titled = {f"block {block}{' (ME layer)' * (block == me_layer)}": state for block, state in shown.items()}
-    plot = vectors_by_dim(titled, title=study.title("Token 0 by dim, mean over prompts"), note=note)
+    plot = partial(vectors_by_dim, titled, title=study.title("Token 0 by dim, mean over prompts"), note=note)
     largest = ", ".join(f"{np.abs(state).argmax()} after block {block}" for block, state in shown.items())
     expected = "From the ME layer on the same few dims stand out in every block."
     return Figure(plot, "figure 5b", expected, f"The largest dim is {largest}.")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -202,7 +203,8 @@ def last_blocks_figure(study: Study, last: LastBlocks) -> Figure:
     curves = [Curve(text, by_quantity[name], color) for name, (text, color) in named.items() if name in by_quantity]
     panel = Panel("", "relative to the plateau's norm", curves, study.me.layer, zero_line=True)
     note = f"The state's direction is that after block {last.begin - 1}. Bands: 95% intervals over first tokens."
-    plot = curves_by_block([panel], title=study.title("What is written along the massive state", None), note=note)
+    title = study.title("What is written along the massive state")
+    plot = partial(curves_by_block, [panel], title=title, note=note)
     expected = "The last two blocks make a massive activation again."
     said = last.in_words(study.n_layers, study.me.criterion.trailing_blocks)
     return Figure(plot, "appendix A", expected, f"{said[0].upper()}{said[1:]}")

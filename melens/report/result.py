@@ -9,8 +9,9 @@ result.claims                    # what the paper's claims about it come to
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import pandas as pd
@@ -80,16 +81,22 @@ class Figure:
     """A figure and what to see in it; as the last line of a notebook's cell it shows itself.
 
     Attributes:
-        plot: interactive.
+        drawing: the interactive figure, or what draws it when `plot` is first asked for: who wants the metrics alone
+            need not wait for it.
         source: which of the paper's figures it reproduces, or who asked for it.
         expected: what the paper shows there, in a sentence; empty where it shows none.
         observed: what is seen on this model, in a sentence.
     """
 
-    plot: go.Figure
+    drawing: go.Figure | Callable[[], go.Figure]
     source: str
     expected: str
     observed: str
+
+    @cached_property
+    def plot(self) -> go.Figure:
+        """The interactive figure."""
+        return self.drawing if isinstance(self.drawing, go.Figure) else self.drawing()
 
     def show(self) -> None:
         """Open the figure, as plotly does."""
@@ -128,6 +135,11 @@ class Result:
         from melens.claims.engine import judge_parts  # whose claims are declared beside the analyses
 
         return judge_parts([self])
+
+    def draw(self) -> Result:
+        """Draw every figure now, which else is done when it is first shown or written; return the result."""
+        assert all(figure.plot is not None for figure in self.figures.values())
+        return self
 
     def __repr__(self) -> str:
         lines = [f"{what}: {value}" for what, value, *_ in self.findings]

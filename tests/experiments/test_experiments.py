@@ -175,8 +175,9 @@ def test_a_layernorm_model_with_a_massive_activation_can_be_ablated():
     assert metrics["ablation"].left_without_ffn < 0.1
 
 
-def test_an_experiment_that_breaks_does_not_lose_the_others(monkeypatch):
-    monkeypatch.setattr(ffn_concentration, "_amplification", lambda study: 1 / 0)
+@pytest.mark.parametrize("part", ["_amplification", "ffn_figure"])
+def test_an_experiment_that_breaks_does_not_lose_the_others(monkeypatch, part):
+    monkeypatch.setattr(ffn_concentration, part, lambda *args, **options: 1 / 0)
     broken, whole = run_experiments(study(planted_model(), prompts_of(), "exp.experiments=[ffn,predict]"))
     assert broken.metrics.failed
     assert "ZeroDivisionError" in broken.metrics.not_applicable

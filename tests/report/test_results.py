@@ -51,6 +51,14 @@ def test_what_a_run_leaves(tmp_path):
     assert '"plotly.min.js"' in (tmp_path / "run" / "norms.html").read_text()
 
 
+def test_a_figure_is_drawn_once_and_when_it_is_asked_for():
+    drawn = []
+    later = Figure(lambda: drawn.append("once") or go.Figure(), "figure 1", "A rise.", "A rise as well.")
+    assert drawn == []
+    assert later.plot is later.plot
+    assert drawn == ["once"]
+
+
 def test_a_library_of_another_version_than_was_tried_is_recorded(tmp_path, monkeypatch):
     version = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: "99.0" if name == "plotly" else version(name))
