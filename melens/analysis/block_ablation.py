@@ -144,17 +144,18 @@ class _Runs:
     def without(self, *parts: tuple[int, Part]) -> Float[Tensor, "prompt layer"]:
         """Run without parts, each given as (block, part)."""
         hooks = [hook for layer, part in parts for hook in interventions.ablation(self.study.model, layer, part)]
-        return self.run(hooks, min(layer for layer, _ in parts))
+        return self.run([hooks], min(layer for layer, _ in parts))[0]
 
-    def run(self, hooks: Sequence[Hook], start: int) -> Float[Tensor, "prompt layer"]:
-        """Run from a block on, and measure the massive tokens' norms; NaN before."""
-        norms = self.runs.run(hooks, start)
-        for prompt, after in (~norms[:, start:].isfinite()).nonzero()[:1].tolist():
-            raise MelensError(
-                f"With a part of block {start} changed, the massive token's norm after block {start + after} is "
-                f"{float(norms[prompt, start + after])}: load the model in bfloat16 or float32."
-            )
-        return norms
+    def run(self, changes: Sequence[Sequence[Hook]], start: int) -> list[Float[Tensor, "prompt layer"]]:
+        """Run from a block on with each of some changes, and measure the massive tokens' norms; NaN before."""
+        found = self.runs.run_each(changes, start)
+        for norms in found:
+            for prompt, after in (~norms[:, start:].isfinite()).nonzero()[:1].tolist():
+                raise MelensError(
+                    f"With a part of block {start} changed, the massive token's norm after block {start + after} is "
+                    f"{float(norms[prompt, start + after])}: load the model in bfloat16 or float32."
+                )
+        return found
 
 
 def _runs(study: Study, max_position: int) -> _Runs:
@@ -274,17 +275,21 @@ def _causality(runs: _Runs) -> tuple[pd.DataFrame, pd.DataFrame]:
         with the same of what is left on average from that block on.
     """
     model, n_layers = runs.study.model, runs.study.n_layers
-    removals = [(part, cause) for part in CAUSES for cause in range(n_layers) if can_ablate(model, cause, part)]
     progress = runs.study.stage("ablations")
+    without: dict[tuple[Part, int], Float[Tensor, "prompt layer"]] = {}
+    for cause in range(n_layers):
+        parts = [part for part in CAUSES if can_ablate(model, cause, part)]
+        found = runs.run([interventions.ablation(model, cause, part) for part in parts], cause)
+        without |= {(part, cause): norms for part, norms in zip(parts, found, strict=True)}
+        progress(cause + 1, n_layers)
     tables, causes = [], []
-    for done, (part, cause) in enumerate(removals, 1):
-        norms = runs.without((cause, part))
+    for part, cause in sorted(without, key=lambda removed: CAUSES.index(removed[0])):
+        norms = without[part, cause]
         by_effect = mean_by(tidy((norms / runs.runs.intact).numpy(), "ratio", "effect"), "ratio", ("effect",))
         tables.append(by_effect.assign(part=part, cause=cause))
         if cause <= runs.layers[-1]:  # a later block acts on the trailing ones alone, which count apart
             left = runs.left(norms, cause)
             causes.append((part, cause, float(left.mean()), *mean_interval(left)))
-        progress(done, len(removals))
     columns = ["part", "layer", "mean", "low", "high"]
     return pd.concat(tables, ignore_index=True), pd.DataFrame(causes, columns=columns)
 
@@ -334,21 +339,34 @@ def _patching(runs: _Runs) -> pd.DataFrame:
         much of the damage goes through that block: necessary if as low as the ablation itself); `mean`, `low`, `high`
         of what is left.
     """
-    model, intact, rows = runs.study.model, runs.runs, []
+    model, intact = runs.study.model, runs.runs
     blocks = [layer for layer in range(runs.me_layer + 1) if can_ablate(model, layer, "ffn")]
+    pairs = [(removed, patched) for removed in blocks for patched in blocks if patched >= removed]
     progress = runs.study.stage("patches")
-    for done, removed in enumerate(blocks, 1):
-        without: Sequence[Hook] = interventions.ablation(model, removed, "ffn")
+    left: dict[tuple[str, int, int], np.ndarray] = {}
+    written: dict[tuple[int, int], Float[Tensor, "prompt d"]] = {}
+
+    def patch(direction: str, start: int, changes: dict[tuple[int, int], list[Hook]]) -> None:
+        found = runs.run(list(changes.values()), start)
+        left.update({(direction, *pair): runs.left(norms) for pair, norms in zip(changes, found, strict=True)})
+        progress(len(left), 2 * len(pairs))
+
+    for removed in blocks:
+        without = interventions.ablation(model, removed, "ffn")
         _, ablated_ffn = intact.run_with_ffn(without, start=removed)
-        for patched in (layer for layer in blocks if layer >= removed):
-            restored = runs.run([*without, intact.patch_ffn(patched, intact.ffn[patched])], removed)
-            # what a removed FFN writes is recorded before it is removed
-            written = torch.zeros_like(ablated_ffn[patched]) if patched == removed else ablated_ffn[patched]
-            carried = runs.run([intact.patch_ffn(patched, written)], patched)
-            for direction, norms in (("restored", restored), ("carried", carried)):
-                left = runs.left(norms)
-                rows.append((direction, removed, patched, float(left.mean()), *mean_interval(left)))
-        progress(done, len(blocks))
+        of_removed = [pair for pair in pairs if pair[0] == removed]
+        ablated_ffn[removed] = 0  # whether it was recorded before it was removed or after
+        written |= {pair: ablated_ffn[pair[1]].clone() for pair in of_removed}
+        restoring = {pair: [*without, intact.patch_ffn(pair[1], intact.ffn[pair[1]])] for pair in of_removed}
+        patch("restored", removed, restoring)
+    for patched in blocks:
+        of_patched = [pair for pair in pairs if pair[1] == patched]
+        patch("carried", patched, {pair: [intact.patch_ffn(patched, written[pair])] for pair in of_patched})
+    rows = [
+        (direction, *pair, float(left[direction, *pair].mean()), *mean_interval(left[direction, *pair]))
+        for pair in pairs
+        for direction in ("restored", "carried")
+    ]
     return pd.DataFrame(rows, columns=["direction", "removed", "patched", "mean", "low", "high"])
 
 

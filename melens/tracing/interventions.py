@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any, Literal, cast
@@ -82,6 +82,17 @@ def _zero(written: Tensor, hook: HookPoint) -> Tensor:
     return torch.zeros_like(written)
 
 
+def _on_rows(hook: Hook, rows: slice) -> Hook:
+    """Let a hook see and change some rows of an activation alone."""
+    name, change = hook
+
+    def change_rows(activation: Float[Tensor, "row pos d"], hook: HookPoint) -> Tensor | None:
+        changed = change(activation[rows], hook)
+        return None if changed is None else torch.cat([activation[: rows.start], changed, activation[rows.stop :]])
+
+    return (name, change_rows)
+
+
 def _a_pair(part: Any) -> Any:
     if not isinstance(part, tuple | list) or len(part) != 2:
         raise must_be("a pair (layer, part): melens.ablated(model, (3, 'ffn'), (4, 'attention'))")
@@ -102,6 +113,10 @@ def ablated(model: Bridge, *parts: Annotated[tuple[Layer, Part], BeforeValidator
         yield
 
 
+_MOST_TOKENS = 4096
+"""Of a forward pass in which several changes share it."""
+
+
 @dataclass
 class _Rows:
     """Prompts that share a forward pass, by number, with their tokens, cut and padded on the right."""
@@ -119,17 +134,23 @@ class _Rows:
         return self._massive[device]
 
     def gather(
-        self, by_layer: dict[int, Float[Tensor, "row d"]], reduce: Callable[[Tensor], Tensor], *, into: Tensor
+        self,
+        by_layer: dict[int, Float[Tensor, "change row d"]],
+        reduce: Callable[[Tensor], Tensor],
+        *,
+        into: Float[Tensor, "change layer prompt *d"],
     ) -> None:
-        """Move the massive tokens of all blocks, reduced, into a tensor `[layer, prompt, ...]`, in one transfer."""
+        """Move the massive tokens of all blocks, reduced, to where they belong, in one transfer."""
         if by_layer:
-            states = torch.stack([of_layer.to(self.tokens.device) for of_layer in by_layer.values()])
-            into[torch.tensor([*by_layer])[:, None], torch.tensor(self.prompts)] = reduce(states).cpu()
+            states = torch.stack([of_layer.to(self.tokens.device) for of_layer in by_layer.values()], dim=1)
+            into[:, torch.tensor([*by_layer])[:, None], torch.tensor(self.prompts)] = reduce(states).cpu()
             by_layer.clear()
 
 
 PromptsByLayers = Annotated[Float[Tensor, "prompt layer"], Said("a float tensor [prompt, layer]")]
 HookList = Annotated[Sequence[Hook], Said("a list of (name of a hook point, function of an activation and the hook)")]
+
+Changes = Annotated[Sequence[Sequence[Hook]], Said("a list of lists as `run` takes one")]
 
 _NormsAndFFN = tuple[Float[Tensor, "prompt layer"], Float[Tensor, "layer prompt d"]]
 
@@ -198,7 +219,7 @@ class MassiveTokenRuns:
             at = torch.tensor([positions[row] for row in prompts])
             self._groups.append(_Rows(prompts, padded.to(device), at, RecordedBlocks(self._model)))
         self._now = self._groups[0]
-        self.intact, self.ffn = self._run([], 0, with_ffn=True, record=True)
+        (self.intact,), (self.ffn,) = self._run([[]], 0, with_ffn=True, record=True)
 
     def _agrees_with(self, norms: Float[Tensor, "prompt layer"]) -> bool:
         limit = limit_of(next(self._model.original_model.parameters()).dtype)
@@ -215,53 +236,85 @@ class MassiveTokenRuns:
         Raises:
             MelensError: no pairs of a hook point's name and a function, or a block that the model does not have.
         """
-        self._check(hooks, start)
-        return self._run(hooks, start)[0]
+        return self.run_each([hooks], start)[0]
+
+    @checked
+    def run_each(self, changes: Changes, start: Layer = 0) -> list[Float[Tensor, "prompt layer"]]:
+        """Do what `run` does for several changes, each by itself, that start in one block: they share forward passes.
+
+        Args:
+            changes: the hooks of each.
+            start: the first block that any of them changes.
+        """
+        self._check(changes, start)
+        return list(self._run(changes, start)[0])
 
     @checked
     def run_with_ffn(self, hooks: HookList = (), start: Layer = 0) -> _NormsAndFFN:
         """Do what `run` does, and return what each block's FFN writes at the massive token besides."""
-        self._check(hooks, start)
-        return self._run(hooks, start, with_ffn=True)
+        self._check([hooks], start)
+        norms, ffn = self._run([hooks], start, with_ffn=True)
+        return norms[0], ffn[0]
 
-    def _check(self, hooks: Sequence[Hook], start: int) -> None:
+    def _check(self, changes: Sequence[Sequence[Hook]], start: int) -> None:
         check_layer(self._model, start)
-        for name in (name for name, _ in hooks if not Sites.of(self._model).find(name)):
+        for name in (name for hooks in changes for name, _ in hooks if not Sites.of(self._model).find(name)):
             raise MelensError(f"This model has no hook point {name!r}; names are like 'blocks.3.hook_mlp_out'.")
 
-    @torch.no_grad()
     def _run(
-        self, hooks: Sequence[Hook], start: int, *, with_ffn: bool = False, record: bool = False
-    ) -> tuple[Float[Tensor, "prompt layer"], Float[Tensor, "_ prompt d"]]:
-        """Run all prompts; of FFN outputs there are none unless they are asked for, as each block's takes time."""
-        model, n_layers = self._model, len(self._model.blocks)
-        n_prompts = sum(len(group.prompts) for group in self._groups)
-        norms = torch.full((n_layers, n_prompts), float("nan"))
-        ffn = torch.full((n_layers if with_ffn else 0, n_prompts, model.cfg.d_model), float("nan"))
+        self, changes: Sequence[Sequence[Hook]], start: int, *, with_ffn: bool = False, record: bool = False
+    ) -> tuple[Float[Tensor, "change prompt layer"], Float[Tensor, "change _ prompt d"]]:
+        """Run all prompts with each change; of FFN outputs there are none unless they are asked for: they take time."""
+        n_layers, n_prompts = len(self._model.blocks), sum(len(group.prompts) for group in self._groups)
+        norms = torch.full((len(changes), n_layers, n_prompts), float("nan"))
+        n_written = n_layers if with_ffn else 0
+        ffn = torch.full((len(changes), n_written, n_prompts, self._model.cfg.d_model), float("nan"))
+        for group in self._groups:
+            most = 1 if self._verified.rule.alone else max(1, _MOST_TOKENS // group.tokens.numel())
+            for first in range(0, len(changes), most):
+                some = slice(first, first + most)
+                with group.blocks.recording(range(n_layers)) if record else nullcontext():
+                    self._run_group(group, changes[some], start, norms[some], ffn[some])
+        return norms.mT, ffn
+
+    @torch.no_grad()
+    def _run_group(
+        self,
+        group: _Rows,
+        changes: Sequence[Sequence[Hook]],
+        start: int,
+        norms: Float[Tensor, "change layer prompt"],
+        ffn: Float[Tensor, "change _ prompt d"],
+    ) -> None:
+        """Run the prompts of a group once for each change, in one forward pass: the rows of a change lie together."""
+        self._now, n_rows = group, len(group.prompts)
+        hooks = [
+            hook if len(changes) == 1 else _on_rows(hook, slice(number * n_rows, (number + 1) * n_rows))
+            for number, of_change in enumerate(changes)
+            for hook in of_change
+        ]
         after: dict[int, Tensor] = {}
         written: dict[int, Tensor] = {}
 
-        def keep(kept: dict[int, Tensor], layer: int, activation: Float[Tensor, "row pos d"]) -> None:
-            kept[layer] = self.at_massive(activation)
+        def keep(kept: dict[int, Tensor], layer: int, activation: Float[Tensor, "change_row pos d"]) -> None:
+            kept[layer] = activation.unflatten(0, (-1, n_rows))[:, *group.massive(activation.device)]
 
-        sites = {"hook_resid_post": after} | ({"hook_mlp_out": written} if with_ffn else {})
+        sites = {"hook_resid_post": after} | ({"hook_mlp_out": written} if ffn.shape[1] else {})
         recorders = [
             (at.hook_point, partial(keep, kept, at.layer))
             for site, kept in sites.items()
-            for at in Sites.of(model).find(site)
+            for at in Sites.of(self._model).find(site)
             if at.layer >= start and at.hook_point is not None
         ]
-        with model.hooks(fwd_hooks=[*hooks]), running(model, recorders, way=self._verified.way) as network:
-            for group in self._groups:
-                self._now = group
-                if self._verified.rule.remembers:
-                    forget_longest(network)
-                with group.blocks.recording(range(n_layers)) if record else group.blocks.resuming_at(start, network):
-                    base_of(network)(input_ids=group.tokens, use_cache=False)
-                group.gather(after, l2_norm, into=norms)
-                group.gather(written, Tensor.float, into=ffn)
-                self.block_evaluations += n_layers - start
-        return norms.T, ffn
+        way = self._verified.way
+        with self._model.hooks(fwd_hooks=hooks), running(self._model, recorders, way=way) as network:
+            if self._verified.rule.remembers:
+                forget_longest(network)
+            with group.blocks.resuming_at(start, network, times=len(changes)):
+                base_of(network)(input_ids=group.tokens.repeat(len(changes), 1), use_cache=False)
+        group.gather(after, l2_norm, into=norms)
+        group.gather(written, Tensor.float, into=ffn)
+        self.block_evaluations += (len(self._model.blocks) - start) * len(changes)
 
     def at_massive(self, activation: Float[Tensor, "row pos d"]) -> Float[Tensor, "row d"]:
         """Select the massive token of each prompt in the forward pass that is under way."""

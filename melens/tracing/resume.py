@@ -45,20 +45,26 @@ class RecordedBlocks:
                 handle.remove()
 
     @contextmanager
-    def resuming_at(self, start: int, network: nn.Module | None = None) -> Iterator[None]:
+    def resuming_at(self, start: int, network: nn.Module | None = None, *, times: int = 1) -> Iterator[None]:
         """Let the blocks before `start` return what block `start - 1` returned, instead of computing anything.
 
         Args:
             start: the first block that computes.
             network: what is run, as `running` gives it; by default the model inside the bridge. (The bridge's twin is
                 made anew whenever that one changes.)
+            times: how often the rows that were recorded are in the pass, one copy of all after the other.
         """
         blocks = [vars(block) for block in self._blocks_of(network or self._network)[:start]]
         of_accelerate = [attributes.get("forward") for attributes in blocks]  # on a model that is spread over devices
+        output = self.outputs[start - 1] if start else None
+        if start and times > 1:
+            hidden, *others = output if isinstance(output, tuple) else (output,)
+            hidden = hidden.repeat(times, *[1] * (hidden.ndim - 1))
+            output = (hidden, *others) if isinstance(output, tuple) else hidden
         try:
             _SKIPPED.update(self._blocks[:start])
             for attributes in blocks:
-                attributes["forward"] = partial(_skip, self.outputs[start - 1])
+                attributes["forward"] = partial(_skip, output)
             yield
         finally:
             _SKIPPED.difference_update(self._blocks[:start])

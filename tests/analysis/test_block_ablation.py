@@ -49,6 +49,9 @@ class RunsByHand(interventions.MassiveTokenRuns):
             left[:, start:] = torch.tensor(given)
         return self.intact * left
 
+    def run_each(self, changes, start):
+        return [self.run(hooks, start) for hooks in changes]
+
     def run_with_ffn(self, hooks, start):
         return self.run(hooks, start), -self.ffn
 

@@ -1,6 +1,7 @@
 """Every ablation against plain PyTorch: forward hooks on a transformers model, no TransformerLens, nothing replayed."""
 
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -9,6 +10,8 @@ from planted import FAMILIES, LONGROPE, N_LAYERS, VOCABULARY, bridge, gains_apar
 
 import melens
 from melens import MassiveTokenRuns, MelensError, WeMask
+from melens.tracing import interventions
+from melens.tracing.batching import BatchRule
 from melens.tracing.interventions import Part, ablation
 from melens.tracing.twin import Twin
 
@@ -103,6 +106,33 @@ def test_a_run_that_raises_leaves_the_model_as_it_was():
         runs.run([("blocks.2.hook_mlp_out", raises)], start=2)
     assert not any("forward" in block.original_component.__dict__ for block in model.blocks)
     torch.testing.assert_close(runs.run(), runs.intact)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("most_tokens", "n_passes"), [(4096, 1), (2 * 9, 3)])
+def test_changes_that_share_a_forward_pass_are_each_as_alone(family, most_tokens, n_passes, monkeypatch):
+    model = bridge(gains_apart(plain_model(family)))
+    runs = MassiveTokenRuns(model, TOKENS.tolist(), POSITIONS)  # 3 prompts of up to 3 tokens
+    values = torch.randn(runs.ffn[2].shape, generator=torch.Generator().manual_seed(1))
+    changes = [*(ablation(model, 2, part) for part in PARTS[:4]), [runs.patch_ffn(2, values)]]
+    alone = [runs.run(hooks, start=2) for hooks in changes]
+    before, passes = runs.block_evaluations, []
+    monkeypatch.setattr(interventions, "_MOST_TOKENS", most_tokens)
+    handle = model.blocks[2].original_component.register_forward_hook(lambda *_: passes.append(1))
+    for together, of_one in zip(runs.run_each(changes, start=2), alone, strict=True):
+        torch.testing.assert_close(together, of_one, equal_nan=True)
+    handle.remove()
+    assert len(passes) == n_passes
+    assert runs.block_evaluations - before == len(changes) * (N_LAYERS - 2)
+
+
+def test_changes_of_prompts_that_must_run_alone_share_no_forward_pass():
+    model = bridge(plain_model("llama"))
+    runs = MassiveTokenRuns(model, TOKENS[:1].tolist(), POSITIONS[:1])
+    runs._verified, passes = replace(runs._verified, rule=BatchRule(alone=True)), []
+    model.blocks[2].original_component.register_forward_hook(lambda *_: passes.append(1))
+    runs.run_each([[], []], start=2)
+    assert len(passes) == 2
 
 
 def test_runs_that_start_at_any_block_share_the_bridges_twin(monkeypatch):
