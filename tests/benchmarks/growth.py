@@ -151,7 +151,7 @@ def measure_point(ways: Mapping[str, Way], tokens: Tensor, turns: int = 4) -> li
                 ended.add(name)
                 continue
             times[name].append(seconds)
-            peaks.setdefault(name, peak)
+            peaks[name] = max(peak, peaks.get(name, 0))
     rows = []
     for name, taken in times.items():
         seconds = None if name in ended else min(taken[1:] or taken)
