@@ -19,8 +19,10 @@ from pydantic_core import PydanticCustomError
 from experiments.runner.declaration import AtLeast2, ExperimentOptions, Node
 from experiments.runner.registry import EXPERIMENTS
 from melens.data.reading import file_text, names_file
+from melens.data.tasks import OWN_PROMPTS, check_tasks, tasks_in
 from melens.environment.extras import check_extra
 from melens.errors import MelensError
+from melens.models.folders import find_model
 from melens.models.specs import Device, DeviceMap, Dtype, MaxMemory, Quantize, known_models, spec_of
 from melens.training.recipe import Precision, Tracker
 from melens.validation.types import (
@@ -108,6 +110,8 @@ class ModelOptions(Node):
         if self.name == "???":
             raise MelensError("model=hub needs model.name: a hub id (org/model) or a local transformers folder.")
         spec_of(self.name, self.model_dump(exclude={"name"}, exclude_unset=True))
+        if self.source == "hub":
+            find_model(self.hub_id or self.name)
         return self
 
 
@@ -134,6 +138,8 @@ class PromptOptions(Node):
             raise MelensError(f"There is no prompt file {self.file}.")
         if self.file is not None:
             file_text(path)
+        if self.tasks is not None:
+            check_tasks(self.tasks, tasks_in(OWN_PROMPTS if self.file is None else path))
         return self
 
 

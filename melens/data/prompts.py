@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from melens.data.reading import file_rows, lone_surrogate
+from melens.data.tasks import OWN_PROMPTS, check_tasks
 from melens.errors import MelensError
 from melens.validation.signatures import checked
 
@@ -88,7 +89,7 @@ def load_prompts(
     Raises:
         MelensError: the file is missing, empty or malformed (the line is named), or no prompt has such a task.
     """
-    path = Path(__file__).with_name("prompts.jsonl") if file is None else Path(os.path.expanduser(file))
+    path = OWN_PROMPTS if file is None else Path(os.path.expanduser(file))
     prompts = []
     for row in file_rows(path):
         text = row.text()
@@ -98,11 +99,7 @@ def load_prompts(
     if tasks is None:
         return prompts
     wanted = [tasks] if isinstance(tasks, str) else [str(task) for task in tasks]
-    known = sorted({str(prompt.task) for prompt in prompts if prompt.task is not None})
-    unknown = [task for task in wanted if task not in known]
-    if unknown or not wanted:
-        problem = f"No prompt has the task {unknown[0]!r}" if unknown else "prompts.tasks is empty"
-        raise MelensError(f"{problem}; the tasks are {', '.join(known) or 'not given'}.")
+    check_tasks(wanted, (None if prompt.task is None else str(prompt.task) for prompt in prompts))
     return [prompt for prompt in prompts if prompt.task in wanted]
 
 

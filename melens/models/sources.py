@@ -1,12 +1,8 @@
-"""What a model's name leads to, looked at before any weight is read: a hub id, a folder, or a GGUF file.
-
-Whatever is not a transformers model is named, with what to give instead.
-"""
+"""What a model's name leads to, looked at before any weight is read: a hub id, a folder, or a GGUF file."""
 
 from __future__ import annotations
 
 import difflib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.utils import cached_file
 
 from melens.errors import MelensError
+from melens.models.folders import find_model, read_json, refuse_adapter
 
 __all__ = ["Source", "explain", "in_short"]
 
@@ -39,24 +36,18 @@ class Source:
         Raises:
             MelensError: nothing is there, or no model: a file of weights alone, an adapter, a folder of another format.
         """
-        place = Path(path).expanduser()
-        if place.is_file():
-            return cls(str(place.parent), _gguf_file(place))
-        source = cls(str(place) if place.is_dir() else path, None, revision, trust_remote_code)
-        if place.is_dir():
-            if not (place / "config.json").is_file():
-                source._refuse_adapter()
-                raise MelensError(_why_no_model(place))
-            return source
-        if path.startswith(("/", ".", "~")) or path.count("/") > 1:
-            raise MelensError(f"There is no folder {place}.")
+        place = find_model(path)
+        if place is not None and place.is_file():
+            return cls(str(place.parent), place.name)
+        if place is not None:
+            return cls(str(place), None, revision, trust_remote_code)
         try:
             huggingface_hub.utils.validate_repo_id(path)
         except HFValidationError:
             raise MelensError(f"{path!r} is neither a folder nor a hub id like org/model.") from None
         if _must_fetch(path, revision):
             raise MelensError(_HUB_NOT_REACHABLE.format(path=path))
-        return source
+        return cls(path, None, revision, trust_remote_code)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -104,15 +95,8 @@ class Source:
         return None if found is None else Path(found)
 
     def _refuse_adapter(self) -> None:
-        """Raise for PEFT's adapter, with which transformers would load a base model that nobody asked for."""
-        if (file := self.file("adapter_config.json")) is None:
-            return
-        content = _read_json(file)
-        base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
-        raise MelensError(
-            f"{self.path} holds an adapter for {base or 'a base model that it does not name'}, not a model. Merge the "
-            "two with PEFT's merge_and_unload(), save the merged model, and give its folder."
-        )
+        if (file := self.file("adapter_config.json")) is not None:
+            refuse_adapter(self.path, file)
 
     def _why_no_config(self, error: BaseException) -> str:
         if self.gguf_file is not None:
@@ -144,42 +128,9 @@ def explain(name: str, error: BaseException) -> str:
     return _known_cause(name, error) or f"{name} could not be loaded: {in_short(error)}."
 
 
-# --- What is there instead --------------------------------------------------------------------------------------------
-
-
-def _gguf_file(file: Path) -> str:
-    if file.suffix == ".gguf":
-        return file.name
-    if (folder := file.parent.resolve()).joinpath("config.json").is_file():
-        raise MelensError(f"{file} is a single file. Give the folder that holds the model, {folder}.")
-    raise MelensError(f"{file} has no config.json beside it. Give the folder of a transformers model, or a .gguf file.")
-
-
-_OTHER_FORMATS = (
-    ("*.gguf", "GGUF files. Give one of them, {file}"),
-    ("checkpoint-*", "checkpoints of a training. Give one of them, {file}"),
-    ("*/config.json", "a model in a folder inside it. Give {parent}"),
-    ("*.distcp", "a sharded checkpoint of FSDP. Join it with `accelerate merge-weights`, and add the config.json"),
-    ("*.safetensors* pytorch_model*.bin", "weights. Add the config.json of their model"),
-    ("params.json", "a model in its makers' own format (params.json). Convert it to that of transformers first"),
-    ("*.pth *.pt", "a model in PyTorch's or TransformerLens's format. Save it as a transformers model first"),
-    ("model_index.json", "a pipeline of diffusers, which is not a language model"),
-    ("*.onnx", "an ONNX model. Give the transformers model that it was made from"),
-)
-"""By the files in a folder, what it holds instead of a transformers model, and what to do."""
-
-
-def _why_no_model(folder: Path) -> str:
-    for patterns, what in _OTHER_FORMATS:
-        if found := sorted(file for pattern in patterns.split() for file in folder.glob(pattern)):
-            hint = what.format(file=found[-1], parent=found[-1].parent)
-            return f"The folder {folder} has no config.json, but {hint}."
-    return f"The folder {folder} holds no transformers model (it has no config.json)."
-
-
 def _why_no(file: Path, error: BaseException) -> str:
     """Say what is wrong with a config.json that transformers did not take."""
-    content = _read_json(file)
+    content = read_json(file)
     if isinstance(content, ValueError):
         return f"{file} is not JSON ({content}). Fetch or save it again."
     if not isinstance(content, dict):
@@ -193,14 +144,6 @@ def _why_no(file: Path, error: BaseException) -> str:
         known = f"; the nearest known are {near}." if near else "."
         return f"{file} has the model_type {kind!r}, which transformers {transformers.__version__} does not know{known}"
     return f"{file} is not a config that transformers {transformers.__version__} takes: {in_short(error)}."
-
-
-def _read_json(file: Path) -> Any:
-    """Return what a file holds, or the error of reading it."""
-    try:
-        return json.loads(file.read_text("utf-8"))
-    except ValueError as error:  # no JSON, or no UTF-8
-        return error
 
 
 # --- The hub ----------------------------------------------------------------------------------------------------------

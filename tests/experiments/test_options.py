@@ -256,9 +256,12 @@ def test_hydras_own_options_are_refused_without_a_plus_too(capsys, monkeypatch, 
     assert not (tmp_path / "run").exists()
 
 
-def test_a_mistake_is_told_before_anything_slow_is_imported_and_leaves_no_folder(tmp_path):
+@pytest.mark.parametrize(
+    "mistake", [["wemask.rate=7"], ["model=hub", "model.name=/no/model"], ["prompts.tasks=[cooking]"]]
+)
+def test_a_mistake_is_told_before_anything_slow_is_imported_and_leaves_no_folder(tmp_path, mistake):
     folder = tmp_path / "run"
-    wrong = ("experiments/run.py", "wemask.rate=7", f"hydra.run.dir={folder}")
+    wrong = ("experiments/run.py", *mistake, f"hydra.run.dir={folder}")
     done = subprocess.run([sys.executable, "-X", "importtime", *wrong], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     imported = re.findall(r"\| +(\w+)", done.stderr)
