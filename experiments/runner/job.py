@@ -24,6 +24,7 @@ from experiments.options import Options
 from experiments.options.masks import mask_in_words, masks_in_use
 from experiments.runner.interrupts import sigterm_interrupts
 from experiments.runner.locks import locked_folder
+from experiments.runner.masks import check_masks
 from experiments.runner.processes import is_first_process, shared_folder
 from experiments.runner.progress import show_stages
 from experiments.runner.registry import EXPERIMENTS
@@ -64,6 +65,9 @@ def run_job(cfg: Options, folder: Path) -> list[str]:
         loaded = stage(f"loading {cfg.model.name}")
         model = load_model(**config["model"])
         loaded(1, 1)
+        if len(cfg.experiments) == 1:  # of several one may fail
+            for mask in masks.values():
+                check_masks(mask, model)
         bos, max_tokens, are_own = cfg.prompts.bos, cfg.prompts.max_tokens, cfg.prompts.file is None
         chosen = choose_prompts(model, prompts, bos=bos, max_tokens=max_tokens, are_own=are_own, seed=cfg.seed)
         with note_if_stopped(record, cfg):

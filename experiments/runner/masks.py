@@ -10,13 +10,29 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from experiments.options.schema import MaskOptions, as_list
 from melens import Emergence, MelensError, WeMask
-from melens.masks.dims import FixedDims
+from melens.masks.dims import FixedDims, count_dims
 from melens.models.view import ModelView, view_model
 
-__all__ = ["masks_of", "on_blocks", "only_mask_of"]
+__all__ = ["check_masks", "masks_of", "on_blocks", "only_mask_of"]
 
 _BY_RATE = ("weight", "weight_low", "random", "magnitude")
 """Selections that differ below rate 1 alone."""
+
+
+def check_masks(options: MaskOptions, model: TransformerBridge) -> None:
+    """Refuse a rate or a block that no ME layer would make right, before the prompts are traced for one.
+
+    Raises:
+        MelensError: a mask that this model cannot have.
+    """
+    view = view_model(model)
+    for arguments in _combinations(options, view):
+        if not arguments["rate"] or arguments["select"] == "saved":
+            continue
+        if arguments["select"] != "massive":
+            count_dims(arguments["rate"], view.d_model)
+        if not isinstance(arguments["start"], str):
+            WeMask(**arguments).blocks(model)
 
 
 def masks_of(options: MaskOptions, me: Emergence, model: TransformerBridge) -> list[WeMask | None]:

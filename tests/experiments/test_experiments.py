@@ -10,6 +10,7 @@ from written import write_result
 
 import melens
 from experiments.options import compose_options
+from experiments.runner.job import run_job
 from experiments.runner.study import begin_study, run_experiments
 from melens.analysis import ffn_concentration
 from melens.claims.paper import CLAIMS
@@ -200,3 +201,16 @@ def test_what_was_checked_is_shown_by_site_and_block_and_written_with_every_resu
     written = json.loads((tmp_path / "result.json").read_text())["verified"]
     assert (written["checked"], written["way"]) == (True, "fast")
     assert max(written["largest_error_by_site"].values()) < written["limit"]
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ("wemask.start=99", "The model has no block 99 to mask"),
+        ("wemask.rate=0.001", "Rate 0.001 selects 0 of 128 dims"),
+    ],
+)
+def test_a_mask_that_the_model_cannot_have_is_refused_before_it_is_traced(monkeypatch, tmp_path, option, sentence):
+    monkeypatch.setattr("experiments.runner.job.choose_prompts", lambda *args, **options: pytest.fail("went on"))
+    with pytest.raises(melens.MelensError, match=sentence):
+        run_job(compose_options("model=random", "exp=wemask", option), tmp_path)
