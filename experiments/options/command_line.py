@@ -130,9 +130,23 @@ def check_command(arguments: Sequence[str]) -> None:
     overrides = [parser.parse_override(one) for one in own if not one.startswith(("hydra.", "hydra/"))]
     try:
         for variant in _variants(overrides):
-            _ = compose_options(*variant).requests  # which checks what the presets and the options give together
+            options = compose_options(*variant)
+            _ = options.requests  # which checks what the presets and the options give together
+            if len(own) == len(arguments):  # the jobs of a sweep may run on other machines
+                _check_device(options.model.device)
     except MelensError as error:  # of the library, as for a benchmark that it does not know
         raise OptionError(str(error)) from None
+
+
+def _check_device(name: str) -> None:
+    if name in ("auto", "cpu"):
+        return
+    import torch  # a second, of the five that all takes
+
+    from melens.models.presence import check_present
+
+    if name == "mps" or not torch.cuda.device_count():  # to ask more would start CUDA before a GPU is chosen
+        check_present(name, "device")
 
 
 def _variants(overrides: Sequence[Override]) -> Iterator[list[str]]:

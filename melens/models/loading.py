@@ -39,6 +39,7 @@ from melens.environment.versions import warn_untried
 from melens.errors import MelensError
 from melens.models.checkpoints import load_network
 from melens.models.gates import GATE_FILE, load_gates
+from melens.models.presence import MAPS, check_present
 from melens.models.quantization import (
     check_quantization,
     describe_quantization,
@@ -143,35 +144,13 @@ def load_tokenizer(name: Any, **overrides: Any) -> Any:
 def _device(spec: ModelSpec) -> torch.device:
     map_ = spec.device_map
     for place in map_.values() if isinstance(map_, Mapping) else {map_}:
-        if place not in (None, "disk", "cpu", *_BY_TRANSFORMERS):
-            _check_present(f"cuda:{place}" if isinstance(place, int) else str(place), "device_map")
+        if place not in (None, "disk", "cpu", *MAPS):
+            check_present(f"cuda:{place}" if isinstance(place, int) else str(place), "device_map")
     if spec.device == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:  # of several processes
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if spec.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
-    return _check_present(spec.device, "device")
-
-
-_BY_TRANSFORMERS = ("auto", "balanced", "balanced_low_0", "sequential")
-"""Device maps that transformers makes."""
-
-
-def _check_present(place: str, option: str) -> torch.device:
-    """Return a device that this machine has."""
-    try:
-        device = torch.device(place)
-    except RuntimeError:
-        words = "" if option == "device" else f"; allowed are {', '.join(_BY_TRANSFORMERS)}, or devices"
-        raise MelensError(f"model.{option} names {place!r}, which is not a device{words}.") from None
-    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    present = {"cpu": 1, "cuda": n_gpus, "mps": int(torch.mps.is_available())}
-    if not present.get(device.type):
-        there = ", ".join(kind for kind, n in present.items() if n)
-        raise MelensError(f"model.{option} is {place!r}, but this machine has only {there}.")
-    if device.type == "cuda" and device.index is not None and device.index >= n_gpus:
-        there = "one GPU, cuda:0" if n_gpus == 1 else f"{n_gpus} GPUs, cuda:0 to cuda:{n_gpus - 1}"
-        raise MelensError(f"model.{option} is {place!r}, but this machine has {there}.")
-    return device
+    return check_present(spec.device, "device")
 
 
 def _dtype(name: str, config: PreTrainedConfig) -> torch.dtype:

@@ -270,6 +270,15 @@ def test_a_mistake_is_told_before_anything_slow_is_imported_and_leaves_no_folder
     assert not folder.exists()
 
 
+def test_a_device_that_is_not_there_is_told_before_a_run_begins_but_not_of_the_jobs_of_a_sweep(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(OptionError, match=r"model\.device is 'cuda:1', but this machine has only"):
+        check_command(prepare_command(["model.device=cuda:1"]))
+    check_command(prepare_command(["-m", "model.device=cuda:1"]))
+    check_command(prepare_command(["model.device=cpu"]))
+
+
 def test_importing_melens_imports_nothing_slow():
     code = "import sys, melens; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
