@@ -158,14 +158,16 @@ def _massive(trace: Trace, criterion: Criterion) -> dict[str, np.ndarray]:
     found: list[dict[str, np.ndarray]] = []
     for grid in trace.grids("largest", index="rank"):
         (layers, value), (_, pos), (_, dim) = (grid.at(name, "hook_resid_post") for name in ("value", "pos", "dim"))
-        is_kept = pos >= 0  # elsewhere rows are empty: prompts have fewer tokens, or fewer massive ones
-        _check_finite(trace, {layer: is_kept[at] & ~np.isfinite(value[at]) for at, layer in enumerate(layers)}, grid)
-        at_layer, at_prompt, rank = np.nonzero(is_kept & (np.abs(value) > criterion.min_abs))
-        layer, prompt = np.asarray(layers, dtype=np.int32)[at_layer], grid.prompts.astype(np.int32)[at_prompt]
-        at, median = (at_layer, at_prompt, rank), medians[prompt, layer]
+        if np.count_nonzero(np.isfinite(value)) != np.count_nonzero(pos >= 0):  # -1 where there is no token to keep
+            _check_finite(
+                trace, {layer: (pos[at] >= 0) & ~np.isfinite(value[at]) for at, layer in enumerate(layers)}, grid
+            )
+        at = np.unravel_index(np.flatnonzero((value > criterion.min_abs) | (value < -criterion.min_abs)), value.shape)
+        layer, prompt = np.asarray(layers, dtype=np.int32)[at[0]], grid.prompts.astype(np.int32)[at[1]]
+        median = medians[prompt, layer]
         is_massive = np.abs(value[at]) > criterion.min_ratio * median
         columns = {"prompt": prompt, "layer": layer, "pos": pos[at], "dim": dim[at], "value": value[at]}
-        found.append({name: values[is_massive] for name, values in (columns | {"abs_median": median}).items()})
+        found.append(_only(columns | {"abs_median": median}, is_massive))
     return {name: np.concatenate([of_grid[name] for of_grid in found]) for name in found[0]}
 
 
@@ -269,9 +271,14 @@ def _is_one_a_state(first_tokens: np.ndarray, layers: np.ndarray, positions: np.
     """Mark the first of the prompts that share a massive token 0, and all others whose massive token is another."""
     is_one = positions != 0
     at_first = np.nonzero(~is_one)[0]
-    states = np.stack([first_tokens[at_first], layers[at_first]])
-    is_one[at_first[np.unique(states, axis=1, return_index=True)[1]]] = True
+    is_one[at_first[_distinct(first_tokens[at_first], layers[at_first])]] = True
     return is_one
+
+
+def _distinct(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return where each pair of whole numbers, none below 0, stands first."""
+    pairs = first.astype(np.int64) * (int(second.max(initial=0)) + 1) + second
+    return np.unique(pairs, return_index=True)[1]
 
 
 def _only(columns: Mapping[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
@@ -282,16 +289,18 @@ def _most_frequent(entries: Mapping[str, np.ndarray], column: str) -> tuple[int,
     """List the positions or dims, those of most prompts first; of equally many the one with the largest |h|, mean."""
     # not the number of entries: twenty small massive tokens of a prompt would outvote the dim of its large one
     found, which = np.unique(entries[column], return_inverse=True)
-    n_prompts = np.bincount(np.unique(np.stack([which, entries["prompt"]]), axis=1)[0], minlength=len(found))
+    n_prompts = np.bincount(which[_distinct(which, entries["prompt"])], minlength=len(found))
     sizes = np.bincount(which, np.abs(entries["value"]), len(found)) / np.bincount(which, minlength=len(found))
     return tuple(found[np.lexsort((-sizes, -n_prompts))].tolist())
 
 
 def _massive_tokens(n_prompts: int, massive: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Count the massive tokens of each prompt among these entries of one block, and tell whether token 0 is one."""
-    prompts, positions = np.unique(np.stack([massive["prompt"], massive["pos"]]), axis=1)
-    at_first = np.bincount(prompts[positions == 0], minlength=n_prompts) > 0
-    return {"n_massive": np.bincount(prompts, minlength=n_prompts), "first_is_massive": at_first}
+    tokens = _only(massive, _distinct(massive["prompt"], massive["pos"]))
+    n_massive, at_first = (
+        np.bincount(tokens["prompt"][among], minlength=n_prompts) for among in (slice(None), tokens["pos"] == 0)
+    )
+    return {"n_massive": n_massive, "first_is_massive": at_first > 0}
 
 
 def _check_finite(trace: Trace, broken: Mapping[int, np.ndarray], grid: Grid) -> None:
@@ -362,7 +371,7 @@ def _per_prompt(
     prompts, layers = massive["prompt"], massive["layer"]
     n_blocks = len(norms[0][1]) - 1
     birth = np.full(n_prompts, n_blocks)
-    np.minimum.at(birth, prompts, layers)
+    birth[prompts[::-1]] = layers[::-1]  # the earliest, which is written last
     columns = {name: np.full(n_prompts, np.nan) for name in _PER_PROMPT}
     columns |= {"prompt": np.arange(n_prompts), "layer": np.where(birth < n_blocks, birth, -1)}
     is_birth = layers == birth[prompts]

@@ -77,14 +77,18 @@ class BatchRule:
             longest_first: what does not fit into memory then shows at once.
         """
         groups: list[list[int]] = []
+        total = 0  # tokens of the last group
         for row in sorted(range(len(lengths)), key=lambda row: lengths[row], reverse=longest_first):
-            joined = [lengths[other] for other in (*groups[-1], row)] if groups else []
-            padded = len(joined) * max(joined, default=0)
-            fits = 0 < padded <= max_batch_tokens and sum(joined) >= (1 - max_padding) * padded
-            if fits and self.may_share(joined):
+            own = lengths[row]
+            ends = [lengths[groups[-1][0]], own] if groups else [own]  # the shortest and the longest, in either order
+            padded = (len(groups[-1]) + 1) * max(ends) if groups else 0
+            fits = 0 < padded <= max_batch_tokens and total + own >= (1 - max_padding) * padded
+            if fits and self.may_share(ends):
                 groups[-1].append(row)
+                total += own
             else:
                 groups.append([row])
+                total = own
         return groups
 
 

@@ -189,8 +189,8 @@ class MassiveTokenRuns:
         tokens = cast(Sequence[Tensor], tokens)  # which they are once they are checked
         if len(positions) != len(tokens):
             raise MelensError(f"{len(tokens)} prompts need as many positions; {len(positions)} are given.")
+        check_vocabulary(model, tokens)
         for number, (at, ids) in enumerate(zip(positions, tokens, strict=True)):
-            check_vocabulary(model, ids, number)
             if not 0 <= at < len(ids):
                 raise MelensError(
                     f"The massive token's position {at} is beyond its prompt, number {number}, of {len(ids)} tokens."

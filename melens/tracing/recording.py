@@ -133,7 +133,6 @@ class Recorder:
     def begin(self, batch: Batch) -> None:
         self._batch = batch
         self._of_probe = defaultdict(_OfProbe)
-        batch.n_tokens  # noqa: B018 - before the GPU has anything to do, as a copy to it waits
 
     def record(self, targets: Sequence[Target], activation: Tensor) -> None:
         """Take what passes at a site of a block, for all the probes there."""
@@ -226,11 +225,14 @@ class Recorder:
         for device in self._devices:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-        return {name: chunks for name, chunks in self._chunks.items() if chunks}
+        in_order = {name: sorted(chunks, key=_order) for name, chunks in self._chunks.items()}
+        return {name: chunks for name, chunks in in_order.items() if chunks}
 
     def last_equals(self, other: Recorder) -> bool:
         """Tell whether another recorder's last batch gave the same, bit for bit."""
-        own, others = ({name: chunks[-1] for name, chunks in each.recorded().items()} for each in (self, other))
+        for each in (self, other):
+            each.recorded()  # waits
+        own, others = ({name: chunks[-1] for name, chunks in each._chunks.items() if chunks} for each in (self, other))
         return own.keys() == others.keys() and all(
             own[name].places == others[name].places and _are_equal(own[name].quantities, others[name].quantities)
             for name in own
@@ -244,6 +246,11 @@ class Recorder:
                     f"The probe {target.probe.name!r} cannot measure {target.site!r} in block {target.layer}: it needs "
                     f"one activation a forward pass, and this model has {times[id(target)]} there."
                 )
+
+
+def _order(chunk: Chunk) -> tuple[int, int]:
+    """As batches are put together: by length, then by prompt, whichever of them ran first."""
+    return chunk.lengths[0], chunk.prompts[0]
 
 
 def _joined(pieces: Sequence[Reduced]) -> Reduced:

@@ -43,7 +43,11 @@ class Grid:
     def at(self, quantity: str, site: str) -> tuple[list[int], np.ndarray]:
         """Return the blocks that have a site, in order, and the quantity there."""
         found = sorted((layer, place) for place, (own, layer) in enumerate(self.places) if own == site)
-        return [layer for layer, _ in found], self.quantities[quantity][[place for _, place in found]]
+        places = [place for _, place in found]
+        if not places:
+            return [], self.quantities[quantity][:0]
+        together = slice(places[0], places[-1] + 1) if places == list(range(places[0], places[-1] + 1)) else places
+        return [layer for layer, _ in found], self.quantities[quantity][together]
 
 
 class _Lazy(Mapping[str, _Made]):
@@ -57,6 +61,9 @@ class _Lazy(Mapping[str, _Made]):
         if probe not in self._made:
             self._made[probe] = self._make[probe]()
         return self._made[probe]
+
+    def __contains__(self, probe: object) -> bool:  # `Mapping`'s would make it
+        return probe in self._make
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._make)
@@ -82,10 +89,9 @@ class Tables(_Lazy[pd.DataFrame]):
     def _table(self, probe: Probe) -> pd.DataFrame:
         chunks = self._recorded[probe.name]
         sites = list(dict.fromkeys(site for chunk in chunks for site, _ in chunk.places))
-        columns = [_tidy(chunk, probe.index, sites) for chunk in chunks]
-        of_all = {name: np.concatenate([each[name] for each in columns]) for name in columns[0]}
-        of_site: Any = pd.Categorical.from_codes(of_all["site"], categories=pd.Index(sites), validate=False)
-        return pd.DataFrame(of_all | {"site": of_site}, copy=False)
+        columns = _tidy(chunks, probe.index, sites)
+        of_site: Any = pd.Categorical.from_codes(columns["site"], categories=pd.Index(sites), validate=False)
+        return pd.DataFrame(columns | {"site": of_site}, copy=False)
 
 
 class Tensors(_Lazy[Tensor]):
@@ -123,8 +129,26 @@ def _arrays(chunk: Chunk) -> dict[str, np.ndarray]:
     }
 
 
-def _tidy(chunk: Chunk, index: tuple[str, ...], sites: list[str]) -> dict[str, np.ndarray]:
+def _tidy(chunks: Sequence[Chunk], index: tuple[str, ...], sites: list[str]) -> dict[str, np.ndarray]:
     """Lay `[place, batch, *index]` arrays out as columns, without the rows of padded positions."""
+    laid_out = [_broadcast(chunk, index, sites) for chunk in chunks]
+    n_rows = [next(iter(columns.values())).size if real is None else int(real.sum()) for columns, real in laid_out]
+    tidy = {name: np.empty(sum(n_rows), dtype=values.dtype) for name, values in laid_out[0][0].items()}
+    start = 0
+    for (columns, real), n in zip(laid_out, n_rows, strict=True):
+        for name, values in columns.items():
+            if real is None:
+                tidy[name][start : start + n].reshape(values.shape)[...] = values
+            else:
+                tidy[name][start : start + n] = values[real]
+        start += n
+    return tidy
+
+
+def _broadcast(
+    chunk: Chunk, index: tuple[str, ...], sites: list[str]
+) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+    """Give every column the shape of the quantities, and tell which entries are no padding; None where all are."""
     quantities = _arrays(chunk)
     shape = next(iter(quantities.values())).shape
     axes: dict[str, tuple[int, np.ndarray]] = {
@@ -134,11 +158,9 @@ def _tidy(chunk: Chunk, index: tuple[str, ...], sites: list[str]) -> dict[str, n
         **{name: (2 + i, np.arange(shape[2 + i], dtype=np.int32)) for i, name in enumerate(index)},
     }
     columns = {name: np.broadcast_to(_along(values, axis, len(shape)), shape) for name, (axis, values) in axes.items()}
-    columns |= quantities
-    if "pos" in index and min(chunk.lengths) < shape[axes["pos"][0]]:
-        real = columns["pos"] < _along(np.asarray(chunk.lengths), 1, len(shape))
-        return {name: values[real] for name, values in columns.items()}
-    return {name: values.reshape(-1) for name, values in columns.items()}
+    is_padded = "pos" in index and min(chunk.lengths) < shape[axes["pos"][0]]
+    real = columns["pos"] < _along(np.asarray(chunk.lengths), 1, len(shape)) if is_padded else None
+    return columns | quantities, real
 
 
 def _along(values: np.ndarray, axis: int, n_axes: int) -> np.ndarray:

@@ -222,13 +222,13 @@ def as_tokens(model: TransformerBridge, prompts: Any, bos: BosOrNot = "auto") ->
         return TokenizedPrompts(prompts, [torch.tensor(ids) for ids in tokenize(model, prompts, bos=bos)])
     for number, ids in enumerate(prompts):
         check_length(len(ids), f"number {number}", model.cfg.n_ctx)
-        check_vocabulary(model, ids, number)
-    return TokenizedPrompts([Prompt(text="") for _ in prompts], prompts)
+    check_vocabulary(model, prompts)
+    return TokenizedPrompts([Prompt(text="")] * len(prompts), prompts)
 
 
 def _describe_prompts(model: TransformerBridge, prompts: TokenizedPrompts) -> pd.DataFrame:
     texts, tokens = prompts.prompts, prompts.tokens
-    tokenizer, firsts = model.tokenizer, [int(ids[0]) for ids in tokens]
+    tokenizer, firsts = model.tokenizer, torch.stack([ids[0] for ids in tokens]).tolist()
     return pd.DataFrame(
         {
             "prompt": np.arange(len(tokens), dtype=np.int32),
@@ -283,7 +283,9 @@ def _batch(
     lengths = tuple(map(len, own))
     n_pos = max(lengths) if short is None else short.padded_length(lengths, rule, model.cfg.n_ctx)
     padded = torch.stack([nn.functional.pad(ids, (0, n_pos - len(ids))) for ids in own])
-    return Batch(padded.to(model.cfg.device), lengths, tuple(rows))
+    batch = Batch(padded.to(model.cfg.device), lengths, tuple(rows))
+    batch.n_tokens  # noqa: B018 - before the GPU has anything to do, as a copy to it waits
+    return batch
 
 
 @contextmanager

@@ -58,9 +58,12 @@ def _token_ids(prompt: Any, number: int) -> Int[Tensor, " pos"]:
     return ids.long().cpu()
 
 
-def check_vocabulary(model: TransformerBridge, ids: Int[Tensor, " pos"], number: int) -> None:
-    """Raise a `MelensError` for a prompt with a token that the model does not know."""
-    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < model.cfg.d_vocab:
+def check_vocabulary(model: TransformerBridge, prompts: Sequence[Int[Tensor, " _"]]) -> None:
+    """Raise a `MelensError` for the first prompt with a token that the model does not know."""
+    every = torch.cat(list(prompts))
+    if len(every) and not 0 <= int(every.min()) <= int(every.max()) < model.cfg.d_vocab:
+        is_known = [bool(((ids >= 0) & (ids < model.cfg.d_vocab)).all()) for ids in prompts]
+        number = is_known.index(False)
         raise MelensError(f"Prompt number {number} has token ids outside the vocabulary of {model.cfg.d_vocab:,}.")
 
 
