@@ -77,9 +77,9 @@ def choose_dims(
         seeds = [torch.Generator().manual_seed(seed * 1_000_003 + layer) for layer in blocks]
         chosen = [torch.randperm(d_model, generator=generator)[:count].sort().values for generator in seeds]
     else:
-        gains = [view.gain(layer) for layer in blocks]
-        _warn_of_equal_gains(dict(zip(blocks, gains, strict=True)))
-        chosen = [_dims_by_gain(gain, count, largest=select == "weight") for gain in gains]
+        gains = _gains_of(view, blocks)
+        _warn_of_equal_gains(gains, blocks)
+        chosen = [*_dims_by_gain(gains, count, largest=select == "weight")]
     return {layer: tuple(dims.tolist()) for layer, dims in zip(blocks, chosen, strict=True)}
 
 
@@ -93,9 +93,15 @@ def count_dims(rate: float | int, d_model: int) -> int:
     return count
 
 
-def _dims_by_gain(gain: Float[Tensor, " d"], count: int, *, largest: bool) -> Int[Tensor, " k"]:
+def _gains_of(view: ModelView, blocks: Sequence[int]) -> Float[Tensor, "block d"]:
+    """Read the gains of some blocks, and bring them to the CPU in one transfer, as each waits for a GPU."""
+    gains = [view.gain(layer) for layer in blocks]
+    return torch.stack([gain.to(gains[0].device) for gain in gains]).cpu()
+
+
+def _dims_by_gain(gain: Float[Tensor, "*block d"], count: int, *, largest: bool) -> Int[Tensor, "*block k"]:
     """Choose the dims with the largest |gain|, or the smallest; of equal ones the first, on every device."""
-    return gain.abs().sort(descending=largest, stable=True).indices[:count].sort().values
+    return gain.abs().sort(descending=largest, stable=True).indices[..., :count].sort().values
 
 
 def tied_dims(view: ModelView, chosen: FixedDims) -> dict[int, tuple[int, ...]]:
@@ -108,9 +114,11 @@ def tied_dims(view: ModelView, chosen: FixedDims) -> dict[int, tuple[int, ...]]:
     Returns:
         By block the dims whose |gain| is that of the last one that is masked; blocks without such a tie are left out.
     """
+    if not chosen.dims:
+        return {}
     found = {}
-    for layer, dims in (chosen.dims or {}).items():
-        gain = view.gain(layer).abs().cpu()
+    gains = _gains_of(view, [*chosen.dims]).abs()
+    for (layer, dims), gain in zip(chosen.dims.items(), gains, strict=True):
         masked = torch.zeros(len(gain), dtype=torch.bool)
         masked[list(dims)] = True
         tied = torch.isin(gain, gain[masked]) & torch.isin(gain, gain[~masked])
@@ -132,13 +140,11 @@ def redraw_tied_dims(view: ModelView, chosen: FixedDims, seed: int) -> FixedDims
     return FixedDims(drawn, chosen.blocks, chosen.model)
 
 
-def _warn_of_equal_gains(gains: Mapping[int, Tensor]) -> None:
+def _warn_of_equal_gains(gains: Float[Tensor, "block d"], blocks: Sequence[int]) -> None:
     """Warn, in one sentence, of the blocks whose gains are all alike or no numbers, and so choose nothing."""
-    alike = [
-        layer
-        for layer, gain in gains.items()
-        if not gain.isfinite().all() or gain.abs().max() - gain.abs().min() <= 1e-6 * gain.abs().max()
-    ]
+    sizes = gains.abs()
+    is_alike = ~gains.isfinite().all(-1) | (sizes.amax(-1) - sizes.amin(-1) <= 1e-6 * sizes.amax(-1))
+    alike = [layer for layer, is_one in zip(blocks, is_alike.tolist(), strict=True) if is_one]
     if alike:
         message = f"The gains of ln1 in {listed(alike)} are all alike, so the choice of dims there is arbitrary."
         warnings.warn(message, stacklevel=5)
