@@ -480,9 +480,11 @@ def test_every_command_of_the_readme_is_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.jsonl").write_text('{"text": "Where is the key?"}\n')
     (tmp_path / "my-data").mkdir()
-    (tmp_path / "outputs" / "2026-01-31" / "12-00-00-000000").mkdir(parents=True)
+    (trained := tmp_path / "outputs" / "2026-01-31" / "12-00-00-000000" / "model").mkdir(parents=True)
+    (trained / "config.json").write_text("{}")
     for module in ("melens.environment.extras", "melens.training.recipe"):
         monkeypatch.setattr(f"{module}.find_spec", lambda name: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     commands = commands_of_readme()
     assert len(commands) > 30
     for command in commands:
