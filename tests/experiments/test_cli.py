@@ -140,7 +140,8 @@ def test_a_sweep_of_everything_is_merged_too(tmp_path, short_prompts):
 
 
 def test_the_traceback_is_there_for_those_who_want_it(tmp_path):
-    done = run("model.name=/nonexistent", "model=hub", "hydra.verbose=true", f"hydra.run.dir={tmp_path}")
+    (tmp_path / "config.json").write_text("{}")
+    done = run(f"model.name={tmp_path}", "model=hub", "hydra.verbose=true", f"hydra.run.dir={tmp_path}/run")
     assert done.returncode == 1
     assert "Traceback" in done.stderr
 

@@ -357,6 +357,6 @@ def _are_alike(found, expected):
     ("experiment", "place"), [("exp=sft", "model.max_memory={cpu:300KB}"), ("exp=tables", "model.device_map=auto")]
 )
 def test_a_training_of_a_spread_model_is_refused_before_the_model_is_loaded(experiment, place, tmp_path):
-    options = [experiment, "table=3", "training.dataset=sums", "model=hub", "model.name=/no/such/folder", place]
+    options = [experiment, "table=3", "training.dataset=sums", "model=hub", "model.name=no/model", place]
     with pytest.raises(MelensError, match="spreads over devices cannot be trained"):
         job(tmp_path, *options)

@@ -182,9 +182,7 @@ def test_what_needs_plain_weights_is_refused(in_rows):
 
 
 def test_a_quantised_model_is_not_trained(in_rows, tmp_path):
-    cfg = compose_options(
-        "exp=sft", "training.dataset=sums", "model=hub", "model.name=/no/folder", "model.quantize=4bit"
-    )
+    cfg = compose_options("exp=sft", "training.dataset=sums", "model=hub", "model.name=no/model", "model.quantize=4bit")
     with pytest.raises(MelensError, match="because its weights cannot change"):
         EXPERIMENTS["sft"].prepare(cfg, tmp_path)
     study = object.__new__(Study)  # of which nothing but the model is looked at
