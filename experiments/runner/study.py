@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,9 @@ from melens.models.devices import placement
 from melens.report.result import Metrics, Result
 from melens.storage.cache import RUN_CACHE, Store, code_version, hash_of, store_for, warn_if_not_cached
 from melens.storage.results import load_cached, load_result, save_result
+from melens.tracing.sites import Sites
 from melens.tracing.trace import as_tokens
+from melens.tracing.verification import verified
 
 __all__ = ["Run", "begin_study", "run_experiments"]
 
@@ -84,6 +87,8 @@ def begin_study(
     tokenized = as_tokens(model, prompts, cfg.prompts.bos)
     wanted = [probe for name, options in cfg.experiments.items() for probe in _probes(model, name, options)]
     probes = [*default_probes(model, min_abs=cfg.criterion.min_abs), *wanted]
+    if len(cfg.experiments) > 1:
+        _verify_at_once(model, probes)
     trace = _find_or_trace(model, tokenized, probes, cfg, stage)
     of_run = {"family": cfg.model.family, "placement": placement(model.original_model)}
     trace = replace(trace, model=trace.model | of_run)
@@ -115,6 +120,18 @@ def _find_or_trace(
         with warn_if_not_cached():
             trace.save(folder, replace=False)  # another job, that was faster, has readers by now
     return trace
+
+
+def _verify_at_once(model: TransformerBridge, probes: Sequence[Probe]) -> None:
+    """Check all places that the experiments measure at once: each check on its own would build a bridge for itself."""
+    sites = Sites.of(model)
+    wanted = [*(site for probe in probes for site in probe.sites), *(site for site in _LATER if sites.find(site))]
+    with suppress(MelensError):  # each then asks for its own sites, of which not all need be wrong
+        verified(model, wanted)
+
+
+_LATER = ("attn.hook_pattern", "attn.k.hook_out", "attn.q.hook_out", "hook_resid_post", "ln1.hook_out")
+"""Sites of the passes that some experiments take after the one that all share."""
 
 
 def _probes(model: TransformerBridge, name: str, options: Any) -> list[Probe]:

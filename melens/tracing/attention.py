@@ -16,7 +16,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
@@ -116,8 +116,8 @@ def attention_on_keys(
 
         return on_keys(query, key, logsumexp, keys, scale, window)
     group = n_heads // key.shape[1]
-    wanted = torch.stack([repeat(key[:, :, at], "batch kv d -> batch kv group d", group=group) for at in keys], dim=-1)
-    scores = _matmul_float32(query.flatten(0, 1), wanted.flatten(0, 2)).unflatten(0, (batch, n_heads))
+    wanted = torch.stack([key[:, :, at] for at in keys], dim=-1).repeat_interleave(group, dim=1)
+    scores = _matmul_float32(query.flatten(0, 1), wanted.flatten(0, 1)).unflatten(0, (batch, n_heads))
     attention = scores.mul_(scale).sub_(logsumexp[..., None]).exp_()
     for column, position in enumerate(keys):
         if position > 0:

@@ -277,13 +277,19 @@ def _is_folded(model: TransformerBridge) -> bool:
     return model.compatibility_mode or getattr(model, "_weights_processed", False)
 
 
+_FORWARDS: dict[type, Any] = {}
+"""By class of component, the library's own forward."""
+
+
 def _what_was_done_to(component: Any, name: str) -> str:
     """Say what makes a component compute something else than its module; nothing if nothing does."""
     own, kind = vars(component), type(component)
-    if not kind.__module__.startswith(_LIBRARIES):
-        return f"{name} has a component of the class {kind.__name__}"
-    if not kind.forward.__module__.startswith(_LIBRARIES):
-        return f"the forward of the class {kind.__name__}, of the component of {name}, was replaced"
+    if _FORWARDS.get(kind) is not kind.forward:  # looked at once: there are hundreds of components of few classes
+        if not kind.__module__.startswith(_LIBRARIES):
+            return f"{name} has a component of the class {kind.__name__}"
+        if not kind.forward.__module__.startswith(_LIBRARIES):
+            return f"the forward of the class {kind.__name__}, of the component of {name}, was replaced"
+        _FORWARDS[kind] = kind.forward
     if "forward" in own and "_hf_hook" not in own:  # accelerate's brings the weights, and nothing else
         return f"the component of {name} has a forward that is not its class's"
     for hooks in (component._forward_hooks, component._forward_pre_hooks, component._backward_hooks):

@@ -156,16 +156,29 @@ _KNOWN: WeakKeyDictionary[TransformerBridge, dict[tuple[str, ...], Verification]
 
 
 def verified(model: TransformerBridge, sites: Sequence[str]) -> Verification:
-    """Return what `verify` says of a kind of model: from this process, from the user's cache, or by checking it now."""
+    """Return what `verify` says of a kind of model: from this process, from the user's cache, or by checking it now.
+
+    What is known of more sites, where nothing was amiss, is an answer too: a check builds a bridge anew.
+    """
     asked = tuple(sorted(set(sites)))
     known = _KNOWN.setdefault(model, {})
     if asked not in known:
+        wider = next((found for sites, found in known.items() if _answers(model, asked, sites, found)), None)
+        if wider is not None:
+            return wider
         store = store_for_kind("verified", model.original_model, asked)
         known[asked] = _read(store) or verify(model, asked)
         if not known[asked].why_not:  # else it is true of this model, not of its kind
             content = asdict(known[asked]) | {"errors": known[asked].errors.to_dict("records")}
             store.save_text("verification", json.dumps(content))
     return known[asked]
+
+
+def _answers(model: TransformerBridge, asked: Sequence[str], known: Sequence[str], found: Verification) -> bool:
+    """Tell whether an answer for some sites holds for others: for a site in one block, if it is of all blocks."""
+    names = {site: {at.site for at in Sites.of(model).find(site)} for site in asked}
+    are_known = all(site in known or (names[site] and names[site] <= set(known)) for site in asked)
+    return are_known and found.way == "fast" and not found.rule.alone
 
 
 def _read(store: Store) -> Verification | None:

@@ -14,6 +14,7 @@ from experiments.runner.job import run_job
 from experiments.runner.study import begin_study, run_experiments
 from melens.analysis import ffn_concentration
 from melens.claims.paper import CLAIMS
+from melens.tracing import verification
 
 TOKEN, DIM, BLOCK = 7, 21, 1
 
@@ -174,6 +175,18 @@ def test_a_layernorm_model_with_a_massive_activation_can_be_ablated():
     metrics = {result.experiment: result.metrics for result in run_experiments(prepared)}
     assert set(metrics["ablation"].left_without_norm) == {"identity", "no_gain", "no_norm"}
     assert metrics["ablation"].left_without_ffn < 0.1
+
+
+def test_what_several_experiments_measure_is_checked_at_once(monkeypatch, tmp_path):
+    checked = []
+    own = verification._verify
+    monkeypatch.setattr(verification, "_verify", lambda model, sites: checked.append(sites) or own(model, sites))
+    monkeypatch.setenv("MELENS_CACHE", str(tmp_path))
+    several = study(
+        planted_model(), prompts_of(), "exp.experiments=[emergence,sinks,ablation]", "exp.sinks.rank_tokens=8"
+    )
+    assert [result.metrics.not_applicable for result in run_experiments(several)] == [None, None, None]
+    assert len(checked) == 1
 
 
 @pytest.mark.parametrize("part", ["_amplification", "ffn_figure"])

@@ -1,5 +1,7 @@
 """The self-check agrees where melens is right, and finds what is wrong: in the attention, in a batch, everywhere."""
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 import torch
@@ -165,3 +167,25 @@ def test_a_trace_tells_what_was_checked():
     told = melens.trace(model_of("mistral"), PROMPTS).model["verified"]
     assert (told["checked"], told["way"], told["limit"]) == (True, "fast", 1e-3)
     assert max(told["largest_error_by_site"].values()) < 1e-5
+
+
+def test_what_is_known_of_more_sites_is_an_answer_for_fewer(monkeypatch):
+    model, checked = model_of("llama"), []
+    own = verification._verify
+    monkeypatch.setattr(verification, "_verify", lambda model, sites: checked.append(sites) or own(model, sites))
+    both = verified(model, ["hook_resid_post", "ln1.hook_out"])
+    assert verified(model, ["ln1.hook_out"]) is both
+    assert verified(model, ["blocks.2.ln1.hook_out", "hook_resid_post"]) is both
+    assert len(checked) == 1
+    assert verified(model, ["ln1.hook_out", "ln2.hook_out"]) is not both
+    assert len(checked) == 2
+
+
+@pytest.mark.parametrize("amiss", [{"way": "bridge"}, {"rule": BatchRule(alone=True)}])
+def test_where_one_site_was_amiss_fewer_are_checked_by_themselves(amiss):
+    model = model_of("llama")
+    verification._KNOWN[model] = {
+        ("hook_resid_post", "ln1.hook_out"): replace(verified(model, ["ln1.hook_in"]), **amiss)
+    }
+    assert verified(model, ["ln1.hook_out"]).way == "fast"
+    assert verified(model, ["ln1.hook_out"]).rule == BatchRule()
