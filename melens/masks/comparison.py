@@ -195,11 +195,14 @@ class MaskComparison:
         if number in self._kept:
             return self._kept[number]
         logits = apply_head(self._model.original_model, self._finals[number])[:, :-1].to(self._texts.device)
-        probabilities = logits.softmax(-1, dtype=torch.float32)
-        rows = zip(logits, self._batches[number][:, 1:], probabilities, strict=True)
-        loss, negentropy, likeliest = map(torch.stack, zip(*(_predict(*row) for row in rows), strict=True))
+        probabilities = logits.new_empty(logits.shape, dtype=torch.float32)
+        found = []
+        for own, targets, of_text in zip(logits, self._batches[number][:, 1:], probabilities, strict=True):
+            torch.softmax(own, -1, dtype=torch.float32, out=of_text)  # of all texts at once it would copy the logits
+            found.append(_predict(own, targets, of_text))
+        loss, negentropy, likeliest = map(torch.stack, zip(*found, strict=True))
         predicted = _Predicted(loss, probabilities, negentropy, likeliest)
-        del logits
+        del logits, own
         limit = _KEPT_BYTES
         if probabilities.is_cuda:
             limit = max(limit, torch.cuda.mem_get_info(probabilities.device)[0] // 4)
