@@ -1,6 +1,7 @@
 """What a run writes that is stopped, and what it says."""
 
 import ctypes
+import gc
 import json
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from test_results import CONFIG, Breaks, ffn_result, names, picture, some_result
 from written import write_result
 
 from experiments.options import compose_options
-from experiments.runner import writing
+from experiments.runner import command, writing
 from experiments.runner.interrupts import sigterm_interrupts
 from experiments.runner.job import give_freed_memory_back
 from experiments.runner.writing import finish, note_if_stopped, stopped_message, write_part
@@ -206,6 +207,18 @@ def test_windows_has_no_libc_to_ask(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", no_such_library)
     monkeypatch.setattr("experiments.runner.job.sys", SimpleNamespace(platform="win32"))
     give_freed_memory_back()
+
+
+@pytest.mark.parametrize("is_first", [True, False], ids=["first job", "later job"])
+def test_what_the_first_job_imports_is_never_searched_for_garbage_but_what_jobs_leave_is(monkeypatch, is_first):
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(True))
+    frozen = []
+    if is_first:
+        monkeypatch.delitem(sys.modules, "experiments.runner.job")
+    with command._importing():
+        assert gc.isenabled() is not is_first
+    assert gc.isenabled()
+    assert frozen == [True] * is_first
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
