@@ -36,7 +36,8 @@ from melens.masks.dims import (
     identify,
     redraw_tied_dims,
 )  # fmt: skip
-from melens.masks.hooks import InstalledMask, TokenFinder
+from melens.masks.hooks import InstalledMask
+from melens.masks.tokens import TokenFinder
 from melens.models.kv_cache import find_cache_by_any_name
 from melens.models.view import ModelView, view_model
 from melens.storage.files import write_text

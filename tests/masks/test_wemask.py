@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import melens
 from melens import MelensError, WeMask
-from melens.masks.hooks import InstalledMask, TokenFinder
+from melens.masks.hooks import InstalledMask
+from melens.masks.tokens import TokenFinder
 
 TOKENS = torch.tensor([[5, 17, 101, 33, 8, 64, 150], [9, 2, 77, 120, 31, 6, 44]])
 SELECTS = ("weight", "weight_low", "random", "magnitude", "massive")

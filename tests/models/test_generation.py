@@ -7,7 +7,7 @@ import torch
 from planted import FAMILIES, bridge, other_model, plain_model, shared_keys_model
 
 from melens import MelensError, WeMask
-from melens.masks import hooks as masking
+from melens.masks import tokens as masking
 from melens.models import generation
 from melens.models.generation import Generation, verify_generation
 from melens.models.twins import plain_twin
