@@ -287,14 +287,14 @@ def spoilt_rank(study, monkeypatch):
 
 
 def spoilt_ablation(study, monkeypatch):
-    run = melens.MassiveTokenRuns.run
+    run_each = melens.MassiveTokenRuns.run_each
 
-    def with_nan(self, hooks=(), start=0):
-        norms = run(self, hooks, start)
-        norms[0, -1] = NAN
-        return norms
+    def with_nan(self, changes, start=0):
+        found = run_each(self, changes, start)
+        found[0][0, -1] = NAN
+        return found
 
-    monkeypatch.setattr(melens.MassiveTokenRuns, "run", with_nan)
+    monkeypatch.setattr(melens.MassiveTokenRuns, "run_each", with_nan)
 
 
 def _with_one_nan(reduce):
