@@ -136,7 +136,8 @@ class TextRuns:
                 sinks[[self._now[row] for row in rows], layer] = of_key[rows]
 
         with running(self._model, (), keys, keep_sinks, way=self._verified.way) as network:
-            forget_longest(network)
+            if self._verified.rule.remembers:
+                forget_longest(network)
             logits = network(input_ids=padded, use_cache=False).logits
         of_text = [
             torch.nn.functional.cross_entropy(own[: len(ids) - 1].float(), ids[1:].to(own.device))
