@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import logging
 import os
@@ -101,6 +102,7 @@ def _importing() -> Iterator[None]:
         yield
     finally:
         gc.freeze()
+        atexit.register(gc.unfreeze)  # else nanobind, of Triton, takes what is left at the end for leaks and says so
         gc.enable()
 
 
