@@ -94,14 +94,16 @@ def test_an_experiment_that_does_not_apply_says_why(tmp_path):
 
 
 def test_a_sweep_merges_table_8_and_survives_a_model_that_fails(tmp_path):
-    done = run("-m", "model=random,qwen3-4b", "model.hub_id=/nonexistent", f"hydra.sweep.dir={tmp_path}")
+    (broken := tmp_path / "broken").mkdir()
+    (broken / "config.json").write_text("{}")
+    done = run("-m", "model=random,qwen3-4b", f"model.hub_id={broken}", f"hydra.sweep.dir={tmp_path}")
     assert done.returncode == 1
     table8 = pd.read_parquet(tmp_path / "table8.parquet").set_index("model")
     assert (table8.n_layers["random"], table8.family["qwen3-4b"]) == (6, "qwen3")
-    assert "/nonexistent" in table8.error["qwen3-4b"]
+    assert "has no model_type" in table8.error["qwen3-4b"]
     sweep = pd.read_parquet(tmp_path / "sweep.parquet")
     assert sweep.status.tolist() == ["ok", "failed"]
-    assert "/nonexistent" in sweep.error[1]
+    assert "has no model_type" in sweep.error[1]
     claims = pd.read_parquet(tmp_path / "claims.parquet").set_index("id")
     assert claims.verdict["exists"] == "does not hold"
     assert (tmp_path / "verdicts.html").is_file()
