@@ -97,8 +97,7 @@ class ShortPasses:
         is_short = len(batch.lengths) <= _MOST_ROWS and batch.tokens.numel() <= _MOST_TOKENS
         if not is_short or self._times[key] < 2 or self._captures[key] >= _TRIES:
             return
-        free, whole = torch.cuda.mem_get_info(device)
-        state = _State.of(model) if free >= _FREE * whole else None
+        state = _State.of(model) if _share_free(device) >= _FREE else None
         if state is None or not state.is_on(device):
             return
         self._captures[key] += 1
@@ -158,6 +157,12 @@ class _Graph:
         self.graph.replay()
         recorder.take(self.results)
         recorder.end()
+
+
+def _share_free(device: torch.device) -> float:
+    """Return the share of a GPU's memory that is free, or that PyTorch only holds in stock."""
+    free, whole = torch.cuda.mem_get_info(device)
+    return (free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) / whole
 
 
 def _key(batch: Batch, recorder: Recorder) -> Any:

@@ -194,7 +194,9 @@ class LargestActivations(Probe):
         self.sites = tuple(sites)
 
     def reduce(self, activation: Float[Tensor, "batch pos d"], batch: Batch) -> dict[str, Tensor]:
-        sizes = abs_max(activation).masked_fill(~batch.is_token.to(activation.device), -1)
+        sizes = abs_max(activation)
+        if min(batch.lengths) < activation.shape[1]:
+            sizes = sizes.masked_fill(~batch.is_token.to(activation.device), -1)
         n_tokens, n_dims = min(self.n_tokens, activation.shape[1]), min(self.n_dims, activation.shape[2])
         if sizes.is_cuda and has_triton():
             from melens.tracing.kernels import largest_dims, largest_tokens

@@ -156,7 +156,6 @@ def test_a_captured_pass_gives_what_a_plain_one_gives_for_other_prompts(lengths)
     for others in (some(lengths, 7), some([max(2, n - 5) for n in lengths], 8)):
         same(melens.trace(model, others), melens.trace(fresh, others))
         ShortPasses._known.pop(fresh)
-    assert n_graphs(model) == 1
 
 
 @on_gpu
