@@ -238,7 +238,7 @@ def growth_figure(found: Mapping[str, Any]) -> go.Figure:
                 curve[quantity].iloc[int(where * (len(curve) - 1))],
             )
             label = label | {"x": math.log10(x), "y": math.log10(y), "font": {"size": 12, "color": line["color"]}}
-            figure.add_annotation(text=way, showarrow=False, **label, **at)
+            figure.add_annotation(text=way.replace(", output", ",<br>output"), showarrow=False, **label, **at)
     ticks = [512 * 4**power for power in range(6)]
     figure.update_xaxes(title_text="tokens of one prompt", type="log")
     figure.update_xaxes(tickvals=ticks, ticktext=[f"{tick:,}" for tick in ticks])
@@ -265,13 +265,13 @@ _LABELS: dict[str, dict[str, tuple[float, dict[str, Any]]]] = {
         PLAIN: (0.8, {"xanchor": "left", "xshift": 10, "yshift": -8}),
         TRACE: (1, {"xanchor": "right", "xshift": -12, "yshift": 6}),
         CACHE: (0, {"xanchor": "left", "yshift": 22}),
-        OUTPUTS: (1, {"xanchor": "center", "yshift": 34}),
+        OUTPUTS: (1, {"xanchor": "right", "xshift": -14, "yshift": 10, "align": "right"}),
     },
     "gib": {
         PLAIN: (0.8, {"xanchor": "left", "xshift": 10, "yshift": -8}),
         TRACE: (1, {"xanchor": "right", "xshift": -12, "yshift": 6}),
         CACHE: (1, {"xanchor": "left", "xshift": 10, "yshift": 4}),
-        OUTPUTS: (1, {"xanchor": "left", "xshift": 10, "yshift": -14}),
+        OUTPUTS: (1, {"xanchor": "left", "xshift": 10, "yshift": -20, "align": "left"}),
     },
 }
 """Where a curve's name stands: at which share of its points, and how far from there."""
