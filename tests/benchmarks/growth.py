@@ -233,11 +233,9 @@ def growth_figure(found: Mapping[str, Any]) -> go.Figure:
             marker = {"symbol": symbols, "size": [10 if symbol == "x" else 6 for symbol in symbols]}
             figure.add_trace(scatter.update(marker=marker, showlegend=False), **at)
             where, label = _LABELS[quantity][way]
-            x, y = (
-                curve["tokens"].iloc[int(where * (len(curve) - 1))],
-                curve[quantity].iloc[int(where * (len(curve) - 1))],
-            )
-            label = label | {"x": math.log10(x), "y": math.log10(y), "font": {"size": 12, "color": line["color"]}}
+            named = curve.iloc[int(where * (len(curve) - 1))]
+            label = label | {"x": math.log10(named["tokens"]), "y": math.log10(named[quantity])}
+            label["font"] = {"size": 12, "color": line["color"]}
             figure.add_annotation(text=way.replace(", output", ",<br>output"), showarrow=False, **label, **at)
     ticks = [512 * 4**power for power in range(6)]
     figure.update_xaxes(title_text="tokens of one prompt", type="log")

@@ -18,7 +18,7 @@ def found(monkeypatch):
                 raise torch.OutOfMemoryError
             return 25.0 if name == TRACE and len(tokens) == 2048 else len(tokens) * next(times)
 
-        times = iter([1e-5, *[1e-4, 3e-4, 2e-4, 4e-4, 4e-4, 4e-4] * 4])  # the first of all, and at each length, warms up
+        times = iter([1e-5, *[1e-4, 3e-4, 2e-4, 4e-4, 4e-4, 4e-4] * 4])  # the first, and one a length, warm up
         return run
 
     monkeypatch.setattr(growth, "run_once", lambda run, *, with_peak: (run(), 2**20 if with_peak else 0))
