@@ -107,7 +107,9 @@ class _Texts:
 
     @cached_property
     def runs(self) -> TextRuns:
-        return TextRuns(self.study.model, self.tokens, self.positions, max_batch_tokens=self.study.max_batch_tokens)
+        starts = {self.me_layer, self.formed, *([] if self.written_at is None else [self.written_at])}
+        most = self.study.max_batch_tokens
+        return TextRuns(self.study.model, self.tokens, self.positions, max_batch_tokens=most, starts=starts)
 
     @property
     def removed_layers(self) -> list[int]:
@@ -167,23 +169,24 @@ def _texts(study: Study, n_prompts: int, max_tokens: int) -> _Texts:
 def _run_all(texts: _Texts) -> dict[str, TextEffects]:
     """Run the texts intact and with every intervention, by name."""
     runs, progress = texts.runs, texts.study.stage("texts with the massive activation changed")
-    intact = runs.run()
+    intact, formed, written_at = runs.intact, texts.formed, texts.written_at
     massive_tokens = texts.is_massive.any(dim=-1, keepdim=True)
-    at_formed = f"blocks.{texts.formed}.hook_resid_post"
+    at_formed = f"blocks.{formed}.hook_resid_post"
     writes = [f"blocks.{layer}.hook_mlp_out" for layer in texts.removed_layers]
-    changes: dict[str, list[Hook]] = {
-        REMOVED: [runs.put(write, massive_tokens, 0) for write in writes],
-        CONTROL: [runs.put(write, runs.is_token & ~massive_tokens, 0) for write in writes],
+    changes: dict[str, tuple[list[Hook], int]] = {  # and the first block that they change
+        REMOVED: ([runs.put(write, massive_tokens, 0) for write in writes], texts.me_layer),
+        CONTROL: ([runs.put(write, runs.is_token & ~massive_tokens, 0) for write in writes], texts.me_layer),
     }
-    if texts.written_at is not None:
-        added = intact.states[:, texts.formed] - intact.states[:, texts.me_layer - 1]
-        changes[EARLIER] = [runs.add(f"blocks.{texts.written_at}.hook_resid_post", runs.massive, added)]
-    changes[ZERO] = [runs.put(at_formed, texts.is_massive, 0)]
+    if written_at is not None:
+        added = intact.states[:, formed] - intact.states[:, texts.me_layer - 1]
+        changes[EARLIER] = [runs.add(f"blocks.{written_at}.hook_resid_post", runs.massive, added)], written_at
+    changes[ZERO] = [runs.put(at_formed, texts.is_massive, 0)], formed
     if len(texts.prompts) > 1:
-        changes[MEAN] = [runs.put(at_formed, texts.is_massive, _means_of_others(intact.states[:, texts.formed]))]
+        means = _means_of_others(intact.states[:, formed])
+        changes[MEAN] = [runs.put(at_formed, texts.is_massive, means)], formed
     ran = {INTACT: intact}
-    for done, (name, hooks) in enumerate(changes.items(), 1):
-        ran[name] = runs.run(hooks)
+    for done, (name, (hooks, start)) in enumerate(changes.items(), 1):
+        ran[name] = runs.run(hooks, start)
         progress(done, len(changes))
     return ran
 

@@ -1,17 +1,18 @@
 """Run whole texts, intact and with chosen tokens changed: what they predict, and who attends to the massive token.
 
-    runs = TextRuns(model, tokens, positions)
-    intact = runs.run()
-    without = runs.run([runs.put("blocks.11.hook_mlp_out", runs.massive, 0)])  # the FFN writes nothing to that token
+    runs = TextRuns(model, tokens, positions, starts=[11])
+    runs.intact.loss
+    without = runs.run([runs.put("blocks.11.hook_mlp_out", runs.massive, 0)], 11)  # its FFN writes nothing there
 
 1. Texts of like length share a forward pass, in which each gets the numbers that it has alone (`batching`).
 2. A hook of `put` or `add` knows which texts are in the pass, and changes the marked tokens of each.
 3. Of every text three things are kept: its loss, the attention on its massive token, and that token's states.
+4. A run that starts at a block takes what the blocks before it gave in the intact run (`resume`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,9 +24,11 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from melens.analysis.metrics import l2_norm, sink_mass
 from melens.errors import MelensError
+from melens.models.view import base_of
 from melens.tracing.batching import forget_longest
 from melens.tracing.interventions import Hook
 from melens.tracing.probes import Batch
+from melens.tracing.resume import RecordedBlocks, apply_head
 from melens.tracing.twin import running
 from melens.tracing.verification import verified
 
@@ -71,17 +74,19 @@ class TextRuns:
         positions: Sequence[int],
         *,
         max_batch_tokens: int = 4096,
+        starts: Collection[int] = (),
     ) -> None:
-        """Take the texts.
+        """Take the texts, and run them intact.
 
         Args:
             model: a bridge of a causal model.
             tokens: token ids of each text.
             positions: of each text's massive token, which others must follow.
             max_batch_tokens: of a forward pass, padding included.
+            starts: blocks that runs will start at.
 
         Raises:
-            MelensError: a massive token that no other follows.
+            MelensError: a massive token that no other follows, or as `run`.
         """
         self._model, self._tokens, self._positions = model, list(tokens), torch.tensor(positions)
         lengths = torch.tensor([len(ids) for ids in tokens])
@@ -93,34 +98,48 @@ class TextRuns:
         columns = torch.arange(int(lengths.max()))
         self.massive = (columns == self._positions[:, None])[..., None]
         self.is_token = (columns < lengths[:, None])[..., None]
+        self._blocks = [RecordedBlocks(model) for _ in self._groups]
+        self.intact = self._run((), 0, record=[start - 1 for start in starts if start > 0])
 
-    @torch.no_grad()
-    def run(self, hooks: Sequence[Hook] = ()) -> TextEffects:
+    def run(self, hooks: Sequence[Hook], start: int = 0) -> TextEffects:
         """Run all texts with hooks on.
+
+        Args:
+            hooks: what to change.
+            start: the first block that they change, one of `starts` or 0.
 
         Raises:
             MelensError: a loss or a state that is NaN or infinite.
         """
+        return self._run(hooks, start)
+
+    @torch.no_grad()
+    def _run(self, hooks: Sequence[Hook], start: int, *, record: Sequence[int] = ()) -> TextEffects:
         n_texts, n_layers = len(self._tokens), len(self._model.blocks)
         loss = torch.full((n_texts,), float("nan"))
         sinks = torch.full((n_texts, n_layers), float("nan"))
         states = torch.full((n_texts, n_layers, self._model.cfg.d_model), float("nan"))
+        if start:
+            sinks[:, :start], states[:, :start] = self.intact.sink_mass[:, :start], self.intact.states[:, :start]
 
         def keep_state(layer: int, output: Float[Tensor, "row pos d"], hook: HookPoint) -> None:
             at = self._positions[self._now].to(output.device)
             states[self._now, layer] = output[torch.arange(len(at), device=at.device), at].float().cpu()
 
-        keepers = [(f"blocks.{layer}.hook_resid_post", partial(keep_state, layer)) for layer in range(n_layers)]
+        keepers = [(f"blocks.{layer}.hook_resid_post", partial(keep_state, layer)) for layer in range(start, n_layers)]
         with self._model.hooks(fwd_hooks=[*hooks, *keepers]):  # the hooks first: their changes are kept
-            for texts in self._groups:
+            for texts, blocks in zip(self._groups, self._blocks, strict=True):
                 self._now = texts
-                loss[texts] = self._run_group(sinks)
+                with blocks.recording(record):
+                    loss[texts] = self._run_group(sinks, blocks, start)
         for name, values in (("loss", loss), ("massive token's state", states)):
             for text in (~values.isfinite().reshape(n_texts, -1).all(dim=1)).nonzero()[:1].flatten().tolist():
                 raise MelensError(f"The {name} of text {text} is NaN or infinite: load the model in float32.")
         return TextEffects(loss, sinks, states)
 
-    def _run_group(self, sinks: Float[Tensor, "text layer"]) -> Float[Tensor, " row"]:
+    def _run_group(
+        self, sinks: Float[Tensor, "text layer"], blocks: RecordedBlocks, start: int
+    ) -> Float[Tensor, " row"]:
         """Run the texts of a forward pass, and return the loss of each."""
         tokens = [self._tokens[text] for text in self._now]
         padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(self._model.cfg.device)
@@ -138,11 +157,12 @@ class TextRuns:
         with running(self._model, (), keys, keep_sinks, way=self._verified.way) as network:
             if self._verified.rule.remembers:
                 forget_longest(network)
-            logits = network(input_ids=padded, use_cache=False).logits
-        of_text = [
-            torch.nn.functional.cross_entropy(own[: len(ids) - 1].float(), ids[1:].to(own.device))
-            for own, ids in zip(logits, tokens, strict=True)
-        ]
+            with blocks.resuming_at(start, network):
+                final = base_of(network)(input_ids=padded, use_cache=False).last_hidden_state
+            of_text = []
+            for own, ids in zip(final, tokens, strict=True):  # the logits of all would be hundreds of megabytes
+                logits = apply_head(network, own[None, : len(ids) - 1])[0].float()
+                of_text.append(torch.nn.functional.cross_entropy(logits, ids[1:].to(logits.device)))
         return torch.stack(of_text).cpu()
 
     # --- What to change -----------------------------------------------------------------------------------------------

@@ -151,7 +151,7 @@ def test_where_nothing_can_follow_the_error_says_why():
 
 def test_a_massive_activation_of_block_0_cannot_come_earlier():
     texts = massive_state._texts(study_of(model_with_sinks(DIM)), n_prompts=3, max_tokens=N_TOKENS)
-    ran = {massive_state.INTACT: texts.runs.run()}
+    ran = {massive_state.INTACT: texts.runs.intact}
     assert texts.written_at == 0
     assert replace(texts, formed=BLOCK + 2).removed_layers == [BLOCK, BLOCK + 1, BLOCK + 2]  # of a slow climb
     first = replace(texts, me_layer=0)

@@ -49,9 +49,9 @@ def agree(effects, expected):
 @pytest.mark.parametrize("family", ["llama", "gemma3"])  # gemma3 normalises what the FFN writes
 def test_a_run_equals_plain_pytorch(family):
     network = gains_apart(plain_model(family))
-    runs = TextRuns(bridge(network), TOKENS, POSITIONS)
+    runs = TextRuns(bridge(network), TOKENS, POSITIONS, starts=[LAYER])
     intact = plain_run(network)
-    agree(runs.run(), intact)
+    agree(runs.intact, intact)
 
     def zero(text, output):
         return torch.where(torch.arange(LENGTHS[text])[None, :, None] == POSITIONS[text], 0, output)
@@ -63,8 +63,9 @@ def test_a_run_equals_plain_pytorch(family):
     removed = plain_run(network, zero)
     assert not torch.allclose(removed[1][:, LAYER + 1 :], intact[1][:, LAYER + 1 :], rtol=1e-3)
     agree(runs.run([runs.put(name, runs.massive, 0)]), removed)
+    agree(runs.run([runs.put(name, runs.massive, 0)], LAYER), removed)
     agree(runs.run([runs.put(name, runs.is_token & ~runs.massive, 0)]), plain_run(network, others_zero))
-    agree(runs.run(), intact)  # the model is as it was
+    agree(runs.run([]), intact)  # the model is as it was
 
 
 def test_every_text_gets_its_own_values_whatever_shares_its_pass():
@@ -76,7 +77,7 @@ def test_every_text_gets_its_own_values_whatever_shares_its_pass():
     entry = torch.zeros(3, 9, 64, dtype=torch.bool)
     for text, at in enumerate(POSITIONS):
         entry[text, at, dim] = True
-    before = runs.run()
+    before = runs.intact
     for each in (runs, alone):
         put, added = each.run([each.put(name, entry, VALUES)]), each.run([each.add(name, each.massive, VALUES)])
         torch.testing.assert_close(put.states[:, LAYER, dim], VALUES[:, dim])
@@ -96,4 +97,16 @@ def test_a_loss_that_is_no_number_names_the_text():
     network = plain_model("llama")
     network.lm_head.weight.data[5] = float("nan")
     with pytest.raises(MelensError, match="The loss of text 0 is NaN or infinite"):
-        TextRuns(bridge(network), TOKENS, POSITIONS).run()
+        TextRuns(bridge(network), TOKENS, POSITIONS)
+
+
+def test_a_run_computes_only_the_blocks_from_its_start_on():
+    network = gains_apart(plain_model("llama"))
+    model, ran = bridge(network), []
+    runs = TextRuns(model, TOKENS, POSITIONS, starts=[LAYER])
+    for layer in range(N_LAYERS):  # what a block reads passes here if it computes
+        model.blocks[layer].ln1.hook_in.add_hook(lambda activation, hook: ran.append(hook.name))
+    found = runs.run([], LAYER)
+    assert {name.split(".")[1] for name in ran} == {str(layer) for layer in range(LAYER, N_LAYERS)}
+    torch.testing.assert_close(found.states, runs.intact.states)
+    torch.testing.assert_close(found.sink_mass, runs.intact.sink_mass)
