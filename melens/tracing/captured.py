@@ -42,6 +42,9 @@ _MULTIPLE, _ROUNDED = 64, 1024
 
 _SIMPLE = (int, float, str, bool, type(None), range)
 
+_OF_OUTPUTS = "transformers.utils.output_capturing"
+"""Whose hooks stay on a model that was once asked for its hidden states, and do nothing unless it is asked again."""
+
 _TRIES = 3
 """How often one shape is captured at most: a model may change between any two runs."""
 
@@ -216,7 +219,8 @@ class _State:
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return "forward" in vars(module) or any(getattr(hook, "__module__", "") != _OF_OUTPUTS for hook in hooks)
 
 
 def _weights_of(modules: Sequence[nn.Module]) -> tuple[tuple[int, int], ...]:

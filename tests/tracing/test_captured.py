@@ -10,6 +10,7 @@ from melens.tracing.batching import BatchRule
 from melens.tracing.captured import ShortPasses, _settings_of, _State
 from melens.tracing.probes import Batch
 from melens.tracing.recording import Recorder, targets_of
+from melens.tracing.twin import Twin
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -70,6 +71,13 @@ def test_what_a_graph_would_not_run_is_no_state():
     )
     assert _State.of(model) is None
     handle.remove()
+
+
+def test_hooks_that_transformers_leaves_behind_do_nothing():
+    model = bridge(plain_model("llama"))
+    model.run_with_cache(torch.arange(1, 20)[None])
+    assert any(module._forward_hooks for module in Twin.of(model).network.modules())
+    assert _State.of(model) is not None
 
 
 def test_probes_are_known_by_their_settings_unless_these_are_tensors():
