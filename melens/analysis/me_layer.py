@@ -211,6 +211,9 @@ def find_me_layer(trace: TraceGiven, criterion: CriterionGiven | None = None) ->
         MelensError: a trace without those tables, or with NaN or infinite values in them.
     """
     criterion = criterion or Criterion()
+    for name in ("norm", "largest", "abs_median"):
+        if name not in trace.tables:
+            trace[name]  # says what it has
     norms = _norms(trace)
     massive = _massive(trace, criterion)
     _check_all_are_kept(trace, massive, criterion)
@@ -271,7 +274,7 @@ def _is_one_a_state(first_tokens: np.ndarray, layers: np.ndarray, positions: np.
     """Mark the first of the prompts that share a massive token 0, and all others whose massive token is another."""
     is_one = positions != 0
     at_first = np.nonzero(~is_one)[0]
-    is_one[at_first[_distinct(first_tokens[at_first], layers[at_first])]] = True
+    is_one[at_first[_distinct(first_tokens[at_first], layers[at_first] + 1)]] = True  # -1 for none
     return is_one
 
 

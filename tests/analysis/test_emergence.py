@@ -9,6 +9,7 @@ from planted import FAMILIES, N_LAYERS, VOCABULARY, bridge, plain_model, plant
 
 import melens
 from melens import Criterion, MelensError
+from melens.analysis.me_layer import one_a_state
 
 TOKEN, DIM = 7, 21
 
@@ -381,3 +382,8 @@ def test_copies_of_one_state_do_not_outvote_others():
         "First massive at block 2 in 2 of 7 prompts (block 1 in 5). Prompts that share a massive first token share its "
         "every state, and count once."
     )
+
+
+def test_prompts_that_share_neither_token_nor_block_are_no_one_state():
+    prompts = pd.DataFrame({"first_token_id": [13, 14, 13], "layer": [2, -1, 2], "pos": [0, 0, 0]})
+    assert one_a_state(prompts).index.tolist() == [0, 1]
