@@ -136,9 +136,9 @@ class Recorder:
 
     def record(self, targets: Sequence[Target], activation: Tensor) -> None:
         """Take what passes at a site of a block, for all the probes there."""
-        together = [target for target in targets if target.probe.by_row]
+        together = [target for target in targets if _takes_several(target.probe)]
         for target in targets:
-            if not target.probe.by_row:
+            if not _takes_several(target.probe):
                 self._reduce([target], activation, n=1)
         if not together:
             return
@@ -265,6 +265,11 @@ def _are_equal(results: Reduced, others: Reduced) -> bool:
         bool(((values == others[name]) | (values.isnan() & others[name].isnan())).all())
         for name, values in results.items()
     )
+
+
+def _takes_several(probe: Probe) -> bool:
+    """Tell whether a probe takes the activations of several blocks at once: not one that must know the block."""
+    return probe.by_row and type(probe).reduce_at is Probe.reduce_at
 
 
 def _are_alike(activation: Tensor, other: Tensor) -> bool:

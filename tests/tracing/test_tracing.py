@@ -541,6 +541,20 @@ def test_default_probes_leave_out_what_a_model_lacks(model_type, lacks):
     assert melens.find_me_layer(trace).layer is None
 
 
+def test_a_probe_that_asks_for_the_block_gets_each_by_itself():
+    class Layers(Probe):
+        name, sites, by_row = "layers", ("hook_resid_post",), True
+
+        def reduce(self, activation, batch):
+            return {"at": torch.zeros(len(activation))}
+
+        def reduce_at(self, site, layer, activation, batch):
+            return {"at": torch.full((len(activation),), float(layer))}
+
+    table = melens.trace(bridge(plain_model("llama")), some_prompts(), [Layers()])["layers"]
+    assert (table["at"] == table["layer"]).all()
+
+
 def test_logits_are_computed_when_a_probe_listens_to_them():
     class Top(Probe):
         name = "top"
