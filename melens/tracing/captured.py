@@ -64,7 +64,9 @@ class ShortPasses:
     def of(cls, model: TransformerBridge, probes: Sequence[Probe], rule: BatchRule) -> ShortPasses | None:
         """Return a model's, None where no forward pass of it with these probes can be captured."""
         is_on_gpu = torch.device(model.cfg.device).type == "cuda"
-        if not is_on_gpu or rule.remembers or not all(probe.by_row and _settings_of(probe) for probe in probes):
+        if not is_on_gpu or rule.remembers or any(map(is_hooked, Sites.of(model).hook_points)):
+            return None
+        if not all(probe.by_row and _settings_of(probe) for probe in probes):
             return None
         if model not in cls._known:
             cls._known[model] = cls()
