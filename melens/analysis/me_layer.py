@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -37,6 +37,8 @@ _PER_PROMPT = [
     "share_of_peak", "climb_from", "climb_to", "formed", "formed_pos",
 ]  # fmt: skip
 
+_NONE = {name: np.empty(0, dtype=np.int32) for name in ("prompt", "layer", "pos", "dim")}
+_NONE |= {name: np.empty(0, dtype=np.float32) for name in ("value", "abs_median")}
 _WHOLE = ("pos", "dim", "climb_from", "climb_to", "formed", "formed_pos")
 """Columns of whole numbers, as far as every prompt has one."""
 
@@ -146,16 +148,28 @@ def massive_activations(trace: TraceGiven, criterion: CriterionGiven | None = No
     Raises:
         MelensError: a trace that may not hold all massive tokens of this criterion, or holds NaN.
     """
-    criterion = criterion or Criterion()
+    trace, criterion = _in_order(trace), criterion or Criterion()
     massive = _massive(trace, criterion)
     _check_all_are_kept(trace, massive, criterion)
     return pd.DataFrame(massive)
 
 
+def _in_order(trace: Trace) -> Trace:
+    """Return the trace with its prompts in the order of their numbers.
+
+    Raises:
+        MelensError: numbers other than 0 to n - 1, as where rows were taken out.
+    """
+    prompts = trace.prompts.sort_values("prompt", kind="stable")
+    if prompts["prompt"].tolist() != list(range(len(prompts))):
+        raise MelensError(f"The trace's {len(prompts)} prompts must be numbered from 0 on: trace again those you want.")
+    return replace(trace, prompts=prompts)
+
+
 def _massive(trace: Trace, criterion: Criterion) -> dict[str, np.ndarray]:
     """List the massive entries of each block's output as columns, by batch, block, prompt and rank."""
     medians = _medians(trace)
-    found: list[dict[str, np.ndarray]] = []
+    found: list[dict[str, np.ndarray]] = [_NONE]
     for grid in trace.grids("largest", index="rank"):
         (layers, value), (_, pos), (_, dim) = (grid.at(name, "hook_resid_post") for name in ("value", "pos", "dim"))
         if np.count_nonzero(np.isfinite(value)) != np.count_nonzero(pos >= 0):  # -1 where there is no token to keep
@@ -210,7 +224,7 @@ def find_me_layer(trace: TraceGiven, criterion: CriterionGiven | None = None) ->
     Raises:
         MelensError: a trace without those tables, or with NaN or infinite values in them.
     """
-    criterion = criterion or Criterion()
+    trace, criterion = _in_order(trace), criterion or Criterion()
     for name in ("norm", "largest", "abs_median"):
         if name not in trace.tables:
             trace[name]  # says what it has
@@ -332,7 +346,7 @@ def _settle(
     n_born = len(born["layer"])
     if not n_born:
         values = [grid.at("value", "hook_resid_post")[1] for grid in trace.grids("largest", index="rank")]
-        largest = max(np.nanmax(np.abs(of_grid)) for of_grid in values)
+        largest = max((float(np.nanmax(np.abs(of_grid))) for of_grid in values), default=0.0)
         return None, (
             f"No block's output holds an entry with |h| > {criterion.min_abs:g} and > {criterion.min_ratio:,g} × the "
             f"median |h| (the largest |h| is {largest:.4g})."
@@ -364,6 +378,8 @@ def _norms(trace: Trace) -> list[tuple[Grid, np.ndarray]]:
         norms = np.concatenate([np.where(is_token, values, 0) for _, values in sites])
         _check_finite(trace, {at - 1: ~np.isfinite(of_state) for at, of_state in enumerate(norms)}, grid)
         found.append((grid, norms))
+    if not found:
+        raise MelensError("The trace's table 'norm' is empty.")
     return found
 
 

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -98,8 +99,11 @@ class Chunk:
         whole = _joined(self._pieces)
         if self._order != sorted(self._order):
             whole = {name: values[self._order] for name, values in whole.items()}
+        quantities = self._probe.complete(dict(whole))
+        for name, values in quantities.items():
+            _check_dims(self._probe, name, values[0], (len(self.lengths), max(self.lengths)))
         self._pieces.clear()
-        return self._probe.complete(whole)
+        return quantities
 
 
 @dataclass
@@ -216,7 +220,8 @@ class Recorder:
             targets = [target for target in self.expected if target.probe is probe and id(target) in at]
             places = [(target.site, target.layer) for target in targets]
             order = [at[id(target)] for target in targets]
-            self._chunks[name].append(Chunk(batch.lengths, batch.prompts, places, probe, of_probe.on_cpu, order))
+            as_it_is = copy.copy(probe)  # which may be changed before its results are read
+            self._chunks[name].append(Chunk(batch.lengths, batch.prompts, places, as_it_is, of_probe.on_cpu, order))
         self.n_tokens += sum(batch.lengths)
         self._batch = None
 
@@ -261,15 +266,21 @@ def _joined(pieces: Sequence[Reduced]) -> Reduced:
 
 
 def _are_equal(results: Reduced, others: Reduced) -> bool:
+    """Tell whether results are the same bit for bit; NaN is NaN."""
     return results.keys() == others.keys() and all(
-        bool(((values == others[name]) | (values.isnan() & others[name].isnan())).all())
+        values.shape == others[name].shape and bool(torch.isclose(values, others[name], 0, 0, equal_nan=True).all())
         for name, values in results.items()
     )
 
 
 def _takes_several(probe: Probe) -> bool:
-    """Tell whether a probe takes the activations of several blocks at once: not one that must know the block."""
-    return probe.by_row and type(probe).reduce_at is Probe.reduce_at
+    """Tell whether a probe takes the activations of several blocks at once: if that is said of the `reduce` that runs.
+
+    A class that inherits `by_row` and has another `reduce` does not say so, nor does one that must know the block.
+    """
+    own = next(kind for kind in type(probe).__mro__ if "by_row" in vars(kind) or "reduce" in vars(kind))
+    is_plain = "reduce" not in vars(probe) and getattr(probe.reduce_at, "__func__", None) is Probe.reduce_at
+    return is_plain and probe.by_row and "by_row" in vars(own)
 
 
 def _are_alike(activation: Tensor, other: Tensor) -> bool:
@@ -278,6 +289,8 @@ def _are_alike(activation: Tensor, other: Tensor) -> bool:
 
 def _start_transfer(values: Tensor) -> Tensor:
     """Bring results to the CPU; from a GPU the copy is complete once the GPU has been waited for."""
+    if values.device.type == "cpu":
+        return values.clone()  # it may be a part of an activation
     if not values.is_cuda:
         return values.cpu()
     pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -301,17 +314,21 @@ def _check_results(target: Target, reduced: object, shape: Sequence[int]) -> Non
         raise MelensError(
             f"The probe {probe.name!r} of kind 'tensor' returns {', '.join(named)}; it must return one tensor."
         )
-    if type(probe).complete is not Probe.complete:  # of which these are not yet the quantities
-        return
+    if type(probe).complete is Probe.complete:  # else these are not yet the quantities
+        for name, values in named.items():
+            _check_dims(probe, name, values, shape)
+
+
+def _check_dims(probe: Probe, name: str, values: Tensor, shape: Sequence[int]) -> None:
+    """Raise a `MelensError` where results `[row, *index]` do not have the dimensions that the probe's index names."""
     n_rows, n_pos = shape
-    for name, values in named.items():
-        indexed = dict(zip(probe.index, values.shape[1:], strict=False))
-        reaches_over_tokens = indexed.get("pos", n_pos) == n_pos or probe.kind == "tensor"
-        if values.ndim != 1 + len(probe.index) or len(values) != n_rows or not reaches_over_tokens:
-            raise MelensError(
-                f"The probe {probe.name!r} returns {name!r} of shape {list(values.shape)} for {n_rows} prompts of "
-                f"up to {n_pos} tokens; its index {list(probe.index)} must name each dimension after the prompts'."
-            )
+    indexed = dict(zip(probe.index, values.shape[1:], strict=False))
+    reaches_over_tokens = indexed.get("pos", n_pos) >= n_pos or probe.kind == "tensor"
+    if values.ndim != 1 + len(probe.index) or len(values) != n_rows or not reaches_over_tokens:
+        raise MelensError(
+            f"The probe {probe.name!r} returns {name!r} of shape {list(values.shape)} for {n_rows} prompts of "
+            f"up to {n_pos} tokens; its index {list(probe.index)} must name each dimension after the prompts'."
+        )
 
 
 def _check_alike(first: Target, target: Target, piece: Reduced, before: Sequence[Reduced]) -> None:

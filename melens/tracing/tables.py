@@ -6,6 +6,7 @@ whoever computes with many prompts reads: a table of 500 prompts has a million r
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -76,8 +77,9 @@ class Tables(_Lazy[pd.DataFrame]):
     """The tables of a trace by probe."""
 
     def __init__(self, recorded: Mapping[str, list[Chunk]], probes: Sequence[Probe]) -> None:
-        self._recorded = {probe.name: recorded[probe.name] for probe in probes if probe.name in recorded}
-        super().__init__({probe.name: partial(self._table, probe) for probe in probes if probe.name in recorded})
+        kept = [copy.copy(probe) for probe in probes if probe.name in recorded]  # they may change
+        self._recorded = {probe.name: recorded[probe.name] for probe in kept}
+        super().__init__({probe.name: partial(self._table, probe) for probe in kept})
 
     def grids(self, probe: str) -> list[Grid]:
         """Return a probe's quantities as arrays, by batch."""

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -387,3 +388,16 @@ def test_copies_of_one_state_do_not_outvote_others():
 def test_prompts_that_share_neither_token_nor_block_are_no_one_state():
     prompts = pd.DataFrame({"first_token_id": [13, 14, 13], "layer": [2, -1, 2], "pos": [0, 0, 0]})
     assert one_a_state(prompts).index.tolist() == [0, 1]
+
+
+def test_the_order_of_a_traces_prompts_does_not_matter_but_their_numbers_do():
+    network = plain_model("llama")
+    plant(network, block=1, token=7, dim=21)
+    model = bridge(network)
+    trace = melens.trace(model, [torch.tensor([7, 8, 9]), torch.tensor([9, 7, 8, 11]), torch.tensor([7, 11])])
+    shuffled = replace(trace, prompts=trace.prompts.iloc[[2, 0, 1]])
+    found, expected = melens.find_me_layer(shuffled), melens.find_me_layer(trace)
+    assert expected.layer == 1
+    assert str(found.metrics()) == str(expected.metrics())  # with NaN
+    with pytest.raises(MelensError, match="must be numbered from 0 on"):
+        melens.find_me_layer(replace(trace, prompts=trace.prompts.iloc[1:]))

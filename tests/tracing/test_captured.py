@@ -80,19 +80,10 @@ def test_hooks_that_transformers_leaves_behind_do_nothing():
     assert _State.of(model) is not None
 
 
-def test_probes_are_known_by_their_settings_unless_these_are_tensors():
+def test_probes_are_known_by_their_settings():
     assert _settings_of(melens.Norms()) == _settings_of(melens.Norms())
     assert _settings_of(melens.Norms()) != _settings_of(melens.Norms(("ln1.hook_out",)))
     assert _settings_of(melens.LargestActivations(min_abs=5)) != _settings_of(melens.LargestActivations())
-
-    class Along(Probe):
-        def __init__(self, direction):
-            self.direction = direction
-
-        def reduce(self, activation, batch):
-            return {}
-
-    assert _settings_of(Along(torch.ones(3))) is None
 
 
 def test_lengths_are_rounded_up_where_padding_changes_nothing():

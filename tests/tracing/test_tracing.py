@@ -555,6 +555,33 @@ def test_a_probe_that_asks_for_the_block_gets_each_by_itself():
     assert (table["at"] == table["layer"]).all()
 
 
+def test_a_probe_made_of_another_reduces_each_block_by_itself():
+    class Centred(melens.Norms):
+        def reduce(self, activation, batch):
+            norms = activation.norm(dim=-1)
+            return {"norm": norms - norms.mean()}
+
+    table = melens.trace(bridge(plain_model("llama")), some_prompts((9,)), [Centred(("hook_mlp_out",))])["norm"]
+    assert table.groupby("layer")["norm"].mean().abs().max() < 1e-4
+
+
+def test_a_trace_holds_what_its_probe_was_and_saw():
+    class Entry(Probe):
+        name, sites, index = "entry", ("blocks.1.hook_resid_post",), ("pos",)
+
+        def reduce(self, activation, batch):
+            seen.append(activation)
+            return {"entry": activation[..., 5]}
+
+    seen, probe, largest = [], Entry(), melens.LargestActivations(n_tokens=1, min_abs=0.1)
+    trace = melens.trace(bridge(plain_model("llama")), some_prompts((9,)), [probe, largest])
+    before = seen[0][0, :, 5].tolist()
+    seen[0].zero_()
+    probe.name, largest.min_abs = "other", 1e6
+    assert trace["entry"]["entry"].tolist() == before
+    assert trace["largest"]["rank"].max() == 15  # eight dims of one token, and the eight other tokens
+
+
 def test_logits_are_computed_when_a_probe_listens_to_them():
     class Top(Probe):
         name = "top"
