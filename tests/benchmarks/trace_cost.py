@@ -3,8 +3,8 @@
     python tests/benchmarks/trace_cost.py            # the embedded model on the CPU; on a GPU a Qwen3-4B-shaped model
 
 Prints the time of the plain forward pass, and the ratio to it of a trace with the default probes, and of one with
-`find_me_layer` and the tables `norm` and `sink_mass`; and the peak memory of both, over what was there before. Exits
-with 1 if one is over its limit.
+`find_me_layer` and the tables `norm` and `sink_mass`; and the peak memory of both, over what was there before (a
+captured pass allocates nothing: it runs in the memory that its graph holds). Exits with 1 if one is over its limit.
 """
 
 from __future__ import annotations
