@@ -41,7 +41,8 @@ def abs_max(activation: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
 def abs_median(hidden: Float[Tensor, "*batch pos d"]) -> Float[Tensor, "*batch"]:
     """Compute the median of |h| over whole hidden states (Sun et al. 2024), exactly, in float32.
 
-    With an even number of entries it is the lower of the two in the middle, as in `torch.median`.
+    With an even number of entries it is the lower of the two in the middle, and with a NaN it is NaN, as in
+    `torch.median`.
     """
     if hidden.device.type != "cpu":
         return hidden.abs().flatten(-2).median(-1).values.float()
@@ -49,8 +50,12 @@ def abs_median(hidden: Float[Tensor, "*batch pos d"]) -> Float[Tensor, "*batch"]
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[hidden.element_size()]
     magnitudes = hidden.flatten(-2).view(bits) & torch.iinfo(bits).max
     middle = (magnitudes.shape[-1] - 1) // 2
-    selected = np.partition(magnitudes.numpy(), middle, axis=-1)[..., middle]
-    return torch.as_tensor(selected, dtype=bits).view(hidden.dtype).float()
+    halves = np.partition(magnitudes.numpy(), middle, axis=-1)[
+        ..., middle:
+    ]  # the median, then what is larger: NaN last
+    is_nan = torch.as_tensor(halves.max(-1), dtype=bits).view(hidden.dtype).isnan()
+    median = torch.as_tensor(halves[..., 0], dtype=bits).view(hidden.dtype).float()
+    return median.masked_fill(is_nan, float("nan"))
 
 
 def sink_mass(

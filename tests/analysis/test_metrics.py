@@ -28,6 +28,14 @@ def test_abs_median_by_hand():
     assert metrics.abs_median(torch.tensor([[0.0, -0.0, 0.0, 9.0]])).item() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_median_of_a_state_with_nan_is_nan_and_of_others_is_not(dtype):
+    hidden = torch.tensor([[[1.0, -2.0], [3.0, float("nan")]], [[1.0, -2.0], [3.0, float("inf")]]]).to(dtype)
+    found = metrics.abs_median(hidden)
+    assert found[0].isnan()
+    assert found[1].item() == 2
+
+
 def test_sink_mass_averages_the_later_queries_and_leaves_out_padding():
     batch = Batch(torch.zeros((2, 4), dtype=torch.long), lengths=(3, 1), prompts=(0, 1))
     attention = torch.tensor([[[1.0, 0.6, 0.2, 0.9]], [[1.0, 0.5, 0.5, 0.5]]])

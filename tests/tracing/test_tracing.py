@@ -574,7 +574,8 @@ def test_a_trace_holds_what_its_probe_was_and_saw():
             return {"entry": activation[..., 5]}
 
     seen, probe, largest = [], Entry(), melens.LargestActivations(n_tokens=1, min_abs=0.1)
-    trace = melens.trace(bridge(plain_model("llama")), some_prompts((9,)), [probe, largest])
+    # the check of types looks at the first table, which is made then
+    trace = melens.trace(bridge(plain_model("llama")), some_prompts((9,)), [melens.Norms(), probe, largest])
     before = seen[0][0, :, 5].tolist()
     seen[0].zero_()
     probe.name, largest.min_abs = "other", 1e6
