@@ -171,7 +171,7 @@ def test_a_captured_pass_is_not_run_on_a_model_that_was_changed(change):
 
 
 @on_gpu
-def test_a_probe_that_reads_lengths_in_python_is_not_captured():
+def test_a_probe_of_others_is_not_captured():  # it may read lengths in Python, or anything else
     class Lengths(Probe):
         name, sites, by_row = "lengths", ("hook_resid_post",), True
 
@@ -182,7 +182,7 @@ def test_a_probe_that_reads_lengths_in_python_is_not_captured():
     for seed in range(4):
         found = melens.trace(model, some((20 + seed,), seed), [Lengths()])["lengths"]
         assert (found["n"] == 20 + seed).all()
-    assert n_graphs(model) == 0
+    assert model not in ShortPasses._known
 
 
 @on_gpu
