@@ -1,19 +1,19 @@
-"""The verdicts as a document: `claims.md` of a run, the table of several models, and the findings in the README.
+"""The verdicts as a document: `claims.md` of a run, the table of several models, and the project's findings.
 
     python experiments/run.py exp=all exp.stability.judge_all=true hydra.run.dir=outputs/findings
-    python -m melens.report.ledger outputs/findings   # puts its findings into README.md, and keeps what they rest on
+    python -m melens.report.ledger outputs/findings   # puts them into the documents, and keeps what they rest on
 
 1. `claims_in_markdown` writes the claims of one `result.json`, by verdict: every number in it is read from there.
 2. `claims_by_model` lays the claims of several models side by side, what holds in all of them first.
-3. `update_readme` fills the marked parts of a README from a result, of which `KEPT` holds what they need. A test
-   compares the README with `KEPT`, and `KEPT` with a new run.
+3. `update_findings` fills the marked parts of `README.md` and `experiments/FINDINGS.md` from a result, of which `KEPT`
+   holds what they need. A test compares the documents with `KEPT`, and `KEPT` with a new run.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,10 @@ from melens.figures.style import VERDICTS
 from melens.report.terminal import former_verdict, number_with_interval, verdicts_in_words
 from melens.storage.files import write_text
 
-__all__ = ["KEPT", "claims_by_model", "claims_in_markdown", "readme_parts", "update_readme", "write_claims"]
+__all__ = ["KEPT", "claims_by_model", "claims_in_markdown", "marked_parts", "update_findings", "write_claims"]
 
 KEPT = ".github/findings.json"
-"""The claims of the README's model, and what its figure shows: a part of a `result.json`."""
+"""The claims of the model in the documents, and what the README's figure shows: a part of a `result.json`."""
 _RATIOS = ("me_layer_by_ratio", "changed_by_ratio")
 
 
@@ -38,8 +38,7 @@ def claims_in_markdown(content: Mapping[str, Any]) -> str:
         content: what `result.json` holds.
     """
     claims = content["claims"]
-    lines = [f"Of {len(claims)} claims of the paper and its review, {verdicts_in_words(c['verdict'] for c in claims)}."]
-    lines += _by_ratio(content)
+    lines = [_count(claims), *_by_ratio(content)]
     for verdict in VERDICTS:
         rows = [claim for claim in claims if claim["verdict"] == verdict]
         if rows:
@@ -78,21 +77,22 @@ def claims_by_model(claims: pd.DataFrame) -> pd.DataFrame:
     return table.loc[order.index].reset_index()
 
 
-def readme_parts(kept: Mapping[str, Any]) -> dict[str, str]:
-    """Write what a README says of a model, by the name of the part that its markers `<!-- findings: name -->` name."""
+def marked_parts(kept: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Write what the documents say of a model, by file and by the name in the part's mark `<!-- findings: name -->`."""
     model, observed = kept["model"], kept["figures"]
+    caption = f"*{model['name']}. {observed['emergence']['here']} {observed['sink_mass']['here']}*\n"
+    summary = f"**{model['name']}**: {_count(kept['claims'])}\n"
     return {
-        "caption": f"*{model['name']}, drawn by the command below. {observed['emergence']['here']} "
-        f"{observed['sink_mass']['here']}*\n",
-        "claims": claims_in_markdown(kept),
+        "README.md": {"caption": caption, "summary": summary},
+        "experiments/FINDINGS.md": {"claims": claims_in_markdown(kept)},
     }
 
 
-def update_readme(folder: str | Path, root: str | Path = ".") -> None:
-    """Fill the marked parts of `README.md` from the result of `exp=all`, and keep what they rest on in `KEPT`.
+def update_findings(folder: str | Path, root: str | Path = ".") -> None:
+    """Fill the marked parts of the documents from the result of `exp=all`, and keep what they rest on in `KEPT`.
 
     Raises:
-        MelensError: the folder holds no finished result of `exp=all`, or the README has no such marks.
+        MelensError: the folder holds no finished result of `exp=all`, or a document has no such marks.
     """
     path = Path(folder) / "result.json"
     try:
@@ -111,17 +111,27 @@ def update_readme(folder: str | Path, root: str | Path = ".") -> None:
         "metrics": {"stability": {name: content["metrics"]["stability"][name] for name in _RATIOS}},
         "environment": {name: content["environment"][name] for name in ("git_commit", "finished")},
     }
-    readme = Path(root) / "README.md"
-    text = readme.read_text("utf-8")
-    for name, part in readme_parts(kept).items():
+    written = {Path(root) / name: _filled(Path(root) / name, parts) for name, parts in marked_parts(kept).items()}
+    write_text(Path(root) / KEPT, json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+    for path, text in written.items():
+        write_text(path, text)
+
+
+def _filled(path: Path, parts: Mapping[str, str]) -> str:
+    """Return the text of a document with its marked parts written anew."""
+    text = path.read_text("utf-8")
+    for name, part in parts.items():
         begin, end = f"<!-- findings: {name} -->\n", "<!-- end -->"
         before, found_begin, rest = text.partition(begin)
         _, found_end, after = rest.partition(end)
         if not (found_begin and found_end):
-            raise MelensError(f"{readme} has no part between {begin.strip()} and {end}.")
+            raise MelensError(f"{path} has no part between {begin.strip()} and {end}.")
         text = f"{before}{begin}{part}{end}{after}"
-    write_text(Path(root) / KEPT, json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
-    write_text(readme, text)
+    return text
+
+
+def _count(claims: Sequence[Mapping[str, Any]]) -> str:
+    return f"Of {len(claims)} claims of the paper and its review, {verdicts_in_words(c['verdict'] for c in claims)}."
 
 
 def _by_ratio(content: Mapping[str, Any]) -> list[str]:
@@ -129,10 +139,13 @@ def _by_ratio(content: Mapping[str, Any]) -> list[str]:
     stability = content.get("metrics", {}).get("stability", {})
     if not (me_layers := stability.get("me_layer_by_ratio")):
         return []
-    layers = [f"{'none' if layer is None else layer} for {int(ratio):,}" for ratio, layer in me_layers.items()]
-    sentence = f"By the ratio to the median that an entry must exceed the ME layer is {', '.join(layers)}."
-    changed = [f"{', '.join(ids)} for {int(ratio):,}" for ratio, ids in stability["changed_by_ratio"].items() if ids]
-    return ["", f"{sentence} Other verdicts than for 1,000 have {'; '.join(changed) or 'no claims'}."]
+    n_changed = {ratio: len(ids) for ratio, ids in stability["changed_by_ratio"].items()}
+    found = []
+    for ratio, layer in me_layers.items():
+        block = "no block" if layer is None else f"block {layer}"
+        others = f" ({n} other {'verdict' if n == 1 else 'verdicts'})" if (n := n_changed.get(ratio)) else ""
+        found.append(f"at {int(ratio):,} it is {block}{others}")
+    return ["", f"The ME layer by how many medians an entry must exceed to be massive: {', '.join(found)}."]
 
 
 def _row(claim: Mapping[Hashable, Any]) -> str:
@@ -145,11 +158,12 @@ def _row(claim: Mapping[Hashable, Any]) -> str:
 
 
 def _escaped(text: str) -> str:
-    return text.replace("|", r"\|").replace("<", "&lt;").replace("\n", " ")
+    text = text.replace("|", r"\|").replace("\n", " ").replace(">=", "≥").replace("<=", "≤")
+    return text.replace("<", "&lt;")
 
 
 if __name__ == "__main__":
     try:
-        update_readme(*sys.argv[1:])
+        update_findings(*sys.argv[1:])
     except (MelensError, TypeError) as error:
         sys.exit(str(error) if isinstance(error, MelensError) else "Give the folder of a finished run of exp=all.")

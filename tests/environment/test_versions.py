@@ -143,13 +143,6 @@ def test_what_is_installed_with_the_tests_is_pinned():
     assert not missing
 
 
-def test_the_readmes_commands_and_ci_install_what_was_tried():
-    texts = (ROOT / "README.md").read_text() + (ROOT / ".ci" / "run").read_text()
-    installs = re.findall(r"pip install [^`\n]*-e [^`\n]*", texts)
-    assert len(installs) > 5
-    assert [line for line in installs if "-c .ci/constraints.txt" not in line] == []
-
-
 def test_the_command_line_warns_before_anything_slow():
     script = """
 import importlib.metadata as metadata, runpy, sys

@@ -2,7 +2,6 @@
 
 import inspect
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -464,28 +463,3 @@ def test_the_merged_table_has_a_column_for_every_swept_option(tmp_path):
     assert sweep["exp.other_shares"].tolist() == ["[0.1]", "[0.1]", "[0.2]", "[0.2]"]
     assert sweep["seed"].tolist() == [0, 1, 0, 1]
     assert pd.read_parquet(tmp_path / "claims.parquet")["model"].nunique() >= 4
-
-
-# --- README -----------------------------------------------------------------------------------------------------------
-
-
-def commands_of_readme():
-    text = (ROOT / "README.md").read_text("utf-8").replace("\\\n", " ")
-    lines = [line for block in text.split("```")[1::2] for line in block.splitlines()]
-    commands = [shlex.split(line, comments=True) for line in lines if "experiments/run.py" in line]
-    return [command[command.index("experiments/run.py") + 1 :] for command in commands]
-
-
-def test_every_command_of_the_readme_is_one(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.jsonl").write_text('{"text": "Where is the key?"}\n')
-    (tmp_path / "my-data").mkdir()
-    (trained := tmp_path / "outputs" / "2026-01-31" / "12-00-00-000000" / "model").mkdir(parents=True)
-    (trained / "config.json").write_text("{}")
-    for module in ("melens.environment.extras", "melens.training.recipe"):
-        monkeypatch.setattr(f"{module}.find_spec", lambda name: True)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    commands = commands_of_readme()
-    assert len(commands) > 30
-    for command in commands:
-        check_command(prepare_command([one for one in command if one != "..."]))

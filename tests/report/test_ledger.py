@@ -1,4 +1,4 @@
-"""The verdicts as a document: by hand-made claims, and the README against what it rests on."""
+"""The verdicts as a document: by hand-made claims, and the documents against what they rest on."""
 
 import json
 import re
@@ -9,7 +9,7 @@ import pytest
 
 from melens import MelensError
 from melens.claims.paper import CLAIMS
-from melens.report.ledger import KEPT, claims_by_model, claims_in_markdown, readme_parts, update_readme
+from melens.report.ledger import KEPT, claims_by_model, claims_in_markdown, marked_parts, update_findings
 from melens.report.terminal import number_with_interval
 
 ROOT = Path(__file__).parents[2]
@@ -27,8 +27,8 @@ RATIOS = {
 
 def test_it_is_said_what_another_ratio_changes():
     assert claims_in_markdown({"claims": [], "metrics": {"stability": RATIOS}}).splitlines()[2] == (
-        "By the ratio to the median that an entry must exceed the ME layer is 2 for 500, 11 for 1,000, none for 2,000. "
-        "Other verdicts than for 1,000 have a, b for 500."
+        "The ME layer by how many medians an entry must exceed to be massive: at 500 it is block 2 (2 other verdicts), "
+        "at 1,000 it is block 11, at 2,000 it is no block."
     )
 
 
@@ -38,11 +38,11 @@ def test_claims_are_written_by_verdict_with_what_was_measured():
     assert claims_in_markdown({"claims": [unlike, unmeasured, CLAIM]}) == (
         "Of 3 claims of the paper and its review, 1 hold, 1 do not hold, 1 not measured.\n\n"
         "| holds | measured here |\n| --- | --- |\n"
-        "| It is large (section 3) | **4 (3.5 to 4.5)**: size. Threshold: >= 3. |\n\n"
+        "| It is large (section 3) | **4 (3.5 to 4.5)**: size. Threshold: ≥ 3. |\n\n"
         "| does not hold | measured here |\n| --- | --- |\n"
-        "| a\\|b (section 3) | **4**: size. Threshold: >= 3. By the former threshold: holds. |\n\n"
+        "| a\\|b (section 3) | **4**: size. Threshold: ≥ 3. By the former threshold: holds. |\n\n"
         "| not measured | measured here |\n| --- | --- |\n"
-        "| It is large (section 3) | size. Threshold: >= 3. It was not run. |\n"
+        "| It is large (section 3) | size. Threshold: ≥ 3. It was not run. |\n"
     )
 
 
@@ -71,10 +71,10 @@ def test_what_holds_in_all_models_comes_first_then_what_holds_in_most():
     assert table.loc[2, ["x", "y"]].tolist() == ["holds", "holds in part"]
 
 
-def test_a_readme_is_filled_from_a_result_and_what_it_rests_on_is_kept(tmp_path):
-    run, readme = tmp_path / "run", tmp_path / "README.md"
-    run.mkdir()
-    (tmp_path / ".github").mkdir()
+def test_the_documents_are_filled_from_a_result_and_what_they_rest_on_is_kept(tmp_path):
+    run, readme, findings = tmp_path / "run", tmp_path / "README.md", tmp_path / "experiments" / "FINDINGS.md"
+    for folder in (run, tmp_path / ".github", tmp_path / "experiments"):
+        folder.mkdir()
     content = {
         "experiment": "all", "status": "ok", "model": {"name": "m", "n_layers": 3, "dtype": "float32", "path": "/x"},
         "figures": {"emergence": {"here": "It rises."}, "sink_mass": {"here": "They sink."}, "norms": {}},
@@ -82,14 +82,21 @@ def test_a_readme_is_filled_from_a_result_and_what_it_rests_on_is_kept(tmp_path)
         "environment": {"git_commit": "abc", "finished": "now", "versions": {}},
     }  # fmt: skip
     (run / "result.json").write_text(json.dumps(content))
-    readme.write_text("A\n<!-- findings: caption -->\nold\n<!-- end -->\nB\n<!-- findings: claims -->\n<!-- end -->\n")
-    update_readme(run, tmp_path)
-    text = readme.read_text()
-    assert text.startswith("A\n<!-- findings: caption -->\n*m, drawn by the command below. It rises. They sink.*\n")
-    assert "| It is large (section 3) | **4 (3.5 to 4.5)**: size. Threshold: >= 3. |\n<!-- end -->" in text
+    readme.write_text("A\n<!-- findings: caption -->\nold\n<!-- end -->\nB\n<!-- findings: summary -->\n<!-- end -->\n")
+    findings.write_text("<!-- findings: claims -->\nold\n<!-- end -->\nC\n")
+    update_findings(run, tmp_path)
+    assert readme.read_text() == (
+        "A\n<!-- findings: caption -->\n*m. It rises. They sink.*\n<!-- end -->\nB\n"
+        "<!-- findings: summary -->\n**m**: Of 1 claims of the paper and its review, 1 hold.\n<!-- end -->\n"
+    )
+    assert "| It is large (section 3) | **4 (3.5 to 4.5)**: size. Threshold: ≥ 3. |\n<!-- end -->" in findings.read_text()
     assert "/x" not in (tmp_path / KEPT).read_text()
     before = readme.read_text()
-    update_readme(run, tmp_path)
+    update_findings(run, tmp_path)
+    assert readme.read_text() == before
+    findings.write_text("no mark\n")
+    with pytest.raises(MelensError, match="has no part between <!-- findings: claims -->"):
+        update_findings(run, tmp_path)
     assert readme.read_text() == before
 
 
@@ -105,15 +112,17 @@ def test_what_is_no_result_of_all_experiments_is_refused(tmp_path, content, word
     if content is not None:
         (tmp_path / "result.json").write_text(json.dumps({"status": "ok", **content}))
     with pytest.raises(MelensError, match=words):
-        update_readme(tmp_path, tmp_path)
+        update_findings(tmp_path, tmp_path)
 
 
-def test_the_readme_says_what_was_measured():
-    kept, readme = json.loads((ROOT / KEPT).read_text("utf-8")), (ROOT / "README.md").read_text("utf-8")
-    for name, part in readme_parts(kept).items():
-        marked = re.search(rf"<!-- findings: {name} -->\n(.*?)<!-- end -->", readme, re.DOTALL)
-        assert marked is not None
-        assert marked[1] == part
+def test_the_documents_say_what_was_measured():
+    kept = json.loads((ROOT / KEPT).read_text("utf-8"))
+    for file, parts in marked_parts(kept).items():
+        document = (ROOT / file).read_text("utf-8")
+        for name, part in parts.items():
+            marked = re.search(rf"<!-- findings: {name} -->\n(.*?)<!-- end -->", document, re.DOTALL)
+            assert marked is not None
+            assert marked[1] == part
     claims = {claim.id: claim for claim in CLAIMS}
-    for claim in kept["claims"]:  # a claim that was reworded or a threshold that was moved makes the README anew
+    for claim in kept["claims"]:  # a claim that was reworded or a threshold that was moved makes the documents anew
         assert (claim["claim"], claim["criterion"]) == (claims[claim["id"]].claim, claims[claim["id"]].criterion)

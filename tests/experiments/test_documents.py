@@ -1,0 +1,110 @@
+"""What the README and the guides tell people to type works, and what they name is there."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import melens
+from experiments.options.command_line import check_command, prepare_command
+from experiments.runner.registry import EXPERIMENTS
+from melens.claims.paper import CLAIMS
+from melens.data.prompts import load_prompts
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+DOCUMENTS = sorted({*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("tests/*/*.md"), *ROOT.glob(".github/*.md")})
+
+
+def code_of(document):
+    return "".join(document.read_text("utf-8").replace("\\\n", " ").split("```")[1::2])
+
+
+@pytest.fixture
+def somewhere(tmp_path, monkeypatch):
+    """A folder with the files that the commands name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.jsonl").write_text('{"text": "Where is the key?"}\n')
+    (tmp_path / "my-data").mkdir()
+    (trained := tmp_path / "outputs" / "2026-01-31" / "12-00-00-000000" / "model").mkdir(parents=True)
+    (trained / "config.json").write_text("{}")
+    for module in ("melens.environment.extras", "melens.training.recipe"):
+        monkeypatch.setattr(f"{module}.find_spec", lambda name: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+
+
+@pytest.mark.usefixtures("somewhere")
+def test_every_command_is_one():
+    lines = [line for document in DOCUMENTS for line in code_of(document).splitlines()]
+    commands = [shlex.split(line, comments=True) for line in lines if "experiments/run.py" in line]
+    assert len(commands) > 30
+    for command in commands:
+        typed = command[command.index("experiments/run.py") + 1 :]
+        check_command(prepare_command([argument for argument in typed if argument != "..."]))
+
+
+def test_every_command_that_installs_takes_what_was_tried():
+    texts = "".join(document.read_text("utf-8") for document in DOCUMENTS) + (ROOT / ".ci" / "run").read_text()
+    installs = re.findall(r"pip install [^`\n]*-e [^`\n]*", texts)
+    assert len(installs) > 5
+    assert [line for line in installs if "-c .ci/constraints.txt" not in line] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_within_the_project_leads_somewhere(document):
+    links = re.findall(r"\]\(([^)\s]+)\)", document.read_text("utf-8"))
+    for link in (link for link in links if "://" not in link):
+        name, _, heading = link.partition("#")
+        target = document.parent / name if name else document
+        assert target.exists(), link
+        headings = re.findall(r"^#+ (.*)$", target.read_text("utf-8"), re.MULTILINE) if heading else []
+        assert heading in ["", *(re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings)], link
+
+
+def test_every_script_and_module_that_is_named_is_there():
+    named = {
+        name
+        for document in DOCUMENTS
+        for name in re.findall(
+            r"`(?:python )?((?:melens|experiments|tests|conf|\.ci|\.github)/[\w./-]+)", document.read_text("utf-8")
+        )
+    }
+    tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    files = set(tracked.stdout.splitlines())
+    invented = {"melens/analysis/heavy_tails.py", "experiments/tails.py", "conf/exp/tails.yaml"}  # in a walk
+    folders = {f"{parent}" for file in files for parent in Path(file).parents}
+    assert {name for name in named if name not in files and name.rstrip("/") not in folders} <= invented
+
+
+def test_the_readme_is_short_and_names_every_experiment():
+    text = README.read_text("utf-8")
+    assert len(text.splitlines()) <= 150
+    assert {name for name in EXPERIMENTS if f"`{name}`" not in text} == set()
+
+
+def test_the_guide_of_the_experiments_has_the_options_and_claims_of_each():
+    guide = (ROOT / "experiments" / "README.md").read_text("utf-8")
+    rows = {
+        name: row
+        for row in re.findall(r"^\| `.*$", guide, re.MULTILINE)
+        for name in re.findall(r"`(\w+)`", row.split("|")[1])
+    }
+    assert set(EXPERIMENTS) - {"all"} <= set(rows)
+    for claim in CLAIMS:
+        assert re.search(rf"\b{claim.id}\b", rows[claim.metrics.experiment]), claim.id
+    for name in set(EXPERIMENTS) - {"all"}:
+        own = set(EXPERIMENTS[name].options.model_fields) - {"name", "keep", "report"}
+        assert {option for option in own if f"`{option}`" not in rows[name]} == set(), name
+
+
+def test_the_readmes_library_runs(monkeypatch, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
+    monkeypatch.setattr(melens, "load_prompts", lambda: load_prompts()[:3])
+    monkeypatch.setattr("plotly.graph_objects.Figure.show", lambda figure: print("a figure"))
+    exec(code, {"__name__": "readme"})
+    said = capsys.readouterr().out
+    assert said.startswith("block 11 of 30")
+    assert "a figure" in said
+    assert "No ME layer" in said
