@@ -27,7 +27,7 @@ from melens.analysis.statistics import share_interval
 from melens.analysis.study import Study
 from melens.claims.engine import Claim, Former, Judgement, NotMeasuredError, Verdict, at_least, unless_trivial
 from melens.figures.curves import Curve, Panel, curves_by_block
-from melens.figures.scores import shares
+from melens.figures.heatmaps import shares
 from melens.figures.style import COLORS
 from melens.report.result import Figure, Interval, Metrics, Result
 from melens.tracing.trace import default_probes, trace
@@ -190,7 +190,7 @@ def _norms_figure(study: Study, prompts: pd.DataFrame, bins: Sequence[str], obse
         curves = []
         for group, color in zip(groups, chain(colors, repeat(COLORS[-1])), strict=False):
             for number, (_, points) in enumerate(norms[norms[kind] == group].groupby("prompt")):
-                curves.append(Curve(group, points[["layer", "mean"]], color, in_legend=number == 0))
+                curves.append(Curve(group, points[["layer", "mean"]], color, in_legend=number == 0, thin=True))
         panels.append(Panel(title, "L2 norm of token 0", curves, study.me.layer, log_scale=True))
     distinct = study.me.distinct_first_tokens
     trivial = ", so the curves are the same by construction" if distinct == 1 else ""

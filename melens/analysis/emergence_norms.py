@@ -27,7 +27,7 @@ from melens.analysis.study import Study
 from melens.analysis.trailing_blocks import LastBlocks, follow_last_blocks, last_blocks_figure
 from melens.analysis.trailing_blocks import probes as write_probes
 from melens.figures.curves import Curve, Panel, curves_by_block
-from melens.figures.heatmaps import dims_heatmap, dims_surface
+from melens.figures.heatmaps import dims_heatmap
 from melens.figures.style import FIRST, OTHERS, SINK
 from melens.models.layout import Layout, listed
 from melens.models.normalization import named_normalization
@@ -51,9 +51,8 @@ def emergence(study: Study, *, log_scale: bool = True, top_dims: int = 24) -> Re
         top_dims: how many dims of token 0's activation to show.
 
     Returns:
-        Metrics `EmergenceMetrics`; the figures `emergence` (figure 1, bottom), `top_dims` (figure 1, top),
-        `top_dims_surface` and, where there is a plateau, `last_blocks` (appendix A); the table `table8`, with the
-        model's row.
+        Metrics `EmergenceMetrics`; the figures `emergence` (figure 1, bottom), `top_dims` (figure 1, top) and, where
+        there is a plateau, `last_blocks` (appendix A); the table `table8`, with the model's row.
     """
     trace, me = study.trace, study.me
     onset = find_sink_onset(trace, trailing_blocks=me.criterion.trailing_blocks)
@@ -77,14 +76,13 @@ def emergence(study: Study, *, log_scale: bool = True, top_dims: int = 24) -> Re
     expected = "Flat, then one block lifts token 0 by hundreds of times; flat again until the last two blocks."
     observed = f"The largest is dim {int(largest['dim'])}, with |h| = {largest['abs_activation']:,.4g} after block "
     observed += f"{int(largest['layer'])} (mean over prompts)."
-    heatmap, surface = (partial(draw, dims, me_layer=me.layer, title=title) for draw in (dims_heatmap, dims_surface))
-    few = "A few dims of the first token hold all of the massive activation."
-    same = "The same dims stand out in every block from the ME layer on."
-    as_before = "The data of the figure before, as a surface."
+    heatmap = partial(dims_heatmap, dims, me_layer=me.layer, title=title)
+    few = (
+        "A few dims of the first token hold the massive activation, the same in all blocks after the ME layer."
+    )
     figures = {
         "emergence": Figure(by_block, "figure 1 (bottom), figures 11-20", expected, _in_words(study)),
         "top_dims": Figure(heatmap, "figure 1 (top)", few, observed),
-        "top_dims_surface": Figure(surface, "the authors' 3-D plot", same, as_before),
     }
     if last is not None:
         figures["last_blocks"] = last_blocks_figure(study, last)

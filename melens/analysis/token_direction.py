@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,8 +30,8 @@ from melens.analysis.study import Study
 from melens.analysis.trailing_blocks import find_trailing_blocks
 from melens.claims.engine import Claim, Former, Judgement, at_least, at_most, unless_trivial
 from melens.figures.curves import Curve, Panel, curves_by_block, vectors_by_dim
-from melens.figures.heatmaps import Heatmap, heatmap_with_slider
-from melens.figures.style import COLORS, FIRST, OTHERS
+from melens.figures.heatmaps import Heatmap, heatmap_by_block
+from melens.figures.style import BLOCK, COLORS, FIRST, OTHERS
 from melens.report.result import Figure, Interval, Metrics, Result
 
 __all__ = ["CLAIMS", "DirectionMetrics", "direction"]
@@ -107,7 +108,7 @@ def direction(study: Study) -> Result:
     figures = {
         "norms": Figure(partial(_norms_figure, study, norms, by_block["norm_cv"], note), "figure 5a", alike, observed),
         "dims_by_block": _dims_figure(study, states.mean(0).numpy(), note),
-        "cosine_by_block": Figure(partial(_cosine_maps, study, vectors, note), "figure 5c", near_1, observed),
+        "cosine_by_block": Figure(partial(_cosine_map, study, between_inputs, note), "figure 5c", near_1, observed),
         "between_blocks": Figure(
             partial(_cosine_figure, study, by_block, note), "figure 5c, by block", settled, observed
         ),
@@ -195,9 +196,10 @@ def _in_words(metrics: DirectionMetrics) -> str:
 
 def _norms_figure(study: Study, norms: Float[Tensor, "prompt layer"], variation: pd.DataFrame, note: str) -> go.Figure:
     inputs = [
-        Curve("token 0, one line a first token", _by_layer(of_prompt), FIRST, in_legend=number == 0)
+        Curve("one input", _by_layer(of_prompt), COLORS[6], in_legend=number == 0, thin=True)
         for number, of_prompt in enumerate(norms)
     ]
+    inputs.append(Curve("mean over inputs", _by_layer(norms.mean(0)), FIRST))
     spread = [Curve("variation", variation, OTHERS)]
     panels = [
         Panel("Norm of token 0 after each block", "L2 norm", inputs, study.me.layer, log_scale=True),
@@ -215,25 +217,24 @@ def _dims_figure(study: Study, mean_states: np.ndarray, note: str) -> Figure:
         blocks = {me_layer - 1, me_layer, me_layer + 1, (me_layer + study.last_before_trailing) // 2, last}
     shown = {block: mean_states[block] for block in sorted(blocks) if 0 <= block <= last}
     titled = {f"block {block}{' (ME layer)' * (block == me_layer)}": state for block, state in shown.items()}
-    plot = partial(vectors_by_dim, titled, title=study.title("Token 0 by dim, mean over prompts"), note=note)
+    title, at_me_layer = study.title("Token 0 by dim, mean over prompts"), f"block {me_layer} (ME layer)"
+    plot = partial(vectors_by_dim, titled, highlighted=at_me_layer, title=title, note=note)
     largest = ", ".join(f"{np.abs(state).argmax()} after block {block}" for block, state in shown.items())
     expected = "From the ME layer on the same few dims stand out in every block."
     return Figure(plot, "figure 5b", expected, f"The largest dim is {largest}.")
 
 
-def _cosine_maps(study: Study, vectors: Float[Tensor, "prompt layer d"], note: str) -> go.Figure:
-    cosines = pairwise_cosine(vectors[study.massive_prompts].transpose(0, 1))
-    prompts = study.of_massive_prompts(study.trace.prompts)
-    firsts = [f"{row.prompt} {row.first_token!r}" for row in prompts.itertuples()]
-    maps = {
-        str(layer): Heatmap("", cosine.numpy(), firsts, firsts, "prompt", "prompt and its first token")
-        for layer, cosine in enumerate(cosines)
-    }
-    me_layer = "" if study.me.layer is None else f"; the ME layer is {study.me.layer}"
+def _cosine_map(study: Study, between_inputs: Float[Tensor, "layer n n"], note: str) -> go.Figure:
+    """Draw by input and block the cosine of its token 0 with that of the other inputs, the mean over these."""
+    n = between_inputs.shape[-1]
+    to_others = (between_inputs.sum(-1) - 1) / (n - 1) if n > 1 else between_inputs[..., 0]
+    prompts = study.trace.prompts.set_index("prompt").loc[study.distinct_massive_prompts]
+    firsts = [f"{prompt} {first!r}" for prompt, first in prompts["first_token"].items()]
     title = study.title("Cosine of token 0's state between inputs")
-    note, z_range = f"{note} Move the slider through the blocks{me_layer}.", (min(0.0, float(cosines.min())), 1)
-    start = str(study.n_layers // 2 if study.me.layer is None else study.me.layer)
-    return heatmap_with_slider(maps, title=title, note=note, z_title="cosine", z_range=z_range, start=start)
+    heatmap = Heatmap("", to_others.T.numpy(), range(study.n_layers), firsts, BLOCK, "input and its first token")
+    colors: Any = {"z_title": "cosine", "z_range": (min(0.0, float(to_others.min())), 1)}
+    note = f"An input's mean over the other inputs. {note}"
+    return heatmap_by_block(heatmap, me_layer=study.me.layer, title=title, note=note, **colors)
 
 
 def _cosine_figure(study: Study, by_block: Mapping[str, pd.DataFrame], note: str) -> go.Figure:

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from melens.figures.heatmaps import Heatmap, heatmap_trace
-from melens.figures.style import finish
+from melens.figures.style import finish, menu_above
 
 __all__ = ["attention_change", "attention_maps"]
 
@@ -29,18 +29,23 @@ def attention_maps(maps: Mapping[str, np.ndarray], tokens: Sequence[str], *, tit
             causal = np.where(np.tri(len(values), dtype=bool), values, np.nan)
             heatmap = Heatmap("", causal, tokens, tokens, "key", "query")
             figure.add_trace(heatmap_trace(heatmap, "attention"), row=1, col=column)
-        figure.update_xaxes(title_text="key", tickangle=-90, tickfont={"size": 9}, row=1, col=column)
-        figure.update_yaxes(title_text="query", autorange="reversed", tickfont={"size": 9}, row=1, col=column)
+        # square cells, whose labels plotly thins out where they do not fit
+        square = {"scaleanchor": f"x{column if column > 1 else ''}", "constraintoward": "top"}
+        figure.update_xaxes(title_text="key", tickangle=-90, row=1, col=column, **_TOKENS)
+        figure.update_yaxes(title_text="query", autorange="reversed", row=1, col=column, **_TOKENS, **square)
     buttons: list[dict[str, Any]] = []
     for shown, label in enumerate(["mean over heads", *(f"head {head}" for head in range(n_heads))]):
         visible = [index % (n_heads + 1) == shown for index in range(len(figure.data))]
         buttons.append({"label": label, "method": "update", "args": [{"visible": visible}]})
     for trace, is_mean in zip(figure.data, buttons[0]["args"][0]["visible"], strict=True):
         trace.visible = is_mean
-    menu = {"buttons": buttons, "x": 1, "xanchor": "right", "y": 1.1, "yanchor": "bottom"}
-    colors = {"colorscale": "Viridis", "cmin": 0, "cmax": 1, "colorbar": {"title": "attention"}}
-    layout = {"coloraxis": colors, "updatemenus": [menu], "margin": {"b": 110, "l": 110}}
-    return finish(figure, title, note, height=720, **layout)
+    colorbar = {"title": "attention", "y": 1, "yanchor": "top", "len": 0.8}
+    colors = {"colorscale": "Viridis", "cmin": 0, "cmax": 1, "colorbar": colorbar}
+    layout = {"coloraxis": colors, "updatemenus": [menu_above(buttons=buttons)]}
+    return finish(figure, title, note, height=120 + (480 if len(maps) < 3 else 280), **layout)
+
+
+_TOKENS: dict[str, Any] = {"constrain": "domain", "showgrid": False, "tickfont": {"size": 12}}
 
 
 def attention_change(
@@ -53,6 +58,7 @@ def attention_change(
         trace.coloraxis = "coloraxis2"
     for column in (2, 3):
         figure.update_yaxes(showticklabels=False, title_text="", col=column)
-    upper, lower = ({"x": 1.0, "len": 0.5, "y": y} for y in (0.76, 0.24))
-    changes = {"colorscale": "RdBu_r", "cmin": -0.5, "cmax": 0.5, "colorbar": {"title": "difference", **lower}}
+    upper, lower = ({"x": 1.0, "len": 0.45, "y": y, "yanchor": "top"} for y in (1, 0.5))
+    limit = max(0.05, float(np.abs(panels["difference"].mean(0)).max()))
+    changes = {"colorscale": "RdBu_r", "cmin": -limit, "cmax": limit, "colorbar": {"title": "difference", **lower}}
     return figure.update_layout(coloraxis={"colorbar": upper}, coloraxis2=changes)

@@ -26,6 +26,6 @@ def difference_bars(differences: pd.DataFrame, *, x_title: str, title: str, note
     bar.hovertemplate = "%{y}: %{customdata:+.4f}<extra></extra>"
     figure.add_trace(bar)
     figure.add_vline(x=0, line={"color": "#888", "width": 1})
-    figure.update_xaxes(title_text=x_title, **style.signed_ticks())
-    figure.update_yaxes(autorange="reversed", automargin=True)
-    return style.finish(figure, title, note, height=190 + 45 * len(differences))
+    figure.update_xaxes(title_text=x_title, **style.signed_ticks([*differences["low"], *differences["high"]]))
+    figure.update_yaxes(autorange="reversed")
+    return style.finish(figure, title, note, height=90 + 45 * len(differences))

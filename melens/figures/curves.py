@@ -11,7 +11,18 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from melens.figures.style import BLOCK, COLORS, FIRST, finish, legend_below, mark_me_layer, panels_in_rows, whiskers
+from melens.figures.style import (
+    BLOCK,
+    COLORS,
+    FIRST,
+    block_ticks,
+    finish,
+    legend,
+    log_ticks,
+    mark_me_layer,
+    menu_above,
+    panels_in_rows,
+)
 
 __all__ = ["Curve", "Panel", "add_curve", "curves_by_block", "ffn_figure", "over_steps", "vectors_by_dim"]
 
@@ -23,14 +34,16 @@ class Curve:
     Attributes:
         name: in the legend; curves of the same name in several panels share an entry.
         points: `layer`, `mean`, and for a band `low` and `high`.
-        color: as "#rrggbb".
+        color: as "#rrggbb"; the markers and dashes that go with it tell lines apart in print without colours.
         in_legend: False for all but one of many alike.
+        thin: one of many alike: a faint line without markers.
     """
 
     name: str
     points: pd.DataFrame
     color: str
     in_legend: bool = True
+    thin: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,37 +60,47 @@ class Panel:
 
 
 def curves_by_block(
-    panels: Sequence[Panel], *, title: str, note: str = "", columns: int = 2, scale_buttons: bool = False
+    panels: Sequence[Panel],
+    *,
+    title: str,
+    note: str = "",
+    columns: int = 2,
+    scale_buttons: bool = False,
+    x_axis: Mapping[str, Any] | None = None,
 ) -> go.Figure:
     """Draw panels of curves by block, so many columns in a row, left to right and top to bottom.
 
-    With `scale_buttons` the reader can switch the panels without a `y_range` between logarithmic and linear.
+    With `scale_buttons` the reader can switch the panels without a `y_range` between logarithmic and linear. `x_axis`
+    is plotly's, where a curve's `layer` is no block.
     """
     figure, places = panels_in_rows([panel.title for panel in panels], columns, gap=0.1, row_gap=0.3)
     in_legend: set[str] = set()
-    switched = []
+    me_layers = [panel.me_layer for panel in panels if panel.me_layer is not None]
+    me_name = (
+        f"ME layer {me_layers[0]}" if len(set(me_layers)) == 1 else "ME layer"
+    )  # one for all panels, or each its own
+    switched = {}
     for number, (panel, at) in enumerate(zip(panels, places, strict=True), 1):
         for curve in panel.curves:
             if panel.log_scale or scale_buttons:
                 curve = replace(curve, points=_on_log_scale(curve.points))
             add_curve(figure, curve, at, in_legend=curve.in_legend and curve.name not in in_legend)
             in_legend.add(curve.name)
-        figure.update_yaxes(title_text=panel.y_title, range=panel.y_range, **at)
-        figure.update_yaxes(**_value_axis(panel.log_scale), **at)
         means = pd.concat([curve.points["mean"] for curve in panel.curves])
-        if panel.log_scale and not means.max() >= 30 * means[means > 0].min():
-            figure.update_yaxes(dtick="D2", **at)
+        y_title = panel.y_title if panel.y_title != panel.title else ""  # which says it already
+        figure.update_yaxes(title_text=y_title, range=panel.y_range, **_value_axis(means, panel.log_scale), **at)
         if panel.zero_line:
             figure.add_hline(y=0, line={"color": "#888", "width": 1}, **at)
-        mark_me_layer(figure, panel.me_layer, **at)
+        mark_me_layer(
+            figure, panel.me_layer, at, name=me_name, showlegend=me_name not in in_legend, legendgroup=me_name
+        )
+        in_legend |= {me_name} if panel.me_layer is not None else set()
         if panel.y_range is None:
-            switched.append(f"yaxis{number}" if number > 1 else "yaxis")
-    figure.update_xaxes(title_text=BLOCK, rangemode="tozero")
-    height = 170 + 310 * places[-1]["row"]
-    below = -55 / (height - 150)  # 55 pixels below the axis, where its title ends
-    if scale_buttons:
-        figure.update_layout(updatemenus=[_scale_buttons(switched, panels[0].log_scale, below)])
-    return finish(figure, title, note, height=height, legend=legend_below(below))
+            switched[f"yaxis{number}" if number > 1 else "yaxis"] = means
+    figure.update_xaxes(_block_axis(panels) if x_axis is None else x_axis)
+    menus = [_scale_buttons(switched, panels[0].log_scale)] if scale_buttons else []
+    height = 80 + 300 * places[-1]["row"]
+    return finish(figure, title, note, height=height, legend=legend(), updatemenus=menus)
 
 
 def ffn_figure(
@@ -88,83 +111,123 @@ def ffn_figure(
     me_layer: int | None,
     title: str,
 ) -> go.Figure:
-    """Draw figure 4: concentration differences as lines, the FFN's amplification as bars on a second axis.
+    """Draw figure 4: concentration differences in one panel, the FFN's amplification in another.
 
     Args:
         concentrations: by what they are measured after ("gate", "up", "down"): `layer`, `mean`, `low`, `high`.
         amplification: the same of ‖FFN output‖ / ‖FFN input‖ of token 0.
         with_norm_behind: the same of the FFN and a norm behind it together, where blocks have one.
     """
-    figure = make_subplots(specs=[[{"secondary_y": True}]])
-    bars = [("FFN amplification", amplification, "rgba(120,120,120,0.45)")]
+    after = [
+        Curve(f"after {name}", points, color)
+        for (name, points), color in zip(concentrations.items(), COLORS, strict=False)
+    ]
+    ratios = [Curve("FFN", amplification, COLORS[6])]
     if with_norm_behind is not None:
-        bars.append(("FFN and the norm behind it", with_norm_behind, "rgba(120,170,120,0.45)"))
-    for name, points, color in bars:
-        points = _on_log_scale(points)
-        bar = go.Bar(x=points["layer"], y=points["mean"], name=f"{name} (right axis)", marker={"color": color})
-        bar.error_y = whiskers(points["mean"], points["low"], points["high"]) | {"thickness": 1, "width": 2}
-        bar.hovertemplate = f"block %{{x}}: ×%{{y:.4g}}<extra>{name}</extra>"
-        figure.add_trace(bar, secondary_y=True)
-    for (name, points), color in zip(concentrations.items(), COLORS, strict=False):
-        add_curve(figure, Curve(f"after {name}", points, color), {"row": 1, "col": 1}, in_legend=True)
-    figure.update_yaxes(title_text="concentration, token 0 minus the others", secondary_y=False, zeroline=True)
-    ratio = "‖FFN output‖ / ‖FFN input‖ of token 0"
-    figure.update_yaxes(title_text=ratio, secondary_y=True, **_value_axis(log_scale=True), showgrid=False)
-    figure.update_xaxes(title_text=BLOCK)
-    mark_me_layer(figure, me_layer)
-    note = "Lines and bars: means over prompts. Bands and whiskers: their 95% intervals."
-    return finish(figure, title, note, height=560, legend=legend_below(-0.16), margin={"r": 90})
+        ratios.append(Curve("FFN and the norm behind it", with_norm_behind, COLORS[4]))
+    panels = [
+        Panel("Concentration of the projections", "token 0 minus the others", after, me_layer, zero_line=True),
+        Panel("Amplification by the FFN", "‖FFN output‖ / ‖FFN input‖", ratios, me_layer, log_scale=True),
+    ]
+    note = "Lines: means over prompts. Bands: their 95% intervals."
+    return curves_by_block([panel for panel in panels if panel.curves], title=title, note=note)
 
 
-def vectors_by_dim(vectors: Mapping[str, np.ndarray], *, title: str, note: str = "") -> go.Figure:
-    """Draw figure 5b: token 0's activation by dim, a panel for each of a few blocks: by its title, `[d_model]`."""
+def vectors_by_dim(
+    vectors: Mapping[str, np.ndarray], *, highlighted: str | None = None, title: str, note: str = ""
+) -> go.Figure:
+    """Draw figure 5b: token 0's activation by dim, a panel for each of a few blocks.
+
+    Args:
+        vectors: `[d_model]`, by the panel's title.
+        highlighted: the panel in another colour: the ME layer's.
+        title, note: of the figure.
+    """
     figure = make_subplots(len(vectors), 1, shared_xaxes=True, subplot_titles=list(vectors), vertical_spacing=0.06)
-    for row, vector in enumerate(vectors.values(), 1):
-        line = go.Scatter(x=np.arange(len(vector)), y=vector, mode="lines", showlegend=False)
-        line.update(line={"color": FIRST, "width": 1}, hovertemplate="dim %{x}: %{y:.4g}<extra></extra>")
-        figure.add_trace(line, row=row, col=1)
+    for row, (name, vector) in enumerate(vectors.items(), 1):
+        # dims have no order: a bar each, from 0, as one path, which thousands of bars would not be
+        bars = go.Scatter(x=np.arange(len(vector)), y=vector, mode="lines", showlegend=False)
+        color = FIRST if name == highlighted else COLORS[6]
+        bars.update(line={"color": color, "width": 1, "shape": "hvh"}, fill="tozeroy", fillcolor=color)
+        bars.hovertemplate = "dim %{x}: %{y:.4g}<extra></extra>"
+        figure.add_trace(bars, row=row, col=1)
         largest = int(np.abs(vector).argmax())
-        label = {"showarrow": False, "xanchor": "left", "xshift": 6, "font": {"size": 12}}
-        figure.add_annotation(x=largest, y=vector[largest], text=f"dim {largest}", row=row, col=1, **label)
+        is_right = largest > 0.8 * len(vector)
+        label: dict[str, Any] = {
+            "showarrow": False,
+            "xanchor": "right" if is_right else "left",
+            "xshift": -6 if is_right else 6,
+        }
+        label |= {"font": {"size": 12}, "text": f"dim {largest}"}
+        figure.add_annotation(x=largest, y=vector[largest], row=row, col=1, **label)
     figure.update_xaxes(title_text="dim of the residual stream", row=len(vectors), col=1)
+    figure.update_xaxes(range=[-0.01 * len(vector), 1.01 * len(vector)])
     figure.update_yaxes(title_text="activation")
-    return finish(figure, title, note, height=160 + 170 * len(vectors))
+    return finish(figure, title, note, height=70 + 170 * len(vectors))
 
 
-def over_steps(panels: Mapping[str, Mapping[str, pd.DataFrame]], *, title: str, markers: bool = False) -> go.Figure:
+def over_steps(
+    panels: Mapping[str, Mapping[str, pd.DataFrame]], *, title: str, y_titles: Mapping[str, str], markers: bool = False
+) -> go.Figure:
     """Draw what changes in a training, a panel a quantity.
 
     Args:
         panels: by the quantity's name, by the curve's name (empty for a lone one), `step` and `value`.
+        title: of the figure.
+        y_titles: by the quantity's name, with the unit.
         markers: for curves of few points.
     """
     figure = make_subplots(1, len(panels), subplot_titles=list(panels), horizontal_spacing=0.12)
     in_legend: set[str] = set()
-    for column, curves in enumerate(panels.values(), 1):
+    for column, (quantity, curves) in enumerate(panels.items(), 1):
         for number, (name, points) in enumerate(curves.items()):
+            color = COLORS[number % len(COLORS)]
             line = go.Scatter(x=points["step"], y=points["value"], mode="lines+markers" if markers else "lines")
             line.update(name=name, legendgroup=name, showlegend=bool(name) and name not in in_legend)
             line.hovertemplate = f"step %{{x}}: %{{y:.4g}}<extra>{name}</extra>"
-            line.line = {"color": COLORS[number % len(COLORS)], "width": 2}
+            line.update(line={"color": color, "width": 2, "dash": _DASHES[number % len(_DASHES)]})
+            line.marker.symbol = _SYMBOLS[number % len(_SYMBOLS)]
             figure.add_trace(line, row=1, col=column)
             in_legend.add(name)
-    figure.update_xaxes(title_text="step", rangemode="tozero")
-    return finish(figure, title, height=430, legend=legend_below(-0.22))
+        values = pd.concat([points["value"] for points in curves.values()])
+        figure.update_yaxes(title_text=y_titles[quantity], range=_not_zoomed(values), row=1, col=column)
+    figure.update_xaxes(title_text="training step")
+    return finish(figure, title, height=360, legend=legend())
+
+
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "x", "cross", "star")
+_DASHES = ("solid", "6px,2px", "9px,2px,2px,2px", "3px,2px", "12px,3px", "5px,2px,1px,2px", "solid", "2px,2px")
 
 
 def add_curve(figure: go.Figure, curve: Curve, at: dict[str, int], *, in_legend: bool) -> None:
     """Add a line to a panel (its `row` and `col`), with a band where its points have intervals."""
     points, layers = curve.points, curve.points["layer"]
+    red, green, blue = (int(curve.color[i : i + 2], 16) for i in (1, 3, 5))
     if "low" in points and points["low"].notna().any():
-        red, green, blue = (int(curve.color[i : i + 2], 16) for i in (1, 3, 5))
         band = go.Scatter(x=[*layers, *layers[::-1]], y=[*points["high"], *points["low"][::-1]], mode="lines")
         band.update(fill="toself", fillcolor=f"rgba({red},{green},{blue},0.15)", line={"width": 0})
         band.update(hoverinfo="skip", showlegend=False, legendgroup=curve.name)
         figure.add_trace(band, **at)
-    line = go.Scatter(x=layers, y=points["mean"], mode="lines+markers", marker={"size": 5})
-    line.update(name=curve.name, legendgroup=curve.name, showlegend=in_legend, line={"color": curve.color, "width": 2})
+    line = go.Scatter(x=layers, y=points["mean"], mode="lines" if curve.thin else "lines+markers")
+    line.update(name=curve.name, legendgroup=curve.name, showlegend=in_legend)
+    if curve.thin:
+        line.line = {"color": f"rgba({red},{green},{blue},0.6)", "width": 1.2}
+    else:
+        number = COLORS.index(curve.color) if curve.color in COLORS else 0
+        line.line = {"color": curve.color, "width": 2, "dash": _DASHES[number]}
+        line.marker = {"size": 5, "symbol": _SYMBOLS[number]}
+    line.cliponaxis = False
     line.hovertemplate = f"block %{{x}}: %{{y:.4g}}<extra>{curve.name}</extra>"
     figure.add_trace(line, **at)
+
+
+def _block_axis(panels: Sequence[Panel]) -> dict[str, Any]:
+    """Return the axis of the blocks that the panels show, with room for the first and the last marker."""
+    layers = pd.concat([curve.points["layer"] for panel in panels for curve in panel.curves])
+    marked = [panel.me_layer for panel in panels if panel.me_layer is not None]
+    first, last = int(min([layers.min(), *marked])), int(max([layers.max(), *marked]))
+    room = 0.5 + 0.01 * (last - first)
+    return {"title": {"text": BLOCK}, "range": [first - room, last + room], **block_ticks(last - first + 1)}
 
 
 def _on_log_scale(points: pd.DataFrame) -> pd.DataFrame:
@@ -175,14 +238,22 @@ def _on_log_scale(points: pd.DataFrame) -> pd.DataFrame:
     return points.assign(low=points["low"].clip(lower=positive.min() / 10))
 
 
-def _value_axis(log_scale: bool) -> dict[str, Any]:
-    return {"type": "log", "exponentformat": "power", "dtick": 1} if log_scale else {"type": "linear", "dtick": None}
+def _value_axis(values: Any, log_scale: bool) -> dict[str, Any]:
+    return {"type": "log", **log_ticks(values)} if log_scale else {"type": "linear", "tickmode": "auto"}
 
 
-def _scale_buttons(axes: Sequence[str], log_scale: bool, y: float) -> dict[str, Any]:
+def _not_zoomed(values: pd.Series) -> list[float] | None:
+    """Return a range for values that differ by less than a tenth of their size, which no axis should blow up."""
+    low, high = float(values.min()), float(values.max())
+    room = 0.1 * max(abs(low), abs(high))
+    return None if high - low >= room else [low - room, high + room]
+
+
+def _scale_buttons(axes: Mapping[str, pd.Series], log_scale: bool) -> dict[str, Any]:
     buttons = []
     for label, is_log in (("log", True), ("linear", False)):
-        changes = {f"{axis}.{key}": value for axis in axes for key, value in _value_axis(is_log).items()}
+        then = {axis: _value_axis(means, is_log) for axis, means in axes.items()}
+        changes = {f"{axis}.{key}": value for axis, values in then.items() for key, value in values.items()}
         buttons.append({"label": label, "method": "relayout", "args": [changes]})
-    place = {"x": 1, "xanchor": "right", "y": y, "yanchor": "top"}
-    return {"type": "buttons", "direction": "right", "active": 0 if log_scale else 1, "buttons": buttons, **place}
+    look = {"type": "buttons", "direction": "right", "active": 0 if log_scale else 1, "buttons": buttons}
+    return menu_above(**look)

@@ -1,11 +1,11 @@
-"""Matrices: ratios, changes of a loss, and token 0's activation by block and dim.
+"""Matrices: ratios, changes of a loss, shares of prompts, and token 0's activation by block and dim.
 
 Where values span orders of magnitude, the colour shows their logarithm; labels and hover texts show the values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,8 @@ from melens.figures import style
 from melens.figures.curves import Panel, add_curve
 
 __all__ = [
-    "Heatmap", "dims_heatmap", "dims_surface", "heatmap_over_curves", "heatmap_trace", "heatmap_with_slider",
-    "heatmaps", "loss_changes",
+    "Heatmap", "dims_heatmap", "heatmap_by_block", "heatmap_over_curves", "heatmap_trace", "heatmaps", "loss_changes",
+    "shares",
 ]  # fmt: skip
 
 
@@ -59,35 +59,25 @@ def heatmaps(
     figure, places = style.panels_in_rows([heatmap.title for heatmap in maps], columns, gap=0.09, row_gap=0.25)
     for heatmap, at in zip(maps, places, strict=True):
         figure.add_trace(_scaled_trace(heatmap, z_title, _log_ratio, "{:.3g}" if text else None), **at)
-        figure.update_xaxes(title_text=heatmap.x_title, **at)
-        figure.update_yaxes(title_text=heatmap.y_title, autorange="reversed", **at)
-        if me_layer is not None:
-            figure.add_vline(x=me_layer, line=style.ME_LINE, **at)
-            figure.add_hline(y=me_layer, line=style.ME_LINE, **at)
-    ticks = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
-    colorbar = {"title": z_title, "tickvals": np.log10(ticks), "ticktext": [f"{tick:g}" for tick in ticks]}
-    colors = {"colorscale": "RdBu", "cmin": -2, "cmax": 2, "colorbar": colorbar}
-    height = 190 + (430 if min(columns, len(maps)) > 1 else 480) * places[-1]["row"]
+        figure.update_xaxes(title_text=heatmap.x_title, **_cell_axis(heatmap.x), **at)
+        figure.update_yaxes(title_text=heatmap.y_title, autorange="reversed", **_cell_axis(heatmap.y), **at)
+        style.frame_me_layer(figure, me_layer, at, axes="xy", name=False)
+    scale = _log_scale_of([heatmap.values for heatmap in maps])
+    colors = {"colorscale": "RdBu", "colorbar": {"title": z_title, **scale.pop("ticks")}, **scale}
+    height = 80 + (400 if min(columns, len(maps)) > 1 else 60 * len(maps[0].y)) * places[-1]["row"]
     return style.finish(figure, title, note, height=height, coloraxis=colors)
 
 
-def heatmap_with_slider(
-    maps: Mapping[str, Heatmap], *, title: str, note: str = "", z_title: str, z_range: Sequence[float | int], start: str
+def heatmap_by_block(
+    heatmap: Heatmap, *, me_layer: int | None, title: str, note: str = "", z_title: str, z_range: Sequence[float | int]
 ) -> go.Figure:
-    """Draw one of several matrices by block, `start` at first, with a slider to choose another.
-
-    All have the same axes; `z_title` and `z_range` are of the colours.
-    """
-    traces = [heatmap_trace(heatmap, z_title).update(visible=name == start) for name, heatmap in maps.items()]
-    figure, names = go.Figure(traces), list(maps)
-    figure.update_xaxes(constrain="domain", tickangle=-90)
-    figure.update_yaxes(title_text=maps[start].y_title, autorange="reversed", scaleanchor="x", constrain="domain")
-    visible = {name: {"visible": [other == name for other in names]} for name in names}
-    steps = [{"label": name, "method": "update", "args": [shown]} for name, shown in visible.items()]
-    shown_as = {"currentvalue": {"prefix": "after block "}, "pad": {"t": 100}}
-    slider = {"active": names.index(start), "steps": steps, **shown_as}
+    """Draw a matrix by block; `z_title` and `z_range` are of the colours."""
+    figure = go.Figure(heatmap_trace(heatmap, z_title))
+    figure.update_xaxes(title_text=heatmap.x_title, **_cell_axis(heatmap.x))
+    figure.update_yaxes(title_text=heatmap.y_title, autorange="reversed", **_cell_axis(heatmap.y))
+    style.frame_me_layer(figure, me_layer)
     colors = {"colorscale": "Viridis", "cmin": z_range[0], "cmax": z_range[1], "colorbar": {"title": z_title}}
-    return style.finish(figure, title, note, height=760, sliders=[slider], coloraxis=colors)
+    return style.finish(figure, title, note, height=100 + 15 * max(20, len(heatmap.y)), coloraxis=colors)
 
 
 def heatmap_over_curves(heatmap: Heatmap, panel: Panel, *, title: str, note: str = "", z_title: str) -> go.Figure:
@@ -97,14 +87,16 @@ def heatmap_over_curves(heatmap: Heatmap, panel: Panel, *, title: str, note: str
     figure.add_trace(heatmap_trace(heatmap, z_title), row=1, col=1)
     for curve in panel.curves:
         add_curve(figure, curve, {"row": 2, "col": 1}, in_legend=True)
-    figure.update_yaxes(title_text=heatmap.y_title, autorange="reversed", row=1, col=1)
+    figure.update_xaxes(range=[min(heatmap.x) - 0.5, max(heatmap.x) + 0.5], **_cell_axis(heatmap.x))
+    figure.update_yaxes(title_text=heatmap.y_title, autorange="reversed", **_cell_axis(heatmap.y), row=1, col=1)
     figure.update_yaxes(title_text=panel.y_title, range=panel.y_range, row=2, col=1)
     figure.update_xaxes(title_text=style.BLOCK, row=2, col=1)
-    style.mark_me_layer(figure, panel.me_layer, annotation_yanchor="bottom", row=1, col=1)  # above the colours
-    style.mark_me_layer(figure, panel.me_layer, row=2, col=1)
-    colorbar = {"title": z_title, "len": 0.5, "y": 0.78}
-    colors = {"colorscale": "Viridis", "cmin": 0, "cmax": 1, "colorbar": colorbar}
-    return style.finish(figure, title, note, height=740, coloraxis=colors, legend=style.legend_below(-0.1))
+    style.frame_me_layer(figure, panel.me_layer, {"row": 1, "col": 1}, name=False)
+    style.mark_me_layer(
+        figure, panel.me_layer, {"row": 2, "col": 1}, name=f"ME layer {panel.me_layer}", showlegend=True
+    )
+    colors = {"colorscale": "Viridis", "cmin": 0, "cmax": 1, "colorbar": {"title": z_title, "len": 0.5, "y": 0.78}}
+    return style.finish(figure, title, note, height=640, coloraxis=colors, legend=style.legend())
 
 
 def loss_changes(maps: Sequence[Heatmap], *, title: str, note: str = "") -> go.Figure:
@@ -112,49 +104,57 @@ def loss_changes(maps: Sequence[Heatmap], *, title: str, note: str = "") -> go.F
     figure, places = style.panels_in_rows([heatmap.title for heatmap in maps], 3, gap=0.1, row_gap=0.3)
     for heatmap, at in zip(maps, places, strict=True):
         figure.add_trace(_scaled_trace(heatmap, "Δloss", style.signed_log, "{:+.3f}"), **at)
-        figure.update_xaxes(title_text=heatmap.x_title, type="category", **at)
-        figure.update_yaxes(title_text=heatmap.y_title, type="category", autorange="reversed", **at)
-    limit = float(style.signed_log(10))
-    colorbar = {"title": "Δloss<br>(nats a token)", **style.signed_ticks()}
+        figure.update_xaxes(title_text=heatmap.x_title, type="category", **_cell_axis(heatmap.x), **at)
+        figure.update_yaxes(
+            title_text=heatmap.y_title, type="category", autorange="reversed", **_cell_axis(heatmap.y), **at
+        )
+    values = [value for heatmap in maps for value in heatmap.values.ravel()]
+    limit = float(style.signed_log(style.signed_limit(values)))
+    colorbar = {"title": "Δloss<br>(nats a token)", **style.signed_ticks(values)}
     colors = {"colorscale": "RdBu_r", "cmin": -limit, "cmax": limit, "colorbar": colorbar}
-    return style.finish(figure, title, note, height=260 + 230 * places[-1]["row"], coloraxis=colors)
+    return style.finish(figure, title, note, height=150 + 230 * places[-1]["row"], coloraxis=colors)
+
+
+def shares(table: pd.DataFrame, *, names: Sequence[str], title: str, note: str = "") -> go.Figure:
+    """Draw shares that add up to 1 in each row as a table; `names` are those of its columns."""
+    trace = go.Heatmap(
+        x=[style.in_lines(name, 11) for name in names],
+        y=list(table.index),
+        z=table.to_numpy(),
+        zmin=0,
+        zmax=1,
+        xgap=2,
+        ygap=2,
+    )
+    trace.update(colorscale=[[0, "#f7f7f7"], [1, "#9ecae1"]], showscale=False, texttemplate="%{z:.0%}")
+    trace.hovertemplate = "%{y}, %{x}: %{z:.1%}<extra></extra>"
+    figure = go.Figure(trace)
+    figure.update_xaxes(side="top", **_TABLE_AXIS)
+    figure.update_yaxes(autorange="reversed", dtick=1, **_TABLE_AXIS)
+    return style.finish(figure, title, note, height=50 + 34 * len(table))
 
 
 def dims_heatmap(activations: pd.DataFrame, *, me_layer: int | None, title: str) -> go.Figure:
     """Draw token 0's |activation| by block and dim as a heatmap, for the dims that are largest anywhere (figure 5b).
 
-    `activations` has the columns `layer`, `dim` and `abs_activation`, the mean over prompts.
+    `activations` has the columns `layer`, `dim` and `abs_activation`, the mean over prompts. The dims are in the order
+    of what they hold after the ME layer, or without one of the largest that they hold anywhere.
     """
     wide = activations.pivot(index="dim", columns="layer", values="abs_activation")
-    wide = wide.loc[wide.max(axis=1).sort_values(ascending=False).index]
-    powers = range(-2, int(np.ceil(np.log10(wide.to_numpy().max()))) + 1)
-    ticks = {"tickvals": list(powers), "ticktext": [f"10<sup>{power}</sup>" for power in powers]}
-    trace = go.Heatmap(x=wide.columns, y=[str(dim) for dim in wide.index], z=np.log10(wide.to_numpy().clip(min=1e-2)))
+    decides = wide.max(axis=1) if me_layer is None else wide[me_layer]
+    wide = wide.loc[decides.sort_values(ascending=False).index]
+    values = wide.to_numpy().clip(min=1e-2)
+    ticks = style.log_ticks(values)
+    ticks |= {"tickvals": np.log10(ticks["tickvals"])} if "tickvals" in ticks else {}
+    trace = go.Heatmap(x=wide.columns, y=[str(dim) for dim in wide.index], z=np.log10(values))
     trace.update(customdata=wide.to_numpy().tolist(), colorscale="Viridis", colorbar={"title": "|h|", **ticks})
     trace.hovertemplate = "block %{x}, dim %{y}: |h| = %{customdata:.4g}<extra></extra>"
     figure = go.Figure(trace)
-    figure.update_xaxes(title_text=style.BLOCK)
-    figure.update_yaxes(title_text="dim of the residual stream, largest first", type="category", autorange="reversed")
-    style.mark_me_layer(figure, me_layer, annotation_yanchor="bottom")  # above the colours
-    return style.finish(figure, title, height=620)
-
-
-def dims_surface(activations: pd.DataFrame, *, me_layer: int | None, title: str) -> go.Figure:
-    """Draw the same as a 3-D surface, as the authors do; arguments as for `dims_heatmap`."""
-    wide = activations.pivot(index="dim", columns="layer", values="abs_activation")
-    heights, rows = wide.to_numpy(), np.arange(len(wide))
-    surface = go.Surface(z=heights, x=wide.columns, y=rows, colorscale="Viridis", showscale=False)
-    surface.hovertemplate = "block %{x}: |h| = %{z:.4g}<extra></extra>"
-    figure = go.Figure(surface)
-    if me_layer is not None:
-        above, name = wide[me_layer] + 0.01 * heights.max(), f"ME layer {me_layer}"
-        figure.add_scatter3d(x=[me_layer] * len(wide), y=rows, z=above, mode="lines", name=name, showlegend=True)
-        figure.data[-1].update(line={"color": "#d62728", "width": 5}, hoverinfo="skip")
-    dims = {"tickvals": list(range(0, len(wide), 4)), "ticktext": [str(dim) for dim in wide.index[::4]]}
-    axes = {"xaxis": {"title": {"text": style.BLOCK}}, "yaxis": {"title": {"text": "dim"}, **dims}}
-    axes["zaxis"] = {"title": {"text": "|h| of token 0"}}
-    scene = axes | {"camera": {"eye": {"x": -1.5, "y": -1.6, "z": 0.8}}}
-    return style.finish(figure, title, height=700, scene=scene)
+    where = "anywhere" if me_layer is None else "after the ME layer"
+    figure.update_xaxes(title_text=style.BLOCK, **_cell_axis(list(wide.columns)))
+    figure.update_yaxes(title_text=f"dim, largest {where} first", type="category", autorange="reversed", showgrid=False)
+    style.frame_me_layer(figure, me_layer)
+    return style.finish(figure, title, height=560)
 
 
 def heatmap_trace(heatmap: Heatmap, z_title: str) -> go.Heatmap:
@@ -168,8 +168,33 @@ def heatmap_trace(heatmap: Heatmap, z_title: str) -> go.Heatmap:
     )
 
 
+_TABLE_AXIS: dict[str, Any] = {"showgrid": False, "showline": False, "ticks": ""}
+
+
+def _cell_axis(labels: Sequence[Any]) -> dict[str, Any]:
+    """Return the axis of a matrix's cells: whole numbers where they are blocks or heads, no grid between them."""
+    is_numbered = all(isinstance(label, int | np.integer) for label in labels)
+    return {"showgrid": False} | (style.block_ticks(len(labels)) if is_numbered else {})
+
+
 def _log_ratio(values: np.ndarray) -> np.ndarray:
     return np.log10(values.clip(min=1e-6))
+
+
+_MOST_DECADES = 3
+
+
+def _log_scale_of(matrices: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Return colours as far as ratios go, at most three decades to each side: what lies beyond has the last colour."""
+    sizes = np.abs(np.concatenate([_log_ratio(np.asarray(values, dtype=float)).ravel() for values in matrices]))
+    largest = float(np.nanmax(sizes, initial=0))
+    decades = min(max(1, int(np.ceil(largest - 1e-9))), _MOST_DECADES)
+    ticks = [digit * 10.0**e for e in range(-decades, decades + 1) for digit in ((1, 3) if decades < 3 else (1,))]
+    ticks = [tick for tick in ticks if tick <= 10.0**decades]
+    texts = [f"{tick:,g}" for tick in ticks]
+    if largest > decades:
+        texts[0], texts[-1] = f"≤ {texts[0]}", f"≥ {texts[-1]}"
+    return {"cmin": -decades, "cmax": decades, "ticks": {"tickvals": np.log10(ticks), "ticktext": texts}}
 
 
 def _scaled_trace(

@@ -1,4 +1,4 @@
-"""Scores, the trade of loss against sinks, shares of prompts and verdicts on claims."""
+"""Scores, the trade of loss against sinks, and verdicts on claims."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 
 from melens.figures import style
 
-__all__ = ["loss_over_sinks", "score_differences", "score_table", "shares", "verdicts"]
+__all__ = ["loss_over_sinks", "score_differences", "score_table", "verdicts"]
 
 
 def score_table(
@@ -32,7 +32,7 @@ def score_table(
     header = {"values": ["", *columns], "align": "left", "fill_color": "#e8ecf1", "height": 30}
     table = go.Table(header=header, cells={"values": by_column, "align": "left", "height": 28})
     table.columnwidth = [2, *[1.6 for _ in columns]]
-    return style.finish(go.Figure(table), title, height=220 + 30 * len(rows))
+    return style.finish(go.Figure(table), title, height=70 + 30 * len(rows))
 
 
 def score_differences(scores: pd.DataFrame, *, title: str, note: str = "") -> go.Figure:
@@ -63,8 +63,8 @@ def score_differences(scores: pd.DataFrame, *, title: str, note: str = "") -> go
         figure.add_trace(points, **at)
         figure.add_vline(x=0, line={"color": "#888", "width": 1}, **at)
         figure.update_xaxes(title_text="← worse, better →" if higher else "← better, worse →", **at)
-        figure.update_yaxes(autorange="reversed", automargin=True, **at)
-    return style.finish(figure, title, note, height=inner + 170)
+        figure.update_yaxes(autorange="reversed", **at)
+    return style.finish(figure, title, note, height=inner + 80)
 
 
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x")
@@ -91,21 +91,9 @@ def loss_over_sinks(
     figure.add_hline(y=0, line={"color": "#888", "width": 1})
     figure.add_vline(x=sink_mass, line=style.ME_LINE, annotation_text="no mask", annotation_position="top left")
     figure.update_xaxes(title_text="mean sink mass behind the ME layer", rangemode="tozero")
-    figure.update_yaxes(title_text="Δloss (nats a token)", **style.signed_ticks())
-    return style.finish(figure, title, note, height=620, legend={"x": 1.02, "y": 1})
-
-
-def shares(table: pd.DataFrame, *, names: Sequence[str], title: str, note: str = "") -> go.Figure:
-    """Draw shares that add up to 1 as stacked bars, one a row of the table; `names` are those of its columns."""
-    figure = go.Figure()
-    for column, name, color in zip(table.columns, names, (style.FIRST, style.OTHERS, "#bbbbbb"), strict=False):
-        bar = go.Bar(y=list(table.index), x=table[column], name=name, orientation="h", marker={"color": color})
-        bar.hovertemplate = f"%{{y}}: %{{x:.0%}}<extra>{name}</extra>"
-        figure.add_trace(bar)
-    figure.update_xaxes(title_text="share", range=[0, 1], tickformat=".0%")
-    figure.update_yaxes(autorange="reversed", automargin=True)
-    legend = {**style.legend_below(-0.25), "traceorder": "normal"}
-    return style.finish(figure, title, note, height=220 + 55 * len(table), barmode="stack", legend=legend)
+    reached = [*masks["dloss"], *masks["dloss_low"].dropna(), *masks["dloss_high"].dropna()]
+    figure.update_yaxes(title_text="Δloss (nats a token)", **style.signed_ticks(reached))
+    return style.finish(figure, title, note, height=540, legend=style.legend())
 
 
 def verdicts(claims: pd.DataFrame, *, title: str = "Verdicts on the paper's claims") -> go.Figure:
@@ -121,7 +109,7 @@ def verdicts(claims: pd.DataFrame, *, title: str = "Verdicts on the paper's clai
     trace.update(text=wide.fillna("").to_numpy(), texttemplate="%{text}")
     trace.hovertemplate = "%{x}<br>%{y}<br>%{text}<extra></extra>"
     figure = go.Figure(trace)
-    figure.update_yaxes(autorange="reversed", automargin=True, dtick=1)
+    figure.update_yaxes(autorange="reversed", dtick=1)
     lines = max(model.count(", ") for model in models)  # of a job's name, an option each
-    figure.update_xaxes(tickangle=0 if lines else None, tickfont={"size": 11} if lines else None, automargin=True)
-    return style.finish(figure, title, height=160 + 34 * len(wide) + 20 * lines)
+    figure.update_xaxes(tickangle=0 if lines else None, tickfont={"size": 11} if lines else None)
+    return style.finish(figure, title, height=60 + 34 * len(wide) + 20 * lines)

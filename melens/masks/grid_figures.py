@@ -22,7 +22,7 @@ from melens.figures.attention import attention_change
 from melens.figures.curves import Curve, Panel, curves_by_block, vectors_by_dim
 from melens.figures.heatmaps import Heatmap, loss_changes
 from melens.figures.scores import loss_over_sinks
-from melens.figures.style import COLORS, FIRST, OTHERS, SINK
+from melens.figures.style import COLORS, FIRST, OTHERS, SINK, log_ticks
 from melens.masks.grid_metrics import PAPER_RATE, UNMASKED, MaskGridMetrics
 from melens.masks.mask import WeMask
 from melens.report.result import Figure
@@ -130,9 +130,8 @@ def _rate_plot(table: pd.DataFrame, of_texts: str) -> go.Figure:
         curves = [Curve(each, _mean_points(of_selects[each], "rate", "dloss"), SELECT_COLORS[each]) for each in shown]
         panels.append(Panel(f"{site}, layers {layers}", "Δloss (nats a token)", curves, None, zero_line=True))
     note = "Bands: 95% intervals over texts; for random masks the mean of each seed's."
-    plot = curves_by_block(panels, title=f"Loss by mask rate: {of_texts}", note=note, columns=3)
-    plot.update_xaxes(type="log", title_text="mask rate", dtick="D2")
-    return plot
+    rates = {"type": "log", "title": {"text": "mask rate"}, **log_ticks(table["rate"])}
+    return curves_by_block(panels, title=f"Loss by mask rate: {of_texts}", note=note, columns=3, x_axis=rates)
 
 
 def _block_plot(table: pd.DataFrame, by_block: pd.DataFrame, me_layer: int | None, of_texts: str) -> go.Figure:

@@ -20,6 +20,13 @@ _LOGGED = {
     "rewards/margins": "margin of rewards",
     "mean_token_accuracy": "token accuracy",
 }
+_Y_TITLES = {
+    "loss": "loss (nats)",
+    "rewards/margins": "chosen minus rejected",
+    "mean_token_accuracy": "share of tokens",
+    "magnification_there": "‖block output‖ / ‖block input‖",
+    "sink_mass": "share of attention",
+}
 _INSPECTED = {"magnification_there": "magnification of block {me} (ME layer)", "sink_mass": "sink mass {where}"}
 
 
@@ -128,6 +135,7 @@ def draw_histories(histories: Sequence[TrainingHistory], title: str, me_layer: i
     Returns:
         The figures `training_loss` and `training_trace`, each if there is something to draw.
     """
+    y_titles: dict[str, str] = {}
     logged: dict[str, dict[str, pd.DataFrame]] = {}
     inspected: dict[str, dict[str, pd.DataFrame]] = {}
     where = "of all blocks" if me_layer is None else f"behind block {me_layer}"
@@ -135,21 +143,25 @@ def draw_histories(histories: Sequence[TrainingHistory], title: str, me_layer: i
         for column, quantity in _LOGGED.items():
             if column in history.log and history.log[column].notna().any():
                 logged.setdefault(quantity, {})[history.name] = _points(history.log, column)
+                y_titles[quantity] = _Y_TITLES.get(column, quantity)
         has_mask = history.inspections["masked"].any()
         for column, quantity in _INSPECTED.items():
+            quantity = quantity.format(me=me_layer, where=where)
+            y_titles[quantity] = _Y_TITLES[column]
             for masked, rows in history.inspections.groupby("masked"):
                 if rows[column].notna().any():
                     which = ("with the mask" if masked else "without the mask") if has_mask else ""
                     curve = ", ".join(filter(None, [history.name, which]))
-                    inspected.setdefault(quantity.format(me=me_layer, where=where), {})[curve] = _points(rows, column)
+                    inspected.setdefault(quantity, {})[curve] = _points(rows, column)
     source = "asked for by the project"
     figures = {}
     if logged:
-        plot = over_steps(logged, title=f"Training curves: {title}")
+        plot = over_steps(logged, title=f"Training curves: {title}", y_titles=y_titles)
         observed = _observed(histories, [history.loss_in_words() for history in histories])
         figures["training_loss"] = Figure(plot, source, "", observed)
     if inspected:
-        plot = over_steps(inspected, title=f"Massive activation and sinks in training: {title}", markers=True)
+        heading = f"Massive activation and sinks in training: {title}"
+        plot = over_steps(inspected, title=heading, y_titles=y_titles, markers=True)
         observed = _observed(histories, [history.change_in_words() for history in histories])
         figures["training_trace"] = Figure(plot, source, "", observed)
     return figures

@@ -258,5 +258,6 @@ def test_where_the_paper_names_a_layer_it_is_said_from_what_it_may_count():
 def test_models_are_drawn_side_by_side(result):
     norms = result.tables["norm_by_block"]
     figure = compare_models({"a": norms, "b": norms}, {"a": 2, "b": None}, ["a", "b"])
-    assert [text.text for text in figure.plot.layout.annotations] == ["a", "b", "ME layer 2"]
+    assert [text.text for text in figure.plot.layout.annotations] == ["a", "b"]
+    assert [(line.x0, line.name) for line in figure.plot.layout.shapes] == [(2, "ME layer 2")]
     assert figure.observed == "2 runs of 2 models."

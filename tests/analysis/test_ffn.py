@@ -189,8 +189,8 @@ def test_what_a_norm_behind_the_ffn_does_is_not_the_ffn_s():
     assert "amplifies token 0 by × 0.9 (0.9 to 0.9), 1.8 times as much as any other." in result.figures["ffn"].observed
     said = "The norm behind it makes that × 73.33 (73.33 to 73.33): together × 66, 66 times as much as in any other"
     assert said in result.figures["ffn"].observed
-    bars = [trace.name for trace in result.figures["ffn"].plot.data if trace.type == "bar"]
-    assert bars == ["FFN amplification (right axis)", "FFN and the norm behind it (right axis)"]
+    curves = [trace.name for trace in result.figures["ffn"].plot.data if trace.yaxis == "y2" and trace.showlegend]
+    assert curves == ["FFN", "FFN and the norm behind it"]
 
 
 def test_an_ffn_that_makes_token_0_smaller_does_not_amplify_it():

@@ -41,7 +41,7 @@ def test_the_default_model_from_the_command_line(tmp_path, short_prompts):
     assert (metrics["agreement"], metrics["positions"], metrics["dims"][0]) == (1, [0], 507)
     assert (metrics["n_prompts"], metrics["distinct_first_tokens"]) == (3, 3)
     assert metrics["sink_onset_layer"] == 12
-    for name in ("emergence.html", "top_dims.html", "top_dims_surface.html", "plotly.min.js"):
+    for name in ("emergence.html", "top_dims.html", "plotly.min.js"):
         assert (tmp_path / name).stat().st_size > 1000
     assert pd.read_parquet(tmp_path / "table8.parquet").me_layer.tolist() == [11]
     assert (tmp_path / ".hydra" / "config.yaml").is_file()

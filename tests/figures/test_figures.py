@@ -7,10 +7,10 @@ import pytest
 from melens import judge
 from melens.analysis.emergence_norms import norm_by_block
 from melens.figures.attention import attention_maps
-from melens.figures.curves import Curve, Panel, curves_by_block, ffn_figure
-from melens.figures.heatmaps import Heatmap, dims_heatmap, dims_surface, heatmap_with_slider, heatmaps
+from melens.figures.curves import Curve, Panel, curves_by_block, ffn_figure, over_steps, vectors_by_dim
+from melens.figures.heatmaps import Heatmap, dims_heatmap, heatmap_by_block, heatmaps, loss_changes, shares
 from melens.figures.scores import verdicts
-from melens.figures.style import FIRST, SINK
+from melens.figures.style import COLORS, FIRST, SINK, block_ticks, log_ticks, signed_log, signed_ticks, whiskers
 
 
 def points(*means):
@@ -49,7 +49,11 @@ def test_panels_of_curves_name_their_axes_and_mark_the_me_layer():
         Panel("More norms", "L2 norm", [Curve("token 0", points(3, 4), FIRST)], None),
     ]
     figure = curves_by_block(panels, title="A model", note="Means.", scale_buttons=True)
-    assert texts(figure) == ["Norms", "Sinks", "More norms", "ME layer 1", "ME layer 1"]
+    assert texts(figure) == ["Norms", "Sinks", "More norms"]
+    assert [(line.x0, line.name, line.showlegend) for line in figure.layout.shapes] == [
+        (1, "ME layer 1", True),
+        (1, "ME layer 1", False),
+    ]
     assert figure.layout.title.text == "A model<br><sub>Means.</sub>"
     assert [figure.layout[axis].title.text for axis in ("yaxis", "yaxis2", "yaxis3")] == ["L2 norm", "share", "L2 norm"]
     assert all(figure.layout[axis].title.text == "block (0-based)" for axis in ("xaxis", "xaxis2", "xaxis3"))
@@ -65,17 +69,73 @@ def test_a_curve_without_intervals_has_no_band():
     assert len(curves_by_block([panel], title="A model").data) == 1
 
 
-def test_the_largest_dim_comes_first_in_the_heatmap():
+def test_lines_without_colours_are_told_apart_by_their_markers_and_dashes():
+    curves = [Curve(name, points(1, 2), color) for name, color in zip("abc", COLORS, strict=False)]
+    lines = [trace for trace in curves_by_block([Panel("", "y", curves, None)], title="A").data if trace.showlegend]
+    assert len({trace.marker.symbol for trace in lines}) == len({trace.line.dash for trace in lines}) == 3
+    faint = curves_by_block([Panel("", "y", [Curve("a", points(1, 2), FIRST, thin=True)], None)], title="A").data[-1]
+    assert (faint.mode, faint.line.color) == ("lines", "rgba(193,39,45,0.6)")
+
+
+def test_the_axis_of_the_blocks_has_whole_numbers_and_room_for_the_markers_at_its_ends():
+    axis = curves_by_block([Panel("", "y", [Curve("a", points(1, 2, 3), FIRST)], 1)], title="A").layout.xaxis
+    assert (axis.dtick, axis.range[0] < -0.4, axis.range[1] > 2.4) == (1, True, True)
+    assert [block_ticks(n)["dtick"] for n in (4, 12, 30, 64, 80, 1000)] == [1, 2, 5, 10, 10, 100]
+
+
+def test_panels_of_models_with_other_me_layers_share_one_entry_of_the_legend():
+    panels = [Panel(name, "y", [Curve("a", points(1, 2, 3), FIRST)], layer) for name, layer in (("x", 1), ("y", 2))]
+    lines = curves_by_block(panels, title="Models").layout.shapes
+    assert [(line.x0, line.name, line.showlegend) for line in lines] == [(1, "ME layer", True), (2, "ME layer", False)]
+
+
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [
+        ((0.5, 30), ["0.1", "1", "10", "100"]),
+        ((0.02, 20_000), ["10<sup>-2</sup>", "10<sup>-1</sup>", "10<sup>0</sup>", "10<sup>1</sup>", "10<sup>2</sup>"]),
+        ((1, 9, float("nan"), 0), ["1", "2", "5", "10", "20", "50"]),
+        ((3, 7), [str(n) for n in (*range(1, 10), *range(10, 100, 10))]),
+    ],
+)
+def test_the_numbers_on_a_logarithmic_axis_are_written_in_one_format(values, ticks):
+    assert log_ticks(values)["ticktext"][: len(ticks)] == ticks
+    assert log_ticks([5, 5.1]) == log_ticks([]) == {"tickmode": "auto"}
+
+
+@pytest.mark.parametrize(
+    ("values", "reach"),
+    [([-0.07, 0.02], "+0.1"), ([0.4, -12], "+10"), ([0.0004], "+0.001"), ([float("nan")], "+0.001")],
+)
+def test_the_ticks_of_signed_values_reach_as_far_as_these(values, reach):
+    ticks = signed_ticks(values)
+    assert ticks["ticktext"][-1] == reach
+    assert ticks["ticktext"][::-1] == [text.translate({43: "−", 8722: "+"}) for text in ticks["ticktext"]]
+    assert min(np.diff(ticks["tickvals"])) > 0.1 * max(ticks["tickvals"])
+
+
+def test_dims_are_in_the_order_of_what_they_hold_after_the_me_layer():
+    """Dim 7 is the largest of all in the last block."""
     activations = pd.DataFrame(
-        {"layer": [0, 1, 0, 1], "dim": [9, 9, 4, 4], "abs_activation": [1.0, 10.0, 1.0, 10_000.0]}
+        {
+            "layer": [0, 1, 2] * 3,
+            "dim": [9] * 3 + [4] * 3 + [7] * 3,
+            "abs_activation": [1.0, 10.0, 1.0, 1.0, 10_000.0, 1.0, 1.0, 1.0, 1e5],
+        }
     )
-    heatmap = dims_heatmap(activations, me_layer=1, title="A model").data[0]
-    assert list(heatmap.y) == ["4", "9"]
-    assert heatmap.z.tolist() == [[0, 4], [0, 1]]
-    surface, me_line = dims_surface(activations, me_layer=1, title="A model").data
-    assert surface.z.max() == 10_000
-    assert (set(me_line.x), me_line.name) == ({1}, "ME layer 1")
-    assert len(dims_surface(activations, me_layer=None, title="A model").data) == 1
+    figure = dims_heatmap(activations, me_layer=1, title="A model")
+    assert list(figure.data[0].y) == ["4", "9", "7"]
+    assert figure.data[0].z.tolist() == [[0, 4, 0], [0, 1, 0], [0, 0, 5]]
+    assert texts(figure) == ["ME layer 1"]
+    assert {(frame.x0, frame.x1) for frame in figure.layout.shapes} == {(0.5, 1.5)}
+    assert list(dims_heatmap(activations, me_layer=None, title="A model").data[0].y) == ["7", "4", "9"]
+
+
+def test_the_me_layer_is_seen_on_dark_and_on_light_cells():
+    figure = heatmap_by_block(
+        Heatmap("", np.eye(2), [0, 1], ["a", "b"], "block", "input"), me_layer=1, title="A", z_title="z", z_range=(0, 1)
+    )
+    assert [frame.line.color for frame in figure.layout.shapes] == ["white", "#222"]
 
 
 def test_ratios_are_coloured_by_their_logarithm_and_shown_as_they_are():
@@ -87,11 +147,44 @@ def test_ratios_are_coloured_by_their_logarithm_and_shown_as_they_are():
     assert "customdata" in trace.hovertemplate
 
 
-def test_the_slider_shows_one_block_at_a_time():
-    maps = {str(layer): Heatmap("", np.eye(2), ["a", "b"], ["a", "b"], "x", "y") for layer in range(3)}
-    figure = heatmap_with_slider(maps, title="A model", z_title="cosine", z_range=(0, 1), start="1")
-    assert [trace.visible for trace in figure.data] == [False, True, False]
-    assert [step.args[0]["visible"].index(True) for step in figure.layout.sliders[0].steps] == [0, 1, 2]
+@pytest.mark.parametrize(
+    ("largest", "ends"), [(828, ["0.001", "1,000"]), (8, ["0.1", "10"]), (1e9, ["≤ 0.001", "≥ 1,000"])]
+)
+def test_the_colours_of_ratios_reach_as_far_as_these_and_say_what_lies_beyond(largest, ends):
+    cells = Heatmap("Left", np.array([[1.0, largest]]), [0, 1], [0], "effect", "cause")
+    axis = heatmaps([cells], title="A model", z_title="left").layout.coloraxis
+    assert [axis.colorbar.ticktext[0], axis.colorbar.ticktext[-1]] == ends
+    assert (axis.cmin, axis.cmax) == (axis.colorbar.tickvals[0], axis.colorbar.tickvals[-1])
+
+
+def test_the_colours_of_small_changes_of_a_loss_are_not_those_of_large_ones():
+    cells = Heatmap("", np.array([[0.07, -0.02]]), ["0.1", "0.2"], ["weight"], "rate", "")
+    assert loss_changes([cells], title="A").layout.coloraxis.cmax == pytest.approx(float(signed_log(0.1)))
+
+
+def test_shares_are_a_table():
+    table = pd.DataFrame({"same": [1.0, 0.75], "other": [0.0, 0.25]}, index=["maths", "logic"])
+    (cells,) = shares(table, names=("ME layer 3", "another layer"), title="A").data
+    assert (cells.z.tolist(), cells.texttemplate) == ([[1.0, 0.0], [0.75, 0.25]], "%{z:.0%}")
+    assert (list(cells.x), list(cells.y)) == (["ME layer 3", "another<br>layer"], ["maths", "logic"])
+
+
+def test_the_dims_of_the_me_layer_stand_out_and_are_not_joined():
+    figure = vectors_by_dim({"block 1": np.eye(3)[0], "block 2": np.eye(3)[1]}, highlighted="block 2", title="A")
+    assert [line.line.color for line in figure.data] == ["#444444", FIRST]
+    assert {(line.line.shape, line.fill) for line in figure.data} == {("hvh", "tozeroy")}
+    np.testing.assert_array_equal(figure.data[1].y, np.eye(3)[1])
+
+
+def test_a_number_that_hardly_changes_in_a_training_is_not_blown_up():
+    def steps(*values):
+        return {"": pd.DataFrame({"step": range(len(values)), "value": values})}
+
+    panels = {"sink mass": steps(0.5, 0.50001), "loss": steps(3, 1)}
+    figure = over_steps(panels, title="SFT", y_titles={"sink mass": "share", "loss": "loss (nats)"})
+    assert [axis.title.text for axis in figure.select_yaxes()] == ["share", "loss (nats)"]
+    assert list(figure.layout.yaxis.range) == pytest.approx([0.45, 0.55], rel=1e-4)
+    assert figure.layout.yaxis2.range is None
 
 
 def test_attention_maps_show_the_mean_and_offer_each_head():
@@ -105,13 +198,18 @@ def test_attention_maps_show_the_mean_and_offer_each_head():
     assert np.flatnonzero(buttons[2].args[0]["visible"]).tolist() == [2, 5]
 
 
-def test_figure_4_has_the_amplification_on_an_axis_of_its_own():
+def test_attention_maps_have_square_cells():
+    axes = attention_maps({"a": np.ones((1, 2, 2)), "b": np.ones((1, 2, 2))}, ["x", "y"], title="A", note="").layout
+    assert (axes.yaxis.scaleanchor, axes.yaxis2.scaleanchor, axes.xaxis2.constrain) == ("x", "x2", "domain")
+
+
+def test_figure_4_has_the_amplification_in_a_panel_of_its_own():
     figure = ffn_figure(
         {name: points(0.1, 0.9) for name in ("gate", "up", "down")}, points(2, 4000), me_layer=1, title="A model"
     )
-    (bars,) = (trace for trace in figure.data if trace.type == "bar")
-    assert (bars.yaxis, figure.layout.yaxis2.type) == ("y2", "log")
-    assert {trace.name for trace in figure.data if trace.showlegend} == {"after gate", "after up", "after down"}
+    (amplification,) = (trace for trace in figure.data if trace.name == "FFN" and trace.showlegend)
+    assert (amplification.yaxis, figure.layout.yaxis2.type, list(amplification.y)) == ("y2", "log", [2, 4000])
+    assert {trace.yaxis for trace in figure.data if trace.name in ("after gate", "after up", "after down")} == {"y"}
 
 
 def test_an_interval_that_reaches_below_zero_is_cut_on_a_logarithmic_axis():
@@ -124,14 +222,13 @@ def test_an_interval_that_reaches_below_zero_is_cut_on_a_logarithmic_axis():
     ):
         band = curves_by_block([panel], title="A model", scale_buttons=buttons).data[0]
         assert list(band.y) == pytest.approx([0.5, 100, 99, lowest])
-    bars = ffn_figure({}, points(0.5, 100), me_layer=None, title="A model").data[0]
-    assert list(bars.error_y.arrayminus) == pytest.approx([0.45, 1])
+    band = ffn_figure({}, points(0.5, 100), me_layer=None, title="A model").data[0]
+    assert list(band.y) == pytest.approx([0.5, 100, 99, 0.05])
 
 
 def test_whiskers_reach_from_the_mean_to_the_ends_of_its_interval():
-    interval = pd.DataFrame({"layer": [0], "mean": [5.0], "low": [4.0], "high": [8.0]})
-    bars = ffn_figure({}, interval, me_layer=None, title="A model").data[0]
-    assert (list(bars.error_y.array), list(bars.error_y.arrayminus), bars.error_y.symmetric) == ([3], [1], False)
+    bars = whiskers(pd.Series([5.0]), pd.Series([4.0]), pd.Series([8.0]))
+    assert (list(bars["array"]), list(bars["arrayminus"]), bars["symmetric"]) == ([3], [1], False)
 
 
 def test_verdicts_are_drawn_by_claim_and_model():
