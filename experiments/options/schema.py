@@ -20,7 +20,6 @@ from experiments.runner.declaration import AtLeast2, ExperimentOptions, Node
 from experiments.runner.registry import EXPERIMENTS
 from melens.data.reading import file_text, names_file
 from melens.data.tasks import OWN_PROMPTS, check_tasks, tasks_in
-from melens.environment.extras import check_extra
 from melens.errors import MelensError
 from melens.models.folders import find_model
 from melens.models.specs import Device, DeviceMap, Dtype, MaxMemory, Quantize, known_models, spec_of
@@ -342,7 +341,7 @@ class Options(Node):
     table: Annotated[Literal[1, 2, 3, 4, 6, 7] | None, Said("1, 2, 3, 4, 6 or 7 (5 is exp=benchmark's), or null")]
     max_batch_tokens: Count
     seed: Whole
-    png: Flag
+    figures: Annotated[Literal["svg", "pdf", "png"] | None, Said("svg, pdf, png or null")]
     given: Mapping[str, Any] = {}
     typed: Sequence[str] = ()
 
@@ -353,8 +352,10 @@ class Options(Node):
             raise MelensError(f"model.name is for model=hub: give model=hub model.name={name}.")
         if name in known_models() and not os.path.exists(str(name)):
             raise MelensError(f"{name} has a file in conf/model, with options of its own: give model={name}.")
-        if self.png:
-            check_extra("png", "png=true")
+        if self.figures:
+            from melens.figures.saving import check_images  # plotly takes a third of a second
+
+            check_images(f"figures={self.figures}")
         return self
 
     @property

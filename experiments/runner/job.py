@@ -42,7 +42,7 @@ def run_job(cfg: Options, folder: Path) -> list[str]:
     """Load model and prompts, run the experiments, write and show what they find; return which of them failed."""
     began = time.perf_counter()
     give_freed_memory_back()
-    if cfg.png:
+    if cfg.figures:
         logging.getLogger("choreographer").setLevel(logging.WARNING)  # it logs every temporary folder
     masks = masks_in_use(cfg)
     config = cfg.plain() | {"masks": {name: mask.model_dump() for name, mask in masks.items()}}
@@ -60,7 +60,7 @@ def run_job(cfg: Options, folder: Path) -> list[str]:
         for name, request in prepared.items():
             if (loaded_with := EXPERIMENTS[name].model_options) is not None:
                 config["model"] = loaded_with(cfg, request)
-        record = Record(folder, config=config, experiments=list(cfg.experiments), png=cfg.png, began=began)
+        record = Record(folder, config=config, experiments=list(cfg.experiments), images=cfg.figures, began=began)
         prompts = load_prompts(cfg.prompts.file, cfg.prompts.tasks)
         loaded = stage(f"loading {cfg.model.name}")
         model = load_model(**config["model"])

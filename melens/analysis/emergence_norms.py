@@ -77,9 +77,7 @@ def emergence(study: Study, *, log_scale: bool = True, top_dims: int = 24) -> Re
     observed = f"The largest is dim {int(largest['dim'])}, with |h| = {largest['abs_activation']:,.4g} after block "
     observed += f"{int(largest['layer'])} (mean over prompts)."
     heatmap = partial(dims_heatmap, dims, me_layer=me.layer, title=title)
-    few = (
-        "A few dims of the first token hold the massive activation, the same in all blocks after the ME layer."
-    )
+    few = "A few dims of the first token hold the massive activation, the same in all blocks after the ME layer."
     figures = {
         "emergence": Figure(by_block, "figure 1 (bottom), figures 11-20", expected, _in_words(study)),
         "top_dims": Figure(heatmap, "figure 1 (top)", few, observed),

@@ -9,7 +9,7 @@ from melens.errors import MelensError
 
 __all__ = ["EXTRAS", "check_extra"]
 
-EXTRAS = {"benchmark": ("lm_eval",), "png": ("kaleido",), "train": ("trl", "peft", "math_verify")}
+EXTRAS = {"benchmark": ("lm_eval",), "figures": ("kaleido",), "train": ("trl", "peft", "math_verify")}
 """Packages by the extra of `pyproject.toml` that brings them."""
 
 

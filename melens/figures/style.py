@@ -6,7 +6,7 @@ A figure is laid out for a page about 1,100 pixels wide; `saving.py` fits it int
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from textwrap import wrap
 from typing import Any
 
@@ -181,7 +181,7 @@ def signed_log(values: Any) -> Any:
     return np.arcsinh(np.asarray(values, dtype=float) / _LINEAR_UP_TO)
 
 
-def signed_ticks(values: Iterable[float]) -> dict[str, Any]:
+def signed_ticks(values: Any) -> dict[str, Any]:
     """Return the ticks of an axis scaled by `signed_log`, about as far as some values reach."""
     limit = signed_limit(values)
     positive: list[float] = []
@@ -196,8 +196,8 @@ def signed_ticks(values: Iterable[float]) -> dict[str, Any]:
     }
 
 
-def signed_limit(values: Iterable[float]) -> float:
+def signed_limit(values: Any) -> float:
     """Return the least of 0.001, 0.003, 0.01, 0.03 … that no value exceeds in size."""
-    sizes = np.abs(np.asarray(list(values), dtype=float))
+    sizes = np.abs(np.asarray(values, dtype=float))
     largest = float(np.nanmax(sizes, initial=0.001))
-    return next(limit for e in range(-3, 40) for d in (1, 3) if (limit := d * 10.0**e) >= largest)
+    return next(limit for e in range(-3, 40) for d in (1.0, 3.0) if (limit := d * 10.0**e) >= largest)

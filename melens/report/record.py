@@ -27,6 +27,7 @@ from plotly.offline import get_plotlyjs
 from melens.claims.engine import judge_parts
 from melens.environment import versions
 from melens.errors import MelensError
+from melens.figures.saving import page, save_images
 from melens.report.result import Result, plain
 from melens.storage.cache import RUN_CACHE
 from melens.storage.files import atomic_file, explain_write_errors, write_text
@@ -50,7 +51,7 @@ class Record:
     """
 
     def __init__(
-        self, folder: str | Path, *, config: dict[str, Any], experiments: Sequence[str], png: bool = False,
+        self, folder: str | Path, *, config: dict[str, Any], experiments: Sequence[str], images: str | None = None,
         began: float | None = None,
     ) -> None:  # fmt: skip
         """Prepare to write.
@@ -59,7 +60,7 @@ class Record:
             folder: made if need be.
             config: all options.
             experiments: that the run was asked for.
-            png: static images too.
+            images: "svg", "pdf" or "png": an image of each figure too.
             began: `time.perf_counter()` when the run began.
 
         Raises:
@@ -68,7 +69,7 @@ class Record:
         self.folder, self.experiments, self.parts = Path(folder), list(experiments), list[Result]()
         self.name = self.experiments[0] if len(self.experiments) == 1 else "all"
         self.claims, self.content = judge_parts([]), dict[str, Any]()
-        self._config, self._png = config, png
+        self._config, self._images = config, images
         self._began = time.perf_counter() if began is None else began
         self._earlier = _files_of_earlier_run(self.folder)
         self._being_written: list[Result] = []
@@ -96,7 +97,7 @@ class Record:
                     (self.folder / name).unlink(missing_ok=True)
                 self._earlier = []
             figures = {name: figure.plot for name, figure in result.figures.items()}
-            self._paths += write_tables_and_figures(result.tables, figures, self.folder, png=self._png)
+            self._paths += write_tables_and_figures(result.tables, figures, self.folder, images=self._images)
             self._paths += [write_text(self.folder / name, text) for name, text in result.documents.items()]
             self.parts.append(result)
             self.claims = judge_parts(self.parts)
@@ -153,7 +154,8 @@ class Record:
         return _write_json(self.folder / (COMPLETE if status == "ok" else PARTIAL), self.content)
 
     def _files(self, result: Result) -> list[str]:
-        figures = [f"{name}.{kind}" for name in result.figures for kind in ("html", *["png"] * self._png)]
+        figures = [f"{name}.html" for name in result.figures]
+        figures += [path.name for name in result.figures for path in _images(Path(name), self._images)]
         shared = ["plotly.min.js", "report.html", "claims.md"]
         return [*(f"{name}.parquet" for name in result.tables), *figures, *result.documents, *shared]
 
@@ -167,14 +169,15 @@ def write_failure(message: str, folder: str | Path, *, config: dict[str, Any]) -
 
 
 def write_tables_and_figures(
-    tables: Mapping[str, pd.DataFrame], figures: Mapping[str, go.Figure], folder: str | Path, *, png: bool = False
-) -> list[Path]:
+    tables: Mapping[str, pd.DataFrame], figures: Mapping[str, go.Figure], folder: str | Path, *,
+    images: str | None = None,
+) -> list[Path]:  # fmt: skip
     """Write tables as parquet and figures as HTML, with one plotly.min.js beside them; return the files.
 
     Args:
         tables, figures: by name.
         folder: made if need be.
-        png: write each figure as a static image too, which takes the extra `png` (kaleido) and a Chrome or Chromium.
+        images: "svg", "pdf" or "png" to write each figure for a paper too, for one column and for two, as `save` does.
 
     Raises:
         MelensError: the folder cannot be written to.
@@ -189,16 +192,18 @@ def write_tables_and_figures(
             with atomic_file(paths[-1]) as partial:
                 table.to_parquet(partial)
         for name, figure in figures.items():
-            paths.append(folder / f"{name}.html")
-            with atomic_file(paths[-1]) as partial:
-                figure.write_html(partial, include_plotlyjs="plotly.min.js", config={"displaylogo": False})
-            if png:
-                paths.append(folder / f"{name}.png")
-                still = go.Figure(figure).update_layout(updatemenus=[], sliders=[])
-                image = still.to_image("png", width=1100, height=figure.layout.height or 700, scale=2)
-                with atomic_file(paths[-1]) as partial:
-                    partial.write_bytes(image)
-    return paths
+            paths.append(write_text(folder / f"{name}.html", page(figure, plotlyjs="plotly.min.js")))
+        for_paper = [
+            (figure, path, columns)
+            for name, figure in figures.items()
+            for columns, path in enumerate(_images(folder / name, images), 1)
+        ]
+    return paths + save_images(for_paper)
+
+
+def _images(path: Path, kind: str | None) -> list[Path]:
+    """Return the files of a figure for a paper: `emergence-1col.pdf`, `emergence-2col.pdf`."""
+    return [path.with_name(f"{path.name}-{columns}col.{kind}") for columns in (1, 2)] if kind else []
 
 
 def read_results(folder: str | Path) -> dict[Path, dict[str, Any]]:

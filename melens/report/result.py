@@ -12,11 +12,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pandas as pd
 import plotly.graph_objects as go
 from pydantic import BaseModel, ConfigDict, model_validator
+
+from melens.figures import saving
 
 __all__ = ["Figure", "Interval", "Metrics", "Result", "plain"]
 
@@ -101,6 +104,10 @@ class Figure:
     def show(self) -> None:
         """Open the figure, as plotly does."""
         self.plot.show()
+
+    def save(self, path: str | Path, *, columns: int = 1) -> Path:
+        """Write the figure for a paper (.pdf, .svg, .png) or as a page (.html), as `melens.figures.save` does."""
+        return saving.save(self.plot, path, columns=columns)
 
     def _repr_mimebundle_(self, *args: Any, **kwargs: Any) -> Any:
         return self.plot._repr_mimebundle_(*args, **kwargs)

@@ -198,7 +198,7 @@ def test_a_file_of_any_name_is_found_also_in_a_sweep(tmp_path, name):
         (["max_batch_tokens=lots"], "max_batch_tokens is 'lots'; it must be a whole number of at least 1."),
         (["max_batch_tokens=0"], "max_batch_tokens is 0; it must be a whole number of at least 1."),
         (["seed=null"], "seed is null; it must be a whole number of at least 0."),
-        (["png=1"], "png is 1; it must be true or false."),
+        (["figures=eps"], "figures is 'eps'; it must be svg, pdf, png or null."),
         (["model=hub"], "model=hub needs model.name: a hub id (org/model) or a local transformers folder."),
         (["model=hub", "model.name=qwen3-4bb"], "There is no model 'qwen3-4bb'; the nearest known are qwen3-4b"),
         (["model=random", "model.quantize=4bit"], "A random model is made on one device and not quantised"),
@@ -288,7 +288,7 @@ def test_importing_melens_imports_nothing_slow():
 @pytest.mark.parametrize(
     ("package", "extra", "arguments"),
     [
-        ("kaleido", "png", ["png=true"]),
+        ("kaleido", "figures", ["figures=pdf"]),
         ("lm_eval", "benchmark", ["exp=benchmark", "benchmark.tasks=[piqa]"]),
         ("trl", "train", ["exp=sft"]),
     ],

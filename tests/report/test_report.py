@@ -183,23 +183,17 @@ def test_every_figure_is_drawn_without_an_error(page, figures):
 
 @pytest.mark.browser
 @in_browser
-def test_the_slider_moves_through_the_blocks(page):
+def test_a_head_can_be_chosen_in_the_attention_maps(page):
     def shown():
-        return page.evaluate(
-            "document.querySelector('#cosine_by_block .figure')._fullData.map(t => t.visible === true)"
-        )
+        return page.evaluate("document.querySelector('#attention_maps .figure')._fullData.map(t => t.visible === true)")
 
-    assert shown().index(True) == BLOCK
-    handle = page.locator("#cosine_by_block .slider-grip-rect")
-    handle.scroll_into_view_if_needed()
-    box = page.locator("#cosine_by_block .slider-rail-touch-rect").bounding_box()
-    page.mouse.move(*(handle.bounding_box()[axis] + 3 for axis in "xy"))
-    page.mouse.down()
-    page.mouse.move(box["x"] + box["width"] - 12, box["y"] + box["height"] / 2, steps=5)
-    page.mouse.up()
+    mean = shown()
+    page.locator("#attention_maps .updatemenu-header").click()
+    page.locator("#attention_maps .updatemenu-dropdown-button").nth(1).click()
     page.wait_for_timeout(300)
-    assert shown().index(True) > BLOCK
-    assert sum(shown()) == 1
+    head = shown()
+    assert sum(head) == sum(mean)
+    assert not any(was and now for was, now in zip(mean, head, strict=True))
 
 
 @pytest.mark.browser
