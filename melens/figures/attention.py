@@ -22,7 +22,8 @@ def attention_maps(maps: Mapping[str, np.ndarray], tokens: Sequence[str], *, tit
         maps: by the panel's title, `[head, query, key]`.
         tokens: labels of the positions.
     """
-    figure = make_subplots(1, len(maps), subplot_titles=list(maps), horizontal_spacing=0.12)
+    tokens = [token if len(token) <= _LONGEST else f"{token[: _LONGEST - 1]}…" for token in tokens]
+    figure = make_subplots(1, len(maps), subplot_titles=list(maps), horizontal_spacing=0.06)
     n_heads = next(iter(maps.values())).shape[0]
     for column, of_heads in enumerate(maps.values(), 1):
         for values in (of_heads.mean(0), *of_heads):
@@ -32,7 +33,8 @@ def attention_maps(maps: Mapping[str, np.ndarray], tokens: Sequence[str], *, tit
         # square cells, whose labels plotly thins out where they do not fit
         square = {"scaleanchor": f"x{column if column > 1 else ''}", "constraintoward": "top"}
         figure.update_xaxes(title_text="key", tickangle=-90, row=1, col=column, **_TOKENS)
-        figure.update_yaxes(title_text="query", autorange="reversed", row=1, col=column, **_TOKENS, **square)
+        figure.update_yaxes(autorange="reversed", row=1, col=column, **_TOKENS, **square)
+        figure.update_yaxes({"title_text": "query"} if column == 1 else {"showticklabels": False}, row=1, col=column)
     buttons: list[dict[str, Any]] = []
     for shown, label in enumerate(["mean over heads", *(f"head {head}" for head in range(n_heads))]):
         visible = [index % (n_heads + 1) == shown for index in range(len(figure.data))]
@@ -45,6 +47,7 @@ def attention_maps(maps: Mapping[str, np.ndarray], tokens: Sequence[str], *, tit
     return finish(figure, title, note, height=120 + (480 if len(maps) < 3 else 280), **layout)
 
 
+_LONGEST = 14  # of a label, with the position before the token
 _TOKENS: dict[str, Any] = {"constrain": "domain", "showgrid": False, "tickfont": {"size": 12}}
 
 
@@ -56,8 +59,6 @@ def attention_change(
     figure = attention_maps(panels, tokens, title=title, note=note)
     for trace in figure.data[2 * (len(unmasked) + 1) :]:
         trace.coloraxis = "coloraxis2"
-    for column in (2, 3):
-        figure.update_yaxes(showticklabels=False, title_text="", col=column)
     upper, lower = ({"x": 1.0, "len": 0.45, "y": y, "yanchor": "top"} for y in (1, 0.5))
     limit = max(0.05, float(np.abs(panels["difference"].mean(0)).max()))
     changes = {"colorscale": "RdBu_r", "cmin": -limit, "cmax": limit, "colorbar": {"title": "difference", **lower}}

@@ -87,7 +87,7 @@ def curves_by_block(
             add_curve(figure, curve, at, in_legend=curve.in_legend and curve.name not in in_legend)
             in_legend.add(curve.name)
         means = pd.concat([curve.points["mean"] for curve in panel.curves])
-        y_title = panel.y_title if panel.y_title != panel.title else ""  # which says it already
+        y_title = panel.y_title if panel.y_title.lower() != panel.title.lower() else ""  # which says it already
         figure.update_yaxes(title_text=y_title, range=panel.y_range, **_value_axis(means, panel.log_scale), **at)
         if panel.zero_line:
             figure.add_hline(y=0, line={"color": "#888", "width": 1}, **at)

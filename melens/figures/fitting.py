@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import plotly.graph_objects as go
@@ -42,7 +43,8 @@ def fit(figure: go.Figure, width: float, text: float) -> go.Figure:
         return fitted.update_layout(margin={"l": 4, "r": 4, "t": 4, "b": 4}, height=round(was_high + 80))
     inner = width - text * (2 + 5 * bool(_colorbars(fitted)) + max(panel.left for panel in panels))
     rows = _in_rows(panels, inner, text)
-    heights = [max(_height(row, was_high * text / _BUILT_WITH), text * _lowest(row)) for row in rows]
+    shape = 0.62 if len(rows) > 2 else 0.9  # height over width, at most: a page has room for so many rows
+    heights = [max(_height(row, was_high * text / _BUILT_WITH, shape), text * _lowest(row)) for row in rows]
     if _colorbars(fitted) and len(rows) == 1:
         heights = [max(heights[0], 13 * text)]
     above = [text * (0.8 + 1.4 * max(panel.title_lines(text) for panel in row)) for row in rows]
@@ -53,6 +55,9 @@ def fit(figure: go.Figure, width: float, text: float) -> go.Figure:
         for panel in row:
             panel.move((max(0.0, (top - high) / total), top / total), high, text)
         top -= high + room + next_room
+    for trace in fitted.select_traces({"type": "scatter"}):
+        if trace.name and trace.showlegend is not False:
+            trace.name = _wrapped(trace.name, inner - 4 * text, text)
     margin = {"l": 4, "r": 4, "t": round(above[0] + _above_first_row(fitted, text)), "b": 4}
     foot = below[-1] + _legend_height(fitted, inner, text)
     return fitted.update_layout(margin=margin, height=round(margin["t"] + total + foot))
@@ -67,9 +72,9 @@ class _Panel:
     title: Any
     x: tuple[float, float]
     y: tuple[float, float]
-    width: float = 0.0
-
     labels: Sequence[str] = ()
+    is_map: bool = False
+    width: float = 0.0
 
     @property
     def left(self) -> float:
@@ -118,14 +123,14 @@ def _panels(figure: go.Figure) -> list[_Panel]:
         xaxis = figure.layout["xaxis" + (yaxis.anchor or "x")[1:]]
         x, y = xaxis.domain or (0.0, 1.0), yaxis.domain or (0.0, 1.0)
         own = [note for note in titles if abs(note.x - sum(x) / 2) < 0.01 and abs(note.y - y[1]) < 0.01]
-        labels = _break_labels(figure, yaxis, name)
-        panels.append(_Panel(xaxis, yaxis, own[0] if own else None, tuple(x), tuple(y), labels=labels))
+        traces = [trace for trace in figure.data if hasattr(trace, "yaxis") and (trace.yaxis or "y") == name]
+        labels, is_map = _break_labels(yaxis, traces[0].y), traces[0].type == "heatmap"
+        panels.append(_Panel(xaxis, yaxis, own[0] if own else None, tuple(x), tuple(y), labels, is_map))
     return sorted(panels, key=lambda panel: (-round(panel.y[1], 3), panel.x[0]))
 
 
-def _break_labels(figure: go.Figure, yaxis: Any, name: str) -> list[str]:
+def _break_labels(yaxis: Any, along: Any) -> list[str]:
     """Break the texts along an axis into lines, and return them; none where there are numbers."""
-    along = next(trace.y for trace in figure.data if hasattr(trace, "yaxis") and (trace.yaxis or "y") == name)
     if along is None or not all(isinstance(label, str) for label in along):
         return []
     labels = {label: in_lines(label, 24) for label in along}
@@ -145,10 +150,15 @@ def _in_rows(panels: Sequence[_Panel], inner: float, text: float) -> list[list[_
         panel.x, panel.width = (left, min(1.0, left + wide)), wide * inner
         if number % columns == 0:  # it may have shared the labels of a panel on its left
             panel.yaxis.showticklabels = True
-    return [list(panels[at : at + columns]) for at in range(0, len(panels), columns)]
+    rows = [list(panels[at : at + columns]) for at in range(0, len(panels), columns)]
+    for row, below in pairwise(rows):
+        for panel, lower in zip(row, below, strict=False):
+            if panel.xaxis.title.text == lower.xaxis.title.text:
+                panel.xaxis.title.text = None
+    return rows
 
 
-def _height(row: Sequence[_Panel], was_high: float) -> float:
+def _height(row: Sequence[_Panel], was_high: float, shape: float) -> float:
     """Return the height of a row in pixels: what its panels had, or what goes with their width."""
     high = max((panel.y[1] - panel.y[0]) * was_high for panel in row)
     width = row[0].width
@@ -156,7 +166,7 @@ def _height(row: Sequence[_Panel], was_high: float) -> float:
         return width
     if any(panel.yaxis.dtick == 1 and panel.yaxis.type != "log" for panel in row):  # every row of cells has its label
         return high
-    return min(high, 0.9 * width)
+    return min(high, width * (0.9 if any(panel.is_map for panel in row) else shape))
 
 
 def _lowest(row: Sequence[_Panel]) -> float:
@@ -199,5 +209,6 @@ def _legend_height(figure: go.Figure, inner: float, text: float) -> float:
     names = {each.name for each in shown if each.name and each.showlegend}
     if not names:
         return 0.0
-    entry = text * (_CHARACTER * max(len(name) for name in names) + 4)
-    return 1.5 * text * -(-len(names) // max(1, int(inner / entry)))
+    entry = text * (_CHARACTER * max(map(_longest_line, names)) + 4)
+    n_lines = max(name.count("<br>") + 1 for name in names)
+    return 1.5 * text * n_lines * -(-len(names) // max(1, int(inner / entry)))

@@ -110,7 +110,7 @@ def loss_changes(maps: Sequence[Heatmap], *, title: str, note: str = "") -> go.F
         )
     values = [value for heatmap in maps for value in heatmap.values.ravel()]
     limit = float(style.signed_log(style.signed_limit(values)))
-    colorbar = {"title": "Δloss<br>(nats a token)", **style.signed_ticks(values)}
+    colorbar = {"title": "Δloss (nats)", **style.signed_ticks(values)}
     colors = {"colorscale": "RdBu_r", "cmin": -limit, "cmax": limit, "colorbar": colorbar}
     return style.finish(figure, title, note, height=150 + 230 * places[-1]["row"], coloraxis=colors)
 
@@ -207,6 +207,8 @@ def _scaled_trace(
     trace.customdata = values.tolist()  # plotly does not look into packed arrays here
     trace.hovertemplate = str(trace.hovertemplate).replace("%{z:", "%{customdata:")
     if text is not None:
-        trace.text = [["" if np.isnan(value) else text.format(value) for value in row] for row in heatmap.values]
+        trace.text = [
+            ["" if np.isnan(value) else text.format(value).replace("-", "−") for value in row] for row in heatmap.values
+        ]
         trace.texttemplate = "%{text}"
     return trace

@@ -73,18 +73,22 @@ _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x")
 def loss_over_sinks(
     masks: pd.DataFrame, *, sink_mass: float, colors: Mapping[str, str], title: str, note: str = ""
 ) -> go.Figure:
-    """Draw the change of the loss against the sink mass that is left, a point a mask, in the colour of its `select`.
+    """Draw the change of the loss against the sink mass that is left, a point a mask.
+
+    Its colour and shape tell its `select`, its filling the `site`.
 
     Args:
         masks: `select`, `site`, `label`, `sink_mass`, and `dloss` with `dloss_low` and `dloss_high`.
         sink_mass: without a mask.
     """
-    figure, symbols = go.Figure(), dict(zip(masks["site"].unique(), cycle(_SYMBOLS), strict=False))
+    figure = go.Figure()
+    symbols = dict(zip(masks["select"].unique(), cycle(_SYMBOLS), strict=False))
+    inside = dict(zip(masks["site"].unique(), cycle(("", "-open", "-open-dot")), strict=False))
     for (select, site), group in masks.groupby(["select", "site"], sort=False):
         middle, low, high = (style.signed_log(group[name]) for name in ("dloss", "dloss_low", "dloss_high"))
         points = go.Scatter(x=group["sink_mass"], y=middle, mode="markers", name=f"{select}, {site}")
         points.error_y = style.whiskers(middle, low, high)
-        points.marker = {"color": colors[str(select)], "symbol": symbols[site], "size": 10}
+        points.marker = {"color": colors[str(select)], "symbol": symbols[select] + inside[site], "size": 10}
         points.customdata = np.stack([group["label"], group["dloss"]], axis=-1)
         points.hovertemplate = "%{customdata[0]}<br>sink mass %{x:.3f}, Δloss %{customdata[1]:+.4f}<extra></extra>"
         figure.add_trace(points)

@@ -143,7 +143,8 @@ def _block_plot(table: pd.DataFrame, by_block: pd.DataFrame, me_layer: int | Non
         points = by_block.rename(columns={quantity: "mean"})[["cell", "layer", "mean"]].dropna()
         if len(points):
             curves = [Curve(name, points[points["cell"] == name], color) for name, color in lines]
-            panels.append(Panel(text.capitalize(), text.split(" between")[0], curves, me_layer))
+            y_title = "cosine" if text.startswith("cosine") else text
+            panels.append(Panel(text.capitalize(), y_title, curves, me_layer))
     note = "Cosines: mean over pairs of texts that begin differently."
     if by_block["entropy"].notna().any():
         note = f"Entropy and rank: the first two texts, 96 tokens. {note}"

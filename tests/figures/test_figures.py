@@ -203,6 +203,19 @@ def test_attention_maps_have_square_cells():
     assert (axes.yaxis.scaleanchor, axes.yaxis2.scaleanchor, axes.xaxis2.constrain) == ("x", "x2", "domain")
 
 
+def test_long_tokens_are_cut_where_attention_maps_name_them():
+    tokens = ["0 'The'", "1 '********************'"]
+    assert list(attention_maps({"a": np.ones((1, 2, 2))}, tokens, title="A", note="").data[0].x) == [
+        "0 'The'",
+        "1 '**********…",
+    ]
+
+
+def test_what_the_title_of_a_panel_says_is_not_said_again_by_its_axis():
+    figure = curves_by_block([Panel("Sink mass", "sink mass", [Curve("a", points(1, 2), FIRST)], None)], title="A")
+    assert figure.layout.yaxis.title.text == ""
+
+
 def test_figure_4_has_the_amplification_in_a_panel_of_its_own():
     figure = ffn_figure(
         {name: points(0.1, 0.9) for name in ("gate", "up", "down")}, points(2, 4000), me_layer=1, title="A model"

@@ -1,5 +1,6 @@
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -62,6 +63,8 @@ def test_a_figure_fills_the_columns_of_a_paper_in_8_points(figure, columns, inch
     titles = {note.text: (note.x, note.y) for note in fitted.layout.annotations}
     axes = zip("abcd", fitted.select_xaxes(), fitted.select_yaxes(), strict=True)
     assert titles == {name: (sum(x.domain) / 2, y.domain[1]) for name, x, y in axes}  # they went with the panels
+    n_titled = sum(axis.title.text == "block (0-based)" for axis in fitted.select_xaxes())
+    assert n_titled == side_by_side  # the lowest of each column
     np.testing.assert_array_equal(fitted.data[0].y, figure.data[0].y)
     assert figure.layout.title.text.startswith("Norms")  # the figure itself is as it was
 
@@ -69,6 +72,17 @@ def test_a_figure_fills_the_columns_of_a_paper_in_8_points(figure, columns, inch
 def test_long_titles_of_narrow_panels_are_broken_into_lines():
     fitted = in_columns(curves_by_block(panels("Output of RMSNorm post_attention_layernorm (ln2)"), title="A"), 1)
     assert fitted.layout.annotations[0].text == "Output of RMSNorm<br>post_attention_layernorm (ln2)"
+
+
+def test_a_column_of_panels_is_no_longer_than_a_page(figure):
+    assert in_columns(figure, 1).layout.height < 9 * 96
+
+
+def test_a_name_that_is_longer_than_the_legend_is_broken_into_lines():
+    (panel,) = panels("a")
+    panel = replace(panel, curves=[replace(panel.curves[0], name="rate=0.1 random attn_in start=12 layers=all seed=0")])
+    fitted = in_columns(curves_by_block([panel], title="A"), 1)
+    assert "<br>" in fitted.data[0].name
 
 
 def test_rows_of_a_table_are_as_high_as_their_names():
