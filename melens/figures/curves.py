@@ -191,7 +191,8 @@ def over_steps(
             in_legend.add(name)
         values = pd.concat([points["value"] for points in curves.values()])
         figure.update_yaxes(title_text=y_titles[quantity], range=_not_zoomed(values), row=1, col=column)
-    figure.update_xaxes(title_text="training step")
+    last = max(points["step"].max() for curves in panels.values() for points in curves.values())
+    figure.update_xaxes(title_text="training step", **({"dtick": 1} if last < 8 else {}))
     return finish(figure, title, height=360, legend=legend())
 
 

@@ -133,8 +133,8 @@ def _break_labels(yaxis: Any, along: Any) -> list[str]:
     """Break the texts along an axis into lines, and return them; none where there are numbers."""
     if along is None or not all(isinstance(label, str) for label in along):
         return []
-    labels = {label: in_lines(label, 24) for label in along}
-    if yaxis.dtick == 1 or len(labels) < 12:
+    labels = {label: in_lines(label, 24 if len(along) < 20 else 44) for label in along}
+    if yaxis.dtick == 1 or yaxis.tickvals is not None or len(labels) < 12:
         yaxis.update(tickmode="array", tickvals=list(labels), ticktext=list(labels.values()))
     return list(labels.values())
 
@@ -164,15 +164,13 @@ def _height(row: Sequence[_Panel], was_high: float, shape: float) -> float:
     width = row[0].width
     if any(panel.yaxis.scaleanchor for panel in row):
         return width
-    if any(panel.yaxis.dtick == 1 and panel.yaxis.type != "log" for panel in row):  # every row of cells has its label
-        return high
     return min(high, width * (0.9 if any(panel.is_map for panel in row) else shape))
 
 
 def _lowest(row: Sequence[_Panel]) -> float:
     """Return the height in text sizes that the rows of labels along the y-axis need, where each is written."""
     labels = [label for panel in row if panel.yaxis.tickmode == "array" for label in panel.labels]
-    return 1.5 * len(labels) * max((label.count("<br>") + 1 for label in labels), default=0)
+    return len(labels) * (0.5 + 1.4 * max((label.count("<br>") + 1 for label in labels), default=0))
 
 
 def _shrink(figure: go.Figure, text: float) -> None:
@@ -205,8 +203,9 @@ def _above_first_row(figure: go.Figure, text: float) -> float:
 
 
 def _legend_height(figure: go.Figure, inner: float, text: float) -> float:
-    shown = [*figure.select_traces({"type": "scatter"}), *figure.layout.shapes]
-    names = {each.name for each in shown if each.name and each.showlegend}
+    names = {trace.name for trace in figure.select_traces({"type": "scatter"}) if trace.showlegend is not False}
+    names |= {line.name for line in figure.layout.shapes if line.showlegend}
+    names.discard(None)
     if not names:
         return 0.0
     entry = text * (_CHARACTER * max(map(_longest_line, names)) + 4)

@@ -113,7 +113,9 @@ def verdicts(claims: pd.DataFrame, *, title: str = "Verdicts on the paper's clai
     trace.update(text=wide.fillna("").to_numpy(), texttemplate="%{text}")
     trace.hovertemplate = "%{x}<br>%{y}<br>%{text}<extra></extra>"
     figure = go.Figure(trace)
-    figure.update_yaxes(autorange="reversed", dtick=1)
+    rows = list(wide.index)
+    wrapped = [style.in_lines(claim, 70) for claim in rows]
+    figure.update_yaxes(autorange="reversed", tickvals=rows, ticktext=wrapped, showgrid=False)
     lines = max(model.count(", ") for model in models)  # of a job's name, an option each
-    figure.update_xaxes(tickangle=0 if lines else None, tickfont={"size": 11} if lines else None)
+    figure.update_xaxes(tickangle=0 if lines else None, tickfont={"size": 11} if lines else None, showgrid=False)
     return style.finish(figure, title, height=60 + 34 * len(wide) + 20 * lines)

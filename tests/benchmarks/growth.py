@@ -249,7 +249,7 @@ def growth_figure(found: Mapping[str, Any]) -> go.Figure:
         figure.add_trace(limit.update(line=ME_LINE, showlegend=False), **places[1])
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     note = f"{found['model']}, {found['device']}. Cross: out of memory at the next length. {versions}."
-    return finish(figure, "What one prompt costs by its length", note, height=520)
+    return finish(figure, "What one prompt costs by its length", note, height=430)
 
 
 _LINES: dict[str, dict[str, Any]] = {

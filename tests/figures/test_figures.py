@@ -185,6 +185,7 @@ def test_a_number_that_hardly_changes_in_a_training_is_not_blown_up():
     assert [axis.title.text for axis in figure.select_yaxes()] == ["share", "loss (nats)"]
     assert list(figure.layout.yaxis.range) == pytest.approx([0.45, 0.55], rel=1e-4)
     assert figure.layout.yaxis2.range is None
+    assert figure.layout.xaxis.dtick == 1  # no half steps
 
 
 def test_attention_maps_show_the_mean_and_offer_each_head():
