@@ -1,7 +1,8 @@
 """One job: a model, its prompts, the experiments that are asked for, and what they write.
 
 1. Each experiment's `prepare` checks and loads what it can before the model, which takes longer.
-2. The model and the prompts are loaded, and `begin_study` traces the prompts once for all experiments.
+2. The prompts are checked against the config and the tokenizer; then the weights are loaded, and `begin_study` traces
+   the prompts once for all experiments.
 3. Each experiment runs on that study; its result is judged and written as it ends.
 4. The terminal shows findings, verdicts and paths.
 
@@ -30,8 +31,9 @@ from experiments.runner.progress import show_stages
 from experiments.runner.registry import EXPERIMENTS
 from experiments.runner.study import begin_study, run_experiments
 from experiments.runner.writing import finish, note_if_stopped, write_part
-from melens import load_model, load_prompts
+from melens import load_prompts
 from melens.data.prompts import choose_prompts
+from melens.models.loading import plan_model
 from melens.report.record import Record
 from melens.report.terminal import show_claims, show_findings, show_paths
 
@@ -62,14 +64,15 @@ def run_job(cfg: Options, folder: Path) -> list[str]:
                 config["model"] = loaded_with(cfg, request)
         record = Record(folder, config=config, experiments=list(cfg.experiments), images=cfg.figures, began=began)
         prompts = load_prompts(cfg.prompts.file, cfg.prompts.tasks)
+        bos, max_tokens, are_own = cfg.prompts.bos, cfg.prompts.max_tokens, cfg.prompts.file is None
         loaded = stage(f"loading {cfg.model.name}")
-        model = load_model(**config["model"])
+        planned = plan_model(**config["model"])
+        chosen = choose_prompts(planned, prompts, bos=bos, max_tokens=max_tokens, are_own=are_own, seed=cfg.seed)
+        model = planned.load()
         loaded(1, 1)
         if len(cfg.experiments) == 1:  # of several one may fail
             for mask in masks.values():
                 check_masks(mask, model)
-        bos, max_tokens, are_own = cfg.prompts.bos, cfg.prompts.max_tokens, cfg.prompts.file is None
-        chosen = choose_prompts(model, prompts, bos=bos, max_tokens=max_tokens, are_own=are_own, seed=cfg.seed)
         with note_if_stopped(record, cfg):
             for part in run_experiments(begin_study(model, chosen, cfg, stage, folder, prepared)):
                 write_part(record, part, cfg)

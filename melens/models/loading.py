@@ -21,7 +21,8 @@ import subprocess
 import sys
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,10 @@ from melens.models.view import view_model
 from melens.storage.cache import cache_folder
 from melens.storage.files import atomic_folder
 
-__all__ = ["ModelSpec", "check_memory", "embedded_model_folder", "known_models", "load_model", "load_tokenizer"]
+__all__ = [
+    "ModelSpec", "PlannedModel", "check_memory", "embedded_model_folder", "known_models", "load_model",
+    "load_tokenizer", "plan_model",
+]  # fmt: skip
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -77,17 +81,44 @@ def load_model(name: Any, **overrides: Any) -> TransformerBridge:
             reachable, gated model, folder without a model, unsupported architecture, a quantisation that does not run
             here, not enough memory, weights that cannot be read.
     """
+    return plan_model(name, **overrides).load()
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """A model that is checked and not loaded yet: prompts can be tokenized for it before its weights are read.
+
+    Attributes:
+        cfg: the bridge's config, with `n_ctx` and `d_vocab`.
+        tokenizer: its own, or None.
+        load: read the weights, as `load_model` does.
+    """
+
+    cfg: Any
+    tokenizer: Any
+    load: Callable[[], TransformerBridge]
+
+
+def plan_model(name: Any, **overrides: Any) -> PlannedModel:
+    """Check all that can be known of a model without its weights.
+
+    Args:
+        name, overrides: as for `load_model`.
+
+    Raises:
+        MelensError: as `load_model`, except for what only the weights tell.
+    """
     spec = spec_of(name, overrides)
     device = _device(spec)
     warn_untried()
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     if spec.source == "random":
-        return _random_model(spec, device)
+        return _plan_random(spec, device)
     source = _source(spec)
     config = source.read_config()
     skeleton = Skeleton(config, spec.name, trust_remote_code=spec.trust_remote_code)
-    skeleton.check(spec.quantize)
+    cfg = skeleton.check(spec.quantize)
     dtype = _dtype(spec.dtype, config)
     limits = None if spec.max_memory is None else by_place(spec.max_memory)
     device_map = spec.device_map or ({"": device} if limits is None else "auto")
@@ -98,16 +129,20 @@ def load_model(name: Any, **overrides: Any) -> TransformerBridge:
     tokenizer = source.read_tokenizer()
     if tokenizer is not None:
         _check_tokenizer(tokenizer, skeleton)
-    places: dict[str, Any] = {"device_map": device_map, "max_memory": limits, "offload_folder": spec.offload_folder}
-    wanted = settings if spec.quantize else None
-    network = load_network(source, config, skeleton.architecture, dtype=dtype, quantization=wanted, **places)
-    bridge = bridge_around(network, spec.name, skeleton.architecture)
-    _attach_tokenizer(bridge, tokenizer)
-    bridge.cfg.model_name = spec.name
-    if (gates := source.file(GATE_FILE)) is not None:
-        load_gates(view_model(bridge), gates)
-    _report_quantization(network, spec.name, settings)
-    return bridge.eval()
+
+    def load() -> TransformerBridge:
+        places: dict[str, Any] = {"device_map": device_map, "max_memory": limits, "offload_folder": spec.offload_folder}
+        wanted = settings if spec.quantize else None
+        network = load_network(source, config, skeleton.architecture, dtype=dtype, quantization=wanted, **places)
+        bridge = bridge_around(network, spec.name, skeleton.architecture)
+        _attach_tokenizer(bridge, tokenizer)
+        bridge.cfg.model_name = spec.name
+        if (gates := source.file(GATE_FILE)) is not None:
+            load_gates(view_model(bridge), gates)
+        _report_quantization(network, spec.name, settings)
+        return bridge.eval()
+
+    return PlannedModel(cfg, tokenizer, load)
 
 
 def check_memory(name: Any, bytes_per_weight: float | int, purpose: str, **overrides: Any) -> None:
@@ -193,7 +228,7 @@ def _report_quantization(network: Any, name: str, settings: Any) -> None:
             f"computes with weights quantised by {kind}, which is what melens measures. Its norms, with the gains that "
             "masks choose by, are not quantised. Nothing is predicted from its weights"
         )
-    warnings.warn(f"{name} {what}.", stacklevel=3)
+    warnings.warn(f"{name} {what}.", stacklevel=4)
 
 
 def _check_tokenizer(tokenizer: Any, skeleton: Skeleton) -> None:
@@ -209,7 +244,7 @@ def _check_tokenizer(tokenizer: Any, skeleton: Skeleton) -> None:
         warnings.warn(
             f"The tokenizer of {skeleton.name} has tokens that the embedding's {n_rows:,} rows do not hold "
             f"({', '.join(beyond[:3])}{', ...' if len(beyond) > 3 else ''}). Leave them out of your texts.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -227,18 +262,22 @@ def _attach_tokenizer(bridge: TransformerBridge, tokenizer: Any) -> None:
 # --- Random weights ---------------------------------------------------------------------------------------------------
 
 
-def _random_model(spec: ModelSpec, device: torch.device) -> TransformerBridge:
+def _plan_random(spec: ModelSpec, device: torch.device) -> PlannedModel:
     config = _random_config(spec)
     tokenizer = _byte_tokenizer(spec, config)
     skeleton = Skeleton(config, spec.name)
-    skeleton.check()
+    cfg = skeleton.check()
     dtype = _dtype(spec.dtype, config)
     skeleton.check_memory(skeleton.n_bytes(dtype.itemsize), "its weights", device)
-    with seeded(spec.seed), device:
-        network = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
-    bridge = bridge_around(network, spec.name, skeleton.architecture)
-    _attach_tokenizer(bridge, tokenizer)
-    return bridge
+
+    def load() -> TransformerBridge:
+        with seeded(spec.seed), device:
+            network = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+        bridge = bridge_around(network, spec.name, skeleton.architecture)
+        _attach_tokenizer(bridge, tokenizer)
+        return bridge
+
+    return PlannedModel(cfg, tokenizer, load)
 
 
 def _byte_tokenizer(spec: ModelSpec, config: PreTrainedConfig) -> Any:

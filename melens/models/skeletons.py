@@ -51,8 +51,8 @@ class Skeleton:
                 f"transformers cannot make a {self.architecture} of the config of {name}: {in_short(error)}."
             ) from error
 
-    def check(self, quantize: Quantize | None = None) -> None:
-        """Find out whether TransformerLens puts its bridge in, and melens can measure there.
+    def check(self, quantize: Quantize | None = None) -> Any:
+        """Return the bridge's config, if TransformerLens puts its bridge in and melens can measure there.
 
         Raises:
             MelensError: an encoder, an encoder and decoder, a model of images or sound, one without blocks, or one that
@@ -73,6 +73,7 @@ class Skeleton:
             raise MelensError(f"TransformerLens gives {what} no blocks, so there is nothing to measure at.")
         if quantize is not None or quantization_of(self.config) is not None:
             refuse_joint_projections(self.name, mapping)
+        return cfg
 
     # --- Memory -------------------------------------------------------------------------------------------------------
 

@@ -33,6 +33,7 @@ from two_gpus import BLOCK, TINY, planted_network, run_experiment
 import melens
 from melens.data.prompts import byte_tokenizer
 from melens.models.devices import placement
+from melens.models.loading import PlannedModel
 from melens.models.twins import bridge_around, plain_twin
 
 QWEN25_32B = {
@@ -72,10 +73,11 @@ def main() -> None:
         texts = [TOKEN + prompt.text.replace(TOKEN, "-") for prompt in melens.load_prompts()]
         prompts.write_text("\n".join(json.dumps({"text": text}) for text in texts))
         run("one forward pass of the prompts", partial(forward, model, texts), table)
+        planned = PlannedModel(model.cfg, model.tokenizer, lambda: model)
         for experiment, options in EXPERIMENTS.items():
             own = ["model=random", "model.tokenizer=bytes", f"prompts.file={prompts}", *options]
             timed = partial(run_experiment, Path(name) / options[0].removeprefix("exp="), *own)
-            with patch("experiments.runner.job.load_model", lambda **_: model):  # nothing of 66 GB lies on disk
+            with patch("experiments.runner.job.plan_model", lambda **_: planned):  # nothing of 66 GB lies on disk
                 peaks = run(experiment, timed, table)
             within &= all(peak <= LIMIT * size for peak, size in zip(peaks, weights, strict=True))
         metrics = json.loads((Path(name) / "emergence" / "result.json").read_text())["metrics"]

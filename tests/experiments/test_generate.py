@@ -245,9 +245,20 @@ def test_the_chat_template_is_told_whether_to_think(thinking, ending, told):
     ],
 )
 def test_thinking_without_a_switch_is_told_before_the_model_is_loaded(tmp_path, monkeypatch, overrides, message):
-    monkeypatch.setattr("experiments.runner.job.load_model", pytest.fail)
+    monkeypatch.setattr("experiments.runner.job.plan_model", pytest.fail)
     with pytest.raises(MelensError, match=message):
         run_job(config("model=tiny", *overrides), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("length", "message"), [(1, "line 1 has 1 token.*at least 2"), (10**5, "longer than the model's context")]
+)
+def test_a_prompt_that_does_not_fit_is_told_before_weights_are_read(tmp_path, monkeypatch, length, message):
+    monkeypatch.setattr("melens.models.loading.bridge_around", pytest.fail)
+    (tmp_path / "own.txt").write_text("a" * length)
+    own = ("model.tokenizer=bytes", f"prompts.file={tmp_path / 'own.txt'}", "prompts.max_tokens=null")
+    with pytest.raises(MelensError, match=message):
+        run_job(config("model=random", *own), tmp_path)
 
 
 @pytest.mark.parametrize(

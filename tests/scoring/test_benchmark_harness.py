@@ -325,7 +325,7 @@ def test_what_a_chat_template_cannot_do_is_told_before_the_model_is_loaded(
     tmp_path, data, tiny_with, monkeypatch, template, overrides, message
 ):
     tiny_with(template)
-    monkeypatch.setattr("experiments.runner.job.load_model", pytest.fail)
+    monkeypatch.setattr("experiments.runner.job.plan_model", pytest.fail)
     with pytest.raises(MelensError, match=message):
         run_job(options_of(data, *overrides), tmp_path)
 

@@ -605,7 +605,7 @@ def test_conversations_that_the_chat_template_does_not_take_are_told_before_the_
     tmp_path, monkeypatch, rows, method, message
 ):
     monkeypatch.setattr("melens.models.loading.byte_tokenizer", lambda: templated("gemma"))
-    monkeypatch.setattr("experiments.runner.job.load_model", pytest.fail)
+    monkeypatch.setattr("experiments.runner.job.plan_model", pytest.fail)
     path = tmp_path / f"{method}.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     options = [f"exp={method}", f"training.dataset={path}", "training.batch_size=1", "training.micro_batch_size=1"]
@@ -614,7 +614,7 @@ def test_conversations_that_the_chat_template_does_not_take_are_told_before_the_
 
 
 def test_right_answers_that_are_never_rewarded_are_told_before_the_model_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr("experiments.runner.job.load_model", pytest.fail)
+    monkeypatch.setattr("experiments.runner.job.plan_model", pytest.fail)
     path = tmp_path / "solutions.jsonl"
     path.write_text(json.dumps({"prompt": "2 + 2?", "answer": "Two and two are four apples, so it is 4."}))
     with pytest.raises(
