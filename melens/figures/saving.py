@@ -23,7 +23,7 @@ from melens.errors import MelensError
 from melens.figures.fitting import fit, in_columns
 from melens.storage.files import atomic_file, explain_write_errors, write_text
 
-__all__ = ["IMAGES", "check_images", "page", "save", "save_images"]
+__all__ = ["IMAGES", "check_images", "for_screens", "page", "save", "save_images"]
 
 IMAGES = ("svg", "pdf", "png")
 _PNG_SCALE = 4  # 384 pixels an inch
@@ -102,13 +102,18 @@ def page(figure: go.Figure, *, plotlyjs: str | None = None) -> str:
     """
     title, _, note = (figure.layout.title.text or "").partition("<br><sub>")
     title, note = (text.replace("</sub>", "").replace("<br>", " ") for text in (title, note))
-    wide, narrow = (
-        go.Figure(figure.data, _without_title(figure)),
-        go.Figure(layout=fit(figure, _PHONE, _PHONE_TEXT).layout),
-    )
-    drawn = f'{{"wide": {wide.to_json()}, "narrow": {narrow.to_json()}}}'
     library = f'<script src="{plotlyjs}"></script>' if plotlyjs else f"<script>{get_plotlyjs()}</script>"
-    return _PAGE.format(title=escape(title), note=escape(note), library=library, figure=drawn.replace("<", r"\u003c"))
+    return _PAGE.format(title=escape(title), note=escape(note), library=library, figure=for_screens(figure))
+
+
+def for_screens(figure: go.Figure) -> str:
+    """Return a figure without its title, as a page's script draws it: JSON, of which no text can end the script.
+
+    `wide` has the data and a layout, `narrow` the layout for a phone.
+    """
+    wide = go.Figure(figure.data, _without_title(figure))
+    narrow = go.Figure(layout=fit(figure, _PHONE, _PHONE_TEXT).layout)
+    return f'{{"wide": {wide.to_json()}, "narrow": {narrow.to_json()}}}'  # plotly writes "<" as \\u003c
 
 
 def _reason(error: Exception) -> str:
