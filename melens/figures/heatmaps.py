@@ -123,14 +123,13 @@ def shares(table: pd.DataFrame, *, names: Sequence[str], title: str, note: str =
         z=table.to_numpy(),
         zmin=0,
         zmax=1,
-        xgap=2,
-        ygap=2,
     )
     trace.update(colorscale=[[0, "#f7f7f7"], [1, "#9ecae1"]], showscale=False, texttemplate="%{z:.0%}")
     trace.hovertemplate = "%{y}, %{x}: %{z:.1%}<extra></extra>"
     figure = go.Figure(trace)
     figure.update_xaxes(side="top", **_TABLE_AXIS)
     figure.update_yaxes(autorange="reversed", dtick=1, **_TABLE_AXIS)
+    style.separate_cells(figure, len(table), len(names))
     return style.finish(figure, title, note, height=50 + 34 * len(table))
 
 

@@ -109,13 +109,14 @@ def verdicts(claims: pd.DataFrame, *, title: str = "Verdicts on the paper's clai
     codes = [[names.index(verdict) if verdict in names else None for verdict in row] for row in wide.to_numpy()]
     steps = [(edge / len(names), color) for i, (*_, color) in enumerate(style.VERDICTS.values()) for edge in (i, i + 1)]
     trace = go.Heatmap(x=[model.replace(", ", "<br>") for model in models], y=list(wide.index), z=codes)
-    trace.update(colorscale=steps, zmin=-0.5, zmax=len(names) - 0.5, showscale=False, xgap=2, ygap=2)
+    trace.update(colorscale=steps, zmin=-0.5, zmax=len(names) - 0.5, showscale=False)
     trace.update(text=wide.fillna("").to_numpy(), texttemplate="%{text}")
     trace.hovertemplate = "%{x}<br>%{y}<br>%{text}<extra></extra>"
     figure = go.Figure(trace)
     rows = list(wide.index)
     wrapped = [style.in_lines(claim, 70) for claim in rows]
     figure.update_yaxes(autorange="reversed", tickvals=rows, ticktext=wrapped, showgrid=False)
+    style.separate_cells(figure, *wide.shape)
     lines = max(model.count(", ") for model in models)  # of a job's name, an option each
     figure.update_xaxes(tickangle=0 if lines else None, tickfont={"size": 11} if lines else None, showgrid=False)
     return style.finish(figure, title, height=60 + 34 * len(wide) + 20 * lines)

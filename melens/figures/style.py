@@ -16,8 +16,8 @@ from plotly.subplots import make_subplots
 
 __all__ = [
     "BLOCK", "COLORS", "FIRST", "ME_LINE", "OTHERS", "SINK", "VERDICTS", "block_ticks", "finish", "frame_me_layer",
-    "in_lines", "legend", "log_ticks", "mark_me_layer", "menu_above", "panels_in_rows", "signed_limit", "signed_log",
-    "signed_ticks", "whiskers",
+    "in_lines", "legend", "log_ticks", "mark_me_layer", "menu_above", "panels_in_rows", "separate_cells",
+    "signed_limit", "signed_log", "signed_ticks", "whiskers",
 ]  # fmt: skip
 
 FIRST = "#c1272d"
@@ -135,6 +135,16 @@ def frame_me_layer(
     if name:
         note = {"text": f"ME layer {me_layer}", "showarrow": False, "yanchor": "bottom", "font": {"size": 12}}
         figure.add_annotation(x=me_layer, y=1, yref="y domain", **note, **(at or {}))
+
+
+def separate_cells(figure: go.Figure, rows: int, columns: int) -> None:
+    """Draw white lines between the cells of a heatmap of texts.
+
+    Gaps of plotly's own would make it draw the cells as a coarse image, not as one pixel each, which prints sharp.
+    """
+    for draw, n in ((figure.add_hline, rows), (figure.add_vline, columns)):
+        for edge in range(1, n):
+            draw(edge - 0.5, line={"color": "white", "width": 2})
 
 
 def block_ticks(n_blocks: int) -> dict[str, Any]:

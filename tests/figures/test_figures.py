@@ -167,6 +167,7 @@ def test_shares_are_a_table():
     (cells,) = shares(table, names=("ME layer 3", "another layer"), title="A").data
     assert (cells.z.tolist(), cells.texttemplate) == ([[1.0, 0.0], [0.75, 0.25]], "%{z:.0%}")
     assert (list(cells.x), list(cells.y)) == (["ME layer 3", "another<br>layer"], ["maths", "logic"])
+    assert cells.xgap is cells.ygap is None  # which would print as a coarse image
 
 
 def test_the_dims_of_the_me_layer_stand_out_and_are_not_joined():
