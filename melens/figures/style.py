@@ -43,7 +43,7 @@ _AXIS: dict[str, Any] = {
     "gridcolor": "#e8e8e8", "zeroline": False, "exponentformat": "none", "separatethousands": True,
     "title": {"font": {"size": 14}, "standoff": 8},
 }  # fmt: skip
-_COLORBAR = {"title": {"font": {"size": 14}}, "thickness": 20}
+_COLORBAR = {"title": {"font": {"size": 14}}, "tickfont": {"size": 12}, "thickness": 20}
 _LAYOUT: dict[str, Any] = {
     "template": {
         "layout": {"xaxis": _AXIS, "yaxis": _AXIS, "coloraxis": {"colorbar": _COLORBAR}},
