@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from experiments.runner.declaration import ExperimentOptions, of_analysis
+from experiments.runner.declaration import AnalysisOptions, of_analysis
 from melens.validation.types import Count
 
 __all__ = ["EXPERIMENTS"]
 
 
-class AblationOptions(ExperimentOptions):
+class AblationOptions(AnalysisOptions):
     """The arguments of `melens.analysis.ablation`."""
 
     name: Literal["ablation"]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from experiments.runner.declaration import ExperimentOptions, of_analysis
+from experiments.runner.declaration import AnalysisOptions, of_analysis
 
 __all__ = ["EXPERIMENTS"]
 
 
-class DirectionOptions(ExperimentOptions):
+class DirectionOptions(AnalysisOptions):
     """`melens.analysis.direction` has none."""
 
     name: Literal["direction"]

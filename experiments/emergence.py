@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from experiments.runner.declaration import Experiment, ExperimentOptions
+from experiments.runner.declaration import AnalysisOptions, Experiment
 from melens.validation.types import Count, Flag
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["EXPERIMENTS"]
 
 
-class EmergenceOptions(ExperimentOptions):
+class EmergenceOptions(AnalysisOptions):
     """The arguments of `melens.analysis.emergence`."""
 
     name: Literal["emergence"]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from experiments.runner.declaration import ExperimentOptions, of_analysis
+from experiments.runner.declaration import AnalysisOptions, of_analysis
 
 __all__ = ["EXPERIMENTS"]
 
 
-class FfnOptions(ExperimentOptions):
+class FfnOptions(AnalysisOptions):
     """`melens.analysis.ffn` has none."""
 
     name: Literal["ffn"]

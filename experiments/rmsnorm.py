@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from experiments.runner.declaration import ExperimentOptions, of_analysis
+from experiments.runner.declaration import AnalysisOptions, of_analysis
 from melens.validation.types import Said, Share
 
 __all__ = ["EXPERIMENTS"]
 
 
-class RmsnormOptions(ExperimentOptions):
+class RmsnormOptions(AnalysisOptions):
     """The arguments of `melens.analysis.normalization`."""
 
     name: Literal["rmsnorm"]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from experiments.runner.declaration import AtLeast2, ExperimentOptions, of_analysis
+from experiments.runner.declaration import AnalysisOptions, AtLeast2, of_analysis
 from melens.validation.types import Count
 
 __all__ = ["EXPERIMENTS"]
 
 
-class SinksOptions(ExperimentOptions):
+class SinksOptions(AnalysisOptions):
     """The arguments of `melens.analysis.sinks`."""
 
     name: Literal["sinks"]

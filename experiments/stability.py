@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator
 
-from experiments.runner.declaration import AtLeast2, ExperimentOptions, of_analysis
+from experiments.runner.declaration import AnalysisOptions, AtLeast2, of_analysis
 from melens.validation.types import Count, Flag, Number, Said
 
 __all__ = ["EXPERIMENTS"]
@@ -18,7 +18,7 @@ def _rising(bins: list[int]) -> list[int]:
     return bins
 
 
-class StabilityOptions(ExperimentOptions):
+class StabilityOptions(AnalysisOptions):
     """The arguments of `melens.analysis.stability`."""
 
     name: Literal["stability"]

@@ -2,7 +2,7 @@
 
 A module of `experiments/` holds `EXPERIMENTS`, from which the command line, `exp=all` and the options' types are made:
 
-    class SinksOptions(ExperimentOptions):
+    class SinksOptions(AnalysisOptions):
         name: Literal["sinks"]
         map_tokens: AtLeast2
 
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from melens.validation.types import Said
+from melens.validation.types import Flag, Said
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -58,6 +58,17 @@ class ExperimentOptions(Node):
         return {name: getattr(self, name) for name in type(self).model_fields if name != "name"}
 
 
+class AnalysisOptions(ExperimentOptions):
+    """The arguments of a function of `melens.analysis`, and whether the trace that it rests on is kept."""
+
+    keep: Flag
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """The arguments by name."""
+        return {name: value for name, value in super().own.items() if name != "keep"}
+
+
 @dataclass(frozen=True)
 class Experiment:
     """Something that can be asked for by `exp=`.
@@ -71,10 +82,9 @@ class Experiment:
         nodes: the nodes of `conf/config.yaml` that it reads, of those that not every experiment does.
         request: puts presets and the user's options together, once for all that follows: `cfg.requests[name]`.
         masks: the masks that it uses, by the name of their preset, given all options; by default none.
-        prepare: checks and loads what may be wrong or missing before the model is loaded, which takes longer; what it
-            returns is `run.prepared[name]`.
-        model_options: what the model is loaded with, given all options and what `prepare` returned; by default the
-            node `model`.
+        prepare: checks and loads what may be wrong or missing before the weights are read, which takes longer, given
+            all options, the run's folder and the model's plan; what it returns is `run.prepared[name]`.
+        model_options: what the model is loaded with, given all options; by default the node `model`.
         in_all: whether `exp=all` can hold it.
         can_resume: whether the same command goes on where an interrupt stopped it, rather than from the trace alone.
         trains: whether it trains: accelerate may start several processes of it, with one folder and its checkpoints.

@@ -102,7 +102,7 @@ def begin_study(
 def _find_or_trace(
     model: TransformerBridge, prompts: TokenizedPrompts, probes: Sequence[Probe], cfg: Options, stage: Stage
 ) -> Trace:
-    """Trace the prompts, or find the trace that another job of a sweep, or a run that was stopped, has kept."""
+    """Trace the prompts, or find the trace that an earlier run on them, or another job of a sweep, has kept."""
 
     def traced() -> Trace:
         progress = stage("tokens traced")
@@ -119,6 +119,8 @@ def _find_or_trace(
         trace = traced()
         with warn_if_not_cached():
             trace.save(folder, replace=False)  # another job, that was faster, has readers by now
+    else:
+        logging.getLogger(__name__).info("The trace was measured before, and kept (exp.keep=false measures anew)")
     return trace
 
 
@@ -166,7 +168,8 @@ def run_experiments(run: Run) -> Iterator[Result]:
 
 
 def _find_or_run(run: Run, name: str, options: Any, store: Store | None) -> Result:
-    if store is None or hasattr(options, "keep"):  # which keeps its own parts, under what is in the files that it reads
+    reads_files = bool(EXPERIMENTS[name].nodes)  # it keeps its own parts, under what is in them
+    if store is None or reads_files or not options.is_kept:
         return _run_one_of_several(run, name, options)
     folder = store.folder / f"{name}-{hash_of(options.model_dump())[:24]}"
     found = load_cached(folder, load_result)

@@ -217,6 +217,28 @@ def test_other_prompts_and_other_weights_are_measured_anew(monkeypatch):
     next(parts_of(bridge(network)))
 
 
+@pytest.mark.parametrize(
+    ("options", "n_traced"),
+    [((), 1), (("criterion.trailing_blocks=1",), 1), (("exp.keep=false",), 2), (("max_batch_tokens=64",), 2)],
+)
+def test_one_experiment_begins_with_the_trace_of_an_earlier_run(monkeypatch, options, n_traced):
+    model, prompts = bridge(planted()), [torch.arange(1, 20), torch.arange(2, 21)]
+    traces, trace = [], melens.trace
+    monkeypatch.setattr(melens, "trace", lambda *given, **named: traces.append(given) or trace(*given, **named))
+    for own in ((), options):
+        cfg = compose_options("exp=ffn", "model=random", *own)
+        study = begin_study(model, prompts, cfg, lambda name: lambda done, total: None)
+        assert len(study.trace["norm"])
+    assert len(traces) == n_traced
+
+
+def test_an_experiment_of_several_is_measured_anew_where_that_is_asked(monkeypatch):
+    model, ran = bridge(planted()), counted(monkeypatch, "ffn")
+    for options in ((), ("exp.ffn.keep=false",), ()):
+        next(parts_of(model, *options))
+    assert len(ran) == 2
+
+
 def test_a_cached_result_names_no_class_but_one_of_ours(tmp_path):
     folder = tmp_path / "ffn"
     save_result(Result("ffn", {"name": "tiny"}, Metrics(me_layer=1, n_prompts=3)), folder)
