@@ -89,7 +89,9 @@ def test_the_documents_are_filled_from_a_result_and_what_they_rest_on_is_kept(tm
         "A\n<!-- findings: caption -->\n*m. It rises. They sink.*\n<!-- end -->\nB\n"
         "<!-- findings: summary -->\n**m**: Of 1 claims of the paper and its review, 1 hold.\n<!-- end -->\n"
     )
-    assert "| It is large (section 3) | **4 (3.5 to 4.5)**: size. Threshold: ≥ 3. |\n<!-- end -->" in findings.read_text()
+    assert (
+        "| It is large (section 3) | **4 (3.5 to 4.5)**: size. Threshold: ≥ 3. |\n<!-- end -->" in findings.read_text()
+    )
     assert "/x" not in (tmp_path / KEPT).read_text()
     before = readme.read_text()
     update_findings(run, tmp_path)
