@@ -21,6 +21,7 @@ from melens.analysis.me_layer import Emergence, find_me_layer
 from melens.analysis.study import Study
 from melens.claims.engine import judge_parts
 from melens.errors import MelensError
+from melens.printing import Brief
 from melens.report.result import Metrics, Result
 from melens.tracing.probes import Probe
 from melens.tracing.trace import Trace
@@ -32,8 +33,8 @@ WITH_PASSES = {"sinks": "sinks", "ablation": "ablation", "consequence": "consequ
 """The experiments that run again, and their functions in `melens.analysis`."""
 
 
-@dataclass(frozen=True)
-class ByRatio:
+@dataclass(frozen=True, repr=False)
+class ByRatio(Brief):
     """What each ratio gives.
 
     Attributes:

@@ -34,6 +34,7 @@ from melens.models.devices import input_device
 from melens.models.generation import verify_generation
 from melens.models.kv_cache import find_cache_by_any_name
 from melens.models.layout import listed
+from melens.printing import Brief
 from melens.report.page import render
 from melens.report.result import Metrics, Result
 from melens.validation.arguments import BosOrNot
@@ -176,8 +177,8 @@ def make_chat(tokenizer: Any, thinking: bool | Literal["auto"] = "auto") -> Chat
 # --- What to continue -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Given:
+@dataclass(frozen=True, repr=False)
+class Given(Brief):
     """A prompt: its number, its text, its token ids, and in a chat all that the model reads around the text."""
 
     number: int
@@ -218,8 +219,8 @@ def _prompts(
 # --- Both texts -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Side:
+@dataclass(frozen=True, repr=False)
+class Side(Brief):
     """A text with the mask or without.
 
     Attributes:
@@ -240,8 +241,8 @@ class Side:
         return self.common + self.first + self.rest
 
 
-@dataclass(frozen=True)
-class Pair:
+@dataclass(frozen=True, repr=False)
+class Pair(Brief):
     """A prompt continued without the mask and with it.
 
     Attributes:

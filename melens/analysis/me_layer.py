@@ -20,6 +20,7 @@ from pydantic import InstanceOf
 
 from melens.analysis.statistics import mean_interval, with_interval
 from melens.errors import MelensError
+from melens.printing import Summary
 from melens.tracing.probes import LargestActivations
 from melens.tracing.tables import Grid
 from melens.tracing.trace import Trace, TraceGiven
@@ -68,8 +69,8 @@ class Criterion:
         check_fields(self, "The criterion's {}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Emergence:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Emergence(Summary):
     """Where and how the massive activation emerges. Layers are 0-based blocks.
 
     Attributes:
@@ -117,11 +118,24 @@ class Emergence:
     criterion: Criterion
     per_prompt: pd.DataFrame
 
-    def __repr__(self) -> str:
+    def _heading(self) -> str:
         if self.layer is None or self.magnification is None:
             return f"no ME layer among {self.n_layers} blocks"
         lift = with_interval(self.magnification, self.magnification_interval, ",.0f")
         return f"block {self.layer} of {self.n_layers}, × {lift}, token {self.positions[0]}, dim {self.dims[0]}"
+
+    def _details(self) -> list[tuple[str, str]]:
+        rows = [("reason", self.reason), ("prompts", f"{self.n_prompts} ({self.distinct_first_tokens} first tokens)")]
+        if self.layer is None or self.share_of_peak is None:
+            return rows
+        return [
+            *rows,
+            ("kind", self.kind or ""),
+            ("share_of_peak", with_interval(self.share_of_peak, self.share_of_peak_interval, ".0%")),
+            ("formed", f"block {self.formed}"),
+            ("positions", ", ".join(map(str, self.positions))),
+            ("dims", ", ".join(map(str, self.dims))),
+        ]
 
     @property
     def lifted_position(self) -> int:

@@ -24,6 +24,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from melens.analysis.me_layer import Criterion, CriterionGiven, Emergence, find_me_layer
 from melens.models.layout import Layout
+from melens.printing import Summary, counted
 from melens.report.result import Metrics
 from melens.storage.cache import hash_of
 from melens.tracing.probes import Probe
@@ -44,8 +45,8 @@ def _silent(name: str) -> Progress:
     return lambda done, total: None
 
 
-@dataclass(frozen=True, eq=False)
-class Study:
+@dataclass(frozen=True, eq=False, repr=False)
+class Study(Summary):
     """What an analysis works on.
 
     Attributes:
@@ -167,8 +168,11 @@ class Study:
             "last_lasting_layer": self.last_before_trailing,
         }
 
-    def __repr__(self) -> str:
-        return f"Study of {self.trace.model['name']} on {self.me.n_prompts} prompts: {self.me!r}"
+    def _heading(self) -> str:
+        return f"Study of {self.trace.model['name']} on {counted(self.me.n_prompts, 'prompt')}: {self.me!r}"
+
+    def _details(self) -> list[tuple[str, str]]:
+        return [*self.me._details(), *self.trace._rows()]
 
 
 def _key(probe: Probe) -> str:

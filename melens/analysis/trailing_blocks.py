@@ -28,6 +28,7 @@ from melens.analysis.statistics import mean_by, mean_interval, tidy
 from melens.analysis.study import Study
 from melens.figures.curves import Curve, Panel, curves_by_block
 from melens.figures.style import COLORS, FIRST, OTHERS
+from melens.printing import Brief
 from melens.report.result import Figure, Interval
 from melens.tracing.probes import Probe, TokenVectors
 from melens.tracing.sites import Sites
@@ -40,8 +41,8 @@ OFF_PLATEAU = 0.1
 _FFN = "hook_mlp_out"
 
 
-@dataclass(frozen=True)
-class LastBlocks:
+@dataclass(frozen=True, repr=False)
+class LastBlocks(Brief):
     """What token 0's state becomes behind its plateau, relative to the norm that it had there; means over states.
 
     Attributes:

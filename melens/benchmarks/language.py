@@ -21,6 +21,7 @@ from melens.benchmarks.scoring import Request, Scorer
 from melens.data.prompts import Bos
 from melens.data.texts import bos_prefix, cut_texts
 from melens.errors import MelensError
+from melens.printing import Brief
 
 __all__ = ["LanguageData", "Needle", "Questions", "language_data", "make_questions", "score_questions"]
 
@@ -48,8 +49,8 @@ class Needle:
     depths: Sequence[float | int] = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
-@dataclass(frozen=True)
-class LanguageData:
+@dataclass(frozen=True, repr=False)
+class LanguageData(Brief):
     """What questions are made of.
 
     Attributes:
@@ -67,8 +68,8 @@ class LanguageData:
     needle: Needle = field(default_factory=Needle)
 
 
-@dataclass(frozen=True)
-class Questions:
+@dataclass(frozen=True, repr=False)
+class Questions(Brief):
     """The questions of a benchmark, the same for every mask: contexts and continuations, and a name for each."""
 
     benchmark: Benchmark

@@ -26,6 +26,7 @@ from melens.benchmarks.scores import check_scores
 from melens.errors import MelensError
 from melens.models.devices import input_device
 from melens.models.view import base_of
+from melens.printing import Brief
 from melens.tracing.batching import BatchRule, forget_longest, measured, relative_error, rule_of, tolerance_of
 from melens.tracing.resume import apply_head
 
@@ -54,8 +55,8 @@ _MAX_LEAK = 1e-3
 """Largest relative change of a log-probability when another continuation of its row changes, in any dtype."""
 
 
-@dataclass(frozen=True)
-class Scored:
+@dataclass(frozen=True, repr=False)
+class Scored(Brief):
     """What the model predicts at a continuation's tokens.
 
     Attributes:

@@ -24,12 +24,13 @@ from melens.benchmarks.data import harness_row, read_rows
 from melens.environment.conf import conf_folder
 from melens.environment.extras import check_extra
 from melens.errors import MelensError
+from melens.printing import Brief
 
 __all__ = ["HarnessTask", "load_task", "quiet_harness"]
 
 
-@dataclass(frozen=True)
-class HarnessTask:
+@dataclass(frozen=True, repr=False)
+class HarnessTask(Brief):
     """A benchmark that the harness can run.
 
     Attributes:

@@ -31,6 +31,7 @@ from melens.benchmarks.tables import lay_out
 from melens.claims.engine import Claim
 from melens.data.chat import Chat
 from melens.errors import MelensError
+from melens.printing import Brief
 from melens.report.result import Result
 from melens.training.history import TrainingHistory, average_histories, draw_histories
 
@@ -56,8 +57,8 @@ class TableMetrics(ScoreMetrics):
     n_shown: int = 0
 
 
-@dataclass(frozen=True)
-class ScoredSet:
+@dataclass(frozen=True, repr=False)
+class ScoredSet(Brief):
     """The scores of all models that were trained on one training set.
 
     Attributes:

@@ -21,6 +21,7 @@ import pandas as pd
 from pydantic import ValidationError
 
 from melens.errors import MelensError
+from melens.printing import Brief
 from melens.report.result import Interval, Metrics, Result
 from melens.validation.signatures import given
 
@@ -57,8 +58,8 @@ class Judgement:
         return replace(self, verdict="holds in part") if self.verdict == "holds" else self
 
 
-@dataclass(frozen=True)
-class Former(Generic[M]):
+@dataclass(frozen=True, repr=False)
+class Former(Brief, Generic[M]):
     """How a claim was judged before its threshold was changed: both verdicts are shown.
 
     Attributes:
@@ -73,8 +74,8 @@ class Former(Generic[M]):
     statistic: str = ""
 
 
-@dataclass(frozen=True)
-class Claim(Generic[M]):
+@dataclass(frozen=True, repr=False)
+class Claim(Brief, Generic[M]):
     """A claim of the paper, or of its review.
 
     Attributes:

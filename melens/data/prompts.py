@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerFast
 from melens.data.reading import file_rows, lone_surrogate
 from melens.data.tasks import OWN_PROMPTS, check_tasks
 from melens.errors import MelensError
+from melens.printing import Brief
 from melens.validation.signatures import checked
 
 __all__ = [
@@ -37,8 +38,8 @@ _log = logging.getLogger(__name__)
 TASKS = ("commonsense", "maths", "logic", "continuation")
 
 
-@dataclass(frozen=True)
-class Prompt:
+@dataclass(frozen=True, repr=False)
+class Prompt(Brief):
     """A text with its task type (one of `TASKS`, or the user's own word) and a name.
 
     A number as task or name becomes text, because a column of a table has one type; NaN, pandas's missing value,
@@ -62,8 +63,8 @@ class Prompt:
             )
 
 
-@dataclass(frozen=True)
-class TokenizedPrompts:
+@dataclass(frozen=True, repr=False)
+class TokenizedPrompts(Brief):
     """Prompts with their token ids.
 
     Attributes:

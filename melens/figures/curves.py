@@ -23,12 +23,13 @@ from melens.figures.style import (
     menu_above,
     panels_in_rows,
 )
+from melens.printing import Brief
 
 __all__ = ["Curve", "Panel", "add_curve", "curves_by_block", "ffn_figure", "over_steps", "vectors_by_dim"]
 
 
-@dataclass(frozen=True)
-class Curve:
+@dataclass(frozen=True, repr=False)
+class Curve(Brief):
     """A line by block.
 
     Attributes:
@@ -46,8 +47,8 @@ class Curve:
     thin: bool = False
 
 
-@dataclass(frozen=True)
-class Panel:
+@dataclass(frozen=True, repr=False)
+class Panel(Brief):
     """Curves on one pair of axes, with the ME layer (0-based block, or None) marked."""
 
     title: str

@@ -16,6 +16,7 @@ from plotly.subplots import make_subplots
 
 from melens.figures import style
 from melens.figures.curves import Panel, add_curve
+from melens.printing import Brief
 
 __all__ = [
     "Heatmap", "dims_heatmap", "heatmap_by_block", "heatmap_over_curves", "heatmap_trace", "heatmaps", "loss_changes",
@@ -23,8 +24,8 @@ __all__ = [
 ]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Heatmap:
+@dataclass(frozen=True, repr=False)
+class Heatmap(Brief):
     """A matrix with its axes.
 
     Attributes:

@@ -23,6 +23,7 @@ from melens.errors import MelensError
 from melens.masks.mask import WeMask
 from melens.models.layout import Layout
 from melens.models.view import base_of
+from melens.printing import Brief, Summary, counted
 from melens.storage.cache import Store, hash_of
 from melens.tracing.batching import forget_longest
 from melens.tracing.probes import AttentionEntropy, AttentionSpectrum, Probe
@@ -42,8 +43,8 @@ _ROWS = {"cpu": 64}
 """Tokens whose logits are looked at together, elsewhere 1,024: on a CPU their rows stay in its cache."""
 
 
-@dataclass(frozen=True)
-class Measured:
+@dataclass(frozen=True, repr=False)
+class Measured(Brief):
     """The model on the texts, with a mask or without.
 
     Attributes:
@@ -92,7 +93,7 @@ _OF_FIRST = {"input": "ln1.hook_out", "key": "attn.k.hook_out"}
 """Where token 0's attention input and its key pass."""
 
 
-class MaskComparison:
+class MaskComparison(Summary):
     """Texts of one length, the unmasked model on them, and `measure(mask)`.
 
     Attributes:
@@ -152,6 +153,10 @@ class MaskComparison:
             self._run_unmasked(patterns=patterns)
             if store is not None:
                 store.save(name, self._to_keep())
+
+    def _heading(self) -> str:
+        texts, tokens = self._texts.shape
+        return f"MaskComparison on {counted(texts, 'text')} of {counted(tokens, 'token')}, unmasked {self.unmasked!r}"
 
     # --- Without a mask -----------------------------------------------------------------------------------------------
 

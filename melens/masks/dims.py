@@ -21,6 +21,7 @@ from torch import Tensor
 from melens.errors import MelensError
 from melens.models.layout import listed
 from melens.models.view import ModelView
+from melens.printing import Brief
 from melens.validation.signatures import given
 
 __all__ = [
@@ -34,8 +35,8 @@ _SAME_GAINS = 0.01
 """Relative distance of the weights of ln1 in a block up to which a model is the one saved: bfloat16 rounds by 0.002."""
 
 
-@dataclass(frozen=True)
-class FixedDims:
+@dataclass(frozen=True, repr=False)
+class FixedDims(Brief):
     """The dims of a mask on a certain model.
 
     Attributes:

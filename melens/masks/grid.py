@@ -37,6 +37,7 @@ from melens.masks.grid_figures import (
 from melens.masks.grid_metrics import PAPER_RATE, UNMASKED, MaskGridMetrics, claim_metrics
 from melens.masks.mask import WeMask
 from melens.models.view import ModelView, view_model
+from melens.printing import Brief
 from melens.report.result import Figure, Result
 from melens.storage.cache import Store, hash_of, store_for
 from melens.validation.signatures import checked
@@ -53,8 +54,8 @@ _MOST_SHOWN = 12
 _OF_ATTENTION = ("share_of_heads", "entropy", "effective_rank", "input_cosine", "key_cosine")
 
 
-@dataclass(frozen=True)
-class Grid:
+@dataclass(frozen=True, repr=False)
+class Grid(Brief):
     """What was measured of one model, as tidy tables.
 
     Attributes:

@@ -29,7 +29,9 @@ from melens.analysis.metrics import abs_max, abs_median
 from melens.errors import MelensError
 from melens.masks.dims import DimFactors
 from melens.masks.tokens import Call, TokenFinder
+from melens.models.layout import listed
 from melens.models.view import Block, ModelView
+from melens.printing import Summary
 from melens.tracing.resume import is_skipped
 from melens.tracing.twin import Inputs, hidden_of, with_hidden
 
@@ -39,7 +41,7 @@ __all__ = ["InstalledMask"]
 _SWITCHING = threading.Lock()  # for all masks: a lock of a mask's own could not be copied with its model
 
 
-class InstalledMask:
+class InstalledMask(Summary):
     """A mask on a model: `remove()` takes it off.
 
     Compiled code is dropped at both ends, and compiled anew around the hooks, which are left out of it.
@@ -72,6 +74,9 @@ class InstalledMask:
         except BaseException:
             self.remove()
             raise
+
+    def _heading(self) -> str:
+        return f"Mask {'on' if self._removers else 'taken off'} {listed(self.layers)}, site {self._site}"
 
     def remove(self) -> None:
         """Take the mask off; a second time does nothing."""

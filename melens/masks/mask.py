@@ -39,7 +39,9 @@ from melens.masks.dims import (
 from melens.masks.hooks import InstalledMask
 from melens.masks.tokens import TokenFinder
 from melens.models.kv_cache import find_cache_by_any_name
+from melens.models.layout import listed
 from melens.models.view import ModelView, view_model
+from melens.printing import Summary
 from melens.storage.files import write_text
 from melens.validation.signatures import Folder, as_integer, checked, must_be
 from melens.validation.types import Flag, Layers, Positions, Rate, Said, Select, Share, Site, Start, Whole, check_fields
@@ -57,8 +59,8 @@ def _me_layer(me: Any) -> Emergence | int | None:
     return layer
 
 
-@dataclass(frozen=True)
-class WeMask:
+@dataclass(frozen=True, repr=False)
+class WeMask(Summary):
     """A mask on some dims of a few tokens, in some blocks.
 
     Attributes:
@@ -91,8 +93,8 @@ class WeMask:
     strength: Share = 1.0
     seed: Whole = 0
     massive_dims: Annotated[Sequence[Whole], Said("dims, counted from 0")] = ()
-    fixed: FixedDims | None = field(default=None, repr=False)
-    _last: dict[str, FixedDims] = field(default_factory=dict, init=False, repr=False, compare=False)
+    fixed: FixedDims | None = None
+    _last: dict[str, FixedDims] = field(default_factory=dict, init=False, compare=False)
 
     def __post_init__(self) -> None:
         check_fields(self, "The mask's {}")
@@ -100,6 +102,17 @@ class WeMask:
             value = getattr(self, name)
             object.__setattr__(self, name, value if isinstance(value, str) else tuple(sorted(set(value))))
         object.__setattr__(self, "massive_dims", tuple(self.massive_dims))
+
+    def _heading(self) -> str:
+        always = ("rate", "select", "site", "start")
+        shown = [name for name in self.to_dict() if name in always or getattr(self, name) != getattr(WeMask, name)]
+        words = f"WeMask({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
+        if self.fixed is None:
+            return words
+        of_model = f"{listed(self.fixed.blocks)} of {self.fixed.model['architecture']}"
+        counts = {len(dims) for dims in (self.fixed.dims or {}).values()}
+        dims = f"{max(counts)} of {self.fixed.model['d_model']} dims" if counts else "dims by token"
+        return f"{words}, {dims} in {of_model}"
 
     # --- Which blocks and dims ----------------------------------------------------------------------------------------
 

@@ -53,6 +53,7 @@ from melens.models.sources import Source, in_short
 from melens.models.specs import ModelSpec, known_models, spec_of
 from melens.models.twins import bridge_around
 from melens.models.view import view_model
+from melens.printing import Brief
 from melens.storage.cache import cache_folder
 from melens.storage.files import atomic_folder
 
@@ -84,8 +85,8 @@ def load_model(name: Any, **overrides: Any) -> TransformerBridge:
     return plan_model(name, **overrides).load()
 
 
-@dataclass(frozen=True)
-class PlannedModel:
+@dataclass(frozen=True, repr=False)
+class PlannedModel(Brief):
     """A model that is checked and not loaded yet: prompts can be tokenized for it before its weights are read.
 
     Attributes:

@@ -17,6 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from melens.errors import MelensError
 from melens.models.devices import weights_here
+from melens.printing import Brief
 from melens.validation.arguments import Bridge, check_layer
 from melens.validation.signatures import Layer, checked
 from melens.validation.types import Said
@@ -26,8 +27,8 @@ __all__ = ["Normalization", "has_normalization", "named_normalization", "read_mo
 NormSite = Annotated[str, Field(pattern="^ln[12]$"), Said("ln1 or ln2")]
 
 
-@dataclass(frozen=True)
-class Normalization:
+@dataclass(frozen=True, repr=False)
+class Normalization(Brief):
     """An RMSNorm, `gain · h / rms(h)`, or a LayerNorm, `gain · (h - mean(h)) / std(h) + bias`.
 
     Attributes:

@@ -28,6 +28,7 @@ from melens.models.devices import weights_here
 from melens.models.hybrids import HYBRIDS, parts_of, submodule
 from melens.models.layout import attends
 from melens.models.normalization import read_module
+from melens.printing import Brief, Summary, counted
 
 __all__ = ["Block", "ModelView", "base_of", "base_path", "is_sharded", "is_whole", "view_model"]
 
@@ -37,8 +38,8 @@ _SKETCH = 8
 """Numbers that a weight is known by: one pair in ten million looks a tenth as far apart as it is, or less."""
 
 
-@dataclass(frozen=True)
-class Block:
+@dataclass(frozen=True, repr=False)
+class Block(Brief):
     """A transformer block.
 
     Attributes:
@@ -60,8 +61,8 @@ class Block:
     entries: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class ModelView:
+@dataclass(frozen=True, repr=False)
+class ModelView(Summary):
     """A model of either kind.
 
     Attributes:
@@ -77,6 +78,11 @@ class ModelView:
     architecture: str
     d_model: int
     vocabulary: int
+
+    def _heading(self) -> str:
+        kind = "bridge" if self.bridge is not None else "transformers model"
+        blocks = counted(len(self.blocks), "block")
+        return f"{self.architecture} as a {kind}: {blocks}, width {self.d_model:,}, vocabulary {self.vocabulary:,}"
 
     def gain(self, layer: int) -> Tensor:
         """Return the factors of a block's `ln1` that take effect, float32 `[d]`.

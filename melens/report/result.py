@@ -20,6 +20,7 @@ import plotly.graph_objects as go
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from melens.figures import saving
+from melens.printing import Brief, Summary, brief, html_table
 
 __all__ = ["Figure", "Interval", "Metrics", "Result", "plain"]
 
@@ -74,13 +75,19 @@ class Metrics(BaseModel):
         """Take numpy's numbers for Python's."""
         return {name: _python(value) for name, value in values.items()} if isinstance(values, Mapping) else values
 
+    def __repr__(self) -> str:
+        measured = [
+            f"{name}={brief(getattr(self, name))}" for name in type(self).model_fields if name in self.model_fields_set
+        ]
+        return f"{type(self).__name__}({', '.join(measured)})"
+
     def plain(self) -> dict[str, Any]:
         """Return the fields that were measured, ready for JSON but for NaN."""
         return self.model_dump(exclude_unset=True)
 
 
-@dataclass(frozen=True)
-class Figure:
+@dataclass(frozen=True, repr=False)
+class Figure(Brief):
     """A figure and what to see in it; as the last line of a notebook's cell it shows itself.
 
     Attributes:
@@ -91,7 +98,7 @@ class Figure:
         observed: what is seen on this model, in a sentence.
     """
 
-    drawing: go.Figure | Callable[[], go.Figure]
+    drawing: go.Figure | Callable[[], go.Figure] = field(repr=False)
     source: str
     expected: str
     observed: str
@@ -113,8 +120,8 @@ class Figure:
         return self.plot._repr_mimebundle_(*args, **kwargs)
 
 
-@dataclass(frozen=True)
-class Result:
+@dataclass(frozen=True, repr=False)
+class Result(Summary):
     """What an experiment found.
 
     Attributes:
@@ -148,10 +155,16 @@ class Result:
         assert all(figure.plot is not None for figure in self.figures.values())
         return self
 
-    def __repr__(self) -> str:
-        lines = [f"{what}: {value}" for what, value, *_ in self.findings]
-        named = [f"{kind}: {', '.join(names)}" for kind in ("tables", "figures") if (names := getattr(self, kind))]
-        return "\n".join([f"{self.experiment} of {self.model.get('name')}", *lines, *named])
+    def _heading(self) -> str:
+        return f"{self.experiment} of {self.model['name']}" if "name" in self.model else self.experiment
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        named = {kind: ", ".join(getattr(self, kind)) for kind in ("tables", "figures", "documents")}
+        return [*self.findings, *((kind, names) for kind, names in named.items() if names)]
+
+    def _repr_html_(self) -> str:
+        claims = self.claims[["claim", "verdict", "note"]].fillna("").astype(str)
+        return super()._repr_html_() + html_table(claims.values.tolist(), head=claims.columns)
 
 
 def plain(value: Any) -> Any:

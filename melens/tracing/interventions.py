@@ -25,6 +25,7 @@ from melens.errors import MelensError
 from melens.models.devices import input_device
 from melens.models.normalization import has_normalization, read_normalization
 from melens.models.view import base_of
+from melens.printing import Summary, counted
 from melens.tracing.batching import forget_longest
 from melens.tracing.resume import RecordedBlocks
 from melens.tracing.sites import Sites
@@ -155,7 +156,7 @@ Changes = Annotated[Sequence[Sequence[Hook]], Said("a list of lists as `run` tak
 _NormsAndFFN = tuple[Float[Tensor, "prompt layer"], Float[Tensor, "layer prompt d"]]
 
 
-class MassiveTokenRuns:
+class MassiveTokenRuns(Summary):
     """Runs of the prompts up to their massive token, intact and with hooks, each from the first block they change.
 
     Attributes:
@@ -210,6 +211,11 @@ class MassiveTokenRuns:
             self._run_intact(tokens, positions)
             if not self._agrees_with(norms):
                 raise MelensError("The massive tokens' norms are not those of the trace: were hooks on the model then?")
+
+    def _heading(self) -> str:
+        prompts, blocks = self.intact.shape
+        cut = "up to" if self.is_cut else "beyond"
+        return f"MassiveTokenRuns of {counted(prompts, 'prompt')} {cut} their massive token, {counted(blocks, 'block')}"
 
     def _run_intact(self, tokens: Sequence[Int[Tensor, " _"]], positions: Sequence[int]) -> None:
         lengths, device = [len(ids) for ids in tokens], input_device(self._model.original_model)

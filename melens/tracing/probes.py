@@ -43,6 +43,7 @@ from melens.analysis.metrics import (
     sink_mass,
 )
 from melens.errors import MelensError
+from melens.printing import Brief, brief
 from melens.tracing.sites import ATTENTION_ON_KEYS, RESID_PRE_0
 from melens.validation.signatures import LayerList, Position, PositionList, ShareList, SiteList, checked
 from melens.validation.types import Count, Name, Number, Said
@@ -54,8 +55,8 @@ __all__ = [
 ]  # fmt: skip
 
 
-@dataclass(frozen=True, eq=False)
-class Batch:
+@dataclass(frozen=True, eq=False, repr=False)
+class Batch(Brief):
     """The prompts of one forward pass, padded on the right.
 
     Attributes:
@@ -131,6 +132,10 @@ class Probe(ABC):
     kind: Literal["table", "tensor"] = "table"
     may_miss: bool = False
     by_row: bool = False
+
+    def __repr__(self) -> str:
+        settings = [f"{name}={brief(value)}" for name, value in vars(self).items() if name[0] != "_"]
+        return f"{type(self).__name__}({', '.join(settings)})"
 
     @abstractmethod
     def reduce(self, activation: Tensor, batch: Batch) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from melens.errors import MelensError
+from melens.printing import Brief
 from melens.tracing.probes import Probe
 from melens.tracing.recording import Chunk
 
@@ -26,8 +27,8 @@ __all__ = ["Grid", "Tables", "Tensors", "grids_of"]
 _Made = TypeVar("_Made")
 
 
-@dataclass(frozen=True)
-class Grid:
+@dataclass(frozen=True, repr=False)
+class Grid(Brief):
     """A probe's quantities of some prompts, as arrays.
 
     Attributes:

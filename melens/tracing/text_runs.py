@@ -25,6 +25,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from melens.analysis.metrics import l2_norm, sink_mass
 from melens.errors import MelensError
 from melens.models.view import base_of
+from melens.printing import Brief
 from melens.tracing.batching import forget_longest
 from melens.tracing.interventions import Hook
 from melens.tracing.probes import Batch
@@ -35,8 +36,8 @@ from melens.tracing.verification import verified
 __all__ = ["TextEffects", "TextRuns"]
 
 
-@dataclass(frozen=True)
-class TextEffects:
+@dataclass(frozen=True, repr=False)
+class TextEffects(Brief):
     """What a run gives of each text.
 
     Attributes:

@@ -24,6 +24,7 @@ from melens.data.prompts import Prompt, TokenizedPrompts, check_length, tokenize
 from melens.errors import MelensError
 from melens.models.quantization import describe_quantization
 from melens.models.view import base_of
+from melens.printing import Summary, counted
 from melens.storage.files import atomic_folder
 from melens.tracing.batching import BatchRule, forget_longest
 from melens.tracing.captured import ShortPasses
@@ -43,8 +44,8 @@ Progress = Callable[[int, int], None]
 """Called as `progress(tokens_done, tokens_in_all)` after each batch."""
 
 
-@dataclass(frozen=True)
-class Trace:
+@dataclass(frozen=True, repr=False)
+class Trace(Summary):
     """What the probes saw: plain tidy data.
 
     Attributes:
@@ -78,6 +79,18 @@ class Trace:
         if isinstance(self.tables, Tables) and probe in self.tables:
             return self.tables.grids(probe)
         return grids_of(self[probe], self.prompts["n_tokens"].tolist(), index)
+
+    def _heading(self) -> str:
+        shortest, longest = self.prompts["n_tokens"].min(), self.prompts["n_tokens"].max()
+        tokens = f"{shortest:,} to {longest:,} tokens" if shortest != longest else counted(int(longest), "token")
+        prompts, model = counted(len(self.prompts), "prompt"), self.model
+        return f"Trace of {prompts} ({tokens}) through {model['name']}, {counted(model['n_layers'], 'block')}"
+
+    def _rows(self) -> list[tuple[str, str]]:  # names alone: a table is only made once it is asked for
+        tables = [f"trace[{name!r}]" for name in self.tables]
+        tensors = [f"trace.tensors[{name!r}]" for name in self.tensors]
+        named = {"prompts": ["trace.prompts"], "tables": tables, "tensors": tensors}
+        return [(kind, ", ".join(names)) for kind, names in named.items() if names]
 
     @checked
     def save(self, folder: Folder, *, replace: bool = True) -> Path:

@@ -41,6 +41,7 @@ from melens.errors import MelensError
 from melens.models.devices import input_device
 from melens.models.twins import bridge_around, twin_of
 from melens.models.view import base_of
+from melens.printing import Summary
 from melens.storage.cache import Store, store_for_kind
 from melens.tracing.batching import BatchRule, forget_longest, measured, rule_of
 from melens.tracing.sites import ATTENTION_ON_KEYS, Sites
@@ -69,8 +70,8 @@ _Recorded = dict[_Where, Tensor]
 """What passed at each site of each block in a forward pass."""
 
 
-@dataclass(frozen=True)
-class Verification:
+@dataclass(frozen=True, repr=False)
+class Verification(Summary):
     """How far a way to run a kind of model agrees with plain transformers modules in eager attention.
 
     Attributes:
@@ -98,6 +99,15 @@ class Verification:
     def agrees(self) -> bool:
         """Whether every site that was checked is within its limit; a NaN is not."""
         return bool((self.errors["error"] <= self.errors["limit"]).all())
+
+    def _heading(self) -> str:
+        if (worst := self.worst) is None:
+            return f"Verification: nothing was checked. {self.why_not}"
+        found = "agrees" if self.agrees else "does not agree"
+        where = worst["site"] if worst["layer"] < 0 else f"{worst['site']} of block {worst['layer']}"
+        return (
+            f"Verification: the {self.way} way {found} with transformers; largest error {worst['error']:.1e}, {where}"
+        )
 
     @cached_property
     def summary(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import pandas as pd
 
 from melens.errors import MelensError
 from melens.figures.curves import over_steps
+from melens.printing import Brief
 from melens.report.result import Figure
 
 __all__ = ["TrainingHistory", "average_histories", "draw_histories"]
@@ -30,8 +31,8 @@ _Y_TITLES = {
 _INSPECTED = {"magnification_there": "magnification of block {me} (ME layer)", "sink_mass": "sink mass {where}"}
 
 
-@dataclass(frozen=True)
-class TrainingHistory:
+@dataclass(frozen=True, repr=False)
+class TrainingHistory(Brief):
     """What one training logged, and what its inspections measured.
 
     Attributes:

@@ -40,6 +40,7 @@ from melens.masks.mask import WeMask
 from melens.models.gates import GATE, gates_of
 from melens.models.generation import verify_generation
 from melens.models.view import view_model
+from melens.printing import Brief
 from melens.storage.cache import fingerprint, tokenizer_fingerprint
 from melens.storage.files import write_text
 from melens.training.data import hash_rows
@@ -80,8 +81,8 @@ class TrainingStats:
     thinking: str | None
 
 
-@dataclass(frozen=True)
-class TrainingOutput:
+@dataclass(frozen=True, repr=False)
+class TrainingOutput(Brief):
     """What a training left.
 
     Attributes:
