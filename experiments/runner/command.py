@@ -36,6 +36,7 @@ from experiments.options.reading import CONF, OptionError, said_options
 from experiments.options.unused import unused_options
 from experiments.runner.interrupts import INTERRUPTED, restore_signals
 from experiments.runner.locks import locked_job_folder
+from experiments.runner.refusals import nothing_left_if_refused
 from experiments.runner.sweep import failed_jobs
 from melens.environment.versions import warn_untried
 from melens.errors import MelensError
@@ -62,19 +63,20 @@ def _run(cfg: DictConfig, folder: Path) -> None:
     typed = hydra_cfg.overrides.task
     config |= said_options(config, typed)
     try:
-        options = read_options(cfg, typed)
-        config = options.plain()
-        for sentence in unused_options(options):
-            print(f"Warning: {sentence}", file=sys.stderr)
-        if not os.access(folder, os.W_OK):
-            raise MelensError(f"The output folder {folder} cannot be written to.")
-        if not sys.stdout.isatty():  # where nothing else shows that something is done
-            logging.getLogger(__name__).info("loading torch, transformers and TransformerLens")
-        with _importing():
-            from experiments.runner.gpus import take_gpu  # takes seconds, which a mistake need not
+        with nothing_left_if_refused(folder):
+            options = read_options(cfg, typed)
+            config = options.plain()
+            for sentence in unused_options(options):
+                print(f"Warning: {sentence}", file=sys.stderr)
+            if not os.access(folder, os.W_OK):
+                raise MelensError(f"The output folder {folder} cannot be written to.")
+            if not sys.stdout.isatty():  # where nothing else shows that something is done
+                logging.getLogger(__name__).info("loading torch, transformers and TransformerLens")
+            with _importing():
+                from experiments.runner.gpus import take_gpu  # takes seconds, which a mistake need not
 
-            take_gpu(options.model)  # before any library starts CUDA
-            from experiments.runner.job import run_job
+                take_gpu(options.model)  # before any library starts CUDA
+                from experiments.runner.job import run_job
 
         restore_signals()
         if failed := run_job(options, folder):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from experiments.runner.refusals import note_folder
 from melens.errors import MelensError
 
 __all__ = ["LockFolder", "lock_folder", "locked_folder", "locked_job_folder"]
@@ -76,6 +77,8 @@ class LockFolder(Callback):
     """Takes the folder of a run or a sweep before Hydra writes to it."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        with suppress(OSError):  # no place that can be read: what writes there says so
+            note_folder(Path(config.hydra.run.dir))
         _lock_or_exit(Path(config.hydra.run.dir))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:

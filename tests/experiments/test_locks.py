@@ -18,6 +18,7 @@ from experiments.options import compose_options
 from experiments.runner import command, locks
 from experiments.runner.jobs import read_jobs
 from experiments.runner.locks import LockFolder, lock_folder, locked_folder, locked_job_folder
+from experiments.runner.refusals import note_folder, nothing_left_if_refused
 from experiments.runner.sweep import MergeSweep
 from melens import MelensError
 from melens.report.record import write_failure
@@ -186,3 +187,24 @@ def test_only_the_jobs_of_a_sweep_are_read(tmp_path):
         write_failure("It broke.", tmp_path / str(number), config=config)
     assert [job.folder.name for job in read_jobs(tmp_path)] == ["0", "1", "2"]
     assert [job.name for job in read_jobs(tmp_path, [tmp_path / "0", tmp_path / "2"])] == ["seed=0", "seed=2"]
+
+
+@pytest.mark.parametrize(("error", "stays"), [(MelensError, False), (ValueError, True)])
+def test_a_run_that_is_refused_leaves_nothing_and_one_that_fails_its_log(tmp_path, error, stays):
+    folder = tmp_path / "day" / "time"
+    note_folder(folder)
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / "run.log").write_text("")
+    with pytest.raises(error), nothing_left_if_refused(folder):
+        raise error
+    assert [path.name for path in tmp_path.iterdir()] == ["day"] * stays
+
+
+def test_a_run_that_is_refused_leaves_what_was_in_its_folder_before(tmp_path):
+    (tmp_path / "run.log").write_text("of the run before")
+    note_folder(tmp_path)
+    (tmp_path / ".melens.lock").write_text("")
+    (tmp_path / "of another").write_text("")
+    with pytest.raises(MelensError), nothing_left_if_refused(tmp_path):
+        raise MelensError
+    assert {path.name for path in tmp_path.iterdir()} == {"run.log", "of another"}
