@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from experiments.options.masks import Preset, presets_of
 from experiments.options.schema import Options
 from melens.benchmarks.catalog import Benchmark, benchmarks_of
+from melens.benchmarks.data import read_rows
 from melens.benchmarks.options import BenchmarkOptions
 from melens.environment.extras import check_extra
 
@@ -87,6 +90,10 @@ def benchmark_request(options: Options) -> BenchmarkRequest:
         benchmarks = [benchmark for benchmark in benchmarks if benchmark.name not in left_out]
     if any(benchmark.config for benchmark in benchmarks):
         check_extra("benchmark", "benchmark.tasks")
+    if node.data_dir is not None:
+        for benchmark in benchmarks:
+            if benchmark.config:
+                read_rows(Path(os.path.expanduser(node.data_dir)), benchmark)
     masks = presets_of(node.masks or table.masks, options, key="benchmark.masks", rates=table.rates)
     as_given = node.model_dump(include={field.name for field in fields(BenchmarkOptions)})
     auto = {name: None for name in ("chat", "thinking", "max_new_tokens") if as_given[name] == "auto"}

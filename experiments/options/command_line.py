@@ -14,6 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override, Quote, QuotedString
 from hydra.errors import HydraException
 
+from experiments.options.masks import check_saved_masks
 from experiments.options.reading import CONF, OptionError, choose_from, compose_options, is_group
 from experiments.options.schema import AS_TYPED, options_of
 from melens.errors import MelensError
@@ -132,6 +133,7 @@ def check_command(arguments: Sequence[str]) -> None:
         for variant in _variants(overrides):
             options = compose_options(*variant)
             _ = options.requests  # which checks what the presets and the options give together
+            check_saved_masks(options)
             if len(own) == len(arguments):  # the jobs of a sweep may run on other machines
                 _check_device(options.model.device)
     except MelensError as error:  # of the library, as for a benchmark that it does not know

@@ -9,11 +9,12 @@ from typing import Any
 import yaml
 
 from experiments.options.reading import CONF, OptionError
-from experiments.options.schema import MaskOptions, Options
+from experiments.options.schema import MaskOptions, Options, as_list
 from experiments.runner.registry import EXPERIMENTS
+from melens.masks.files import read_mask
 from melens.validation.types import in_words
 
-__all__ = ["Preset", "mask_in_words", "masks_in_use", "presets_of"]
+__all__ = ["Preset", "check_one_mask", "check_saved_masks", "mask_in_words", "masks_in_use", "presets_of"]
 
 _MASKS = CONF / "wemask"
 
@@ -67,6 +68,24 @@ def masks_in_use(options: Options) -> dict[str, MaskOptions]:
         if (masks := EXPERIMENTS[name].masks) is not None:
             used |= {f"{before}{preset}": mask for preset, mask in masks(options).items()}
     return used
+
+
+def check_one_mask(mask: MaskOptions, what: str) -> None:
+    """Raise an `OptionError` for options that make several masks, or none, where `what` takes one."""
+    for name, value in mask:
+        are_blocks = name in ("layers", "positions") and isinstance(value, list) and isinstance(value[0], int)
+        if "all_blocks" in as_list(value) or (isinstance(value, list) and len(value) > 1 and not are_blocks):
+            raise OptionError(
+                f"wemask.{name} is {in_words(value)}, but {what} takes one mask. Sweep with -m wemask.{name}=..."
+            )
+    if mask.rate in (0, [0]):
+        raise OptionError(f"wemask.rate is 0, which masks nothing, but {what} takes a mask. Give a rate over 0.")
+
+
+def check_saved_masks(options: Options) -> None:
+    """Raise a `MelensError` where a run takes the mask that its model was trained with, and the folder has none."""
+    if any("saved" in as_list(mask.select) for mask in masks_in_use(options).values()):
+        read_mask(options.model.name)
 
 
 def mask_in_words(mask: MaskOptions) -> str:

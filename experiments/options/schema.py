@@ -18,11 +18,11 @@ from pydantic_core import PydanticCustomError
 
 from experiments.runner.declaration import AtLeast2, ExperimentOptions, Node
 from experiments.runner.registry import EXPERIMENTS
-from melens.data.reading import file_text, names_file
+from melens.data.reading import check_source, file_text
 from melens.data.tasks import OWN_PROMPTS, check_tasks, tasks_in
 from melens.errors import MelensError
 from melens.models.folders import find_model
-from melens.models.specs import Device, DeviceMap, Dtype, MaxMemory, Quantize, known_models, spec_of
+from melens.models.specs import Device, DeviceMap, Dtype, MaxMemory, ModelSpec, Quantize, known_models, spec_of
 from melens.training.recipe import Precision, Tracker
 from melens.validation.types import (
     SELECTS,
@@ -69,6 +69,11 @@ def _existing(folder: str | None) -> str | None:
     return folder
 
 
+def _find(spec: ModelSpec) -> None:
+    if spec.source == "hub":
+        find_model(spec.hub_id or spec.name)
+
+
 T = TypeVar("T")
 OneOrMore = Annotated[list[T], Field(min_length=1)]
 OptionalAtLeast2 = Annotated[AtLeast2 | None, Said("a whole number of at least 2, or null")]
@@ -108,9 +113,7 @@ class ModelOptions(Node):
     def _is_known(self) -> ModelOptions:
         if self.name == "???":
             raise MelensError("model=hub needs model.name: a hub id (org/model) or a local transformers folder.")
-        spec_of(self.name, self.model_dump(exclude={"name"}, exclude_unset=True))
-        if self.source == "hub":
-            find_model(self.hub_id or self.name)
+        _find(spec_of(self.name, self.model_dump(exclude={"name"}, exclude_unset=True)))
         return self
 
 
@@ -162,7 +165,7 @@ class DataOptions(Node):
 
     @model_validator(mode="after")
     def _can_be_read(self) -> DataOptions:
-        if self.text is not None and names_file(self.text):
+        if self.text is not None and check_source("data.text", self.text):
             file_text(Path(os.path.expanduser(self.text)), self.column)
         return self
 
@@ -247,6 +250,15 @@ class BenchmarkOptions(Node):
     batch_size: Count
     judge: OptionalText
     needle: NeedleOptions
+
+    @model_validator(mode="after")
+    def _has_a_judge(self) -> BenchmarkOptions:
+        if self.judge is not None:
+            try:
+                _find(spec_of(self.judge, {}))
+            except MelensError as error:
+                raise MelensError(f"benchmark.judge: {error}") from None
+        return self
 
 
 class LoraOptions(Node):

@@ -6,12 +6,13 @@ import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from experiments.options.masks import Preset, presets_of
+from experiments.options.masks import Preset, check_one_mask, presets_of
 from experiments.options.reading import OptionError
 from experiments.options.schema import Options
-from melens.training.plan import TrainingPlan
+from melens.data.reading import file_rows
+from melens.training.datasets import file_of
+from melens.training.plan import QUANTIZED, SPREAD, TrainingPlan
 from melens.training.recipe import Lora, Recipe, check_installed, known_datasets, training_conf
-from melens.validation.types import in_words
 
 __all__ = ["DATASETS", "TrainingRequest", "training_request"]
 
@@ -41,6 +42,10 @@ def training_request(options: Options, method: str, *, dataset: str | None = Non
         MelensError: an option is one that a single training cannot have.
     """
     node = options.training
+    if options.model.device_map is not None or options.model.max_memory is not None:
+        raise OptionError(SPREAD)
+    if options.model.quantize is not None:
+        raise OptionError(QUANTIZED)
     dataset = node.dataset or dataset or DATASETS[method]
     if len(node.seed) != 1 and options.exp.name != "tables":
         raise OptionError("training.seed is a list, which only exp=tables takes. Sweep with -m training.seed=0,1,2.")
@@ -51,6 +56,8 @@ def training_request(options: Options, method: str, *, dataset: str | None = Non
     lora = Lora(**node.lora.model_dump()) if node.peft == "lora" else None
     recipe = Recipe(**own | {"method": method, "lora": lora, "seed": node.seed[0]})
     check_installed(recipe.report_to)
+    if dataset != "sums" and (path := file_of(dataset, method, node.data_dir)) is not None:
+        file_rows(path)
     as_given = node.model_dump(include={"data_dir", "columns", "split", "trace_every", "trace_prompts"})
     chat, gate = None if node.chat == "auto" else node.chat, None if node.gate == "none" else node.gate
     plan = TrainingPlan(recipe, dataset, limit=values["limit"], chat=chat, gate=gate, **as_given)
@@ -61,12 +68,7 @@ def _mask(options: Options) -> Preset | None:
     if options.training.mask in ("none", "off"):
         return None
     (preset,) = presets_of([options.training.mask], options, key="training.mask")
-    for name, value in preset.options:
-        if name in ("rate", "select", "site", "start", "seed") and (isinstance(value, list) or value == "all_blocks"):
-            raise OptionError(
-                f"wemask.{name} is {in_words(value)}, but a model is trained with one mask. Sweep with "
-                f"-m wemask.{name}=..."
-            )
-    if not preset.options.rate:
+    if preset.options.rate == 0:
         raise OptionError("wemask.rate is 0, which masks nothing. Set training.mask=off to train without a mask.")
+    check_one_mask(preset.options, "a training")
     return preset

@@ -29,7 +29,7 @@ from typing import Any
 
 from melens.errors import MelensError
 
-__all__ = ["Row", "file_rows", "file_text", "lone_surrogate", "names_file"]
+__all__ = ["Row", "check_source", "file_rows", "file_text", "has_columns", "lone_surrogate", "names_file"]
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _WITH_COLUMNS = (".jsonl", ".ndjson", ".json", *_DELIMITERS)
@@ -86,6 +86,17 @@ def names_file(name: str) -> bool:
     path = Path(os.path.expanduser(name))
     is_known = _suffix(path) in (*_WITH_COLUMNS, ".txt", ".md") or path.suffix.lower() == ".gz"
     return name.startswith((".", "/", "~")) or path.is_absolute() or is_known or os.path.isfile(path)
+
+
+def check_source(option: str, source: str) -> bool:
+    """Return whether a source of texts is a file rather than a dataset of the hub, `org/name`.
+
+    Raises:
+        MelensError: it is neither; `option` names it in the sentence.
+    """
+    if not (is_file := names_file(source)) and source.count("/") != 1:
+        raise MelensError(f"{option} is {source!r}; it must be an existing file or a dataset of the hub (org/name).")
+    return is_file
 
 
 def has_columns(path: Path) -> bool:

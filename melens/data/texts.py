@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from melens.data.prompts import Bos, random_tokens
-from melens.data.reading import file_text, names_file
+from melens.data.reading import check_source, file_text
 from melens.errors import MelensError
 
 __all__ = ["bos_prefix", "cut_texts", "hub_dataset", "read_text"]
@@ -37,10 +37,8 @@ def read_text(source: str | None = None, *, split: str = "test", column: str = "
     """
     if source is None:
         return "\n\n".join(topics[name] for name in sorted(topics))
-    if names_file(source):
+    if check_source("data.text", source):
         return file_text(Path(os.path.expanduser(source)), column)
-    if source.count("/") != 1:
-        raise MelensError(f"data.text is {source!r}; it must be an existing file or a dataset of the hub (org/name).")
     rows = hub_dataset(source, split, "give a file")
     if column not in rows.column_names:
         columns = ", ".join(rows.column_names)

@@ -36,6 +36,7 @@ from melens.masks.dims import (
     identify,
     redraw_tied_dims,
 )  # fmt: skip
+from melens.masks.files import MASK_FILE, no_mask, read_mask
 from melens.masks.hooks import InstalledMask
 from melens.masks.tokens import TokenFinder
 from melens.models.kv_cache import find_cache_by_any_name
@@ -47,8 +48,6 @@ from melens.validation.signatures import Folder, as_integer, checked, must_be
 from melens.validation.types import Flag, Layers, Positions, Rate, Said, Select, Share, Site, Start, Whole, check_fields
 
 __all__ = ["FixedDims", "WeMask"]
-
-_FILE = "wemask.json"
 
 
 def _me_layer(me: Any) -> Emergence | int | None:
@@ -290,7 +289,7 @@ class WeMask(Summary):
         folder = Path(folder)
         if not folder.is_dir():
             raise MelensError(f"There is no folder {folder} to save the mask in.")
-        return write_text(folder / _FILE, json.dumps(content, indent=2) + "\n")
+        return write_text(folder / MASK_FILE, json.dumps(content, indent=2) + "\n")
 
     @classmethod
     @checked
@@ -300,20 +299,11 @@ class WeMask(Summary):
         Raises:
             MelensError: no such file, or one that this version's `save` did not write.
         """
-        path = Path(folder) / _FILE
+        content = read_mask(folder)
         try:
-            content = json.loads(path.read_text("utf-8"))
             dims = content["dims"]
             by_block = None if dims is None else {int(layer): tuple(chosen) for layer, chosen in dims.items()}
             fixed = FixedDims(by_block, tuple(content["blocks"]), dict(content["model"]))
-            mask = cls(**content["wemask"], fixed=fixed)
-        except OSError as error:
-            raise MelensError(f"There is no mask file {path}.") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise MelensError(f"{path} is not a mask that melens saved.") from error
-        if "gain_sketches" not in fixed.model:
-            raise MelensError(
-                f"{path} is from an earlier melens, whose files do not tell a model from one with shuffled weights: "
-                "call mask.on(model) and save it again."
-            )
-        return mask
+            return cls(**content["wemask"], fixed=fixed)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise no_mask(folder) from error

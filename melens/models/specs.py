@@ -25,7 +25,12 @@ Quantize = Literal["8bit", "4bit"]
 """What bitsandbytes makes of a plain checkpoint's linear layers: LLM.int8() (Dettmers et al. 2022), or NormalFloat in
 blocks of 64 (QLoRA, Dettmers et al. 2023), computed in the dtype of the rest."""
 DeviceMap = Annotated[str | dict[str, Any] | None, Said("auto, balanced, a device map or null")]
-MaxMemory = Annotated[dict[int | str, Any] | None, Said("like {0: 40GB, cpu: 90GB}, or null")]
+_Place = Annotated[int, Field(strict=True, ge=0)] | Annotated[str, Field(pattern=r"^(\d+|cpu|disk)$")]
+_Size = Annotated[int, Field(strict=True, ge=0)] | Annotated[str, Field(pattern=r"(?i)^\d+(\.\d+)? ?[kmg]i?b$")]
+MaxMemory = Annotated[
+    Annotated[dict[_Place, _Size], Field(min_length=1)] | None,
+    Said("like {0: 40GB, cpu: 90GB}, or null"),
+]
 
 
 @dataclass(frozen=True)

@@ -8,24 +8,22 @@
 from __future__ import annotations
 
 import bisect
-import difflib
 import hashlib
 import json
 import logging
-import os
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
-from melens.data.reading import Row, file_rows, names_file
+from melens.data.reading import Row, file_rows
 from melens.data.texts import hub_dataset
 from melens.errors import MelensError
+from melens.training.datasets import OWN_FILE, file_of
 from melens.training.recipe import known_datasets
 
 __all__ = ["TrainingData", "format_rows", "hash_rows", "load_training_data"]
@@ -84,10 +82,7 @@ def load_training_data(
     if name == "sums":
         return TrainingData(name, _sums(limit or 10_000, seed, method))
     preset = known_datasets().get(name, {})
-    if preset and method not in preset["methods"]:
-        able = [other for other, its in known_datasets().items() if method in its["methods"]]
-        raise MelensError(f"training.dataset={name} has no rows for {method}. Use {', '.join(able)}, or your own.")
-    source = _source(name, preset, data_dir, split)
+    source = _source(name, method, data_dir, split)
     if isinstance(source, Dataset):
         names, of_preset = source.column_names, preset.get("columns", {})
     else:
@@ -124,29 +119,14 @@ def _sums(n_rows: int, seed: int, method: str) -> Dataset:
     return Dataset.from_list(rows).select_columns([role for role in _ROLES if role in _NEEDED[method][0]])
 
 
-def _source(name: str, preset: Mapping[str, Any], data_dir: str | None, split: str) -> Dataset | list[Row]:
-    """Read a preset, which is empty for any other name, from its file or the hub; else a file, or a hub dataset."""
-    if preset:
-        if data_dir is not None:
-            return file_rows(Path(os.path.expanduser(data_dir), preset["file"]))
-        place = f"{preset['hub']}:{preset.get('subset', '')}"
-        folder = f"set training.data_dir to a folder with {preset['file']}"
-        return hub_dataset(place, split, f"give {_OWN_FILE}, or {folder}")
-    known = sorted(known_datasets())
-    if data_dir is not None:
-        raise MelensError(f"training.data_dir is for the datasets {', '.join(known)}. Leave it out for {name}.")
-    if names_file(name):
-        return file_rows(Path(os.path.expanduser(name)))
-    if "/" not in name:
-        close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
-        raise MelensError(
-            f"There is no dataset {name!r}; the nearest known are {', '.join(close)}. You can also give a hub id "
-            f"(org/name) or {_OWN_FILE}."
-        )
-    return hub_dataset(name, split, f"give {_OWN_FILE}")
-
-
-_OWN_FILE = "a .jsonl, .json or .csv file"
+def _source(name: str, method: str, data_dir: str | None, split: str) -> Dataset | list[Row]:
+    """Read a dataset from its file or the hub."""
+    if (path := file_of(name, method, data_dir)) is not None:
+        return file_rows(path)
+    if (preset := known_datasets().get(name)) is None:
+        return hub_dataset(name, split, f"give {OWN_FILE}")
+    folder = f"set training.data_dir to a folder with {preset['file']}"
+    return hub_dataset(f"{preset['hub']}:{preset.get('subset', '')}", split, f"give {OWN_FILE}, or {folder}")
 
 
 def _dataset(rows: Sequence[Row], roles: Mapping[str, str]) -> Dataset:

@@ -6,7 +6,13 @@ from dataclasses import dataclass, field, replace
 
 from melens.training.recipe import Recipe
 
-__all__ = ["TrainingPlan"]
+__all__ = ["QUANTIZED", "SPREAD", "TrainingPlan"]
+
+SPREAD = (
+    "A model that model.device_map or model.max_memory spreads over devices cannot be trained. Leave them out, or "
+    "shard it over GPUs: accelerate launch --config_file conf/training/accelerate/fsdp2.yaml experiments/run.py ..."
+)
+QUANTIZED = "A quantised model cannot be trained, because its weights cannot change. Load it without model.quantize."
 
 
 @dataclass(frozen=True)

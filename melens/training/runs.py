@@ -37,18 +37,12 @@ from melens.storage.cache import Store, store_for, tokenizer_fingerprint
 from melens.training.data import TrainingData, format_rows, hash_rows, load_training_data
 from melens.training.history import TrainingHistory, draw_histories
 from melens.training.inspection import Inspector
-from melens.training.plan import TrainingPlan
+from melens.training.plan import QUANTIZED, SPREAD, TrainingPlan
 from melens.training.rewards import check_answers
 from melens.training.saving import save_trained
 from melens.training.trainers import TrainingStats, check_trainer, train
 
 __all__ = ["TrainedModel", "TrainingMetrics", "check_plan", "train_model", "training", "training_store"]
-
-SPREAD = (
-    "A model that model.device_map or model.max_memory spreads over devices cannot be trained. Leave them out, or "
-    "shard it over GPUs: accelerate launch --config_file conf/training/accelerate/fsdp2.yaml experiments/run.py ..."
-)
-QUANTIZED = "A quantised model cannot be trained, because its weights cannot change. Load it without model.quantize."
 
 
 @dataclass(frozen=True)

@@ -135,8 +135,8 @@ def test_what_exceeds_max_memory_stays_on_disk(folder):
 @pytest.mark.parametrize(
     ("max_memory", "message"),
     [
-        ({"cpu": "much"}, "give bytes, or a size as 40GB"),
-        ({"gpu": "1GB"}, "allowed are GPU numbers, cpu and disk"),
+        ({"cpu": "much"}, "it must be like {0: 40GB, cpu: 90GB}, or null"),
+        ({"gpu": "1GB"}, "it must be like {0: 40GB, cpu: 90GB}, or null"),
         ({99: "1GB"}, "names GPU 99, but this machine has"),
     ],
 )
