@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from experiments.runner.declaration import Experiment, ExperimentOptions
 from melens.validation.types import Flag
@@ -12,11 +12,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from experiments.options.benchmark import BenchmarkRequest
-    from experiments.options.schema import Options
+    from experiments.options.schema import MaskOptions, Options
     from experiments.runner.study import Run
     from melens.benchmarks.catalog import Benchmark
     from melens.benchmarks.evaluation import MaskConfiguration
     from melens.benchmarks.language import LanguageData
+    from melens.models.loading import PlannedModel
     from melens.report.result import Result
 
 __all__ = ["EXPERIMENTS", "check_request", "data_for"]
@@ -34,25 +35,29 @@ def _request(cfg: Options) -> BenchmarkRequest:
     return benchmark_request(cfg)
 
 
-def prepare(cfg: Options, folder: Path) -> BenchmarkRequest:
-    """Check the request before the model is loaded, which takes longer."""
+def _masks(cfg: Options) -> dict[str, MaskOptions]:
     request: BenchmarkRequest = cfg.requests["benchmark"]
-    check_request(request, cfg)
+    layers = {} if request.layers == "auto" else {"layers": request.layers}  # auto differs by benchmark
+    return {preset.name: preset.options.model_copy(update=layers) for preset in request.masks}
+
+
+def prepare(cfg: Options, folder: Path, planned: PlannedModel) -> BenchmarkRequest:
+    """Check the request before the weights are read, which takes longer."""
+    request: BenchmarkRequest = cfg.requests["benchmark"]
+    check_request(request, cfg, planned)
     return request
 
 
-def check_request(request: BenchmarkRequest, cfg: Options) -> None:
-    """Load the definitions and the data of all benchmarks that have some, and try the chat template on them.
+def check_request(request: BenchmarkRequest, cfg: Options, planned: PlannedModel) -> None:
+    """Load the definitions and the data of all benchmarks, and try them on the model's tokenizer and context.
 
     Raises:
-        MelensError: as `check_tasks`.
+        MelensError: as `check_tasks` and `language_data`.
     """
     from melens.benchmarks.evaluation import check_tasks
-    from melens.models.loading import load_tokenizer
 
-    uses_chat = any(map(request.options.in_chat, request.benchmarks))
-    tokenizer = load_tokenizer(**cfg.model.model_dump(exclude_unset=True)) if uses_chat else None
-    check_tasks(request.benchmarks, request.options, tokenizer)
+    data_for(cfg, request.benchmarks, planned)
+    check_tasks(request.benchmarks, request.options, planned.tokenizer)
 
 
 def run(run: Run, options: ReportedOptions) -> Result:
@@ -64,7 +69,7 @@ def run(run: Run, options: ReportedOptions) -> Result:
         run,
         {each.name: _configurations(run, request, each) for each in request.benchmarks},
         request.options,
-        data=data_for(run, request.benchmarks),
+        data=data_for(run.cfg, request.benchmarks, run.model),
         masked_blocks=request.masked_blocks,
         table=request.table,
         left_out=request.left_out,
@@ -72,15 +77,18 @@ def run(run: Run, options: ReportedOptions) -> Result:
     )
 
 
-def data_for(run: Run, benchmarks: Sequence[Benchmark]) -> LanguageData | None:
-    """Tokenise the text of the node `data`, if a benchmark is made of it."""
+def data_for(cfg: Options, benchmarks: Sequence[Benchmark], model: Any) -> LanguageData | None:
+    """Tokenise the text of the node `data` for a model, or its plan, if a benchmark is made of it."""
+    from experiments.runner.texts import text_of
     from melens.benchmarks.language import Needle, language_data
 
-    if all(benchmark.config is not None for benchmark in benchmarks):
+    made_here = [benchmark.name for benchmark in benchmarks if benchmark.config is None]
+    if not made_here:
         return None
-    data, needle = run.cfg.data, Needle(**run.cfg.benchmark.needle.model_dump())
-    size, bos = {"n_texts": data.n_texts, "n_tokens": data.n_tokens}, run.cfg.prompts.bos
-    return language_data(run.model, run.text, **size, bos=bos, seed=run.seed, needle=needle)
+    needle = Needle(**cfg.benchmark.needle.model_dump()) if "needle" in made_here else None
+    size = {"n_texts": cfg.data.n_texts, "n_tokens": cfg.data.n_tokens}
+    text = text_of(cfg, model.tokenizer)
+    return language_data(model, text, **size, bos=cfg.prompts.bos, seed=cfg.seed, needle=needle)
 
 
 def _configurations(run: Run, request: BenchmarkRequest, benchmark: Benchmark) -> list[MaskConfiguration]:
@@ -112,7 +120,7 @@ EXPERIMENTS = (
         run,
         nodes=("wemask", "benchmark", "data"),
         request=_request,
-        masks=lambda cfg: {preset.name: preset.options for preset in cfg.requests["benchmark"].masks},
+        masks=_masks,
         prepare=prepare,
     ),
 )

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from experiments.options.schema import Options
     from experiments.options.table import TableRequest
     from experiments.runner.study import Run
+    from melens.models.loading import PlannedModel
     from melens.report.result import Result
 
 __all__ = ["EXPERIMENTS"]
@@ -39,7 +40,7 @@ def _request(cfg: Options) -> TableRequest:
     return table_request(cfg)
 
 
-def prepare(cfg: Options, folder: Path) -> TableRequest:
+def prepare(cfg: Options, folder: Path, planned: PlannedModel) -> TableRequest:
     """Load all data before the model, and estimate the memory.
 
     Raises:
@@ -66,8 +67,8 @@ def prepare(cfg: Options, folder: Path) -> TableRequest:
         )
     sets = []
     for own in request.sets:
-        check_request(own.benchmarks, own.options)
-        sets.append(replace(own, training=prepare_training(own.options, own.training)))
+        check_request(own.benchmarks, own.options, planned)
+        sets.append(replace(own, training=prepare_training(own.options, own.training, planned.tokenizer)))
     return replace(request, sets=tuple(sets))
 
 
@@ -100,7 +101,7 @@ EXPERIMENTS = (
         request=_request,
         masks=lambda cfg: {"paper": cfg.wemask.model_copy(update={"rate": list(cfg.requests["tables"].rates)})},
         prepare=prepare,
-        model_options=lambda cfg, request: model_options(cfg, request.sets[0].training.plan),
+        model_options=lambda cfg: model_options(cfg, cfg.requests["tables"].sets[0].training.plan),
         in_all=False,
     ),
 )

@@ -27,11 +27,14 @@ class TrainingOptions(ExperimentOptions):
     name: Literal["sft", "dpo", "grpo"]
 
 
-def prepare_training(cfg: Options, request: TrainingRequest, folder: Path | None = None) -> TrainingRequest:
+def prepare_training(
+    cfg: Options, request: TrainingRequest, tokenizer: Any, folder: Path | None = None
+) -> TrainingRequest:
     """Choose the precision, load the rows and estimate the memory, before the model, which takes longer.
 
     Args:
         cfg, request: of the run.
+        tokenizer: of the model.
         folder: of the run, if it trains one model.
 
     Raises:
@@ -41,22 +44,17 @@ def prepare_training(cfg: Options, request: TrainingRequest, folder: Path | None
     from accelerate import PartialState
     from datasets import disable_progress_bars
 
-    from melens.errors import MelensError
-    from melens.models.loading import check_memory, load_tokenizer
-    from melens.training.runs import QUANTIZED, SPREAD, check_plan
+    from melens.models.loading import check_memory
+    from melens.training.runs import check_plan
     from melens.training.trainers import check_folder
 
-    if cfg.model.device_map is not None or cfg.model.max_memory is not None:
-        raise MelensError(SPREAD)
-    if cfg.model.quantize is not None:
-        raise MelensError(QUANTIZED)
     disable_progress_bars()
     plan = request.plan.on_device(gpu=torch.cuda.is_available())
     if folder is not None:
         planned = {"recipe": asdict(plan.recipe)}
         check_folder((request.resume or folder) / "checkpoints", planned, resume=request.resume is not None)
     options = model_options(cfg, plan)
-    check_plan(plan, load_tokenizer(**options))
+    check_plan(plan, tokenizer)
     processes = PartialState()
     is_sharded = str(processes.distributed_type).endswith("FSDP")
     per_weight = plan.recipe.bytes_per_weight / (processes.num_processes if is_sharded else 1)
@@ -107,8 +105,8 @@ def _experiment(method: str) -> Experiment:
         nodes=("wemask", "training"),
         request=request_of,
         masks=masks,
-        prepare=lambda cfg, folder: prepare_training(cfg, cfg.requests[method], folder),
-        model_options=lambda cfg, request: model_options(cfg, request.plan),
+        prepare=lambda cfg, folder, planned: prepare_training(cfg, cfg.requests[method], planned.tokenizer, folder),
+        model_options=lambda cfg: model_options(cfg, cfg.requests[method].plan),
         in_all=False,
         trains=True,
         merge=merge,

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from experiments.runner.declaration import AtLeast2, Experiment, ExperimentOptions
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from experiments.options.schema import MaskOptions, Options
     from experiments.runner.jobs import Job
     from experiments.runner.study import Run
+    from melens.models.loading import PlannedModel
     from melens.report.result import Result
 
 __all__ = ["EXPERIMENTS", "chosen_mask", "merge"]
@@ -31,12 +33,21 @@ class WemaskOptions(ExperimentOptions):
     keep: Flag
 
 
+def _prepare(cfg: Options, folder: Path, planned: PlannedModel) -> None:
+    """Try the texts on the model's tokenizer and context."""
+    from experiments.runner.texts import texts_of
+
+    texts_of(cfg, planned)
+
+
 def _run(run: Run, options: WemaskOptions) -> Result:
     from experiments.runner.masks import masks_of
+    from experiments.runner.texts import texts_of
     from melens.analysis import mask_grid
 
     masks = [mask for mask in masks_of(run.cfg.wemask, run.me, run.model) if mask is not None]
-    return mask_grid(run, masks, run.texts, text=run.cfg.data.text or "pydoc_data.topics", **options.own)
+    texts, text = texts_of(run.cfg, run.model), run.cfg.data.text or "pydoc_data.topics"
+    return mask_grid(run, masks, texts, text=text, **options.own)
 
 
 def chosen_mask(cfg: Options) -> dict[str, MaskOptions]:
@@ -113,4 +124,14 @@ def _merged(jobs: Sequence[Job], model: dict[str, Any]) -> Result:
     return compare_grid(grid, model, MaskGridMetrics(**shared))
 
 
-EXPERIMENTS = (Experiment("wemask", WemaskOptions, _run, nodes=("wemask", "data"), masks=chosen_mask, merge=merge),)
+EXPERIMENTS = (
+    Experiment(
+        "wemask",
+        WemaskOptions,
+        _run,
+        nodes=("wemask", "data"),
+        masks=chosen_mask,
+        prepare=_prepare,
+        merge=merge,
+    ),
+)

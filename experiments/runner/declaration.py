@@ -28,10 +28,11 @@ if TYPE_CHECKING:
     from experiments.options.schema import MaskOptions, Options
     from experiments.runner.jobs import Job
     from experiments.runner.study import Run
+    from melens.models.loading import PlannedModel
     from melens.report.result import Result
     from melens.tracing.probes import Probe
 
-__all__ = ["AtLeast2", "Experiment", "ExperimentOptions", "Node", "of_analysis"]
+__all__ = ["AnalysisOptions", "AtLeast2", "Experiment", "ExperimentOptions", "Node", "of_analysis"]
 
 AtLeast2 = Annotated[int, Field(strict=True, ge=2), Said("a whole number of at least 2")]
 
@@ -98,8 +99,8 @@ class Experiment:
     nodes: tuple[str, ...] = ()
     request: Callable[[Options], Any] | None = None
     masks: Callable[[Options], dict[str, MaskOptions]] | None = None
-    prepare: Callable[[Options, Path], Any] | None = None
-    model_options: Callable[[Options, Any], dict[str, Any]] | None = None
+    prepare: Callable[[Options, Path, PlannedModel], Any] | None = None
+    model_options: Callable[[Options], dict[str, Any]] | None = None
     in_all: bool = True
     can_resume: bool = True
     trains: bool = False

@@ -1,8 +1,8 @@
 """One job: a model, its prompts, the experiments that are asked for, and what they write.
 
-1. Each experiment's `prepare` checks and loads what it can before the model, which takes longer.
-2. The prompts are checked against the config and the tokenizer; then the weights are loaded, and `begin_study` traces
-   the prompts once for all experiments.
+1. The model is planned from its config and tokenizer. The prompts, the masks and what each experiment's `prepare`
+   checks are held against the plan: a run that is refused here leaves nothing behind.
+2. The weights are loaded, and `begin_study` traces the prompts once for all experiments.
 3. Each experiment runs on that study; its result is judged and written as it ends.
 4. The terminal shows findings, verdicts and paths.
 
@@ -18,6 +18,7 @@ import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -28,12 +29,14 @@ from experiments.runner.locks import locked_folder
 from experiments.runner.masks import check_masks
 from experiments.runner.processes import is_first_process, shared_folder
 from experiments.runner.progress import show_stages
+from experiments.runner.refusals import nothing_left_if_refused
 from experiments.runner.registry import EXPERIMENTS
 from experiments.runner.study import begin_study, run_experiments
 from experiments.runner.writing import finish, note_if_stopped, write_part
 from melens import load_prompts
-from melens.data.prompts import choose_prompts
-from melens.models.loading import plan_model
+from melens.analysis.study import Stage
+from melens.data.prompts import TokenizedPrompts, choose_prompts
+from melens.models.loading import PlannedModel, plan_model
 from melens.report.record import Record
 from melens.report.terminal import show_claims, show_findings, show_paths
 
@@ -54,25 +57,20 @@ def run_job(cfg: Options, folder: Path) -> list[str]:
     for name, mask in masks.items():
         console.print(f"mask {name}: {mask_in_words(mask)}", markup=False, highlight=False)
     with sigterm_interrupts(), lock_resumed(cfg), show_stages(console) as stage:
-        prepares = {name: prepare for name in cfg.experiments if (prepare := EXPERIMENTS[name].prepare) is not None}
-        loaded = stage("loading data") if prepares else None
-        prepared = {name: prepare(cfg, folder) for name, prepare in prepares.items()}
-        if loaded is not None:
-            loaded(1, 1)
-        for name, request in prepared.items():
-            if (loaded_with := EXPERIMENTS[name].model_options) is not None:
-                config["model"] = loaded_with(cfg, request)
+        with nothing_left_if_refused(folder):
+            for name in cfg.experiments:
+                if (loaded_with := EXPERIMENTS[name].model_options) is not None:
+                    config["model"] = loaded_with(cfg)
+            planned = plan_model(**config["model"])
+            chosen = _chosen_prompts(planned, cfg)
+            if len(cfg.experiments) == 1:  # of several one may fail
+                for mask in masks.values():
+                    check_masks(mask, planned)
+            prepared = _prepare(cfg, folder, planned, stage)
         record = Record(folder, config=config, experiments=list(cfg.experiments), images=cfg.figures, began=began)
-        prompts = load_prompts(cfg.prompts.file, cfg.prompts.tasks)
-        bos, max_tokens, are_own = cfg.prompts.bos, cfg.prompts.max_tokens, cfg.prompts.file is None
         loaded = stage(f"loading {cfg.model.name}")
-        planned = plan_model(**config["model"])
-        chosen = choose_prompts(planned, prompts, bos=bos, max_tokens=max_tokens, are_own=are_own, seed=cfg.seed)
         model = planned.load()
         loaded(1, 1)
-        if len(cfg.experiments) == 1:  # of several one may fail
-            for mask in masks.values():
-                check_masks(mask, model)
         with note_if_stopped(record, cfg):
             for part in run_experiments(begin_study(model, chosen, cfg, stage, folder, prepared)):
                 write_part(record, part, cfg)
@@ -86,6 +84,23 @@ def run_job(cfg: Options, folder: Path) -> list[str]:
     if before := [part.experiment for part in record.parts if part.metrics.measured_before]:
         console.print(f"Measured before, and kept: {', '.join(before)} (exp.keep=false measures anew).")
     return [part.experiment for part in record.parts if part.metrics.failed]
+
+
+def _chosen_prompts(planned: PlannedModel, cfg: Options) -> TokenizedPrompts:
+    prompts = load_prompts(cfg.prompts.file, cfg.prompts.tasks)
+    bos, max_tokens, are_own = cfg.prompts.bos, cfg.prompts.max_tokens, cfg.prompts.file is None
+    return choose_prompts(planned, prompts, bos=bos, max_tokens=max_tokens, are_own=are_own, seed=cfg.seed)
+
+
+def _prepare(cfg: Options, folder: Path, planned: PlannedModel, stage: Stage) -> dict[str, Any]:
+    """Return what each experiment that has a `prepare` prepares."""
+    prepares = {name: prepare for name in cfg.experiments if (prepare := EXPERIMENTS[name].prepare) is not None}
+    if not prepares:
+        return {}
+    loaded = stage("loading data")
+    prepared = {name: prepare(cfg, folder, planned) for name, prepare in prepares.items()}
+    loaded(1, 1)
+    return prepared
 
 
 def lock_resumed(cfg: Options) -> AbstractContextManager[None]:

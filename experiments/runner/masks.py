@@ -11,6 +11,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from experiments.options.schema import MaskOptions, as_list
 from melens import Emergence, MelensError, WeMask
 from melens.masks.dims import FixedDims, count_dims
+from melens.models.loading import PlannedModel
 from melens.models.view import ModelView, view_model
 
 __all__ = ["check_masks", "masks_of", "on_blocks", "only_mask_of"]
@@ -19,20 +20,21 @@ _BY_RATE = ("weight", "weight_low", "random", "magnitude")
 """Selections that differ below rate 1 alone."""
 
 
-def check_masks(options: MaskOptions, model: TransformerBridge) -> None:
-    """Refuse a rate or a block that no ME layer would make right, before the prompts are traced for one.
+def check_masks(options: MaskOptions, planned: PlannedModel) -> None:
+    """Refuse a rate, a block or a file that no weights and no ME layer would make right.
 
     Raises:
         MelensError: a mask that this model cannot have.
     """
-    view = view_model(model)
+    view = view_model(planned.network)
     for arguments in _combinations(options, view):
-        if not arguments["rate"] or arguments["select"] == "saved":
-            continue
-        if arguments["select"] != "massive":
-            count_dims(arguments["rate"], view.d_model)
-        if not isinstance(arguments["start"], str):
-            WeMask(**arguments).blocks(model)
+        if arguments["select"] == "saved":
+            on_blocks(WeMask.load(planned.name), arguments["layers"])
+        elif arguments["rate"]:
+            if arguments["select"] != "massive":
+                count_dims(arguments["rate"], view.d_model)
+            if isinstance(arguments["layers"], list) or not isinstance(arguments["start"], str):
+                WeMask(**arguments).blocks(planned.network)
 
 
 def masks_of(options: MaskOptions, me: Emergence, model: TransformerBridge) -> list[WeMask | None]:

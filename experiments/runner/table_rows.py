@@ -85,7 +85,8 @@ class TableRows:
         mask, masked = ("off", {}) if rate is None else ("paper", {"wemask": {"rate": rate}})
         cfg = self._set.options.changed(training={"seed": [seed], "mask": mask, "gate": gate}, **masked)
         _free_memory()
-        request = prepare_training(cfg, training_request(cfg, self._request.method, dataset=self._set.dataset))
+        request = training_request(cfg, self._request.method, dataset=self._set.dataset)
+        request = prepare_training(cfg, request, self._run.model.tokenizer)
         store = training_store(self._run, request.plan, mask_for(self._run, request))
         kept = partial(store.load_table, "training_log")  # it is written last
         if kept() is None:
@@ -120,7 +121,7 @@ class TableRows:
     def _scored(self, run: Run, rows: Sequence[_Row], seed: int) -> pd.DataFrame:
         """Score a model row by row; `training` is the seed, `kind` that of the row."""
         request = self._set.benchmarks
-        data = data_for(run, request.benchmarks)
+        data = data_for(run.cfg, request.benchmarks, run.model)
         evaluator = Evaluator(run, request.benchmarks, request.options, data, keep=run.cfg.exp.is_kept)
         self.chat = evaluator.chat
         found = []

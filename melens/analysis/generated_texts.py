@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, Literal
@@ -39,7 +39,7 @@ from melens.report.page import render
 from melens.report.result import Metrics, Result
 from melens.validation.arguments import BosOrNot
 
-__all__ = ["Decoding", "GenerateMetrics", "generate", "make_chat"]
+__all__ = ["Decoding", "GenerateMetrics", "check_prompts", "generate", "make_chat"]
 
 N_PROMPTS = 4  # where the user gives none
 
@@ -119,10 +119,8 @@ def generate(
     Raises:
         MelensError: no tokenizer, no chat template, no room for so many tokens, or logits that are NaN.
     """
-    if study.model.tokenizer is None:
-        raise MelensError("This model has no tokenizer, so it cannot write a text.")
+    template = check_prompts(study.model, prompt, max_new_tokens, chat=chat, thinking=thinking, bos=bos)
     mask = mask if mask.fixed is not None else mask.at(study.me).on(study.model)
-    template = make_chat(study.model.tokenizer, thinking) if chat else None
     prompts = _prompts(study, prompt, template, bos, max_new_tokens)
     checks = [verify_generation(study.model), verify_generation(study.model, mask)]
     if any(math.isnan(check.error) for check in checks):
@@ -163,6 +161,30 @@ def generate(
     return Result("generate", study.trace.model, metrics, tables, findings=findings, documents={"generate.html": page})
 
 
+def check_prompts(
+    model: Any,
+    prompt: str | Sequence[str] | None,
+    max_new_tokens: int,
+    *,
+    chat: bool = False,
+    thinking: bool | Literal["auto"] = "auto",
+    bos: BosOrNot = "auto",
+) -> Chat | None:
+    """Try what `generate` is given on a model, or on its plan, whose weights are not read yet.
+
+    Returns:
+        How the chat template is used, None where it is not.
+
+    Raises:
+        MelensError: no tokenizer, no chat template, or no room for the user's prompts and so many tokens.
+    """
+    if model.tokenizer is None:
+        raise MelensError("This model has no tokenizer, so it cannot write a text.")
+    template = make_chat(model.tokenizer, thinking) if chat else None
+    _check_room([2] if prompt is None else map(len, _ids_of(model, prompt, template, bos)), max_new_tokens, model)
+    return template
+
+
 def make_chat(tokenizer: Any, thinking: bool | Literal["auto"] = "auto") -> Chat:
     """Find how a tokenizer's chat template puts a text, and whether the model is to think.
 
@@ -198,22 +220,31 @@ def _prompts(
         in_turn = by_length.assign(turn=turn).sort_values("turn", kind="stable")
         ids = [study.tokens[row].tolist() for row in in_turn["prompt"][:N_PROMPTS]]
         texts = [_decode(tokenizer, of_prompt, skip_special_tokens=chat is not None) for of_prompt in ids]
+        if chat is not None:
+            ids = _ids_of(study.model, texts, chat, bos)
     else:
-        texts, ids = [prompt] if isinstance(prompt, str) else list(prompt), []
-    if chat is not None:
-        ids = [prompt_ids(tokenizer, [{"role": "user", "content": text}], chat) for text in texts]
-    elif not ids:
-        ids = tokenize(study.model, [Prompt(text, id=f"{text!r} of generate.prompt") for text in texts], bos=bos)
-    room = study.model.cfg.n_ctx - max(map(len, ids))
-    if max_new_tokens > room:
-        raise MelensError(
-            f"generate.max_new_tokens is {max_new_tokens}, but the longest prompt leaves {max(0, room)} tokens of the "
-            f"model's context of {study.model.cfg.n_ctx:,}. Lower it, or shorten the prompt."
-        )
+        texts, ids = [prompt] if isinstance(prompt, str) else list(prompt), _ids_of(study.model, prompt, chat, bos)
+    _check_room(map(len, ids), max_new_tokens, study.model)
     return [
         Given(number, text, of_prompt, _decode(tokenizer, of_prompt) if chat is not None else None)
         for number, (text, of_prompt) in enumerate(zip(texts, ids, strict=True))
     ]
+
+
+def _ids_of(model: Any, prompt: str | Sequence[str], chat: Chat | None, bos: BosOrNot) -> list[list[int]]:
+    texts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if chat is not None:
+        return [prompt_ids(model.tokenizer, [{"role": "user", "content": text}], chat) for text in texts]
+    return tokenize(model, [Prompt(text, id=f"{text!r} of generate.prompt") for text in texts], bos=bos)
+
+
+def _check_room(lengths: Iterable[int], max_new_tokens: int, model: Any) -> None:
+    room = model.cfg.n_ctx - max(lengths)
+    if max_new_tokens > room:
+        raise MelensError(
+            f"generate.max_new_tokens is {max_new_tokens}, but the longest prompt leaves {max(0, room)} tokens of the "
+            f"model's context of {model.cfg.n_ctx:,}. Lower it, or shorten the prompt."
+        )
 
 
 # --- Both texts -------------------------------------------------------------------------------------------------------

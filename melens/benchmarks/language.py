@@ -93,13 +93,19 @@ def language_data(
         model: a bridge; without a tokenizer the pieces are random tokens.
         text: a long one, such as `melens.data.texts.read_text()` returns.
         n_texts, n_tokens, bos, seed: as for `cut_texts`.
-        needle: where facts are hidden.
+        needle: where facts are hidden, if they are.
 
     Raises:
-        MelensError: as `cut_texts`.
+        MelensError: as `cut_texts`; a needle that needs a longer text, a longer context, or a tokenizer.
     """
     tokenizer = model.tokenizer
     ids = [] if tokenizer is None else tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if needle is not None:
+        _check_needle(needle, tokenizer, len(ids))
+        if (longest := max(needle.lengths)) > model.cfg.n_ctx:
+            raise MelensError(
+                f"benchmark.needle.lengths has {longest:,}; lower it to the model's context of {model.cfg.n_ctx:,}."
+            )
     texts = cut_texts(model, ids, n_texts=n_texts, n_tokens=n_tokens, bos=bos, seed=seed)
     return LanguageData(texts, ids, bos_prefix(tokenizer, bos), seed, needle or Needle())
 
@@ -138,13 +144,7 @@ def make_questions(
 
 def _needles(benchmark: Benchmark, tokenizer: Any, data: LanguageData, limit: int | None) -> Questions:
     needle, long_text, bos = data.needle, data.long_text, data.bos
-    if tokenizer is None:
-        raise MelensError("The benchmark needle needs a tokenizer, and this model has none.")
-    if max(needle.lengths) > len(long_text):
-        raise MelensError(
-            f"The text has {len(long_text)} tokens, but the needle needs {max(needle.lengths)}. Give a longer text "
-            "with data.text, or lower benchmark.needle.lengths."
-        )
+    _check_needle(needle, tokenizer, len(long_text))
     generator = torch.Generator().manual_seed(data.seed)
     places = [(length, depth) for length in needle.lengths for depth in needle.depths]
     per_place = max(1, N_SEQUENCES // len(places))
@@ -164,6 +164,16 @@ def _needles(benchmark: Benchmark, tokenizer: Any, data: LanguageData, limit: in
             items.append(f"{length} tokens, depth {depth:g}, {repeat}")
     kept = range(len(items)) if limit is None else torch.linspace(0, len(items) - 1, limit).round().int().tolist()
     return Questions(benchmark, [requests[at] for at in kept], [items[at] for at in kept])
+
+
+def _check_needle(needle: Needle, tokenizer: Any, n_tokens: int) -> None:
+    if tokenizer is None:
+        raise MelensError("The benchmark needle needs a tokenizer, and this model has none.")
+    if max(needle.lengths) > n_tokens:
+        raise MelensError(
+            f"The text has {n_tokens} tokens, but the needle needs {max(needle.lengths)}. Give a longer text "
+            "with data.text, or lower benchmark.needle.lengths."
+        )
 
 
 def score_questions(scorer: Scorer, questions: Questions, progress: Any = None) -> pd.DataFrame:

@@ -90,12 +90,16 @@ class PlannedModel(Brief):
     """A model that is checked and not loaded yet: prompts can be tokenized for it before its weights are read.
 
     Attributes:
+        name: as it was asked for.
         cfg: the bridge's config, with `n_ctx` and `d_vocab`.
+        network: the transformers model on the meta device, with shapes and no values.
         tokenizer: its own, or None.
         load: read the weights, as `load_model` does.
     """
 
+    name: str
     cfg: Any
+    network: Any
     tokenizer: Any
     load: Callable[[], TransformerBridge]
 
@@ -143,7 +147,7 @@ def plan_model(name: Any, **overrides: Any) -> PlannedModel:
         _report_quantization(network, spec.name, settings)
         return bridge.eval()
 
-    return PlannedModel(cfg, tokenizer, load)
+    return PlannedModel(spec.name, cfg, skeleton.network, tokenizer, load)
 
 
 def check_memory(name: Any, bytes_per_weight: float | int, purpose: str, **overrides: Any) -> None:
@@ -278,7 +282,7 @@ def _plan_random(spec: ModelSpec, device: torch.device) -> PlannedModel:
         _attach_tokenizer(bridge, tokenizer)
         return bridge
 
-    return PlannedModel(cfg, tokenizer, load)
+    return PlannedModel(spec.name, cfg, skeleton.network, tokenizer, load)
 
 
 def _byte_tokenizer(spec: ModelSpec, config: PreTrainedConfig) -> Any:

@@ -12,6 +12,7 @@ import melens
 from experiments.options import compose_options
 from experiments.runner.job import run_job
 from experiments.runner.study import begin_study, run_experiments
+from melens import MelensError
 from melens.analysis import ffn_concentration
 from melens.claims.paper import CLAIMS
 from melens.tracing import verification
@@ -217,13 +218,22 @@ def test_what_was_checked_is_shown_by_site_and_block_and_written_with_every_resu
 
 
 @pytest.mark.parametrize(
-    ("option", "sentence"),
+    ("overrides", "message"),
     [
-        ("wemask.start=99", "The model has no block 99 to mask"),
-        ("wemask.rate=0.001", "Rate 0.001 selects 0 of 128 dims"),
+        (["exp=generate", "generate.prompt=a"], "Prompt 'a' of generate.prompt has 1 token"),
+        (["exp=generate", "generate.max_new_tokens=5000"], "generate.max_new_tokens is 5000, but the longest prompt"),
+        (["exp=wemask", "wemask.layers=[99]"], "The model has no block 99 to mask: its blocks are 0 to 5."),
+        (["exp=wemask", "wemask.start=6"], "The model has no block 6 to mask: its blocks are 0 to 5."),
+        (["exp=wemask", "wemask.rate=0.001"], "Rate 0.001 selects 0 of 128 dims"),
+        (["exp=wemask", "data.n_tokens=5000"], "data.n_tokens is 5,000; lower it to the model's context of 4,096."),
+        (["exp=benchmark", "benchmark.layers=[99]"], "The model has no block 99 to mask: its blocks are 0 to 5."),
+        (["exp=benchmark", "benchmark.needle.lengths=[5000]"], "benchmark.needle.lengths has 5,000; lower it to"),
+        (["exp=benchmark", "model.tokenizer=null"], "The benchmark needle needs a tokenizer"),
     ],
-)
-def test_a_mask_that_the_model_cannot_have_is_refused_before_it_is_traced(monkeypatch, tmp_path, option, sentence):
-    monkeypatch.setattr("experiments.runner.job.choose_prompts", lambda *args, **options: pytest.fail("went on"))
-    with pytest.raises(melens.MelensError, match=sentence):
-        run_job(compose_options("model=random", "exp=wemask", option), tmp_path)
+)  # fmt: skip
+def test_what_does_not_fit_the_model_is_told_before_its_weights_are_read(monkeypatch, tmp_path, overrides, message):
+    monkeypatch.setattr("melens.models.loading.bridge_around", pytest.fail)
+    options = compose_options("model=random", "model.tokenizer=bytes", "prompts=short", *overrides)
+    with pytest.raises(MelensError, match=re.escape(message)):
+        run_job(options, tmp_path)
+    assert not any(tmp_path.iterdir())

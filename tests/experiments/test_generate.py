@@ -245,7 +245,7 @@ def test_the_chat_template_is_told_whether_to_think(thinking, ending, told):
     ],
 )
 def test_thinking_without_a_switch_is_told_before_the_model_is_loaded(tmp_path, monkeypatch, overrides, message):
-    monkeypatch.setattr("experiments.runner.job.plan_model", pytest.fail)
+    monkeypatch.setattr("melens.models.loading.bridge_around", pytest.fail)
     with pytest.raises(MelensError, match=message):
         run_job(config("model=tiny", *overrides), tmp_path)
 
@@ -264,7 +264,6 @@ def test_a_prompt_that_does_not_fit_is_told_before_weights_are_read(tmp_path, mo
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("wemask.rate=0",), "wemask.rate is 0"),
         (("wemask.rate=[0.1,0.2]",), "takes one mask, but wemask makes 2"),
         (("generate.max_new_tokens=9000",), "generate.max_new_tokens is 9000, but the longest prompt leaves 81"),
         (("generate.prompt=Rain",), "'Rain' of generate.prompt has 1 token"),

@@ -325,7 +325,7 @@ def test_what_a_chat_template_cannot_do_is_told_before_the_model_is_loaded(
     tmp_path, data, tiny_with, monkeypatch, template, overrides, message
 ):
     tiny_with(template)
-    monkeypatch.setattr("experiments.runner.job.plan_model", pytest.fail)
+    monkeypatch.setattr("melens.models.loading.bridge_around", pytest.fail)
     with pytest.raises(MelensError, match=message):
         run_job(options_of(data, *overrides), tmp_path)
 
@@ -453,12 +453,11 @@ def test_wrong_options_are_told(override, message):
         benchmark_request(compose_options("exp=benchmark", override))
 
 
-def test_a_wrong_line_is_told_before_the_model_is_loaded(tmp_path):
+def test_a_wrong_line_is_told_with_the_options(tmp_path):
     (tmp_path / "piqa.jsonl").write_text('{"question": "q"}\n')
-    options = ["exp=benchmark", "benchmark.tasks=piqa", f"benchmark.data_dir={tmp_path}"]
-    done = run(*options, "model=hub", "model.name=no/model", f"hydra.run.dir={tmp_path / 'out'}")
-    assert done.returncode == 1
-    assert "piqa.jsonl, line 1: the field 'choices' is missing" in done.stderr
+    options = compose_options("exp=benchmark", "benchmark.tasks=piqa", f"benchmark.data_dir={tmp_path}")
+    with pytest.raises(MelensError, match=r"piqa.jsonl, line 1: the field 'choices' is missing"):
+        benchmark_request(options)
 
 
 @pytest.mark.slow

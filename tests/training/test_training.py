@@ -605,7 +605,7 @@ def test_conversations_that_the_chat_template_does_not_take_are_told_before_the_
     tmp_path, monkeypatch, rows, method, message
 ):
     monkeypatch.setattr("melens.models.loading.byte_tokenizer", lambda: templated("gemma"))
-    monkeypatch.setattr("experiments.runner.job.plan_model", pytest.fail)
+    monkeypatch.setattr("melens.models.loading.bridge_around", pytest.fail)
     path = tmp_path / f"{method}.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     options = [f"exp={method}", f"training.dataset={path}", "training.batch_size=1", "training.micro_batch_size=1"]
@@ -614,7 +614,7 @@ def test_conversations_that_the_chat_template_does_not_take_are_told_before_the_
 
 
 def test_right_answers_that_are_never_rewarded_are_told_before_the_model_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr("experiments.runner.job.plan_model", pytest.fail)
+    monkeypatch.setattr("melens.models.loading.bridge_around", pytest.fail)
     path = tmp_path / "solutions.jsonl"
     path.write_text(json.dumps({"prompt": "2 + 2?", "answer": "Two and two are four apples, so it is 4."}))
     with pytest.raises(
@@ -768,15 +768,16 @@ def test_a_saved_mask_is_kept_on_some_of_its_blocks():
             r"training.seed is \[0, 'abc'\]; it must be a list of whole numbers",
         ),
         (["exp=tables", "table=7", "wemask.rate=[0.1,0.1]"], "each value once"),
-        (["training.mask=paper", "wemask.site=[attn_in,ln1_in]"], "but a model is trained with one mask"),
-        (["training.mask=paper", "wemask.start=all_blocks"], "wemask.start is .all_blocks., but a model"),
+        (["training.mask=paper", "wemask.site=[attn_in,ln1_in]"], "but a training takes one mask"),
+        (["training.mask=paper", "wemask.start=all_blocks"], "wemask.start is .all_blocks., but a training"),
         (["training.resume=."], "There is no training to resume in checkpoints"),
         (["training.batch_size=0"], "training.batch_size is 0"),
         (["training.resume=/nowhere"], "there is no such folder"),
         (
             ["model.config.hidden_size=65536", "model.config.intermediate_size=1000000"],
-            "needs .* GB for weights, gradients",
+            "needs .* GB for its weights, but",
         ),
+        (["training.dataset=/nowhere.jsonl"], "There is no file /nowhere.jsonl"),
     ],
 )
 def test_a_mistake_is_told_in_a_sentence(tmp_path, overrides, message):
@@ -792,7 +793,7 @@ def test_a_table_without_a_cache_to_write_to_is_told_before_anything_slow(tmp_pa
     with pytest.raises(
         MelensError, match=r"keeps trained models in .*file/trainings, which cannot be written to\. Set MEL"
     ):
-        tables.prepare(compose_options("exp=tables", "table=3", "scale=smoke"), tmp_path)
+        tables.prepare(compose_options("exp=tables", "table=3", "scale=smoke"), tmp_path, None)
 
 
 def test_runs_take_turns_at_a_kept_training(tmp_path):
