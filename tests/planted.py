@@ -115,9 +115,9 @@ def other_model(name: str) -> TransformerBridge:
     return melens.load_model("random", model_type=name.split()[0], config=OTHERS[name])
 
 
-def plain_model(family: str, seed: int = 0) -> Any:
-    """A transformers model of the family with random weights, in eager attention."""
-    options = _COMMON | FAMILIES[family]
+def plain_model(family: str, seed: int = 0, **config: Any) -> Any:
+    """A transformers model of the family with random weights, in eager attention; `config` changes its sizes."""
+    options = _COMMON | FAMILIES[family] | config
     config = AutoConfig.for_model(options.pop("model_type"), **options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -98,6 +98,11 @@ def stability(
 
     Raises:
         MelensError: as `melens.trace`.
+
+    Example:
+        >>> result = melens.analysis.stability(study, n_prompts=1, n_first_tokens=2, min_ratios=[1000])
+        >>> result.metrics.least_agreement  # of the task types and lengths: the share of prompts with this ME layer
+        1.0
     """
     prompts = study.trace.prompts.merge(study.me.per_prompt, on="prompt")
     names = [f"{low + 1}-{high} tokens" for low, high in pairwise((0, *length_bins))]

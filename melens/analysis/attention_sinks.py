@@ -100,6 +100,13 @@ def sinks(study: Study, *, map_tokens: int = 40, rank_tokens: int = 128, rank_pr
 
     Raises:
         MelensError: a model without attention that can be measured, or a number that is NaN.
+
+    Example:
+        >>> result = melens.analysis.sinks(study)
+        >>> sorted(result.figures)
+        ['attention_maps', 'inputs', 'sink_mass']
+        >>> result.figures["sink_mass"].save("sink_mass.html").name
+        'sink_mass.html'
     """
     layout = study.layout.as_measured(masses.measured_layers(study.trace))
     if "sink_mass" not in study.trace.tables:

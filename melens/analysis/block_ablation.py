@@ -67,6 +67,11 @@ def ablation(study: Study, *, max_position: int = 64) -> Result:
     Raises:
         MelensError: no massive activation, none before `max_position`, an ME layer whose FFN cannot be removed, or a
             norm that is NaN.
+
+    Example:
+        >>> result = melens.analysis.ablation(study)
+        >>> round(result.metrics.left_without_ffn, 1)  # of the norm, without the ME layer's FFN
+        0.0
     """
     runs = _runs(study, max_position)
     me_layer = runs.me_layer

@@ -53,6 +53,13 @@ def emergence(study: Study, *, log_scale: bool = True, top_dims: int = 24) -> Re
     Returns:
         Metrics `EmergenceMetrics`; the figures `emergence` (figure 1, bottom), `top_dims` (figure 1, top) and, where
         there is a plateau, `last_blocks` (appendix A); the table `table8`, with the model's row.
+
+    Example:
+        >>> result = melens.analysis.emergence(study)
+        >>> result.metrics.me_layer, result.metrics.kind
+        (2, 'one block')
+        >>> result.tables["norm_by_block"].columns.tolist()
+        ['site', 'layer', 'token', 'mean', 'low', 'high']
     """
     trace, me = study.trace, study.me
     onset = find_sink_onset(trace, trailing_blocks=me.criterion.trailing_blocks)

@@ -110,6 +110,11 @@ def ffn(study: Study) -> Result:
 
     Raises:
         MelensError: a model without an FFN that can be measured, or an amplification that is NaN.
+
+    Example:
+        >>> result = melens.analysis.ffn(study)
+        >>> result.metrics.concentration_peaks["down"]
+        2
     """
     trace = study.traced(probes(study.model))
     by_layer = _projections(study.model)

@@ -66,6 +66,11 @@ def consequence(study: Study, *, n_prompts: int = 24, max_tokens: int = 64) -> R
     Raises:
         MelensError: no massive activation, none with `MIN_BEHIND` tokens behind it, an FFN that cannot be removed, or a
             loss that is NaN.
+
+    Example:
+        >>> result = melens.analysis.consequence(study)
+        >>> sorted(result.figures)
+        ['loss_by_run', 'sinks_by_run']
     """
     texts = _texts(study, n_prompts, max_tokens)
     ran = _run_all(texts)

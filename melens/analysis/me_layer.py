@@ -56,6 +56,10 @@ class Criterion:
             second one (appendix A).
         one_block: the ME layer alone brings at least this share of the peak norm.
         few_blocks: the norm climbs from 10% to 90% of its peak within at most this many blocks.
+
+    Example:
+        >>> melens.find_me_layer(trace, melens.Criterion(min_abs=200)).layer
+        2
     """
 
     min_abs: Number = 100
@@ -96,6 +100,16 @@ class Emergence(Summary):
             token that is the largest in the block `layer`; `formed` and `formed_pos`, of the largest in any block;
             `n_massive` and `first_is_massive`: how many massive tokens there are in the output of the emergence's
             block `formed`, and whether token 0 is one; only with an ME layer.
+
+    Example:
+        >>> me = melens.find_me_layer(trace)
+        >>> me.layer, me.kind, me.positions
+        (2, 'one block', (0,))
+        >>> me.per_prompt[["prompt", "layer", "pos"]]
+           prompt  layer  pos
+        0       0      2    0
+        1       1      2    0
+        2       2      2    0
     """
 
     layer: int | None = None
@@ -161,6 +175,11 @@ def massive_activations(trace: TraceGiven, criterion: CriterionGiven | None = No
 
     Raises:
         MelensError: a trace that may not hold all massive tokens of this criterion, or holds NaN.
+
+    Example:
+        >>> massive = melens.massive_activations(trace)
+        >>> int(massive["layer"].min()), massive["pos"].unique().tolist()
+        (2, [0])
     """
     trace, criterion = _in_order(trace), criterion or Criterion()
     massive = _massive(trace, criterion)
@@ -237,6 +256,10 @@ def find_me_layer(trace: TraceGiven, criterion: CriterionGiven | None = None) ->
 
     Raises:
         MelensError: a trace without those tables, or with NaN or infinite values in them.
+
+    Example:
+        >>> melens.find_me_layer(melens.trace(model, prompts)).layer
+        2
     """
     trace, criterion = _in_order(trace), criterion or Criterion()
     for name in ("norm", "largest", "abs_median"):

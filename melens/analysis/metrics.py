@@ -15,8 +15,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 __all__ = [
-    "abs_max", "abs_median", "concentration", "effective_rank", "energy_share", "first_share", "has_triton",
-    "kl_to_gain", "l2_norm", "matrix_entropy", "pairwise_cosine", "sink_mass",
+    "abs_max", "abs_median", "concentration", "effective_rank", "energy_share", "first_share", "kl_to_gain",
+    "l2_norm", "matrix_entropy", "pairwise_cosine", "sink_mass",
 ]  # fmt: skip
 
 
@@ -27,12 +27,22 @@ def has_triton() -> bool:
 
 
 def l2_norm(activation: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
-    """Compute the L2 norm over the last dimension, in float32 (figures 1 and 5a; at `ln2` figure 2's WeightNorm)."""
+    """Compute the L2 norm over the last dimension, in float32 (figures 1 and 5a; at `ln2` figure 2's WeightNorm).
+
+    Example:
+        >>> l2_norm(torch.tensor([3.0, 4.0]))
+        tensor(5.)
+    """
     return torch.linalg.vector_norm(activation, dim=-1, dtype=torch.float32)
 
 
 def abs_max(activation: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
-    """Compute max |h| over the last dimension, without a copy of |h|."""
+    """Compute max |h| over the last dimension, without a copy of |h|.
+
+    Example:
+        >>> abs_max(torch.tensor([1.0, -3.0]))
+        tensor(3.)
+    """
     if activation.is_cuda:  # one pass over the memory, where that is what costs
         return torch.linalg.vector_norm(activation, ord=float("inf"), dim=-1)
     return torch.maximum(activation.amax(dim=-1), -activation.amin(dim=-1))
@@ -43,6 +53,10 @@ def abs_median(hidden: Float[Tensor, "*batch pos d"]) -> Float[Tensor, "*batch"]
 
     With an even number of entries it is the lower of the two in the middle, and with a NaN it is NaN, as in
     `torch.median`.
+
+    Example:
+        >>> abs_median(torch.tensor([[1.0, -2.0], [3.0, 4.0]]))
+        tensor(2.)
     """
     if hidden.device.type != "cpu":
         return hidden.abs().flatten(-2).median(-1).values.float()
@@ -68,17 +82,31 @@ def sink_mass(
     Args:
         attention: each query's attention on the key.
         weights: of the queries: equal and of sum 1 after the key, 0 up to it and at padding.
+
+    Example:
+        >>> sink_mass(torch.tensor([[[1.0, 0.5, 0.3]]]), torch.tensor([[0.0, 0.5, 0.5]]))
+        tensor([[0.4000]])
     """
     return (attention.float() @ weights.float()[..., None])[..., 0]
 
 
 def energy_share(activation: Float[Tensor, "*batch d"], dims: Bool[Tensor, " d"]) -> Float[Tensor, "*batch"]:
-    """Compute the share of the squared norm that lies in some dims: equation 1's Frac, with K the top gains."""
+    """Compute the share of the squared norm that lies in some dims: equation 1's Frac, with K the top gains.
+
+    Example:
+        >>> energy_share(torch.tensor([3.0, 4.0]), torch.tensor([False, True]))
+        tensor(0.6400)
+    """
     return (l2_norm(activation[..., dims]) / l2_norm(activation)) ** 2
 
 
 def kl_to_gain(activation: Float[Tensor, "*batch d"], gain: Float[Tensor, " d"]) -> Float[Tensor, "*batch"]:
-    """Compute KL(p || g) in nats, p = ĥ² / Σ ĥ² of an RMSNorm's output ĥ and g = w² / Σ w² of its gain (equation 2)."""
+    """Compute KL(p || g) in nats, p = ĥ² / Σ ĥ² of an RMSNorm's output ĥ and g = w² / Σ w² of its gain (equation 2).
+
+    Example:
+        >>> kl_to_gain(torch.tensor([[2.0, 0.0]]), torch.tensor([1.0, 1.0]))  # all in one of two dims: log 2
+        tensor([0.6931])
+    """
     reference = (gain.float() ** 2 / (gain.float() ** 2).sum()).to(activation.device)
     rows = activation.reshape(-1, activation.shape[-1])
     divergences = []
@@ -96,6 +124,10 @@ def concentration(activation: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batc
     """Compute the inverse participation ratio Σ (h_i² / Σ h_j²)², which the paper calls concentration (equation 3).
 
     It runs from 1/d (spread evenly) to 1 (all in one dim).
+
+    Example:
+        >>> concentration(torch.tensor([[0.0, 2.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]))
+        tensor([1.0000, 0.2500])
     """
     rows = activation.reshape(-1, activation.shape[-1])
     found = []
@@ -106,13 +138,23 @@ def concentration(activation: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batc
 
 
 def effective_rank(singular_values: Float[Tensor, "*batch rank"]) -> Float[Tensor, "*batch"]:
-    """Compute exp(entropy) of the singular values' distribution σ / Σσ (Roy & Vetterli 2007), for section 6."""
+    """Compute exp(entropy) of the singular values' distribution σ / Σσ (Roy & Vetterli 2007), for section 6.
+
+    Example:
+        >>> effective_rank(torch.tensor([1.0, 1.0, 0.0]))
+        tensor(2.)
+    """
     share = singular_values / singular_values.sum(-1, keepdim=True)
     return (-torch.xlogy(share, share).sum(-1)).exp()
 
 
 def first_share(singular_values: Float[Tensor, "*batch rank"]) -> Float[Tensor, "*batch"]:
-    """Compute the share of the largest singular value in their sum, for section 6."""
+    """Compute the share of the largest singular value in their sum, for section 6.
+
+    Example:
+        >>> first_share(torch.tensor([3.0, 1.0]))
+        tensor(0.7500)
+    """
     return singular_values.amax(-1) / singular_values.sum(-1)
 
 
@@ -121,12 +163,22 @@ def matrix_entropy(singular_values: Float[Tensor, "*batch rank"]) -> Float[Tenso
 
     It runs from 0 (one direction, and so for a single σ) to 1 (all directions alike). Where it is low in the middle of
     a model the literature speaks of a compression valley (Skean et al. 2025; Queipo-de-Llano et al. 2025).
+
+    Example:
+        >>> matrix_entropy(torch.tensor([[1.0, 1.0], [3.0, 1.0]]))
+        tensor([1.0000, 0.4690])
     """
     energy = singular_values**2 / (singular_values**2).sum(-1, keepdim=True)
     return -torch.xlogy(energy, energy).sum(-1) / math.log(max(2, singular_values.shape[-1]))
 
 
 def pairwise_cosine(vectors: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch n n"]:
-    """Compute the cosine similarity of every two vectors (figure 5c)."""
+    """Compute the cosine similarity of every two vectors (figure 5c).
+
+    Example:
+        >>> pairwise_cosine(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
+        tensor([[1., 0.],
+                [0., 1.]])
+    """
     unit = torch.nn.functional.normalize(vectors.float(), dim=-1)
     return unit @ unit.mT

@@ -141,6 +141,11 @@ def normalization(study: Study, *, top_share: float = 0.01, other_shares: Sequen
 
     Raises:
         MelensError: a model without such a normalisation.
+
+    Example:
+        >>> result = melens.analysis.normalization(study)
+        >>> sorted(result.figures)
+        ['gain_alignment', 'weight_norm']
     """
     trace = study.traced(probes(study.model, top_share, other_shares))
     shares = sorted({top_share, *other_shares})

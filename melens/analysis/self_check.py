@@ -40,7 +40,13 @@ class VerificationMetrics(Metrics):
 
 
 def verification(study: Study) -> Result:
-    """Check a trace and a generation of the study's model, and lay the errors out by site and block."""
+    """Check a trace and a generation of the study's model, and lay the errors out by site and block.
+
+    Example:
+        >>> result = melens.analysis.verification(study)
+        >>> result.metrics.way
+        'fast'
+    """
     checked = verify(study.model)
     written = verify_generation(study.model) if study.model.original_model.can_generate() else None
     worst: dict[str, Any] = dict(checked.worst or {})

@@ -58,6 +58,13 @@ class Study(Summary):
         max_batch_tokens: of a forward pass, padding included.
         seed: of whatever an analysis draws.
         stage: makes the progress callback of a named stage.
+
+    Example:
+        >>> study.n_layers == len(model.blocks), study.me.layer, study.position
+        (True, 2, 0)
+        >>> more = study.traced([melens.AttentionEntropy()])  # in one further pass; `study.trace` stays as it is
+        >>> "attention_entropy" in more.tables, "norm" in more.tables
+        (True, True)
     """
 
     model: TransformerBridge
@@ -206,6 +213,11 @@ def study(
 
     Raises:
         MelensError: as `melens.trace` and `melens.find_me_layer`.
+
+    Example:
+        >>> study = melens.study(model, prompts, [melens.SinkByQuery()])
+        >>> study.me.layer, "sink_by_query" in study.trace.tables
+        (2, True)
     """
     criterion = criterion or Criterion()
     everything = [*default_probes(model, min_abs=criterion.min_abs), *(probes or ())]

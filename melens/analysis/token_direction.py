@@ -83,6 +83,11 @@ def direction(study: Study) -> Result:
     Returns:
         Metrics `DirectionMetrics`; the figures `norms` (figure 5a), `dims_by_block` (5b), `cosine_by_block` (5c) and
         `between_blocks`.
+
+    Example:
+        >>> result = melens.analysis.direction(study)
+        >>> round(result.metrics.cosine, 2)  # between inputs, behind the ME layer
+        1.0
     """
     vectors = study.trace.tensors["token_vectors"][:, :, 0]  # [prompt, layer, d]
     states = vectors[study.distinct_massive_prompts]

@@ -63,6 +63,10 @@ def score_blocks(model: Bridge) -> pd.DataFrame:
 
     Raises:
         MelensError: no block has such an FFN (mixture of experts, state-space blocks), or the weights are quantised.
+
+    Example:
+        >>> melens.score_blocks(model).columns[:4].tolist()
+        ['layer', 'response', 'neuron', 'alignment']
     """
     if is_quantized(model.original_model):
         raise MelensError("The weights of this model are quantised, so none can be read: load it without quantisation.")
@@ -112,6 +116,11 @@ def prediction(study: Study) -> Result:
 
     Raises:
         MelensError: as `score_blocks`.
+
+    Example:
+        >>> result = melens.analysis.prediction(study)
+        >>> result.metrics.n_scored == len(model.blocks)
+        True
     """
     scores, me_layer = score_blocks(study.model), study.me.layer
     measured: dict[str, Any] = {"top_layer": {score: peak_layer(scores, score) for score in SCORES}}

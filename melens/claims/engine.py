@@ -131,6 +131,11 @@ def judge(results: Any) -> pd.DataFrame:
 
     Raises:
         MelensError: what is no result.
+
+    Example:
+        >>> verdicts = melens.judge(melens.analysis.direction(study))
+        >>> verdicts.columns[:4].tolist()
+        ['model', 'id', 'claim', 'source']
     """
     from melens.claims.paper import CLAIMS, FAMILY_CLAIM, judge_families  # whose analyses use this module
 

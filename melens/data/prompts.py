@@ -47,6 +47,10 @@ class Prompt(Brief):
 
     Raises:
         MelensError: the text has half of a surrogate pair in it.
+
+    Example:
+        >>> melens.Prompt("Once upon a time", task="story", id=7).id
+        '7'
     """
 
     text: str
@@ -89,6 +93,11 @@ def load_prompts(
 
     Raises:
         MelensError: the file is missing, empty or malformed (the line is named), or no prompt has such a task.
+
+    Example:
+        >>> own = melens.load_prompts()
+        >>> len(own), sorted({prompt.task for prompt in own})
+        (36, ['commonsense', 'continuation', 'logic', 'maths'])
     """
     path = OWN_PROMPTS if file is None else Path(os.path.expanduser(file))
     prompts = []

@@ -110,6 +110,11 @@ def mask_grid(
 
     Raises:
         MelensError: a mask that this model cannot have, or a loss or sink mass that is NaN.
+
+    Example:
+        >>> result = melens.analysis.mask_grid(study, [melens.WeMask(rate=0.1)], texts, patterns="none", keep=False)
+        >>> sorted(result.tables)
+        ['by_block', 'by_text', 'cells']
     """
     model = study.model
     masks = [mask if mask.fixed is not None else mask.at(study.me).on(model) for mask in masks]

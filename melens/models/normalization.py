@@ -78,6 +78,11 @@ def read_normalization(model: Bridge, layer: Layer, site: NormSite) -> Normaliza
 
     Raises:
         MelensError: no such block, or one without that normalisation.
+
+    Example:
+        >>> norm = melens.read_normalization(model, 2, "ln2")
+        >>> norm.kind, norm.gain.shape == (model.cfg.d_model,)
+        ('RMSNorm', True)
     """
     check_layer(model, layer)
     if not has_normalization(model, layer, site):

@@ -109,6 +109,11 @@ def ablated(model: Bridge, *parts: Annotated[tuple[Layer, Part], BeforeValidator
 
     Raises:
         MelensError: as `ablation`, or what is no such pair.
+
+    Example:
+        >>> with melens.ablated(model, (2, "ffn")):
+        ...     print(melens.find_me_layer(melens.trace(model, prompts)).layer)
+        None
     """
     with model.hooks(fwd_hooks=[hook for layer, part in parts for hook in ablation(model, layer, part)]):
         yield
@@ -164,6 +169,14 @@ class MassiveTokenRuns(Summary):
         ffn: what each block's FFN writes there, NaN for a block without an FFN.
         is_cut: whether the prompts are cut after their massive token, which changes nothing in most causal models.
         block_evaluations: how many blocks have been run, the intact runs among them.
+
+    Example:
+        >>> runs = melens.MassiveTokenRuns(model, study.tokens, positions=[0, 0, 0])
+        >>> runs.intact.shape == (3, len(model.blocks))
+        True
+        >>> without_ffn = runs.run([("blocks.2.hook_mlp_out", lambda write, hook: 0 * write)], start=2)
+        >>> bool((without_ffn[:, 2] < 0.1 * runs.intact[:, 2]).all())
+        True
     """
 
     intact: Float[Tensor, "prompt layer"]

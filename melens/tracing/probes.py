@@ -62,6 +62,15 @@ class Batch(Brief):
     Attributes:
         tokens: token ids; whatever lies beyond a prompt's length is padding.
         lengths, prompts: of each row, the number of its tokens and which prompt of the trace it is.
+
+    Example:
+        >>> batch = melens.Batch(torch.tensor([[5, 6, 7], [8, 9, 0]]), lengths=(3, 2), prompts=(0, 1))
+        >>> batch.is_token
+        tensor([[ True,  True,  True],
+                [ True,  True, False]])
+        >>> batch.weights_after(0)
+        tensor([[0.0000, 0.5000, 0.5000],
+                [0.0000, 1.0000, 0.0000]])
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -122,6 +131,17 @@ class Probe(ABC):
         by_row: each row of a batch is reduced by itself, from the activation and the batch's tensors alone. Then one
             `reduce` may get several blocks' activations of a site at once, one after the other along the batch, and be
             recorded as a CUDA graph that runs on other prompts.
+
+    Example:
+        >>> class LargestEntry(melens.Probe):
+        ...     name = "largest_entry"
+        ...     sites = ("hook_resid_post",)
+        ...     index = ("pos",)
+        ...
+        ...     def reduce(self, activation, batch):
+        ...         return {"value": activation.abs().amax(dim=-1)}
+        >>> melens.trace(model, prompts, LargestEntry())["largest_entry"].columns.tolist()
+        ['prompt', 'layer', 'site', 'pos', 'value']
     """
 
     name: str
@@ -161,7 +181,12 @@ class Probe(ABC):
 
 
 class Norms(Probe):
-    """L2 norm by layer and position: figures 1, 2, 5a, 10 and 11-20."""
+    """L2 norm by layer and position: figures 1, 2, 5a, 10 and 11-20.
+
+    Example:
+        >>> melens.trace(model, prompts, melens.Norms())["norm"].columns.tolist()
+        ['prompt', 'layer', 'site', 'pos', 'norm']
+    """
 
     name = "norm"
     by_row = True
@@ -186,6 +211,10 @@ class LargestActivations(Probe):
     Of the `n_tokens` tokens with the largest |h|, the `n_dims` largest entries each; rank 0 is the largest of all.
     Where more tokens have an entry over `min_abs`, each of the others adds a row: its largest |h|, no sign, dim -1.
     Rows for which a prompt has no token have pos -1 and NaN.
+
+    Example:
+        >>> melens.trace(model, prompts, melens.LargestActivations(n_tokens=1, n_dims=4))["largest"].columns.tolist()
+        ['prompt', 'layer', 'site', 'rank', 'pos', 'dim', 'value']
     """
 
     name = "largest"
@@ -239,7 +268,12 @@ class LargestActivations(Probe):
 
 
 class AbsMedian(Probe):
-    """The median of |h| over all tokens and dims of a hidden state: the other half of the criterion for "massive"."""
+    """The median of |h| over all tokens and dims of a hidden state: the other half of the criterion for "massive".
+
+    Example:
+        >>> melens.trace(model, prompts, melens.AbsMedian())["abs_median"].columns.tolist()
+        ['prompt', 'layer', 'site', 'abs_median']
+    """
 
     name = "abs_median"
     by_row = True
@@ -264,6 +298,11 @@ class TokenVectors(Probe):
 
     Negative positions count from each prompt's own end: -1 is its last token. A prompt shorter than a position has NaN
     there; of keys, queries and values the heads come one after the other.
+
+    Example:
+        >>> vectors = melens.trace(model, prompts, melens.TokenVectors([0, -1])).tensors["token_vectors"]
+        >>> vectors.shape == (len(prompts), len(model.blocks), 2, model.cfg.d_model)
+        True
     """
 
     name = "token_vectors"
@@ -287,7 +326,12 @@ class TokenVectors(Probe):
 
 
 class SinkMass(Probe):
-    """How much attention the later queries pay to one key, by layer and head (section 6, figure 7)."""
+    """How much attention the later queries pay to one key, by layer and head (section 6, figure 7).
+
+    Example:
+        >>> melens.trace(model, prompts, melens.SinkMass())["sink_mass"].columns.tolist()
+        ['prompt', 'layer', 'site', 'head', 'sink_mass']
+    """
 
     name = "sink_mass"
     by_row = True
@@ -303,7 +347,12 @@ class SinkMass(Probe):
 
 
 class SinkByQuery(Probe):
-    """The attention that each position pays to one key, averaged over heads: the sink map of any length."""
+    """The attention that each position pays to one key, averaged over heads: the sink map of any length.
+
+    Example:
+        >>> melens.trace(model, prompts, melens.SinkByQuery())["sink_by_query"].columns.tolist()
+        ['prompt', 'layer', 'site', 'pos', 'attention']
+    """
 
     name = "sink_by_query"
     by_row = True
@@ -340,6 +389,11 @@ class GainAlignment(Probe):
 
     The columns are `weight_norm` (‖ĥ‖, figure 2), `kl` (equation 2), and, for each share of the width, `frac_<share>`
     (equation 1), each with its `_others`.
+
+    Example:
+        >>> gains = {("ln2", 2): melens.read_normalization(model, 2, "ln2").gain}
+        >>> melens.trace(model, prompts, melens.GainAlignment(gains))["gain_alignment"].columns[3:].tolist()
+        ['weight_norm', 'weight_norm_others', 'kl', 'kl_others', 'frac_0.01', 'frac_0.01_others']
     """
 
     name = "gain_alignment"
@@ -373,7 +427,12 @@ def _top_dims(gain: Float[Tensor, " d"], share: float) -> Bool[Tensor, " d"]:
 
 
 class Concentration(Probe):
-    """How few dims hold an activation's energy, token 0 against the others (equation 3, figure 4)."""
+    """How few dims hold an activation's energy, token 0 against the others (equation 3, figure 4).
+
+    Example:
+        >>> melens.trace(model, prompts, melens.Concentration("hook_mlp_out"))["concentration"].columns.tolist()
+        ['prompt', 'layer', 'site', 'concentration', 'concentration_others']
+    """
 
     name = "concentration"
 
@@ -391,6 +450,12 @@ class Spectrum(Probe):
     The columns are `effective_rank`, `first_share` and `matrix_entropy` of the states as they are, and the same with
     `_without_first`, without token 0, and with `_unit_rows`, of each token's direction alone: a single row of enormous
     norm makes any spectrum low-rank. Ranks grow with the number of tokens: only prompts of one length can be compared.
+
+    Example:
+        >>> spectrum = melens.trace(model, prompts, melens.Spectrum())["spectrum"]
+        >>> after = spectrum[spectrum["layer"] == 2].mean(numeric_only=True)
+        >>> bool(after["first_share"] > after["first_share_without_first"])  # token 0's outweighs
+        True
     """
 
     name = "spectrum"
@@ -414,7 +479,13 @@ class Spectrum(Probe):
 
 
 class AttentionSpectrum(Probe):
-    """The same three of attention matrices `[query, key]`, by block and head; in memory quadratic in the length."""
+    """The same three of attention matrices `[query, key]`, by block and head; in memory quadratic in the length.
+
+    Example:
+        >>> spectrum = melens.trace(model, prompts, melens.AttentionSpectrum())["attention_spectrum"]
+        >>> spectrum.columns.tolist()
+        ['prompt', 'layer', 'site', 'head', 'effective_rank', 'first_share', 'matrix_entropy']
+    """
 
     name = "attention_spectrum"
     sites = ("attn.hook_pattern",)
@@ -429,6 +500,10 @@ class AttentionEntropy(Probe):
     """The entropy in nats of what a query attends to, averaged over the queries that have a choice, by block and head.
 
     In memory quadratic in the length.
+
+    Example:
+        >>> melens.trace(model, prompts, melens.AttentionEntropy())["attention_entropy"].columns.tolist()
+        ['prompt', 'layer', 'site', 'head', 'entropy']
     """
 
     name = "attention_entropy"
@@ -473,6 +548,11 @@ class AttentionMaps(Probe):
     """The attention pattern of chosen blocks, `[prompt, layer, head, query, key]` (figure 7): quadratic in the length.
 
     All prompts of the trace must have the same length.
+
+    Example:
+        >>> maps = melens.trace(model, [[5, 6, 7, 8]], melens.AttentionMaps([2, 3])).tensors["attention_maps"]
+        >>> maps.shape == (1, 2, model.cfg.n_heads, 4, 4)
+        True
     """
 
     name = "attention_maps"

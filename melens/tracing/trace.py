@@ -55,6 +55,12 @@ class Trace(Summary):
         tables: by probe, a row for each prompt, layer, site and whatever the probe's index runs over. `layer` is the
             0-based block, -1 outside the blocks.
         tensors: by probe, `[prompt, layer, *index]`.
+
+    Example:
+        >>> norms = trace["norm"]  # a DataFrame
+        >>> after = norms[(norms["site"] == "hook_resid_post") & (norms["layer"] == 2)]
+        >>> after.groupby("prompt")["norm"].idxmax().map(after["pos"]).tolist()  # whose norm is largest
+        [0, 0, 0]
     """
 
     model: dict[str, Any]
@@ -185,6 +191,13 @@ def trace(
         MelensError: what is no bridge, prompt or probe; an empty, too short or too long prompt, a token id outside the
             vocabulary, two probes of one name, a site the model does not have, a probe's result of other dimensions
             than its index names, or a model on which no way to run it agrees with transformers (`melens.verify`).
+
+    Example:
+        >>> trace = melens.trace(model, [[1, 2, 3], [4, 5]], [melens.Norms("hook_resid_post")])
+        >>> trace["norm"].columns.tolist()
+        ['prompt', 'layer', 'site', 'pos', 'norm']
+        >>> len(trace["norm"]) == len(model.blocks) * 5
+        True
     """
     probes = default_probes(model) if probes is None else list(probes)
     names = [probe.name for probe in probes]
@@ -218,6 +231,10 @@ def default_probes(model: Bridge, *, min_abs: Number = 100) -> list[Probe]:
 
     A parallel block has no `ln2`, a state-space block no attention. Every token with an entry over `min_abs`, the
     criterion's, is kept.
+
+    Example:
+        >>> [probe.name for probe in melens.default_probes(model)]
+        ['norm', 'largest', 'abs_median', 'token_vectors', 'sink_mass']
     """
     sites = Sites.of(model)
     probes: list[Probe] = [Norms(), LargestActivations(min_abs=min_abs), AbsMedian(), TokenVectors(), SinkMass()]

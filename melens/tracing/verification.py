@@ -82,6 +82,11 @@ class Verification(Summary):
             `limit`.
         unchecked: sites that have no counterpart in plain modules.
         why_not: why not everything could be checked; empty if it was.
+
+    Example:
+        >>> checked = melens.verify(model)
+        >>> checked.agrees, checked.errors.columns.tolist()
+        (True, ['site', 'layer', 'error', 'limit'])
     """
 
     way: Way
@@ -145,6 +150,11 @@ def verify(model: Bridge, sites: SiteList | None = None) -> Verification:
     Raises:
         MelensError: a site that the model does not have, or no way agrees with transformers, in a sentence that names
             block and site.
+
+    Example:
+        >>> checked = melens.verify(model, ["hook_resid_post", "ln2.hook_out"])
+        >>> sorted(checked.errors["site"].unique())
+        ['hook_resid_post', 'ln2.hook_out']
     """
     for site in sites or ():
         if not Sites.of(model).find(site):
