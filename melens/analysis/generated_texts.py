@@ -118,6 +118,12 @@ def generate(
 
     Raises:
         MelensError: no tokenizer, no chat template, no room for so many tokens, or logits that are NaN.
+
+    Example:
+        >>> mask = melens.WeMask(rate=0.3).at(study.me)
+        >>> result = melens.analysis.generate(study, mask, prompt="The capital of France is", max_new_tokens=4)
+        >>> result.tables["generations"].columns[:5].tolist()
+        ['prompt', 'prompt_text', 'seed', 'parted_at', 'kl']
     """
     template = check_prompts(study.model, prompt, max_new_tokens, chat=chat, thinking=thinking, bos=bos)
     mask = mask if mask.fixed is not None else mask.at(study.me).on(study.model)

@@ -34,6 +34,10 @@ def read_text(source: str | None = None, *, split: str = "test", column: str = "
 
     Raises:
         MelensError: the file, the dataset or the column does not exist, or a row has no text in that column.
+
+    Example:
+        >>> len(read_text()) > 100_000
+        True
     """
     if source is None:
         return "\n\n".join(topics[name] for name in sorted(topics))
@@ -105,6 +109,10 @@ def cut_texts(
 
     Raises:
         MelensError: the text is too short, the pieces are longer than the context, or the tokenizer has no BOS token.
+
+    Example:
+        >>> cut_texts(model, read_text()[:5000], n_texts=2, n_tokens=16).shape
+        torch.Size([2, 16])
     """
     tokenizer = model.tokenizer
     if n_tokens > model.cfg.n_ctx:

@@ -81,6 +81,16 @@ class WeMask(Summary):
 
     Raises:
         MelensError: a value that is not allowed.
+
+    Example:
+        >>> mask = melens.WeMask(rate=0.1, start="me+1").at(study.me)
+        >>> mask.start, len(mask.dims(model)[3]) == int(0.1 * model.cfg.d_model)
+        (3, True)
+        >>> with mask.applied(model):
+        ...     masked = melens.trace(model, prompts)
+        >>> before, after = trace["norm"].query("layer == 2"), masked["norm"].query("layer == 2")
+        >>> bool((before["norm"] == after["norm"]).all())  # nothing changes up to the first masked block
+        True
     """
 
     rate: Rate = 0.1

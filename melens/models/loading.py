@@ -81,6 +81,12 @@ def load_model(name: Any, **overrides: Any) -> TransformerBridge:
         MelensError: in one sentence, before anything slow: unknown name or field, no such device or dtype, hub not
             reachable, gated model, folder without a model, unsupported architecture, a quantisation that does not run
             here, not enough memory, weights that cannot be read.
+
+    Example:
+        >>> sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 2}
+        >>> tiny = melens.load_model("random", model_type="llama", config=sizes | {"vocab_size": 200}, device="cpu")
+        >>> len(tiny.blocks), tiny.cfg.d_model
+        (2, 64)
     """
     return plan_model(name, **overrides).load()
 

@@ -79,7 +79,12 @@ class ModelSpec:
 
 
 def known_models() -> dict[str, dict[str, Any]]:
-    """Return the contents of `conf/model/*.yaml` by name."""
+    """Return the contents of `conf/model/*.yaml` by name.
+
+    Example:
+        >>> melens.known_models()["smollm2-135m"]["source"]
+        'embedded'
+    """
     return {path.stem: yaml.safe_load(path.read_text("utf-8")) for path in sorted(conf_folder("model").glob("*.yaml"))}
 
 
