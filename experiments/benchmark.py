@@ -52,12 +52,17 @@ def check_request(request: BenchmarkRequest, cfg: Options, planned: PlannedModel
     """Load the definitions and the data of all benchmarks, and try them on the model's tokenizer and context.
 
     Raises:
-        MelensError: as `check_tasks` and `language_data`.
+        MelensError: as `check_tasks` and `language_data`; a judge without a chat template.
     """
     from melens.benchmarks.evaluation import check_tasks
+    from melens.benchmarks.refusals import judging_chat
+    from melens.models.loading import load_tokenizer
 
     data_for(cfg, request.benchmarks, planned)
     check_tasks(request.benchmarks, request.options, planned.tokenizer)
+    judge = request.options.judge
+    if judge is not None and any(benchmark.kind == "safety" for benchmark in request.benchmarks):
+        judging_chat(load_tokenizer(judge), judge)
 
 
 def run(run: Run, options: ReportedOptions) -> Result:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf
 from pydantic import ValidationError
 
@@ -38,7 +40,15 @@ class OptionError(MelensError):
 def compose_options(*overrides: str) -> Options:
     """Compose `conf/` with overrides as they are typed, and check the result."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return read_options(compose("config", list(overrides)), overrides)
+        try:
+            composed = compose("config", list(overrides))
+        except ConfigCompositionException as error:  # the value has no place in the default, or there is no such file
+            if (found := re.match(r"Error merging override \+*(.*)", str(error))) is None:
+                raise
+            raise OptionError(
+                f"{found[1]}: the default is of another form (a list, a group or a single value), which --help shows."
+            ) from None
+        return read_options(composed, overrides)
 
 
 def read_options(cfg: DictConfig, overrides: Sequence[str] = ()) -> Options:

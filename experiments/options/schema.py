@@ -85,7 +85,9 @@ Text = Annotated[Name, AS_TYPED, Said("a text")]
 OptionalText = Annotated[Name | None, AS_TYPED, Said("a text, or null")]
 Folder = Annotated[OptionalText, AfterValidator(_existing)]
 Names = Annotated[OneOrMore[Name] | None, BeforeValidator(as_list), Said("a list of names, as [a,b], or null")]
-Seeds = Annotated[OneOrMore[Whole], BeforeValidator(as_list), Said("a list of whole numbers, as [0,1]")]
+Seed = Annotated[int, Field(strict=True, ge=0, lt=2**32), Said("a whole number from 0 to 4294967295")]
+"""As numpy takes it, which has the smallest range of the libraries that draw."""
+Seeds = Annotated[OneOrMore[Seed], BeforeValidator(as_list), Said("a list of whole numbers, as [0,1]")]
 AutoFlag = Annotated[Literal["auto"] | Flag, Said("auto, true or false")]
 
 
@@ -123,7 +125,7 @@ class RandomModelOptions(ModelOptions):
     source: Literal["random"]  # type: ignore[assignment]
     model_type: Name
     tokenizer: Annotated[Literal["bytes"] | None, Said("bytes, or null for none")]
-    seed: Whole
+    seed: Seed
     config: Annotated[dict[str, Any], Said("fields of transformers' configuration by name")]
 
 
@@ -194,7 +196,7 @@ class MaskOptions(Node):
         Said("first, massive, all, every_call or a list of positions, as [0,5]"),
     ]
     strength: Share
-    seed: Annotated[Whole | OneOrMore[Whole], Said("a whole number of at least 0, or a list of them")]
+    seed: Annotated[Seed | OneOrMore[Seed], Said("a whole number from 0 to 4294967295, or a list of them")]
 
 
 # --- What a model does ------------------------------------------------------------------------------------------------
@@ -352,7 +354,7 @@ class Options(Node):
     training: TrainingOptions
     table: Annotated[Literal[1, 2, 3, 4, 6, 7] | None, Said("1, 2, 3, 4, 6 or 7 (5 is exp=benchmark's), or null")]
     max_batch_tokens: Count
-    seed: Whole
+    seed: Seed
     figures: Annotated[Literal["svg", "pdf", "png"] | None, Said("svg, pdf, png or null")]
     given: Mapping[str, Any] = {}
     typed: Sequence[str] = ()
