@@ -1,4 +1,16 @@
-"""Massive activations, attention sinks and WeMask, measured on any language model that TransformerLens can bridge."""
+"""Massive activations, attention sinks and WeMask, measured on any language model that TransformerLens can bridge.
+
+    model = melens.load_model("smollm2-135m")  # a TransformerBridge
+    study = melens.study(model, melens.load_prompts())  # one trace, the ME layer
+    melens.analysis.sinks(study).figures["sink_mass"]
+
+- A model and prompts: `load_model`, `known_models`, `load_prompts`
+- Measure: `trace`, with a `Probe` of melens or your own; `find_me_layer`; `study`, which `melens.analysis` starts from
+- Change the model: `WeMask`, `ablated`, `MassiveTokenRuns`
+- Read weights, judge claims, check the numbers: `read_normalization`, `score_blocks`, `judge`, `verify`
+
+The examples know a tiny `model` by that name, three `prompts`, a study and a trace of them; its ME layer is block 2.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

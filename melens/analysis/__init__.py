@@ -1,8 +1,10 @@
 """Measure a model: each of the paper's figures as a function of a `Study`, without Hydra.
 
-study = melens.study(model, prompts)
-result = melens.analysis.sinks(study)
-result.figures["sink_mass"]
+    study = melens.study(model, prompts)
+    result = melens.analysis.sinks(study)
+    result.figures["sink_mass"]
+
+Each takes the study first and returns a `Result`: figures, tables, metrics, and the claims that rest on them.
 """
 
 from importlib import import_module

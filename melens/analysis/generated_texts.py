@@ -116,6 +116,10 @@ def generate(
         seeds: of a sample each; a greedy text uses none.
         bos: whether a prompt outside a chat begins with BOS; "auto" does as the tokenizer.
 
+    Returns:
+        Metrics `GenerateMetrics`; the table `generations`, a row a text: where the two part (`parted_at`, a token
+        counted from 0), and `kl`, of the next token along the unmasked text, in nats.
+
     Raises:
         MelensError: no tokenizer, no chat template, no room for so many tokens, or logits that are NaN.
 

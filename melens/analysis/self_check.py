@@ -42,6 +42,15 @@ class VerificationMetrics(Metrics):
 def verification(study: Study) -> Result:
     """Check a trace and a generation of the study's model, and lay the errors out by site and block.
 
+    Args:
+        study: as `melens.study` makes it.
+
+    Returns:
+        Metrics `VerificationMetrics`; the table and the figure `verification`: errors as in `Verification.errors`.
+
+    Raises:
+        MelensError: as `melens.verify`.
+
     Example:
         >>> result = melens.analysis.verification(study)
         >>> result.metrics.way

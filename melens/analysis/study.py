@@ -211,6 +211,9 @@ def study(
         seed: of whatever an analysis draws.
         stage: makes the progress callback of a named stage, for who wants to show it.
 
+    Returns:
+        A `Study`: the tokens, the trace and the ME layer.
+
     Raises:
         MelensError: as `melens.trace` and `melens.find_me_layer`.
 

@@ -91,6 +91,9 @@ def load_prompts(
             prompt in each line (`melens.data.reading`); None for the project's own prompts.
         tasks: keep these task types, or this one; None keeps all.
 
+    Returns:
+        `Prompt`s, in the order of the file.
+
     Raises:
         MelensError: the file is missing, empty or malformed (the line is named), or no prompt has such a task.
 

@@ -1,6 +1,8 @@
 """Texts of one length, to measure a loss on; by default from Python's documentation topics, which every machine has.
 
-tokens = cut_texts(model, read_text(), n_texts=32, n_tokens=256)
+    tokens = cut_texts(model, read_text(), n_texts=32, n_tokens=256)
+
+`read_text` also reads files, and datasets of the hub.
 """
 
 from __future__ import annotations
@@ -106,6 +108,9 @@ def cut_texts(
         n_texts, n_tokens: number of pieces, and their length with BOS.
         bos: as for prompts.
         seed: of random tokens.
+
+    Returns:
+        Token ids, `[text, pos]`.
 
     Raises:
         MelensError: the text is too short, the pieces are longer than the context, or the tokenizer has no BOS token.

@@ -60,7 +60,7 @@ def _me_layer(me: Any) -> Emergence | int | None:
 
 @dataclass(frozen=True, repr=False)
 class WeMask(Summary):
-    """A mask on some dims of a few tokens, in some blocks.
+    """A mask on some dims of a few tokens, in some blocks (section 4, equations 4 and 5).
 
     Attributes:
         rate: share of the width that is masked, from 0 (nothing) to 1: k = floor(rate · d) dims. A rate over 0 that

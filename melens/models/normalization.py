@@ -73,8 +73,12 @@ def read_normalization(model: Bridge, layer: Layer, site: NormSite) -> Normaliza
     """Read a normalisation's kind, gain and bias off its answers to known inputs.
 
     Args:
+        model: a bridge.
         layer: 0-based block.
         site: `"ln1"` (before attention) or `"ln2"` (before the FFN).
+
+    Returns:
+        A `Normalization`, whose `gain` `[d_model]` is the factor that takes effect: Gemma's is 1 + the parameter.
 
     Raises:
         MelensError: no such block, or one without that normalisation.

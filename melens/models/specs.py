@@ -79,7 +79,7 @@ class ModelSpec:
 
 
 def known_models() -> dict[str, dict[str, Any]]:
-    """Return the contents of `conf/model/*.yaml` by name.
+    """Return the fields of a `ModelSpec` by the name that `load_model` takes: the contents of `conf/model/*.yaml`.
 
     Example:
         >>> melens.known_models()["smollm2-135m"]["source"]

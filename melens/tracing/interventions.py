@@ -103,12 +103,18 @@ def _a_pair(part: Any) -> Any:
 @checked
 @contextmanager
 def ablated(model: Bridge, *parts: Annotated[tuple[Layer, Part], BeforeValidator(_a_pair)]) -> Iterator[None]:
-    """Switch parts of blocks off, each given as `(layer, part)`, for as long as the context lasts.
+    """Switch parts of blocks off, at every position, for as long as the context lasts (figure 9).
 
     `melens.trace`, `run_with_cache` and plain calls inside it see the ablated model.
 
+    Args:
+        model: a bridge.
+        parts: pairs of a block, counted from 0, and `"ffn"` or `"attention"` (adds nothing to the residual stream),
+            `"ln2_identity"` (the norm before the FFN is replaced by the identity), `"ln2_no_gain"` (left without its
+            gain) or `"ln2_no_norm"` (left with its gain alone).
+
     Raises:
-        MelensError: as `ablation`, or what is no such pair.
+        MelensError: what is no such pair, no such block, or a block without that part.
 
     Example:
         >>> with melens.ablated(model, (2, "ffn")):
@@ -165,8 +171,8 @@ class MassiveTokenRuns(Summary):
     """Runs of the prompts up to their massive token, intact and with hooks, each from the first block they change.
 
     Attributes:
-        intact: ‖h‖ of the massive token after each block.
-        ffn: what each block's FFN writes there, NaN for a block without an FFN.
+        intact: ‖h‖ of the massive token after each block, `[prompt, layer]`.
+        ffn: what each block's FFN writes there, `[layer, prompt, d]`; NaN for a block without an FFN.
         is_cut: whether the prompts are cut after their massive token, which changes nothing in most causal models.
         block_evaluations: how many blocks have been run, the intact runs among them.
 

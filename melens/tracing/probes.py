@@ -183,6 +183,8 @@ class Probe(ABC):
 class Norms(Probe):
     """L2 norm by layer and position: figures 1, 2, 5a, 10 and 11-20.
 
+    The column is `norm`, of each token at each site.
+
     Example:
         >>> melens.trace(model, prompts, melens.Norms())["norm"].columns.tolist()
         ['prompt', 'layer', 'site', 'pos', 'norm']
@@ -270,6 +272,8 @@ class LargestActivations(Probe):
 class AbsMedian(Probe):
     """The median of |h| over all tokens and dims of a hidden state: the other half of the criterion for "massive".
 
+    The column is `abs_median`, by prompt and block (Sun et al. 2024).
+
     Example:
         >>> melens.trace(model, prompts, melens.AbsMedian())["abs_median"].columns.tolist()
         ['prompt', 'layer', 'site', 'abs_median']
@@ -328,6 +332,8 @@ class TokenVectors(Probe):
 class SinkMass(Probe):
     """How much attention the later queries pay to one key, by layer and head (section 6, figure 7).
 
+    The column is `sink_mass`: the mean probability, from 0 to 1, over all queries after the key, by default token 0.
+
     Example:
         >>> melens.trace(model, prompts, melens.SinkMass())["sink_mass"].columns.tolist()
         ['prompt', 'layer', 'site', 'head', 'sink_mass']
@@ -347,7 +353,9 @@ class SinkMass(Probe):
 
 
 class SinkByQuery(Probe):
-    """The attention that each position pays to one key, averaged over heads: the sink map of any length.
+    """The attention that each position pays to one key, averaged over heads: figure 7's first column, at any length.
+
+    The column is `attention`, a probability; the key is token 0 by default.
 
     Example:
         >>> melens.trace(model, prompts, melens.SinkByQuery())["sink_by_query"].columns.tolist()
@@ -429,6 +437,9 @@ def _top_dims(gain: Float[Tensor, " d"], share: float) -> Bool[Tensor, " d"]:
 class Concentration(Probe):
     """How few dims hold an activation's energy, token 0 against the others (equation 3, figure 4).
 
+    The columns are `concentration`, from 1/d (spread evenly) to 1 (all in one dim), of token 0, and
+    `concentration_others`, the mean over the prompt's other tokens.
+
     Example:
         >>> melens.trace(model, prompts, melens.Concentration("hook_mlp_out"))["concentration"].columns.tolist()
         ['prompt', 'layer', 'site', 'concentration', 'concentration_others']
@@ -479,7 +490,10 @@ class Spectrum(Probe):
 
 
 class AttentionSpectrum(Probe):
-    """The same three of attention matrices `[query, key]`, by block and head; in memory quadratic in the length.
+    """Ranks of the attention matrices `[query, key]`, by block and head (section 6).
+
+    The columns are `effective_rank` (from 1 to the number of tokens), `first_share` and `matrix_entropy` (both from 0
+    to 1), as of `Spectrum`. The pattern takes memory quadratic in the length.
 
     Example:
         >>> spectrum = melens.trace(model, prompts, melens.AttentionSpectrum())["attention_spectrum"]
@@ -499,7 +513,8 @@ class AttentionSpectrum(Probe):
 class AttentionEntropy(Probe):
     """The entropy in nats of what a query attends to, averaged over the queries that have a choice, by block and head.
 
-    In memory quadratic in the length.
+    The column is `entropy`: 0 on one token alone, log of the number of tokens where all get as much. The pattern takes
+    memory quadratic in the length.
 
     Example:
         >>> melens.trace(model, prompts, melens.AttentionEntropy())["attention_entropy"].columns.tolist()

@@ -187,6 +187,9 @@ def trace(
             each then gets the numbers that it has alone (`melens.tracing.batching`).
         progress: called after each batch.
 
+    Returns:
+        A `Trace`: the table, or tensor, of each probe by its name.
+
     Raises:
         MelensError: what is no bridge, prompt or probe; an empty, too short or too long prompt, a token id outside the
             vocabulary, two probes of one name, a site the model does not have, a probe's result of other dimensions
@@ -229,8 +232,11 @@ def trace(
 def default_probes(model: Bridge, *, min_abs: Number = 100) -> list[Probe]:
     """Return what `find_me_layer` and the emergence figures need, as far as the model has it.
 
-    A parallel block has no `ln2`, a state-space block no attention. Every token with an entry over `min_abs`, the
-    criterion's, is kept.
+    A parallel block has no `ln2`, a state-space block no attention.
+
+    Args:
+        model: a bridge.
+        min_abs: every token with an entry |h| over it is kept; as of the `Criterion`.
 
     Example:
         >>> [probe.name for probe in melens.default_probes(model)]
