@@ -168,10 +168,16 @@ CriterionGiven = Annotated[Criterion, InstanceOf(), Said("a Criterion, such as m
 
 @checked
 def massive_activations(trace: TraceGiven, criterion: CriterionGiven | None = None) -> pd.DataFrame:
-    """List the massive entries of each block's output: `prompt`, `layer`, `pos`, `dim`, `value`, `abs_median`.
+    """List the massive entries of each block's output (Sun et al. 2024).
 
-    A trace keeps some dims of the largest tokens (`LargestActivations`); of every other massive token there is one row,
-    with its largest |h| as `value` and -1 as `dim`.
+    Args:
+        trace: with the tables of `default_probes()`.
+        criterion: of what counts as massive.
+
+    Returns:
+        A row for each: `prompt`, `layer`, `pos`, `dim`, `value`, `abs_median`. A trace keeps some dims of the largest
+        tokens (`LargestActivations`); of every other massive token there is one row, with its largest |h| as `value`
+        and -1 as `dim`.
 
     Raises:
         MelensError: a trace that may not hold all massive tokens of this criterion, or holds NaN.

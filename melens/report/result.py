@@ -1,9 +1,11 @@
 """What an analysis found: numbers under their names (`Metrics`), tidy tables, figures, and sentences.
 
-result = melens.analysis.sinks(study)
-result.figures["sink_mass"]      # shows itself in a notebook
-result.metrics.sink_onset_layer  # an attribute, so that a typo is an error
-result.claims                    # what the paper's claims about it come to
+    result = melens.analysis.sinks(study)
+    result.figures["sink_mass"]      # shows itself in a notebook
+    result.metrics.sink_onset_layer  # an attribute, so that a typo is an error
+    result.claims                    # what the paper's claims about it come to
+
+Each analysis has metrics of its own, as `melens.analysis.attention_sinks.SinksMetrics`.
 """
 
 from __future__ import annotations
