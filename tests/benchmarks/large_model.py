@@ -73,7 +73,7 @@ def main() -> None:
         texts = [TOKEN + prompt.text.replace(TOKEN, "-") for prompt in melens.load_prompts()]
         prompts.write_text("\n".join(json.dumps({"text": text}) for text in texts))
         run("one forward pass of the prompts", partial(forward, model, texts), table)
-        planned = PlannedModel("random", model.cfg, model.original_model, model.tokenizer, lambda: model)
+        planned = PlannedModel("random", model.cfg, plain_twin(model), model.tokenizer, lambda: model)
         for experiment, options in EXPERIMENTS.items():
             own = ["model=random", "model.tokenizer=bytes", f"prompts.file={prompts}", *options]
             timed = partial(run_experiment, Path(name) / options[0].removeprefix("exp="), *own)
