@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from planted import N_LAYERS, VOCABULARY, bridge, gains_apart, plain_model, plan
 from written import write_result
 
 import melens
+from experiments.benchmark import check_request
 from experiments.options import compose_options
 from experiments.runner.job import run_job
 from experiments.runner.study import begin_study, run_experiments
@@ -237,3 +239,10 @@ def test_what_does_not_fit_the_model_is_told_before_its_weights_are_read(monkeyp
     with pytest.raises(MelensError, match=re.escape(message)):
         run_job(options, tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_judge_that_cannot_judge_is_told_before_weights_are_read(monkeypatch):
+    monkeypatch.setattr("melens.benchmarks.evaluation.check_tasks", lambda *given: None)
+    options = compose_options("exp=benchmark", "benchmark.tasks=[advbench]", "benchmark.judge=random")
+    with pytest.raises(MelensError, match="The judge random has no chat template"):
+        check_request(options.requests["benchmark"], options, SimpleNamespace(tokenizer=None))
