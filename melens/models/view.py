@@ -151,6 +151,7 @@ def _is_here(weight: Tensor) -> bool:
 
 
 def is_sharded(weight: Tensor) -> bool:
+    """Tell whether a process holds only a part of a weight, as under FSDP2, or none of it, as under FSDP."""
     return isinstance(weight, DTensor) or weight.numel() == 0
 
 
@@ -166,6 +167,11 @@ def view_model(model: Any) -> ModelView:
 
     Raises:
         MelensError: neither of them, or an architecture that TransformerLens does not know.
+
+    Example:
+        >>> view = view_model(model)
+        >>> len(view.blocks) == len(model.blocks), view.gain(2).shape == (view.d_model,)
+        (True, True)
     """
     if isinstance(model, TransformerBridge):
         return _of_bridge(model)

@@ -98,6 +98,13 @@ class Figure(Brief):
         source: which of the paper's figures it reproduces, or who asked for it.
         expected: what the paper shows there, in a sentence; empty where it shows none.
         observed: what is seen on this model, in a sentence.
+
+    Example:
+        >>> figure = melens.analysis.ffn(study).figures["ffn"]
+        >>> figure.source
+        'figure 4'
+        >>> figure.save("ffn.html").name
+        'ffn.html'
     """
 
     drawing: go.Figure | Callable[[], go.Figure] = field(repr=False)
@@ -135,6 +142,13 @@ class Result(Summary):
         findings: what to show the user, as (what, value) rows of plain text, or (what, left, right) to lay two texts
             side by side.
         documents: whole files by name, for what is no figure: HTML pages, tables in Markdown.
+
+    Example:
+        >>> result = melens.analysis.sinks(study)
+        >>> result.experiment, result.metrics.me_layer, sorted(result.tables)
+        ('sinks', 2, ['inputs_by_block', 'sink_mass_by_head', 'sinks_by_block'])
+        >>> result.claims.columns[:3].tolist()
+        ['model', 'id', 'claim']
     """
 
     experiment: str
