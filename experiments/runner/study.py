@@ -6,12 +6,9 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Int
-from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 import melens
@@ -20,7 +17,6 @@ from experiments.runner.registry import EXPERIMENTS
 from melens import Criterion, MelensError, Probe, Trace, default_probes, find_me_layer
 from melens.analysis.study import Stage, Study
 from melens.data.prompts import TokenizedPrompts
-from melens.data.texts import cut_texts, read_text
 from melens.models.devices import placement
 from melens.report.result import Metrics, Result
 from melens.storage.cache import RUN_CACHE, Store, code_version, hash_of, store_for, warn_if_not_cached
@@ -47,29 +43,6 @@ class Run(Study):
     cfg: Options = field(kw_only=True)
     folder: Path = field(default=Path(), kw_only=True)
     prepared: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
-
-    @cached_property
-    def text(self) -> str:
-        """The text that a loss is measured on (the node `data`); empty for a model without a tokenizer.
-
-        Raises:
-            MelensError: a text is given that the model has no tokenizer to read with.
-        """
-        data = self.cfg.data
-        if self.model.tokenizer is not None:
-            return read_text(data.text, split=data.split, column=data.column)
-        if data.text is not None:
-            raise MelensError(
-                "This model has no tokenizer to read data.text with. Leave data.text out: the loss is then measured on "
-                "random tokens."
-            )
-        return ""
-
-    @cached_property
-    def texts(self) -> Int[Tensor, "text pos"]:
-        """Pieces of that text, of one length; random tokens for a model without a tokenizer."""
-        data, bos, seed = self.cfg.data, self.cfg.prompts.bos, self.cfg.seed
-        return cut_texts(self.model, self.text, n_texts=data.n_texts, n_tokens=data.n_tokens, bos=bos, seed=seed)
 
 
 def begin_study(

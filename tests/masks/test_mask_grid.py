@@ -16,6 +16,7 @@ from experiments.options import compose_options
 from experiments.runner.jobs import jobs_of
 from experiments.runner.masks import masks_of
 from experiments.runner.study import begin_study, run_experiments
+from experiments.runner.texts import texts_of
 from melens import MelensError, WeMask
 from melens.masks.grid_metrics import UNMASKED
 
@@ -99,7 +100,7 @@ def test_all_dims_are_one_mask_however_they_are_chosen(model):
 
 def test_a_notebook_compares_masks_with_the_unmasked_model_text_by_text(model):
     study = study_of(model)
-    texts, study = study.texts[:4], melens.study(model, study.tokens)
+    texts, study = texts_of(study.cfg, model)[:4], melens.study(model, study.tokens)
     mask = WeMask(0.3, "magnitude", site="ln1_in")
     with pytest.raises(MelensError, match="patterns is 'some'; it must be drawn, all or none"):
         melens.analysis.mask_grid(study, [mask], texts, patterns="some")
