@@ -76,19 +76,21 @@ class Summary:
         return ()
 
     def __repr__(self) -> str:
-        return "\n".join([self._heading(), *(": ".join(filter(None, row[:2])) for row in self._rows())])
+        rows = [": ".join(filter(None, [row[0], " | ".join(row[1:])])) for row in self._rows()]
+        return "\n".join([self._heading(), *rows])
 
     def _repr_html_(self) -> str:
         return f"<p><b>{escape(self._heading())}</b></p>{html_table([*self._rows(), *self._details()])}"
 
 
-def html_table(rows: Iterable[Sequence[str]], head: Iterable[str] = ()) -> str:
+def html_table(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> str:
     """Lay rows of text out as an HTML table; empty where there are none."""
     lines = [_html_row(row, "td") for row in rows]
-    return f"<table>{_html_row(head, 'th')}{''.join(lines)}</table>" if lines else ""
+    first = _html_row(head, "th") if head else ""
+    return f"<table>{first}{''.join(lines)}</table>" if lines else ""
 
 
-def _html_row(cells: Iterable[str], tag: str) -> str:
+def _html_row(cells: Sequence[str], tag: str) -> str:
     written = [f'<{tag} style="text-align:left">{escape(cell)}</{tag}>' for cell in cells]
     return f"<tr>{''.join(written)}</tr>"
 

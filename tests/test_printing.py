@@ -56,7 +56,7 @@ PRINTED = {
     "9 of 64 dims in blocks 2 and 3 of Llama",
     "figure": "Figure(source='figure 1', expected='', observed='Block 2 stands out.')",
     "metrics": "Metrics(me_layer=2, ffn_layers=[0, 1, 2, 3, ...])",
-    "result": "onset of m\nonset: block 3\ntables: t\nfigures: f",
+    "result": "onset of m\nonset: block 3 | block 4\ntables: t\nfigures: f",
     "verification": "Verification: the fast way agrees with transformers; largest error 2.0e-06, hook_resid_post of ",
     "probe": "Norms(",
     "norm": "Normalization(name='n', kind='RMSNorm', gain=Tensor of 2,048",
@@ -83,7 +83,9 @@ def made():
         "mask with dims": melens.WeMask(start=2, positions=(0, 3), fixed=FIXED),
         "figure": drawn,
         "metrics": Metrics(me_layer=2, ffn_layers=list(range(30))),
-        "result": Result("onset", {"name": "m"}, Metrics(), {"t": errors}, {"f": drawn}, [("onset", "block 3")]),
+        "result": Result(
+            "onset", {"name": "m"}, Metrics(), {"t": errors}, {"f": drawn}, [("onset", "block 3", "block 4")]
+        ),
         "verification": Verification("fast", BatchRule(), errors),
         "probe": melens.Norms(["ln1.hook_out"]).named("own"),
         "norm": Normalization("n", "RMSNorm", numbers, numbers),

@@ -139,13 +139,13 @@ class Emergence(Summary):
         return f"block {self.layer} of {self.n_layers}, × {lift}, token {self.positions[0]}, dim {self.dims[0]}"
 
     def _details(self) -> list[tuple[str, str]]:
-        rows = [("reason", self.reason), ("prompts", f"{self.n_prompts} ({self.distinct_first_tokens} first tokens)")]
+        rows = [("reason", self.reason), ("first tokens", f"{self.distinct_first_tokens} distinct")]
         if self.layer is None or self.share_of_peak is None:
             return rows
         return [
             *rows,
             ("kind", self.kind or ""),
-            ("share_of_peak", with_interval(self.share_of_peak, self.share_of_peak_interval, ".0%")),
+            ("share of the peak norm", with_interval(self.share_of_peak, self.share_of_peak_interval, ".0%")),
             ("formed", f"block {self.formed}"),
             ("positions", ", ".join(map(str, self.positions))),
             ("dims", ", ".join(map(str, self.dims))),

@@ -179,8 +179,8 @@ class Result(Summary):
         return [*self.findings, *((kind, names) for kind, names in named.items() if names)]
 
     def _repr_html_(self) -> str:
-        claims = self.claims[["claim", "verdict", "note"]].fillna("").astype(str)
-        return super()._repr_html_() + html_table(claims.values.tolist(), head=claims.columns)
+        shown = ["claim", "verdict", "note"]
+        return super()._repr_html_() + html_table(self.claims[shown].fillna("").astype(str).values.tolist(), head=shown)
 
 
 def plain(value: Any) -> Any:
