@@ -356,6 +356,7 @@ class Options(Node):
     max_batch_tokens: Count
     seed: Seed
     figures: Annotated[Literal["svg", "pdf", "png"] | None, Said("svg, pdf, png or null")]
+    verbose: Flag
     given: Mapping[str, Any] = {}
     typed: Sequence[str] = ()
 

@@ -54,7 +54,7 @@ def main(cfg: DictConfig) -> None:
             _run(cfg, folder)
     except (MelensError, OSError) as error:  # another run has the folder, and may have a result there
         _failures.append(error)
-        print_error(error, verbose=bool(HydraConfig.get().verbose))
+        print_error(error, verbose=_is_verbose(cfg))
 
 
 def _run(cfg: DictConfig, folder: Path) -> None:
@@ -83,11 +83,15 @@ def _run(cfg: DictConfig, folder: Path) -> None:
             _failures.append(MelensError(f"exp={', '.join(failed)} failed; the other results are written."))
     except Exception as error:
         _failures.append(error)
-        message = print_error(error, verbose=bool(hydra_cfg.verbose))
+        message = print_error(error, verbose=_is_verbose(cfg))
         if hydra_cfg.mode == RunMode.MULTIRUN:
             from melens.report.record import write_failure
 
             write_failure(message, folder, config=config)
+
+
+def _is_verbose(cfg: DictConfig) -> bool:
+    return bool(HydraConfig.get().verbose or cfg.get("verbose"))
 
 
 @contextmanager
@@ -125,11 +129,20 @@ _ADVICE = re.compile(r"\n?To append to your .* use \+.*")
 """Hydra's, for options of its own that do not exist: with a plus they would do nothing."""
 
 
+def _print_and_let_go(text: str) -> None:
+    """Print a text, of which the reader may have enough before its end (`--help | head`)."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+
+
 def run_command() -> int:
     """Run what was typed, and return the exit code: 2 for a wrong option, 1 for any other error."""
     if {"-h", "--help"} & set(sys.argv[1:]):
-        print(help_text())
+        _print_and_let_go(help_text())
         return 0
+    logging.raiseExceptions = False  # a screen that nobody reads any more, as of `| head`, is no mistake
     warnings.formatwarning = lambda message, *_, **more: f"Warning: {message}\n"
     if int(os.environ.get("RANK", "0")) > 0:  # of processes that accelerate starts, the first alone writes and talks
         warn_untried(lambda sentence: None)
@@ -144,7 +157,7 @@ def run_command() -> int:
         print(f"Interrupted: {str(interrupt) or 'no result was written.'}", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:  # before any job: a wrong option, or no place for the output
-        print_error(error, verbose="hydra.verbose=true" in sys.argv)
+        print_error(error, verbose=any(argument.endswith("verbose=true") for argument in sys.argv))
         _failures.insert(0, error)
     if not _failures:
         return 1 if failed_jobs else 0

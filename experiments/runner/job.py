@@ -54,7 +54,7 @@ def run_job(cfg: Options, folder: Path) -> list[str]:
     if any(EXPERIMENTS[name].trains for name in cfg.experiments):
         folder = shared_folder(folder)
     console = Console(quiet=not is_first_process())
-    for name, mask in masks.items():
+    for name, mask in masks.items() if cfg.verbose else ():
         console.print(f"mask {name}: {mask_in_words(mask)}", markup=False, highlight=False)
     with sigterm_interrupts(), lock_resumed(cfg), show_stages(console) as stage:
         with nothing_left_if_refused(folder):
@@ -78,12 +78,18 @@ def run_job(cfg: Options, folder: Path) -> list[str]:
             paths = finish(record, cfg)
     if not is_first_process():
         return []
-    show_findings(record.name, [row for part in record.parts for row in part.findings], console)
-    show_claims(record.claims, console)
-    show_paths(paths, console)
+    findings = [row for part in record.parts for row in part.findings]
+    show_findings(_title(record, cfg), findings, console, verbose=cfg.verbose)
+    show_claims(record.claims, console, verbose=cfg.verbose)
+    show_paths(paths, console, verbose=cfg.verbose)
     if before := [part.experiment for part in record.parts if part.metrics.measured_before]:
         console.print(f"Measured before, and kept: {', '.join(before)} (exp.keep=false measures anew).")
     return [part.experiment for part in record.parts if part.metrics.failed]
+
+
+def _title(record: Record, cfg: Options) -> str:
+    layer = record.parts[0].metrics.me_layer
+    return f"{cfg.model.name}, exp={record.name}, ME layer: {'none' if layer is None else f'block {layer}'}"
 
 
 def _chosen_prompts(planned: PlannedModel, cfg: Options) -> TokenizedPrompts:

@@ -32,16 +32,17 @@ def merge_jobs(folder: Path, among: Collection[Path] | None = None) -> None:
         if not all(type(value) in (int, float) for value in sweep[key].tolist()):
             sweep[key] = [job.swept_in_words[key] for job in jobs]
     paths = write_tables_and_figures({"sweep": sweep}, {}, folder)
-    images = jobs[0].result.get("config", {}).get("figures")
+    config = jobs[0].result.get("config", {})
+    images, verbose = config.get("figures"), bool(config.get("verbose"))
     merges = dict.fromkeys(experiment.merge for experiment in EXPERIMENTS.values() if experiment.merge is not None)
     console = Console()
     for result in (*_merge_claims(jobs), *(result for merge in merges for result in merge(jobs))):
         plots = {name: figure.plot for name, figure in result.figures.items()}
         paths += write_tables_and_figures(result.tables, plots, folder, images=images)
-        show_findings(result.experiment, result.findings, console)
+        show_findings(result.experiment, result.findings, console, verbose=verbose)
         if result.model:
-            show_claims(result.claims, console)
-    show_paths(paths, console)
+            show_claims(result.claims, console, verbose=verbose)
+    show_paths(paths, console, verbose=verbose)
 
 
 def _row(job: Job) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def run_experiments(run: Run) -> Iterator[Result]:
         return
     store = None
     if run.cfg.exp.is_kept:  # under all that every experiment depends on
-        apart = ("exp", "figures", "given", "typed")
+        apart = ("exp", "figures", "given", "typed", "verbose")
         shared = {node: own for node, own in run.cfg.plain().items() if node not in apart}
         decides = [run.tokens, run.trace.prompts.to_dict("list"), shared, code_version(_EXPERIMENTS)]
         store = store_for("experiments", run.model.original_model, *decides, libraries=("plotly",))

@@ -266,7 +266,7 @@ def _factorial_figure(runs: _Runs, factorial: pd.DataFrame) -> Figure:
     title = runs.study.title(f"Norm × FFN at block {runs.me_layer}", runs.n_prompts)
     plot = heatmaps([heatmap], title=title, note=note, z_title="left", text=True)
     observed = "Without the FFN the norm before it has no way to act: that column is the same by construction."
-    return Figure(plot, "asked for by the review", "The paper removes one at a time.", observed)
+    return Figure(plot, "follow-up question", "The paper removes one at a time.", observed)
 
 
 # --- In every block ---------------------------------------------------------------------------------------------------
@@ -329,7 +329,7 @@ def _figure_of_causes(plot: go.Figure, metrics: AblationMetrics) -> Figure:
         observed = f"Removing the FFN of block {causal} leaves at most half; "
         observed += f"the strongest cause is block {metrics.strongest_cause}. "
         observed += f"{metrics.block_evaluations:,} block evaluations in place of {without_reuse:,}."
-    return Figure(plot, "asked for by the review", expected, observed)
+    return Figure(plot, "follow-up question", expected, observed)
 
 
 # --- Patching ---------------------------------------------------------------------------------------------------------

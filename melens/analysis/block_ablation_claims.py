@@ -161,7 +161,7 @@ CLAIMS = (
     ),
     Claim(
         id="only-me-causal", fixed="2026-11-26 25a77c7",
-        source="the review, point 1", figure="causality", metrics=AblationMetrics,
+        source="follow-up question", figure="causality", metrics=AblationMetrics,
         claim="Only the ME layer is causal for the massive activation",
         statistic="how many other blocks' FFNs halve it when removed",
         criterion="0, none with 0.5 in its interval; in part: the ME layer's does most, and no other's is shown",

@@ -287,15 +287,18 @@ def _agree(share: float, n_states: int) -> str:
 
 
 def _findings(study: Study, onset: SinkOnset, layout: Layout, last: LastBlocks | None) -> list[tuple[str, str]]:
+    """Say what was found, first what the paper's abstract is about."""
     model, me = study.trace.model, study.me
     rows = [("model", f"{model['name']} ({me.n_layers} blocks, {model['dtype']})")]
+    sinks = ("sinks start", _sinks_start(onset, layout))
     if me.layer is None or me.magnification is None:
-        rows.append(("ME layer", f"none: {me.reason}"))
+        rows += [("ME layer", f"none: {me.reason}"), sinks]
     else:
         rows += [
             ("ME layer", f"block {me.layer} (layer {me.layer + 1} counting from 1)"),
             ("how it emerges", f"{me.kind}: the ME layer alone brings {me.share_of_peak:.0%} of the peak norm"),
             ("magnification", f"× {with_interval(me.magnification, me.magnification_interval, ',.1f')}"),
+            sinks,
             ("against other tokens", f"× {me.relative_magnification:,.1f}"),
             ("agreement", f"{_agree(me.agreement, len(_one_a_state(study)))}. {me.reason}"),
             ("formed", f"in block {me.formed}: position {_some(me.positions)}, dim {_some(me.dims)}"),
@@ -305,7 +308,7 @@ def _findings(study: Study, onset: SinkOnset, layout: Layout, last: LastBlocks |
     rows.append(("first tokens", f"{me.distinct_first_tokens} distinct"))
     if 0 < len(layout.attention) < layout.n_layers:
         rows.append(("layout", f"{layout.attention_in_words}; {layout.ffn_in_words}"))
-    return [*rows, ("sinks start", _sinks_start(onset, layout))]
+    return rows
 
 
 def _sinks_start(onset: SinkOnset, layout: Layout) -> str:

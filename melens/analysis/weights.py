@@ -130,7 +130,7 @@ def prediction(study: Study) -> Result:
         measured["predicted_dim"] = next(iter(scores.loc[scores["layer"] == me_layer, "dim"]), None)
     metrics = study.metrics(PredictMetrics, **study.layout.metrics(), n_scored=len(scores), **measured)
     observed, expected = _in_words(study, metrics, scores), "The ME layer is found by running the model."
-    figure = Figure(_scores_figure(study, scores), "asked for by the review", expected, observed)
+    figure = Figure(_scores_figure(study, scores), "follow-up question", expected, observed)
     tables, figures, findings = {"weight_scores": scores}, {"scores": figure}, [("from the weights", observed)]
     return Result("predict", study.trace.model, metrics, tables, figures, findings)
 
@@ -266,7 +266,7 @@ def _ranks_first(metrics: PredictMetrics) -> Judgement:
 CLAIMS = (
     Claim(
         id="predictable", fixed="2026-11-22 a1bbeb3",
-        source="the review and the research note", figure="scores", metrics=PredictMetrics,
+        source="follow-up question", figure="scores", metrics=PredictMetrics,
         claim="The ME layer can be predicted from the weights alone",
         statistic="rank of the ME layer by the FFN's response to its most amplified input",
         criterion="1; in part <= 3", why="a prediction names one block",

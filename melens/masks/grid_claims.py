@@ -162,7 +162,7 @@ CLAIMS: tuple[Claim[MaskGridMetrics], ...] = (
     ),
     Claim(
         id="mask-start", fixed="2026-11-26 25a77c7",
-        source="the review, point 5", figure="starts", metrics=MaskGridMetrics,
+        source="follow-up question", figure="starts", metrics=MaskGridMetrics,
         claim="The effect is specific to starting behind the ME layer",
         statistic="change of the sink mass by the paper's mask in the block behind the ME layer alone, over the "
         "largest by the same mask in another block alone",

@@ -70,7 +70,7 @@ def grid_figures(
         expected = "Table 5: weight-guided masks help; random and magnitude masks at the same rate hurt."
         figures["loss_change"] = Figure(_loss_plot(main, of_texts), "table 5", expected, observed)
         plot = _rate_plot(main, of_texts)
-        figures["rates"] = Figure(plot, "asked for by the review", "One rate a task.", observed)
+        figures["rates"] = Figure(plot, "follow-up question", "One rate a task.", observed)
     if len(main):
         assert metrics.unmasked_sink_mass is not None
         title, note = f"Loss against the sink that is left: {of_texts}", "Whiskers: 95% intervals over texts."
@@ -84,7 +84,7 @@ def grid_figures(
     if n_starts > 1:
         plot = _start_plot(table, metrics.me_layer, of_texts)
         expected = "The mask is applied from the ME layer on, nowhere else."
-        figures["starts"] = Figure(plot, "asked for by the review", expected, f"{n_starts} blocks to start at.")
+        figures["starts"] = Figure(plot, "follow-up question", expected, f"{n_starts} blocks to start at.")
     return figures
 
 

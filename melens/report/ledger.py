@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import pandas as pd
 
 from melens.errors import MelensError
 from melens.figures.style import VERDICTS
-from melens.report.terminal import former_verdict, number_with_interval, verdicts_in_words
+from melens.report.terminal import claims_in_words, former_verdict, number_with_interval
 from melens.storage.files import write_text
 
 __all__ = ["KEPT", "claims_by_model", "claims_in_markdown", "marked_parts", "update_findings", "write_claims"]
@@ -38,7 +38,7 @@ def claims_in_markdown(content: Mapping[str, Any]) -> str:
         content: what `result.json` holds.
     """
     claims = content["claims"]
-    lines = [_count(claims), *_by_ratio(content)]
+    lines = [claims_in_words(claim["verdict"] for claim in claims), *_by_ratio(content)]
     for verdict in VERDICTS:
         rows = [claim for claim in claims if claim["verdict"] == verdict]
         if rows:
@@ -81,7 +81,7 @@ def marked_parts(kept: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """Write what the documents say of a model, by file and by the name in the part's mark `<!-- findings: name -->`."""
     model, observed = kept["model"], kept["figures"]
     caption = f"*{model['name']}. {observed['emergence']['here']} {observed['sink_mass']['here']}*\n"
-    summary = f"**{model['name']}**: {_count(kept['claims'])}\n"
+    summary = f"**{model['name']}**: {claims_in_words(claim['verdict'] for claim in kept['claims'])}\n"
     return {
         "README.md": {"caption": caption, "summary": summary},
         "experiments/FINDINGS.md": {"claims": claims_in_markdown(kept)},
@@ -128,10 +128,6 @@ def _filled(path: Path, parts: Mapping[str, str]) -> str:
             raise MelensError(f"{path} has no part between {begin.strip()} and {end}.")
         text = f"{before}{begin}{part}{end}{after}"
     return text
-
-
-def _count(claims: Sequence[Mapping[str, Any]]) -> str:
-    return f"Of {len(claims)} claims of the paper and its review, {verdicts_in_words(c['verdict'] for c in claims)}."
 
 
 def _by_ratio(content: Mapping[str, Any]) -> list[str]:

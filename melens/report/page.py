@@ -21,7 +21,7 @@ from plotly.offline import get_plotlyjs
 from melens.claims.sentences import sentences
 from melens.figures.style import VERDICTS
 from melens.report.result import Figure, Metrics, Result
-from melens.report.terminal import number_with_interval, verdicts_in_words
+from melens.report.terminal import claims_in_words, number_with_interval
 from melens.storage.files import write_text
 
 __all__ = ["render", "write_report"]
@@ -65,8 +65,7 @@ def _summary(content: Mapping[str, Any], metrics: Metrics, figures: Mapping[str,
     if "emergence" in figures:
         sentences.append(figures["emergence"].observed)
     if claims := content["claims"]:
-        counted = verdicts_in_words(claim["verdict"] for claim in claims)
-        sentences.append(f"Of {len(claims)} claims of the paper and its review, {counted}.")
+        sentences.append(claims_in_words(claim["verdict"] for claim in claims))
     return sentences
 
 

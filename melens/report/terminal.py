@@ -1,8 +1,10 @@
-"""What a run shows at its end: a table of the findings, the verdicts on the claims, and the files that it wrote."""
+"""What a run shows at its end: what it found in five lines, how many claims hold, and the page to open.
+
+`verbose` shows the rest: every finding, each claim with what was measured, and every file.
+"""
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,32 +19,68 @@ from rich.text import Text
 from melens.analysis.statistics import with_interval
 from melens.figures.style import VERDICTS
 
-__all__ = ["former_verdict", "number_with_interval", "show_claims", "show_findings", "show_paths", "verdicts_in_words"]
+__all__ = [
+    "claims_in_words", "former_verdict", "number_with_interval", "path_from_here", "show_claims", "show_findings",
+    "show_paths", "verdicts_in_words",
+]  # fmt: skip
+
+N_SHOWN = 5
+"""Findings that are shown without `verbose`: the first ones."""
+N_CLAIMS_SHOWN = 12
+"""So many claims are named one by one without `verbose`, which is all of any experiment; more are on the report."""
 
 
-def show_findings(title: str, findings: Sequence[tuple[str, ...]], console: Console) -> None:
-    """Print rows of (what, value), or of (what, left, right) with a line below each."""
-    side_by_side = any(len(row) > 2 for row in findings)
-    table = Table(show_header=False, show_lines=side_by_side, title=title)
-    for row in findings:
+def show_findings(title: str, findings: Sequence[tuple[str, ...]], console: Console, *, verbose: bool = False) -> None:
+    """Print rows of (what, value), or of (what, left, right) with a line below each: the first ones, or all."""
+    shown = findings if verbose or len(findings) <= N_SHOWN + 1 else findings[:N_SHOWN]
+    table = Table(show_header=False, show_lines=any(len(row) > 2 for row in shown), title=title)
+    for row in shown:
         table.add_row(*map(Text, row))  # as it is: brackets in it are no markup
     console.print(table)
+    if n_more := len(findings) - len(shown):
+        console.print(f"{n_more} more findings: add verbose=true to see them here.", highlight=False)
 
 
-def show_claims(claims: pd.DataFrame, console: Console) -> None:
-    """Print what the paper says, what is measured and the verdict (of `melens.judge`); nothing where there are none."""
+def show_claims(claims: pd.DataFrame, console: Console, *, verbose: bool = False) -> None:
+    """Print how many claims hold (`melens.judge`) and, of few, which, or each with what is measured."""
     if claims.empty:
         return
-    title = f"What the paper says, on this model: {verdicts_in_words(claims['verdict'])}"
-    table = Table("the paper says", "measured here", "verdict", title=title, show_lines=True)
+    console.print(claims_in_words(claims["verdict"]), highlight=False)
+    if not verbose:
+        if len(claims) <= N_CLAIMS_SHOWN:
+            for verdict, claim in claims[["verdict", "claim"]].itertuples(index=False):
+                console.print(Text.assemble("  ", (f"{verdict:<15}", VERDICTS[verdict][2]), claim))
+        return
+    table = Table("the paper says", "measured here", "verdict", show_lines=True)
     for claim in claims.to_dict("records"):
         number = "" if pd.isna(claim["value"]) else f"[bold]{number_with_interval(claim)}[/]: "
         measured = f"{number}{escape(claim['statistic'])}" + f"\n[dim]{escape(claim['note'])}[/]" * bool(claim["note"])
         verdict = Text(claim["verdict"], VERDICTS[claim["verdict"]][2])
         if (former := former_verdict(claim)) is not None:
-            verdict.append(f"\nformerly {former}", "dim")
+            verdict.append(f"\nby its former threshold: {former}", "dim")
         table.add_row(escape(claim["claim"]), measured, verdict)
     console.print(table)
+
+
+def show_paths(paths: Sequence[Path], console: Console, *, verbose: bool = False) -> None:
+    """Print where the page of a run is, and the folder of its files or, if asked for all, each file."""
+    pages = [path for path in paths if path.suffix == ".html"]
+    lines = []
+    if pages:
+        report = [path for path in pages if path.name == "report.html"]
+        lines.append(f"Page:   {path_from_here((report or pages)[0])}")
+    if verbose:
+        lines += ["Files:", *(f"  {path_from_here(path)}" for path in paths)]
+    elif paths:
+        lines.append(f"Folder: {path_from_here(paths[0].parent)}")
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def path_from_here(path: Path) -> str:
+    """Return a path as it is typed from the working folder: relative if it lies below, else whole."""
+    path, here = Path(path).absolute(), Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def former_verdict(claim: Mapping[Hashable, Any]) -> str | None:
@@ -51,16 +89,20 @@ def former_verdict(claim: Mapping[Hashable, Any]) -> str | None:
     return former if isinstance(former, str) and former != claim["verdict"] else None
 
 
+def claims_in_words(verdicts: Iterable[str]) -> str:
+    """Say how many claims there are and what they come to: "Of 3 claims, 2 hold, 1 does not hold."."""
+    verdicts = list(verdicts)
+    return f"Of {len(verdicts)} claim{'' if len(verdicts) == 1 else 's'}, {verdicts_in_words(verdicts)}."
+
+
 def verdicts_in_words(verdicts: Iterable[str]) -> str:
-    """Count verdicts: "12 hold, 7 hold in part, 2 do not hold"."""
+    """Count verdicts: "12 hold, 7 hold in part, 1 does not hold"."""
     counts = Counter(verdicts)
-    return ", ".join(f"{counts[verdict]} {verb}" for verdict, (verb, *_) in VERDICTS.items() if verdict in counts)
-
-
-def show_paths(paths: Sequence[Path], console: Console) -> None:
-    """Print where the files of a run are."""
-    written = (os.path.relpath(path) for path in paths)
-    console.print("Written:", *written, sep="\n  ", markup=False, highlight=False, soft_wrap=True)
+    return ", ".join(
+        f"{counts[verdict]} {verdict if counts[verdict] == 1 else verb}"
+        for verdict, (verb, *_) in VERDICTS.items()
+        if verdict in counts
+    )
 
 
 def number_with_interval(claim: Mapping[Hashable, Any]) -> str:

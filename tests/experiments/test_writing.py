@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -232,3 +233,11 @@ def test_before_there_is_work_a_signal_ends_the_run_at_once(name):
     begin = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {code}"
     done = subprocess.run([sys.executable, "-c", begin], capture_output=True, text=True, cwd=ROOT, check=False)
     assert (done.returncode, done.stderr) == (130, "Interrupted: no result was written.\n")
+
+
+def test_a_reader_that_has_enough_of_the_help_gets_no_traceback(monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        command._print_and_let_go("The help.")

@@ -36,7 +36,7 @@ def test_claims_are_written_by_verdict_with_what_was_measured():
     unlike = CLAIM | {"id": "b", "claim": "a|b", "verdict": "does not hold", "low": None, "former_verdict": "holds"}
     unmeasured = CLAIM | {"id": "c", "verdict": "not measured", "value": None, "note": "It was not run."}
     assert claims_in_markdown({"claims": [unlike, unmeasured, CLAIM]}) == (
-        "Of 3 claims of the paper and its review, 1 hold, 1 do not hold, 1 not measured.\n\n"
+        "Of 3 claims, 1 holds, 1 does not hold, 1 not measured.\n\n"
         "| holds | measured here |\n| --- | --- |\n"
         "| It is large (section 3) | **4 (3.5 to 4.5)**: size. Threshold: ≥ 3. |\n\n"
         "| does not hold | measured here |\n| --- | --- |\n"
@@ -87,7 +87,7 @@ def test_the_documents_are_filled_from_a_result_and_what_they_rest_on_is_kept(tm
     update_findings(run, tmp_path)
     assert readme.read_text() == (
         "A\n<!-- findings: caption -->\n*m. It rises. They sink.*\n<!-- end -->\nB\n"
-        "<!-- findings: summary -->\n**m**: Of 1 claims of the paper and its review, 1 hold.\n<!-- end -->\n"
+        "<!-- findings: summary -->\n**m**: Of 1 claim, 1 holds.\n<!-- end -->\n"
     )
     assert (
         "| It is large (section 3) | **4 (3.5 to 4.5)**: size. Threshold: ≥ 3. |\n<!-- end -->" in findings.read_text()
