@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, create_m
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from experiments.runner.declaration import AtLeast2, ExperimentOptions, Node
+from experiments.runner.declaration import AS_TYPED, AtLeast2, ExperimentOptions, Node
 from experiments.runner.registry import EXPERIMENTS
 from melens.data.reading import check_source, file_text
 from melens.data.tasks import OWN_PROMPTS, check_tasks, tasks_in
@@ -43,9 +43,6 @@ from melens.validation.types import (
 )
 
 __all__ = ["AS_TYPED", "MaskOptions", "Options", "as_list", "options_of"]
-
-AS_TYPED = "as typed"
-"""Marks an option that is a text: no number, list or sweep is read out of it."""
 
 
 def as_list(value: Any) -> Any:

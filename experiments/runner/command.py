@@ -17,7 +17,7 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,12 @@ from omegaconf.errors import OmegaConfBaseException
 from experiments.options import read_options
 from experiments.options.command_line import check_command, prepare_command
 from experiments.options.help import help_text
-from experiments.options.reading import CONF, OptionError, said_options
+from experiments.options.reading import CONF, OptionError, compose_options, said_options
 from experiments.options.unused import unused_options
 from experiments.runner.interrupts import INTERRUPTED, restore_signals
 from experiments.runner.locks import locked_job_folder
 from experiments.runner.refusals import nothing_left_if_refused
+from experiments.runner.registry import EXPERIMENTS
 from experiments.runner.sweep import failed_jobs
 from melens.environment.versions import warn_untried
 from melens.errors import MelensError
@@ -137,6 +138,17 @@ def _print_and_let_go(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
 
 
+def _without_model(arguments: Sequence[str]) -> str | None:
+    """Do what takes no model, where that is all that was typed, and return what to print."""
+    chosen = next((argument for argument in arguments if argument.startswith("exp=")), "")
+    experiment = EXPERIMENTS.get(chosen.removeprefix("exp="))
+    if experiment is None or experiment.without_model is None:
+        return None
+    if any(not argument.lstrip("+").startswith(("exp=", "exp.")) for argument in arguments):
+        return None  # and its `request` refuses that
+    return experiment.without_model(compose_options(*arguments).exp)
+
+
 def run_command() -> int:
     """Run what was typed, and return the exit code: 2 for a wrong option, 1 for any other error."""
     if {"-h", "--help"} & set(sys.argv[1:]):
@@ -151,6 +163,9 @@ def run_command() -> int:
     warn_untried(lambda sentence: print(f"Warning: {sentence}", file=sys.stderr))
     try:
         sys.argv[1:] = prepare_command(sys.argv[1:])
+        if (text := _without_model(sys.argv[1:])) is not None:
+            _print_and_let_go(text)
+            return 0
         check_command(sys.argv[1:])
         main()
     except KeyboardInterrupt as interrupt:

@@ -32,7 +32,10 @@ if TYPE_CHECKING:
     from melens.report.result import Result
     from melens.tracing.probes import Probe
 
-__all__ = ["AnalysisOptions", "AtLeast2", "Experiment", "ExperimentOptions", "Node", "of_analysis"]
+__all__ = ["AS_TYPED", "AnalysisOptions", "AtLeast2", "Experiment", "ExperimentOptions", "Node", "of_analysis"]
+
+AS_TYPED = "as typed"
+"""Marks an option that is a text: no number, list or sweep is read out of it."""
 
 AtLeast2 = Annotated[int, Field(strict=True, ge=2), Said("a whole number of at least 2")]
 
@@ -89,6 +92,8 @@ class Experiment:
         in_all: whether `exp=all` can hold it.
         can_resume: whether the same command goes on where an interrupt stopped it, rather than from the trace alone.
         trains: whether it trains: accelerate may start several processes of it, with one folder and its checkpoints.
+        without_model: what is done instead of a run, given its own options: it has neither a model nor a folder, and
+            returns what to print. `run` and `request` then refuse what else was typed.
         merge: puts together what the jobs of a sweep measured, of which some may be of other experiments.
     """
 
@@ -104,6 +109,7 @@ class Experiment:
     in_all: bool = True
     can_resume: bool = True
     trains: bool = False
+    without_model: Callable[[Any], str] | None = None
     merge: Callable[[Sequence[Job]], list[Result]] | None = None
 
 

@@ -28,13 +28,11 @@ from melens.claims.engine import judge_parts
 from melens.environment import versions
 from melens.errors import MelensError
 from melens.figures.saving import page, save_images
-from melens.report.result import Result, plain
+from melens.report.result import COMPLETE, PARTIAL, Result, plain
 from melens.storage.cache import RUN_CACHE
 from melens.storage.files import atomic_file, explain_write_errors, write_text
 
 __all__ = ["COMPLETE", "PARTIAL", "Record", "read_results", "write_failure", "write_tables_and_figures"]
-
-COMPLETE, PARTIAL = "result.json", "result.partial.json"
 
 
 class Record:

@@ -24,8 +24,10 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from melens.figures import saving
 from melens.printing import Brief, Summary, brief, html_table
 
-__all__ = ["Figure", "Interval", "Metrics", "Result", "plain"]
+__all__ = ["COMPLETE", "PARTIAL", "Figure", "Interval", "Metrics", "Result", "plain"]
 
+COMPLETE, PARTIAL = "result.json", "result.partial.json"
+"""What a run's folder holds once everything is there, and before."""
 Interval = tuple[float | None, float | None]
 """A 95% interval; of a single prompt there is none: (NaN, NaN), which JSON holds as (null, null)."""
 
