@@ -146,9 +146,9 @@ class Result(Summary):
         documents: whole files by name, for what is no figure: HTML pages, tables in Markdown.
 
     Example:
-        >>> result = melens.analysis.sinks(study)
+        >>> result = melens.analysis.direction(study)
         >>> result.experiment, result.metrics.me_layer, sorted(result.tables)
-        ('sinks', 2, ['inputs_by_block', 'sink_mass_by_head', 'sinks_by_block'])
+        ('direction', 2, ['direction_by_block'])
         >>> result.claims.columns[:3].tolist()
         ['model', 'id', 'claim']
     """
