@@ -76,7 +76,7 @@ class Summary:
         return ()
 
     def __repr__(self) -> str:
-        rows = [": ".join(filter(None, [row[0], " | ".join(row[1:])])) for row in self._rows()]
+        rows = [": ".join(filter(None, [row[0], " | ".join(filter(None, row[1:]))])) for row in self._rows()]
         return "\n".join([self._heading(), *rows])
 
     def _repr_html_(self) -> str:

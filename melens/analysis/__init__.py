@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from melens.analysis.across_inputs import stability
     from melens.analysis.attention_sinks import sinks
     from melens.analysis.block_ablation import ablation
-    from melens.analysis.emergence_norms import emergence
+    from melens.analysis.emergence_norms import emergence, side_by_side
     from melens.analysis.ffn_concentration import ffn
     from melens.analysis.generated_texts import generate
     from melens.analysis.massive_state import consequence
@@ -22,15 +22,17 @@ if TYPE_CHECKING:
     from melens.analysis.self_check import verification
     from melens.analysis.token_direction import direction
     from melens.analysis.weights import prediction
+    from melens.benchmarks.comparison import benchmark
     from melens.masks.grid import mask_grid
 
 __all__ = [
-    "ablation", "consequence", "direction", "emergence", "ffn", "generate", "mask_grid", "normalization", "prediction",
-    "sinks", "stability", "verification",
+    "ablation", "benchmark", "consequence", "direction", "emergence", "ffn", "generate", "mask_grid", "normalization",
+    "prediction", "side_by_side", "sinks", "stability", "verification",
 ]  # fmt: skip
 
 _MODULES = {
     "ablation": "block_ablation",
+    "benchmark": ".benchmarks.comparison",
     "consequence": "massive_state",
     "direction": "token_direction",
     "emergence": "emergence_norms",
@@ -39,6 +41,7 @@ _MODULES = {
     "mask_grid": ".masks.grid",
     "normalization": "norm_gains",
     "prediction": "weights",
+    "side_by_side": "emergence_norms",
     "sinks": "attention_sinks",
     "stability": "across_inputs",
     "verification": "self_check",

@@ -26,6 +26,7 @@ from melens.analysis.statistics import mean_metric, share_interval, with_interva
 from melens.analysis.study import Study
 from melens.analysis.trailing_blocks import LastBlocks, follow_last_blocks, last_blocks_figure
 from melens.analysis.trailing_blocks import probes as write_probes
+from melens.errors import MelensError
 from melens.figures.curves import Curve, Panel, curves_by_block
 from melens.figures.heatmaps import dims_heatmap
 from melens.figures.style import FIRST, OTHERS, SINK
@@ -34,7 +35,7 @@ from melens.models.normalization import named_normalization
 from melens.report.result import Figure, Interval, Result
 from melens.tracing.probes import Probe
 
-__all__ = ["PAPER_COUNTS", "compare_models", "emergence", "model_in_words", "norm_by_block", "probes"]
+__all__ = ["PAPER_COUNTS", "compare_models", "emergence", "model_in_words", "norm_by_block", "probes", "side_by_side"]
 
 PAPER_COUNTS = (
     "The paper's numbers may count from 1: its code edits `layer == 6`, counted from 0, and masks from 7 on, the block "
@@ -120,6 +121,29 @@ def norm_by_block(norms: pd.DataFrame) -> pd.DataFrame:
     grouped = norms.assign(token=token).groupby(["site", "layer", "token"], observed=True)["norm"]
     summary = pd.DataFrame({"mean": grouped.mean(), "low": grouped.quantile(0.1), "high": grouped.quantile(0.9)})
     return summary.reset_index()
+
+
+def side_by_side(results: Mapping[str, Result]) -> Figure:
+    """Draw the norms of several models side by side (figures 11 to 20), as a sweep over models does.
+
+    Args:
+        results: of `emergence`, by the name that stands above the panel.
+
+    Raises:
+        MelensError: none, or the result of another analysis.
+
+    Example:
+        >>> result = melens.analysis.emergence(study)
+        >>> melens.analysis.side_by_side({"mine": result, "again": result}).observed
+        '2 runs of 2 models.'
+    """
+    if not results:
+        raise MelensError("There are no results to draw: give some as {'a name': melens.analysis.emergence(study)}.")
+    for name, result in results.items():
+        if result.experiment != "emergence":
+            raise MelensError(f"{name!r} is a result of {result.experiment}; side_by_side takes those of emergence.")
+    norms = {name: result.tables["norm_by_block"] for name, result in results.items()}
+    return compare_models(norms, {name: result.metrics.me_layer for name, result in results.items()}, list(results))
 
 
 def compare_models(

@@ -122,6 +122,14 @@ def benchmark(
 
     Raises:
         MelensError: as `benchmarks_of`, `Evaluator` and `summarise`.
+
+    Example:
+        >>> from melens.benchmarks.evaluation import MaskConfiguration
+        >>> from melens.benchmarks.language import language_data
+        >>> data = language_data(model, melens.data.texts.read_text()[:2000], n_texts=2, n_tokens=16)
+        >>> masks = [MaskConfiguration("no mask"), MaskConfiguration("WeMask", melens.WeMask(0.1, start=3))]
+        >>> list(melens.analysis.benchmark(study, {"perplexity": masks}, data=data).figures)
+        ['benchmark_table', 'benchmark_differences']
     """
     options = options or BenchmarkOptions()
     benchmarks = benchmarks_of(list(configurations))

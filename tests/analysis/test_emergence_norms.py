@@ -11,6 +11,7 @@ from handmade import emergence_by_hand, study_by_hand, table
 import melens
 from experiments.emergence import EXPERIMENTS
 from melens.analysis.emergence_norms import compare_models, model_in_words
+from melens.errors import MelensError
 
 ME_LAYER = 2
 BORN = [(2, 0), (2, 0), (2, 3), (-1, 0)]
@@ -245,7 +246,7 @@ def test_without_an_me_layer_it_says_so():
 
 
 def test_where_the_paper_names_a_layer_it_is_said_from_what_it_may_count():
-    given, options = study(), {"name": "emergence", "log_scale": True, "top_dims": 2}
+    given, options = study(), {"name": "emergence", "keep": True, "log_scale": True, "top_dims": 2}
     object.__setattr__(given, "cfg", SimpleNamespace(model=SimpleNamespace(paper_me_layer=7)))
     (declared,) = EXPERIMENTS
     found = declared.run(given, declared.options(**options))
@@ -261,3 +262,9 @@ def test_models_are_drawn_side_by_side(result):
     assert [text.text for text in figure.plot.layout.annotations] == ["a", "b"]
     assert [(line.x0, line.name) for line in figure.plot.layout.shapes] == [(2, "ME layer 2")]
     assert figure.observed == "2 runs of 2 models."
+    assert melens.analysis.side_by_side({"a": result}).plot.layout.annotations[0].text == "a"
+    other = replace(result, experiment="sinks")
+    with pytest.raises(MelensError, match="'b' is a result of sinks; side_by_side takes those of emergence"):
+        melens.analysis.side_by_side({"a": result, "b": other})
+    with pytest.raises(MelensError, match="no results to draw"):
+        melens.analysis.side_by_side({})
