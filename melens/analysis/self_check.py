@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from melens.analysis.study import Study
@@ -74,10 +75,11 @@ def verification(study: Study) -> Result:
         for row in furthest_off.to_dict("records")
     ]
     findings = [
-        *by_site,
+        ("largest error", _largest_in_words(worst)),
         ("a trace runs", checked.why_not or _WAYS[checked.way]),
         ("prompts of a trace", _sharing_in_words(checked.rule)),
         ("generation", _generation_in_words(written)),
+        *by_site,
     ]
     figures = {"verification": _figure(checked, study)} if worst else {}
     return Result("verify", study.trace.model, metrics, {"verification": checked.errors}, figures, findings)
@@ -87,6 +89,10 @@ _WAYS = {
     "fast": "transformers' own modules, unless a hook needs TransformerLens's components",
     "bridge": "TransformerLens's components, which takes more time and memory",
 }
+
+
+def _largest_in_words(worst: Mapping[str, Any]) -> str:
+    return f"{worst['error']:.1e} at {worst['site']} (limit {worst['limit']:.1e})" if worst else "nothing was compared"
 
 
 def _block(layer: int) -> str:

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from melens.claims.sentences import sentences
+from melens.figures.saving import for_screens
 from melens.figures.style import VERDICTS
 from melens.report.result import Figure, Metrics, Result
 from melens.report.terminal import claims_in_words, number_with_interval
@@ -47,12 +47,27 @@ def write_report(parts: Sequence[Result], content: Mapping[str, Any], folder: st
     """
     figures = {name: figure for part in parts for name, figure in part.figures.items()}
     skipped = {part.experiment: part.metrics.not_applicable for part in parts if part.metrics.not_applicable}
+    drawings, plotly = {name: Markup(for_screens(figure.plot)) for name, figure in figures.items()}, get_plotlyjs()
     page = render(
-        "report.html", content=content, summary=_summary(content, parts[0].metrics, figures), verdicts=VERDICTS,
-        sentences=_sentences(content), skipped=skipped, figures=figures, command=command, plotly=get_plotlyjs(),
-        heading=_heading, in_script=_in_script, number_with_interval=number_with_interval,
+        "report.html", content=content, title=_title(content, figures), parts=parts, figures=figures,
+        summary=_summary(content, parts[0].metrics, figures), first=_first(content, figures), drawings=drawings,
+        verdicts=VERDICTS, size=f"{(len(plotly) + sum(map(len, drawings.values()))) / 1e6:.1f}",
+        sentences=_sentences(content), skipped=skipped, command=command, plotly=plotly, heading=_heading, note=_note,
+        number_with_interval=number_with_interval,
     )  # fmt: skip
     return write_text(Path(folder) / "report.html", page)
+
+
+def _title(content: Mapping[str, Any], figures: Mapping[str, Figure]) -> str:
+    """Return what the page is about: of a single experiment what its first figure shows."""
+    name = content["model"]["name"]
+    of_one = content["experiment"] != "all" and figures
+    return f"{_heading(next(iter(figures.values())))}: {name}" if of_one else f"Massive activations of {name}"
+
+
+def _first(content: Mapping[str, Any], figures: Mapping[str, Figure]) -> str | None:
+    """Return the figure that stands before the claims of several experiments."""
+    return next(iter(figures), None) if content["experiment"] == "all" else None
 
 
 def _summary(content: Mapping[str, Any], metrics: Metrics, figures: Mapping[str, Figure]) -> list[str]:
@@ -82,6 +97,7 @@ def _heading(figure: Figure) -> str:
     return re.split(r"<br>|: ", figure.plot.layout.title.text or "")[0]
 
 
-def _in_script(plot: go.Figure) -> Markup:
-    """Write a figure as JSON into a script element, which a "<" in one of its texts could end."""
-    return Markup(plot.to_json().replace("<", r"\u003c"))
+def _note(figure: Figure) -> str:
+    """Return the small print below a figure's title."""
+    _, _, note = (figure.plot.layout.title.text or "").partition("<br><sub>")
+    return str(note.replace("</sub>", "").replace("<br>", " "))
