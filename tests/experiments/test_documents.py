@@ -1,11 +1,13 @@
 """What the README and the guides tell people to type works, and what they name is there."""
 
+import json
 import re
 import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
+from planted import plain_model
 
 import melens
 from experiments.options.command_line import check_command, prepare_command
@@ -18,6 +20,14 @@ README = ROOT / "README.md"
 DOCUMENTS = sorted({*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("tests/*/*.md"), *ROOT.glob(".github/*.md")})
 
 
+DATA = {
+    "mine.jsonl": {"text": "Where is the key?"},
+    "my.jsonl": {"question": "What is 9 + 9?", "solution": "18"},
+    "my-data/piqa.jsonl": {"question": "To open a jar,", "choices": ["turn its lid.", "sing."], "answer": 0},
+    "my-data/gsm8k.test.jsonl": {"question": "What is 9 + 9?", "answer": "18"},
+}
+
+
 def code_of(document):
     return "".join(document.read_text("utf-8").replace("\\\n", " ").split("```")[1::2])
 
@@ -26,10 +36,12 @@ def code_of(document):
 def somewhere(tmp_path, monkeypatch):
     """A folder with the files that the commands name."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.jsonl").write_text('{"text": "Where is the key?"}\n')
     (tmp_path / "my-data").mkdir()
+    for name, line in DATA.items():
+        (tmp_path / name).write_text(json.dumps(line) + "\n")
     (trained := tmp_path / "outputs" / "2026-01-31" / "12-00-00-000000" / "model").mkdir(parents=True)
     (trained / "config.json").write_text("{}")
+    melens.WeMask(0.1, start=1).on(plain_model("llama")).save(trained)
     for module in ("melens.environment.extras", "melens.training.recipe"):
         monkeypatch.setattr(f"{module}.find_spec", lambda name: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
@@ -101,10 +113,10 @@ def test_the_guide_of_the_experiments_has_the_options_and_claims_of_each():
 
 def test_the_readmes_library_runs(monkeypatch, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
-    monkeypatch.setattr(melens, "load_prompts", lambda: load_prompts()[:3])
+    monkeypatch.setattr(melens, "load_prompts", lambda: sorted(load_prompts(), key=lambda prompt: len(prompt.text))[:2])
     monkeypatch.setattr("plotly.graph_objects.Figure.show", lambda figure: print("a figure"))
     exec(code, {"__name__": "readme"})
     said = capsys.readouterr().out
     assert said.startswith("block 11 of 30")
     assert "a figure" in said
-    assert "No ME layer" in said
+    assert "No block's output holds" in said
