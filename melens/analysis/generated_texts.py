@@ -160,10 +160,15 @@ def generate(
         mean_kl=sum(pair.kl for pair in pairs) / len(pairs),
     )
     summary = _in_words(metrics, sampled=sample)
+    those_that_part_first = sorted(pairs, key=lambda pair: pair.parted_at is None)
+    texts_in_short = [
+        (_short(pair.prompt.text, 120), _in_short(pair.without), _in_short(pair.masked))
+        for pair in those_that_part_first
+    ]
     findings = [
+        ("in all", summary, f"mask: {metrics.mask}"),
         ("", "without the mask (▶ where they part)", "with the mask"),
-        *((_short(pair.prompt.text, 120), _in_short(pair.without), _in_short(pair.masked)) for pair in pairs),
-        ("in all", summary, metrics.mask),
+        *texts_in_short,
     ]
     title = f"{study.trace.model['name']} with and without a mask"
     page = render_pairs(pairs, title=title, summary=summary, mask=metrics.mask)
@@ -433,9 +438,13 @@ def _in_words(metrics: GenerateMetrics, *, sampled: bool) -> str:
     n, same = metrics.n_pairs, metrics.identical_share or 0
     kind = "sampled" if sampled else "greedy"
     apart = n - round(same * n)
-    words = f"{apart} of {n} {kind} text{'s' if n > 1 else ''} change{'s' if apart == 1 else ''} with the mask"
+    verb = "changes" if apart < 2 else "change"
+    words = f"{apart or 'None'} of {n} {kind} texts {verb} with the mask"
+    if n == 1:
+        words = f"The {kind} text {'changes with the mask' if apart else 'is the same with the mask'}"
     if apart:
-        words += f", from token {metrics.mean_parted_at:.1f} on average (counted from 0)"
+        on_average = " on average" if apart > 1 else ""
+        words += f", from token {metrics.mean_parted_at:.3g}{on_average} (counted from 0)"
     thinking = f" Thinking: {metrics.thinking}." if metrics.thinking else ""
     if metrics.n_unfinished:
         thinking += f" {metrics.n_unfinished} of {2 * n} texts end inside a thought."

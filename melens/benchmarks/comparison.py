@@ -224,9 +224,14 @@ def score_figures(
 def score_findings(
     scores: pd.DataFrame, layout: Layout, metrics: ScoreMetrics, more: Sequence[tuple[str, ...]]
 ) -> list[tuple[str, ...]]:
-    """Say each score and its difference, how many differences are shown, `more`, and what was left out."""
-    heading = "score (95% interval over items)", f"difference to {layout.reference}, on the same items"
-    rows: list[tuple[str, ...]] = [("", *heading)]
+    """Say how many differences are shown, `more`, what was left out, and each score with its difference."""
+    rows: list[tuple[str, ...]] = [("in all", layout.observed, "")] if layout.observed else []
+    rows += more
+    if metrics.thinking is not None:
+        rows.append(("thinking", metrics.thinking, ""))
+    if metrics.left_out:
+        rows.append(("left out", f"{', '.join(metrics.left_out)}: only the hub has this data", ""))
+    rows.append(("", "score (95% interval over items)", f"difference to {layout.reference}, on the same items"))
     for row in scores[scores["shown"]].to_dict("records"):
         score = _with_n(row["mean"], (row["low"], row["high"]), row["n"], ".3f")
         if row["n_seeds"] > 1:
@@ -238,13 +243,6 @@ def score_findings(
             interval = (row["difference_low"], row["difference_high"])
             difference = f"{with_interval(row['difference'], interval, '+.3f')}{_p_in_words(row)}"
         rows.append((f"{row['task']}, {row['metric']}: {row['mask']}", score, difference))
-    if layout.observed:
-        rows.append(("in all", layout.observed, ""))
-    rows += more
-    if metrics.thinking is not None:
-        rows.append(("thinking", metrics.thinking, ""))
-    if metrics.left_out:
-        rows.append(("left out", f"{', '.join(metrics.left_out)}: only the hub has this data", ""))
     return rows
 
 

@@ -28,7 +28,7 @@ class Layout:
         columns: benchmark, what is counted and which way is better.
         rows: the masks, or other rows.
         cells: `[row][column]`: the score, or the score and its difference to the unmasked model.
-        best: which of them is the best of its column.
+        best: which of them is the best of its column, with a difference that is shown.
         caption: what a cell shows, in sentences.
         model, reference: whose scores they are, and the row that the others are compared with.
         n_compared, n_shown: differences to the reference that were tested, and those that are shown.
@@ -118,7 +118,9 @@ def lay_out(scores: pd.DataFrame, model: str, note: str = "", reference: str = "
         means = {row["mean"] for row in rows}
         top = max(means) if higher else min(means)
         columns.append(f"{name} {'↑' if higher else '↓'} (n={rows[0]['n']})")
-        marked.append([(_cell(row), row["mean"] == top and len(means) > 1) if row else ("", False) for row in known])
+        marked.append(
+            [(_cell(row), row["mean"] == top and row["verdict"] in _SHOWN) if row else ("", False) for row in known]
+        )
         if any(row["n_unfinished"] for row in rows):
             columns.append(f"{name}: ended inside a thought")
             marked.append([(f"{row['n_unfinished']} of {row['n_replies']}" if row else "", False) for row in known])
@@ -142,7 +144,7 @@ def lay_out(scores: pd.DataFrame, model: str, note: str = "", reference: str = "
             f"{n_unfinished} replies end inside a thought and count as no answer: neither right, nor a refusal, nor "
             "compliance; benchmark.max_new_tokens gives them more room. "
         )
-    bold = "Bold is the largest of a column, or the smallest where ↓."
+    bold = "Bold is the largest of a column, or the smallest where ↓, if its difference is shown." if n_shown else ""
     said = " ".join(filter(None, [f"{model}: {spread}{compared}.", untested, bold, f"{thoughts}{note}"])).strip()
     return Layout(columns, masks, cells, best, said, model, reference, n_compared, n_shown, untested, criterion)
 

@@ -24,6 +24,7 @@ from melens import MelensError, Prompt, WeMask, load_model
 from melens.analysis import generated_texts
 from melens.analysis.generated_texts import (
     Decoding,
+    GenerateMetrics,
     Given,
     Pair,
     Side,
@@ -33,6 +34,7 @@ from melens.analysis.generated_texts import (
     render_pairs,
     write,
 )
+from melens.analysis.generated_texts import _in_words as in_words
 from melens.data.chat import PLAIN
 from melens.report.result import Metrics, Result
 from melens.report.terminal import show_findings
@@ -232,7 +234,7 @@ def test_the_chat_template_is_told_whether_to_think(thinking, ending, told):
     assert html.unescape(prompt[1]).endswith(ending)
     assert result.metrics.thinking == told
     assert result.metrics.n_unfinished == (2 if thinking == "true" else 0)  # two new tokens close no thought
-    summary = result.findings[-1][1]
+    summary = result.findings[0][1]
     assert f"Thinking: {told}." in summary
     assert ("2 of 2 texts end inside a thought" in summary) == (thinking == "true")
 
@@ -327,6 +329,21 @@ def test_the_same_text_on_both_sides_has_no_marks():
     assert "The same tokens on both sides." in page
 
 
+@pytest.mark.parametrize(
+    ("n_pairs", "same", "words"),
+    [
+        (1, 0.0, "The greedy text changes with the mask, from token 3 (counted from 0)."),
+        (1, 1.0, "The greedy text is the same with the mask."),
+        (4, 1.0, "None of 4 greedy texts changes with the mask."),
+        (4, 0.75, "1 of 4 greedy texts changes with the mask, from token 3 (counted from 0)."),
+        (4, 0.5, "2 of 4 greedy texts change with the mask, from token 3 on average (counted from 0)."),
+    ],
+)
+def test_how_many_texts_change_is_a_sentence(n_pairs, same, words):
+    metrics = GenerateMetrics(n_pairs=n_pairs, identical_share=same, mean_parted_at=3.0, mean_kl=0.5)
+    assert in_words(metrics, sampled=False).startswith(f"{words} KL of the next token")
+
+
 def test_brackets_in_a_finding_are_no_markup_of_the_terminal():
     out = StringIO()
     findings = [("[/b]", "[red]it[/red]", "\\[x]"), ("what", "value")]
@@ -355,7 +372,7 @@ def test_the_command_line(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "▶ Paris" in done.stdout
-    assert "1 of 1 greedy text changes with the mask" in done.stdout
+    assert "The greedy text" in done.stdout
     rows = pd.read_parquet(tmp_path / "run" / "generations.parquet")
     assert rows.parted_at.tolist() == [0]
     assert rows.unmasked_text[0].startswith(" Paris")
