@@ -9,10 +9,12 @@ import pytest
 from markupsafe import escape
 from planted import bridge, gains_apart, plain_model, plant
 from test_experiments import BLOCK, DIM, TOKEN, prompts_of, study
+from test_index import write_run
 
 import melens
 from experiments.runner.study import run_experiments
 from melens.report import record as recording
+from melens.report.index import write_index
 from melens.report.page import write_report
 from melens.report.record import Record
 from melens.report.result import plain
@@ -229,3 +231,19 @@ def test_links_lead_to_sections_that_are_there(page):
     )
     shown, drawn = page.evaluate(widths)
     assert abs(shown - drawn) < 2  # as wide as the page, though it was drawn while it was folded
+
+
+@pytest.mark.browser
+@in_browser
+def test_the_index_of_all_runs_is_sorted_by_a_click(chromium, tmp_path):
+    for name, layer in (("a", 2), ("b", 10), ("c", 1)):
+        write_run(tmp_path / name, name, metrics={"me_layer": layer, "n_layers": 12, "magnification": 3.0})
+    page = chromium.new_page()
+    page.goto(write_index(tmp_path).page.as_uri())
+    column = page.locator(".sortable").first.locator("button", has_text="ME layer")
+    orders = []
+    for _ in range(2):
+        column.click()
+        orders.append(page.locator(".sortable").first.locator("tbody th").all_text_contents())
+    page.close()
+    assert orders == [["c", "a", "b"], ["b", "a", "c"]]
