@@ -123,7 +123,7 @@ def _reason(error: Exception) -> str:
 def _without_title(figure: go.Figure) -> go.Layout:
     layout = go.Figure(figure).layout
     above, height = layout.margin.t or 100, layout.height or 500
-    spare = above - (76 if layout.updatemenus else 34)  # what buttons and the panels' titles need
+    spare = above - (104 if layout.updatemenus else 34)  # what the toolbar, buttons and the panels' titles need
     return layout.update(title=None, height=height - spare, margin_t=above - spare)
 
 

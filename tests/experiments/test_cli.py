@@ -127,6 +127,7 @@ def test_a_mistake_gets_a_sentence_and_no_traceback(overrides, code, message, tm
     assert not (tmp_path / "result.json").exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_of_everything_is_merged_too(tmp_path, short_prompts):
     overrides = ("exp=all", "exp.experiments=[emergence,direction]", "prompts.bos=true", "seed=0,1")
     done = run("-m", *overrides, short_prompts, f"hydra.sweep.dir={tmp_path}")

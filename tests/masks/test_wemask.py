@@ -480,7 +480,9 @@ def test_a_model_may_be_sharded_once_it_is_masked_not_before(tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("when", ["before", "after", "in place"])
+@pytest.mark.parametrize(
+    "when", ["before", *(pytest.param(each, marks=pytest.mark.slow) for each in ("after", "in place"))]
+)
 def test_a_compiled_model_is_masked_whenever_it_was_compiled(when):
     network = model_of("llama")
     mask = WeMask(0.3, start=1, site="ln1_in")

@@ -322,7 +322,12 @@ EXPERIMENTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+_SLOW = ("all", "wemask")
+
+
+@pytest.mark.parametrize(
+    "experiment", [pytest.param(name, marks=[pytest.mark.slow] * (name in _SLOW)) for name in EXPERIMENTS]
+)
 def test_an_experiment_finds_what_it_finds_on_the_whole_model(experiment, folder, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(TEXTS))

@@ -671,6 +671,7 @@ def losses(folder):
     return pd.read_parquet(folder / "training_log.parquet")["loss"].dropna()
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does_and_go_on_as_two(tmp_path):
     options = ["exp=sft", "training.mask=paper", "training.batch_size=8", "training.steps=6"]
     options += ["training.save_every=3", "training.trace_every=3"]
@@ -812,6 +813,7 @@ def test_runs_take_turns_at_a_kept_training(tmp_path):
     assert seen == ["first", "other"]
 
 
+@pytest.mark.slow
 def test_a_table_trains_what_is_missing_and_a_second_time_nothing(tmp_path, monkeypatch):
     options = ["exp=tables", "table=7", "training.steps=2", "wemask.rate=[0.1,0.3]", "benchmark.tasks=[induction]"]
     monkeypatch.setenv("MELENS_CACHE", str(tmp_path / "cache"))
