@@ -98,6 +98,7 @@ def made():
 @pytest.mark.parametrize("name", PRINTED)
 def test_what_a_user_gets_prints_in_a_few_lines(made, name):
     printed = repr(made[name])
+    assert printed == str(made[name])
     assert printed.startswith(PRINTED[name])
     assert len(printed) < 400
     assert printed.count("\n") < 5

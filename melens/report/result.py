@@ -85,6 +85,8 @@ class Metrics(BaseModel):
         ]
         return f"{type(self).__name__}({', '.join(measured)})"
 
+    __str__ = __repr__  # pydantic's writes out every list
+
     def plain(self) -> dict[str, Any]:
         """Return the fields that were measured, ready for JSON but for NaN."""
         return self.model_dump(exclude_unset=True)
