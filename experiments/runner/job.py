@@ -20,6 +20,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import transformers
 from rich.console import Console
 
 from experiments.options import Options
@@ -47,6 +48,7 @@ def run_job(cfg: Options, folder: Path) -> list[str]:
     """Load model and prompts, run the experiments, write and show what they find; return which of them failed."""
     began = time.perf_counter()
     give_freed_memory_back()
+    transformers.utils.logging.disable_progress_bar()  # stages have their own
     if cfg.figures:
         logging.getLogger("choreographer").setLevel(logging.WARNING)  # it logs every temporary folder
     masks = masks_in_use(cfg)

