@@ -40,6 +40,7 @@ from melens.data.prompts import TokenizedPrompts, choose_prompts
 from melens.models.loading import PlannedModel, plan_model
 from melens.report.record import Record
 from melens.report.terminal import show_claims, show_findings, show_paths
+from melens.storage.cache import RUN_CACHE
 
 __all__ = ["run_job"]
 
@@ -84,7 +85,9 @@ def run_job(cfg: Options, folder: Path) -> list[str]:
     show_findings(_title(record, cfg), findings, console, verbose=cfg.verbose)
     show_claims(record.claims, console, verbose=cfg.verbose)
     show_paths(paths, console, verbose=cfg.verbose)
-    if before := [part.experiment for part in record.parts if part.metrics.measured_before]:
+    before = ["the trace"] * RUN_CACHE.found_trace
+    before += [part.experiment for part in record.parts if part.metrics.measured_before]
+    if before:
         console.print(f"Measured before, and kept: {', '.join(before)} (exp.keep=false measures anew).")
     return [part.experiment for part in record.parts if part.metrics.failed]
 

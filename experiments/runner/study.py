@@ -81,19 +81,18 @@ def _find_or_trace(
         progress = stage("tokens traced")
         return melens.trace(model, prompts, probes, max_batch_tokens=cfg.max_batch_tokens, progress=progress)
 
-    RUN_CACHE.has_trace = cfg.exp.is_kept
+    RUN_CACHE.has_trace, RUN_CACHE.found_trace = cfg.exp.is_kept, False
     if not cfg.exp.is_kept:
         return traced()
     of_probes = [[type(probe).__qualname__, vars(probe)] for probe in probes]
     decides = [model.cfg.model_name, prompts.tokens, prompts.prompts, cfg.max_batch_tokens, of_probes]
     folder = store_for("traces", model.original_model, *decides, code_version(_EXPERIMENTS)).folder
     trace = load_cached(folder, Trace.load)
+    RUN_CACHE.found_trace = trace is not None
     if trace is None:
         trace = traced()
         with warn_if_not_cached():
             trace.save(folder, replace=False)  # another job, that was faster, has readers by now
-    else:
-        logging.getLogger(__name__).info("The trace was measured before, and kept (exp.keep=false measures anew)")
     return trace
 
 

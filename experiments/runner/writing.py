@@ -47,7 +47,7 @@ def _write_report(record: Record, cfg: Options) -> list[Path]:
 @contextmanager
 def note_if_stopped(record: Record, cfg: Options) -> Iterator[None]:
     """Write into the run's folder that it was stopped; an interrupt says what is there and how to go on."""
-    RUN_CACHE.has_trace = RUN_CACHE.is_incomplete = False  # an earlier job of a sweep had its own
+    RUN_CACHE.reset()  # an earlier job of a sweep had its own
     try:
         yield
     except BaseException as error:

@@ -165,7 +165,8 @@ def log_ticks(values: Any) -> dict[str, Any]:
     if not len(values) or values.max() < 1.2 * values.min():
         return {"tickmode": "auto"}
     low, high = values.min(), values.max()
-    digits = (1,) if high >= 30 * low else (1, 2, 5) if high >= 4 * low else range(1, 10)
+    steps = ((100, (1,)), (20, (1, 3)), (4, (1, 2, 5)), (1, range(1, 10)))
+    digits = next(digits for ratio, digits in steps if high >= ratio * low)
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     exponents = range(exponents.start, exponents.stop, -(-len(exponents) // 8))
     as_powers = digits == (1,) and (exponents[0] < -3 or exponents[-1] > 3)

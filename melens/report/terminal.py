@@ -48,8 +48,10 @@ def show_claims(claims: pd.DataFrame, console: Console, *, verbose: bool = False
     console.print(claims_in_words(claims["verdict"]), highlight=False)
     if not verbose:
         if len(claims) <= N_CLAIMS_SHOWN:
+            few = Table.grid(padding=(0, 2))
             for verdict, claim in claims[["verdict", "claim"]].itertuples(index=False):
-                console.print(Text.assemble("  ", (f"{verdict:<15}", VERDICTS[verdict][2]), claim))
+                few.add_row("", Text(verdict, VERDICTS[verdict][2]), Text(claim))
+            console.print(few)
         return
     table = Table("the paper says", "measured here", "verdict", show_lines=True)
     for claim in claims.to_dict("records"):

@@ -96,19 +96,24 @@ class Store:
 
 @dataclass
 class RunCache:
-    """Whether the next process finds what this run measures, as a run says when it is stopped.
+    """What a run found in the cache, and whether the next process finds what this one measures.
 
     Attributes:
+        found_trace: the trace was there.
         has_trace: the trace, which is kept first, is in the cache.
         is_incomplete: something could not be written, or belongs to a model that only this process can name.
     """
 
+    found_trace: bool = False
     has_trace: bool = False
     is_incomplete: bool = False
 
     @property
     def can_resume(self) -> bool:
         return self.has_trace and not self.is_incomplete
+
+    def reset(self) -> None:
+        self.found_trace = self.has_trace = self.is_incomplete = False
 
 
 RUN_CACHE = RunCache()  # of the run that this process is in

@@ -241,6 +241,14 @@ def test_what_does_not_fit_the_model_is_told_before_its_weights_are_read(monkeyp
     assert not any(tmp_path.iterdir())
 
 
+def test_a_run_says_that_its_trace_was_measured_before(tmp_path, capsys):
+    options = compose_options("exp=emergence", "model=random", "prompts=short", "model.tokenizer=bytes")
+    told = "Measured before, and kept: the trace (exp.keep=false measures anew)."
+    for again in (False, True):
+        run_job(options, tmp_path)
+        assert (told in capsys.readouterr().out.splitlines()) == again
+
+
 def test_a_judge_that_cannot_judge_is_told_before_weights_are_read(monkeypatch):
     monkeypatch.setattr("melens.benchmarks.evaluation.check_tasks", lambda *given: None)
     options = compose_options("exp=benchmark", "benchmark.tasks=[advbench]", "benchmark.judge=random")

@@ -43,7 +43,7 @@ def described(result):
 
 @pytest.fixture(autouse=True)
 def _nothing_is_kept(monkeypatch):
-    for name in ("has_trace", "is_incomplete"):
+    for name in vars(RUN_CACHE):
         monkeypatch.setattr(RUN_CACHE, name, False)
 
 

@@ -92,7 +92,8 @@ def test_panels_of_models_with_other_me_layers_share_one_entry_of_the_legend():
 @pytest.mark.parametrize(
     ("values", "ticks"),
     [
-        ((0.5, 30), ["0.1", "1", "10", "100"]),
+        ((0.5, 50), ["0.1", "1", "10", "100"]),
+        ((0.01, 0.3), ["0.01", "0.03", "0.1", "0.3"]),
         ((0.02, 20_000), ["10<sup>-2</sup>", "10<sup>-1</sup>", "10<sup>0</sup>", "10<sup>1</sup>", "10<sup>2</sup>"]),
         ((1, 9, float("nan"), 0), ["1", "2", "5", "10", "20", "50"]),
         ((3, 7), [str(n) for n in (*range(1, 10), *range(10, 100, 10))]),

@@ -33,11 +33,13 @@ def test_the_first_findings_are_shown_and_how_to_see_the_rest():
 
 def test_few_claims_are_named_with_their_verdicts_and_many_are_counted():
     few = shown(show_claims, claims_of(3)).splitlines()
-    assert few == [
+    assert [line.rstrip() for line in few] == [
         "Of 3 claims, 2 hold, 1 does not hold.",
         "  does not hold  It [b]is[/b] large",
         *["  holds          It [b]is[/b] large"] * 2,
     ]
+    long = shown(show_claims, claims_of(1).assign(claim="a word " * 20)).splitlines()
+    assert {line.index("a") for line in long[1:]} == {len("  does not hold  ")}
     many = claims_of(N_CLAIMS_SHOWN + 1)
     assert shown(show_claims, many).splitlines() == ["Of 13 claims, 12 hold, 1 does not hold."]
     assert "4 (3.5 to 4.5): its size" in shown(show_claims, claims_of(1).assign(former_verdict=None), verbose=True)

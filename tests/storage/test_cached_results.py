@@ -310,8 +310,10 @@ def test_a_run_is_said_to_go_on_where_something_is_kept(tmp_path, monkeypatch, c
         (tmp_path / "cache").touch()  # no folder, so that none can be made in it
     if case == "quantised":
         monkeypatch.setattr(cache, "is_quantized", lambda network: True)
-    next(parts_of(bridge(planted()), *[case] * case.startswith("exp")))
-    assert kept.can_resume == (case == "")
+    for again in (False, True):
+        next(parts_of(bridge(planted()), *[case] * case.startswith("exp")))
+        assert kept.can_resume == (case == "")
+        assert kept.found_trace == (again and case == "")
 
 
 # --- Benchmarks -------------------------------------------------------------------------------------------------------
