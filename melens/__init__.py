@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from melens.masks.mask import WeMask
     from melens.models.loading import known_models, load_model
     from melens.models.normalization import read_normalization
+    from melens.tracing.heads import HeadOutputs, ValueNorms
     from melens.tracing.interventions import MassiveTokenRuns, ablated
     from melens.tracing.probes import (
         AbsMedian,
@@ -55,6 +56,7 @@ __all__ = [
     "Criterion",
     "Emergence",
     "GainAlignment",
+    "HeadOutputs",
     "LargestActivations",
     "MassiveTokenRuns",
     "MelensError",
@@ -67,6 +69,7 @@ __all__ = [
     "Study",
     "TokenVectors",
     "Trace",
+    "ValueNorms",
     "Verification",
     "WeMask",
     "ablated",
@@ -86,8 +89,8 @@ __all__ = [
 
 _MODULES = (
     "errors", "data.prompts", "tracing.probes", "tracing.verification", "tracing.trace", "analysis.me_layer",
-    "models.loading", "claims.engine", "models.normalization", "tracing.interventions", "analysis.weights",
-    "masks.mask", "analysis.study",
+    "models.loading", "claims.engine", "models.normalization", "tracing.interventions", "tracing.heads",
+    "analysis.weights", "masks.mask", "analysis.study",
 )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from melens.analysis.emergence_norms import emergence, side_by_side
     from melens.analysis.ffn_concentration import ffn
     from melens.analysis.generated_texts import generate
+    from melens.analysis.head_idleness import heads
     from melens.analysis.massive_state import consequence
     from melens.analysis.norm_gains import normalization
     from melens.analysis.self_check import verification
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
     from melens.masks.grid import mask_grid
 
 __all__ = [
-    "ablation", "benchmark", "consequence", "direction", "emergence", "ffn", "generate", "mask_grid", "normalization",
-    "prediction", "side_by_side", "sinks", "stability", "verification",
+    "ablation", "benchmark", "consequence", "direction", "emergence", "ffn", "generate", "heads", "mask_grid",
+    "normalization", "prediction", "side_by_side", "sinks", "stability", "verification",
 ]  # fmt: skip
 
 _MODULES = {
@@ -38,6 +39,7 @@ _MODULES = {
     "emergence": "emergence_norms",
     "ffn": "ffn_concentration",
     "generate": "generated_texts",
+    "heads": "head_idleness",
     "mask_grid": ".masks.grid",
     "normalization": "norm_gains",
     "prediction": "weights",

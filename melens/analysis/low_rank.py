@@ -29,7 +29,8 @@ from melens.tracing.sites import Sites
 from melens.tracing.trace import trace
 
 __all__ = [
-    "CLAIMS", "LowRankMetrics", "compare_ranks", "measure_ranks", "rank_by_block", "rank_figure", "ranks_in_words",
+    "CLAIMS", "LowRankMetrics", "compare_ranks", "measure_ranks", "prompts_of_length", "rank_by_block", "rank_figure",
+    "ranks_in_words",
 ]  # fmt: skip
 
 ATTENTION, INPUTS, OUTPUTS = "attention", "attention inputs", "block outputs"
@@ -84,7 +85,7 @@ def measure_ranks(study: Study, rank_tokens: int, rank_prompts: int) -> pd.DataF
     Raises:
         MelensError: a rank that is NaN.
     """
-    chosen = _across_tasks(study, rank_tokens)[:rank_prompts]
+    chosen = prompts_of_length(study, rank_tokens)[:rank_prompts]
     if not chosen:
         return pd.DataFrame(columns=["prompt", "layer", "of", *_COLUMNS])
     found_sites = Sites.of(study.model).find
@@ -110,10 +111,10 @@ def measure_ranks(study: Study, rank_tokens: int, rank_prompts: int) -> pd.DataF
     return pd.concat(ranks, ignore_index=True)
 
 
-def _across_tasks(study: Study, rank_tokens: int) -> list[int]:
-    """List the prompts of enough tokens, one first token and one task type after the other."""
+def prompts_of_length(study: Study, n_tokens: int) -> list[int]:
+    """List the prompts of at least so many tokens, one first token and one task type after the other."""
     prompts = study.of_massive_prompts(study.trace.prompts)
-    prompts = prompts[prompts["n_tokens"] >= rank_tokens]
+    prompts = prompts[prompts["n_tokens"] >= n_tokens]
     prompts = prompts.assign(copy=prompts.groupby("first_token_id").cumcount())
     turn = prompts.groupby([prompts["copy"], prompts["task"].fillna("")])["prompt"].rank()
     return prompts.assign(turn=turn).sort_values(["copy", "turn"], kind="stable")["prompt"].tolist()

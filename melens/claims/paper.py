@@ -14,6 +14,7 @@ from melens.analysis.block_ablation_claims import CLAIMS as ABLATION
 from melens.analysis.emergence_claims import CLAIMS as EMERGENCE
 from melens.analysis.emergence_claims import EmergenceMetrics
 from melens.analysis.ffn_concentration import CLAIMS as FFN
+from melens.analysis.head_claims import CLAIMS as HEADS
 from melens.analysis.massive_state_claims import CLAIMS as CONSEQUENCE
 from melens.analysis.norm_gain_claims import CLAIMS as RMSNORM
 from melens.analysis.token_direction import CLAIMS as DIRECTION
@@ -27,9 +28,9 @@ __all__ = ["CLAIMS", "FAMILY_CLAIM", "judge_families"]
 
 CLAIMS: tuple[Claim[Any], ...] = (
     *EMERGENCE, *RMSNORM, *FFN, *ABLATION, *DIRECTION, *STABILITY, *SINKS, *CONSEQUENCE, *WEIGHTS, *MASKS, *BENCHMARK,
-    *TABLES,
+    *TABLES, *HEADS,
 )  # fmt: skip
-"""What the paper and its review say of one model, in the order of the paper."""
+"""What the paper and its review say of one model, in the order of the paper; what other papers say of heads, last."""
 
 
 FAMILY_CLAIM = Claim(

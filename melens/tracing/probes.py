@@ -51,7 +51,7 @@ from melens.validation.types import Count, Name, Number, Said
 __all__ = [
     "ATTENTION_ON_KEYS", "AbsMedian", "AttentionEntropy", "AttentionMaps", "AttentionSpectrum", "Batch",
     "Concentration", "GainAlignment", "LargestActivations", "Norms", "Probe", "SinkByQuery", "SinkMass", "Spectrum",
-    "TokenVectors",
+    "TokenVectors", "first_against_others",
 ]  # fmt: skip
 
 
@@ -375,13 +375,16 @@ class SinkByQuery(Probe):
         return {"attention": activation[..., 0].mean(dim=1)}
 
 
-def _first_against_others(quantities: Mapping[str, Float[Tensor, "batch pos"]], batch: Batch) -> dict[str, Tensor]:
+def first_against_others(
+    quantities: Mapping[str, Float[Tensor, "batch pos *head"]], batch: Batch
+) -> dict[str, Float[Tensor, batch * head]]:
     """Keep each quantity of token 0 and, as `<name>_others`, its mean over the prompt's other tokens."""
     kept: dict[str, Tensor] = {}
     for name, values in quantities.items():
         weights = batch.weights_after(0).to(values.device)
+        weights = weights.view(*weights.shape, *[1] * (values.ndim - 2))
         of_tokens = values.masked_fill(weights == 0, 0)  # padding may hold 0 / 0
-        kept |= {name: values[:, 0], f"{name}_others": (of_tokens * weights).sum(-1)}
+        kept |= {name: values[:, 0], f"{name}_others": (of_tokens * weights).sum(1)}
     return kept
 
 
@@ -415,7 +418,7 @@ class GainAlignment(Probe):
         self._top = {place: {share: _top_dims(gain, share) for share in shares} for place, gain in self._gains.items()}
 
     def reduce(self, activation: Float[Tensor, "batch pos d"], batch: Batch) -> dict[str, Tensor]:
-        return _first_against_others({"weight_norm": l2_norm(activation)}, batch)
+        return first_against_others({"weight_norm": l2_norm(activation)}, batch)
 
     def reduce_at(self, site: str, layer: int, activation: Tensor, batch: Batch) -> dict[str, Tensor]:
         gain = self._gains[site, layer]
@@ -424,7 +427,7 @@ class GainAlignment(Probe):
         along_gain = {"kl": kl_to_gain(activation, gain)}
         for share, top in self._top[site, layer].items():
             along_gain[f"frac_{share:g}"] = energy_share(activation, top.to(activation.device))
-        return self.reduce(activation, batch) | _first_against_others(along_gain, batch)
+        return self.reduce(activation, batch) | first_against_others(along_gain, batch)
 
 
 def _top_dims(gain: Float[Tensor, " d"], share: float) -> Bool[Tensor, " d"]:
@@ -452,7 +455,7 @@ class Concentration(Probe):
         self.sites = tuple(sites)
 
     def reduce(self, activation: Float[Tensor, "batch pos d"], batch: Batch) -> dict[str, Tensor]:
-        return _first_against_others({"concentration": concentration(activation)}, batch)
+        return first_against_others({"concentration": concentration(activation)}, batch)
 
 
 class Spectrum(Probe):
