@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pydantic import Field
 
 from melens.analysis.massive_state_claims import HARMLESS
-from melens.claims.engine import Claim, Judgement, at_most
+from melens.claims.engine import Claim, Judgement, NotMeasuredError, at_most, number
+from melens.printing import counted
 from melens.report.result import Interval, Metrics
 
 __all__ = ["CLAIMS", "COMPARED", "DRAINED", "HeadsMetrics"]
@@ -24,7 +27,7 @@ class HeadsMetrics(Metrics):
     Attributes:
         n_heads: how many heads were measured.
         inputs: distinct first tokens that they were measured on.
-        queries_per_value: how many heads read one value head, by block: one number where all blocks have the same.
+        heads_per_value: how many heads read one value head: one number where it is the same in all blocks.
         sink_heads: heads with a mean sink mass over 0.3 (in short prompts over twice even attention).
         value_drain: ‖v_0‖ over the mean ‖v‖ of the other tokens, mean over the value heads that serve a sink head.
         value_drain_share: share of these value heads in which it is at most a half.
@@ -42,7 +45,7 @@ class HeadsMetrics(Metrics):
         dloss_idle, dloss_sinks, dloss_random: by share, by how much the loss rises with the idlest heads, the strongest
             sink heads, and random heads (mean over draws) set to zero.
         dloss_idle_tenth, dloss_idle_less_random: with the idlest tenth set to zero, and that less the rise with as many
-            random heads.
+            random heads; the interval of the latter is over prompts and draws.
         values_why_not, outputs_why_not, correlation_why_not, entropy_why_not, zeroing_why_not: why not measured.
     """
 
@@ -50,7 +53,7 @@ class HeadsMetrics(Metrics):
     rests_on_states = False
     n_heads: int = 0
     inputs: int | None = None
-    queries_per_value: list[int] = Field(default_factory=list)
+    heads_per_value: list[int] = Field(default_factory=list)
     sink_heads: int | None = None
     value_drain: float | None = None
     value_drain_interval: Interval | None = None
@@ -93,28 +96,36 @@ def _is_below_zero(interval: Interval | None) -> bool:
 def _values_drain(metrics: HeadsMetrics) -> Judgement:
     judged = at_most(metrics.value_drain, metrics.value_drain_interval, DRAINED, why_not=metrics.values_why_not)
     if judged.verdict == "does not hold" and (metrics.value_drain_share or 0) >= 0.5:
-        judged = Judgement("holds in part", judged.value, judged.interval, judged.note)
-    of_heads = f"It is at most a half in {metrics.value_drain_share:.0%} of them."
+        judged = replace(judged, verdict="holds in part")
+    of_heads = f"It is at most a half in {number(metrics.value_drain_share, 'value_drain_share'):.0%} of them."
     elsewhere = metrics.value_ratio_elsewhere
     return judged.noting(of_heads, "" if elsewhere is None else f"In all other value heads it is {elsewhere:.2f}.")
 
 
 def _sink_heads_are_dormant(metrics: HeadsMetrics) -> Judgement:
+    if (metrics.sink_heads or 0) < (metrics.compared_heads or 0):
+        some = counted(metrics.sink_heads or 0, "head")
+        raise NotMeasuredError(f"{some} of {metrics.n_heads} have a sink, fewer than the tenth that is compared.")
     judged = at_most(metrics.sink_output, metrics.sink_output_interval, DRAINED, why_not=metrics.outputs_why_not)
     if judged.verdict == "does not hold" and _is_below_zero(metrics.rank_correlation_interval):
-        judged = Judgement("holds in part", judged.value, judged.interval, judged.note)
+        judged = replace(judged, verdict="holds in part")
     correlation = metrics.rank_correlation
     words = f"Of {metrics.compared_heads} heads {metrics.overlap} are among the idlest as well, by chance "
-    words += f"{metrics.overlap_by_chance:.1f} (p = {metrics.overlap_p:.2g})."
+    words += f"{number(metrics.overlap_by_chance, 'overlap_by_chance'):.1f}."
     return judged.noting(words, "" if correlation is None else f"Rank correlation: {correlation:.2f}.")
 
 
 def _idle_heads_can_go(metrics: HeadsMetrics) -> Judgement:
     why_not = metrics.zeroing_why_not
+    random = (metrics.dloss_random or {}).get(f"{COMPARED:g}")
+    if random is not None and number(random, "dloss_random") <= HARMLESS:
+        raise NotMeasuredError(
+            f"As many random heads do no harm either ({random:+.3f}), so it says nothing of idle ones."
+        )
     judged = at_most(metrics.dloss_idle_tenth, metrics.dloss_idle_tenth_interval, HARMLESS, why_not=why_not)
     less = metrics.dloss_idle_less_random
     if judged.verdict == "does not hold" and _is_below_zero(metrics.dloss_idle_less_random_interval):
-        judged = Judgement("holds in part", judged.value, judged.interval, judged.note)
+        judged = replace(judged, verdict="holds in part")
     return judged if less is None else judged.noting(f"That is {less:+.3f} against as many random heads.")
 
 

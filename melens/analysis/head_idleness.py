@@ -41,6 +41,7 @@ from melens.errors import MelensError
 from melens.figures.heads import head_points, loss_without_heads
 from melens.figures.heatmaps import Heatmap, head_maps
 from melens.figures.style import BLOCK, COLORS, FIRST, OTHERS, SINK
+from melens.printing import counted
 from melens.report.result import Figure, Result
 from melens.tracing.heads import HeadOutputs, ValueNorms
 from melens.tracing.probes import AttentionEntropy, Probe
@@ -57,7 +58,7 @@ def heads(
     study: Study,
     *,
     shares: Sequence[float] = (0.05, 0.1, 0.2, 0.3),
-    draws: int = 3,
+    draws: int = 5,
     n_prompts: int = 36,
     max_tokens: int = 64,
     entropy_tokens: int = 64,
@@ -97,6 +98,9 @@ def heads(
     by_input = _by_input(study, by_prompt)
     table = by_input.groupby(_OF_HEAD).mean().join(entropy).reset_index().sort_values(_OF_HEAD)
     table["is_sink"] = table["sink_mass"] > _threshold(study)
+    if "value_head" in table:
+        table["value_head"] = table["value_head"].astype("Int64")  # none in a block without values of its own
+        table["heads_per_value"] = table.groupby(["layer", "value_head"])["head"].transform("nunique").astype("Int64")
     measured: dict[str, Any] = {**why_not, **({"entropy_why_not": why_no_entropy} if why_no_entropy else {})}
     measured |= _values(by_input, table) if "value_ratio" in table else {}
     measured |= _sinks_and_outputs(by_input, table) if "output_ratio" in table else {}
@@ -148,7 +152,7 @@ def _by_prompt(study: Study) -> tuple[pd.DataFrame, dict[str, str]]:
         others = values["value_norm_others"]
         values["value_ratio"] = values["value_norm"] / others.where(others > 0)
         per_block = [each.groupby("layer")[name].nunique() for each, name in ((table, "head"), (values, "value_head"))]
-        table["value_head"] = table["head"] // table["layer"].map(per_block[0] // per_block[1])
+        table["value_head"] = table["head"] // table["layer"].map(per_block[0] / per_block[1])
         wanted = ["prompt", "layer", "value_head", "value_ratio"]
         table = table.merge(values[wanted], "left", wanted[:3])
     else:
@@ -209,8 +213,7 @@ def _entropy(study: Study, n_tokens: int, n_prompts: int) -> tuple[pd.DataFrame,
 
 def _values(by_input: pd.DataFrame, table: pd.DataFrame) -> dict[str, Any]:
     """Compare the values of token 0 with the others', in value heads that serve a sink head and in all others."""
-    per_value = table.groupby("layer").agg(heads=("head", "nunique"), values=("value_head", "nunique"))
-    measured: dict[str, Any] = {"queries_per_value": sorted(set((per_value["heads"] // per_value["values"]).tolist()))}
+    measured: dict[str, Any] = {"heads_per_value": sorted(set(table["heads_per_value"].dropna().tolist()))}
     by_value = by_input.join(table.set_index(_OF_HEAD)["is_sink"]).dropna(subset="value_ratio")
     by_value = by_value.groupby(["first_token_id", "layer", "value_head"]).agg(
         value_ratio=("value_ratio", "first"), serves_sink=("is_sink", "any")
@@ -295,7 +298,7 @@ def _figures(study: Study, table: pd.DataFrame, rises: pd.DataFrame | None, metr
     if rises is not None:
         colors = {IDLE: OTHERS, SINKS: SINK, RANDOM: COLORS[6]}
         note = f"Rise over the intact model's {metrics.loss:.2f}; heads chosen on {metrics.chosen_on} other prompts. "
-        note += "Random: mean over draws. Whiskers: 95% intervals over prompts."
+        note += "Whiskers: 95% intervals over prompts, of random heads over draws as well."
         title = study.title("Loss without some heads", metrics.texts)
         plot = loss_without_heads(losses_by_share(rises), colors, title=title, note=note)
         expected = "More than a tenth of the heads can be set to zero with little loss: those that write least."
@@ -318,8 +321,8 @@ def _head_map(study: Study, table: pd.DataFrame, metrics: HeadsMetrics) -> Figur
         maps[column] = Heatmap(titles[column], wide.to_numpy(), list(wide.columns), list(wide.index), BLOCK, "head")
     shares, ratios = ([maps[name] for name in names if name in maps] for names in (list(titles)[:2], list(titles)[2:]))
     note = "Framed: the ME layer. " * (study.me.layer is not None) + _missing_in_words(metrics)
-    if metrics.queries_per_value not in ([], [1]):
-        served = " or ".join(map(str, metrics.queries_per_value))
+    if metrics.heads_per_value not in ([], [1]):
+        served = " or ".join(map(str, metrics.heads_per_value))
         note += f"A value head serves {served} heads, which have its colour."
     plot = head_maps(shares, ratios, me_layer=study.me.layer, title=study.title("Heads"), note=note)
     expected = "At sinks values drain, and sink heads write little."
@@ -337,29 +340,27 @@ def _output_over_sinks(study: Study, table: pd.DataFrame, metrics: HeadsMetrics)
     assert metrics.compared_heads is not None
     is_sink = points["x"].rank(ascending=False, method="first") <= metrics.compared_heads
     is_idle = points["y"].rank(method="first") <= metrics.compared_heads
-    tenth = f"{metrics.compared_heads} of {len(points)}"
     groups = {
         "other heads": points[~is_sink & ~is_idle],
-        f"strongest sinks ({tenth})": points[is_sink & ~is_idle],
-        f"idlest ({tenth})": points[is_idle & ~is_sink],
+        f"among the {metrics.compared_heads} strongest sinks": points[is_sink & ~is_idle],
+        f"among the {metrics.compared_heads} idlest": points[is_idle & ~is_sink],
         "both": points[is_sink & is_idle],
     }
     shown = {name: own for name, own in groups.items() if len(own)}
     colors = dict(zip(groups, (COLORS[6], SINK, OTHERS, FIRST), strict=True))
     plot = head_points(
         shown, [colors[name] for name in shown], x_title="sink mass", y_title=_OUTPUT,
-        title=study.title("Is a sink head an idle head?"), note="A point a head: means over prompts.",
+        title=study.title("Sink heads and idle heads"), note="A point a head: means over prompts.",
     )  # fmt: skip
     expected = "Heads with a strong sink are dormant: they write little."
     return Figure(plot, "Guo et al. (2024)", expected, _sinks_in_words(metrics))
 
 
 def _findings(metrics: HeadsMetrics) -> list[tuple[str, str]]:
-    sinks = metrics.outputs_why_not or _sinks_in_words(metrics)
     findings = [
         ("values of token 0", _values_in_words(metrics)),
-        ("sink heads", sinks),
-        ("heads set to zero", metrics.zeroing_why_not or _losses_in_words(metrics)),
+        ("sink heads", _sinks_in_words(metrics)),
+        ("heads set to zero", _losses_in_words(metrics)),
     ]
     return [*findings, ("entropy", metrics.entropy_why_not)] if metrics.entropy_why_not else findings
 
@@ -375,27 +376,25 @@ def _values_in_words(metrics: HeadsMetrics) -> str:
 
 
 def _sinks_in_words(metrics: HeadsMetrics) -> str:
-    assert metrics.sink_output is not None
-    output = with_interval(metrics.sink_output, metrics.sink_output_interval, ".2f")
-    k = metrics.compared_heads
-    words = f"The {k} heads with the strongest sinks write {output} times as much as a head of their block on average. "
-    words += (
-        f"{metrics.overlap} of them are among the {k} that write least (by chance {metrics.overlap_by_chance:.1f}, "
-    )
-    words += f"p = {metrics.overlap_p:.2g})."
-    if metrics.rank_correlation is None:
-        return f"{words} {metrics.correlation_why_not}"
-    correlation = with_interval(metrics.rank_correlation, metrics.rank_correlation_interval, ".2f")
-    within = with_interval(metrics.rank_correlation_within or 0, metrics.rank_correlation_within_interval, ".2f")
-    return f"{words} Rank correlation of sink mass and output: {correlation}, within blocks {within}."
+    m = metrics
+    if m.sink_output is None:
+        return m.outputs_why_not or ""
+    words = f"The tenth of heads with the strongest sinks ({counted(m.compared_heads or 0, 'head')}) writes "
+    words += f"{with_interval(m.sink_output, m.sink_output_interval, '.2f')} times as much as a head of its block on "
+    words += f"average; {m.overlap} of them are in the tenth that writes least (by chance {m.overlap_by_chance:.1f}, "
+    words += f"p = {m.overlap_p:.2g})."
+    if m.rank_correlation is None or m.rank_correlation_within is None:
+        return f"{words} {m.correlation_why_not}"
+    correlation = with_interval(m.rank_correlation, m.rank_correlation_interval, ".2f")
+    within = with_interval(m.rank_correlation_within, m.rank_correlation_within_interval, ".2f")
+    return f"{words} Rank correlation of sink mass and output norm: {correlation}, within blocks {within}."
 
 
 def _losses_in_words(metrics: HeadsMetrics) -> str:
-    m = metrics
+    m, tenth = metrics, f"{COMPARED:g}"
     if m.dloss_idle_tenth is None or not (m.zeroed_heads and m.dloss_sinks and m.dloss_random):
-        return ""
-    tenth = f"{COMPARED:g}"
+        return m.zeroing_why_not or ""
     rise = with_interval(m.dloss_idle_tenth, m.dloss_idle_tenth_interval, "+.3f")
-    words = f"Without the {m.zeroed_heads[tenth]} heads that write least (a tenth) the loss of {m.loss:.2f} changes by "
-    words += f"{rise} nats a token, without as many random ones by {m.dloss_random[tenth]:+.3f}, without the strongest "
-    return f"{words}sink heads by {m.dloss_sinks[tenth]:+.3f}."
+    words = f"Without the tenth that writes least ({counted(m.zeroed_heads[tenth], 'head')}) the loss of {m.loss:.2f} "
+    words += f"changes by {rise} nats a token, without as many random heads by {m.dloss_random[tenth]:+.3f}, "
+    return f"{words}without the strongest sinks by {m.dloss_sinks[tenth]:+.3f}."

@@ -3,7 +3,8 @@
 1. The prompts are split in two, alternately by length. On one half heads are ranked: by their output norm over their
    block's mean, least first, and by their sink mass, largest first.
 2. On the other half, cut short, the model runs intact, and with the first heads of each ranking set to zero.
-3. Random heads are drawn several times; a larger share holds the heads of the smaller ones.
+3. Random heads are drawn several times; a larger share holds the heads of the smaller ones. Which heads are drawn moves
+   the loss more than which prompts it is measured on, so their intervals are over both.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from melens.analysis.head_claims import COMPARED
-from melens.analysis.statistics import mean_by, mean_metric
+from melens.analysis.statistics import mean_interval, mean_metric, two_way_interval
 from melens.analysis.study import Study
 from melens.tracing.heads import zero_heads
 from melens.tracing.text_runs import TextRuns
@@ -98,9 +99,13 @@ def _sets(
 
 
 def losses_by_share(rises: pd.DataFrame) -> pd.DataFrame:
-    """Average over draws, then over prompts: `heads`, `share`, `n_heads`, `mean`, `low` and `high`."""
-    by = ["heads", "share", "n_heads"]
-    return mean_by(rises.groupby([*by, "prompt"], sort=False)["dloss"].mean().reset_index(), "dloss", by)
+    """Average over prompts and draws: `heads`, `share`, `n_heads`, `mean`, `low` and `high`."""
+    rows = []
+    for of_set, own in rises.groupby(["heads", "share", "n_heads"], sort=False):
+        by_draw = own.pivot(index="prompt", columns="draw", values="dloss").to_numpy()
+        interval = mean_interval(by_draw[:, 0]) if of_set[0] != RANDOM else two_way_interval(by_draw)
+        rows.append((*of_set, float(by_draw.mean()), *interval))
+    return pd.DataFrame(rows, columns=["heads", "share", "n_heads", "mean", "low", "high"])
 
 
 def rises_as_metrics(intact: Float[np.ndarray, " prompt"], rises: pd.DataFrame) -> dict[str, Any]:
@@ -112,6 +117,10 @@ def rises_as_metrics(intact: Float[np.ndarray, " prompt"], rises: pd.DataFrame) 
         keys = [f"{share:g}" for share in own["share"]]
         measured |= {field: dict(zip(keys, own["mean"], strict=True))}
         measured |= {"zeroed_heads": dict(zip(keys, own["n_heads"], strict=True))}
-    of_prompts = rises[rises["share"] == COMPARED].groupby(["heads", "prompt"])["dloss"].mean()
-    idle, random = (of_prompts[name].to_numpy() for name in (IDLE, RANDOM))
-    return measured | mean_metric("dloss_idle_tenth", idle) | mean_metric("dloss_idle_less_random", idle - random)
+    tenth = rises[rises["share"] == COMPARED].pivot(index="prompt", columns=["heads", "draw"], values="dloss")
+    idle, less_random = tenth[IDLE][0].to_numpy(), (tenth[[IDLE]].to_numpy() - tenth[RANDOM]).to_numpy()
+    return measured | {
+        **mean_metric("dloss_idle_tenth", idle),
+        "dloss_idle_less_random": float(less_random.mean()),
+        "dloss_idle_less_random_interval": two_way_interval(less_random),
+    }

@@ -113,7 +113,7 @@ def head_maps(
     of_shares = {"colorscale": "Viridis", "cmin": 0, "cmax": 1, "colorbar": {"title": "share", "y": 1, **bar}}
     colors: dict[str, Any] = {"coloraxis": of_shares}
     if ratios:
-        scale = _log_scale_of([heatmap.values for heatmap in ratios])
+        scale = _log_scale_of([heatmap.values for heatmap in ratios], most=1)
         bar |= {"title": "ratio", "y": 0.45, **scale.pop("ticks")}
         colors["coloraxis2"] = {"colorscale": "RdBu", "colorbar": bar, **scale}
     for heatmap, at in zip(maps, places, strict=True):
@@ -207,14 +207,11 @@ def _log_ratio(values: np.ndarray) -> np.ndarray:
     return np.log10(values.clip(min=1e-6))
 
 
-_MOST_DECADES = 3
-
-
-def _log_scale_of(matrices: Sequence[np.ndarray]) -> dict[str, Any]:
-    """Return colours as far as ratios go, at most three decades to each side: what lies beyond has the last colour."""
+def _log_scale_of(matrices: Sequence[np.ndarray], most: int = 3) -> dict[str, Any]:
+    """Return colours as far as ratios go, at most so many decades either way: what lies beyond has the last colour."""
     sizes = np.abs(np.concatenate([_log_ratio(np.asarray(values, dtype=float)).ravel() for values in matrices]))
     largest = float(np.nanmax(sizes, initial=0))
-    decades = min(max(1, int(np.ceil(largest - 1e-9))), _MOST_DECADES)
+    decades = min(max(1, int(np.ceil(largest - 1e-9))), most)
     ticks = [digit * 10.0**e for e in range(-decades, decades + 1) for digit in ((1, 3) if decades < 3 else (1,))]
     ticks = [tick for tick in ticks if tick <= 10.0**decades]
     texts = [f"{tick:,g}" for tick in ticks]
