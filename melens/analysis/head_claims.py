@@ -131,7 +131,7 @@ def _idle_heads_can_go(metrics: HeadsMetrics) -> Judgement:
 
 CLAIMS = (
     Claim(
-        id="values-drain",
+        id="values-drain", fixed="2026-11-27 da568a3",
         source="Guo et al. (2024), value-state drains", figure="head_map", metrics=HeadsMetrics,
         claim="Values drain at the sink: token 0 has a far smaller value vector than other tokens",
         statistic="‖v_0‖ over the mean ‖v‖ of the other tokens, in the value heads that serve a head with a sink mass "
@@ -141,7 +141,7 @@ CLAIMS = (
         needs_me_layer=False, judge=_values_drain,
     ),
     Claim(
-        id="sinks-dormant",
+        id="sinks-dormant", fixed="2026-11-27 da568a3",
         source="Guo et al. (2024), active-dormant heads", figure="output_over_sinks", metrics=HeadsMetrics,
         claim="Sink heads are dormant: they write little",
         statistic="output norm of the tenth of all heads with the largest sink mass, over their block's mean",
@@ -151,7 +151,7 @@ CLAIMS = (
         needs_me_layer=False, judge=_sink_heads_are_dormant,
     ),
     Claim(
-        id="idle-harmless",
+        id="idle-harmless", fixed="2026-11-27 da568a3",
         source="Sandoval-Segura et al. (2025), abstract", figure="loss_without_heads", metrics=HeadsMetrics,
         claim="The heads that write least can be set to zero with little loss",
         statistic="rise of the loss (nats a token) on other prompts with the idlest tenth of all heads set to zero",
