@@ -1,10 +1,10 @@
 """What each attention head reads and writes, as probes, and the hooks that set heads to zero.
 
     found = melens.trace(model, prompts, [melens.ValueNorms(), melens.HeadOutputs(model)])
-    with model.hooks(fwd_hooks=zero_heads([(3, 0), (3, 2)])): ...  # heads 0 and 2 of block 3 write nothing
+    with model.hooks(fwd_hooks=zero_heads(model, [(3, 0), (3, 2)])): ...  # heads 0 and 2 of block 3 write nothing
 
-1. A head's output on a token is z_h W_O^h: what it mixed of the values, through its rows of the output projection. The
-   projection's bias belongs to no head. (Kobayashi et al. 2020, "Attention is not only a weight", equation 3)
+1. A head's output on a token is z_h W_O^h: what it mixed of the values, through its rows of the output projection
+   (TransformerLens's `hook_result`). The projection's bias belongs to no head.
 2. Its norm is that of R_h z_h, where (W_O^h)^T = Q_h R_h: d_value numbers a head and token instead of d_model.
 3. z is what enters the output projection, so whatever lies before it (a gate, a norm) counts, and what lies behind it,
    as Gemma's norm after attention, does not.
