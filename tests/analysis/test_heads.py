@@ -1,5 +1,6 @@
 """Idle heads and sink heads: by hand, on a planted model whose sinks are idle, and judged."""
 
+import copy
 from functools import cache
 from itertools import combinations
 
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import melens
 from melens import Criterion, MelensError
 from melens.analysis import head_idleness, head_zeroing
+from melens.models.twins import plain_twin
 
 N_LAYERS, N_HEADS = 7, 4
 
@@ -217,31 +219,26 @@ def test_sinks_that_write_nothing_are_found_idle_and_can_go(planted):
     assert verdicts[["values-drain", "sinks-dormant"]].eq("holds").all()
 
 
-def test_the_loss_without_heads_is_that_of_the_model_without_them(planted):
-    study, found = planted
-    rises = found.tables["loss_without_heads"]
-    table = found.tables["heads"]
-    heads = table[table["idle_rank"] <= 6][["layer", "head"]].to_numpy().tolist()
-    own = rises[(rises["heads"] == "idlest") & (rises["share"] == 0.25)].set_index("prompt")["dloss"]
-    network = model_with_dormant_heads().original_model
-    prompt = int(own.index[0])
-    ids = study.tokens[prompt][:24]
+def test_the_loss_without_heads_is_that_of_a_model_without_them(planted):
+    study, _ = planted
+    busy = [(3, 2), (4, 3), *((layer, head) for layer in range(3) for head in range(4))]
+    rankings = {head_zeroing.IDLE: busy, head_zeroing.SINKS: busy}
+    told = {"draws": 1, "max_tokens": 12}
+    intact, rises = head_zeroing.without_heads(study, rankings, [5, 2], [2 / 14], **told)
+    rise = rises[rises["heads"] == head_zeroing.IDLE].set_index("prompt")["dloss"]
+    network = copy.deepcopy(plain_twin(study.model))
 
-    def loss():
+    def loss(prompt):
+        ids = study.tokens[prompt][:12]
         with torch.no_grad():
             logits = network(input_ids=ids[None], use_cache=False).logits[0]
         return float(torch.nn.functional.cross_entropy(logits[:-1], ids[1:]))
 
-    before, saved = loss(), {}
-    for layer, head in heads:
-        weight = network.get_submodule(f"model.layers.{layer}.self_attn.o_proj").weight
-        saved.setdefault(layer, (weight, weight.detach().clone()))
-        weight.data[:, 16 * head : 16 * head + 16] = 0
-    try:
-        assert own[prompt] == pytest.approx(loss() - before, abs=1e-4)
-    finally:
-        for weight, whole in saved.values():
-            weight.data[:] = whole
+    assert intact.tolist() == pytest.approx([loss(5), loss(2)], abs=1e-4)
+    for layer, head in busy[:2]:
+        network.model.layers[layer].self_attn.o_proj.weight.data[:, 16 * head : 16 * head + 16] = 0
+    assert rise[[5, 2]].tolist() == pytest.approx([loss(5) - intact[0], loss(2) - intact[1]], abs=1e-4)
+    assert rise.abs().min() > 1e-2
 
 
 def test_what_a_model_lacks_is_left_out_and_told():
