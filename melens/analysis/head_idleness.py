@@ -324,7 +324,13 @@ def _head_map(study: Study, table: pd.DataFrame, metrics: HeadsMetrics) -> Figur
     if metrics.heads_per_value not in ([], [1]):
         served = " or ".join(map(str, metrics.heads_per_value))
         note += f"A value head serves {served} heads, which have its colour."
-    plot = head_maps(shares, ratios, me_layer=study.me.layer, title=study.title("Heads"), note=note)
+    plot = head_maps(
+        shares,
+        ratios,
+        me_layer=study.me.layer,
+        title=study.title("Sinks, entropy, outputs and values by head"),
+        note=note,
+    )
     expected = "At sinks values drain, and sink heads write little."
     observed = f"{metrics.sink_heads} of {metrics.n_heads} heads have a mean sink mass over {_threshold(study):.2g}. "
     return Figure(plot, "Guo et al. (2024)", expected, observed + _values_in_words(metrics))

@@ -49,14 +49,17 @@ def loss_without_heads(rises: pd.DataFrame, colors: Mapping[str, str], *, title:
         title, note: of the figure.
     """
     figure = go.Figure()
-    for (name, color), symbol in zip(colors.items(), _SYMBOLS, strict=False):
+    apart = 0.007 * rises["share"].max()  # whiskers at one place would hide one another
+    for number, ((name, color), symbol) in enumerate(zip(colors.items(), _SYMBOLS, strict=False)):
         own = rises[rises["heads"] == name].sort_values("share")
         middle, low, high = (style.signed_log(own[column]) for column in ("mean", "low", "high"))
-        line = go.Scatter(x=own["share"], y=middle, mode="lines+markers", name=name, line={"color": color})
+        shares = own["share"] + apart * (number - (len(colors) - 1) / 2)
+        line = go.Scatter(x=shares, y=middle, mode="lines+markers", name=name, line={"color": color})
         line.marker = {"symbol": symbol, "size": 9}
         line.error_y = style.whiskers(middle, low, high) | {"thickness": 1.5}
-        line.customdata = own[["n_heads", "mean"]].to_numpy()
-        line.hovertemplate = f"%{{x:.0%}}, %{{customdata[0]}} heads, {name}: %{{customdata[1]:+.4f}}<extra></extra>"
+        line.customdata = own[["n_heads", "mean", "share"]].to_numpy()
+        where = f"%{{customdata[2]:.0%}}, %{{customdata[0]}} heads, {name}"
+        line.hovertemplate = f"{where}: %{{customdata[1]:+.4f}}<extra></extra>"
         figure.add_trace(line)
     figure.add_hline(y=0, line={"color": "#888", "width": 1})
     figure.update_xaxes(title_text="share of all heads set to zero", tickformat=".0%", rangemode="tozero")
