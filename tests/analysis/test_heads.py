@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from handmade import study_by_hand
-from planted import bridge, other_model, plant
+from planted import LATENT, OTHERS, SMALL, bridge, other_model, plant
 from scipy.stats import spearmanr
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -249,6 +249,33 @@ def test_what_a_model_lacks_is_left_out_and_told():
     assert found.metrics.outputs_why_not == found.metrics.zeroing_why_not
     assert found.metrics.entropy_why_not == "No prompt has 64 tokens (exp.entropy_tokens)."
     assert found.claims["verdict"].eq("not measured").all()
+
+
+HYBRID = SMALL | {"layer_types": ["conv", "full_attention", "conv"]}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "layers", "lacks"),
+    [
+        ("lfm2", HYBRID, [1], []),
+        ("gpt_oss", OTHERS["gpt_oss"], [0, 1, 2], []),  # learned sinks and sliding windows
+        ("deepseek_v3", LATENT, [0, 1, 2], ["values_why_not"]),
+    ],
+)
+def test_heads_of_other_kinds_are_measured_where_they_are(model_type, config, layers, lacks):
+    model = melens.load_model("random", model_type=model_type, config=config)
+    study = melens.study(model, [torch.arange(at, at + 14) for at in (10, 30, 50)])
+    found = melens.analysis.heads(study, shares=[0.5], draws=1, entropy_tokens=12, max_tokens=12)
+    table = found.tables["heads"]
+    assert table["layer"].unique().tolist() == layers
+    assert table.groupby("layer")["head"].nunique().eq(4).all()
+    measured = {"sink_mass", "output_ratio", "entropy"} | ({"value_ratio"} if not lacks else set())
+    assert not table[[*measured]].isna().any().any()
+    reasons = {name for name, told in found.metrics.plain().items() if name.endswith("_why_not") and told}
+    assert reasons >= set(lacks)
+    assert "outputs_why_not" not in reasons
+    assert len(found.figures["head_map"].plot.data) == len(measured)
+    assert found.figures["head_map"].plot.data[0].x == tuple(range(3))
 
 
 # --- Claims -----------------------------------------------------------------------------------------------------------

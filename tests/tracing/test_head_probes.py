@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from planted import FAMILIES, SMALL, bridge, gains_apart, other_model, plain_model
+from planted import FAMILIES, LATENT, bridge, gains_apart, other_model, plain_model
 
 import melens
 from melens import MelensError
@@ -10,11 +10,6 @@ from melens.tracing.heads import zero_heads
 from melens.tracing.text_runs import TextRuns
 
 TOKENS = torch.tensor([5, 6, 7, 8, 9, 11, 12])
-LATENT = SMALL | {
-    "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
-    "v_head_dim": 16, "first_k_dense_replace": 3, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
-    "topk_group": 1, "moe_intermediate_size": 32,
-}  # fmt: skip
 
 
 @torch.no_grad()
