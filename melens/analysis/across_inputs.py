@@ -346,6 +346,6 @@ CLAIMS = (
         why="a group's ME layer is the block in which most of its prompts are first massive: over half are enough; 9 "
         "of 9 show that (0.66 to 1), 5 of 5 do not (0.48)",
         judge=_same_everywhere,
-        former=Former(">= 0.95; in part >= 0.5", "2026-11-22 a1bbeb3", _same_in_95_percent),
+        former=Former("≥ 0.95; in part ≥ 0.5", "2026-11-22 a1bbeb3", _same_in_95_percent),
     ),
 )  # fmt: skip

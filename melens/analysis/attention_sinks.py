@@ -321,7 +321,7 @@ CLAIMS = (
         figure="sink_mass", metrics=SinksMetrics,
         claim="Attention sinks emerge in the layer right after the ME layer",
         statistic="share of inputs whose first block with a mean sink mass over 0.3 is the next one with attention",
-        criterion=">= 0.8; in part: there, and none in the ME layer, but some earlier",
+        criterion="≥ 0.8; in part: there, and none in the ME layer, but some earlier",
         why="to emerge is to come first, and a later dip is no return; 0.3 is Gu et al.'s; 17 inputs of 17 show 0.8",
         of_token_0=True, blocks_after=1,
         judge=_rises_in_the_next_block,
@@ -336,7 +336,7 @@ CLAIMS = (
         figure="attention_maps", metrics=SinksMetrics,
         claim="There is a sink at the ME layer itself, where the FFN has not written yet",
         statistic="share of inputs with a sink mass over 0.3 in the ME layer",
-        criterion=">= 0.8; in part >= 0.5",
+        criterion="≥ 0.8; in part ≥ 0.5",
         why="as of sink-next, which it contradicts, unless figure 7's 'layer 7' is the block after the ME layer; 0.3 "
         "is Gu et al.'s, in short prompts it is twice even attention",
         of_token_0=True, judge=_is_at_the_me_layer,
@@ -348,7 +348,7 @@ CLAIMS = (
         claim="Attention sinks consistently appear in the layers after the ME layer",
         statistic="share of inputs with a sink mass over 0.3 in at least nine tenths of the blocks with attention "
         "behind the ME layer",
-        criterion=">= 0.8; in part: in half of these blocks, mean over inputs",
+        criterion="≥ 0.8; in part: in half of these blocks, mean over inputs",
         why="'consistently' leaves one block in ten out at most, and one input in five: 17 of 17 show it",
         of_token_0=True, blocks_after=1, judge=_is_in_the_blocks_behind,
     ),

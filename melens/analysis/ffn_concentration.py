@@ -335,7 +335,7 @@ CLAIMS = (
         claim="Gate, up and down concentrate token 0 most at the ME layer",
         statistic="share of prompts in which the concentration difference after each of the three is largest at the ME "
         "layer, trailing blocks apart",
-        criterion=">= 1/2; in part: after one or two of the three in more than half of the prompts",
+        criterion="≥ 1/2; in part: after one or two of the three in more than half of the prompts",
         why="'simultaneously reach its maximum' is said of an average and must be true of most prompts, which takes "
         "six of six to show",
         of_token_0=True, of_ffn=True, blocks_after=0, judge=_peak_together,
@@ -350,7 +350,7 @@ CLAIMS = (
         claim="The FFN amplifies token 0 most at the ME layer",
         statistic="‖FFN output‖ / ‖FFN input‖ at the ME layer over the largest at another block, trailing blocks "
         "apart; the output is that before any norm behind the FFN",
-        criterion=">= 1, and the amplification itself >= 1",
+        criterion="≥ 1, and the amplification itself ≥ 1",
         why="a peak is a peak, but what makes token 0 smaller amplifies nothing, and what a norm behind it does is not "
         "the FFN's",
         of_token_0=True, of_ffn=True, blocks_after=0, judge=_amplifies_most,

@@ -232,7 +232,7 @@ _ATTENTION_RANK = Claim(
     source="introduction, section 6", figure="rank", metrics=LowRankMetrics,
     claim="After the ME layer attention is of lower rank",
     statistic="effective rank of the attention matrices after the ME layer over that before",
-    criterion="<= 0.5; in part <= 0.8",
+    criterion="≤ 0.5; in part ≤ 0.8",
     why="a collapse is at least a halving; the loss of less than a fifth is none",
     of_token_0=True, blocks_after=1,
     judge=lambda m: at_most(
@@ -240,7 +240,7 @@ _ATTENTION_RANK = Claim(
         why_not=m.attention_rank_ratio_why_not or m.why_not,
     ),
     former=Former(
-        "<= 0.5; in part < 1", "2026-11-22 a1bbeb3",
+        "≤ 0.5; in part < 1", "2026-11-22 a1bbeb3",
         lambda m: at_most(m.attention_rank_ratio, m.attention_rank_ratio_interval, 0.5, partly=0.999),
     ),
 )  # fmt: skip
@@ -252,10 +252,10 @@ CLAIMS = (
         claim="After the ME layer the states of a prompt's tokens collapse before they enter attention",
         source="section 6: 'collapsing representations into a low-dimensional subspace before entering the attention'",
         statistic="effective rank of all tokens' attention inputs (output of ln1) after the ME layer over that before",
-        criterion="<= 0.5; in part <= 0.8, or where it is the norm of token 0's row alone",
+        criterion="≤ 0.5; in part ≤ 0.8, or where it is the norm of token 0's row alone",
         judge=_states_collapse,
         former=Former(
-            "<= 0.5; in part < 1", "2026-11-22 a1bbeb3",
+            "≤ 0.5; in part < 1", "2026-11-22 a1bbeb3",
             lambda m: at_most(m.hidden_rank_ratio, m.hidden_rank_ratio_interval, 0.5, partly=0.999),
             "effective rank of all tokens' hidden states from the ME layer on over that before",
         ),

@@ -287,11 +287,11 @@ CLAIMS = (
         claim="Once the massive state is formed, its norm barely changes",
         statistic="largest relative change of token 0's norm from the block that forms the massive state to the last "
         "two blocks",
-        criterion="<= 0.1; in part <= 0.5",
+        criterion="≤ 0.1; in part ≤ 0.5",
         why="a tenth cannot be seen on the paper's axes; in a slow climb the ME layer has not formed it yet",
         of_token_0=True, blocks_after=1, judge=_norm_stable,
         former=Former(
-            "<= 0.1; in part <= 0.5", FORMER,
+            "≤ 0.1; in part ≤ 0.5", FORMER,
             lambda metrics: at_most(
                 metrics.norm_drift_since_me, metrics.norm_drift_since_me_interval, 0.1, partly=0.5
             ),
@@ -302,10 +302,10 @@ CLAIMS = (
         source="section 3.2, figure 5b", figure="between_blocks", metrics=DirectionMetrics,
         claim="Once the massive state is formed, its direction barely changes from block to block",
         statistic="smallest cosine between its states after consecutive blocks, from that which forms it on",
-        criterion=">= 0.99; in part >= 0.9", why="0.99 is an angle of 8 degrees",
+        criterion="≥ 0.99; in part ≥ 0.9", why="0.99 is an angle of 8 degrees",
         of_token_0=True, blocks_after=1, judge=_direction_layers,
         former=Former(
-            ">= 0.99; in part >= 0.9", FORMER,
+            "≥ 0.99; in part ≥ 0.9", FORMER,
             lambda metrics: at_least(
                 metrics.consecutive_cosine_since_me, metrics.consecutive_cosine_since_me_interval, 0.99, partly=0.9
             ),
@@ -316,10 +316,10 @@ CLAIMS = (
         source="section 3.2, figure 5c", figure="cosine_by_block", metrics=DirectionMetrics,
         claim="Once the massive state is formed, its direction is the same for all inputs",
         statistic="smallest mean cosine between inputs, over the blocks from that which forms it to the last two",
-        criterion=">= 0.95; in part >= 0.8", why="0.95 is an angle of 18 degrees, where random directions have 90",
+        criterion="≥ 0.95; in part ≥ 0.8", why="0.95 is an angle of 18 degrees, where random directions have 90",
         of_token_0=True, blocks_after=0, judge=_direction_inputs,
         former=Former(
-            ">= 0.95; in part >= 0.8", FORMER,
+            "≥ 0.95; in part ≥ 0.8", FORMER,
             lambda metrics: unless_trivial(
                 metrics, at_least(metrics.cosine_since_me, metrics.cosine_since_me_interval, 0.95, partly=0.8)
             ),

@@ -269,7 +269,7 @@ CLAIMS = (
         source="follow-up question", figure="scores", metrics=PredictMetrics,
         claim="The ME layer can be predicted from the weights alone",
         statistic="rank of the ME layer by the FFN's response to its most amplified input",
-        criterion="1; in part <= 3", why="a prediction names one block",
+        criterion="1; in part ≤ 3", why="a prediction names one block",
         of_ffn=True, judge=_ranks_first,
     ),
 )  # fmt: skip

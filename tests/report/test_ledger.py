@@ -14,7 +14,7 @@ from melens.report.terminal import number_with_interval
 
 ROOT = Path(__file__).parents[2]
 CLAIM = {
-    "id": "a", "claim": "It is large", "source": "section 3", "statistic": "size", "criterion": ">= 3",
+    "id": "a", "claim": "It is large", "source": "section 3", "statistic": "size", "criterion": "≥ 3",
     "value": 4.0, "low": 3.5, "high": 4.5, "verdict": "holds", "note": "", "former_verdict": None,
 }  # fmt: skip
 
