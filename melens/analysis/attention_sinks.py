@@ -247,7 +247,7 @@ def _maps_figure(study: Study, map_tokens: int) -> Figure | None:
         on_first.append(f"{float(of_block[:, 1:, 0].mean()):.2f} in block {block}")
     tokenizer, ids = study.model.tokenizer, tokens.tolist()
     labels = [f"{at}: {i}" if tokenizer is None else f"{at} {tokenizer.decode([i])!r}" for at, i in enumerate(ids)]
-    note = f"Prompt {study.trace.prompts['id'][chosen]}, its first {len(tokens)} tokens. Choose a head in the list."
+    note = f"Prompt {study.trace.prompts['id'][chosen]}, its first {len(tokens)} tokens."
     plot = attention_maps(by_block, labels, title=study.title("Attention maps", 1), note=note)
     expected = "A sink in the layer after the ME layer; the text sees one at the ME layer, 'layer 7', as well."
     return Figure(plot, "figure 7", expected, f"Mean attention on token 0: {', '.join(on_first)}.")
