@@ -240,6 +240,7 @@ def test_a_file_of_any_name_is_found_also_in_a_sweep(tmp_path, name):
         (["data.text=my/own/text"], "data.text is 'my/own/text'; it must be an existing file or a dataset of the hub"),
         (["model.max_memory={gpu:1GB}"], "model.max_memory is {'gpu': '1GB'}; it must be like {0: 40GB, cpu: 90GB}"),
         (["model.max_memory={cpu:much}"], "model.max_memory is {'cpu': 'much'}; it must be like {0: 40GB, cpu: 90GB}"),
+        (["-m", "hydra/launcher=joblib"], "hydra/launcher=joblib needs hydra_joblib_launcher, which is not installed"),
         (["training=sft"], "training is a group of options, as training.<name>=..."),
         (["seed=[0"], "The value of seed=[0 cannot be read"),
     ],
