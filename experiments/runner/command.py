@@ -129,7 +129,7 @@ def print_error(error: BaseException, *, verbose: bool) -> str:
 
 
 def _print_warning(message: Warning | str, *_: Any, **more: Any) -> None:
-    """Print a warning in its sentence, once in a job: Python forgets what it said when a library changes its filters."""
+    """Print a warning, once in a job: Python forgets what it has said when a library changes its filters."""
     if (sentence := str(message)) not in _printed_warnings:
         _printed_warnings.add(sentence)
         print(f"Warning: {sentence}", file=sys.stderr)

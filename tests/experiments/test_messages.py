@@ -49,7 +49,8 @@ def test_a_warning_is_printed_once_in_a_job_whatever_libraries_do_to_filters(mon
 
     with warnings.catch_warnings():
         monkeypatch.setattr(command, "main", job)
-        monkeypatch.setattr(command, "_printed_warnings", set())
+        for name, value in {"_printed_warnings": set(), "_failures": [], "failed_jobs": []}.items():
+            monkeypatch.setattr(command, name, value)
         monkeypatch.setattr(sys, "argv", ["run.py"])
         assert command.run_command() == 0
     assert capsys.readouterr().err == "Warning: The gains are alike.\nWarning: Another.\n"
