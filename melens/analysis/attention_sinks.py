@@ -31,6 +31,7 @@ from melens.figures.curves import Curve, Panel
 from melens.figures.heatmaps import Heatmap, heatmap_over_curves
 from melens.figures.style import BLOCK, FIRST, SINK
 from melens.models.layout import Layout
+from melens.printing import paragraph
 from melens.report.result import Figure, Interval, Result
 from melens.tracing.probes import AttentionMaps
 from melens.tracing.sites import Sites
@@ -128,12 +129,12 @@ def sinks(study: Study, *, map_tokens: int = 40, rank_tokens: int = 128, rank_pr
         **inputs,
         **({} if len(ranks) else {"why_not": why_not}),
     )
-    observed = _sinks_in_words(metrics, onset, layout)
-    figures = {"sink_mass": _sink_mass_figure(study, by_head, by_layer, observed)}
+    findings = _sinks_in_words(metrics, onset, layout)
+    figures = {"sink_mass": _sink_mass_figure(study, by_head, by_layer, paragraph(findings))}
     if (maps := _maps_figure(study, map_tokens)) is not None:
         figures = {"attention_maps": maps, **figures}
     tables = {"sink_mass_by_head": by_head, "sinks_by_block": by_layer}
-    findings = [("sinks", observed), ("rank", low_rank.ranks_in_words(metrics) if len(ranks) else why_not)]
+    findings.append(("effective rank", low_rank.ranks_in_words(metrics) if len(ranks) else why_not))
     if len(ranks):
         tables["rank_by_block"] = low_rank.rank_by_block(ranks)
         figures["rank"] = low_rank.rank_figure(study, tables["rank_by_block"], metrics, rank_tokens)
@@ -141,7 +142,7 @@ def sinks(study: Study, *, map_tokens: int = 40, rank_tokens: int = 128, rank_pr
         tables["inputs_by_block"] = cosines
         figures["inputs"] = attention_inputs.inputs_figure(study, cosines, metrics)
     if study.me.layer is not None:
-        findings.append(("attention inputs", attention_inputs.inputs_in_words(metrics)))
+        findings += attention_inputs.inputs_in_words(metrics)
     return Result("sinks", study.trace.model, metrics, tables, figures, findings)
 
 
@@ -199,12 +200,13 @@ def _sink_mass_figure(study: Study, by_head: pd.DataFrame, by_layer: pd.DataFram
     return Figure(plot, "section 6", expected, observed)
 
 
-def _sinks_in_words(metrics: SinksMetrics, onset: SinkOnset, layout: Layout) -> str:
+def _sinks_in_words(metrics: SinksMetrics, onset: SinkOnset, layout: Layout) -> list[tuple[str, str]]:
     words = "No sink lasts." if onset.looked_at else "Attention is in the last blocks alone, which count apart."
     if onset.layer is not None:
         words = f"Sinks last from block {onset.layer} on."
     if metrics.first_sinks and onset.looked_at:
         words += f" {_first_sinks_in_words(metrics.first_sinks)}"
+    rows = [("sinks", words)]
     is_hybrid = len(layout.attention) < layout.n_layers
     if metrics.sink_mass_at_me_layer is not None and metrics.sink_mass_after is not None:
         at, after = (
@@ -214,8 +216,9 @@ def _sinks_in_words(metrics: SinksMetrics, onset: SinkOnset, layout: Layout) -> 
                 (metrics.sink_mass_after, metrics.sink_mass_after_interval),
             )
         )
-        words += f" Mean sink mass: {at} in the ME layer, {after} in the next{' with attention' if is_hybrid else ''}."
-    return f"{words} There is {layout.attention_in_words}." if is_hybrid else words
+        the_next = f"the next{' with attention' if is_hybrid else ''}"
+        rows.append(("attention on token 0", f"Mean sink mass: {at} in the ME layer, {after} in {the_next}."))
+    return [*rows, ("layout", f"There is {layout.attention_in_words}.")] if is_hybrid else rows
 
 
 def _first_sinks_in_words(first_sinks: Mapping[str, int]) -> str:

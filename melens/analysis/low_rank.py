@@ -93,7 +93,7 @@ def measure_ranks(study: Study, rank_tokens: int, rank_prompts: int) -> pd.DataF
     for probe in probes:
         probe.may_miss = True
     cut = [study.tokens[prompt][:rank_tokens] for prompt in chosen]
-    progress = study.stage("ranks: tokens")
+    progress = study.stage("effective ranks (tokens)")
     found = trace(study.model, cut, probes, progress=progress, max_batch_tokens=rank_tokens)
     kinds, of_study = {site: kind for kind, site in _SITES.items()}, dict(enumerate(chosen))
     tables = {name: table.assign(prompt=table["prompt"].map(of_study)) for name, table in found.tables.items()}
@@ -201,16 +201,17 @@ def ranks_in_words(metrics: LowRankMetrics) -> str:
          m.hidden_rank_ratio, m.hidden_rank_ratio_interval),
     )  # fmt: skip
     parts = [
-        f"of {what} {before:.3g} before and {after:.3g} after (ratio {with_interval(ratio, interval, '.2f')})"
+        f"{what} {before:.3g} and {after:.3g} (ratio {with_interval(ratio, interval, '.2f')})"
         for what, before, after, ratio, interval in measured
         if ratio is not None
     ]
     if not parts:
         return metrics.hidden_rank_ratio_why_not or "Without an ME layer there is no before and after."
     without = {name: (m.rank_ratios or {}).get(f"{OUTPUTS}{name}") for name in (" without token 0", " on unit rows")}
-    others = [f"{ratio:.2f}{name}" for name, ratio in without.items() if ratio is not None]
-    words = f"Effective rank {'; '.join(parts)}"
-    return f"{words}, of these {' and '.join(others)}." if others else f"{words}."
+    said = {" on unit rows": " with every token's state scaled to norm 1"}
+    others = [f"{ratio:.2f}{said.get(name, name)}" for name, ratio in without.items() if ratio is not None]
+    words = f"Mean effective rank of the blocks before the ME layer and after: {'; '.join(parts)}"
+    return f"{words}; the ratio of block outputs is {' and '.join(others)}." if others else f"{words}."
 
 
 # --- Claims -----------------------------------------------------------------------------------------------------------
