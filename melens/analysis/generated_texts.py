@@ -166,7 +166,8 @@ def generate(
         for pair in those_that_part_first
     ]
     findings = [
-        ("in all", summary, f"mask: {metrics.mask}"),
+        ("in all", summary),
+        ("mask", str(metrics.mask)),
         ("", "without the mask (▶ where they part)", "with the mask"),
         *texts_in_short,
     ]
