@@ -481,3 +481,17 @@ def test_the_merged_table_has_a_column_for_every_swept_option(tmp_path):
     assert sweep["exp.other_shares"].tolist() == ["[0.1]", "[0.1]", "[0.2]", "[0.2]"]
     assert sweep["seed"].tolist() == [0, 1, 0, 1]
     assert pd.read_parquet(tmp_path / "claims.parquet")["model"].nunique() >= 4
+
+
+def test_a_sweep_ends_with_the_jobs_that_failed_and_why(tmp_path, capsys):
+    import json
+
+    results = results_of(tmp_path, *[["exp=rmsnorm", f"seed={seed}"] for seed in range(3)])
+    for number, (folder, result) in enumerate(results.items()):
+        folder.mkdir()
+        failure = {"status": "failed", "error": "It has no [norm]."} if number == 1 else {}
+        (folder / "result.json").write_text(json.dumps(result | failure))
+    merge_jobs(tmp_path)
+    *_, said, why, page, folder = capsys.readouterr().out.splitlines()
+    assert (said, why) == ("1 of 3 jobs failed:", "  seed=1: It has no [norm].")
+    assert (page.split(":")[0], folder.split(":")[0]) == ("Page", "Folder")
