@@ -163,7 +163,7 @@ CLAIMS: tuple[Claim[MaskGridMetrics], ...] = (
     Claim(
         id="mask-start", fixed="2026-11-26 25a77c7",
         source="follow-up question", figure="starts", metrics=MaskGridMetrics,
-        claim="The effect is specific to starting behind the ME layer",
+        claim="A mask's effect is specific to starting right after the ME layer",
         statistic="change of the sink mass by the paper's mask in the block behind the ME layer alone, over the "
         "largest by the same mask in another block alone",
         criterion="≥ 2, with the whole interval of the one less twice the other over 0; in part > 1",
