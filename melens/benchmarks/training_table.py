@@ -125,7 +125,9 @@ def training_table(
         **counted(pd.concat([scores, pairs]), "kind"),
     )
     of_pairs = {kind: metrics.compared[kind] for kind in _PAIRS if kind in metrics.compared}
-    more = [(kind, _count_in_words(counts), "") for kind, counts in of_pairs.items()]
+    more = [(kind, _count_in_words(counts)) for kind, counts in of_pairs.items()]
+    if scores["mask"].str.contains("(TF)", regex=False).any():
+        more.append(("(TF)", "training-free: the mask is on at inference alone"))
     expected = "Training with WeMask scores best, WeMask at inference alone comes next."
     names, source = ("table", "table_differences"), f"table {number}"
     figures = score_figures(scores, layout, names, f"Table {number}: {name}", source, expected)

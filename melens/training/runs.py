@@ -271,13 +271,14 @@ def _findings(plan: TrainingPlan, trained: TrainedModel, mask_name: str) -> Sequ
         speed += f", {stats.tokens_per_second:,.0f} tokens a second"
     if stats.peak_gb:
         speed += f", {stats.peak_gb:.1f} GB at most"
-    what = f"{plan.recipe.method} on {trained.n_rows} rows of {plan.dataset}, mask {mask}, gate {plan.gate or 'none'}"
+    what = f"{plan.recipe.method.upper()} on {trained.n_rows} rows of {plan.dataset}, mask {mask}, "
+    what += f"gate {plan.gate or 'none'}"
     resumed = f", from step {stats.resumed_at} on" if stats.resumed_at else ""
     return [
         ("training", what),
         *([("thinking", f"{stats.thinking} in rollouts")] if stats.thinking else []),
         ("steps", f"{stats.steps}{resumed}; {trained.history.loss_in_words()}"),
-        ("speed", speed),
         ("massive activation", trained.history.change_in_words()),
-        ("saved", f"{trained.folder}: model=hub model.name={trained.folder} in any experiment"),
+        ("saved", f"model=hub model.name={trained.folder} takes it in any experiment"),
+        ("speed", speed),
     ]
