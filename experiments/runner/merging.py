@@ -13,11 +13,10 @@ from rich.console import Console
 from experiments.runner.jobs import Job, read_jobs
 from experiments.runner.registry import EXPERIMENTS
 from melens import judge
-from melens.figures.scores import verdicts
-from melens.report.ledger import claims_by_model
 from melens.report.record import write_tables_and_figures
-from melens.report.result import Figure, Metrics, Result
-from melens.report.terminal import show_claims, show_findings, show_paths, verdicts_in_words
+from melens.report.result import Result
+from melens.report.terminal import show_claims, show_findings, show_paths
+from melens.report.verdicts import of_what_was_run, verdicts
 
 __all__ = ["merge_jobs"]
 
@@ -79,22 +78,4 @@ def _merge_claims(jobs: Sequence[Job]) -> list[Result]:
             model = model | {"label": job.name if job.name.startswith(name) else f"{name}, {job.name}"}
         results.append(job.result | {"model": model})
     claims = judge(results)
-    if claims.empty:
-        return []
-    claims = claims[~((claims["verdict"] == "not measured") & claims["note"].str.endswith("was not run."))]
-    if set(claims["model"]) <= {"all models"}:  # nothing was measured that a claim is about
-        return []
-    models = [model for model in claims["model"].unique() if model != "all models"]
-    findings = [(model, verdicts_in_words(claims.loc[claims["model"] == model, "verdict"])) for model in models]
-    across = claims[(claims["model"] == "all models") & (claims["verdict"] != "not measured")]
-    findings += [(claim["claim"], f"{claim['verdict']}. {claim['note']}") for claim in across.to_dict("records")]
-    ledger = claims_by_model(claims)
-    if len(models) > 1:
-        in_all = ledger[(ledger["holds_in"] == ledger["of"]) & (ledger["of"] > 1)]["claim"].tolist()
-        findings.insert(0, ("holds in all runs", "\n".join(in_all) or "no claim"))
-    paper = "The paper makes its claims of every model it looks at."
-    places = {name: place for place, name in enumerate(ledger["id"])}
-    in_order = claims.sort_values("id", key=lambda ids: ids.map(places), kind="stable")  # that of families comes last
-    figure = Figure(verdicts(in_order), "every figure", paper, f"{len(ok)} jobs.")
-    tables = {"claims": claims, "claims_by_model": ledger}
-    return [Result("the paper's claims in each", {}, Metrics(), tables, {"verdicts": figure}, findings)]
+    return [] if of_what_was_run(claims).empty else [verdicts(claims)]
