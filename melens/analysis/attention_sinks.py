@@ -5,6 +5,7 @@
 
 1. The sink mass of every block and head comes with the study's trace (`SinkMass`). Each input, one for each first
    token, tells for itself in which block its sink comes first: a later dip does not move it.
+   `melens.analysis.sink_rate` has the rate of Gu et al. (2024), of token 0 and of every other.
 2. Figure 7's maps take one further pass over one prompt: a pattern is quadratic in its length.
 3. `melens.analysis.low_rank` measures ranks, `melens.analysis.attention_inputs` inputs, keys and queries.
 """
@@ -19,9 +20,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from melens.analysis import attention_inputs, low_rank
+from melens.analysis import attention_inputs, low_rank, sink_rate
 from melens.analysis import sink_mass as masses
-from melens.analysis.sink_mass import SINK_THRESHOLD, SinkOnset
+from melens.analysis.metrics import SINK_THRESHOLD
+from melens.analysis.sink_mass import SinkOnset
 from melens.analysis.statistics import mean_metric, share_interval, with_interval
 from melens.analysis.study import Study
 from melens.claims.engine import Claim, Former, Judgement, NotMeasuredError, Verdict, at_least, number
@@ -33,7 +35,7 @@ from melens.figures.style import BLOCK, FIRST, SINK
 from melens.models.layout import Layout
 from melens.printing import paragraph
 from melens.report.result import Figure, Interval, Result
-from melens.tracing.probes import AttentionMaps
+from melens.tracing.attention_probes import AttentionMaps
 from melens.tracing.sites import Sites
 from melens.tracing.trace import trace
 
@@ -44,8 +46,8 @@ CONSISTENT = 0.9
 """The share of blocks that must have a sink: 'consistently' leaves one in ten out at most."""
 
 
-class SinksMetrics(low_rank.LowRankMetrics, attention_inputs.AttentionInputsMetrics):
-    """What `sinks` measures, with the fields of `LowRankMetrics` and `AttentionInputsMetrics`.
+class SinksMetrics(low_rank.LowRankMetrics, attention_inputs.AttentionInputsMetrics, sink_rate.SinkRateMetrics):
+    """What `sinks` measures, with the fields of `LowRankMetrics`, `AttentionInputsMetrics` and `SinkRateMetrics`.
 
     A block has a sink for an input where the attention that later tokens pay to token 0, mean over heads, is over 0.3
     (in short prompts over twice that of even attention, if that is more).
@@ -96,8 +98,8 @@ def sinks(study: Study, *, map_tokens: int = 40, rank_tokens: int = 128, rank_pr
         rank_prompts: on at most so many.
 
     Returns:
-        Metrics `SinksMetrics`; the figures `attention_maps` (figure 7), `sink_mass`, `rank` (section 6) and `inputs`
-        (section 4.1).
+        Metrics `SinksMetrics`; the figures `attention_maps` (figure 7), `sink_mass`, `sink_rate`, `rank` (section
+        6) and `inputs` (section 4.1).
 
     Raises:
         MelensError: a model without attention that can be measured, or a number that is NaN.
@@ -105,7 +107,7 @@ def sinks(study: Study, *, map_tokens: int = 40, rank_tokens: int = 128, rank_pr
     Example:
         >>> result = melens.analysis.sinks(study)
         >>> sorted(result.figures)
-        ['attention_maps', 'inputs', 'sink_mass']
+        ['attention_maps', 'inputs', 'sink_mass', 'sink_rate']
         >>> result.figures["sink_mass"].save("sink_mass.html").name
         'sink_mass.html'
     """
@@ -115,6 +117,7 @@ def sinks(study: Study, *, map_tokens: int = 40, rank_tokens: int = 128, rank_pr
     of_massive = replace(study.trace, tables={"sink_mass": study.of_massive_prompts(study.trace["sink_mass"])})
     by_layer, by_head = masses.sink_mass_by_layer(of_massive), masses.sink_mass_by_head(of_massive)
     onset = masses.find_sink_onset(of_massive, trailing_blocks=study.me.criterion.trailing_blocks)
+    rates = study.traced(sink_rate.probes(study.model))
     ranks = low_rank.measure_ranks(study, rank_tokens, rank_prompts)
     inputs, cosines = attention_inputs.compare_inputs(study)
     why_not = f"Not measured: no prompt has {rank_tokens} tokens (exp.rank_tokens)."
@@ -125,6 +128,7 @@ def sinks(study: Study, *, map_tokens: int = 40, rank_tokens: int = 128, rank_pr
         first_sink_layer=onset.first_layer,
         **layout.metrics(),
         **_sinks_by_input(study, *masses.sinks_by_state(of_massive), layout),
+        **sink_rate.measure_sink_rate(rates),
         **low_rank.compare_ranks(study, ranks, layout),
         **inputs,
         **({} if len(ranks) else {"why_not": why_not}),
@@ -133,7 +137,10 @@ def sinks(study: Study, *, map_tokens: int = 40, rank_tokens: int = 128, rank_pr
     figures = {"sink_mass": _sink_mass_figure(study, by_head, by_layer, paragraph(findings))}
     if (maps := _maps_figure(study, map_tokens)) is not None:
         figures = {"attention_maps": maps, **figures}
-    tables = {"sink_mass_by_head": by_head, "sinks_by_block": by_layer}
+    by_block, observed_rate = sink_rate.sink_rate_by_block(rates), sink_rate.sink_rate_in_words(metrics)
+    figures["sink_rate"] = sink_rate.sink_rate_figure(study, by_block, observed_rate)
+    tables = {"sink_mass_by_head": by_head, "sinks_by_block": by_layer, "sink_rate_by_block": by_block}
+    findings.append(("sink rate", observed_rate))
     findings.append(("effective rank", low_rank.ranks_in_words(metrics) if len(ranks) else why_not))
     if len(ranks):
         tables["rank_by_block"] = low_rank.rank_by_block(ranks)

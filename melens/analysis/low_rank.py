@@ -24,8 +24,9 @@ from melens.figures.curves import Curve, Panel, curves_by_block
 from melens.figures.style import COLORS
 from melens.models.layout import Layout
 from melens.report.result import Figure, Interval, Metrics
-from melens.tracing.probes import AttentionSpectrum, Probe, Spectrum
+from melens.tracing.probes import Probe
 from melens.tracing.sites import Sites
+from melens.tracing.spectra import AttentionSpectrum, Spectrum
 from melens.tracing.trace import trace
 
 __all__ = [

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from melens.analysis.massive_state_claims import ConsequenceMetrics
 from melens.analysis.me_layer import massive_activations
-from melens.analysis.sink_mass import SINK_THRESHOLD
+from melens.analysis.metrics import SINK_THRESHOLD
 from melens.analysis.statistics import mean_by, mean_interval, mean_metric, tidy, with_interval
 from melens.analysis.study import Study
 from melens.errors import MelensError

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from pydantic import Field
 
-from melens.analysis.sink_mass import SINK_THRESHOLD
+from melens.analysis.metrics import SINK_THRESHOLD
 from melens.claims.engine import Claim, Judgement, NotMeasuredError, at_least, at_most, number, unless_trivial
 from melens.models.layout import listed
 from melens.report.result import Interval, Metrics

@@ -12,20 +12,16 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 
+from melens.analysis.metrics import SINK_THRESHOLD
 from melens.errors import MelensError
 from melens.tracing.trace import TraceGiven
 from melens.validation.signatures import checked
 from melens.validation.types import Rate, Whole
 
 __all__ = [
-    "SINK_THRESHOLD", "SinkOnset", "even_attention", "find_sink_onset", "measured_layers", "sink_mass_by_head",
+    "SinkOnset", "even_attention", "find_sink_onset", "measured_layers", "sink_mass_by_head",
     "sink_mass_by_layer", "sinks_by_state",
 ]  # fmt: skip
-
-SINK_THRESHOLD = 0.3
-"""A head, or a block on average, has a sink where later tokens pay more than this to the key (Gu et al. 2024).
-
-Attention that makes no difference between keys pays the first 0.21 in a prompt of 10 tokens: see `even_attention`."""
 
 
 @dataclass(frozen=True)

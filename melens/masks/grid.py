@@ -21,7 +21,7 @@ import pandas as pd
 from jaxtyping import Int
 from torch import Tensor
 
-from melens.analysis.sink_mass import SINK_THRESHOLD
+from melens.analysis.metrics import SINK_THRESHOLD
 from melens.analysis.statistics import holm, mean_interval, paired_permutation_p
 from melens.analysis.study import Study
 from melens.errors import MelensError

@@ -26,7 +26,7 @@ from melens.figures.style import COLORS, FIRST, OTHERS, SINK, log_ticks
 from melens.masks.grid_metrics import PAPER_RATE, UNMASKED, MaskGridMetrics
 from melens.masks.mask import WeMask
 from melens.report.result import Figure
-from melens.tracing.probes import AttentionMaps
+from melens.tracing.attention_probes import AttentionMaps
 from melens.tracing.trace import trace
 
 __all__ = ["attention_figure", "configuration_in_words", "grid_figures", "key_figure", "nearest_paper_rate"]
