@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -60,8 +61,9 @@ class FromScores:
             return by_key(self.query, self.key, self.logsumexp, n_tokens, self.scale, self.window)
         batch, n_heads, n_pos, _ = self.query.shape
         found = self.query.new_zeros((batch, n_heads, n_pos, 2), dtype=torch.float32)
-        is_additive = self.mask is not None and self.mask.dtype != torch.bool  # of the dtype's lowest number
-        unseen = torch.finfo(self.mask.dtype).min / 2 if is_additive else float("-inf")
+        unseen = float("-inf")
+        if self.mask is not None and self.mask.dtype != torch.bool:  # one that adds the dtype's lowest number
+            unseen = torch.finfo(self.mask.dtype).min / 2
         is_token = torch.arange(n_pos, device=self.query.device) < n_tokens[:, None]
         for rows, columns in chunks_of(self.query, self.window, sees_ahead=self.mask is not None):
             scores = self._scores(rows, columns)
@@ -76,7 +78,12 @@ class FromScores:
         return self.softcap is None and self.mask is None and self.query.is_cuda and has_triton()
 
     def _scores(self, rows: slice, columns: slice | list[int]) -> Float[Tensor, "batch head row column"]:
-        options = {"scale": self.scale, "window": self.window, "softcap": self.softcap, "mask": self.mask}
+        options: dict[str, Any] = {
+            "scale": self.scale,
+            "window": self.window,
+            "softcap": self.softcap,
+            "mask": self.mask,
+        }
         return attention_scores(self.query, self.key, rows, columns, **options)
 
 
