@@ -107,7 +107,7 @@ def sinks(study: Study, *, map_tokens: int = 40, rank_tokens: int = 128, rank_pr
     Example:
         >>> result = melens.analysis.sinks(study)
         >>> sorted(result.figures)
-        ['attention_maps', 'inputs', 'sink_mass', 'sink_rate']
+        ['attention_maps', 'inputs', 'sink_mass']
         >>> result.figures["sink_mass"].save("sink_mass.html").name
         'sink_mass.html'
     """
@@ -138,7 +138,8 @@ def sinks(study: Study, *, map_tokens: int = 40, rank_tokens: int = 128, rank_pr
     if (maps := _maps_figure(study, map_tokens)) is not None:
         figures = {"attention_maps": maps, **figures}
     by_block, observed_rate = sink_rate.sink_rate_by_block(rates), sink_rate.sink_rate_in_words(metrics)
-    figures["sink_rate"] = sink_rate.sink_rate_figure(study, by_block, observed_rate)
+    if (rate := sink_rate.sink_rate_figure(study, by_block, observed_rate)) is not None:
+        figures["sink_rate"] = rate
     tables = {"sink_mass_by_head": by_head, "sinks_by_block": by_layer, "sink_rate_by_block": by_block}
     findings.append(("sink rate", observed_rate))
     findings.append(("effective rank", low_rank.ranks_in_words(metrics) if len(ranks) else why_not))

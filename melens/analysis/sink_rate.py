@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from melens.analysis.metrics import SINK_THRESHOLD
+from melens.analysis.sink_mass import check_finite
 from melens.analysis.statistics import mean_metric, with_interval
 from melens.analysis.study import Study
 from melens.figures.curves import Curve, Panel, curves_by_block
@@ -67,13 +68,16 @@ def measure_sink_rate(trace: Trace) -> dict[str, Any]:
 
     Args:
         trace: with the tables of `probes`.
+
+    Raises:
+        MelensError: an importance that is NaN.
     """
     off = trace["off_tokens"]["off_tokens"]
     measured: dict[str, Any] = {
         "off_tokens": float(off.mean()),
         "off_tokens_rate": float((off > SINK_THRESHOLD).mean()),
     }
-    table = trace["importance"].dropna()
+    table = _of_long_prompts(trace)
     is_sink = (table["importance"] > SINK_THRESHOLD).groupby(table["prompt"]).mean()
     measured["sink_rate_prompts"] = len(is_sink)
     if len(is_sink):
@@ -91,6 +95,14 @@ def _mean_over_inputs(name: str, by_prompt: pd.Series, trace: Trace) -> dict[str
     return mean_metric(name, by_prompt.groupby(firsts).mean().to_numpy()) | {name: float(by_prompt.mean())}
 
 
+def _of_long_prompts(trace: Trace) -> pd.DataFrame:
+    """Return the rows of `importance` of the prompts that have so many tokens; the others hold NaN."""
+    long = trace.prompts["prompt"][trace.prompts["n_tokens"] >= N_TOKENS]
+    table = trace["importance"][trace["importance"]["prompt"].isin(long)]
+    check_finite(table, "importance", "importance of token 0")
+    return table
+
+
 def _other_keys(trace: Trace) -> pd.DataFrame:
     """Return the rows of `importance_by_key` of the keys behind token 0 that `SEEN_BY` queries see."""
     table = trace["importance_by_key"]
@@ -103,7 +115,7 @@ def sink_rate_by_block(trace: Trace) -> pd.DataFrame:
 
     `elsewhere` is of the key that has most in the block, mean over prompts; NaN where no prompt is long enough.
     """
-    importance, off = trace["importance"].dropna(), trace["off_tokens"]
+    importance, off = _of_long_prompts(trace), trace["off_tokens"]
     most = _other_keys(trace).groupby(["layer", "prompt"])["share_of_heads"].max()
     rates = {
         "sink_rate": (importance["importance"] > SINK_THRESHOLD).groupby(importance["layer"]).mean(),
@@ -113,8 +125,11 @@ def sink_rate_by_block(trace: Trace) -> pd.DataFrame:
     return pd.DataFrame(rates).rename_axis("layer").reset_index()
 
 
-def sink_rate_figure(study: Study, by_block: pd.DataFrame, observed: str) -> Figure:
-    """Draw the sink rate by block: of token 0, of the other key that has most, of a learned sink if there is one."""
+def sink_rate_figure(study: Study, by_block: pd.DataFrame, observed: str) -> Figure | None:
+    """Draw the sink rate by block: of token 0, of the other key that has most, of a learned sink if there is one.
+
+    None where no prompt is long enough for any.
+    """
     names = {"sink_rate": ("token 0", FIRST), "elsewhere": ("the other token with most", OTHERS)}
     if by_block["off_tokens_rate"].any():
         names["off_tokens_rate"] = ("learned sink", SINK)
@@ -123,6 +138,8 @@ def sink_rate_figure(study: Study, by_block: pd.DataFrame, observed: str) -> Fig
         for column, (name, color) in names.items()
         if by_block[column].notna().any()
     ]
+    if not curves:
+        return None
     panel = Panel("", "share of heads", curves, study.me.layer, y_range=(0, 1))
     note = f"Share of heads with an importance over {SINK_THRESHOLD:g} (Gu et al. 2024), mean over prompts."
     plot = curves_by_block([panel], title=study.title("Sink rate", study.me.n_prompts), note=note)

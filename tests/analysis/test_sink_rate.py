@@ -40,12 +40,15 @@ def test_the_rate_is_the_share_of_prompts_blocks_and_heads_over_the_threshold():
     assert by_block["off_tokens_rate"].tolist() == [1, 1]
 
 
-def test_short_prompts_alone_have_no_rate():
-    trace = trace_of()
-    short = trace["importance"].assign(importance=float("nan"))
-    measured = measure_sink_rate(replace(trace, tables={**trace.tables, "importance": short}))
+def test_short_prompts_alone_have_no_rate_and_nan_in_a_long_one_is_told():
+    short = trace_of()
+    short = replace(short, prompts=short.prompts.assign(n_tokens=20))
+    measured = measure_sink_rate(short)
     assert measured["sink_rate_prompts"] == 0
     assert "sink_rate" not in measured
+    long = replace(short, prompts=short.prompts.assign(n_tokens=64))
+    with pytest.raises(MelensError, match="The importance of token 0 of block 0, head 0 is nan in prompt 1"):
+        measure_sink_rate(long)
 
 
 def test_an_importance_counts_the_keys_own_query_and_stops_at_the_first_tokens():
