@@ -107,7 +107,7 @@ def sinks(study: Study, *, map_tokens: int = 40, rank_tokens: int = 128, rank_pr
     Example:
         >>> result = melens.analysis.sinks(study)
         >>> sorted(result.figures)
-        ['attention_maps', 'inputs', 'sink_mass']
+        ['attention_maps', 'inputs', 'sink_mass', 'sink_rate']
         >>> result.figures["sink_mass"].save("sink_mass.html").name
         'sink_mass.html'
     """
