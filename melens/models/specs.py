@@ -123,7 +123,7 @@ def spec_of(name: Any, overrides: Mapping[str, Any]) -> ModelSpec:
     if spec.source == "random" and excess:
         raise MelensError(
             "A random model is made on one device and not quantised, as it has no files to load in parts. To use "
-            f"model.{excess[0]}, save it by melens.models.twins.plain_twin(model).save_pretrained(folder), and load that."
+            f"model.{excess[0]}, save it by melens.models.twins.plain_twin(model).save_pretrained(folder) and load it."
         )
     return spec
 
