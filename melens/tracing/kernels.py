@@ -247,25 +247,24 @@ def _sum_by_key(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     row, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
-    dims, start = tl.arange(0, WIDTH), tl.program_id(0) * BLOCK
-    at_key = start + tl.arange(0, BLOCK)
+    dims, first = tl.arange(0, WIDTH), tl.program_id(0) * BLOCK
+    at_key = first + tl.arange(0, BLOCK)
     within = (at_key < n_pos)[:, None] & (dims < d_head)[None, :]
     of_keys = key + row * key_row + (head // group) * key_head
     k = tl.load(of_keys + at_key.to(tl.int64)[:, None] * key_pos + dims[None, :], mask=within, other=0.0)
+    of_queries = query + row * query_row + head * query_head
+    of_sums = logsumexp + row * sum_row + head * sum_head
     n = tl.load(n_tokens + row)
     paid = tl.zeros((BLOCK,), tl.float32)
-    end = tl.minimum(n, start + BLOCK - 1 + window)
-    while start < end:
+    for start in tl.range(first, tl.minimum(n, first + BLOCK - 1 + window), BLOCK, num_stages=2):
         at = start + tl.arange(0, BLOCK)
         within = (at < n)[:, None] & (dims < d_head)[None, :]
-        of_queries = query + row * query_row + head * query_head
         q = tl.load(of_queries + at.to(tl.int64)[:, None] * query_pos + dims[None, :], mask=within, other=0.0)
-        normaliser = tl.load(logsumexp + row * sum_row + head * sum_head + at * sum_pos, mask=at < n, other=0.0)
+        normaliser = tl.load(of_sums + at * sum_pos, mask=at < n, other=float("inf"))  # behind the end none pays
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale - normaliser[:, None]
         distance = at[:, None] - at_key[None, :]
-        sees = (distance >= 0) & (distance < window) & (at < n)[:, None]
-        paid += tl.sum(tl.where(sees, tl.exp(tl.where(sees, scores, 0.0)), 0.0), 0)
-        start += BLOCK
+        sees = (distance >= 0) & (distance < window)
+        paid += tl.sum(tl.exp(tl.where(sees, scores, float("-inf"))), 0)
     seen_by = tl.maximum(tl.minimum(at_key + window, n) - at_key, 0)
     place = found + ((row * tl.num_programs(1) + head) * n_pos + at_key) * 2
     tl.store(place, paid, mask=at_key < n_pos)
