@@ -17,14 +17,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from melens.analysis.metrics import has_triton
+from melens.printing import Brief
 
 __all__ = ["Attended", "FromPattern", "FromScores", "attention_scores", "chunks_of"]
 
 _CHUNK_BYTES = 64 * 2**20  # what the scores of one chunk of queries may take
 
 
-@dataclass(frozen=True, eq=False)
-class FromScores:
+@dataclass(frozen=True, eq=False, repr=False)
+class FromScores(Brief):
     """The attention of whole sequences by its scores; `logsumexp` has a learned sink's share in it.
 
     The arguments are as for `melens.tracing.attention.causal_attention`.
@@ -87,8 +88,8 @@ class FromScores:
         return attention_scores(self.query, self.key, rows, columns, **options)
 
 
-@dataclass(frozen=True, eq=False)
-class FromPattern:
+@dataclass(frozen=True, eq=False, repr=False)
+class FromPattern(Brief):
     """The attention of whole sequences by a pattern that was computed anyway; its methods do what `FromScores`'s do."""
 
     pattern: Float[Tensor, "batch head query key"]
