@@ -331,7 +331,7 @@ def _thresholds(largest: pd.DataFrame, massive: pd.DataFrame, n_prompts: int) ->
         largest_other = float(others.max()) if len(others) else 0.0
         if others.index.get_level_values("prompt").nunique() < n_prompts:
             # where all tokens that the trace keeps are massive, the others have up to what it keeps any from
-            largest_other = max(largest_other, LargestActivations().min_abs)
+            largest_other = max(largest_other, float(LargestActivations().min_abs))
         entries = massive[(massive["layer"] == layer) & (massive["dim"] >= 0)]
         n_prompts_of_dim = entries.groupby("dim")["prompt"].nunique()
         dims = n_prompts_of_dim.sort_values(ascending=False, kind="stable").index.tolist()
