@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -123,10 +124,15 @@ def test_a_model_without_massive_tokens_keeps_all_and_says_so():
     assert repr(keep) == "Massive tokens of by hand: none"
 
 
-def test_the_study_s_own_criterion_counts_unless_another_is_given():
+def test_the_criterion_of_the_study_counts_unless_another_is_given():
     trace = trace_by_hand({2: [[(0, 5, 150.0), (1, 1, 2.0)]] * 2})
-    assert 2 in melens.massive_tokens(trace).blocks
-    assert 2 not in pytest.warns(UserWarning, melens.massive_tokens, trace, melens.Criterion(min_abs=200)).blocks
+    study = study_by_hand(2, tables=trace.tables)
+    strict = melens.Criterion(min_abs=200)
+    assert 2 in melens.massive_tokens(study).blocks
+    with pytest.warns(UserWarning, match="no massive activation"):
+        assert melens.massive_tokens(study, strict).blocks == {}
+    with pytest.warns(UserWarning, match="no massive activation"):
+        assert melens.massive_tokens(replace(study, me=replace(study.me, criterion=strict))).criterion == strict
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------
