@@ -91,6 +91,19 @@ def test_padding_is_not_kept_in_any_block():
     assert keep(states(1.0, 1.0, 999.0), 0, attention_mask=mask.bool()).tolist() == [[False, True, True]]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_nothing_waits_for_a_gpu():
+    keep = melens.massive_tokens(trace_by_hand(APART))
+    hidden, mask = states(1.0, 300.0).cuda(), torch.ones(1, 2).cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        kept = [keep(hidden, layer, mask) for layer in (1, 2)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [each.is_cuda for each in kept] == [True, True]
+    assert [each.tolist() for each in kept] == [[[True, True]], [[True, False]]]
+
+
 def test_a_broken_state_stays_in_view_and_an_overflow_is_massive():
     keep = melens.massive_tokens(trace_by_hand(APART))
     assert keep(states(float("nan"), float("inf"), 1.0), 2).tolist() == [[True, False, True]]
