@@ -27,23 +27,27 @@ if TYPE_CHECKING:
     from melens.masks.mask import WeMask
     from melens.models.loading import known_models, load_model
     from melens.models.normalization import read_normalization
+    from melens.tracing.attention_probes import (
+        AttentionEntropy,
+        AttentionMaps,
+        AttentionOffTokens,
+        Importance,
+        ImportanceByKey,
+        SinkByQuery,
+        SinkMass,
+    )
     from melens.tracing.interventions import MassiveTokenRuns, ablated
     from melens.tracing.probes import (
         AbsMedian,
-        AttentionEntropy,
-        AttentionMaps,
-        AttentionSpectrum,
         Batch,
         Concentration,
         GainAlignment,
         LargestActivations,
         Norms,
         Probe,
-        SinkByQuery,
-        SinkMass,
-        Spectrum,
         TokenVectors,
     )
+    from melens.tracing.spectra import AttentionSpectrum, Spectrum
     from melens.tracing.trace import Trace, default_probes, trace
     from melens.tracing.verification import Verification, verify
 
@@ -51,12 +55,15 @@ __all__ = [
     "AbsMedian",
     "AttentionEntropy",
     "AttentionMaps",
+    "AttentionOffTokens",
     "AttentionSpectrum",
     "Batch",
     "Concentration",
     "Criterion",
     "Emergence",
     "GainAlignment",
+    "Importance",
+    "ImportanceByKey",
     "LargestActivations",
     "MassiveTokenRuns",
     "MassiveTokens",
@@ -89,9 +96,9 @@ __all__ = [
 ]
 
 _MODULES = (
-    "errors", "data.prompts", "tracing.probes", "tracing.verification", "tracing.trace", "analysis.me_layer",
-    "models.loading", "claims.engine", "models.normalization", "tracing.interventions", "analysis.weights",
-    "masks.mask", "analysis.study", "analysis.massive_tokens",
+    "errors", "data.prompts", "tracing.probes", "tracing.attention_probes", "tracing.spectra", "tracing.verification",
+    "tracing.trace", "analysis.me_layer", "models.loading", "claims.engine", "models.normalization",
+    "tracing.interventions", "analysis.weights", "masks.mask", "analysis.study", "analysis.massive_tokens",
 )  # fmt: skip
 
 
