@@ -7,6 +7,7 @@
 - A model and prompts: `load_model`, `known_models`, `load_prompts`
 - Measure: `trace`, with a `Probe` of melens or your own; `find_me_layer`; `study`, which `melens.analysis` starts from
 - Change the model: `WeMask`, `ablated`, `MassiveTokenRuns`
+- Leave massive tokens out of autoencoders and probes: `massive_tokens`
 - Read weights, judge claims, check the numbers: `read_normalization`, `score_blocks`, `judge`, `verify`
 
 The examples know a tiny `model` by that name, three `prompts`, a study and a trace of them; its ME layer is block 2.
@@ -16,6 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from melens.analysis.massive_tokens import MassiveTokens, massive_tokens
     from melens.analysis.me_layer import Criterion, Emergence, find_me_layer, massive_activations
     from melens.analysis.study import Study, study
     from melens.analysis.weights import score_blocks
@@ -64,6 +66,7 @@ __all__ = [
     "ImportanceByKey",
     "LargestActivations",
     "MassiveTokenRuns",
+    "MassiveTokens",
     "MelensError",
     "Norms",
     "Probe",
@@ -84,6 +87,7 @@ __all__ = [
     "load_model",
     "load_prompts",
     "massive_activations",
+    "massive_tokens",
     "read_normalization",
     "score_blocks",
     "study",
@@ -94,7 +98,7 @@ __all__ = [
 _MODULES = (
     "errors", "data.prompts", "tracing.probes", "tracing.attention_probes", "tracing.spectra", "tracing.verification",
     "tracing.trace", "analysis.me_layer", "models.loading", "claims.engine", "models.normalization",
-    "tracing.interventions", "analysis.weights", "masks.mask", "analysis.study",
+    "tracing.interventions", "analysis.weights", "masks.mask", "analysis.study", "analysis.massive_tokens",
 )  # fmt: skip
 
 
