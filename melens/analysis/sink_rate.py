@@ -35,6 +35,9 @@ N_TOKENS = 64
 SEEN_BY = 16
 """So many queries must see a key for it to count among the others: the last of a prompt is seen by itself alone."""
 
+_ROUNDING = 1e-3
+"""Attention that sums to 1 lacks no more than this, in bf16."""
+
 
 class SinkRateMetrics(Metrics):
     """Sink rates, over all prompts.
@@ -147,15 +150,15 @@ def sink_rate_figure(study: Study, by_block: pd.DataFrame, observed: str) -> Fig
 
 
 def sink_rate_in_words(metrics: SinkRateMetrics) -> str:
-    """Say how large it is: "0.697 (0.68 to 0.71) of blocks and heads, on 24 prompts of 64 tokens"."""
+    """Say how large it is, of token 0, of whichever other token has most, and of a learned sink if there is one."""
     words = f"Not measured on token 0: no prompt has {N_TOKENS} tokens."
     if metrics.sink_rate is not None:
         rate = with_interval(metrics.sink_rate, metrics.sink_rate_interval, ".3f")
         prompts = counted(metrics.sink_rate_prompts or 0, "prompt")
-        words = f"{rate} of all heads have one on token 0, in the first {N_TOKENS} tokens of {prompts}."
+        words = f"{rate} of all heads have a sink on token 0, in the first {N_TOKENS} tokens of {prompts}."
     if metrics.sink_rate_elsewhere is not None:
-        words += f" Of the others, the token with most has {metrics.sink_rate_elsewhere:.3f} (mean over prompts)."
-    if metrics.off_tokens_rate:
-        off = f"{metrics.off_tokens:.3f} of the attention goes to a learned sink, over {SINK_THRESHOLD:g} in"
-        words += f" {off} {metrics.off_tokens_rate:.3f} of all heads."
+        words += f" {metrics.sink_rate_elsewhere:.3f} have one on whichever other token has most."
+    if metrics.off_tokens is not None and metrics.off_tokens > _ROUNDING:
+        words += f" A learned sink gets {metrics.off_tokens:.3f} of the attention"
+        words += f", and over {SINK_THRESHOLD:g} of it in {metrics.off_tokens_rate:.3f} of all heads."
     return words

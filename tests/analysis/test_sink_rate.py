@@ -8,7 +8,7 @@ import torch
 
 import melens
 from melens import MelensError
-from melens.analysis.sink_rate import measure_sink_rate, sink_rate_by_block
+from melens.analysis.sink_rate import SinkRateMetrics, measure_sink_rate, sink_rate_by_block, sink_rate_in_words
 
 LENGTHS = (64, 20, 80)
 
@@ -49,6 +49,12 @@ def test_short_prompts_alone_have_no_rate_and_nan_in_a_long_one_is_told():
     long = replace(short, prompts=short.prompts.assign(n_tokens=64))
     with pytest.raises(MelensError, match="The importance of token 0 of block 0, head 0 is nan in prompt 1"):
         measure_sink_rate(long)
+
+
+def test_a_learned_sink_is_told_where_there_is_one():
+    told = sink_rate_in_words(SinkRateMetrics(**measure_sink_rate(trace_of(off=0.2))))
+    assert told.endswith(" A learned sink gets 0.200 of the attention, and over 0.3 of it in 0.000 of all heads.")
+    assert "learned" not in sink_rate_in_words(SinkRateMetrics(**measure_sink_rate(trace_of(off=1e-6))))
 
 
 def test_an_importance_counts_the_keys_own_query_and_stops_at_the_first_tokens():
