@@ -85,12 +85,12 @@ def _merge(jobs: Sequence[Job]) -> list[Result]:
     table8 = table8.astype({name: "Int64" for name in TABLE8 if name.endswith("_layer") or name in counts})
     findings = []
     for row in table8.to_dict("records"):
-        words = model_in_words(row) if pd.isna(row["error"]) else f"failed: {row['error']}"
-        findings.append((job_name(row["model"], {key: row[key] for key in swept}), words))
+        if pd.isna(row["error"]):
+            findings.append((job_name(row["model"], {key: row[key] for key in swept}), model_in_words(row)))
     if table8["paper_me_layer"].notna().any():
-        findings.append(("paper_me_layer", PAPER_COUNTS))
+        findings.append(("the paper's layer", PAPER_COUNTS))
     figures = {"norms_side_by_side": compare_models(norms, me_layers, list(times))} if norms else {}
-    return [Result("table 8", {}, Metrics(), {"table8": table8}, figures, findings)]
+    return [Result("table 8: the ME layer", {}, Metrics(), {"table8": table8}, figures, findings)]
 
 
 EXPERIMENTS = (Experiment("emergence", EmergenceOptions, _run, _probes, merge=_merge),)

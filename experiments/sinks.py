@@ -19,4 +19,4 @@ class SinksOptions(AnalysisOptions):
     rank_prompts: Count
 
 
-EXPERIMENTS = (of_analysis("sinks", SinksOptions),)
+EXPERIMENTS = (of_analysis("sinks", SinksOptions, probes="sink_rate"),)

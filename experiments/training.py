@@ -117,8 +117,7 @@ def merge(jobs: Sequence[Job]) -> list[Result]:
     """Draw the trainings of a sweep side by side."""
     import pandas as pd
 
-    from melens.report.result import Metrics, Result
-    from melens.training.history import TrainingHistory, draw_histories
+    from melens.training.history import TrainingHistory, compare_trainings
 
     log, inspections = "training_log.parquet", "training_trace.parquet"
     trained = [job for job in jobs if job.is_ok and job.result["experiment"] in METHODS]
@@ -129,12 +128,8 @@ def merge(jobs: Sequence[Job]) -> list[Result]:
         TrainingHistory(job.name, pd.read_parquet(job.folder / log), pd.read_parquet(job.folder / inspections))
         for job in trained
     ]
-    me_layers = {job.result["metrics"]["me_layer"] for job in trained}
-    methods = sorted({job.result["experiment"].upper() for job in trained})
-    title = f"{len(histories)} of {' and '.join(methods)}"
-    figures = draw_histories(histories, title, me_layers.pop() if len(me_layers) == 1 else None)
-    findings = [(own.name, f"{own.loss_in_words()}. {own.change_in_words()}") for own in histories]
-    return [Result("trainings", {}, Metrics(), figures=figures, findings=findings)]
+    methods = {job.result["experiment"] for job in trained}
+    return [compare_trainings(histories, methods, {job.result["metrics"]["me_layer"] for job in trained})]
 
 
 EXPERIMENTS = tuple(_experiment(method) for method in METHODS)

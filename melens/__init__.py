@@ -7,6 +7,7 @@
 - A model and prompts: `load_model`, `known_models`, `load_prompts`
 - Measure: `trace`, with a `Probe` of melens or your own; `find_me_layer`; `study`, which `melens.analysis` starts from
 - Change the model: `WeMask`, `ablated`, `MassiveTokenRuns`
+- Leave massive tokens out of autoencoders and probes: `massive_tokens`
 - Read weights, judge claims, check the numbers: `read_normalization`, `score_blocks`, `judge`, `verify`
 
 The examples know a tiny `model` by that name, three `prompts`, a study and a trace of them; its ME layer is block 2.
@@ -16,6 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from melens.analysis.massive_tokens import MassiveTokens, massive_tokens
     from melens.analysis.me_layer import Criterion, Emergence, find_me_layer, massive_activations
     from melens.analysis.study import Study, study
     from melens.analysis.weights import score_blocks
@@ -25,24 +27,28 @@ if TYPE_CHECKING:
     from melens.masks.mask import WeMask
     from melens.models.loading import known_models, load_model
     from melens.models.normalization import read_normalization
+    from melens.tracing.attention_probes import (
+        AttentionEntropy,
+        AttentionMaps,
+        AttentionOffTokens,
+        Importance,
+        ImportanceByKey,
+        SinkByQuery,
+        SinkMass,
+    )
     from melens.tracing.heads import HeadOutputs, ValueNorms
     from melens.tracing.interventions import MassiveTokenRuns, ablated
     from melens.tracing.probes import (
         AbsMedian,
-        AttentionEntropy,
-        AttentionMaps,
-        AttentionSpectrum,
         Batch,
         Concentration,
         GainAlignment,
         LargestActivations,
         Norms,
         Probe,
-        SinkByQuery,
-        SinkMass,
-        Spectrum,
         TokenVectors,
     )
+    from melens.tracing.spectra import AttentionSpectrum, Spectrum
     from melens.tracing.trace import Trace, default_probes, trace
     from melens.tracing.verification import Verification, verify
 
@@ -50,6 +56,7 @@ __all__ = [
     "AbsMedian",
     "AttentionEntropy",
     "AttentionMaps",
+    "AttentionOffTokens",
     "AttentionSpectrum",
     "Batch",
     "Concentration",
@@ -57,8 +64,11 @@ __all__ = [
     "Emergence",
     "GainAlignment",
     "HeadOutputs",
+    "Importance",
+    "ImportanceByKey",
     "LargestActivations",
     "MassiveTokenRuns",
+    "MassiveTokens",
     "MelensError",
     "Norms",
     "Probe",
@@ -80,6 +90,7 @@ __all__ = [
     "load_model",
     "load_prompts",
     "massive_activations",
+    "massive_tokens",
     "read_normalization",
     "score_blocks",
     "study",
@@ -88,9 +99,10 @@ __all__ = [
 ]
 
 _MODULES = (
-    "errors", "data.prompts", "tracing.probes", "tracing.verification", "tracing.trace", "analysis.me_layer",
-    "models.loading", "claims.engine", "models.normalization", "tracing.interventions", "tracing.heads",
-    "analysis.weights", "masks.mask", "analysis.study",
+    "errors", "data.prompts", "tracing.probes", "tracing.attention_probes", "tracing.spectra", "tracing.verification",
+    "tracing.trace", "analysis.me_layer", "models.loading", "claims.engine", "models.normalization",
+    "tracing.interventions", "tracing.heads", "analysis.weights", "masks.mask", "analysis.study",
+    "analysis.massive_tokens",
 )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from dataclasses import Field, fields
 from html import escape
 from typing import Any
 
-__all__ = ["Brief", "Summary", "brief", "counted", "html_table"]
+__all__ = ["Brief", "Summary", "brief", "counted", "html_table", "paragraph"]
 
 
 class _Short(reprlib.Repr):
@@ -93,6 +93,11 @@ def html_table(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> str:
 def _html_row(cells: Sequence[str], tag: str) -> str:
     written = [f'<{tag} style="text-align:left">{escape(cell)}</{tag}>' for cell in cells]
     return f"<tr>{''.join(written)}</tr>"
+
+
+def paragraph(rows: Iterable[Sequence[str]]) -> str:
+    """Join what rows (what, sentences) say, for the figure that shows it all."""
+    return " ".join(said for _, said in rows)
 
 
 def counted(number: int, what: str) -> str:

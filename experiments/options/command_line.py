@@ -17,6 +17,7 @@ from hydra.errors import HydraException
 from experiments.options.masks import check_saved_masks
 from experiments.options.reading import CONF, OptionError, choose_from, compose_options, is_group
 from experiments.options.schema import AS_TYPED, options_of
+from melens.environment.extras import check_extra
 from melens.errors import MelensError
 from melens.validation.types import in_words
 
@@ -130,6 +131,9 @@ def check_command(arguments: Sequence[str]) -> None:
     parser = OverridesParser.create()
     overrides = [parser.parse_override(one) for one in own if not one.startswith(("hydra.", "hydra/"))]
     try:
+        for one in own:
+            if one in _LAUNCHERS:
+                check_extra("slurm", one, package=f"hydra_plugins.{_LAUNCHERS[one]}")
         for variant in _variants(overrides):
             options = compose_options(*variant)
             _ = options.requests  # which checks what the presets and the options give together
@@ -138,6 +142,14 @@ def check_command(arguments: Sequence[str]) -> None:
                 _check_device(options.model.device)
     except MelensError as error:  # of the library, as for a benchmark that it does not know
         raise OptionError(str(error)) from None
+
+
+_LAUNCHERS = {
+    "hydra/launcher=joblib": "hydra_joblib_launcher",
+    "hydra/launcher=submitit_local": "hydra_submitit_launcher",
+    "hydra/launcher=submitit_slurm": "hydra_submitit_launcher",
+}
+"""The plugins of Hydra's that bring them."""
 
 
 def _check_device(name: str) -> None:

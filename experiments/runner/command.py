@@ -44,12 +44,14 @@ from melens.errors import MelensError
 
 os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print, and `print_error` prints it
 _failures: list[Exception] = []
+_printed_warnings: set[str] = set()
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def main(cfg: DictConfig) -> None:
     """Run one job. An error is printed here, and in a sweep written beside the results: the other jobs go on."""
     folder = Path(HydraConfig.get().runtime.output_dir)
+    _printed_warnings.clear()
     try:
         with locked_job_folder(folder):
             _run(cfg, folder)
@@ -126,6 +128,13 @@ def print_error(error: BaseException, *, verbose: bool) -> str:
     return message
 
 
+def _print_warning(message: Warning | str, *_: Any, **more: Any) -> None:
+    """Print a warning, once in a job: Python forgets what it has said when a library changes its filters."""
+    if (sentence := str(message)) not in _printed_warnings:
+        _printed_warnings.add(sentence)
+        print(f"Warning: {sentence}", file=sys.stderr)
+
+
 _ADVICE = re.compile(r"\n?To append to your .* use \+.*")
 """Hydra's, for options of its own that do not exist: with a plus they would do nothing."""
 
@@ -155,7 +164,7 @@ def run_command() -> int:
         _print_and_let_go(help_text())
         return 0
     logging.raiseExceptions = False  # a screen that nobody reads any more, as of `| head`, is no mistake
-    warnings.formatwarning = lambda message, *_, **more: f"Warning: {message}\n"
+    warnings.showwarning = _print_warning
     if int(os.environ.get("RANK", "0")) > 0:  # of processes that accelerate starts, the first alone writes and talks
         warn_untried(lambda sentence: None)
         nowhere = tempfile.mkdtemp(prefix="melens-")

@@ -81,8 +81,12 @@ def run_job(cfg: Options, folder: Path) -> list[str]:
             paths = finish(record, cfg)
     if not is_first_process():
         return []
-    findings = [row for part in record.parts for row in part.findings]
+    findings = [row for part in record.parts if part.metrics.not_applicable is None for row in part.findings]
     show_findings(_title(record, cfg), findings, console, verbose=cfg.verbose)
+    for part in record.parts:
+        if part.metrics.not_applicable is not None:
+            (_, said), *_ = part.findings
+            console.print(f"exp={part.experiment} {said}", markup=False, highlight=False)
     show_claims(record.claims, console, verbose=cfg.verbose)
     show_paths(paths, console, verbose=cfg.verbose)
     before = ["the trace"] * RUN_CACHE.found_trace
@@ -108,7 +112,7 @@ def _prepare(cfg: Options, folder: Path, planned: PlannedModel, stage: Stage) ->
     prepares = {name: prepare for name in cfg.experiments if (prepare := EXPERIMENTS[name].prepare) is not None}
     if not prepares:
         return {}
-    loaded = stage("loading data")
+    loaded = stage("reading the data")
     prepared = {name: prepare(cfg, folder, planned) for name, prepare in prepares.items()}
     loaded(1, 1)
     return prepared

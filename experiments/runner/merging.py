@@ -13,11 +13,10 @@ from rich.console import Console
 from experiments.runner.jobs import Job, read_jobs
 from experiments.runner.registry import EXPERIMENTS
 from melens import judge
-from melens.figures.scores import verdicts
-from melens.report.ledger import claims_by_model
 from melens.report.record import write_tables_and_figures
-from melens.report.result import Figure, Metrics, Result
-from melens.report.terminal import show_claims, show_findings, show_paths, verdicts_in_words
+from melens.report.result import Result
+from melens.report.terminal import show_claims, show_findings, show_paths
+from melens.report.verdicts import of_what_was_run, verdicts
 
 __all__ = ["merge_jobs"]
 
@@ -36,13 +35,26 @@ def merge_jobs(folder: Path, among: Collection[Path] | None = None) -> None:
     images, verbose = config.get("figures"), bool(config.get("verbose"))
     merges = dict.fromkeys(experiment.merge for experiment in EXPERIMENTS.values() if experiment.merge is not None)
     console = Console()
-    for result in (*_merge_claims(jobs), *(result for merge in merges for result in merge(jobs))):
+    for result in (*(result for merge in merges for result in merge(jobs)), *_merge_claims(jobs)):
         plots = {name: figure.plot for name, figure in result.figures.items()}
         paths += write_tables_and_figures(result.tables, plots, folder, images=images)
-        show_findings(result.experiment, result.findings, console, verbose=verbose)
+        show_findings(f"{len(jobs)} runs: {result.experiment}", result.findings, console, verbose=verbose)
         if result.model:
             show_claims(result.claims, console, verbose=verbose)
+    _show_failures(jobs, console)
     show_paths(paths, console, verbose=verbose)
+
+
+def _show_failures(jobs: Sequence[Job], console: Console) -> None:
+    """Say which jobs failed and why; of one that ran several experiments, which of these."""
+    failed = [job for job in jobs if job.has_failed]
+    if failed:
+        console.print(f"{len(failed)} of {len(jobs)} jobs failed:", highlight=False)
+    for job in failed:
+        parts = job.result.get("metrics", {}).items()
+        broken = [f"exp={name} failed" for name, own in parts if isinstance(own, dict) and own.get("failed")]
+        why = job.result.get("error") or ", ".join(broken)
+        console.print(f"  {job.name}: {why}", markup=False, highlight=False)
 
 
 def _row(job: Job) -> dict[str, Any]:
@@ -66,22 +78,4 @@ def _merge_claims(jobs: Sequence[Job]) -> list[Result]:
             model = model | {"label": job.name if job.name.startswith(name) else f"{name}, {job.name}"}
         results.append(job.result | {"model": model})
     claims = judge(results)
-    if claims.empty:
-        return [Result("claims", {}, Metrics(), findings=[("claims", "no job gave a result")])]
-    claims = claims[~((claims["verdict"] == "not measured") & claims["note"].str.endswith("was not run."))]
-    if set(claims["model"]) <= {"all models"}:  # nothing was measured that a claim is about
-        return []
-    models = [model for model in claims["model"].unique() if model != "all models"]
-    findings = [(model, verdicts_in_words(claims.loc[claims["model"] == model, "verdict"])) for model in models]
-    across = claims[claims["model"] == "all models"]
-    findings += [(claim["claim"], f"{claim['verdict']}. {claim['note']}") for claim in across.to_dict("records")]
-    ledger = claims_by_model(claims)
-    if len(models) > 1:
-        in_all = ledger[(ledger["holds_in"] == ledger["of"]) & (ledger["of"] > 1)]["claim"].tolist()
-        findings.insert(0, ("what holds in all of them", "\n".join(in_all) or "no claim"))
-    paper = "The paper makes its claims of every model it looks at."
-    places = {name: place for place, name in enumerate(ledger["id"])}
-    in_order = claims.sort_values("id", key=lambda ids: ids.map(places), kind="stable")  # that of families comes last
-    figure = Figure(verdicts(in_order), "every figure", paper, f"{len(ok)} jobs.")
-    tables = {"claims": claims, "claims_by_model": ledger}
-    return [Result("claims", {}, Metrics(), tables, {"verdicts": figure}, findings)]
+    return [] if of_what_was_run(claims).empty else [verdicts(claims)]

@@ -78,7 +78,7 @@ def _find_or_trace(
     """Trace the prompts, or find the trace that an earlier run on them, or another job of a sweep, has kept."""
 
     def traced() -> Trace:
-        progress = stage("tokens traced")
+        progress = stage("tracing the prompts (tokens)")
         return melens.trace(model, prompts, probes, max_batch_tokens=cfg.max_batch_tokens, progress=progress)
 
     RUN_CACHE.has_trace, RUN_CACHE.found_trace = cfg.exp.is_kept, False
@@ -162,6 +162,6 @@ def _run_one_of_several(run: Run, name: str, options: Any) -> Result:
         metrics, finding = run.metrics(Metrics, not_applicable=str(error)), f"does not apply: {error}"
     except Exception as error:  # a mistake of ours should not cost the user the other experiments
         logging.getLogger(__name__).exception("exp=%s failed", name)
-        finding = f"It failed with {type(error).__name__}: {error}"
-        metrics = run.metrics(Metrics, not_applicable=finding, failed=True)
+        finding = f"failed with {type(error).__name__}: {error}"
+        metrics = run.metrics(Metrics, not_applicable=f"It {finding}", failed=True)
     return Result(name, run.trace.model, metrics, findings=[(name, finding)])

@@ -4,11 +4,14 @@
     result = melens.analysis.sinks(study)
     result.figures["sink_mass"]
 
-Each takes the study first and returns a `Result`: figures, tables, metrics, and the claims that rest on them.
+Each takes the study first and returns a `Result`: figures, tables, metrics, and the claims that rest on them. What a
+sweep shows is drawn from results instead: `side_by_side` models, `trainings`, and the `verdicts` of `melens.judge`.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from melens.environment.extras import check_extra
 
 if TYPE_CHECKING:
     from melens.analysis.across_inputs import stability
@@ -24,11 +27,16 @@ if TYPE_CHECKING:
     from melens.analysis.token_direction import direction
     from melens.analysis.weights import prediction
     from melens.benchmarks.comparison import benchmark
+    from melens.benchmarks.training_table import training_table
     from melens.masks.grid import mask_grid
+    from melens.report.verdicts import verdicts
+    from melens.training.history import trainings
+    from melens.training.runs import training
 
 __all__ = [
     "ablation", "benchmark", "consequence", "direction", "emergence", "ffn", "generate", "heads", "mask_grid",
-    "normalization", "prediction", "side_by_side", "sinks", "stability", "verification",
+    "normalization", "prediction", "side_by_side", "sinks", "stability", "training", "training_table", "trainings",
+    "verdicts", "verification",
 ]  # fmt: skip
 
 _MODULES = {
@@ -46,6 +54,10 @@ _MODULES = {
     "side_by_side": "emergence_norms",
     "sinks": "attention_sinks",
     "stability": "across_inputs",
+    "training": ".training.runs",
+    "training_table": ".benchmarks.training_table",
+    "trainings": ".training.history",
+    "verdicts": ".report.verdicts",
     "verification": "self_check",
 }
 """Where each function stands, from here: in no module of its own name, which would hide it."""
@@ -55,5 +67,7 @@ def __getattr__(name: str) -> Any:
     """Import a function when it is asked for: `melens.analysis.metrics` alone needs none of them."""
     if name not in _MODULES:
         raise AttributeError(f"module 'melens.analysis' has no attribute {name!r}")
+    if name == "training":
+        check_extra("train", "melens.analysis.training")
     globals()[name] = getattr(import_module(f".{_MODULES[name]}", __name__), name)
     return globals()[name]

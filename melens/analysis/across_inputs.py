@@ -133,7 +133,7 @@ def stability(
     findings = [("task types and lengths", agreement), ("other beginnings", figures["beginnings"].observed)]
     tables = {"agreement_by_group": groups, "beginnings": beginnings}
     if min_ratios:
-        findings.append(("other criteria", by_ratio.in_words()))
+        findings.append(("other thresholds", by_ratio.in_words()))
         tables["me_layer_by_criterion"] = by_ratio.layers
     if len(by_ratio.verdicts):
         tables["verdicts_by_criterion"] = by_ratio.verdicts
@@ -224,9 +224,9 @@ def _agreement_in_words(study: Study, groups: pd.DataFrame, least: pd.Series) ->
             return f"{words}, which is trivial: all share their first token, whose states are the same by construction."
         return f"{words}."
     elsewhere = groups[(groups["me_layer"] != study.me.layer).fillna(True)]["group"].tolist()
-    where = f"in every group but {', '.join(elsewhere)}" if elsewhere else "in every group"
+    where = f"of every group but {', '.join(elsewhere)}" if elsewhere else "of every group of prompts"
     lowest = f"{least['group']}, {least['agreement']:.0%} of {least['n_prompts']} prompts"
-    return f"Block {study.me.layer} is the most frequent {where}; agreement is lowest for {lowest}."
+    return f"Block {study.me.layer} is the most frequent ME layer {where}; fewest prompts agree for {lowest}."
 
 
 # --- Other beginnings -------------------------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ def _beginnings(study: Study, n_prompts: int, max_tokens: int, n_first_tokens: i
     variants = _variants(study, [ids[:max_tokens] for ids in shortest], n_first_tokens)
     tokens = [torch.tensor(ids[: study.model.cfg.n_ctx]) for sequences in variants.values() for ids in sequences]
     probes = default_probes(study.model, min_abs=study.me.criterion.min_abs)
-    progress = study.stage("other beginnings: tokens")
+    progress = study.stage("prompts that begin otherwise (tokens)")
     found = trace(study.model, tokens, probes, max_batch_tokens=study.max_batch_tokens, progress=progress)
     per_prompt = find_me_layer(found, study.me.criterion).per_prompt
     beginnings = [name for name, sequences in variants.items() for _ in sequences]
@@ -346,6 +346,6 @@ CLAIMS = (
         why="a group's ME layer is the block in which most of its prompts are first massive: over half are enough; 9 "
         "of 9 show that (0.66 to 1), 5 of 5 do not (0.48)",
         judge=_same_everywhere,
-        former=Former(">= 0.95; in part >= 0.5", "2026-11-22 a1bbeb3", _same_in_95_percent),
+        former=Former("≥ 0.95; in part ≥ 0.5", "2026-11-22 a1bbeb3", _same_in_95_percent),
     ),
 )  # fmt: skip

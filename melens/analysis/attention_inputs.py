@@ -26,6 +26,7 @@ from melens.claims.engine import Claim, Judgement, NotMeasuredError, at_least, n
 from melens.errors import MelensError
 from melens.figures.curves import Curve, Panel, curves_by_block
 from melens.figures.style import FIRST, OTHERS
+from melens.printing import paragraph
 from melens.report.result import Figure, Interval, Metrics
 from melens.tracing.probes import Probe, TokenVectors
 from melens.tracing.sites import Sites
@@ -122,7 +123,7 @@ def _vectors(study: Study, prompts: list[int]) -> dict[tuple[str, int], Float[Te
     if not probes:
         return {}
     cut = [study.tokens[prompt][: CONTROL + 1] for prompt in prompts]
-    found = trace(study.model, cut, probes, progress=study.stage("attention inputs: tokens")).tensors
+    found = trace(study.model, cut, probes, progress=study.stage("attention inputs (tokens)")).tensors
     vectors: dict[tuple[str, int], Tensor] = {}
     for place, tensor in found.items():  # [prompt, 1, token, d]
         name, layer = place.split()
@@ -243,27 +244,34 @@ def inputs_figure(study: Study, by_block: pd.DataFrame, metrics: AttentionInputs
     note = "Mean over pairs of prompts with different tokens there. Bands: 95% intervals over prompts."
     title = study.title("What attention gets of token 0", metrics.compared_inputs)
     expected = "After the ME layer the attention input and the key of token 0 are the same for every input."
-    return Figure(curves_by_block(panels, title=title, note=note), "section 4.1", expected, inputs_in_words(metrics))
+    return Figure(
+        curves_by_block(panels, title=title, note=note), "section 4.1", expected, paragraph(inputs_in_words(metrics))
+    )
 
 
-def inputs_in_words(metrics: AttentionInputsMetrics) -> str:
+def inputs_in_words(metrics: AttentionInputsMetrics) -> list[tuple[str, str]]:
     """Say how alike token 0's attention inputs, keys and queries are between inputs, and what the norm does to them."""
     m = metrics
     if m.inputs_why_not is not None:
-        return m.inputs_why_not
+        return [("attention inputs", m.inputs_why_not)]
     parts = [
         f"{_NAMES[quantity]} {with_interval(cosine, interval, '.4f')}"
-        + ("" if others is None else f", at position 4 {others:.2f}")
+        + ("" if others is None else f" (token {CONTROL}: {others:.2f})")
         for quantity, (cosine, interval, others, _) in _between_inputs(m).items()
         if cosine is not None
     ]
-    words = f"Least mean cosine between {m.compared_inputs} inputs, of token 0: {'; '.join(parts)}."
+    words = f"Between {m.compared_inputs} inputs token 0 keeps at least this mean cosine after the ME layer: "
+    words += f"{'; '.join(parts)}."
     if m.compared_inputs == 1:
         words = "There is one first token alone, and no other input to compare with."
+    rows = [("between inputs", words)]
     if m.norm_cosine is not None and m.norm_odds is not None:
-        words += f" ln1 keeps its direction to {m.norm_cosine:.2f}, and the energy of its largest dim over that of all "
-        words += f"others becomes × {m.norm_odds:.2g}."
-    return words
+        norm = (
+            f"The norm before attention (ln1) keeps token 0's direction to a cosine of {m.norm_cosine:.2f}, and makes "
+        )
+        norm += f"the energy of its largest dim, over that of all others, × {m.norm_odds:.2g} of what it was."
+        rows.append(("norm before attention", norm))
+    return rows
 
 
 # --- Claims -----------------------------------------------------------------------------------------------------------
@@ -320,7 +328,7 @@ _SAME_INPUT = Claim(
     figure="inputs", metrics=AttentionInputsMetrics,
     claim="After the ME layer the attention input of token 0 is the same for every input",
     statistic="smallest mean cosine between inputs of token 0's ln1 output, over blocks that read the massive state",
-    criterion=">= 0.95, and at most half as far from 1 as at position 4; in part >= 0.8",
+    criterion="≥ 0.95, and at most half as far from 1 as at position 4; in part ≥ 0.8",
     why="0.95 is an angle of 18 degrees; other tokens' may be alike as well, by a common mean or a bias of the keys",
     of_token_0=True, blocks_after=1,
     judge=lambda m: _same_for_every_input(m, "input"),
@@ -333,7 +341,7 @@ CLAIMS = (
         figure="inputs", metrics=AttentionInputsMetrics,
         claim="After the ME layer the massive state lies in few dims",
         statistic="share of the energy of token 0's state in its largest 1% of dims, in the block where it is smallest",
-        criterion=">= 0.9; in part >= 0.5",
+        criterion="≥ 0.9; in part ≥ 0.5",
         why="a random state has 8% there; nine tenths leave its direction to them",
         of_token_0=True, blocks_after=1,
         judge=_lies_in_few_dims,
@@ -344,7 +352,7 @@ CLAIMS = (
         figure="inputs", metrics=AttentionInputsMetrics,
         claim="The norm before attention preserves the direction of the massive state",
         statistic="smallest cosine between token 0's state and the output of ln1, over the blocks that read it",
-        criterion=">= 0.95; in part >= 0.8",
+        criterion="≥ 0.95; in part ≥ 0.8",
         why="0.95 is an angle of 18 degrees, 0.8 one of 37",
         of_token_0=True, blocks_after=1,
         judge=lambda m: at_least(
@@ -357,7 +365,7 @@ CLAIMS = (
         figure="inputs", metrics=AttentionInputsMetrics,
         claim="The norm before attention amplifies the dims that dominate the massive state",
         statistic="energy in the largest dim of token 0's state over that in all others, after ln1 relative to before",
-        criterion=">= 1.1",
+        criterion="≥ 1.1",
         why="a gain alike in all dims gives 1, and one that takes the massive dim back less",
         of_token_0=True, blocks_after=1,
         judge=lambda m: at_least(m.norm_odds, m.norm_odds_interval, 1.1, why_not=m.inputs_why_not or _NO_NORM),

@@ -5,6 +5,7 @@
 
 1. The sink mass of every block and head comes with the study's trace (`SinkMass`). Each input, one for each first
    token, tells for itself in which block its sink comes first: a later dip does not move it.
+   `melens.analysis.sink_rate` has the rate of Gu et al. (2024), of token 0 and of every other.
 2. Figure 7's maps take one further pass over one prompt: a pattern is quadratic in its length.
 3. `melens.analysis.low_rank` measures ranks, `melens.analysis.attention_inputs` inputs, keys and queries.
 """
@@ -19,9 +20,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from melens.analysis import attention_inputs, low_rank
+from melens.analysis import attention_inputs, low_rank, sink_rate
 from melens.analysis import sink_mass as masses
-from melens.analysis.sink_mass import SINK_THRESHOLD, SinkOnset
+from melens.analysis.metrics import SINK_THRESHOLD
+from melens.analysis.sink_mass import SinkOnset
 from melens.analysis.statistics import mean_metric, share_interval, with_interval
 from melens.analysis.study import Study
 from melens.claims.engine import Claim, Former, Judgement, NotMeasuredError, Verdict, at_least, number
@@ -31,8 +33,9 @@ from melens.figures.curves import Curve, Panel
 from melens.figures.heatmaps import Heatmap, heatmap_over_curves
 from melens.figures.style import BLOCK, FIRST, SINK
 from melens.models.layout import Layout
+from melens.printing import paragraph
 from melens.report.result import Figure, Interval, Result
-from melens.tracing.probes import AttentionMaps
+from melens.tracing.attention_probes import AttentionMaps
 from melens.tracing.sites import Sites
 from melens.tracing.trace import trace
 
@@ -43,8 +46,8 @@ CONSISTENT = 0.9
 """The share of blocks that must have a sink: 'consistently' leaves one in ten out at most."""
 
 
-class SinksMetrics(low_rank.LowRankMetrics, attention_inputs.AttentionInputsMetrics):
-    """What `sinks` measures, with the fields of `LowRankMetrics` and `AttentionInputsMetrics`.
+class SinksMetrics(low_rank.LowRankMetrics, attention_inputs.AttentionInputsMetrics, sink_rate.SinkRateMetrics):
+    """What `sinks` measures, with the fields of `LowRankMetrics`, `AttentionInputsMetrics` and `SinkRateMetrics`.
 
     A block has a sink for an input where the attention that later tokens pay to token 0, mean over heads, is over 0.3
     (in short prompts over twice that of even attention, if that is more).
@@ -95,8 +98,8 @@ def sinks(study: Study, *, map_tokens: int = 40, rank_tokens: int = 128, rank_pr
         rank_prompts: on at most so many.
 
     Returns:
-        Metrics `SinksMetrics`; the figures `attention_maps` (figure 7), `sink_mass`, `rank` (section 6) and `inputs`
-        (section 4.1).
+        Metrics `SinksMetrics`; the figures `attention_maps` (figure 7), `sink_mass`, `sink_rate`, `rank` (section
+        6) and `inputs` (section 4.1).
 
     Raises:
         MelensError: a model without attention that can be measured, or a number that is NaN.
@@ -104,7 +107,7 @@ def sinks(study: Study, *, map_tokens: int = 40, rank_tokens: int = 128, rank_pr
     Example:
         >>> result = melens.analysis.sinks(study)
         >>> sorted(result.figures)
-        ['attention_maps', 'inputs', 'sink_mass']
+        ['attention_maps', 'inputs', 'sink_mass', 'sink_rate']
         >>> result.figures["sink_mass"].save("sink_mass.html").name
         'sink_mass.html'
     """
@@ -114,6 +117,7 @@ def sinks(study: Study, *, map_tokens: int = 40, rank_tokens: int = 128, rank_pr
     of_massive = replace(study.trace, tables={"sink_mass": study.of_massive_prompts(study.trace["sink_mass"])})
     by_layer, by_head = masses.sink_mass_by_layer(of_massive), masses.sink_mass_by_head(of_massive)
     onset = masses.find_sink_onset(of_massive, trailing_blocks=study.me.criterion.trailing_blocks)
+    rates = study.traced(sink_rate.probes(study.model))
     ranks = low_rank.measure_ranks(study, rank_tokens, rank_prompts)
     inputs, cosines = attention_inputs.compare_inputs(study)
     why_not = f"Not measured: no prompt has {rank_tokens} tokens (exp.rank_tokens)."
@@ -124,16 +128,21 @@ def sinks(study: Study, *, map_tokens: int = 40, rank_tokens: int = 128, rank_pr
         first_sink_layer=onset.first_layer,
         **layout.metrics(),
         **_sinks_by_input(study, *masses.sinks_by_state(of_massive), layout),
+        **sink_rate.measure_sink_rate(rates),
         **low_rank.compare_ranks(study, ranks, layout),
         **inputs,
         **({} if len(ranks) else {"why_not": why_not}),
     )
-    observed = _sinks_in_words(metrics, onset, layout)
-    figures = {"sink_mass": _sink_mass_figure(study, by_head, by_layer, observed)}
+    findings = _sinks_in_words(metrics, onset, layout)
+    figures = {"sink_mass": _sink_mass_figure(study, by_head, by_layer, paragraph(findings))}
     if (maps := _maps_figure(study, map_tokens)) is not None:
         figures = {"attention_maps": maps, **figures}
-    tables = {"sink_mass_by_head": by_head, "sinks_by_block": by_layer}
-    findings = [("sinks", observed), ("rank", low_rank.ranks_in_words(metrics) if len(ranks) else why_not)]
+    by_block, observed_rate = sink_rate.sink_rate_by_block(rates), sink_rate.sink_rate_in_words(metrics)
+    if (rate := sink_rate.sink_rate_figure(study, by_block, observed_rate)) is not None:
+        figures["sink_rate"] = rate
+    tables = {"sink_mass_by_head": by_head, "sinks_by_block": by_layer, "sink_rate_by_block": by_block}
+    findings.append(("sink rate", observed_rate))
+    findings.append(("effective rank", low_rank.ranks_in_words(metrics) if len(ranks) else why_not))
     if len(ranks):
         tables["rank_by_block"] = low_rank.rank_by_block(ranks)
         figures["rank"] = low_rank.rank_figure(study, tables["rank_by_block"], metrics, rank_tokens)
@@ -141,7 +150,7 @@ def sinks(study: Study, *, map_tokens: int = 40, rank_tokens: int = 128, rank_pr
         tables["inputs_by_block"] = cosines
         figures["inputs"] = attention_inputs.inputs_figure(study, cosines, metrics)
     if study.me.layer is not None:
-        findings.append(("attention inputs", attention_inputs.inputs_in_words(metrics)))
+        findings += attention_inputs.inputs_in_words(metrics)
     return Result("sinks", study.trace.model, metrics, tables, figures, findings)
 
 
@@ -199,12 +208,13 @@ def _sink_mass_figure(study: Study, by_head: pd.DataFrame, by_layer: pd.DataFram
     return Figure(plot, "section 6", expected, observed)
 
 
-def _sinks_in_words(metrics: SinksMetrics, onset: SinkOnset, layout: Layout) -> str:
+def _sinks_in_words(metrics: SinksMetrics, onset: SinkOnset, layout: Layout) -> list[tuple[str, str]]:
     words = "No sink lasts." if onset.looked_at else "Attention is in the last blocks alone, which count apart."
     if onset.layer is not None:
         words = f"Sinks last from block {onset.layer} on."
     if metrics.first_sinks and onset.looked_at:
         words += f" {_first_sinks_in_words(metrics.first_sinks)}"
+    rows = [("sinks", words)]
     is_hybrid = len(layout.attention) < layout.n_layers
     if metrics.sink_mass_at_me_layer is not None and metrics.sink_mass_after is not None:
         at, after = (
@@ -214,8 +224,9 @@ def _sinks_in_words(metrics: SinksMetrics, onset: SinkOnset, layout: Layout) -> 
                 (metrics.sink_mass_after, metrics.sink_mass_after_interval),
             )
         )
-        words += f" Mean sink mass: {at} in the ME layer, {after} in the next{' with attention' if is_hybrid else ''}."
-    return f"{words} There is {layout.attention_in_words}." if is_hybrid else words
+        the_next = f"the next{' with attention' if is_hybrid else ''}"
+        rows.append(("attention on token 0", f"Mean sink mass: {at} in the ME layer, {after} in {the_next}."))
+    return [*rows, ("layout", f"There is {layout.attention_in_words}.")] if is_hybrid else rows
 
 
 def _first_sinks_in_words(first_sinks: Mapping[str, int]) -> str:
@@ -247,7 +258,7 @@ def _maps_figure(study: Study, map_tokens: int) -> Figure | None:
         on_first.append(f"{float(of_block[:, 1:, 0].mean()):.2f} in block {block}")
     tokenizer, ids = study.model.tokenizer, tokens.tolist()
     labels = [f"{at}: {i}" if tokenizer is None else f"{at} {tokenizer.decode([i])!r}" for at, i in enumerate(ids)]
-    note = f"Prompt {study.trace.prompts['id'][chosen]}, its first {len(tokens)} tokens. Choose a head in the list."
+    note = f"Prompt {study.trace.prompts['id'][chosen]}, its first {len(tokens)} tokens."
     plot = attention_maps(by_block, labels, title=study.title("Attention maps", 1), note=note)
     expected = "A sink in the layer after the ME layer; the text sees one at the ME layer, 'layer 7', as well."
     return Figure(plot, "figure 7", expected, f"Mean attention on token 0: {', '.join(on_first)}.")
@@ -321,7 +332,7 @@ CLAIMS = (
         figure="sink_mass", metrics=SinksMetrics,
         claim="Attention sinks emerge in the layer right after the ME layer",
         statistic="share of inputs whose first block with a mean sink mass over 0.3 is the next one with attention",
-        criterion=">= 0.8; in part: there, and none in the ME layer, but some earlier",
+        criterion="≥ 0.8; in part: there, and none in the ME layer, but some earlier",
         why="to emerge is to come first, and a later dip is no return; 0.3 is Gu et al.'s; 17 inputs of 17 show 0.8",
         of_token_0=True, blocks_after=1,
         judge=_rises_in_the_next_block,
@@ -336,7 +347,7 @@ CLAIMS = (
         figure="attention_maps", metrics=SinksMetrics,
         claim="There is a sink at the ME layer itself, where the FFN has not written yet",
         statistic="share of inputs with a sink mass over 0.3 in the ME layer",
-        criterion=">= 0.8; in part >= 0.5",
+        criterion="≥ 0.8; in part ≥ 0.5",
         why="as of sink-next, which it contradicts, unless figure 7's 'layer 7' is the block after the ME layer; 0.3 "
         "is Gu et al.'s, in short prompts it is twice even attention",
         of_token_0=True, judge=_is_at_the_me_layer,
@@ -348,7 +359,7 @@ CLAIMS = (
         claim="Attention sinks consistently appear in the layers after the ME layer",
         statistic="share of inputs with a sink mass over 0.3 in at least nine tenths of the blocks with attention "
         "behind the ME layer",
-        criterion=">= 0.8; in part: in half of these blocks, mean over inputs",
+        criterion="≥ 0.8; in part: in half of these blocks, mean over inputs",
         why="'consistently' leaves one block in ten out at most, and one input in five: 17 of 17 show it",
         of_token_0=True, blocks_after=1, judge=_is_in_the_blocks_behind,
     ),

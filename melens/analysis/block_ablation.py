@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -34,6 +33,7 @@ from melens.figures.heatmaps import Heatmap, heatmaps
 from melens.figures.style import COLORS
 from melens.models.layout import listed
 from melens.models.normalization import named_normalization
+from melens.printing import paragraph
 from melens.report.result import Figure, Result
 from melens.tracing import interventions
 from melens.tracing.interventions import Hook, MassiveTokenRuns, Part, can_ablate
@@ -101,17 +101,17 @@ def ablation(study: Study, *, max_position: int = 64) -> Result:
         block_evaluations_from_the_start=causality.groupby(["part", "cause"]).ngroups * study.n_layers,
     )
     patched = _patching(runs)
+    findings = _findings(runs, metrics, patched)
+    of_me_layer, of_every_block, of_patching = findings[:2], findings[2:-1], findings[-1:]
     figures = {
-        "removed": _removed_figure(runs, by_block, metrics),
+        "removed": _removed_figure(runs, by_block, paragraph(of_me_layer)),
         "factorial": _factorial_figure(runs, factorial),
-        "causality": _causality_figure(runs, causality, metrics),
-        "causes": _causes_figure(runs, causes, metrics),
-        "patching": _patching_figure(runs, patched),
+        "causality": _causality_figure(runs, causality, paragraph(of_every_block)),
+        "causes": _causes_figure(runs, causes, paragraph(of_every_block)),
+        "patching": _patching_figure(runs, patched, paragraph(of_patching)),
     }
     tables = {"removed_by_block": by_block, "factorial": factorial}
     tables |= {"causality": causality, "causes": causes, "patching": patched}
-    what = {"removed": "removed at the ME layer", "causes": "causes", "patching": "patching"}
-    findings = [(text, figures[name].observed) for name, text in what.items()]
     return Result("ablation", study.trace.model, metrics, tables, figures, findings)
 
 
@@ -224,7 +224,7 @@ def _course_without_ffn(runs: _Runs, norms: Float[Tensor, "prompt layer"]) -> di
     }
 
 
-def _removed_figure(runs: _Runs, by_block: pd.DataFrame, metrics: AblationMetrics) -> Figure:
+def _removed_figure(runs: _Runs, by_block: pd.DataFrame, observed: str) -> Figure:
     names = by_block["removed"].unique().tolist()
     curves = [Curve(name, by_block[by_block["removed"] == name], COLORS[i]) for i, name in enumerate(names)]
     others = pd.DataFrame({"layer": range(len(runs.others)), "mean": runs.others})
@@ -235,14 +235,6 @@ def _removed_figure(runs: _Runs, by_block: pd.DataFrame, metrics: AblationMetric
     title = runs.study.title("Massive token by block", runs.n_prompts)
     plot = curves_by_block([panel], title=title, note=note, scale_buttons=True)
     expected = "Without the FFN it appears midway, then fades; without the RMSNorm it persists, but far smaller."
-    assert metrics.left_without_ffn is not None
-    of_ffn = with_interval(metrics.left_without_ffn, metrics.left_without_ffn_interval, ".1%")
-    of_norm = [f"{TEXTS[SENSES[sense]]}: ×{share:,.3g}" for sense, share in metrics.left_without_norm.items()]
-    without_norm = ", ".join(of_norm) or "there is no norm of its own before it"
-    observed = f"Without the FFN {of_ffn} of the norm is left; {without_norm}."
-    if metrics.highest_without_ffn is not None:
-        observed += f" Without the FFN the token is at most × {metrics.highest_without_ffn:,.3g} the others from there "
-        observed += f"on, and ends at {metrics.end_without_ffn:.0%} of its highest norm."
     return Figure(plot, "figure 9", expected, observed)
 
 
@@ -280,7 +272,7 @@ def _causality(runs: _Runs) -> tuple[pd.DataFrame, pd.DataFrame]:
         with the same of what is left on average from that block on.
     """
     model, n_layers = runs.study.model, runs.study.n_layers
-    progress = runs.study.stage("ablations")
+    progress = runs.study.stage("blocks with a part removed")
     without: dict[tuple[Part, int], Float[Tensor, "prompt layer"]] = {}
     for cause in range(n_layers):
         parts = [part for part in CAUSES if can_ablate(model, cause, part)]
@@ -299,7 +291,7 @@ def _causality(runs: _Runs) -> tuple[pd.DataFrame, pd.DataFrame]:
     return pd.concat(tables, ignore_index=True), pd.DataFrame(causes, columns=columns)
 
 
-def _causality_figure(runs: _Runs, causality: pd.DataFrame, metrics: AblationMetrics) -> Figure:
+def _causality_figure(runs: _Runs, causality: pd.DataFrame, observed: str) -> Figure:
     layers = list(range(runs.study.n_layers))
     axes, maps = ("effect: after block", "cause: in block"), []
     for part in [part for part in CAUSES if (causality["part"] == part).any()]:
@@ -309,27 +301,18 @@ def _causality_figure(runs: _Runs, causality: pd.DataFrame, metrics: AblationMet
     title = runs.study.title("What is left of the massive token's norm", runs.n_prompts)
     note = "One part of one block removed at a time. 1: as intact; colours are logarithmic. Blocks are 0-based."
     plot = heatmaps(maps, title=title, note=note, z_title="left", me_layer=runs.me_layer)
-    return _figure_of_causes(plot, metrics)
+    return Figure(plot, "follow-up question", _INFERRED, observed)
 
 
-def _causes_figure(runs: _Runs, causes: pd.DataFrame, metrics: AblationMetrics) -> Figure:
+def _causes_figure(runs: _Runs, causes: pd.DataFrame, observed: str) -> Figure:
     curves = [Curve(TEXTS[part], causes[causes["part"] == part], COLORS[i]) for i, part in enumerate(CAUSES)]
     panel = Panel("", "norm left, relative to intact", curves, runs.me_layer, log_scale=True)
     title = runs.study.title("Massive activation by removed block", runs.n_prompts)
     note = "Mean over the blocks from the ME layer to the last two. Bands: 95% intervals."
-    return _figure_of_causes(curves_by_block([panel], title=title, note=note), metrics)
+    return Figure(curves_by_block([panel], title=title, note=note), "follow-up question", _INFERRED, observed)
 
 
-def _figure_of_causes(plot: go.Figure, metrics: AblationMetrics) -> Figure:
-    expected = "Only the ME layer is looked at; its causal role is inferred."
-    left, without_reuse = metrics.left_by_cause["ffn"], metrics.block_evaluations_from_the_start
-    causal = ", ".join(f"{layer} (leaves {left[layer]:.0%})" for layer in metrics.causal_layers or ())
-    observed = "No single block's FFN halves it when removed."
-    if causal:
-        observed = f"Removing the FFN of block {causal} leaves at most half; "
-        observed += f"the strongest cause is block {metrics.strongest_cause}. "
-        observed += f"{metrics.block_evaluations:,} block evaluations in place of {without_reuse:,}."
-    return Figure(plot, "follow-up question", expected, observed)
+_INFERRED = "Only the ME layer is looked at; its causal role is inferred."
 
 
 # --- Patching ---------------------------------------------------------------------------------------------------------
@@ -347,7 +330,7 @@ def _patching(runs: _Runs) -> pd.DataFrame:
     model, intact = runs.study.model, runs.runs
     blocks = [layer for layer in range(runs.me_layer + 1) if can_ablate(model, layer, "ffn")]
     pairs = [(removed, patched) for removed in blocks for patched in blocks if patched >= removed]
-    progress = runs.study.stage("patches")
+    progress = runs.study.stage("FFN outputs patched")
     left: dict[tuple[str, int, int], np.ndarray] = {}
     written: dict[tuple[int, int], Float[Tensor, "prompt d"]] = {}
 
@@ -375,7 +358,7 @@ def _patching(runs: _Runs) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["direction", "removed", "patched", "mean", "low", "high"])
 
 
-def _patching_figure(runs: _Runs, patching: pd.DataFrame) -> Figure:
+def _patching_figure(runs: _Runs, patching: pd.DataFrame, observed: str) -> Figure:
     titles = ("Restored: intact output into the ablated run", "Carried: ablated output into the intact run")
     axes, maps = ("FFN output patched in block", "FFN removed in block"), []
     for direction, title in zip(("restored", "carried"), titles, strict=True):
@@ -384,8 +367,36 @@ def _patching_figure(runs: _Runs, patching: pd.DataFrame) -> Figure:
     title = runs.study.title("Patching the massive token's FFN output", runs.n_prompts)
     note = f"What is left of its norm from the ME layer ({runs.me_layer}) on; 1: as intact. Blocks are 0-based."
     plot = heatmaps(maps, title=title, note=note, z_title="left", columns=2)
-    observed = _restored_in_words(patching, runs.me_layer)
     return Figure(plot, "beyond the paper", "No activation is patched in the paper.", observed)
+
+
+# --- Words ------------------------------------------------------------------------------------------------------------
+
+
+def _findings(runs: _Runs, metrics: AblationMetrics, patched: pd.DataFrame) -> list[tuple[str, str]]:
+    """Say what the massive token's norm rests on: at the ME layer (two rows), in every block, and by patching (one)."""
+    assert metrics.left_without_ffn is not None
+    of_ffn = with_interval(metrics.left_without_ffn, metrics.left_without_ffn_interval, ".1%")
+    without_ffn = (
+        f"Without the FFN of block {runs.me_layer}, the ME layer, {of_ffn} of the massive token's norm is left."
+    )
+    if metrics.highest_without_ffn is not None:
+        without_ffn += f" The token is then at most × {metrics.highest_without_ffn:,.3g} the others from there "
+        without_ffn += f"on, and ends at {metrics.end_without_ffn:.0%} of its highest norm."
+    of_norm = [f"× {share:,.3g} ({TEXTS[SENSES[sense]]})" for sense, share in metrics.left_without_norm.items()]
+    without_norm = f"The massive token's norm becomes {', '.join(of_norm)}, relative to the intact model."
+    left = metrics.left_by_cause["ffn"]
+    causal = ", ".join(f"{layer} ({left[layer]:.0%} left)" for layer in metrics.causal_layers or ())
+    in_blocks = "No single block's FFN halves the massive token's norm when it is removed."
+    if causal:
+        in_blocks = f"At most half of the norm is left without the FFN of one block: {causal}; least without that of "
+        in_blocks += f"block {metrics.strongest_cause}."
+    return [
+        ("without the FFN", without_ffn),
+        ("without the norm", without_norm if of_norm else "The FFN has no norm of its own before it."),
+        ("other blocks", in_blocks),
+        ("patching", _restored_in_words(patched, runs.me_layer)),
+    ]
 
 
 def _restored_in_words(patching: pd.DataFrame, me_layer: int) -> str:
@@ -398,8 +409,8 @@ def _restored_in_words(patching: pd.DataFrame, me_layer: int) -> str:
     observed = f"The intact FFN output of block {me_layer} alone restores "
     if len(before) == 1:
         interval = with_interval(least["mean"], (least["low"], least["high"]), ".0%")
-        return f"{observed}{interval} where the FFN of {tried} is removed, the only one before it."
+        return f"{observed}{interval} of the norm where the FFN of {tried} is removed, the only one before it."
     return (
-        f"{observed}at least {least['mean']:.0%}, whichever earlier block's FFN is removed ({tried}; least for block "
-        f"{int(least['removed'])})."
+        f"{observed}at least {least['mean']:.0%} of the norm, whichever earlier block's FFN is removed ({tried}; least "
+        f"for block {int(least['removed'])})."
     )

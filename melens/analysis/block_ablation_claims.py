@@ -129,7 +129,7 @@ CLAIMS = (
         source="appendix B, figure 9", figure="removed", metrics=AblationMetrics,
         claim="Without the ME layer's FFN the massive activation vanishes",
         statistic="norm of the token afterwards, relative to intact",
-        criterion="<= 0.1; in part <= 0.5", why="a tenth is an order of magnitude less",
+        criterion="≤ 0.1; in part ≤ 0.5", why="a tenth is an order of magnitude less",
         of_ffn=True,
         judge=lambda metrics: at_most(metrics.left_without_ffn, metrics.left_without_ffn_interval, 0.1, partly=0.5),
     ),
@@ -139,8 +139,8 @@ CLAIMS = (
         claim="Without the ME layer's FFN the massive activation still emerges, then fades",
         statistic="norm of the token after the last block before the trailing ones, over its highest from the ME layer "
         "on, without that FFN",
-        criterion="at its highest >= 10 × the other tokens and >= 2 × its norm before the ME layer; at the end <= 0.1 "
-        "of its highest, in part <= 0.5",
+        criterion="at its highest ≥ 10 × the other tokens and ≥ 2 × its norm before the ME layer; at the end ≤ 0.1 "
+        "of its highest, in part ≤ 0.5",
         why="elevated is an order of magnitude over the others, and what was so before the ME layer does not emerge "
         "behind; 'gradually vanish' is a tenth, an order less, and half the least that can be called fading",
         of_ffn=True, blocks_after=1, judge=_emerges_then_fades,
@@ -150,12 +150,12 @@ CLAIMS = (
         source="appendix B, figure 9", figure="removed", metrics=AblationMetrics,
         claim="Without the norm before the ME layer's FFN the massive activation persists, but far smaller",
         statistic="norm of the token afterwards, relative to intact, norm replaced by the identity",
-        criterion="<= 0.5 of intact and >= 10 × the other tokens, the whole intervals, in every sense of 'without'; in "
+        criterion="≤ 0.5 of intact and ≥ 10 × the other tokens, the whole intervals, in every sense of 'without'; in "
         "part: on average, or in some sense",
         why="half is the least that can be called far smaller; 10 × is still another order of magnitude",
         of_ffn=True, judge=_persists_smaller,
         former=Former(
-            "<= 0.5 of intact and >= 10 × the other tokens in every sense of 'without'; in part: in some sense",
+            "≤ 0.5 of intact and ≥ 10 × the other tokens in every sense of 'without'; in part: in some sense",
             "2026-11-22 a1bbeb3", lambda metrics: _persists_smaller(metrics, on_average=True),
         ),
     ),

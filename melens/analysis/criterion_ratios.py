@@ -67,20 +67,20 @@ class ByRatio(Brief):
             by_layer.setdefault(me.layer, []).append(f"{ratio:,g}")
         named = {"none" if layer is None else f"block {layer}": ratios for layer, ratios in by_layer.items()}
         layers = ", ".join(f"{name} for {_listed(ratios)}" for name, ratios in named.items())
-        words = f"With massive meaning more than so many × the median, the ME layer is {layers}."
+        words = f"By how many times the median an activation must be to count as massive, the ME layer is {layers}."
         if self.verdicts.empty:
-            return f"{words} It is the same in every prompt, and so is every verdict."
+            return f"{words} It is the same in every prompt, and so is every verdict on the paper's claims."
         agreeing = [f"{row.agreeing} ({row.min_ratio:,g})" for row in self.layers.itertuples()]
-        words += f" Of {self.layers['prompts'].iloc[0]} prompts it is that of {_listed(agreeing)}."
+        words += f" Of {self.layers['prompts'].iloc[0]} prompts so many have that layer: {_listed(agreeing)}."
         judged = f"{self.verdicts['id'].nunique()} verdicts ({', '.join(self.verdicts['experiment'].unique())})"
         ratios_of: dict[str, list[str]] = {}
         for of_changed, own in self.verdicts[self.verdicts["changed"].astype(bool)].groupby("min_ratio"):
             changes = [f"{row['id']} to '{row['verdict']}'" for row in own.to_dict("records")]
             ratios_of.setdefault(", ".join(changes), []).append(f"{of_changed:,g}")
         if not ratios_of:
-            return f"{words} Of {judged} none changes."
+            return f"{words} Of {judged} on the paper's claims none changes."
         by_ratio = [f"for {_listed(ratios)} {changes}" for changes, ratios in ratios_of.items()]
-        return f"{words} Of {judged} these change: {'; '.join(by_ratio)}."
+        return f"{words} Of {judged} on the paper's claims these change: {'; '.join(by_ratio)}."
 
 
 def _listed(words: Sequence[str]) -> str:

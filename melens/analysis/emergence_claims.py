@@ -166,7 +166,7 @@ CLAIMS = (
         source="section 1, figure 1", figure="top_dims", metrics=EmergenceMetrics,
         claim="Some token carries massive activations",
         statistic="share of states (one a first token) with an entry |h| > 100 and > 1,000 × the median |h|",
-        criterion=">= 0.5", why="the criterion is Sun et al.'s (2024); a property of the model shows in most inputs",
+        criterion="≥ 0.5", why="the criterion is Sun et al.'s (2024); a property of the model shows in most inputs",
         needs_me_layer=False, judge=_exists,
     ),
     Claim(
@@ -174,7 +174,7 @@ CLAIMS = (
         source="section 3, figure 1", figure="emergence", metrics=EmergenceMetrics,
         claim="A single block brings the massive activation; it does not build up",
         statistic="share of the peak norm that the ME layer alone adds",
-        criterion=">= 0.8; in part: a few blocks", why="what other blocks add is then less than a quarter of it",
+        criterion="≥ 0.8; in part: a few blocks", why="what other blocks add is then less than a quarter of it",
         judge=_single_block,
     ),
     Claim(
@@ -182,7 +182,7 @@ CLAIMS = (
         source="section 1, table 8", figure="emergence", metrics=EmergenceMetrics,
         claim="The ME layer magnifies the token hundreds of times",
         statistic="‖h_out‖ / ‖h_in‖ at the ME layer",
-        criterion=">= 100; in part >= 10",
+        criterion="≥ 100; in part ≥ 10",
         why="the smallest number that can be called hundreds; 10 is still an order of magnitude",
         judge=lambda metrics: at_least(metrics.magnification, metrics.magnification_interval, 100, partly=10),
     ),
@@ -192,7 +192,7 @@ CLAIMS = (
         figure="emergence", metrics=EmergenceMetrics,
         claim="The massive token is hundreds of times as large as other tokens",
         statistic="norm of the massive token over the other tokens' mean, where the massive state is formed",
-        criterion=">= 100; in part >= 10",
+        criterion="≥ 100; in part ≥ 10",
         why="as of the magnification, which compares the token with itself before and not with others",
         judge=lambda metrics: at_least(
             metrics.over_others, metrics.over_others_interval, 100, partly=10,
@@ -205,7 +205,7 @@ CLAIMS = (
         claim="Before the ME layer the tokens' activations are comparable",
         statistic="‖h₀‖ over the other tokens' mean norm, or the inverse, in the block's output before the ME layer "
         "where that is largest",
-        criterion="<= 2; in part <= 10",
+        criterion="≤ 2; in part ≤ 10",
         why="less than twice either way is alike, as with the output of the RMSNorm (figure 2); up to ten times is the "
         "same order of magnitude. The sentence is about figure 1, which begins with the output of block 0",
         of_token_0=True, judge=_comparable_before,
@@ -215,21 +215,21 @@ CLAIMS = (
         source="section 3.1", figure="top_dims", metrics=EmergenceMetrics,
         claim="The massive token is the first one, alone",
         statistic="share of first tokens that are the only massive one of their prompts, where the state is formed",
-        criterion=">= 0.9; in part: the first is among the massive ones in >= 0.5",
+        criterion="≥ 0.9; in part: the first is among the massive ones in ≥ 0.5",
         why="'consistently' and 'isolated' leave 1 in 10 at most, which 36 of 36 show (0.90 to 1) and 35 of 36 do not",
         judge=_first_token,
-        former=Former(">= 0.95; in part >= 0.5", "2026-11-22 a1bbeb3", _former_first_token),
+        former=Former("≥ 0.95; in part ≥ 0.5", "2026-11-22 a1bbeb3", _former_first_token),
     ),
     Claim(
         id="second-massive", fixed="2026-11-26 25a77c7",
         source="appendix A, figure 1", figure="last_blocks", metrics=EmergenceMetrics,
         claim="The last two blocks make a second massive activation",
         statistic="norm of what is new in token 0's state behind its plateau, over its norm on the plateau",
-        criterion=">= 0.1, at least as much as they erase of the first one, >= 10 × the other tokens, and in the last "
+        criterion="≥ 0.1, at least as much as they erase of the first one, ≥ 10 × the other tokens, and in the last "
         "two blocks; in part: the first two of these four",
         why="within an order of magnitude of the first one, and more than one above the other tokens; a large write "
         "against the first one takes it away and makes none",
         of_token_0=True, judge=_second_massive,
-        former=Former(">= 0.1, and < 0.1 between; in part: >= 0.1", "2026-11-22 a1bbeb3", _former_second_massive),
+        former=Former("≥ 0.1, and < 0.1 between; in part: ≥ 0.1", "2026-11-22 a1bbeb3", _former_second_massive),
     ),
 )  # fmt: skip

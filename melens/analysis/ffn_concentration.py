@@ -27,6 +27,7 @@ from melens.claims.engine import Claim, Former, Judgement, NotMeasuredError, Ver
 from melens.errors import MelensError
 from melens.figures.curves import ffn_figure
 from melens.models.layout import Layout, listed
+from melens.printing import paragraph
 from melens.report.result import Figure, Interval, Metrics, Result
 from melens.tracing.probes import Concentration, Norms, Probe
 from melens.tracing.sites import Sites
@@ -141,12 +142,12 @@ def ffn(study: Study) -> Result:
     behind = by_block["with_norm_behind"] if amplification["with_norm_behind"].notna().any() else None
     plot = partial(ffn_figure, differences, by_block["amplification"], behind, me_layer=study.me.layer, title=title)
     expected = "All three concentrations and the amplification peak together, only at the ME layer."
-    observed = _in_words(metrics, study.layout)
+    findings = _findings(metrics, study.layout)
     tables = [points.assign(quantity=f"concentration after {name}") for name, points in differences.items()]
     tables += [points.assign(quantity=name) for name, points in by_block.items()]
-    figures = {"ffn": Figure(plot, "figure 4", expected, observed)}
+    figures = {"ffn": Figure(plot, "figure 4", expected, paragraph(findings))}
     table = pd.concat([points for points in tables if len(points)], ignore_index=True)
-    return Result("ffn", study.trace.model, metrics, {"ffn_by_block": table}, figures, [("FFN", observed)])
+    return Result("ffn", study.trace.model, metrics, {"ffn_by_block": table}, figures, findings)
 
 
 def _projections(model: TransformerBridge) -> dict[int, dict[str, str]]:
@@ -254,22 +255,26 @@ def _peak(points: pd.DataFrame, last: int) -> int | None:
     return peak_layer(points) if len(points) else None
 
 
-def _in_words(metrics: FfnMetrics, layout: Layout) -> str:
+def _findings(metrics: FfnMetrics, layout: Layout) -> list[tuple[str, str]]:
     peaks = ", ".join(f"in block {layer} after {name}" for name, layer in (metrics.concentration_peaks or {}).items())
-    words = f"Before the trailing blocks, concentration (inverse participation ratio) peaks {peaks}."
+    peaked = "Token 0 is concentrated on few dims most, compared with the other tokens (inverse participation ratio), "
+    peaked += f"{peaks}; the last blocks are left out."
     if metrics.concentration_together is not None:
-        words += f" All three are largest in the ME layer in {metrics.concentration_together:.0%} of prompts."
+        peaked += f" All three are largest in the ME layer in {metrics.concentration_together:.0%} of prompts."
     if metrics.concentration_peak_behind is not None:
-        words += f" After the norm behind the FFN it peaks in block {metrics.concentration_peak_behind}."
+        peaked += f" After the norm behind the FFN it is in block {metrics.concentration_peak_behind}."
+    rows = [("concentration", peaked)]
     if metrics.amplification is not None:
         lift = with_interval(metrics.amplification, metrics.amplification_interval, ",.4g")
-        words += f" The FFN of block {metrics.me_layer} amplifies token 0 by × {lift}, "
-        words += f"{metrics.amplification_over_next:,.3g} times as much as any other."
-    words += _norm_behind_in_words(metrics)
+        amplified = f"The FFN of block {metrics.me_layer} amplifies token 0 by × {lift}, its output's norm over its "
+        amplified += f"input's; that is {metrics.amplification_over_next:,.3g} times as much as in any other block."
+        rows.append(("amplification", f"{amplified}{_norm_behind_in_words(metrics)}"))
     for name, layers in (metrics.missing_projections or {}).items():
         where = "any FFN" if set(layers) == set(layout.ffn) else f"the FFN of {listed(layers)}"
-        words += f" No {name} projection can be measured in {where}."
-    return f"{words} There is {layout.ffn_in_words}." if len(layout.ffn) < layout.n_layers else words
+        rows.append(("not measured", f"No {name} projection can be measured in {where}."))
+    if len(layout.ffn) < layout.n_layers:
+        rows.append(("layout", f"There is {layout.ffn_in_words}."))
+    return rows
 
 
 def _norm_behind_in_words(metrics: FfnMetrics) -> str:
@@ -335,7 +340,7 @@ CLAIMS = (
         claim="Gate, up and down concentrate token 0 most at the ME layer",
         statistic="share of prompts in which the concentration difference after each of the three is largest at the ME "
         "layer, trailing blocks apart",
-        criterion=">= 1/2; in part: after one or two of the three in more than half of the prompts",
+        criterion="≥ 1/2; in part: after one or two of the three in more than half of the prompts",
         why="'simultaneously reach its maximum' is said of an average and must be true of most prompts, which takes "
         "six of six to show",
         of_token_0=True, of_ffn=True, blocks_after=0, judge=_peak_together,
@@ -350,7 +355,7 @@ CLAIMS = (
         claim="The FFN amplifies token 0 most at the ME layer",
         statistic="‖FFN output‖ / ‖FFN input‖ at the ME layer over the largest at another block, trailing blocks "
         "apart; the output is that before any norm behind the FFN",
-        criterion=">= 1, and the amplification itself >= 1",
+        criterion="≥ 1, and the amplification itself ≥ 1",
         why="a peak is a peak, but what makes token 0 smaller amplifies nothing, and what a norm behind it does is not "
         "the FFN's",
         of_token_0=True, of_ffn=True, blocks_after=0, judge=_amplifies_most,

@@ -166,7 +166,8 @@ def generate(
         for pair in those_that_part_first
     ]
     findings = [
-        ("in all", summary, f"mask: {metrics.mask}"),
+        ("in all", summary),
+        ("mask", str(metrics.mask)),
         ("", "without the mask (▶ where they part)", "with the mask"),
         *texts_in_short,
     ]
@@ -448,7 +449,8 @@ def _in_words(metrics: GenerateMetrics, *, sampled: bool) -> str:
     thinking = f" Thinking: {metrics.thinking}." if metrics.thinking else ""
     if metrics.n_unfinished:
         thinking += f" {metrics.n_unfinished} of {2 * n} texts end inside a thought."
-    return f"{words}. KL of the next token along the unmasked texts: {metrics.mean_kl:.3g} nats.{thinking}"
+    along = "text" if n == 1 else "texts"
+    return f"{words}. KL of the next token along the unmasked {along}: {metrics.mean_kl:.3g} nats.{thinking}"
 
 
 def _in_short(side: Side) -> str:

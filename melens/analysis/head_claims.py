@@ -136,7 +136,7 @@ CLAIMS = (
         claim="Values drain at the sink: token 0 has a far smaller value vector than other tokens",
         statistic="‖v_0‖ over the mean ‖v‖ of the other tokens, in the value heads that serve a head with a sink mass "
         "over 0.3",
-        criterion="<= 0.5; in part: in half of these value heads",
+        criterion="≤ 0.5; in part: in half of these value heads",
         why="the paper gives no number; half as long is the most that can be called drained; 0.3 is Gu et al.'s",
         needs_me_layer=False, judge=_values_drain,
     ),
@@ -145,7 +145,7 @@ CLAIMS = (
         source="Guo et al. (2024), active-dormant heads", figure="output_over_sinks", metrics=HeadsMetrics,
         claim="Sink heads are dormant: they write little",
         statistic="output norm of the tenth of all heads with the largest sink mass, over their block's mean",
-        criterion="<= 0.5; in part: the rank correlation of sink mass and output norm is below 0, its interval too",
+        criterion="≤ 0.5; in part: the rank correlation of sink mass and output norm is below 0, its interval too",
         why="no paper gives a number for all models: a half is the most that can be called little; Sandoval-Segura et "
         "al. (2025) find more than 12% of heads inactive, and a tenth is below that",
         needs_me_layer=False, judge=_sink_heads_are_dormant,
@@ -155,7 +155,7 @@ CLAIMS = (
         source="Sandoval-Segura et al. (2025), abstract", figure="loss_without_heads", metrics=HeadsMetrics,
         claim="The heads that write least can be set to zero with little loss",
         statistic="rise of the loss (nats a token) on other prompts with the idlest tenth of all heads set to zero",
-        criterion="<= 0.01; in part: less than with as many random heads, the interval of the difference too",
+        criterion="≤ 0.01; in part: less than with as many random heads, the interval of the difference too",
         why="they keep accuracy within 1%; its counterpart here is 1% of the perplexity, as of mean-harmless",
         needs_me_layer=False, judge=_idle_heads_can_go,
     ),

@@ -43,8 +43,9 @@ from melens.figures.heatmaps import Heatmap, head_maps
 from melens.figures.style import BLOCK, COLORS, FIRST, OTHERS, SINK
 from melens.printing import counted
 from melens.report.result import Figure, Result
+from melens.tracing.attention_probes import AttentionEntropy
 from melens.tracing.heads import HeadOutputs, ValueNorms
-from melens.tracing.probes import AttentionEntropy, Probe
+from melens.tracing.probes import Probe
 from melens.tracing.sites import Sites
 from melens.tracing.trace import trace
 

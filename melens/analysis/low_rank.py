@@ -24,8 +24,9 @@ from melens.figures.curves import Curve, Panel, curves_by_block
 from melens.figures.style import COLORS
 from melens.models.layout import Layout
 from melens.report.result import Figure, Interval, Metrics
-from melens.tracing.probes import AttentionSpectrum, Probe, Spectrum
+from melens.tracing.probes import Probe
 from melens.tracing.sites import Sites
+from melens.tracing.spectra import AttentionSpectrum, Spectrum
 from melens.tracing.trace import trace
 
 __all__ = [
@@ -94,7 +95,7 @@ def measure_ranks(study: Study, rank_tokens: int, rank_prompts: int) -> pd.DataF
     for probe in probes:
         probe.may_miss = True
     cut = [study.tokens[prompt][:rank_tokens] for prompt in chosen]
-    progress = study.stage("ranks: tokens")
+    progress = study.stage("effective ranks (tokens)")
     found = trace(study.model, cut, probes, progress=progress, max_batch_tokens=rank_tokens)
     kinds, of_study = {site: kind for kind, site in _SITES.items()}, dict(enumerate(chosen))
     tables = {name: table.assign(prompt=table["prompt"].map(of_study)) for name, table in found.tables.items()}
@@ -202,16 +203,17 @@ def ranks_in_words(metrics: LowRankMetrics) -> str:
          m.hidden_rank_ratio, m.hidden_rank_ratio_interval),
     )  # fmt: skip
     parts = [
-        f"of {what} {before:.3g} before and {after:.3g} after (ratio {with_interval(ratio, interval, '.2f')})"
+        f"{what} {before:.3g} and {after:.3g} (ratio {with_interval(ratio, interval, '.2f')})"
         for what, before, after, ratio, interval in measured
         if ratio is not None
     ]
     if not parts:
         return metrics.hidden_rank_ratio_why_not or "Without an ME layer there is no before and after."
     without = {name: (m.rank_ratios or {}).get(f"{OUTPUTS}{name}") for name in (" without token 0", " on unit rows")}
-    others = [f"{ratio:.2f}{name}" for name, ratio in without.items() if ratio is not None]
-    words = f"Effective rank {'; '.join(parts)}"
-    return f"{words}, of these {' and '.join(others)}." if others else f"{words}."
+    said = {" on unit rows": " with every token's state scaled to norm 1"}
+    others = [f"{ratio:.2f}{said.get(name, name)}" for name, ratio in without.items() if ratio is not None]
+    words = f"Mean effective rank of the blocks before the ME layer and after: {'; '.join(parts)}"
+    return f"{words}; the ratio of block outputs is {' and '.join(others)}." if others else f"{words}."
 
 
 # --- Claims -----------------------------------------------------------------------------------------------------------
@@ -233,7 +235,7 @@ _ATTENTION_RANK = Claim(
     source="introduction, section 6", figure="rank", metrics=LowRankMetrics,
     claim="After the ME layer attention is of lower rank",
     statistic="effective rank of the attention matrices after the ME layer over that before",
-    criterion="<= 0.5; in part <= 0.8",
+    criterion="≤ 0.5; in part ≤ 0.8",
     why="a collapse is at least a halving; the loss of less than a fifth is none",
     of_token_0=True, blocks_after=1,
     judge=lambda m: at_most(
@@ -241,7 +243,7 @@ _ATTENTION_RANK = Claim(
         why_not=m.attention_rank_ratio_why_not or m.why_not,
     ),
     former=Former(
-        "<= 0.5; in part < 1", "2026-11-22 a1bbeb3",
+        "≤ 0.5; in part < 1", "2026-11-22 a1bbeb3",
         lambda m: at_most(m.attention_rank_ratio, m.attention_rank_ratio_interval, 0.5, partly=0.999),
     ),
 )  # fmt: skip
@@ -253,10 +255,10 @@ CLAIMS = (
         claim="After the ME layer the states of a prompt's tokens collapse before they enter attention",
         source="section 6: 'collapsing representations into a low-dimensional subspace before entering the attention'",
         statistic="effective rank of all tokens' attention inputs (output of ln1) after the ME layer over that before",
-        criterion="<= 0.5; in part <= 0.8, or where it is the norm of token 0's row alone",
+        criterion="≤ 0.5; in part ≤ 0.8, or where it is the norm of token 0's row alone",
         judge=_states_collapse,
         former=Former(
-            "<= 0.5; in part < 1", "2026-11-22 a1bbeb3",
+            "≤ 0.5; in part < 1", "2026-11-22 a1bbeb3",
             lambda m: at_most(m.hidden_rank_ratio, m.hidden_rank_ratio_interval, 0.5, partly=0.999),
             "effective rank of all tokens' hidden states from the ME layer on over that before",
         ),

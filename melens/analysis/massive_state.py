@@ -25,7 +25,7 @@ from torch import Tensor
 
 from melens.analysis.massive_state_claims import ConsequenceMetrics
 from melens.analysis.me_layer import massive_activations
-from melens.analysis.sink_mass import SINK_THRESHOLD
+from melens.analysis.metrics import SINK_THRESHOLD
 from melens.analysis.statistics import mean_by, mean_interval, mean_metric, tidy, with_interval
 from melens.analysis.study import Study
 from melens.errors import MelensError
@@ -33,6 +33,7 @@ from melens.figures.bars import difference_bars
 from melens.figures.curves import Curve, Panel, curves_by_block
 from melens.figures.style import COLORS
 from melens.models.layout import listed
+from melens.printing import paragraph
 from melens.report.result import Figure, Interval, Result
 from melens.tracing.interventions import Hook, can_ablate
 from melens.tracing.text_runs import TextEffects, TextRuns
@@ -89,10 +90,13 @@ def consequence(study: Study, *, n_prompts: int = 24, max_tokens: int = 64) -> R
     of_texts = {"prompt": texts.prompts, "id": study.trace.prompts["id"][texts.prompts].tolist()}
     of_runs = [pd.DataFrame({"run": name, **of_texts, "loss": run.loss.numpy()}) for name, run in ran.items()]
     losses = pd.concat(of_runs, ignore_index=True)
-    figures = {"sinks_by_run": _sinks_figure(texts, sinks, metrics), "loss_by_run": _loss_figure(texts, ran, metrics)}
-    findings = [("sinks", figures["sinks_by_run"].observed), ("loss", figures["loss_by_run"].observed)]
+    of_sinks, of_loss = _sinks_in_words(metrics), _losses_in_words(metrics, texts.formed)
+    figures = {
+        "sinks_by_run": _sinks_figure(texts, sinks, paragraph(of_sinks)),
+        "loss_by_run": _loss_figure(texts, ran, metrics.loss, paragraph(of_loss)),
+    }
     tables = {"sinks_by_run": sinks, "loss_by_run": losses}
-    return Result("consequence", study.trace.model, metrics, tables, figures, findings)
+    return Result("consequence", study.trace.model, metrics, tables, figures, [*of_sinks, *of_loss])
 
 
 # --- Texts and runs ---------------------------------------------------------------------------------------------------
@@ -269,7 +273,7 @@ def _losses(ran: dict[str, TextEffects]) -> dict[str, Any]:
 # --- Figures ----------------------------------------------------------------------------------------------------------
 
 
-def _sinks_figure(texts: _Texts, sinks: pd.DataFrame, metrics: ConsequenceMetrics) -> Figure:
+def _sinks_figure(texts: _Texts, sinks: pd.DataFrame, observed: str) -> Figure:
     by_run, named = dict(iter(sinks.groupby("run"))), {EARLIER: f"{EARLIER}, at block {texts.written_at}"}
     shown = [name for name in (INTACT, REMOVED, CONTROL, EARLIER, ZERO) if name in by_run]
     curves = [Curve(named.get(each, each), by_run[each], color) for each, color in zip(shown, COLORS, strict=False)]
@@ -278,41 +282,53 @@ def _sinks_figure(texts: _Texts, sinks: pd.DataFrame, metrics: ConsequenceMetric
     note += f"Equal attention to all tokens: {texts.equal_attention.mean():.2f}."
     title = texts.study.title("Sinks with and without the massive activation", len(texts.prompts))
     expected = "Sinks are a downstream consequence of the massive activation."
-    return Figure(curves_by_block([panel], title=title, note=note), "section 6", expected, _sinks_in_words(metrics))
+    return Figure(curves_by_block([panel], title=title, note=note), "section 6", expected, observed)
 
 
-def _sinks_in_words(metrics: ConsequenceMetrics) -> str:
+def _sinks_in_words(metrics: ConsequenceMetrics) -> list[tuple[str, str]]:
     m = metrics
     if m.sinks_left is None:
-        words = m.sinks_why_not or ""
+        rows = [("sinks without it", m.sinks_why_not or "")]
     else:
         left = with_interval(m.sinks_left, m.sinks_left_interval, ".0%")
-        words = f"Without the FFN write of {listed(m.removed_layers or ())} to the massive token, the mean sink mass "
-        words += f"behind falls from {m.sink_mass_intact:.2f} to {m.sink_mass_without:.2f}: {left} of what goes beyond "
-        words += f"equal attention is left. Without that write to all other tokens it is {m.sink_mass_control:.2f}, "
-        words += f"with the massive entries alone set to zero {m.sink_mass_zero:.2f}."
+        without = (
+            f"Without what the FFN of {listed(m.removed_layers or ())} writes to the massive token, the attention "
+        )
+        without += f"on that token in later blocks (sink mass) falls from {m.sink_mass_intact:.2f} to "
+        without += f"{m.sink_mass_without:.2f}: {left} of what goes beyond equal attention is left."
         if m.sink_layers_left:
-            words += f" A sink stays in {listed(m.sink_layers_left)}."
+            without += f" A sink stays in {listed(m.sink_layers_left)}."
+        control = f"Without what that FFN writes to all other tokens it is {m.sink_mass_control:.2f}; with the massive "
+        control += f"activations alone set to zero, {m.sink_mass_zero:.2f}."
+        rows = [("sinks without it", without), ("for comparison", control)]
     if m.sink_mass_earlier is None:
-        return f"{words} {m.earlier_why_not}"
+        return [*rows, ("written earlier", m.earlier_why_not or "")]
     where = f"in {listed(m.earlier_sink_layers)}" if m.earlier_sink_layers else "in none of them"
-    words += f" With the state written at block {m.written_at}, the sink mass in {listed(m.earlier_layers)} goes "
-    return f"{words}from {m.sink_mass_before:.2f} to {m.sink_mass_earlier:.2f}, over {SINK_THRESHOLD:g} {where}."
+    earlier = f"With the massive state written already at block {m.written_at}, the sink mass in "
+    earlier += (
+        f"{listed(m.earlier_layers)} goes from {m.sink_mass_before:.2f} to {m.sink_mass_earlier:.2f}, and is over "
+    )
+    return [*rows, ("written earlier", f"{earlier}{SINK_THRESHOLD:g}, a sink, {where}.")]
 
 
-def _loss_figure(texts: _Texts, ran: dict[str, TextEffects], metrics: ConsequenceMetrics) -> Figure:
+def _losses_in_words(metrics: ConsequenceMetrics, formed: int) -> list[tuple[str, str]]:
+    m = metrics
+    words = f"The loss of {m.loss:.2f} nats a token rises by {_signed(m.dloss_zero, m.dloss_zero_interval)} with the "
+    words += f"massive activations after block {formed} set to zero"
+    if m.dloss_mean is not None:
+        words += f", by {_signed(m.dloss_mean, m.dloss_mean_interval)} with them set to their mean over other inputs"
+    without = _signed(m.dloss_removed, m.dloss_removed_interval)
+    return [("loss", f"{words}, and by {without} without what the FFN writes to the token.")]
+
+
+def _loss_figure(texts: _Texts, ran: dict[str, TextEffects], loss: float | None, observed: str) -> Figure:
     rises = {name: _rise(ran, name) for name in ran if name != INTACT}
     rows = [(name, rise.mean(), *mean_interval(rise)) for name, rise in rises.items()]
     bars = pd.DataFrame(rows, columns=["name", "mean", "low", "high"])
     title = texts.study.title("What each change costs in loss", len(texts.prompts))
-    note = f"Rise of the loss over the intact model's {metrics.loss:.2f}; whiskers: 95% intervals over texts."
+    note = f"Rise of the loss over the intact model's {loss:.2f}; whiskers: 95% intervals over texts."
     plot = difference_bars(bars, x_title="Δloss (nats a token)", title=title, note=note)
     expected = "Set to zero, the massive activations take the model down; set to their mean, nothing changes."
-    observed = f"The loss of {metrics.loss:.2f} rises by {_signed(metrics.dloss_zero, metrics.dloss_zero_interval)} "
-    observed += f"with the massive entries after block {texts.formed} set to zero"
-    if metrics.dloss_mean is not None:
-        observed += f", by {_signed(metrics.dloss_mean, metrics.dloss_mean_interval)} set to their mean"
-    observed += f", and by {_signed(metrics.dloss_removed, metrics.dloss_removed_interval)} without the FFN write."
     return Figure(plot, "Sun et al. (2024), table 3", expected, observed)
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from pydantic import Field
 
-from melens.analysis.sink_mass import SINK_THRESHOLD
+from melens.analysis.metrics import SINK_THRESHOLD
 from melens.claims.engine import Claim, Judgement, NotMeasuredError, at_least, at_most, number, unless_trivial
 from melens.models.layout import listed
 from melens.report.result import Interval, Metrics
@@ -131,8 +131,8 @@ CLAIMS = (
         claim="Attention sinks are a consequence of the massive activation",
         statistic="what is left of the sink mass behind, beyond equal attention, when the FFN write that makes the "
         "token massive is taken from it alone",
-        criterion="<= 0.1, no sink over 0.3 left in any block nor there before, and >= 0.5 left where all other tokens "
-        "lose that write instead; in part <= 0.5",
+        criterion="≤ 0.1, no sink over 0.3 left in any block nor there before, and ≥ 0.5 left where all other tokens "
+        "lose that write instead; in part ≤ 0.5",
         why="a consequence goes with its cause and comes after it: a tenth is an order of magnitude less; equal "
         "attention is no sink, 0.3 is Gu et al.'s (2024); what any loss of the write does is no effect of this token's",
         of_ffn=True, blocks_after=1, judge=_sinks_follow,
@@ -143,7 +143,7 @@ CLAIMS = (
         claim="Where the massive activation is written earlier, sinks come earlier",
         statistic="sink mass, in the blocks up to the ME layer that then read it and have no sink intact, with the "
         "massive state added half way to the ME layer",
-        criterion=">= 0.3; in part: in some of these blocks", why="0.3 is Gu et al.'s (2024)",
+        criterion="≥ 0.3; in part: in some of these blocks", why="0.3 is Gu et al.'s (2024)",
         judge=_sinks_come_earlier,
     ),
     Claim(
@@ -151,7 +151,7 @@ CLAIMS = (
         source="Sun et al. (2024), table 3", figure="loss_by_run", metrics=ConsequenceMetrics,
         claim="Set to zero, the massive activations take the model down",
         statistic="rise of the loss (nats a token) with the massive entries set to zero where they are formed",
-        criterion=">= 0.69; in part >= 0.1",
+        criterion="≥ 0.69; in part ≥ 0.1",
         why="0.69 doubles the perplexity, the least that can be called broken; 0.1 is a tenth of it more",
         judge=lambda metrics: at_least(metrics.dloss_zero, metrics.dloss_zero_interval, 0.69, partly=0.1),
     ),
@@ -160,7 +160,7 @@ CLAIMS = (
         source="Sun et al. (2024), table 3", figure="loss_by_run", metrics=ConsequenceMetrics,
         claim="Set to their mean over other inputs, the massive activations do the model no harm",
         statistic="rise of the loss (nats a token) with the massive entries set to their mean over the other texts",
-        criterion="<= 0.01; in part <= a tenth of what zero costs",
+        criterion="≤ 0.01; in part ≤ a tenth of what zero costs",
         why="1% of the perplexity; Sun et al. see no change in the second decimal (5.47 on WikiText)",
         judge=_mean_is_enough,
     ),

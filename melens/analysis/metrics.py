@@ -15,9 +15,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 __all__ = [
-    "abs_max", "abs_median", "concentration", "effective_rank", "energy_share", "first_share", "kl_to_gain",
-    "l2_norm", "matrix_entropy", "pairwise_cosine", "sink_mass",
+    "abs_max", "abs_median", "concentration", "effective_rank", "energy_share", "first_share",
+    "kl_to_gain", "l2_norm", "matrix_entropy", "pairwise_cosine", "sink_mass",
 ]  # fmt: skip
+
+SINK_THRESHOLD = 0.3
+"""A head, or a block on average, has a sink where queries pay more than this to a key: ε of Gu et al. (2024).
+
+Attention that makes no difference between keys pays the first 0.21 in a prompt of 10 tokens: see `even_attention`."""
 
 
 @cache
@@ -75,9 +80,10 @@ def abs_median(hidden: Float[Tensor, "*batch pos d"]) -> Float[Tensor, "*batch"]
 def sink_mass(
     attention: Float[Tensor, "batch head query"], weights: Float[Tensor, "batch query"]
 ) -> Float[Tensor, "batch head"]:
-    """Average the attention that later queries pay to a key (section 6; Gu et al. 2024). NaN where none follows.
+    """Average the attention that later queries pay to a key (section 6). NaN where none follows.
 
-    The key's own query is left out: the first token has no other key to look at.
+    The key's own query is left out: the first token has no other key to look at. The importance score of Gu et al.
+    (2024), which counts it, is `melens.Importance`.
 
     Args:
         attention: each query's attention on the key.

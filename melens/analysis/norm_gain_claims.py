@@ -129,11 +129,11 @@ CLAIMS = (
         source="section 3.1, figure 2", figure="weight_norm", metrics=RmsnormMetrics,
         claim="The norm before the FFN makes token 0 stand out, at the ME layer first",
         statistic="WeightNorm of token 0 over the others' mean, at the ME layer and in every block before",
-        criterion=">= 2 there, and between 1/2 and 2 in every block before; in part: >= 2 there",
+        criterion="≥ 2 there, and between 1/2 and 2 in every block before; in part: ≥ 2 there",
         why="'to a similar extent' before is taken as less than twice either way, 'much larger' as more",
         of_token_0=True, of_ffn=True, judge=_stands_out_first,
         former=Former(
-            ">= 2 there and at no earlier block; in part: >= 2 there", "2026-11-22 a1bbeb3", _stood_out_first,
+            "≥ 2 there and at no earlier block; in part: ≥ 2 there", "2026-11-22 a1bbeb3", _stood_out_first,
             statistic="WeightNorm of token 0 over the others' mean at the ME layer",
         ),
     ),
@@ -143,7 +143,7 @@ CLAIMS = (
         claim="The norm before the FFN amplifies token 0 at the ME layer far more than in other blocks",
         statistic="token 0's WeightNorm over the others' at the ME layer, over the same in the block with the next "
         "largest, trailing blocks apart",
-        criterion=">= 2; in part >= 1",
+        criterion="≥ 2; in part ≥ 1",
         why="'far exceeds that of other layers': as where tokens are compared, less than twice is alike",
         of_token_0=True, of_ffn=True, blocks_after=0, judge=_exceeds_others,
     ),
@@ -183,7 +183,7 @@ CLAIMS = (
         "keeps rising behind it",
         statistic="‖ĥ₀‖ at the ME layer over that in the block with the next largest; in Llama and Mistral that in the "
         "last block over that at the ME layer; trailing blocks apart",
-        criterion=">= 2, in part >= 1; in Llama and Mistral >= 1, and in 3/4 of the pairs of blocks from the ME layer "
+        criterion="≥ 2, in part ≥ 1; in Llama and Mistral ≥ 1, and in 3/4 of the pairs of blocks from the ME layer "
         "on the later has the larger one, in part without that",
         why="a sharp peak is more than alike, which is less than twice; 'continues to increase' is nearer to always "
         "than to no trend, where it is half of the pairs",

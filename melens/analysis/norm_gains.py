@@ -29,6 +29,7 @@ from melens.errors import MelensError
 from melens.figures.curves import Curve, Panel, curves_by_block
 from melens.figures.style import COLORS, FIRST, OTHERS
 from melens.models.normalization import has_normalization, named_normalization, read_normalization
+from melens.printing import paragraph
 from melens.report.result import Figure, Interval, Metrics, Result
 from melens.tracing.probes import GainAlignment, Probe
 
@@ -164,10 +165,10 @@ def normalization(study: Study, *, top_share: float = 0.01, other_shares: Sequen
     like_others = "Token 0 is amplified like the others before the ME layer, and far more there."
     signs = "At the ME layer ΔFrac is large and positive, ΔKL negative."
     figures = {
-        "weight_norm": Figure(of_norm, "figure 2", like_others, norm),
-        "gain_alignment": Figure(of_gain, "figure 3", signs, along),
+        "weight_norm": Figure(of_norm, "figure 2", like_others, paragraph(norm)),
+        "gain_alignment": Figure(of_gain, "figure 3", signs, paragraph(along)),
     }
-    findings = [("normalisation", norm), ("along its gain", along)]
+    findings = list(dict.fromkeys([*norm, *along]))  # why nothing is compared is said once
     return Result("rmsnorm", study.trace.model, metrics, {"rmsnorm_by_block": by_block}, figures, findings)
 
 
@@ -254,25 +255,34 @@ def _behind(study: Study, table: pd.DataFrame) -> dict[str, Any]:
     return of_end | mean_metric("norm_rising", rising)
 
 
-def _in_words(metrics: RmsnormMetrics) -> tuple[str, str]:
-    """Say what figures 2 and 3 show."""
+def _in_words(metrics: RmsnormMetrics) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Say what figures 2 and 3 show, in rows of findings."""
     ratio, frac, kl = metrics.weight_norm_ratio, metrics.delta_frac, metrics.delta_kl
     if ratio is None or frac is None or kl is None:
         nothing = "Without an ME layer, or without a normalisation before its FFN, there is no block to compare in."
-        return nothing, nothing
+        return [("not measured", nothing)], [("not measured", nothing)]
     first = metrics.weight_norm_first_layer
-    where = f"it is first twice theirs in block {first}" if first is not None else "in no block is it twice theirs"
+    where = f"it is twice as large first in block {first}" if first is not None else "it is twice as large in no block"
     times = with_interval(ratio, metrics.weight_norm_ratio_interval)
-    norm = f"In block {metrics.me_layer} the norm of token 0 is {times} times the others'; {where}."
+    against_others = (
+        f"In block {metrics.me_layer}, the ME layer, the output of the norm before the FFN is {times} times "
+    )
+    norm = [("against others", f"{against_others}as large for token 0 as for the other tokens; {where}.")]
     if metrics.norm_lead is not None:
-        norm += f" Its own norm there is × {metrics.norm_lead:.3g} that in block {metrics.norm_next_layer}"
-        norm += ", the next largest before the trailing blocks."
+        own = f"For token 0 it is × {metrics.norm_lead:.3g} that in block {metrics.norm_next_layer}, the largest of "
+        norm.append(("against other blocks", f"{own}the other blocks, the last ones left out."))
     share = with_interval(frac, metrics.delta_frac_interval, "+.3f")
     nats = with_interval(kl, metrics.delta_kl_interval, "+.3f")
-    along = f"In block {metrics.me_layer} ΔFrac (K = {metrics.top_share:.1%} of the width) is {share}"
-    along += _against_next(metrics.delta_frac_lead, metrics.delta_frac_next_layer, "more", "less")
-    along += f"; ΔKL is {nats} nats"
-    return norm, f"{along}{_against_next(metrics.delta_kl_lead, metrics.delta_kl_next_layer, 'lower', 'higher')}."
+    frac_against = _against_next(metrics.delta_frac_lead, metrics.delta_frac_next_layer, "more", "less")
+    kl_against = _against_next(metrics.delta_kl_lead, metrics.delta_kl_next_layer, "lower", "higher")
+    on_dims = (
+        f"On the {metrics.top_share:.1%} of dims with the largest gains (K), token 0's share of the output's squared "
+    )
+    along_gain = "The KL divergence of the output's distribution over dims from that of the gains is, for token 0 "
+    return norm, [
+        ("ΔFrac", f"{on_dims}norm minus the other tokens' is {share} in block {metrics.me_layer}{frac_against}."),
+        ("ΔKL", f"{along_gain}minus the other tokens, {nats} nats in block {metrics.me_layer}{kl_against}."),
+    ]
 
 
 def _against_next(lead: float | None, next_layer: int | None, beyond: str, short: str) -> str:

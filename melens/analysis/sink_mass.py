@@ -12,20 +12,16 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 
+from melens.analysis.metrics import SINK_THRESHOLD
 from melens.errors import MelensError
 from melens.tracing.trace import TraceGiven
 from melens.validation.signatures import checked
 from melens.validation.types import Rate, Whole
 
 __all__ = [
-    "SINK_THRESHOLD", "SinkOnset", "even_attention", "find_sink_onset", "measured_layers", "sink_mass_by_head",
+    "SinkOnset", "check_finite", "even_attention", "find_sink_onset", "measured_layers", "sink_mass_by_head",
     "sink_mass_by_layer", "sinks_by_state",
 ]  # fmt: skip
-
-SINK_THRESHOLD = 0.3
-"""A head, or a block on average, has a sink where later tokens pay more than this to the key (Gu et al. 2024).
-
-Attention that makes no difference between keys pays the first 0.21 in a prompt of 10 tokens: see `even_attention`."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,7 @@ def sink_mass_by_head(trace: TraceGiven) -> pd.DataFrame:
     Raises:
         MelensError: NaN, which pandas would leave out of the mean; every prompt of a trace has a later token.
     """
-    _check_finite(trace["sink_mass"])
+    check_finite(trace["sink_mass"], "sink_mass", "sink mass")
     return trace["sink_mass"].groupby(["layer", "head"])["sink_mass"].mean().reset_index()
 
 
@@ -93,7 +89,7 @@ def sinks_by_state(trace: TraceGiven) -> tuple[pd.DataFrame, pd.DataFrame]:
     Raises:
         MelensError: as `sink_mass_by_head`.
     """
-    _check_finite(trace["sink_mass"])
+    check_finite(trace["sink_mass"], "sink_mass", "sink mass")
     by_prompt = trace["sink_mass"].groupby(["prompt", "layer"])["sink_mass"].mean().unstack("layer")
     prompts = trace.prompts.set_index("prompt").loc[by_prompt.index]
     mass = by_prompt.groupby(prompts["first_token_id"]).mean()
@@ -132,9 +128,10 @@ def find_sink_onset(trace: TraceGiven, *, threshold: Rate = SINK_THRESHOLD, trai
     return SinkOnset(onset, unbroken, min(over, default=None), threshold, looked_at)
 
 
-def _check_finite(table: pd.DataFrame) -> None:
-    for row in table[~np.isfinite(table["sink_mass"])].head(1).to_dict("records"):
+def check_finite(table: pd.DataFrame, column: str, words: str) -> None:
+    """Raise a `MelensError` where a quantity of a head is no number: comparisons would take it for small."""
+    for row in table[~np.isfinite(table[column])].head(1).to_dict("records"):
         raise MelensError(
-            f"The sink mass of block {row['layer']}, head {row['head']} is {row['sink_mass']} in prompt "
+            f"The {words} of block {row['layer']}, head {row['head']} is {row[column]} in prompt "
             f"{row['prompt']}: look for NaN in the model's weights, or load it in float32."
         )

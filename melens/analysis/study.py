@@ -36,7 +36,7 @@ from melens.validation.types import Count, Whole
 __all__ = ["Stage", "Study", "study"]
 
 Stage = Callable[[str], Progress]
-"""Called as `stage("ranks: tokens")`; returns the progress callback of that stage."""
+"""Called as `stage("effective ranks (tokens)")`; returns the progress callback of that stage."""
 
 M = TypeVar("M", bound=Metrics)
 
@@ -145,7 +145,11 @@ class Study(Summary):
         own = {_key(probe) for probe in self.probes}
         missing = [probe for key, probe in wanted.items() if key not in own | self._traced.keys()]
         if missing:
-            tokens, most, progress = list(self.tokens), self.max_batch_tokens, self.stage("more tokens traced")
+            tokens, most, progress = (
+                list(self.tokens),
+                self.max_batch_tokens,
+                self.stage("tracing the prompts again (tokens)"),
+            )
             more = trace(self.model, tokens, missing, max_batch_tokens=most, progress=progress)
             self._traced.update({_key(probe): more for probe in missing})
         traces = [self._traced[key] for key in wanted if key in self._traced]
@@ -225,6 +229,8 @@ def study(
     criterion = criterion or Criterion()
     everything = [*default_probes(model, min_abs=criterion.min_abs), *(probes or ())]
     tokenized = as_tokens(model, prompts, bos)
-    found = trace(model, tokenized, everything, max_batch_tokens=max_batch_tokens, progress=stage("tokens traced"))
+    found = trace(
+        model, tokenized, everything, max_batch_tokens=max_batch_tokens, progress=stage("tracing the prompts (tokens)")
+    )
     me = find_me_layer(found, criterion)
     return Study(model, tokenized.tokens, found, me, everything, max_batch_tokens, seed, stage)

@@ -32,6 +32,7 @@ from melens.claims.engine import Claim, Former, Judgement, at_least, at_most, un
 from melens.figures.curves import Curve, Panel, curves_by_block, vectors_by_dim
 from melens.figures.heatmaps import Heatmap, heatmap_by_block
 from melens.figures.style import BLOCK, COLORS, FIRST, OTHERS
+from melens.printing import paragraph
 from melens.report.result import Figure, Interval, Metrics, Result
 
 __all__ = ["CLAIMS", "DirectionMetrics", "direction"]
@@ -106,7 +107,8 @@ def direction(study: Study) -> Result:
     metrics = study.metrics(DirectionMetrics, **_once_formed(study, changes, by_block))
     n_distinct = len(states)
     note = f"{n_distinct} distinct first token{'s' if n_distinct > 1 else f' ({TRIVIAL})'}."
-    observed = f"{_in_words(metrics)} It rests on {note}"
+    findings = _findings(metrics, note)
+    observed = paragraph(findings)
     alike = "After the ME layer the norm is large, barely changes, and is alike for all inputs."
     near_1 = "After the ME layer the cosine between any two inputs is about 1."
     settled = "Direction is settled at the ME layer: it barely changes after, whatever the input."
@@ -119,7 +121,7 @@ def direction(study: Study) -> Result:
         ),
     }
     tables = {"direction_by_block": pd.concat([table.assign(quantity=name) for name, table in by_block.items()])}
-    return Result("direction", study.trace.model, metrics, tables, figures, [("direction", observed)])
+    return Result("direction", study.trace.model, metrics, tables, figures, findings)
 
 
 def _mean_between(cosines: Float[Tensor, "layer n n"]) -> pd.DataFrame:
@@ -184,16 +186,25 @@ def _once_formed(
     }
 
 
-def _in_words(metrics: DirectionMetrics) -> str:
+def _findings(metrics: DirectionMetrics, note: str) -> list[tuple[str, str]]:
+    rests_on = ("rests on", note)
     if metrics.norm_drift is None:
-        return "Without an ME layer, and blocks after that which forms it, there is no massive state to follow."
-    before = "" if metrics.cosine_before is None else f" ({metrics.cosine_before:.2f} on average before the ME layer)"
+        nothing = "Without an ME layer, and blocks after that which forms it, there is no massive state to follow."
+        return [("not measured", nothing), rests_on]
+    before = "" if metrics.cosine_before is None else f" ({metrics.cosine_before:.2f} before the ME layer)"
     start = "the ME layer" if metrics.formed == metrics.me_layer else f"block {metrics.formed}, which forms it,"
-    return (
-        f"From {start} to the last two blocks, mean over inputs: the norm changes by {metrics.norm_drift:.1%}, "
-        f"the cosine from block to block falls to {metrics.consecutive_cosine:.6g}, that between inputs to "
-        f"{metrics.cosine:.6g}{before}; between the two most different inputs it is {metrics.least_cosine:.6g}."
+    norm = f"From {start} to the last two blocks the norm of token 0 changes by {metrics.norm_drift:.1%}"
+    by_block = (
+        f"From block to block its direction keeps a cosine of {metrics.consecutive_cosine:.6g} or more, mean over "
     )
+    by_input = f"Between inputs the cosine is {metrics.cosine:.6g} or more on average{before}, and "
+    by_input += f"{metrics.least_cosine:.6g} between the two most different inputs."
+    return [
+        ("norm", f"{norm}, mean over inputs."),
+        ("across blocks", f"{by_block}inputs."),
+        ("across inputs", by_input),
+        rests_on,
+    ]
 
 
 # --- Figures ----------------------------------------------------------------------------------------------------------
@@ -287,11 +298,11 @@ CLAIMS = (
         claim="Once the massive state is formed, its norm barely changes",
         statistic="largest relative change of token 0's norm from the block that forms the massive state to the last "
         "two blocks",
-        criterion="<= 0.1; in part <= 0.5",
+        criterion="≤ 0.1; in part ≤ 0.5",
         why="a tenth cannot be seen on the paper's axes; in a slow climb the ME layer has not formed it yet",
         of_token_0=True, blocks_after=1, judge=_norm_stable,
         former=Former(
-            "<= 0.1; in part <= 0.5", FORMER,
+            "≤ 0.1; in part ≤ 0.5", FORMER,
             lambda metrics: at_most(
                 metrics.norm_drift_since_me, metrics.norm_drift_since_me_interval, 0.1, partly=0.5
             ),
@@ -302,10 +313,10 @@ CLAIMS = (
         source="section 3.2, figure 5b", figure="between_blocks", metrics=DirectionMetrics,
         claim="Once the massive state is formed, its direction barely changes from block to block",
         statistic="smallest cosine between its states after consecutive blocks, from that which forms it on",
-        criterion=">= 0.99; in part >= 0.9", why="0.99 is an angle of 8 degrees",
+        criterion="≥ 0.99; in part ≥ 0.9", why="0.99 is an angle of 8 degrees",
         of_token_0=True, blocks_after=1, judge=_direction_layers,
         former=Former(
-            ">= 0.99; in part >= 0.9", FORMER,
+            "≥ 0.99; in part ≥ 0.9", FORMER,
             lambda metrics: at_least(
                 metrics.consecutive_cosine_since_me, metrics.consecutive_cosine_since_me_interval, 0.99, partly=0.9
             ),
@@ -316,10 +327,10 @@ CLAIMS = (
         source="section 3.2, figure 5c", figure="cosine_by_block", metrics=DirectionMetrics,
         claim="Once the massive state is formed, its direction is the same for all inputs",
         statistic="smallest mean cosine between inputs, over the blocks from that which forms it to the last two",
-        criterion=">= 0.95; in part >= 0.8", why="0.95 is an angle of 18 degrees, where random directions have 90",
+        criterion="≥ 0.95; in part ≥ 0.8", why="0.95 is an angle of 18 degrees, where random directions have 90",
         of_token_0=True, blocks_after=0, judge=_direction_inputs,
         former=Former(
-            ">= 0.95; in part >= 0.8", FORMER,
+            "≥ 0.95; in part ≥ 0.8", FORMER,
             lambda metrics: unless_trivial(
                 metrics, at_least(metrics.cosine_since_me, metrics.cosine_since_me_interval, 0.95, partly=0.8)
             ),

@@ -31,6 +31,7 @@ from melens.models.devices import weights_here
 from melens.models.layout import listed
 from melens.models.normalization import has_normalization, read_normalization
 from melens.models.quantization import is_quantized
+from melens.printing import paragraph
 from melens.report.result import Figure, Metrics, Result
 from melens.validation.arguments import Bridge
 from melens.validation.signatures import checked
@@ -129,10 +130,9 @@ def prediction(study: Study) -> Result:
         measured |= {name: {s: rank_of(me_layer, table, s) for s in SCORES} for name, table in tables.items()}
         measured["predicted_dim"] = next(iter(scores.loc[scores["layer"] == me_layer, "dim"]), None)
     metrics = study.metrics(PredictMetrics, **study.layout.metrics(), n_scored=len(scores), **measured)
-    observed, expected = _in_words(study, metrics, scores), "The ME layer is found by running the model."
-    figure = Figure(_scores_figure(study, scores), "follow-up question", expected, observed)
-    tables, figures, findings = {"weight_scores": scores}, {"scores": figure}, [("from the weights", observed)]
-    return Result("predict", study.trace.model, metrics, tables, figures, findings)
+    findings, expected = _findings(study, metrics, scores), "The ME layer is found by running the model."
+    figure = Figure(_scores_figure(study, scores), "follow-up question", expected, paragraph(findings))
+    return Result("predict", study.trace.model, metrics, {"weight_scores": scores}, {"scores": figure}, findings)
 
 
 # --- Scores -----------------------------------------------------------------------------------------------------------
@@ -235,18 +235,35 @@ def _scores_figure(study: Study, scores: pd.DataFrame) -> go.Figure:
     return curves_by_block(panels, title=title, note=note, columns=3)
 
 
-def _in_words(study: Study, metrics: PredictMetrics, scores: pd.DataFrame) -> str:
+def _findings(study: Study, metrics: PredictMetrics, scores: pd.DataFrame) -> list[tuple[str, str]]:
     if metrics.ranks is None or metrics.ranks_without_last_two is None:
-        return "The model has no ME layer to predict."
+        return [("not measured", "The model has no ME layer to predict.")]
     if metrics.predicted_dim is None:
         scored = listed(scores["layer"])
-        return f"Block {study.me.layer}, the ME layer, has no FFN whose weights can be scored; {scored} have."
-    without, ranks = metrics.ranks_without_last_two, []
-    for score, rank in metrics.ranks.items():
-        ranks.append(f"{score.replace('_', ' ')} {rank} ({without[score]} without the last two blocks)")
+        none = f"Block {study.me.layer}, the ME layer, has no FFN whose weights can be scored; {scored} have."
+        return [("not measured", none)]
+    without = metrics.ranks_without_last_two
+    ranks = {score: f"{rank} ({without[score]} without the last two)" for score, rank in metrics.ranks.items()}
+    response = (
+        f"By how strongly its FFN can respond to an input, read off the weights alone, block {study.me.layer}, the "
+    )
+    response += f"ME layer, ranks {ranks['response']} of {metrics.n_scored} blocks; 1 is the strongest."
+    others = ", ".join(f"{words} {ranks[score]}" for score, words in _OTHER_SCORES.items())
     hit = "the measured massive dim" if metrics.predicted_dim in study.me.dims[:1] else "not the measured one"
-    written = f"Its strongest neuron writes dim {metrics.predicted_dim}, {hit}."
-    return f"Block {study.me.layer} ranks, of {metrics.n_scored}: {', '.join(ranks)}. {written}"
+    return [
+        ("rank by response", response),
+        ("by other scores", f"It ranks by {others}."),
+        ("predicted dim", f"Its strongest neuron writes dim {metrics.predicted_dim}, {hit}."),
+    ]
+
+
+_OTHER_SCORES = {
+    "neuron": "the largest output of one neuron",
+    "alignment": "the alignment of a neuron's gate, up and down weights",
+    "down_max": "the largest entry of down",
+    "down_outlierness": "that over the entries' root mean square",
+}
+"""What the scores beside `response` are called where they are told."""
 
 
 # --- Claims -----------------------------------------------------------------------------------------------------------
@@ -269,7 +286,7 @@ CLAIMS = (
         source="follow-up question", figure="scores", metrics=PredictMetrics,
         claim="The ME layer can be predicted from the weights alone",
         statistic="rank of the ME layer by the FFN's response to its most amplified input",
-        criterion="1; in part <= 3", why="a prediction names one block",
+        criterion="1; in part ≤ 3", why="a prediction names one block",
         of_ffn=True, judge=_ranks_first,
     ),
 )  # fmt: skip

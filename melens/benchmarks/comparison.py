@@ -225,12 +225,12 @@ def score_findings(
     scores: pd.DataFrame, layout: Layout, metrics: ScoreMetrics, more: Sequence[tuple[str, ...]]
 ) -> list[tuple[str, ...]]:
     """Say how many differences are shown, `more`, what was left out, and each score with its difference."""
-    rows: list[tuple[str, ...]] = [("in all", layout.observed, "")] if layout.observed else []
+    rows: list[tuple[str, ...]] = [("in all", layout.observed)] if layout.observed else []
     rows += more
     if metrics.thinking is not None:
-        rows.append(("thinking", metrics.thinking, ""))
+        rows.append(("thinking", metrics.thinking))
     if metrics.left_out:
-        rows.append(("left out", f"{', '.join(metrics.left_out)}: only the hub has this data", ""))
+        rows.append(("left out", f"{', '.join(metrics.left_out)}: only the hub has this data"))
     rows.append(("", "score (95% interval over items)", f"difference to {layout.reference}, on the same items"))
     for row in scores[scores["shown"]].to_dict("records"):
         score = _with_n(row["mean"], (row["low"], row["high"]), row["n"], ".3f")

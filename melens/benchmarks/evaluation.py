@@ -154,7 +154,8 @@ class Evaluator:
         generates = isinstance(task, HarnessTask) and task.generates
         seeds = self._options.seeds if generates and self._options.generates else self._options.seeds[:1]
         n_requests = len(task.requests) if isinstance(task, Questions) else task.n_requests(self._options.limit)
-        progress = _RequestCounter(self._study.stage(benchmark.name), n_requests * len(configurations) * len(seeds))
+        stage = self._study.stage(f"answers to {benchmark.name}")
+        progress = _RequestCounter(stage, n_requests * len(configurations) * len(seeds))
         found, n_kept = [], 0
         for configuration in configurations:
             batch_size = self._batch_size(configuration.mask) if generates else 1

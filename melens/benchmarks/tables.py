@@ -31,7 +31,7 @@ class Layout:
         best: which of them is the best of its column, with a difference that is shown.
         caption: what a cell shows, in sentences.
         model, reference: whose scores they are, and the row that the others are compared with.
-        n_compared, n_shown: differences to the reference that were tested, and those that are shown.
+        n_compared, n_shown, n_better: differences to the reference that were tested, that are shown, and to the good.
         untested: how many differences were not, and why, in a sentence.
         criterion: where a difference is shown, in words.
     """
@@ -45,6 +45,7 @@ class Layout:
     reference: str = ""
     n_compared: int = 0
     n_shown: int = 0
+    n_better: int = 0
     untested: str = ""
     criterion: str = ""
 
@@ -53,8 +54,10 @@ class Layout:
         """How many differences are shown and how many not tested, in sentences; empty without a comparison."""
         if not self.n_compared:
             return self.untested
-        shown = f"{self.n_shown} of {self.n_compared} differences to {self.reference} are shown."
-        return f"{shown} {self.untested}".rstrip()
+        shown = f"{self.n_shown} of {self.n_compared} differences to {self.reference} are shown ({self.criterion})"
+        if self.n_shown:
+            shown += f": {self.n_better} better, {self.n_shown - self.n_better} worse"
+        return f"{shown}. {self.untested}".rstrip()
 
     def markdown(self) -> str:
         """Return the table in Markdown."""
@@ -146,7 +149,8 @@ def lay_out(scores: pd.DataFrame, model: str, note: str = "", reference: str = "
         )
     bold = "Bold is the largest of a column, or the smallest where ↓, if its difference is shown." if n_shown else ""
     said = " ".join(filter(None, [f"{model}: {spread}{compared}.", untested, bold, f"{thoughts}{note}"])).strip()
-    return Layout(columns, masks, cells, best, said, model, reference, n_compared, n_shown, untested, criterion)
+    counts = {"n_compared": n_compared, "n_shown": n_shown, "n_better": int((tested["verdict"] == "better").sum())}
+    return Layout(columns, masks, cells, best, said, model, reference, untested=untested, criterion=criterion, **counts)
 
 
 def _criterion(shown: pd.DataFrame) -> str:

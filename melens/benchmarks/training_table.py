@@ -81,7 +81,7 @@ def training_table(
     number: int,
     method: str,
     scored: Sequence[ScoredSet],
-    histories: Sequence[TrainingHistory],
+    histories: Sequence[TrainingHistory] = (),
     *,
     left_out: Sequence[str] = (),
 ) -> Result:
@@ -91,7 +91,7 @@ def training_table(
         study: of the model before any training.
         number, method: of the table.
         scored: the training sets.
-        histories: of all trainings; those of one name differ in their seeds.
+        histories: of all trainings, to draw them; those of one name differ in their seeds.
         left_out: benchmarks whose data only the hub has.
 
     Returns:
@@ -101,6 +101,16 @@ def training_table(
 
     Raises:
         MelensError: as `summarise`; a row of other trainings than the plain ones, which could be told from none.
+
+    Example:
+        >>> rows = [("base", "base", 0.0, 0), ("SFT", "plain", 0.0, 0), ("WeMask 0.1", "training", 0.1, 0)]
+        >>> items = pd.DataFrame(rows, columns=["mask", "kind", "rate", "training"]).merge(
+        ...     pd.DataFrame({"item": ["a", "b", "c"], "value": [1.0, 0.0, 1.0]}), how="cross"
+        ... )
+        >>> items = items.assign(task="piqa", metric="acc", seed=0, unfinished=False, chance=0.5, shown=True)
+        >>> scored = ScoredSet("mine", items.assign(higher_is_better=True), "SFT", "Zero-shot.", None)
+        >>> list(melens.analysis.training_table(study, 7, "sft", [scored]).figures)
+        ['table', 'table_differences']
     """
     for own in scored:
         _check_trainings(own)
@@ -125,7 +135,9 @@ def training_table(
         **counted(pd.concat([scores, pairs]), "kind"),
     )
     of_pairs = {kind: metrics.compared[kind] for kind in _PAIRS if kind in metrics.compared}
-    more = [(kind, _count_in_words(counts), "") for kind, counts in of_pairs.items()]
+    more = [(kind, _count_in_words(counts)) for kind, counts in of_pairs.items()]
+    if scores["mask"].str.contains("(TF)", regex=False).any():
+        more.append(("(TF)", "training-free: the mask is on at inference alone"))
     expected = "Training with WeMask scores best, WeMask at inference alone comes next."
     names, source = ("table", "table_differences"), f"table {number}"
     figures = score_figures(scores, layout, names, f"Table {number}: {name}", source, expected)
@@ -137,8 +149,8 @@ def training_table(
             "table_items": items,
             "table_scores": scores,
             "table_pairs": pairs,
-            "training_log": pd.concat([history.log for history in histories], ignore_index=True),
-            "training_trace": pd.concat([history.inspections for history in histories], ignore_index=True),
+            "training_log": _together([history.log for history in histories]),
+            "training_trace": _together([history.inspections for history in histories]),
         },
         figures=figures | draw_histories(average_histories(histories), f"{source}, {name}", study.me.layer),
         findings=score_findings(scores, layout, metrics, more),
@@ -160,6 +172,10 @@ def _check_trainings(own: ScoredSet) -> None:
             )
 
 
+def _together(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
 def _count_in_words(counts: Mapping[str, int]) -> str:
     told = f"{counts['better']} better and {counts['worse']} worse of {counts['all']} tested"
     return ", ".join([told, *(f"{counts[why]} have {why}" for why in (FEW_TRAININGS, FEW_ITEMS) if counts[why])])
@@ -169,7 +185,7 @@ def _pairs(scored: Sequence[ScoredSet]) -> pd.DataFrame:
     """Compare training with WeMask, row by row, with WeMask at inference of the same rate and with gated attention.
 
     Returns:
-        As `summarise`, with `kind` (of `_PAIRS`) and `reference`, what is compared with.
+        As `summarise`, with `kind` (of `_PAIRS`) and `reference`, what is compared with; empty without such rows.
     """
     found = []
     for own in scored:
@@ -180,7 +196,7 @@ def _pairs(scored: Sequence[ScoredSet]) -> pd.DataFrame:
                 for other in others["mask"]:
                     scores = summarise(own.items[own.items["mask"].isin([trained.mask, other])], other)
                     found.append(scores[scores["mask"] == trained.mask].assign(kind=kind, reference=other))
-    return correct(pd.concat(found, ignore_index=True))
+    return correct(pd.concat(found, ignore_index=True)) if found else pd.DataFrame()
 
 
 # --- Claims -----------------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def attention_maps(maps: Mapping[str, np.ndarray], tokens: Sequence[str], *, tit
         buttons.append({"label": label, "method": "update", "args": [{"visible": visible}]})
     for trace, is_mean in zip(figure.data, buttons[0]["args"][0]["visible"], strict=True):
         trace.visible = is_mean
-    colorbar = {"title": "attention", "y": 1, "yanchor": "top", "len": 0.8}
+    colorbar = {"title": "attention", "y": 1, "yanchor": "top", "lenmode": "pixels", "len": 220}
     colors = {"colorscale": "Viridis", "cmin": 0, "cmax": 1, "colorbar": colorbar}
     layout = {"coloraxis": colors, "updatemenus": [menu_above(buttons=buttons)]}
     return finish(figure, title, note, height=120 + (480 if len(maps) < 3 else 280), **layout)
@@ -55,11 +55,14 @@ def attention_change(
     unmasked: np.ndarray, masked: np.ndarray, tokens: Sequence[str], *, title: str, note: str
 ) -> go.Figure:
     """Draw figure 8: maps `[head, query, key]` without a mask, with it, and their difference; as `attention_maps`."""
-    panels = {"without the mask": unmasked, "with the mask": masked, "difference": masked - unmasked}
+    panels = {"unmasked": unmasked, "masked": masked, "difference": masked - unmasked}
     figure = attention_maps(panels, tokens, title=title, note=note)
     for trace in figure.data[2 * (len(unmasked) + 1) :]:
         trace.coloraxis = "coloraxis2"
-    upper, lower = ({"x": 1.0, "len": 0.45, "y": y, "yanchor": "top"} for y in (1, 0.5))
     limit = max(0.05, float(np.abs(panels["difference"].mean(0)).max()))
-    changes = {"colorscale": "RdBu_r", "cmin": -limit, "cmax": limit, "colorbar": {"title": "difference", **lower}}
-    return figure.update_layout(coloraxis={"colorbar": upper}, coloraxis2=changes)
+    lower = {"title": "difference", "y": 0, "yanchor": "bottom"}  # where the panels are stacked, beside the difference
+    changes = {"colorscale": "RdBu_r", "cmin": -limit, "cmax": limit, "colorbar": lower}
+    figure.update_layout(coloraxis2=changes)
+    for axis in figure.select_coloraxes():
+        axis.colorbar.update(lenmode="pixels", len=140)
+    return figure

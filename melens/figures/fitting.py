@@ -183,6 +183,8 @@ def _shrink(figure: go.Figure, text: float) -> None:
         update(title_font=size, tickfont=size, title_standoff=3, ticklen=3)
     for bar in _colorbars(figure):
         bar.update(thickness=text, title_font=size, tickfont=size, xpad=4)
+        if bar.lenmode == "pixels":
+            bar.len *= scale
     for trace in figure.select_traces({"type": "scatter"}):
         trace.line.width = (2 if trace.line.width is None else trace.line.width) * scale
         trace.marker.size = (6 if trace.marker.size is None else trace.marker.size) * scale

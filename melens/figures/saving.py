@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 
 import plotly.graph_objects as go
 import plotly.io
+from plotly.io.base_renderers import ImageRenderer
 from plotly.offline import get_plotlyjs
 
 from melens.environment.extras import check_extra
@@ -23,7 +24,7 @@ from melens.errors import MelensError
 from melens.figures.fitting import fit, in_columns
 from melens.storage.files import atomic_file, explain_write_errors, write_text
 
-__all__ = ["IMAGES", "check_images", "for_screens", "page", "save", "save_images"]
+__all__ = ["IMAGES", "check_images", "for_screens", "in_notebook", "page", "save", "save_images"]
 
 IMAGES = ("svg", "pdf", "png")
 _PNG_SCALE = 4  # 384 pixels an inch
@@ -109,11 +110,25 @@ def page(figure: go.Figure, *, plotlyjs: str | None = None) -> str:
 def for_screens(figure: go.Figure) -> str:
     """Return a figure without its title, as a page's script draws it: JSON, of which no text can end the script.
 
-    `wide` has the data and a layout, `narrow` the layout for a phone.
+    `wide` has the data and a layout, `narrow` the layout for a phone: with the buttons, and without the toolbar's
+    zooming, so that a finger that moves over the figure scrolls the page.
     """
     wide = go.Figure(figure.data, _without_title(figure))
-    narrow = go.Figure(layout=fit(figure, _PHONE, _PHONE_TEXT).layout)
+    narrow = go.Figure(layout=fit(figure, _PHONE, _PHONE_TEXT).layout).update_layout(dragmode=False)
+    if figure.layout.updatemenus:
+        above = 70 - narrow.layout.margin.t  # what buttons and the panels' titles need
+        narrow.update_layout(height=narrow.layout.height + above, margin_t=70, updatemenus=figure.layout.updatemenus)
     return f'{{"wide": {wide.to_json()}, "narrow": {narrow.to_json()}}}'  # plotly writes "<" as \\u003c
+
+
+def in_notebook(figure: go.Figure) -> go.Figure:
+    """Return a figure as a notebook shows it: without buttons where plotly draws images, as nobody can press them."""
+    renderers = [plotly.io.renderers[name] for name in (plotly.io.renderers.default or "").split("+") if name]
+    if not any(isinstance(each, ImageRenderer) for each in renderers):
+        return figure
+    still = go.Figure(figure)
+    still.layout.updatemenus = ()
+    return still
 
 
 def _reason(error: Exception) -> str:
@@ -146,7 +161,8 @@ const figure = {figure};
 const narrow = matchMedia("(max-width: 700px)");
 function draw() {{
   const {{ layout }} = narrow.matches ? figure.narrow : figure.wide;
-  Plotly.newPlot("figure", figure.wide.data, layout, {{ responsive: true, displaylogo: false }});
+  const options = {{ responsive: true, displaylogo: false, displayModeBar: narrow.matches ? false : "hover" }};
+  Plotly.newPlot("figure", figure.wide.data, layout, options);
 }}
 draw();
 narrow.addEventListener("change", draw);

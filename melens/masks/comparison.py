@@ -25,10 +25,13 @@ from melens.models.layout import Layout
 from melens.models.view import base_of
 from melens.printing import Brief, Summary, counted
 from melens.storage.cache import Store, hash_of
+from melens.tracing.attended import Attended
+from melens.tracing.attention_probes import AttentionEntropy
 from melens.tracing.batching import forget_longest
-from melens.tracing.probes import AttentionEntropy, AttentionSpectrum, Probe
+from melens.tracing.probes import Probe
 from melens.tracing.resume import RecordedBlocks, apply_head
 from melens.tracing.sites import Sites
+from melens.tracing.spectra import AttentionSpectrum
 from melens.tracing.trace import trace
 from melens.tracing.twin import running
 from melens.tracing.verification import verified
@@ -252,8 +255,8 @@ class MaskComparison(Summary):
         """Record, from a block on, the attention that later tokens pay to token 0, and token 0's input and key."""
         recorded = _Recorded(defaultdict(list), defaultdict(list), defaultdict(list))
 
-        def record_sinks(layer: int, attention: Float[Tensor, "text head query 1"]) -> None:
-            recorded.sink_mass[layer].append(attention[:, :, 1:, 0].mean(-1).to(self._texts.device))
+        def record_sinks(layer: int, attended: Attended) -> None:
+            recorded.sink_mass[layer].append(attended.on_keys([0])[:, :, 1:, 0].mean(-1).to(self._texts.device))
 
         def record(kept: dict[int, list[Tensor]], layer: int, activation: Float[Tensor, "text pos *d"]) -> None:
             kept[layer].append(activation[:, 0].flatten(1).to(self._texts.device, copy=True))
@@ -263,7 +266,7 @@ class MaskComparison(Summary):
             for name, layer, hook_point in self._of_first
             if layer >= start
         ]
-        with running(self._model, recorders, [0], record_sinks, way=self._verified.way) as network:
+        with running(self._model, recorders, record_sinks, way=self._verified.way) as network:
             yield network, recorded
 
     def _run(self, network: nn.Module, tokens: Int[Tensor, "text pos"]) -> Any:

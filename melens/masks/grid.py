@@ -21,7 +21,7 @@ import pandas as pd
 from jaxtyping import Int
 from torch import Tensor
 
-from melens.analysis.sink_mass import SINK_THRESHOLD
+from melens.analysis.metrics import SINK_THRESHOLD
 from melens.analysis.statistics import holm, mean_interval, paired_permutation_p
 from melens.analysis.study import Study
 from melens.errors import MelensError
@@ -121,9 +121,11 @@ def mask_grid(
     store = store_for("masks", model.original_model, texts, texts_per_batch) if keep else None
     shown = _shown(study, masks)
     starts = {min(mask.blocks(model)) for mask in masks}
+    progress = study.stage("texts without a mask")
     comparison = MaskComparison(
         model, texts, starts, texts_per_batch=texts_per_batch, patterns=patterns != "none", store=store
     )
+    progress(1, 1)
     with_patterns = {"drawn": shown, "all": masks, "none": []}[patterns]
     measured, kept = _measure(study, comparison, masks, store, with_patterns)
     metrics = study.metrics(
@@ -146,15 +148,15 @@ def mask_grid(
             figures["attention_change"] = attention_figure(study, shown[0], name, block, texts[0, :map_tokens].cpu())
         keys = [of_model.first_key[block] for of_model in (comparison.unmasked, measured[masks.index(shown[0])])]
         figures["key"] = key_figure(keys[0], keys[1], f"block {block}: {study.trace.model['name']}", name)
-    findings = []
+    more = []
     if kept:
         names = [mask_name(mask) for mask in kept[:3]] + ([f"and {len(kept) - 3} more"] if len(kept) > 3 else [])
-        findings = [("measured before", f"{len(kept)} of {len(masks)}: {'; '.join(names)}")]
+        more = [("measured before", f"{len(kept)} of {len(masks)}: {'; '.join(names)}")]
     grid = _lay_out(study, comparison.unmasked, masks, measured)
     for mask in shown:
         if mask.select in BY_GAIN and mask.rate == PAPER_RATE:
             _measure_ties(study, comparison, mask, grid, store, tie_draws)
-    return compare_grid(grid, study.trace.model, metrics, figures, findings)
+    return compare_grid(grid, study.trace.model, metrics, figures, more)
 
 
 def compare_grid(
@@ -162,7 +164,7 @@ def compare_grid(
     model: dict[str, Any],
     metrics: MaskGridMetrics,
     figures: dict[str, Figure] | None = None,
-    findings: Sequence[tuple[str, str]] = (),
+    more: Sequence[tuple[str, str]] = (),
 ) -> Result:
     """Compare every configuration with the unmasked model, draw, and put what is seen into words.
 
@@ -170,7 +172,7 @@ def compare_grid(
         grid: what was measured.
         model: as in `Trace.model`.
         metrics: with the fields that say on which texts and blocks.
-        figures, findings: what else is to be shown.
+        figures, more: what else is to be shown, behind what is found.
 
     Raises:
         MelensError: a loss or a sink mass that is no number, by configuration and text.
@@ -189,13 +191,12 @@ def compare_grid(
     )
     sinks = "no attention behind the ME layer" if np.isnan(sink_mass) else f"sink mass {sink_mass:.3f}"
     findings = [
-        ("unmasked", f"loss {loss:.3f} nats a token, perplexity {np.exp(loss):.1f}, {sinks}"),
-        *findings,
+        ("no mask", f"loss {loss:.3f} nats a token, perplexity {np.exp(loss):.1f}, {sinks}"),
         *((row["cell"], configuration_in_words(row)) for row in table.head(_MOST_SHOWN).to_dict("records")),
     ]
     if len(table) > _MOST_SHOWN:
         findings.append(("", f"and {len(table) - _MOST_SHOWN} more in cells.parquet"))
-    findings += _caveats(table, metrics)
+    findings += [*_caveats(table, metrics), *more]
     of_texts = f"{model['name']}, {metrics.texts} texts of {metrics.tokens_per_text} tokens"
     figures = (figures or {}) | (grid_figures(table, grid.by_block, metrics, of_texts) if len(table) else {})
     tables = {"cells": table, "by_text": grid.by_text, "by_block": grid.by_block}
@@ -229,7 +230,7 @@ def _measure(
     masks: Sequence[WeMask],
     store: Store | None,
     with_patterns: Sequence[WeMask],
-    stage: str = "masks",
+    stage: str = "texts with each mask",
 ) -> tuple[list[Measured], list[WeMask]]:
     """Measure the masks, or find that they were measured before; return those masks too."""
     progress = study.stage(stage)
@@ -255,7 +256,7 @@ def _measure_ties(
     """Put into a grid's configurations how much Δloss depends on which of equal gains are masked."""
     others = [other for seed in range(draws) if (other := mask.with_ties_drawn(study.model, seed)) is not None]
     if others:
-        measured, _ = _measure(study, comparison, others, store, [], "other choices among equal gains")
+        measured, _ = _measure(study, comparison, others, store, [], "texts with other dims of equal gains masked")
         name = mask_name(mask)
         own = grid.by_text.loc[grid.by_text["cell"] == name, "loss"].to_numpy()
         unmasked = comparison.unmasked.loss.numpy()

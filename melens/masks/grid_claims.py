@@ -134,12 +134,12 @@ CLAIMS: tuple[Claim[MaskGridMetrics], ...] = (
         claim="Weight-guided masks are harmless or better where random and magnitude masks destroy",
         statistic="largest Δloss of a weight-guided mask where a random or a magnitude mask of its rate and site costs "
         "a nat or more",
-        criterion="<= 0.1 nats, with random and magnitude masks both destroying at attn_in, where WeMask is; in part: "
+        criterion="≤ 0.1 nats, with random and magnitude masks both destroying at attn_in, where WeMask is; in part: "
         "elsewhere, or only one does; not if neither does, at rates up to 0.1 or more",
         why="0.1 nats is a tenth more perplexity; with a nat lost a token has less than 1/e of its probability; that "
         "others destroy is half of the claim, so harmless ones refute it",
         former=Former(
-            "<= 0.1 nats, with random and magnitude masks both destroying somewhere; in part: only one does",
+            "≤ 0.1 nats, with random and magnitude masks both destroying somewhere; in part: only one does",
             "2026-11-22 aed234a", _harmless_before,
         ),
         of_token_0=True, judge=_harmless,
@@ -150,7 +150,7 @@ CLAIMS: tuple[Claim[MaskGridMetrics], ...] = (
         claim="Moderate attenuation of the sink is better than none and than full",
         statistic="Δloss on the odd texts of the rate of the paper's mask that has the lowest loss on the even ones, "
         "of those below 1 that leave 0.1 to 0.9 of the sink",
-        criterion="whole interval < 0, of its loss over that of rate 1 too, and of the sink <= 0.9; in part: better "
+        criterion="whole interval < 0, of its loss over that of rate 1 too, and of the sink ≤ 0.9; in part: better "
         "than none alone is shown, and full removal is not shown to be better",
         why="better is any lower loss on the same tokens; a rate is judged on texts that did not choose it, as the "
         "lowest of several losses is below 0 by chance; rate 1 is all that the mask can take of token 0",
@@ -163,13 +163,13 @@ CLAIMS: tuple[Claim[MaskGridMetrics], ...] = (
     Claim(
         id="mask-start", fixed="2026-11-26 25a77c7",
         source="follow-up question", figure="starts", metrics=MaskGridMetrics,
-        claim="The effect is specific to starting behind the ME layer",
+        claim="A mask's effect is specific to starting right after the ME layer",
         statistic="change of the sink mass by the paper's mask in the block behind the ME layer alone, over the "
         "largest by the same mask in another block alone",
-        criterion=">= 2, with the whole interval of the one less twice the other over 0; in part > 1",
+        criterion="≥ 2, with the whole interval of the one less twice the other over 0; in part > 1",
         why="twice the next is the least that can be called specific",
         former=Former(
-            ">= 2; in part > 1", "2026-11-22 aed234a", _is_of_the_start_before,
+            "≥ 2; in part > 1", "2026-11-22 aed234a", _is_of_the_start_before,
             statistic="the same of the first mask of the grid",
         ),
         of_token_0=True, judge=_is_of_the_start,
@@ -180,7 +180,7 @@ CLAIMS: tuple[Claim[MaskGridMetrics], ...] = (
         claim="WeMask relaxes the rigidity of token 0 and restores the diversity of what attention reads of it",
         statistic="share of the diversity (1 - cosine between texts) that token 0 lost from the ME layer's attention "
         "to those behind it and that the paper's mask gives back: of the attention input or the key, the worse",
-        criterion=">= 0.5; in part: >= 0.1 on average, and over 0 with its whole interval",
+        criterion="≥ 0.5; in part: ≥ 0.1 on average, and over 0 with its whole interval",
         why="what is restored was there before: where attention last read token 0 before it was massive; half of it is "
         "more than stays lost, a tenth is the least that one would see",
         of_token_0=True, blocks_after=1, judge=_restores,

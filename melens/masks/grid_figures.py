@@ -26,7 +26,7 @@ from melens.figures.style import COLORS, FIRST, OTHERS, SINK, log_ticks
 from melens.masks.grid_metrics import PAPER_RATE, UNMASKED, MaskGridMetrics
 from melens.masks.mask import WeMask
 from melens.report.result import Figure
-from melens.tracing.probes import AttentionMaps
+from melens.tracing.attention_probes import AttentionMaps
 from melens.tracing.trace import trace
 
 __all__ = ["attention_figure", "configuration_in_words", "grid_figures", "key_figure", "nearest_paper_rate"]
@@ -95,15 +95,15 @@ def nearest_paper_rate(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def configuration_in_words(row: dict[Any, Any]) -> str:
-    """Say what a configuration does: "Δloss +0.012 (+0.003 to +0.021), p = 0.01, KL 0.021, sink mass × 0.61"."""
+    """Say what a configuration does: "Δloss +0.012 (+0.003 to +0.021), p = 0.01, KL 0.021 nats, sink mass × 0.61"."""
     words = f"Δloss {with_interval(row['dloss'], (row['dloss_low'], row['dloss_high']), '+.3f')}"
     if not pd.isna(row["dloss_ties_low"]):
         words += f", {row['dloss_ties_low']:+.3f} to {row['dloss_ties_high']:+.3f} by other choices among equal gains"
     words += "" if pd.isna(row["p_holm"]) else f", p = {row['p_holm']:.2g}"
-    words += f", KL {row['kl']:.3f}"
+    words += f", KL {row['kl']:.3f} nats"
     words += "" if np.isnan(row["sink_ratio"]) else f", sink mass × {row['sink_ratio']:.2f}"
     hits = row["massive_hits"]
-    return words + ("" if pd.isna(hits) else f", massive dim masked in {hits:.0f} blocks")
+    return words + ("" if pd.isna(hits) else f", the massive dim masked in {hits:.0f} of {row['n_blocks']} blocks")
 
 
 # --- Plots of the table -----------------------------------------------------------------------------------------------

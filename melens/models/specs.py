@@ -121,7 +121,10 @@ def spec_of(name: Any, overrides: Mapping[str, Any]) -> ModelSpec:
         )
     excess = [key for key in ("device_map", "max_memory", "quantize") if getattr(spec, key) is not None]
     if spec.source == "random" and excess:
-        raise MelensError(f"A random model is made on one device and not quantised. Leave out model.{excess[0]}.")
+        raise MelensError(
+            "A random model is made on one device and not quantised, as it has no files to load in parts. To use "
+            f"model.{excess[0]}, save it by melens.models.twins.plain_twin(model).save_pretrained(folder) and load it."
+        )
     return spec
 
 

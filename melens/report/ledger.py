@@ -154,8 +154,7 @@ def _row(claim: Mapping[Hashable, Any]) -> str:
 
 
 def _escaped(text: str) -> str:
-    text = text.replace("|", r"\|").replace("\n", " ").replace(">=", "≥").replace("<=", "≤")
-    return text.replace("<", "&lt;")
+    return text.replace("|", r"\|").replace("\n", " ").replace("<", "&lt;")
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ class Figure(Brief):
         return saving.save(self.plot, path, columns=columns)
 
     def _repr_mimebundle_(self, *args: Any, **kwargs: Any) -> Any:
-        return self.plot._repr_mimebundle_(*args, **kwargs)
+        return saving.in_notebook(self.plot)._repr_mimebundle_(*args, **kwargs)
 
 
 @dataclass(frozen=True, repr=False)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,16 @@ N_CLAIMS_SHOWN = 12
 
 
 def show_findings(title: str, findings: Sequence[tuple[str, ...]], console: Console, *, verbose: bool = False) -> None:
-    """Print rows of (what, value), or of (what, left, right) with a line below each: the first ones, or all."""
-    shown = findings if verbose or len(findings) <= N_SHOWN + 1 else findings[:N_SHOWN]
-    table = Table(show_header=False, show_lines=any(len(row) > 2 for row in shown), title=title)
-    for row in shown:
-        table.add_row(*map(Text, row))  # as it is: brackets in it are no markup
-    console.print(table)
+    """Print rows of (what, value), and of (what, left, right) with a line below each: the first ones, or all."""
+    most = N_SHOWN + sum(not what for what, *_ in findings[:N_SHOWN])  # a line of headings is no finding
+    shown = findings if verbose or len(findings) <= most + 1 else findings[:most]
+    heading: str | None = title
+    for n_columns, rows in groupby(shown, len):
+        table = Table(show_header=False, show_lines=n_columns > 2, title=heading)
+        for row in rows:
+            table.add_row(*map(Text, row))  # as it is: brackets in it are no markup
+        console.print(table)
+        heading = None
     if n_more := len(findings) - len(shown):
         console.print(f"{n_more} more findings: add verbose=true to see them here.", highlight=False)
 

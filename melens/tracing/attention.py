@@ -1,9 +1,9 @@
-"""Causal attention through fused kernels, with the attention paid to chosen keys and without the S × S pattern.
+"""Causal attention through fused kernels, without the S × S pattern.
 
-A fused kernel never forms the pattern, but returns the log-sum-exp of each row of scores; the attention on key j is
-then `exp(q·k_j·scale - logsumexp)`, exact, in memory linear in the sequence. Registered with transformers under
-`FUSED`, it is what a model's own attention modules call while `melens.tracing.twin` runs them. Only where somebody
-wants the pattern itself is it computed.
+A fused kernel never forms the pattern, but returns the log-sum-exp of each row of scores, from which
+`melens.tracing.attended` reads what is paid to keys. Registered with transformers under `FUSED`, it is what a model's
+own attention modules call while `melens.tracing.twin` runs them. Only where somebody wants the pattern itself is it
+computed.
 
 Sequences start at position 0 without a cache; padding, if any, is on the right, where a causal model never sees it.
 """
@@ -11,7 +11,7 @@ Sequences start at position 0 without a cache; padding, if any, is on the right,
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -23,17 +23,13 @@ from torch.nn.attention import SDPBackend
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from melens.analysis.metrics import has_triton
 from melens.errors import MelensError
+from melens.tracing.attended import Attended, FromPattern, FromScores, attention_scores, chunks_of
 
-__all__ = [
-    "FUSED", "attention_on_keys", "attention_pattern", "causal_attention", "columns_of", "uses_attention_function",
-]  # fmt: skip
+__all__ = ["FUSED", "attention_pattern", "causal_attention", "uses_attention_function"]
 
 FUSED = "melens"
 """The attention implementation for transformers' config."""
-
-_CHUNK_BYTES = 64 * 2**20  # what the scores of one chunk of queries may take where no fused kernel applies
 
 
 def causal_attention(
@@ -42,30 +38,26 @@ def causal_attention(
     value: Float[Tensor, "batch kv_head pos d_value"],
     *,
     scale: float,
-    keys: Sequence[int] = (),
     window: int | None = None,
     softcap: float | None = None,
     sink_logits: Float[Tensor, " head"] | None = None,
     mask: Tensor | None = None,
-) -> tuple[Float[Tensor, "batch head pos d_value"], Float[Tensor, "batch head pos key"]]:
-    """Compute causal self-attention and the attention paid to some keys, without the S × S pattern.
+) -> tuple[Float[Tensor, "batch head pos d_value"], FromScores]:
+    """Compute causal self-attention without the S × S pattern, of which any part can be read afterwards.
 
     Args:
         query, key, value: after rotary embedding; `kv_head` divides `head` (grouped queries).
         scale: factor on the scores.
-        keys: key positions to report.
         window: sliding window, counting the query itself; None for full attention.
         softcap: cap on the scores, `softcap · tanh(score / softcap)` (Gemma 2).
         sink_logits: learned extra logit a head, in the softmax's denominator alone (GPT-OSS).
         mask: where given, decides alone which key each query sees (boolean, True where seen, or additive).
 
     Returns:
-        The output and, in float32, each query's attention on `keys` (0 where the query does not see the key).
+        The output, and what it was computed from.
     """
-    n_pos = query.shape[2]
-    if window is not None and window >= n_pos:
+    if window is not None and window >= query.shape[2]:
         window = None
-    wanted, keys = keys, [position for position in keys if position < n_pos]
     if softcap is None and sink_logits is None and mask is None:
         try:
             fused = _fused_kernel(query, key, value, scale, window)
@@ -73,68 +65,10 @@ def causal_attention(
             fused = None
         if fused is not None:
             output, logsumexp = fused
-            on_keys = attention_on_keys(query, key, logsumexp, keys=keys, scale=scale, window=window)
-            return output, _missing_as_zero(on_keys, wanted, n_pos)
-    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "sink_logits": sink_logits}
-    output, on_keys = _chunked_attention(query, key, value, keys, window=window, mask=mask, **options)
-    return output, _missing_as_zero(on_keys, wanted, n_pos)
-
-
-def columns_of(
-    pattern: Float[Tensor, "batch head query key"], keys: Sequence[int]
-) -> Float[Tensor, "batch head query wanted"]:
-    """Return the columns of some keys in float32, zeros for keys behind the end of the sequences."""
-    within = [position for position in keys if position < pattern.shape[-1]]
-    return _missing_as_zero(pattern[..., within].float(), keys, pattern.shape[-1])
-
-
-def _missing_as_zero(
-    on_keys: Float[Tensor, "batch head query within"], keys: Sequence[int], n_pos: int
-) -> Float[Tensor, "batch head query key"]:
-    if on_keys.shape[-1] == len(keys):
-        return on_keys
-    whole = on_keys.new_zeros((*on_keys.shape[:-1], len(keys)))
-    whole[..., [column for column, position in enumerate(keys) if position < n_pos]] = on_keys
-    return whole
-
-
-def attention_on_keys(
-    query: Float[Tensor, "batch head pos d_head"],
-    key: Float[Tensor, "batch kv_head pos d_head"],
-    logsumexp: Float[Tensor, "batch head pos"],
-    *,
-    keys: Sequence[int],
-    scale: float,
-    window: int | None = None,
-) -> Float[Tensor, "batch head pos key"]:
-    """Recover the attention on some keys from each query's log-sum-exp: `exp(q·k_j·scale - lse)`, in float32."""
-    batch, n_heads, n_pos, _ = query.shape
-    if not keys:
-        return logsumexp.new_empty((batch, n_heads, n_pos, 0), dtype=torch.float32)
-    if query.is_cuda and has_triton():
-        from melens.tracing.kernels import on_keys
-
-        return on_keys(query, key, logsumexp, keys, scale, window)
-    group = n_heads // key.shape[1]
-    wanted = torch.stack([key[:, :, at] for at in keys], dim=-1).repeat_interleave(group, dim=1)
-    scores = _matmul_float32(query.flatten(0, 1), wanted.flatten(0, 1)).unflatten(0, (batch, n_heads))
-    attention = scores.mul_(scale).sub_(logsumexp[..., None]).exp_()
-    for column, position in enumerate(keys):
-        if position > 0:
-            attention[:, :, :position, column] = 0
-        if window is not None:
-            attention[:, :, position + window :, column] = 0
-    return attention
-
-
-def _matmul_float32(a: Float[Tensor, "head p d"], b: Float[Tensor, "head d q"]) -> Float[Tensor, "head p q"]:
-    """Multiply with the result in float32: a bf16 score of 20 is off by 0.06, its exponential by 6%."""
-    if a.is_cuda and a.dtype != torch.float32:
-        try:
-            return torch.bmm(a, b, out_dtype=torch.float32)
-        except (TypeError, RuntimeError):  # before torch 2.8, or no such kernel
-            pass
-    return torch.bmm(a.float(), b.float())
+            return output, FromScores(query, key, logsumexp, scale, window)
+    options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "mask": mask}
+    output, logsumexp = _chunked_attention(query, key, value, sink_logits=sink_logits, **options)
+    return output, FromScores(query, key, logsumexp, **options)
 
 
 def _fused_kernel(
@@ -180,60 +114,49 @@ def _fused_kernel(
 
 
 def _chunked_attention(
-    query: Tensor, key: Tensor, value: Tensor, keys: Sequence[int], *, window: int | None, mask: Any, **options: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    window: int | None,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Compute attention for a few queries at a time, with everything that a fused kernel may lack."""
-    batch, n_heads, n_pos, _ = query.shape
-    span = n_pos if window is None else min(2 * window, n_pos)
-    rows = max(1, _CHUNK_BYTES // (4 * batch * n_heads * span))
-    rows = min(rows, n_pos if window is None else window)
     output = query.new_empty((*query.shape[:-1], value.shape[-1]))
-    on_keys = query.new_zeros((batch, n_heads, n_pos, len(keys)), dtype=torch.float32)
-    for start in range(0, n_pos, rows):
-        stop = min(start + rows, n_pos)
-        first = 0 if window is None else max(0, start - window + 1)
-        seen = slice(first, n_pos if mask is not None else stop)
-        pattern = attention_pattern(query, key, slice(start, stop), seen, window=window, mask=mask, **options)
-        for column, position in enumerate(keys):
-            if seen.start <= position < seen.stop:
-                on_keys[:, :, start:stop, column] = pattern[..., position - first]
-        output[:, :, start:stop] = _attend(pattern, value[:, :, seen])
-    return output, on_keys
+    logsumexp = query.new_empty(query.shape[:-1], dtype=torch.float32)
+    for rows, columns in chunks_of(query, window, sees_ahead=mask is not None):
+        scores = attention_scores(query, key, rows, columns, scale=scale, window=window, softcap=softcap, mask=mask)
+        logsumexp[:, :, rows] = normaliser = _normaliser(scores, sink_logits)
+        output[:, :, rows] = _attend(torch.exp(scores - normaliser[..., None]), value[:, :, columns])
+    return output, logsumexp
 
 
 def attention_pattern(
     query: Float[Tensor, "batch head pos d_head"],
     key: Float[Tensor, "batch kv_head pos d_head"],
-    rows: slice,
-    columns: slice,
     *,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
     sink_logits: Float[Tensor, " head"] | None = None,
     mask: Tensor | None = None,
-) -> Float[Tensor, "batch head row column"]:
-    """Compute the attention of some queries on some keys in float32; other arguments as for `causal_attention`.
+) -> Float[Tensor, "batch head query key"]:
+    """Compute the whole pattern in float32; the arguments are as for `causal_attention`."""
+    everything = slice(None)
+    scores = attention_scores(
+        query, key, everything, everything, scale=scale, window=window, softcap=softcap, mask=mask
+    )
+    return torch.exp(scores - _normaliser(scores, sink_logits)[..., None])
 
-    The keys must be all that these queries see.
-    """
-    grouped = rearrange(query[..., rows, :], "b (kv group) pos d -> b kv group pos d", kv=key.shape[1])
-    scores = (grouped.float() @ key[:, :, None, columns].float().transpose(-1, -2)) * scale
-    scores = rearrange(scores, "b kv group query key -> b (kv group) query key")
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if mask is not None:
-        seen = mask[..., rows, columns]
-        scores = scores.masked_fill(~seen, float("-inf")) if seen.dtype == torch.bool else scores + seen
-    else:
-        positions = torch.arange(query.shape[2], device=query.device)
-        distance = positions[rows, None] - positions[None, columns]
-        sees = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
-        scores = scores.masked_fill(~sees, float("-inf"))
-    normaliser = torch.logsumexp(scores, dim=-1, keepdim=True)
-    if sink_logits is not None:
-        normaliser = torch.logaddexp(normaliser, sink_logits.float()[None, :, None, None])
-    return torch.exp(scores - normaliser)
+
+def _normaliser(scores: Float[Tensor, "batch head query key"], sink_logits: Tensor | None) -> Tensor:
+    normaliser = torch.logsumexp(scores, dim=-1)
+    if sink_logits is None:
+        return normaliser
+    return torch.logaddexp(normaliser, sink_logits.float()[None, :, None])
 
 
 def _attend(
@@ -258,8 +181,7 @@ def _attention_function(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     dropout: float = 0.0,
-    melens_keys: tuple[int, ...] = (),
-    melens_record: Callable[[Tensor], None] | None = None,
+    melens_record: Callable[[Attended], None] | None = None,
     melens_pattern: Callable[[Tensor], Tensor | None] | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
@@ -273,15 +195,16 @@ def _attention_function(
         "sink_logits": s_aux,
         "mask": attention_mask,
     }
+    attended: Attended
     if melens_pattern is None:
-        output, on_keys = causal_attention(query, key, value, keys=melens_keys, **options)
+        output, attended = causal_attention(query, key, value, **options)
     else:
-        pattern = attention_pattern(query, key, slice(None), slice(None), **options).to(query.dtype)
+        pattern = attention_pattern(query, key, **options).to(query.dtype)
         changed = melens_pattern(pattern)
         pattern = pattern if changed is None else changed
-        output, on_keys = _attend(pattern, value), columns_of(pattern, melens_keys)
+        output, attended = _attend(pattern, value), FromPattern(pattern)
     if melens_record is not None:
-        melens_record(on_keys)
+        melens_record(attended)
     return output.transpose(1, 2).contiguous(), None
 
 

@@ -1,5 +1,5 @@
-"""The kernels that PyTorch lacks, for GPUs: exact medians without a sort, largest entries without one, attention on a
-few keys from the log-sum-exp, and predictions compared in one pass. Each takes all prompts of a batch in one launch."""
+"""The kernels that PyTorch lacks, for GPUs: exact medians without a sort, largest entries without one, attention on
+keys from the log-sum-exp, and predictions compared in one pass. Each takes all prompts of a batch in one launch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["abs_medians", "against_probabilities", "largest_dims", "largest_tokens", "on_keys"]
+__all__ = ["abs_medians", "against_probabilities", "by_key", "largest_dims", "largest_tokens", "on_keys"]
 
 _BLOCK = 4096
 _SAMPLED = 4096
@@ -186,7 +186,7 @@ def on_keys(
     scale: float,
     window: int | None,
 ) -> Float[Tensor, "batch head pos key"]:
-    """Recover the attention on some keys, as `melens.tracing.attention.attention_on_keys` does, in float32."""
+    """Recover the attention on some keys, as `melens.tracing.attended.FromScores` does, in float32."""
     batch, n_heads, n_pos, d_head = query.shape
     attention = torch.empty((batch, n_heads, n_pos, len(keys)), dtype=torch.float32, device=query.device)
     block, width = 64, triton.next_power_of_2(d_head)
@@ -217,6 +217,58 @@ def _on_key(  # type: ignore[no-untyped-def]
     paid = tl.where(sees, tl.exp(tl.sum(q * k[None, :], 1) * scale - normaliser), 0.0)
     place = (row * tl.num_programs(1) + head) * n_pos + at
     tl.store(attention + place * n_columns + column, paid, mask=at < n_pos)
+
+
+def by_key(
+    query: Float[Tensor, "batch head pos d_head"],
+    key: Float[Tensor, "batch kv_head pos d_head"],
+    logsumexp: Float[Tensor, "batch head pos"],
+    n_tokens: Int[Tensor, " batch"],
+    scale: float,
+    window: int | None,
+) -> Float[Tensor, "batch head key 2"]:
+    """Sum the attention on every key over the first `n_tokens` queries, and count those that see it."""
+    batch, n_heads, n_pos, d_head = query.shape
+    found = torch.empty((batch, n_heads, n_pos, 2), dtype=torch.float32, device=query.device)
+    width = max(16, triton.next_power_of_2(d_head))
+    block = 64 if width <= 128 else 32
+    with torch.cuda.device_of(query):
+        given = query, key, logsumexp, n_tokens, found, window or n_pos, scale, n_pos, d_head, n_heads // key.shape[1]
+        strides = *query.stride()[:3], *key.stride()[:3], *logsumexp.stride()
+        grid = triton.cdiv(n_pos, block), n_heads, batch
+        _sum_by_key[grid](*given, *strides, BLOCK=block, WIDTH=width, num_warps=4)
+    return found
+
+
+@triton.jit(do_not_specialize=["window", "n_pos", "sum_row", "sum_head"])
+def _sum_by_key(  # type: ignore[no-untyped-def]
+    query, key, logsumexp, n_tokens, found, window, scale, n_pos, d_head, group,
+    query_row, query_head, query_pos, key_row, key_head, key_pos, sum_row, sum_head, sum_pos,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    row, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    dims, first = tl.arange(0, WIDTH), tl.program_id(0) * BLOCK
+    at_key = first + tl.arange(0, BLOCK)
+    within = (at_key < n_pos)[:, None] & (dims < d_head)[None, :]
+    of_keys = key + row * key_row + (head // group) * key_head
+    k = tl.load(of_keys + at_key.to(tl.int64)[:, None] * key_pos + dims[None, :], mask=within, other=0.0)
+    of_queries = query + row * query_row + head * query_head
+    of_sums = logsumexp + row * sum_row + head * sum_head
+    n = tl.load(n_tokens + row)
+    paid = tl.zeros((BLOCK,), tl.float32)
+    for start in tl.range(first, tl.minimum(n, first + BLOCK - 1 + window), BLOCK, num_stages=2):
+        at = start + tl.arange(0, BLOCK)
+        within = (at < n)[:, None] & (dims < d_head)[None, :]
+        q = tl.load(of_queries + at.to(tl.int64)[:, None] * query_pos + dims[None, :], mask=within, other=0.0)
+        normaliser = tl.load(of_sums + at * sum_pos, mask=at < n, other=float("inf"))  # behind the end none pays
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale - normaliser[:, None]
+        distance = at[:, None] - at_key[None, :]
+        sees = (distance >= 0) & (distance < window)
+        paid += tl.sum(tl.exp(tl.where(sees, scores, float("-inf"))), 0)
+    seen_by = tl.maximum(tl.minimum(at_key + window, n) - at_key, 0)
+    place = found + ((row * tl.num_programs(1) + head) * n_pos + at_key) * 2
+    tl.store(place, paid, mask=at_key < n_pos)
+    tl.store(place + 1, seen_by.to(tl.float32), mask=at_key < n_pos)
 
 
 def against_probabilities(

@@ -19,7 +19,6 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated, Any, Literal
@@ -33,25 +32,20 @@ from melens.analysis.metrics import (
     abs_max,
     abs_median,
     concentration,
-    effective_rank,
     energy_share,
-    first_share,
     has_triton,
     kl_to_gain,
     l2_norm,
-    matrix_entropy,
-    sink_mass,
 )
 from melens.errors import MelensError
 from melens.printing import Brief, brief
-from melens.tracing.sites import ATTENTION_ON_KEYS, RESID_PRE_0
-from melens.validation.signatures import LayerList, Position, PositionList, ShareList, SiteList, checked
+from melens.tracing.sites import RESID_PRE_0
+from melens.validation.signatures import LayerList, PositionList, ShareList, SiteList, checked
 from melens.validation.types import Count, Name, Number, Said
 
 __all__ = [
-    "ATTENTION_ON_KEYS", "AbsMedian", "AttentionEntropy", "AttentionMaps", "AttentionSpectrum", "Batch",
-    "Concentration", "GainAlignment", "LargestActivations", "Norms", "Probe", "SinkByQuery", "SinkMass", "Spectrum",
-    "TokenVectors", "first_against_others",
+    "AbsMedian", "Batch", "Concentration", "GainAlignment", "LargestActivations", "Norms", "Probe", "TokenVectors",
+    "first_against_others",
 ]  # fmt: skip
 
 
@@ -329,55 +323,7 @@ class TokenVectors(Probe):
         return {"vector": vectors.masked_fill((columns < 0)[..., None], float("nan"))}
 
 
-class SinkMass(Probe):
-    """How much attention the later queries pay to one key, by layer and head (section 6, figure 7).
-
-    The column is `sink_mass`: the mean probability, from 0 to 1, over all queries after the key, by default token 0.
-
-    Example:
-        >>> melens.trace(model, prompts, melens.SinkMass())["sink_mass"].columns.tolist()
-        ['prompt', 'layer', 'site', 'head', 'sink_mass']
-    """
-
-    name = "sink_mass"
-    by_row = True
-    sites = (ATTENTION_ON_KEYS,)
-    index = ("head",)
-
-    @checked
-    def __init__(self, key: Position = 0):
-        self.keys = (key,)
-
-    def reduce(self, activation: Float[Tensor, "batch head query 1"], batch: Batch) -> dict[str, Tensor]:
-        return {"sink_mass": sink_mass(activation[..., 0], batch.weights_after(self.keys[0]).to(activation.device))}
-
-
-class SinkByQuery(Probe):
-    """The attention that each position pays to one key, averaged over heads: figure 7's first column, at any length.
-
-    The column is `attention`, a probability; the key is token 0 by default.
-
-    Example:
-        >>> melens.trace(model, prompts, melens.SinkByQuery())["sink_by_query"].columns.tolist()
-        ['prompt', 'layer', 'site', 'pos', 'attention']
-    """
-
-    name = "sink_by_query"
-    by_row = True
-    sites = (ATTENTION_ON_KEYS,)
-    index = ("pos",)
-
-    @checked
-    def __init__(self, key: Position = 0):
-        self.keys = (key,)
-
-    def reduce(self, activation: Float[Tensor, "batch head query 1"], batch: Batch) -> dict[str, Tensor]:
-        return {"attention": activation[..., 0].mean(dim=1)}
-
-
-def first_against_others(
-    quantities: Mapping[str, Float[Tensor, "batch pos *head"]], batch: Batch
-) -> dict[str, Float[Tensor, batch * head]]:
+def first_against_others(quantities: Mapping[str, Float[Tensor, "batch pos *head"]], batch: Batch) -> dict[str, Tensor]:
     """Keep each quantity of token 0 and, as `<name>_others`, its mean over the prompt's other tokens."""
     kept: dict[str, Tensor] = {}
     for name, values in quantities.items():
@@ -456,133 +402,3 @@ class Concentration(Probe):
 
     def reduce(self, activation: Float[Tensor, "batch pos d"], batch: Batch) -> dict[str, Tensor]:
         return first_against_others({"concentration": concentration(activation)}, batch)
-
-
-class Spectrum(Probe):
-    """How many directions a prompt's tokens span in a site's `[pos, d]`, by block (section 6).
-
-    The columns are `effective_rank`, `first_share` and `matrix_entropy` of the states as they are, and the same with
-    `_without_first`, without token 0, and with `_unit_rows`, of each token's direction alone: a single row of enormous
-    norm makes any spectrum low-rank. Ranks grow with the number of tokens: only prompts of one length can be compared.
-
-    Example:
-        >>> spectrum = melens.trace(model, prompts, melens.Spectrum())["spectrum"]
-        >>> after = spectrum[spectrum["layer"] == 2].mean(numeric_only=True)
-        >>> bool(after["first_share"] > after["first_share_without_first"])  # token 0's outweighs
-        True
-    """
-
-    name = "spectrum"
-
-    @checked
-    def __init__(self, sites: SiteList = ("hook_resid_post",)):
-        self.sites = tuple(sites)
-
-    def reduce(self, activation: Float[Tensor, "batch pos d"], batch: Batch) -> dict[str, Tensor]:
-        states = [hidden[:length].double() for hidden, length in zip(activation, batch.lengths, strict=True)]
-        variants = {
-            "": states,
-            "_without_first": [of_prompt[1:] for of_prompt in states],
-            "_unit_rows": [torch.nn.functional.normalize(of_prompt, dim=-1) for of_prompt in states],
-        }
-        return {
-            f"{name}{suffix}": values
-            for suffix, matrices in variants.items()
-            for name, values in _ranks(matrices).items()
-        }
-
-
-class AttentionSpectrum(Probe):
-    """Ranks of the attention matrices `[query, key]`, by block and head (section 6).
-
-    The columns are `effective_rank` (from 1 to the number of tokens), `first_share` and `matrix_entropy` (both from 0
-    to 1), as of `Spectrum`. The pattern takes memory quadratic in the length.
-
-    Example:
-        >>> spectrum = melens.trace(model, prompts, melens.AttentionSpectrum())["attention_spectrum"]
-        >>> spectrum.columns.tolist()
-        ['prompt', 'layer', 'site', 'head', 'effective_rank', 'first_share', 'matrix_entropy']
-    """
-
-    name = "attention_spectrum"
-    sites = ("attn.hook_pattern",)
-    index = ("head",)
-
-    def reduce(self, activation: Float[Tensor, "batch head query key"], batch: Batch) -> dict[str, Tensor]:
-        rows = zip(activation, batch.lengths, strict=True)
-        return _ranks([pattern[:, :length, :length] for pattern, length in rows])
-
-
-class AttentionEntropy(Probe):
-    """The entropy in nats of what a query attends to, averaged over the queries that have a choice, by block and head.
-
-    The column is `entropy`: 0 on one token alone, log of the number of tokens where all get as much. The pattern takes
-    memory quadratic in the length.
-
-    Example:
-        >>> melens.trace(model, prompts, melens.AttentionEntropy())["attention_entropy"].columns.tolist()
-        ['prompt', 'layer', 'site', 'head', 'entropy']
-    """
-
-    name = "attention_entropy"
-    sites = ("attn.hook_pattern",)
-    index = ("head",)
-
-    def reduce(self, activation: Float[Tensor, "batch head query key"], batch: Batch) -> dict[str, Tensor]:
-        entropy = -torch.xlogy(activation.float(), activation.float()).sum(-1)
-        weights = batch.weights_after(0).to(entropy.device)
-        return {"entropy": (entropy * weights[:, None]).sum(-1)}
-
-
-def _ranks(matrices: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Compute ranks of `[*head, row, column]` by the Gram matrix: in float64, as the first may be 10,000 × another."""
-    values = []
-    for matrix in matrices:
-        rows = matrix.double() if matrix.shape[-2] <= matrix.shape[-1] else matrix.double().mT
-        values.append(_eigenvalues(rows @ rows.mT).clamp(min=0).sqrt().float())
-    ranks = {"effective_rank": effective_rank, "first_share": first_share, "matrix_entropy": matrix_entropy}
-    return {name: torch.stack(list(map(rank, values))) for name, rank in ranks.items()}
-
-
-def _eigenvalues(symmetric: Float[Tensor, "*head n n"]) -> Float[Tensor, "*head n"]:
-    """Compute eigenvalues on the CPU, a thread a share of the matrices.
-
-    A GPU takes small matrices of float64 one after the other, seven times as long; so does a CPU that has all its
-    threads work on one.
-    """
-    n_threads, matrices = torch.get_num_threads(), symmetric.flatten(0, -3).cpu() if symmetric.ndim > 2 else None
-    if matrices is None or n_threads == 1:
-        return torch.linalg.eigvalsh(symmetric.cpu()).to(symmetric.device)
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(n_threads) as pool:
-            found = torch.cat(list(pool.map(torch.linalg.eigvalsh, matrices.chunk(n_threads))))
-    finally:
-        torch.set_num_threads(n_threads)
-    return found.view(symmetric.shape[:-1]).to(symmetric.device)
-
-
-class AttentionMaps(Probe):
-    """The attention pattern of chosen blocks, `[prompt, layer, head, query, key]` (figure 7): quadratic in the length.
-
-    All prompts of the trace must have the same length.
-
-    Example:
-        >>> maps = melens.trace(model, [[5, 6, 7, 8]], melens.AttentionMaps([2, 3])).tensors["attention_maps"]
-        >>> maps.shape == (1, 2, model.cfg.n_heads, 4, 4)
-        True
-    """
-
-    name = "attention_maps"
-    sites = ("attn.hook_pattern",)
-    index = ("head", "query", "key")
-    kind = "tensor"
-
-    @checked
-    def __init__(self, layers: LayerList):
-        self.layers = layers
-
-    def reduce(self, activation: Float[Tensor, "batch head query key"], batch: Batch) -> dict[str, Tensor]:
-        if min(batch.lengths) < max(batch.lengths):
-            raise MelensError(f"The probe {self.name!r} takes prompts of one length: trace them apart, or cut them.")
-        return {"pattern": activation.clone()}

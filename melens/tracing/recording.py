@@ -39,7 +39,7 @@ Reduced = dict[str, Tensor]
 
 @dataclass(slots=True, eq=False)
 class Target:
-    """One probe at one site of one block; without a hook point it is the attention on the probe's keys."""
+    """One probe at one site of one block; without a hook point it is what attention pays to keys."""
 
     probe: Probe
     site: str
@@ -134,6 +134,12 @@ class Recorder:
         self._devices: set[torch.device] = set()
         self._chunks: dict[str, list[Chunk]] = {probe.name: [] for probe in self.probes}
 
+    @property
+    def batch(self) -> Batch:
+        """The batch that runs."""
+        assert self._batch is not None
+        return self._batch
+
     def begin(self, batch: Batch) -> None:
         self._batch = batch
         self._of_probe = defaultdict(_OfProbe)
@@ -166,13 +172,13 @@ class Recorder:
 
     def _reduce(self, targets: Sequence[Target], activation: Tensor, n: int) -> None:
         """Let each probe reduce an activation of `n` blocks; `targets` has the n of a probe one after the other."""
-        assert self._batch is not None
+        batch = self.batch.times(n)
         for start in range(0, len(targets), n):
             first, probe = targets[start], targets[start].probe
-            reduced = probe.reduce_at(first.site, first.layer, activation, self._batch.times(n))
+            reduced = probe.reduce_at(first.site, first.layer, activation, batch)
             of_probe = self._of_probe[probe.name]
             before = of_probe.targets[0] if of_probe.targets else first
-            _check_results(first, reduced, self._batch.times(n).tokens.shape)
+            _check_results(first, reduced, batch.tokens.shape)
             piece = {name: values.unflatten(0, (n, -1)) for name, values in reduced.items()}
             _check_alike(before, first, piece, [*of_probe.kept, *of_probe.on_cpu])
             of_probe.targets += targets[start : start + n]
@@ -208,8 +214,7 @@ class Recorder:
 
     def end(self) -> None:
         """End a batch: reduce what waits, and start to copy everything to the CPU."""
-        batch = self._batch
-        assert batch is not None
+        batch = self.batch
         for key in list(self._pending):
             self._flush(key)
         self._check_each_recorded_once()

@@ -9,17 +9,21 @@ from weakref import WeakKeyDictionary
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-__all__ = ["ATTENTION_ON_KEYS", "RESID_PRE_0", "SiteInBlock", "Sites"]
+__all__ = ["ATTENTION_BY_KEY", "ATTENTION_ON_KEYS", "RESID_PRE_0", "SiteInBlock", "Sites"]
 
 ATTENTION_ON_KEYS = "attn.on_keys"
 """A site of melens's own: the attention on the probe's `keys`, `[batch, head, query, key]`, without the pattern."""
+
+ATTENTION_BY_KEY = "attn.by_key"
+"""Another: the attention on every key, `[batch, head, key, 2]`: its sum over the prompt's queries, and how many of them
+see the key."""
 
 RESID_PRE_0 = "blocks.0.hook_resid_pre"
 """The embeddings, as the first block sees them; everywhere else a block's input is the output of the one before."""
 
 
 class SiteInBlock(NamedTuple):
-    """A site, by its name in the block, of one block (-1 outside the blocks); `ATTENTION_ON_KEYS` has no hook point."""
+    """A site, by its name in the block, of one block (-1 outside the blocks); melens's own sites have no hook point."""
 
     site: str
     layer: int
@@ -55,7 +59,7 @@ class Sites:
             block = re.fullmatch(r"blocks\.(\d+)\.(.*)", site)
             name, layer = (block[2], int(block[1])) if block else (site, -1)
             return [SiteInBlock(name, layer, self._hook_dict[site])]
-        is_on_keys = site == ATTENTION_ON_KEYS
-        names = (f"blocks.{layer}.{'attn.hook_out' if is_on_keys else site}" for layer in range(self._n_layers))
+        is_own = site in (ATTENTION_ON_KEYS, ATTENTION_BY_KEY)
+        names = (f"blocks.{layer}.{'attn.hook_out' if is_own else site}" for layer in range(self._n_layers))
         found = ((layer, self._hook_dict.get(name)) for layer, name in enumerate(names))
-        return [SiteInBlock(site, layer, None if is_on_keys else hook) for layer, hook in found if hook is not None]
+        return [SiteInBlock(site, layer, None if is_own else hook) for layer, hook in found if hook is not None]

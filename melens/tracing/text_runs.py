@@ -26,6 +26,7 @@ from melens.analysis.metrics import l2_norm, sink_mass
 from melens.errors import MelensError
 from melens.models.view import base_of
 from melens.printing import Brief
+from melens.tracing.attended import Attended
 from melens.tracing.batching import forget_longest
 from melens.tracing.interventions import Hook
 from melens.tracing.probes import Batch
@@ -148,14 +149,15 @@ class TextRuns:
         positions = self._positions[self._now]
         keys: list[int] = positions.unique().tolist()
 
-        def keep_sinks(layer: int, attention: Float[Tensor, "row head query key"]) -> None:
+        def keep_sinks(layer: int, attended: Attended) -> None:
+            attention = attended.on_keys(keys)
             for column, key in enumerate(keys):
                 weights = batch.weights_after(key).to(attention.device)
                 of_key = sink_mass(attention[..., column], weights).mean(dim=1).cpu()
                 rows = (positions == key).nonzero().flatten().tolist()
                 sinks[[self._now[row] for row in rows], layer] = of_key[rows]
 
-        with running(self._model, (), keys, keep_sinks, way=self._verified.way) as network:
+        with running(self._model, (), keep_sinks, way=self._verified.way) as network:
             if self._verified.rule.remembers:
                 forget_longest(network)
             with blocks.resuming_at(start, network):

@@ -26,11 +26,13 @@ from melens.models.quantization import describe_quantization
 from melens.models.view import base_of
 from melens.printing import Summary, counted
 from melens.storage.files import atomic_folder
+from melens.tracing.attended import Attended
+from melens.tracing.attention_probes import SinkMass
 from melens.tracing.batching import BatchRule, forget_longest
 from melens.tracing.captured import ShortPasses
-from melens.tracing.probes import AbsMedian, Batch, LargestActivations, Norms, Probe, SinkMass, TokenVectors
+from melens.tracing.probes import AbsMedian, Batch, LargestActivations, Norms, Probe, TokenVectors
 from melens.tracing.recording import Recorder, Target, targets_of
-from melens.tracing.sites import Sites
+from melens.tracing.sites import ATTENTION_ON_KEYS, Sites
 from melens.tracing.tables import Grid, Tables, Tensors, grids_of
 from melens.tracing.twin import Way, is_hooked, running
 from melens.tracing.verification import Verification, verified
@@ -327,27 +329,24 @@ def _batch(
 @contextmanager
 def _recording(model: TransformerBridge, recorder: Recorder, *, way: Way) -> Iterator[Any]:
     """Let every probe reduce what passes in the model that is given, of which nothing runs that nobody needs."""
-    at_keys: dict[int, list[Target]] = defaultdict(list)
+    at_attention: dict[int, dict[tuple[Any, ...], list[Target]]] = defaultdict(lambda: defaultdict(list))
     at_points: dict[int, list[Target]] = defaultdict(list)
     for target in recorder.expected:
         if target.hook_point is None:
-            at_keys[target.layer].append(target)
+            at_attention[target.layer][target.site, *target.probe.keys].append(target)
         else:
             at_points[id(target.hook_point)].append(target)
-    keys = sorted({key for targets in at_keys.values() for target in targets for key in target.probe.keys})
 
-    def record_attention(layer: int, attention: Tensor) -> None:
-        by_keys: dict[tuple[int, ...], list[Target]] = defaultdict(list)
-        for target in at_keys[layer]:
-            by_keys[target.probe.keys].append(target)
-        for wanted, targets in by_keys.items():  # in the probe's own order
-            columns = attention if list(wanted) == keys else attention[..., [keys.index(key) for key in wanted]]
-            recorder.record(targets, columns)
+    def record_attention(layer: int, attended: Attended) -> None:
+        for (site, *keys), targets in at_attention[layer].items():
+            n_tokens = recorder.batch.n_tokens
+            paid = attended.on_keys(keys) if site == ATTENTION_ON_KEYS else attended.by_key(n_tokens)
+            recorder.record(targets, paid)
 
     recorders = [(at[0].hook_point, partial(recorder.record, at)) for at in at_points.values() if at[0].hook_point]
     at_head = [module for module in model.unembed.modules() if isinstance(module, HookPoint)]
     wants_logits = any(id(hook_point) in at_points or is_hooked(hook_point) for hook_point in at_head)
-    with running(model, recorders, keys, record_attention if at_keys else None, way=way) as network:
+    with running(model, recorders, record_attention if at_attention else None, way=way) as network:
         yield network if wants_logits else base_of(network)
 
 

@@ -37,7 +37,8 @@ from transformer_lens.model_bridge import generalized_components as tl
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from melens.errors import MelensError
-from melens.tracing.attention import FUSED, columns_of, uses_attention_function
+from melens.tracing.attended import Attended, FromPattern
+from melens.tracing.attention import FUSED, uses_attention_function
 from melens.tracing.resume import is_skipped
 from melens.tracing.sites import Sites
 
@@ -47,8 +48,8 @@ __all__ = [
 
 Record = Callable[[Tensor], None]
 
-RecordAttention = Callable[[int, Tensor], None]
-"""Called as `record(layer, attention)` with a float32 `[batch, head, query, key]`, a column for each wanted key."""
+RecordAttention = Callable[[int, Attended], None]
+"""Called as `record(layer, attended)`."""
 
 Way = Literal["fast", "bridge"]
 """What runs: the plain twin, or the bridge with TransformerLens's components."""
@@ -344,7 +345,6 @@ _WARNED: WeakKeyDictionary[TransformerBridge, set[str]] = WeakKeyDictionary()
 def running(
     model: TransformerBridge,
     recorders: Sequence[tuple[HookPoint, Record]] = (),
-    keys: Sequence[int] = (),
     record_attention: RecordAttention | None = None,
     *,
     way: Way = "fast",
@@ -356,7 +356,6 @@ def running(
     Args:
         model: the bridge.
         recorders: what records the activations that pass hook points.
-        keys: key positions whose attention `record_attention` wants.
         record_attention: called once a block with attention and forward pass.
         way: "bridge" runs the bridge where the twin could be run, too.
 
@@ -373,7 +372,7 @@ def running(
             twin = Twin.of(model)
             why_not = _why_not(twin, hooked, [hook_point for hook_point, _ in recorders])
             if not why_not:
-                _attach(twin, hooked, recorders, tuple(keys), record_attention, stack)
+                _attach(twin, hooked, recorders, record_attention, stack)
                 yield twin.network
                 return
             warned = _WARNED.setdefault(model, set())
@@ -387,7 +386,7 @@ def running(
         for hook_point, record in recorders:
             _record_at(hook_point, record, stack)
         if record_attention is not None:
-            _record_patterns(model, keys, record_attention, stack)
+            _record_patterns(model, record_attention, stack)
         yield model.original_model
 
 
@@ -414,7 +413,6 @@ def _attach(
     twin: Twin,
     hooked: Sequence[HookPoint],
     recorders: Sequence[tuple[HookPoint, Record]],
-    keys: tuple[int, ...],
     record_attention: RecordAttention | None,
     stack: ExitStack,
 ) -> None:
@@ -441,7 +439,7 @@ def _attach(
         stack.callback(place.attach(partial(_by_prompt, fire, shape)).remove)
     for layer, attention in twin.attention.items():
         if record_attention is not None or layer in at_pattern:
-            wanted = _Wanted(keys, record_attention and partial(record_attention, layer), at_pattern.get(layer))
+            wanted = _Wanted(record_attention and partial(record_attention, layer), at_pattern.get(layer))
             stack.callback(wanted.attach(attention, is_fused=twin.is_fused).remove)
 
 
@@ -455,10 +453,9 @@ def _by_prompt(fire: _Fire, shape: Sequence[int], activation: Tensor) -> Tensor 
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What is wanted of a block's attention: that on some keys, to be recorded, and the pattern, to fire with."""
+    """What is wanted of a block's attention: what it pays to keys, to be recorded, and the pattern, to fire with."""
 
-    keys: tuple[int, ...]
-    record: Record | None
+    record: Callable[[Attended], None] | None
     fire: _Fire | None
 
     def attach(self, attention: nn.Module, *, is_fused: bool) -> RemovableHandle:
@@ -468,7 +465,7 @@ class _Wanted:
 
     def _pass_on(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
         """Give a transformers attention module arguments more, which it hands on to its attention function."""
-        wanted = {"melens_keys": self.keys, "melens_record": self.record, "melens_pattern": self.fire}
+        wanted = {"melens_record": self.record, "melens_pattern": self.fire}
         return args, kwargs | wanted
 
     def _read(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -478,7 +475,7 @@ class _Wanted:
             if self.fire is not None:
                 self.fire(pattern)
             if self.record is not None:
-                self.record(columns_of(pattern, self.keys))
+                self.record(FromPattern(pattern))
 
 
 def _record_at(hook_point: HookPoint, record: Record, stack: ExitStack) -> None:
@@ -492,11 +489,11 @@ def _record_at(hook_point: HookPoint, record: Record, stack: ExitStack) -> None:
     stack.callback(handle.hook.remove)
 
 
-def _record_patterns(model: TransformerBridge, keys: Sequence[int], record: RecordAttention, stack: ExitStack) -> None:
-    """Record the attention on some keys from a bridge's own patterns."""
+def _record_patterns(model: TransformerBridge, record: RecordAttention, stack: ExitStack) -> None:
+    """Record a block's attention from the bridge's own patterns."""
 
     def on_pattern(layer: int, pattern: Float[Tensor, "batch head query key"]) -> None:
-        record(layer, columns_of(pattern, keys))
+        record(layer, FromPattern(pattern))
 
     for layer, block in enumerate(model.blocks):
         hook_point = getattr(block._modules.get("attn"), "hook_pattern", None)

@@ -43,8 +43,9 @@ from melens.models.twins import bridge_around, twin_of
 from melens.models.view import base_of
 from melens.printing import Summary
 from melens.storage.cache import Store, store_for_kind
+from melens.tracing.attended import Attended, FromPattern
 from melens.tracing.batching import BatchRule, forget_longest, measured, rule_of
-from melens.tracing.sites import ATTENTION_ON_KEYS, Sites
+from melens.tracing.sites import ATTENTION_BY_KEY, ATTENTION_ON_KEYS, Sites
 from melens.tracing.twin import Place, Twin, Way, running
 from melens.validation.arguments import Bridge
 from melens.validation.signatures import SiteList, checked
@@ -160,16 +161,16 @@ def verify(model: Bridge, sites: SiteList | None = None) -> Verification:
         if not Sites.of(model).find(site):
             raise MelensError(f"No block of this model has the site {site!r}; names are like 'hook_resid_post'.")
     if sites is None:
-        on_keys = [ATTENTION_ON_KEYS] if Sites.of(model).find(ATTENTION_ON_KEYS) else []
-        sites = [*{site for site, _ in _places_of(model, _USUAL)}, *on_keys]
+        paid = [site for site in _PAID if Sites.of(model).find(site)]
+        sites = [*{site for site, _ in _places_of(model, _USUAL)}, *paid]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         return _verify(model, sorted(set(sites)))
 
 
 _USUAL = (
     "hook_resid_pre", "ln1.hook_in", "ln1.hook_out", "attn.hook_q", "attn.hook_k", "attn.hook_v",
-    ATTENTION_ON_KEYS, "hook_attn_out", "hook_resid_mid", "ln2.hook_out", "mlp.hook_pre", "mlp.hook_post",
-    "hook_mlp_out", "hook_resid_post",
+    "hook_attn_out", "hook_resid_mid", "ln2.hook_out", "mlp.hook_pre", "mlp.hook_post", "hook_mlp_out",
+    "hook_resid_post",
 )  # fmt: skip
 
 _KNOWN: WeakKeyDictionary[TransformerBridge, dict[tuple[str, ...], Verification]] = WeakKeyDictionary()
@@ -373,7 +374,8 @@ class _Expected:
         for layer, pattern in zip(layers, patterns, strict=True):
             if isinstance(pattern, Tensor) and pattern.ndim == 4:
                 whole["attn.hook_pattern", layer] = pattern
-                whole[ATTENTION_ON_KEYS, layer] = pattern[..., :1]
+                for site in _PAID:
+                    whole[site, layer] = _paid(site, FromPattern(pattern), [len(prompt)])
         return whole
 
     @property
@@ -408,8 +410,10 @@ def _keep(values: list[Tensor], activation: Tensor) -> None:
     values.append(activation.clone())
 
 
-_ATTENTIONS = (ATTENTION_ON_KEYS, "attn.hook_pattern")
-"""Sites whose tensors hold probabilities, `[batch, head, query, key]`."""
+_PAID = (ATTENTION_ON_KEYS, ATTENTION_BY_KEY)
+
+_ATTENTIONS = (*_PAID, "attn.hook_pattern")
+"""Sites whose tensors hold probabilities, `[batch, head, query, key]`, or `[batch, head, key, 1]`."""
 
 
 def _error(site: str, found: Tensor, expected: Tensor, share: float | int = 1.0) -> float:
@@ -442,17 +446,18 @@ def _measure(
     """Run the prompts as a trace does, and return what passes once at each site, a prompt each."""
     lengths = [len(prompt) for prompt in prompts]
     wanted = [at for site in sites for at in Sites.of(model).find(site)]
-    on_keys = ATTENTION_ON_KEYS in sites
+    paid_sites = [site for site in _PAID if site in sites]
     found: list[_Recorded] = [{} for _ in prompts]
     for rows in [[0, 1]] if rule.may_share(lengths) else [[0], [1]]:
         tokens = torch.nn.utils.rnn.pad_sequence([prompts[row] for row in rows], batch_first=True)
         recorded: dict[_Where, list[Tensor]] = defaultdict(list)
         recorders = [(at.hook_point, partial(_keep, recorded[at[:2]])) for at in wanted if at.hook_point is not None]
 
-        def record_attention(layer: int, attention: Tensor, recorded: Any = recorded) -> None:
-            _keep(recorded[ATTENTION_ON_KEYS, layer], attention)
+        def record_attention(layer: int, attended: Attended, rows: Any = rows, recorded: Any = recorded) -> None:
+            for site in paid_sites:
+                _keep(recorded[site, layer], _paid(site, attended, [lengths[row] for row in rows]))
 
-        with running(model, recorders, [0], record_attention if on_keys else None, way=way) as network:
+        with running(model, recorders, record_attention if paid_sites else None, way=way) as network:
             forget_longest(network)
             base_of(network)(input_ids=tokens.to(input_device(network)), use_cache=False)
         for at, row in enumerate(rows):
@@ -462,7 +467,15 @@ def _measure(
     return found
 
 
-def _without_padding(site: str, activation: Tensor, length: int) -> Tensor:
+def _paid(site: str, attended: Attended, lengths: Sequence[int]) -> Tensor:
+    """Read what attention pays to token 0, or to every key by each query that sees it."""
     if site == ATTENTION_ON_KEYS:
+        return attended.on_keys([0])
+    paid, seen_by = attended.by_key(torch.tensor(lengths, dtype=torch.int32)).unbind(-1)
+    return (paid / seen_by.clamp(min=1))[..., None]
+
+
+def _without_padding(site: str, activation: Tensor, length: int) -> Tensor:
+    if site in _PAID:
         return activation[:, :, :length]
     return activation[:, :, :length, :length] if site in _ATTENTIONS else activation[:, :length]

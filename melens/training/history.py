@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,10 @@ import pandas as pd
 from melens.errors import MelensError
 from melens.figures.curves import over_steps
 from melens.printing import Brief
-from melens.report.result import Figure
+from melens.report.result import Figure, Metrics, Result
+from melens.training.recipe import METHODS
 
-__all__ = ["TrainingHistory", "average_histories", "draw_histories"]
+__all__ = ["TrainingHistory", "average_histories", "compare_trainings", "draw_histories", "trainings"]
 
 _LOGGED = {
     "loss": "loss",
@@ -88,6 +89,52 @@ class TrainingHistory(Brief):
 
 def _number(value: Any, digits: int = 4) -> str:
     return "none" if value is None else f"{value:.{digits}g}"
+
+
+def trainings(results: Mapping[str, Result]) -> Result:
+    """Draw several trainings side by side, as a sweep of trainings does.
+
+    Args:
+        results: of `melens.analysis.training`, by the name that a curve gets.
+
+    Returns:
+        The figures `training_loss` and `training_trace`.
+
+    Raises:
+        MelensError: none, or the result of another analysis.
+
+    Example:
+        >>> from melens.training.plan import TrainingPlan
+        >>> from melens.training.recipe import Recipe
+        >>> plan = TrainingPlan(Recipe("sft", batch_size=2, micro_batch_size=2, lr=0.01, steps=2), "sums", limit=8)
+        >>> before = melens.study(melens.load_model("tiny"), prompts)
+        >>> plain = melens.analysis.training(before, plan, "trained")
+        >>> list(melens.analysis.trainings({"plain": plain, "again": plain}).figures)
+        ['training_loss', 'training_trace']
+    """
+    if not results:
+        raise MelensError("There are no trainings to draw: give some as {'a name': melens.analysis.training(...)}.")
+    for name, result in results.items():
+        if result.experiment not in METHODS:
+            raise MelensError(f"{name!r} is a result of {result.experiment}; trainings takes those of trainings.")
+    histories = [
+        TrainingHistory(name, result.tables["training_log"], result.tables["training_trace"])
+        for name, result in results.items()
+    ]
+    methods, me_layers = zip(
+        *((result.experiment, result.metrics.me_layer) for result in results.values()), strict=True
+    )
+    return compare_trainings(histories, set(methods), set(me_layers))
+
+
+def compare_trainings(
+    histories: Sequence[TrainingHistory], methods: Collection[str], me_layers: Collection[int | None]
+) -> Result:
+    """Draw trainings side by side, of these methods, of models that had these ME layers before; each method once."""
+    (me_layer,) = me_layers if len(me_layers) == 1 else (None,)
+    title = f"{len(histories)} of {' and '.join(sorted(method.upper() for method in methods))}"
+    findings = [(own.name, f"{own.loss_in_words()}. {own.change_in_words()}") for own in histories]
+    return Result("trainings", {}, Metrics(), figures=draw_histories(histories, title, me_layer), findings=findings)
 
 
 def average_histories(histories: Sequence[TrainingHistory]) -> list[TrainingHistory]:

@@ -220,23 +220,43 @@ class TrainingMetrics(Metrics):
 def training(
     study: Study,
     plan: TrainingPlan,
-    folder: Path,
+    folder: str | Path,
     *,
     mask: WeMask | None = None,
     mask_name: str = "mask",
     resume: bool = False,
 ) -> Result:
-    """Train, save, and report what became of the model.
+    """Train the model of a study with a mask or without, save it, and report what became of it (`exp=sft` and others).
+
+    The weights of the study's model change: load it again for what is to be compared with it.
 
     Args:
-        study, plan, folder, mask, resume: as for `train_model`.
+        study: of the model before the training.
+        plan: what is trained on what; `check_plan` tells what is wrong with it before a large model is loaded.
+        folder: for `checkpoints` and `model`, the trained one.
+        mask: on all the time, as on the reference model of DPO and GRPO.
         mask_name: what findings call the mask.
+        resume: go on from the checkpoints in the folder.
 
     Returns:
         Metrics `TrainingMetrics`; the tables `training_log` and `training_trace` and the figures `training_loss` and
         `training_trace`, of a `TrainingHistory`.
+
+    Raises:
+        MelensError: as `train_model`.
+
+    Example:
+        >>> from melens.training.plan import TrainingPlan
+        >>> from melens.training.recipe import Recipe
+        >>> plan = TrainingPlan(Recipe("sft", batch_size=2, micro_batch_size=2, lr=0.01, steps=2), "sums", limit=8)
+        >>> mask = melens.WeMask(0.1, select="random", start=1)
+        >>> before = melens.study(melens.load_model("tiny"), prompts)
+        >>> result = melens.analysis.training(before, plan, "trained", mask=mask)
+        >>> result.metrics.training_steps, sorted(result.figures)
+        (2, ['training_loss', 'training_trace'])
+        >>> trained = melens.load_model("trained/model")
     """
-    trained = train_model(study, plan, folder, mask=mask, resume=resume)
+    trained = train_model(study, plan, Path(folder), mask=mask, resume=resume)
     name, method = study.trace.model["name"], plan.recipe.method
     first, last = trained.history.ends
     inspected = ("me_layer", "magnification_there", "sink_mass")
@@ -271,13 +291,14 @@ def _findings(plan: TrainingPlan, trained: TrainedModel, mask_name: str) -> Sequ
         speed += f", {stats.tokens_per_second:,.0f} tokens a second"
     if stats.peak_gb:
         speed += f", {stats.peak_gb:.1f} GB at most"
-    what = f"{plan.recipe.method} on {trained.n_rows} rows of {plan.dataset}, mask {mask}, gate {plan.gate or 'none'}"
+    what = f"{plan.recipe.method.upper()} on {trained.n_rows} rows of {plan.dataset}, mask {mask}, "
+    what += f"gate {plan.gate or 'none'}"
     resumed = f", from step {stats.resumed_at} on" if stats.resumed_at else ""
     return [
         ("training", what),
         *([("thinking", f"{stats.thinking} in rollouts")] if stats.thinking else []),
         ("steps", f"{stats.steps}{resumed}; {trained.history.loss_in_words()}"),
-        ("speed", speed),
         ("massive activation", trained.history.change_in_words()),
-        ("saved", f"{trained.folder}: model=hub model.name={trained.folder} in any experiment"),
+        ("saved", f"model=hub model.name={trained.folder} takes it in any experiment"),
+        ("speed", speed),
     ]

@@ -162,7 +162,7 @@ def test_one_state_alone_is_compared_with_nothing(compared):
         metrics = AttentionInputsMetrics(**study.shared_metrics, **fields)
         assert judged(metrics).verdict["key-same"] == expected
         assert len(by_block)
-        assert inputs_in_words(metrics).startswith("There is one first token alone, and no other input")
+        assert inputs_in_words(metrics)[0][1].startswith("There is one first token alone, and no other input")
 
 
 def test_a_quantity_that_the_model_does_not_have_is_not_measured(compared):
@@ -229,7 +229,7 @@ def test_a_state_that_is_formed_later_is_followed_from_there(compared):
 
 def test_the_words_say_cosines_and_the_control(compared):
     metrics, _ = compared()
-    assert "key 0.9700 (0.9700 to 0.9700), at position 4 0.60" in inputs_in_words(metrics)
+    assert "key 0.9700 (0.9700 to 0.9700) (token 4: 0.60)" in dict(inputs_in_words(metrics))["between inputs"]
 
 
 # --- On a model -------------------------------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ def test_causes_are_the_blocks_without_which_half_is_left(result):
     assert left["ffn"] == pytest.approx({0: 0.5, 1: 0.51, 2: 0.3, 3: 0.8, 4: 1})  # of block 3: from block 3 on
     assert left["attention"] == pytest.approx({0: 1, 1: 0.25, 2: 1, 3: 1, 4: 1})
     assert left["ln2_no_gain"] == pytest.approx({0: 1, 1: 1, 2: 2, 3: 1, 4: 1})
-    assert "Removing the FFN of block 0 (leaves 50%), 2 (leaves 30%)" in result.figures["causes"].observed
+    assert "without the FFN of one block: 0 (50% left), 2 (30% left); least" in result.figures["causes"].observed
     assert result.claims.set_index("id").verdict.to_dict() == {
         "ffn-needed": "holds in part", "ffn-fades": "does not hold", "norm-scales": "does not hold",
         "only-me-causal": "does not hold",
@@ -162,15 +162,17 @@ def test_an_intact_output_restores_and_an_ablated_one_carries_the_damage(result)
     assert left["carried", 0, 0] == pytest.approx(0.2)
     assert left["restored", 1, 2] == 1
     assert result.figures["patching"].observed == (
-        "The intact FFN output of block 2 alone restores at least 80%, whichever earlier block's FFN is removed "
-        "(blocks 0 and 1; least for block 0)."
+        "The intact FFN output of block 2 alone restores at least 80% of the norm, whichever earlier block's FFN is "
+        "removed (blocks 0 and 1; least for block 0)."
     )
+    assert [what for what, _ in result.findings] == ["without the FFN", "without the norm", "other blocks", "patching"]
+    assert all(said in result.figures["removed"].observed for _, said in result.findings[:2])
 
 
 @pytest.mark.parametrize(
     ("blocks", "expected"),
     [
-        ([0, 2], "restores 80% (70% to 90%) where the FFN of block 0 is removed, the only one before it."),
+        ([0, 2], "restores 80% (70% to 90%) of the norm where the FFN of block 0 is removed, the only one before it."),
         ([2], "No FFN lies before block 2, so that its intact output has nothing to restore but itself."),
     ],
 )

@@ -43,9 +43,10 @@ def test_what_differs_is_judged_again_and_once(judged):
     assert rows.loc[(500, "b"), shown].tolist() == [1, "does not hold", "holds in part"]
     assert rows.loc[(2_000, "b"), ["me_layer", "verdict", "changed"]].tolist() == [2, "holds in part", False]
     assert by_ratio.in_words() == (
-        "With massive meaning more than so many × the median, the ME layer is block 1 for 500 and 750, block 2 for "
-        "1,000 and 2,000. Of 3 prompts it is that of 3 (500), 3 (750), 3 (1,000) and 3 (2,000). Of 2 verdicts "
-        "(emergence, ffn) these change: for 500 and 750 b to 'does not hold'."
+        "By how many times the median an activation must be to count as massive, the ME layer is block 1 for 500 and "
+        "750, block 2 for 1,000 and 2,000. Of 3 prompts so many have that layer: 3 (500), 3 (750), 3 (1,000) and 3 "
+        "(2,000). Of 2 verdicts (emergence, ffn) on the paper's claims these change: for 500 and 750 b to 'does not "
+        "hold'."
     )
 
 
@@ -54,8 +55,8 @@ def test_where_nothing_differs_nothing_is_judged_again(judged):
     assert judged == []
     assert by_ratio.changed == {}
     assert by_ratio.in_words() == (
-        "With massive meaning more than so many × the median, the ME layer is block 2 for 1,000 and 2,000. It is the "
-        "same in every prompt, and so is every verdict."
+        "By how many times the median an activation must be to count as massive, the ME layer is block 2 for 1,000 and "
+        "2,000. It is the same in every prompt, and so is every verdict on the paper's claims."
     )
 
 

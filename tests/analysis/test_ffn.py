@@ -97,10 +97,12 @@ def test_the_verdicts(result):
 def test_the_figure_says_what_the_field_calls_concentration(result):
     observed = result.figures["ffn"].observed
     assert (
-        "inverse participation ratio) peaks in block 2 after gate, in block 1 after up, in block 2 after down. "
-        "All three are largest in the ME layer in 67% of prompts." in observed
+        "inverse participation ratio), in block 2 after gate, in block 1 after up, in block 2 after down; the last "
+        "blocks are left out. All three are largest in the ME layer in 67% of prompts." in observed
     )
-    assert "block 2 amplifies token 0 by × 30 (5.159 to 54.84), 4.67 times as much as any other." in observed
+    assert "block 2 amplifies token 0 by × 30 (5.159 to 54.84), its output's norm over its input's; " in observed
+    assert observed.endswith("that is 4.67 times as much as in any other block.")
+    assert [what for what, _ in result.findings] == ["concentration", "amplification"]
     assert "norm behind" not in observed
 
 
@@ -186,7 +188,7 @@ def test_what_a_norm_behind_the_ffn_does_is_not_the_ffn_s():
     assert metrics.norm_behind == pytest.approx(660 / 9)
     assert metrics.with_norm_behind == pytest.approx(66)
     assert metrics.with_norm_behind_over_next == pytest.approx(66)
-    assert "amplifies token 0 by × 0.9 (0.9 to 0.9), 1.8 times as much as any other." in result.figures["ffn"].observed
+    assert "amplifies token 0 by × 0.9 (0.9 to 0.9), its" in result.figures["ffn"].observed
     said = "The norm behind it makes that × 73.33 (73.33 to 73.33): together × 66, 66 times as much as in any other"
     assert said in result.figures["ffn"].observed
     curves = [trace.name for trace in result.figures["ffn"].plot.data if trace.yaxis == "y2" and trace.showlegend]

@@ -228,11 +228,17 @@ def test_figures_and_table_hold_what_they_say(result):
     assert by_block["ln2.hook_out", "delta_kl"].tolist() == pytest.approx([1, 1, -2, -2.5, 1, 1, 1])
     assert by_block["ln2.hook_out", "weight_norm_ratio"].tolist() == pytest.approx([0.6, 1.5, 4, 3, 1, 10, 10])
     assert by_block["ln1.hook_out", "weight_norm", 0] == 100
-    observed = "In block 2 the norm of token 0 is 4 (4 to 4) times the others'; it is first twice theirs in block 2. "
-    observed += "Its own norm there is × 1.33 that in block 3, the next largest before the trailing blocks."
-    assert result.figures["weight_norm"].observed == observed
-    assert "0.500 less than in block 3; ΔKL is -2.000 (" in result.figures["gain_alignment"].observed
-    assert result.figures["gain_alignment"].observed.endswith("nats, 0.500 higher than in block 3.")
+    said = dict(result.findings)
+    assert said["against others"] == (
+        "In block 2, the ME layer, the output of the norm before the FFN is 4 (4 to 4) times as large for token 0 as "
+        "for the other tokens; it is twice as large first in block 2."
+    )
+    assert said["against other blocks"].startswith("For token 0 it is × 1.33 that in block 3, the largest of the other")
+    assert result.figures["weight_norm"].observed == f"{said['against others']} {said['against other blocks']}"
+    assert said["ΔFrac"].endswith("in block 2, 0.500 less than in block 3.")
+    assert " -2.000 (" in said["ΔKL"]
+    assert said["ΔKL"].endswith("nats in block 2, 0.500 higher than in block 3.")
+    assert result.figures["gain_alignment"].observed == f"{said['ΔFrac']} {said['ΔKL']}"
     panels = [text.text for text in result.figures["gain_alignment"].plot.layout.annotations]
     assert "ΔKL at RMSNorm post_attention_layernorm (ln2)" in panels
     curves = [curve.name for curve in result.figures["weight_norm"].plot.data if curve.showlegend]

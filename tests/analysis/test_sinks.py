@@ -92,10 +92,14 @@ def test_even_attention_by_hand():
 
 @pytest.fixture
 def sinks_of(monkeypatch):
-    """Analyse inputs of these sink masses by block, mean over two heads; there are no ranks and no attention inputs."""
+    """Analyse inputs of these sink masses by block, mean over two heads; there are no sink rates, ranks and inputs."""
     maps = melens.Trace({"n_layers": 7}, pd.DataFrame(), {}, {"attention_maps": torch.full((1, 2, 2, 8, 8), 0.25)})
     monkeypatch.setattr(attention_sinks, "trace", lambda *told, **options: maps)
     monkeypatch.setattr(attention_inputs, "compare_inputs", lambda study: ({}, pd.DataFrame()))
+    monkeypatch.setattr(attention_sinks.sink_rate, "probes", lambda model: [])
+    monkeypatch.setattr(attention_sinks.sink_rate, "measure_sink_rate", lambda trace: {})
+    monkeypatch.setattr(attention_sinks.sink_rate, "sink_rate_by_block", lambda trace: pd.DataFrame())
+    monkeypatch.setattr(attention_sinks.sink_rate, "sink_rate_figure", lambda *told: None)
 
     def analyse(masses, n_tokens=40, me_layer=2, born=None, first_tokens=None):
         heads = []

@@ -21,9 +21,9 @@ def _git(*command: str) -> str:
 
 @cache
 def _criteria_in(commit: str) -> str:
-    """Return the lines of a commit around its criteria; a text that goes over two lines is joined."""
+    """Return the lines of a commit around its criteria, with ≥ for >=; a text that goes over two lines is joined."""
     found = _git("grep", "-h", "-A", "3", "criterion", commit, "--", "*.py")
-    return re.sub(r'"\s+"', "", found)
+    return re.sub(r'"\s+"', "", found).replace(">=", "≥").replace("<=", "≤")
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,12 @@ import json
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 from planted import plain_model
 
 import melens
@@ -120,3 +123,52 @@ def test_the_readmes_library_runs(monkeypatch, capsys):
     assert said.startswith("block 11 of 30")
     assert "a figure" in said
     assert "No block's output holds" in said
+
+
+class StoreOfSAELens:
+    """The part of SAELens 6.49's `ActivationsStore` that the guide changes: the iterator asks for filtered batches."""
+
+    def __init__(self, batches):
+        self.batches = iter(batches)
+
+    def get_filtered_llm_batch(self, raise_on_epoch_end=False):
+        return next(self.batches)
+
+    def __iter__(self):
+        try:
+            while True:
+                yield self.get_filtered_llm_batch(raise_on_epoch_end=True)
+        except StopIteration:
+            return
+
+
+class RunnerOfSAELens:
+    def __init__(self, cfg):
+        self.activations_store = StoreOfSAELens(cfg["batches"])
+
+    def run(self):
+        self.trained_on = torch.cat(list(self.activations_store))
+
+
+def test_the_guide_of_the_library_keeps_massive_tokens_out(embedded, tmp_path, monkeypatch, capsys):
+    section = (ROOT / "melens" / "README.md").read_text("utf-8").split("\n## Sparse autoencoders and probes\n")[1]
+    loop, of_saelens = re.findall(r"```python\n(.*?)```", section.split("\n## ")[0], re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    own = sorted(load_prompts(), key=lambda prompt: len(prompt.text))[:2]
+    monkeypatch.setattr("melens.analysis.massive_tokens.load_prompts", lambda: own)
+    monkeypatch.setattr(melens, "load_model", lambda name: embedded)
+    monkeypatch.setattr(embedded.tokenizer, "padding_side", embedded.tokenizer.padding_side)  # as it was, afterwards
+    exec(loop, names := {"__name__": "guide"})
+    assert capsys.readouterr().out.startswith("Massive tokens of smollm2-135m: |h| > ")
+    hidden, is_token = names["hidden"], names["batch"]["attention_mask"].bool()
+    massive = int((hidden[is_token].abs().amax(-1) > 10_000).sum())
+    assert massive >= 2  # token 0 of each text
+    assert len(names["states"]) == int(is_token.sum()) - massive
+    assert names["states"].abs().max() < 1_000
+    stand_in = ModuleType("sae_lens")
+    stand_in.LanguageModelSAETrainingRunner = RunnerOfSAELens
+    monkeypatch.setitem(sys.modules, "sae_lens", stand_in)
+    exec(of_saelens, of_runner := {"cfg": {"batches": hidden[:, :5]}, "__name__": "guide"})
+    kept = names["keep"](hidden[:, :5], 14)
+    assert not kept.all()
+    assert of_runner["runner"].trained_on.equal(hidden[:, :5][kept])

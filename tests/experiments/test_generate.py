@@ -341,7 +341,8 @@ def test_the_same_text_on_both_sides_has_no_marks():
 )
 def test_how_many_texts_change_is_a_sentence(n_pairs, same, words):
     metrics = GenerateMetrics(n_pairs=n_pairs, identical_share=same, mean_parted_at=3.0, mean_kl=0.5)
-    assert in_words(metrics, sampled=False).startswith(f"{words} KL of the next token")
+    along = "text" if n_pairs == 1 else "texts"
+    assert in_words(metrics, sampled=False) == f"{words} KL of the next token along the unmasked {along}: 0.5 nats."
 
 
 def test_brackets_in_a_finding_are_no_markup_of_the_terminal():

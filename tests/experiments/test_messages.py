@@ -1,9 +1,13 @@
-"""What all sentences have in common, read from the source."""
+"""What all sentences have in common, read from the source, and that none is printed twice."""
 
 import ast
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
+
+from experiments.runner import command
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(path for package in ("melens", "experiments") for path in (ROOT / package).rglob("*.py"))
@@ -35,3 +39,18 @@ def test_no_sentence_prints_a_function_in_place_of_what_it_returns(path):
 def test_such_a_sentence_would_be_found():
     source = "from a import folder\ndef tell(path):\n    raise ValueError(f'{folder} or {path}, {folder()}')\n"
     assert functions_in_texts(source) == ["folder"]
+
+
+def test_a_warning_is_printed_once_in_a_job_whatever_libraries_do_to_filters(monkeypatch, capsys):
+    def job():
+        for text in ("The gains are alike.", "The gains are alike.", "Another."):
+            warnings.simplefilter("default")
+            warnings.warn(text, stacklevel=1)
+
+    with warnings.catch_warnings():
+        monkeypatch.setattr(command, "main", job)
+        for name, value in {"_printed_warnings": set(), "_failures": [], "failed_jobs": []}.items():
+            monkeypatch.setattr(command, name, value)
+        monkeypatch.setattr(sys, "argv", ["run.py"])
+        assert command.run_command() == 0
+    assert capsys.readouterr().err == "Warning: The gains are alike.\nWarning: Another.\n"

@@ -240,6 +240,7 @@ def test_a_file_of_any_name_is_found_also_in_a_sweep(tmp_path, name):
         (["data.text=my/own/text"], "data.text is 'my/own/text'; it must be an existing file or a dataset of the hub"),
         (["model.max_memory={gpu:1GB}"], "model.max_memory is {'gpu': '1GB'}; it must be like {0: 40GB, cpu: 90GB}"),
         (["model.max_memory={cpu:much}"], "model.max_memory is {'cpu': 'much'}; it must be like {0: 40GB, cpu: 90GB}"),
+        (["-m", "hydra/launcher=joblib"], "hydra/launcher=joblib needs hydra_joblib_launcher, which is not installed"),
         (["training=sft"], "training is a group of options, as training.<name>=..."),
         (["seed=[0"], "The value of seed=[0 cannot be read"),
     ],
@@ -480,3 +481,17 @@ def test_the_merged_table_has_a_column_for_every_swept_option(tmp_path):
     assert sweep["exp.other_shares"].tolist() == ["[0.1]", "[0.1]", "[0.2]", "[0.2]"]
     assert sweep["seed"].tolist() == [0, 1, 0, 1]
     assert pd.read_parquet(tmp_path / "claims.parquet")["model"].nunique() >= 4
+
+
+def test_a_sweep_ends_with_the_jobs_that_failed_and_why(tmp_path, capsys):
+    import json
+
+    results = results_of(tmp_path, *[["exp=rmsnorm", f"seed={seed}"] for seed in range(3)])
+    for number, (folder, result) in enumerate(results.items()):
+        folder.mkdir()
+        failure = {"status": "failed", "error": "It has no [norm]."} if number == 1 else {}
+        (folder / "result.json").write_text(json.dumps(result | failure))
+    merge_jobs(tmp_path)
+    *_, said, why, page, folder = capsys.readouterr().out.splitlines()
+    assert (said, why) == ("1 of 3 jobs failed:", "  seed=1: It has no [norm].")
+    assert (page.split(":")[0], folder.split(":")[0]) == ("Page", "Folder")

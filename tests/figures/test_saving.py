@@ -13,7 +13,7 @@ from melens.figures.attention import attention_change
 from melens.figures.curves import Curve, Panel, curves_by_block
 from melens.figures.fitting import in_columns
 from melens.figures.heatmaps import Heatmap, heatmaps, shares
-from melens.figures.saving import check_images, page
+from melens.figures.saving import check_images, for_screens, in_notebook, page
 from melens.figures.scores import score_table
 from melens.figures.style import FIRST, finish
 from melens.report.record import write_tables_and_figures
@@ -99,6 +99,32 @@ def test_panels_below_one_another_all_have_their_labels():
     figure = attention_change(maps, maps / 2, ["a", "b"], title="A", note="")
     assert [axis.showticklabels for axis in figure.select_yaxes()] == [None, False, False]
     assert all(axis.showticklabels for axis in in_columns(figure, 1).select_yaxes())
+
+
+def test_attention_maps_have_their_list_of_heads_on_a_phone_and_where_it_can_be_used_alone(monkeypatch):
+    maps = np.ones((2, 2, 2))
+    figure = attention_change(maps, maps / 2, ["a", "b"], title="A", note="")
+    on_phone = json.loads(for_screens(figure))["narrow"]["layout"]
+    assert [button["label"] for button in on_phone["updatemenus"][0]["buttons"]] == [
+        "mean over heads",
+        "head 0",
+        "head 1",
+    ]
+    assert on_phone["dragmode"] is False  # a finger scrolls the page
+    assert not in_columns(figure, 1).layout.updatemenus
+    for renderer, n_lists in (("png", 0), ("plotly_mimetype", 1)):
+        monkeypatch.setattr("plotly.io.renderers.default", renderer)
+        assert len(in_notebook(figure).layout.updatemenus) == n_lists
+
+
+def test_the_colours_of_the_difference_stand_beside_it_in_maps_below_one_another():
+    maps = np.ones((1, 2, 2))
+    figure = in_columns(attention_change(maps, maps / 2, ["a", "b"], title="A", note=""), 1)
+    upper, lower = (axis.colorbar for axis in (figure.layout.coloraxis, figure.layout.coloraxis2))
+    assert (upper.y, upper.yanchor, lower.y, lower.yanchor) == (1, "top", 0, "bottom")
+    first, _, difference = (axis.domain for axis in figure.select_yaxes())
+    room = figure.layout.height - figure.layout.margin.t
+    assert upper.len == lower.len < room * min(first[1] - first[0], difference[1] - difference[0])
 
 
 def test_what_has_no_axes_fits_too():

@@ -207,15 +207,16 @@ def parts():
 
 
 def test_experiments_say_of_a_hybrid_what_is_so(parts):
-    said = dict(row for part in parts for row in part.findings)
+    (said,) = (dict(part.findings) for part in parts if part.experiment == "emergence")
     metrics = {part.experiment: part.metrics for part in parts}
     assert not any(part.not_applicable for part in metrics.values())
     assert {part.me_layer for part in metrics.values()} == {1}
     assert said["layout"] == "attention in blocks 3 and 5 of 6; an FFN in blocks 1 and 4 of 6"
     assert said["sinks start"] == "nowhere; there is attention in blocks 3 and 5 of 6"
-    assert said["sinks"].endswith("There is attention in blocks 3 and 5 of 6.")
-    assert said["FFN"].endswith("There is an FFN in blocks 1 and 4 of 6.")
-    assert "No gate projection can be measured in any FFN." in said["FFN"]
+    observed = {name: figure.observed for part in parts for name, figure in part.figures.items()}
+    assert observed["sink_mass"].endswith("There is attention in blocks 3 and 5 of 6.")
+    assert observed["ffn"].endswith("There is an FFN in blocks 1 and 4 of 6.")
+    assert "No gate projection can be measured in any FFN." in observed["ffn"]
     assert metrics["ablation"].causal_layers == [1]
     assert metrics["predict"].ranks["response"] == 1
 

@@ -11,10 +11,11 @@ from melens import MelensError
 from melens.claims.paper import CLAIMS
 from melens.report.ledger import KEPT, claims_by_model, claims_in_markdown, marked_parts, update_findings
 from melens.report.terminal import number_with_interval
+from melens.report.verdicts import verdicts
 
 ROOT = Path(__file__).parents[2]
 CLAIM = {
-    "id": "a", "claim": "It is large", "source": "section 3", "statistic": "size", "criterion": ">= 3",
+    "id": "a", "claim": "It is large", "source": "section 3", "statistic": "size", "criterion": "≥ 3",
     "value": 4.0, "low": 3.5, "high": 4.5, "verdict": "holds", "note": "", "former_verdict": None,
 }  # fmt: skip
 
@@ -54,14 +55,14 @@ def test_a_cosine_near_1_is_not_rounded_to_it(value, words):
 
 
 def test_what_holds_in_all_models_comes_first_then_what_holds_in_most():
-    verdicts = {
+    by_model = {
         "a": ("does not hold", "does not hold"), "b": ("holds", "holds in part"), "c": ("holds", "holds"),
         "d": ("not measured", "holds"), "e": ("not measured", "not measured"),
     }  # fmt: skip
     rows = [
         {"model": model, "id": name, "claim": name, "source": "", "verdict": of_model[place]}
         for place, model in enumerate(("x", "y"))
-        for name, of_model in verdicts.items()
+        for name, of_model in by_model.items()
     ]
     rows.append({"model": "all models", "id": "family", "claim": "family", "source": "", "verdict": "holds"})
     table = claims_by_model(pd.DataFrame(rows))
@@ -69,6 +70,12 @@ def test_what_holds_in_all_models_comes_first_then_what_holds_in_most():
     assert table["holds_in"].tolist() == [2, 1, 1, 0, 0]
     assert table["of"].tolist() == [2, 1, 2, 2, 0]
     assert table.loc[2, ["x", "y"]].tolist() == ["holds", "holds in part"]
+    result = verdicts(pd.DataFrame(rows).assign(note=""))
+    assert result.findings[0] == ("holds in all runs", "c")
+    assert [name for name, _ in result.findings[1:]] == ["x", "y", "family"]
+    assert list(result.figures["verdicts"].plot.data[0].x) == ["x", "y", "all models"]
+    with pytest.raises(MelensError, match="Nothing was run that a claim is about"):
+        verdicts(pd.DataFrame(rows).assign(verdict="not measured", note="exp=sinks was not run."))
 
 
 def test_the_documents_are_filled_from_a_result_and_what_they_rest_on_is_kept(tmp_path):

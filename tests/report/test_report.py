@@ -199,8 +199,6 @@ def test_every_figure_is_drawn_without_an_error(page, figures):
 @pytest.mark.browser
 @in_browser
 def test_a_head_can_be_chosen_in_the_attention_maps(page):
-    if page.viewport_size == PHONE:  # there the mean alone is shown
-        return
     page.locator("summary", has_text="sinks: ").click()
 
     def shown():

@@ -31,6 +31,16 @@ def test_the_first_findings_are_shown_and_how_to_see_the_rest():
     assert "value 5" in shown(show_findings, "t", FINDINGS[:6])  # for one more, no second run
 
 
+def test_headings_are_no_findings_and_columns_are_those_of_the_rows():
+    rows = [("in all", "two of two"), ("", "left", "right"), *((f"number {n}", f"value {n}", "x") for n in range(6))]
+    brief = shown(show_findings, "t", rows)
+    assert "value 3" in brief
+    assert "value 4" not in brief
+    assert "2 more findings" in brief
+    first = next(line for line in brief.splitlines() if "two of two" in line)
+    assert first.count("│") == 3  # two columns, which have the width of three
+
+
 def test_few_claims_are_named_with_their_verdicts_and_many_are_counted():
     few = shown(show_claims, claims_of(3)).splitlines()
     assert [line.rstrip() for line in few] == [

@@ -14,7 +14,8 @@ from melens.benchmarks.options import BenchmarkOptions
 from melens.benchmarks.training_table import ScoredSet, training_table
 from melens.data.chat import Chat
 from melens.errors import MelensError
-from melens.training.history import TrainingHistory, average_histories, draw_histories
+from melens.report.result import Metrics, Result
+from melens.training.history import TrainingHistory, average_histories, draw_histories, trainings
 
 N = 40
 SHARES = {  # of right answers among 40, by row
@@ -105,6 +106,28 @@ def test_curves_of_one_or_two_trainings_also_differ_by_chance(n, said):
     histories = average_histories([history_of(name) for name in ("SFT", "WeMask") for _ in range(n)])
     observed = draw_histories(histories, "", 2)["training_loss"].observed
     assert observed.endswith(f"{said} also differ by chance." if said else "loss from 2 to 1.")
+
+
+def test_trainings_are_drawn_side_by_side_from_their_results():
+    own = history_of("")
+    tables = {"training_log": own.log, "training_trace": own.inspections}
+    plain, masked = (Result("sft", {"name": "tiny"}, Metrics(me_layer=2), tables) for _ in range(2))
+    together = trainings({"plain": plain, "WeMask": masked})
+    assert [name for name, _ in together.findings] == ["plain", "WeMask"]
+    assert {trace.name for trace in together.figures["training_loss"].plot.data} == {"plain", "WeMask"}
+    assert "2 of SFT" in together.figures["training_loss"].plot.layout.title.text
+    with pytest.raises(MelensError, match="'b' is a result of sinks; trainings takes those of trainings"):
+        trainings({"a": plain, "b": Result("sinks", {}, Metrics())})
+    with pytest.raises(MelensError, match="There are no trainings to draw"):
+        trainings({})
+
+
+def test_a_table_needs_neither_pairs_nor_histories():
+    found = items()
+    found = found[found["kind"].isin(["base", "plain", "training"])]
+    result = training_table(study_by_hand(2), 7, "sft", [ScoredSet("gsm8k", found, "SFT", "", None)])
+    assert result.tables["table_pairs"].empty
+    assert sorted(result.figures) == ["table", "table_differences"]
 
 
 def test_a_row_trained_once_is_not_compared_with_one_trained_thrice():

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from melens import MelensError
-from melens.tracing import attention
+from melens.tracing import attended, attention
+from melens.tracing.attended import FromPattern
 from melens.tracing.attention import causal_attention
 
 
@@ -44,11 +45,31 @@ VARIANTS = [
 @pytest.mark.parametrize("options", VARIANTS)
 @pytest.mark.parametrize("rows_in_a_chunk", [1, 4, 1000])
 def test_output_and_columns_equal_the_pattern(qkv, options, rows_in_a_chunk, monkeypatch):
-    monkeypatch.setattr(attention, "_CHUNK_BYTES", rows_in_a_chunk * 4 * 2 * 6 * 37)
-    output, on_keys = causal_attention(*qkv, scale=0.7, keys=(0, 3, 20), **options)
+    monkeypatch.setattr(attended, "_CHUNK_BYTES", rows_in_a_chunk * 4 * 2 * 6 * 37)
+    output, read = causal_attention(*qkv, scale=0.7, **options)
     expected, pattern = reference(*qkv, scale=0.7, **options)
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(on_keys, pattern[..., [0, 3, 20]], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(read.on_keys((0, 3, 20)), pattern[..., [0, 3, 20]], rtol=1e-5, atol=1e-6)
+    for each in (read, FromPattern(pattern)):
+        check_by_key(each.by_key(torch.tensor(N_TOKENS)), pattern, options.get("window"))
+
+
+def test_what_no_key_gets_goes_to_the_learned_sink(qkv):
+    logits = torch.linspace(-1, 3, 6)
+    _, read = causal_attention(*qkv, scale=0.7, sink_logits=logits)
+    on_tokens = read.by_key(torch.tensor([37, 37]))[..., 0].sum(-1) / 37
+    torch.testing.assert_close(1 - on_tokens, torch.exp(logits[None, :, None] - read.logsumexp).mean(-1))
+
+
+N_TOKENS = [37, 30]
+
+
+def check_by_key(found, pattern, window):
+    """Of two prompts, one with 7 tokens of padding, each key's sum and how many queries see it, counted one by one."""
+    for row, n in enumerate(N_TOKENS):
+        torch.testing.assert_close(found[row, ..., 0], pattern[row, :, :n].sum(1), rtol=1e-5, atol=1e-5)
+        seen_by = [sum(0 <= at - of_key < (window or 37) for at in range(n)) for of_key in range(37)]
+        assert found[row, 2, :, 1].tolist() == seen_by
 
 
 @pytest.mark.parametrize("additive", [False, True])
@@ -57,13 +78,15 @@ def test_a_given_mask_alone_decides_what_is_seen(qkv, additive):
     seen[:, 5] = False
     seen[5, 5] = True
     mask = torch.where(seen, 0.0, torch.finfo(torch.float32).min) if additive else seen
-    _, on_keys = causal_attention(*qkv, scale=0.3, keys=(5,), mask=mask[None, None])
+    _, read = causal_attention(*qkv, scale=0.3, mask=mask[None, None])
+    on_keys = read.on_keys((5,))
+    assert read.by_key(torch.tensor(N_TOKENS))[:, 0, [4, 5, 6], 1].tolist() == [[33, 1, 31], [26, 1, 24]]
     assert on_keys[:, :, 6:].abs().max() == 0
     assert on_keys[:, :, 5].min() > 0
 
 
 def test_no_keys_gives_an_empty_column(qkv):
-    assert causal_attention(*qkv, scale=1.0)[1].shape == (2, 6, 37, 0)
+    assert causal_attention(*qkv, scale=1.0)[1].on_keys(()).shape == (2, 6, 37, 0)
 
 
 def test_a_fused_kernel_that_raises_is_replaced_by_chunks(qkv, monkeypatch):
@@ -71,10 +94,10 @@ def test_a_fused_kernel_that_raises_is_replaced_by_chunks(qkv, monkeypatch):
         raise RuntimeError("no kernel for this shape")
 
     monkeypatch.setattr(attention, "_fused_kernel", raises)
-    output, on_keys = causal_attention(*qkv, scale=0.7, keys=(0,))
+    output, read = causal_attention(*qkv, scale=0.7)
     expected, pattern = reference(*qkv, scale=0.7)
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(on_keys, pattern[..., [0]], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(read.on_keys((0,)), pattern[..., [0]], rtol=1e-5, atol=1e-6)
 
 
 def test_values_of_another_width_than_the_keys_keep_it(qkv):

@@ -79,16 +79,21 @@ def test_nan_in_a_hidden_state_leaves_positions_within_it(kernels):
     assert all(-1 <= at < 9 for at in kernels.largest_tokens(sizes, 4)[0].tolist())
 
 
-@pytest.mark.parametrize("window", [None, 4])
-def test_attention_on_keys_is_that_of_the_pattern(kernels, window):
+@pytest.mark.parametrize("window", [None, 4, 66])
+def test_attention_on_keys_and_by_key_is_that_of_the_pattern(kernels, window):
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(2, 70, heads, 24, generator=generator).to(DEVICE).transpose(1, 2) for heads in (4, 2))
-    pattern = attention_pattern(query, key, slice(None), slice(None), scale=0.3, window=window)
+    pattern = attention_pattern(query, key, scale=0.3, window=window)
     scores = (query @ key.repeat_interleave(2, dim=1).mT) * 0.3
     distance = torch.arange(70)[:, None] - torch.arange(70)
     sees = ((distance >= 0) & (distance < (window or 70))).to(DEVICE)
-    found = kernels.on_keys(query, key, scores.masked_fill(~sees, float("-inf")).logsumexp(-1), [7, 0], 0.3, window)
-    torch.testing.assert_close(found, pattern[..., [7, 0]])
+    logsumexp = scores.masked_fill(~sees, float("-inf")).logsumexp(-1)
+    torch.testing.assert_close(kernels.on_keys(query, key, logsumexp, [7, 0], 0.3, window), pattern[..., [7, 0]])
+    n_tokens = torch.tensor([70, 9], dtype=torch.int32, device=DEVICE)
+    found = kernels.by_key(query, key, logsumexp, n_tokens, 0.3, window)
+    for row, n in enumerate(n_tokens):
+        torch.testing.assert_close(found[row, ..., 0], pattern[row, :, :n].sum(1))
+        assert torch.equal(found[row, 3, :, 1], sees[:n].sum(0).float())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -23,7 +23,8 @@ from planted import (
 import melens
 from melens import MelensError, Probe
 from melens.models.twins import plain_twin
-from melens.tracing.probes import ATTENTION_ON_KEYS, Batch
+from melens.tracing.probes import Batch
+from melens.tracing.sites import ATTENTION_ON_KEYS
 
 LENGTHS = (23, 9, 16)
 
@@ -41,6 +42,9 @@ def all_probes(positions=(0, 4)):
         melens.TokenVectors(positions),
         melens.SinkMass(),
         melens.SinkByQuery(key=2),
+        melens.Importance(key=1, n_tokens=12),
+        melens.ImportanceByKey(),
+        melens.AttentionOffTokens(),
     ]
 
 
@@ -78,6 +82,22 @@ def check_against_cache(trace, prompts, caches, n_layers):
             pattern = cache[f"blocks.{layer}.attn.hook_pattern"][0]
             close(rows(trace["sink_mass"], **at).sink_mass.to_numpy(), pattern[:, 1:, 0].mean(-1))
             close(rows(trace["sink_by_query"], **at).attention.to_numpy(), pattern[:, :, 2].mean(0))
+            importance = rows(trace["importance"], **at).importance
+            if len(hidden) < 12:
+                assert importance.isna().all()
+            else:
+                close(importance.to_numpy(), pattern[:, 1:12, 1].mean(-1))
+            check_every_key(trace, pattern, at)
+
+
+def check_every_key(trace, pattern, at):
+    """Each key's mean over the queries that see it, and what no token gets, from the pattern."""
+    importance = pattern.sum(1) / (pattern > 0).sum(1)
+    table = rows(trace["importance_by_key"], **at)
+    close(table.importance.to_numpy(), importance.mean(0))
+    close(table.share_of_heads.to_numpy(), (importance > 0.3).float().mean(0))
+    off_tokens = torch.tensor(rows(trace["off_tokens"], **at).off_tokens.to_numpy())
+    torch.testing.assert_close(off_tokens, 1 - pattern.sum(-1).mean(-1), rtol=0, atol=1e-5)
 
 
 @pytest.mark.newest
@@ -96,7 +116,8 @@ def test_every_probe_equals_run_with_cache(family):
 def test_attention_of_other_kinds_equals_run_with_cache(name, with_patterns):
     model = other_model(name)
     prompts = some_prompts((30, 12))
-    probes = [melens.Norms(("hook_resid_post",)), melens.SinkMass()]
+    every_key = [melens.ImportanceByKey(), melens.AttentionOffTokens()]
+    probes = [melens.Norms(("hook_resid_post",)), melens.SinkMass(), *every_key]
     entropies = melens.AttentionEntropy()
     entropies.layers = [1]
     trace = melens.trace(model, prompts, [*probes, entropies] if with_patterns else probes)
@@ -108,6 +129,7 @@ def test_attention_of_other_kinds_equals_run_with_cache(name, with_patterns):
             close(rows(trace["norm"], **at).norm.to_numpy(), cache[f"blocks.{layer}.hook_resid_post"][0].norm(dim=-1))
             pattern = cache[f"blocks.{layer}.attn.hook_pattern"][0]
             close(rows(trace["sink_mass"], **at).sink_mass.to_numpy(), pattern[:, 1:, 0].mean(-1))
+            check_every_key(trace, pattern, at)
             if with_patterns and layer == 1:
                 entropy = -torch.xlogy(pattern, pattern).sum(-1)[:, 1:].mean(-1)
                 close(rows(trace["attention_entropy"], **at).entropy.to_numpy(), entropy)

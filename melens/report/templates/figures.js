@@ -4,7 +4,8 @@ function plot(element) {
   const { wide, narrow: onPhones } = JSON.parse(element.closest('section').querySelector('script').textContent);
   const { layout } = narrow.matches ? onPhones : wide;
   element.style.height = `${layout.height || 500}px`;
-  return Plotly.newPlot(element, wide.data, layout, { responsive: true, displaylogo: false });
+  const options = { responsive: true, displaylogo: false, displayModeBar: narrow.matches ? false : 'hover' };
+  return Plotly.newPlot(element, wide.data, layout, options);
 }
 function draw(index) {
   if (index === figures.length) { document.body.dataset.drawn = 'all'; return; }

@@ -1,0 +1,99 @@
+"""Probes of ranks: how many directions hidden states and attention matrices span (section 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from melens.analysis.metrics import effective_rank, first_share, matrix_entropy
+from melens.tracing.probes import Batch, Probe
+from melens.validation.signatures import SiteList, checked
+
+__all__ = ["AttentionSpectrum", "Spectrum"]
+
+
+class Spectrum(Probe):
+    """How many directions a prompt's tokens span in a site's `[pos, d]`, by block (section 6).
+
+    The columns are `effective_rank`, `first_share` and `matrix_entropy` of the states as they are, and the same with
+    `_without_first`, without token 0, and with `_unit_rows`, of each token's direction alone: a single row of enormous
+    norm makes any spectrum low-rank. Ranks grow with the number of tokens: only prompts of one length can be compared.
+
+    Example:
+        >>> spectrum = melens.trace(model, prompts, melens.Spectrum())["spectrum"]
+        >>> after = spectrum[spectrum["layer"] == 2].mean(numeric_only=True)
+        >>> bool(after["first_share"] > after["first_share_without_first"])  # token 0's outweighs
+        True
+    """
+
+    name = "spectrum"
+
+    @checked
+    def __init__(self, sites: SiteList = ("hook_resid_post",)):
+        self.sites = tuple(sites)
+
+    def reduce(self, activation: Float[Tensor, "batch pos d"], batch: Batch) -> dict[str, Tensor]:
+        states = [hidden[:length].double() for hidden, length in zip(activation, batch.lengths, strict=True)]
+        variants = {
+            "": states,
+            "_without_first": [of_prompt[1:] for of_prompt in states],
+            "_unit_rows": [torch.nn.functional.normalize(of_prompt, dim=-1) for of_prompt in states],
+        }
+        return {
+            f"{name}{suffix}": values
+            for suffix, matrices in variants.items()
+            for name, values in _ranks(matrices).items()
+        }
+
+
+class AttentionSpectrum(Probe):
+    """Ranks of the attention matrices `[query, key]`, by block and head (section 6).
+
+    The columns are `effective_rank` (from 1 to the number of tokens), `first_share` and `matrix_entropy` (both from 0
+    to 1), as of `Spectrum`. The pattern takes memory quadratic in the length.
+
+    Example:
+        >>> spectrum = melens.trace(model, prompts, melens.AttentionSpectrum())["attention_spectrum"]
+        >>> spectrum.columns.tolist()
+        ['prompt', 'layer', 'site', 'head', 'effective_rank', 'first_share', 'matrix_entropy']
+    """
+
+    name = "attention_spectrum"
+    sites = ("attn.hook_pattern",)
+    index = ("head",)
+
+    def reduce(self, activation: Float[Tensor, "batch head query key"], batch: Batch) -> dict[str, Tensor]:
+        rows = zip(activation, batch.lengths, strict=True)
+        return _ranks([pattern[:, :length, :length] for pattern, length in rows])
+
+
+def _ranks(matrices: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Compute ranks of `[*head, row, column]` by the Gram matrix: in float64, as the first may be 10,000 × another."""
+    values = []
+    for matrix in matrices:
+        rows = matrix.double() if matrix.shape[-2] <= matrix.shape[-1] else matrix.double().mT
+        values.append(_eigenvalues(rows @ rows.mT).clamp(min=0).sqrt().float())
+    ranks = {"effective_rank": effective_rank, "first_share": first_share, "matrix_entropy": matrix_entropy}
+    return {name: torch.stack(list(map(rank, values))) for name, rank in ranks.items()}
+
+
+def _eigenvalues(symmetric: Float[Tensor, "*head n n"]) -> Float[Tensor, "*head n"]:
+    """Compute eigenvalues on the CPU, a thread a share of the matrices.
+
+    A GPU takes small matrices of float64 one after the other, seven times as long; so does a CPU that has all its
+    threads work on one.
+    """
+    n_threads, matrices = torch.get_num_threads(), symmetric.flatten(0, -3).cpu() if symmetric.ndim > 2 else None
+    if matrices is None or n_threads == 1:
+        return torch.linalg.eigvalsh(symmetric.cpu()).to(symmetric.device)
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(n_threads) as pool:
+            found = torch.cat(list(pool.map(torch.linalg.eigvalsh, matrices.chunk(n_threads))))
+    finally:
+        torch.set_num_threads(n_threads)
+    return found.view(symmetric.shape[:-1]).to(symmetric.device)
