@@ -200,7 +200,7 @@ def _entropy(study: Study, n_tokens: int, n_prompts: int) -> tuple[pd.DataFrame,
     chosen = prompts_of_length(study, n_tokens)[:n_prompts]
     if not chosen:
         return nothing, f"No prompt has {n_tokens} tokens (exp.entropy_tokens)."
-    probe, progress = AttentionEntropy(), study.stage("entropy: tokens")
+    probe, progress = AttentionEntropy(), study.stage("entropy of attention (tokens)")
     probe.may_miss = True
     cut = [study.tokens[prompt][:n_tokens] for prompt in chosen]
     found = trace(study.model, cut, [probe], progress=progress, max_batch_tokens=n_tokens)[probe.name]
