@@ -103,8 +103,8 @@ def _title(record: Record, cfg: Options) -> str:
 
 def _chosen_prompts(planned: PlannedModel, cfg: Options) -> TokenizedPrompts:
     prompts = load_prompts(cfg.prompts.file, cfg.prompts.tasks)
-    bos, max_tokens, are_own = cfg.prompts.bos, cfg.prompts.max_tokens, cfg.prompts.file is None
-    return choose_prompts(planned, prompts, bos=bos, max_tokens=max_tokens, are_own=are_own, seed=cfg.seed)
+    bos, max_tokens = cfg.prompts.bos, cfg.prompts.max_tokens
+    return choose_prompts(planned, prompts, bos=bos, max_tokens=max_tokens, seed=cfg.seed)
 
 
 def _prepare(cfg: Options, folder: Path, planned: PlannedModel, stage: Stage) -> dict[str, Any]:

@@ -207,7 +207,7 @@ def study(
 
     Args:
         model: a bridge of a causal language model.
-        prompts: texts, or the token ids of each (a list, array or tensor `[pos]`); one prompt needs no list.
+        prompts: as for `melens.trace`.
         probes: what to measure in the same pass besides what `find_me_layer` needs.
         bos: whether to prepend BOS to texts: `"auto"` does as the model's own tokenizer.
         criterion: of what counts as massive.

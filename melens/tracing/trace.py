@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-from melens.data.prompts import Prompt, TokenizedPrompts, check_length, tokenize
+from melens.data.prompts import Prompt, TokenizedPrompts, check_length, choose_prompts
 from melens.errors import MelensError
 from melens.models.quantization import describe_quantization
 from melens.models.view import base_of
@@ -180,7 +180,8 @@ def trace(
 
     Args:
         model: a bridge of a causal language model.
-        prompts: texts, or the token ids of each (a list, array or tensor `[pos]`); one prompt needs no list.
+        prompts: texts, or the token ids of each (a list, array or tensor `[pos]`); one prompt needs no list. Of the
+            project's own (`load_prompts`), those longer than the context are left out with a warning.
         probes: what to measure; by default all that `find_me_layer` needs, as far as the model has it.
         bos: whether to prepend BOS to texts: `"auto"` does as the model's own tokenizer.
         max_batch_tokens: prompts of similar length share a forward pass up to this many tokens, padding included, where
@@ -255,7 +256,7 @@ def as_tokens(model: TransformerBridge, prompts: Any, bos: BosOrNot = "auto") ->
     if isinstance(prompts, TokenizedPrompts):
         return prompts
     if isinstance(prompts[0], Prompt):
-        return TokenizedPrompts(prompts, [torch.tensor(ids) for ids in tokenize(model, prompts, bos=bos)])
+        return choose_prompts(model, prompts, bos=bos)
     for number, ids in enumerate(prompts):
         check_length(len(ids), f"number {number}", model.cfg.n_ctx)
     check_vocabulary(model, prompts)
