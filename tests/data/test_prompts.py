@@ -197,7 +197,8 @@ def test_a_trace_of_the_projects_prompts_leaves_out_what_the_command_line_does(c
 
 def test_presets_are_read_by_the_name_that_the_command_line_takes(embedded):
     short = load_prompts("short", model=embedded)
-    assert len(short) == 19 and set(short) < set(load_prompts("default"))
+    assert len(short) == 19
+    assert set(short) < set(load_prompts("default"))
     assert max(map(len, tokenize(embedded, short))) <= 130
     assert load_prompts("short", "maths", model=embedded) == [prompt for prompt in short if prompt.task == "maths"]
     assert len(load_prompts("short", model=embedded, max_tokens=20)) == 7
