@@ -51,7 +51,8 @@ def run_job(cfg: Options, folder: Path) -> list[str]:
     give_freed_memory_back()
     transformers.utils.logging.disable_progress_bar()  # stages have their own
     if cfg.figures:
-        logging.getLogger("choreographer").setLevel(logging.WARNING)  # it logs every temporary folder
+        for drawer in ("kaleido", "choreographer"):  # they log each step of each figure
+            logging.getLogger(drawer).setLevel(logging.WARNING)
     masks = masks_in_use(cfg)
     config = cfg.plain() | {"masks": {name: mask.model_dump() for name, mask in masks.items()}}
     if any(EXPERIMENTS[name].trains for name in cfg.experiments):
@@ -78,7 +79,9 @@ def run_job(cfg: Options, folder: Path) -> list[str]:
             for part in run_experiments(begin_study(model, chosen, cfg, stage, folder, prepared)):
                 write_part(record, part, cfg)
                 give_freed_memory_back()
+            ended = stage("writing the report")
             paths = finish(record, cfg)
+            ended(1, 1)
     if not is_first_process():
         return []
     findings = [row for part in record.parts if part.metrics.not_applicable is None for row in part.findings]

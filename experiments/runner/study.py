@@ -63,11 +63,15 @@ def begin_study(
     wanted = [probe for name, options in cfg.experiments.items() for probe in _probes(model, name, options)]
     probes = [*default_probes(model, min_abs=cfg.criterion.min_abs), *wanted]
     if len(cfg.experiments) > 1:
+        checked = stage("comparing this kind of model with transformers")
         _verify_at_once(model, probes)
+        checked(1, 1)
     trace = _find_or_trace(model, tokenized, probes, cfg, stage)
     of_run = {"family": cfg.model.family, "placement": placement(model.original_model)}
     trace = replace(trace, model=trace.model | of_run)
+    found = stage("finding the ME layer")
     me = find_me_layer(trace, Criterion(**cfg.criterion.model_dump()))
+    found(1, 1)
     return Run(
         model, tokenized.tokens, trace, me, probes, cfg.max_batch_tokens, cfg.seed, stage,
         cfg=cfg, folder=folder, prepared=prepared or {},
@@ -165,20 +169,17 @@ def run_experiments(run: Run) -> Iterator[Result]:
     several are kept, so that a run that was stopped goes on with the next.
     """
     chosen = run.cfg.experiments
-    if len(chosen) == 1:
-        yield from (EXPERIMENTS[name].run(run, options) for name, options in chosen.items())
-        return
-    store = None
-    if run.cfg.exp.is_kept:  # under all that every experiment depends on
+    of_several, store = len(chosen) > 1, None
+    if of_several and run.cfg.exp.is_kept:  # under all that every experiment depends on
         apart = ("exp", "figures", "given", "typed", "verbose")
         shared = {node: own for node, own in run.cfg.plain().items() if node not in apart}
         decides = [run.tokens, run.trace.prompts.to_dict("list"), shared, code_version(_EXPERIMENTS)]
         store = store_for("experiments", run.model.original_model, *decides, libraries=("plotly",))
     for name, options in chosen.items():
         ended = run.stage(f"exp={name}")
-        result = _find_or_run(run, name, options, store)
-        ended(1, 1)
+        result = _find_or_run(run, name, options, store) if of_several else EXPERIMENTS[name].run(run, options)
         yield result
+        ended(1, 1)  # once it is written
 
 
 def _find_or_run(run: Run, name: str, options: Any, store: Store | None) -> Result:
