@@ -45,6 +45,11 @@ from melens.storage.cache import RUN_CACHE
 __all__ = ["run_job"]
 
 
+_LOG = logging.getLogger(__name__)
+FEWEST = 3
+"""First tokens, of which means have an interval (`melens.analysis.statistics`)."""
+
+
 def run_job(cfg: Options, folder: Path) -> list[str]:
     """Load model and prompts, run the experiments, write and show what they find; return which of them failed."""
     began = time.perf_counter()
@@ -107,7 +112,21 @@ def _title(record: Record, cfg: Options) -> str:
 def _chosen_prompts(planned: PlannedModel, cfg: Options) -> TokenizedPrompts:
     prompts = load_prompts(cfg.prompts.file, cfg.prompts.tasks)
     bos, max_tokens = cfg.prompts.bos, cfg.prompts.max_tokens
-    return choose_prompts(planned, prompts, bos=bos, max_tokens=max_tokens, seed=cfg.seed)
+    chosen = choose_prompts(planned, prompts, bos=bos, max_tokens=max_tokens, seed=cfg.seed)
+    _warn_of_few(chosen, getattr(planned.tokenizer, "bos_token_id", None))
+    return chosen
+
+
+def _warn_of_few(chosen: TokenizedPrompts, bos_id: int | None) -> None:
+    """Warn where prompts have too few first tokens for an interval, unless all begin with BOS, as some models need."""
+    firsts = {int(ids[0]) for ids in chosen.tokens}
+    if len(firsts) >= FEWEST or firsts == {bos_id}:
+        return
+    has = "a single first token" if len(firsts) == 1 else f"{len(firsts)} different first tokens"
+    _LOG.warning(
+        "The prompts have %s. Token 0 sees only itself, so most verdicts need prompts with at least %d: with fewer no "
+        "mean has an interval, and no claim about it holds more than in part.", has, FEWEST,
+    )  # fmt: skip
 
 
 def _prepare(cfg: Options, folder: Path, planned: PlannedModel, stage: Stage) -> dict[str, Any]:

@@ -24,7 +24,7 @@ __all__ = ["fit", "in_columns"]
 _INCHES = {1: 3.25, 2: 6.75}
 """The width of one and of two columns of a paper: ICML's and ACL's; NeurIPS's text is 5.5 inches wide."""
 _INCH, _POINT = 96, 96 / 72  # in pixels, as browsers count
-_LONGEST = 8 * _INCH  # of a column: a page has room for a caption below it
+_LONGEST = 8.0 * _INCH  # of a column: a page has room for a caption below it
 _BUILT_WITH = 14  # the text size for which `style.py` lays figures out
 _NARROWEST, _BETWEEN_COLUMNS = 12.5, 5.5  # of panels: in text sizes
 _CHARACTER = 0.55  # the width of a character on average, of its height
@@ -56,7 +56,7 @@ def _with_bands_named(figure: go.Figure, note: str) -> go.Figure:
 def fit(figure: go.Figure, width: float, text: float, *, longest: float = math.inf) -> go.Figure:
     """Return a copy of a figure, without its title, for a width and a text size in pixels.
 
-    Where it would be higher than `longest`, its panels are as low as their labels allow.
+    Where it would be higher than `longest`, its panels are lower, as far as they can be read.
     """
     fitted = go.Figure(figure)
     was_high = (fitted.layout.height or 500) - (fitted.layout.margin.t or 0) - 80
@@ -75,7 +75,9 @@ def fit(figure: go.Figure, width: float, text: float, *, longest: float = math.i
     below = [text * max(panel.below for panel in row) for row in rows]
     heading, foot = round(above[0] + _above_first_row(fitted, text)), below[-1] + _legend_height(fitted, inner, text)
     spare = min(1.0, (longest - heading - foot - sum(above[1:]) - sum(below[:-1])) / sum(heights))
-    heights = [max(high * spare, text * _lowest(row)) for high, row in zip(heights, rows, strict=True)]
+    heights = [
+        max(high * spare, min(high, 6 * text), text * _lowest(row)) for high, row in zip(heights, rows, strict=True)
+    ]
     total = sum(heights) + sum(above[1:]) + sum(below[:-1])
     top = total
     for row, high, room, next_room in zip(rows, heights, below, [*above[1:], 0.0], strict=True):
@@ -241,4 +243,4 @@ def _legend_height(figure: go.Figure, inner: float, text: float) -> float:
     entry = text * (_CHARACTER * max(map(_longest_line, names)) + 4)
     n_lines = max(name.count("<br>") + 1 for name in names)
     n_rows = -(-len(names) // max(1, int(inner / entry)))
-    return 10 + n_rows * (max(16, 1.3 * text * n_lines) + 3)
+    return 10.0 + n_rows * (max(16.0, 1.3 * text * n_lines) + 3)

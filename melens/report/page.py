@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from melens.claims.engine import when_set
 from melens.claims.sentences import sentences
 from melens.figures.saving import for_screens
 from melens.figures.style import VERDICTS
@@ -53,7 +54,7 @@ def write_report(parts: Sequence[Result], content: Mapping[str, Any], folder: st
         summary=_summary(content, parts[0].metrics, figures), first=_first(content, figures), drawings=drawings,
         verdicts=VERDICTS, size=f"{(len(plotly) + sum(map(len, drawings.values()))) / 1e6:.1f}",
         sentences=_sentences(content), skipped=skipped, command=command, plotly=plotly, heading=_heading, note=_note,
-        number_with_interval=number_with_interval,
+        number_with_interval=number_with_interval, when_set=when_set,
     )  # fmt: skip
     return write_text(Path(folder) / "report.html", page)
 

@@ -74,8 +74,24 @@ def test_long_titles_of_narrow_panels_are_broken_into_lines():
     assert fitted.layout.annotations[0].text == "Output of RMSNorm<br>post_attention_layernorm (ln2)"
 
 
-def test_a_column_of_panels_is_no_longer_than_a_page(figure):
-    assert in_columns(figure, 1).layout.height < 9 * 96
+def test_a_column_of_panels_leaves_room_for_a_caption(figure):
+    fitted = in_columns(figure, 1)
+    assert fitted.layout.height <= 8 * 96
+    heights = [axis.domain[1] - axis.domain[0] for axis in fitted.select_yaxes()]
+    assert np.ptp(heights) < 1e-9
+    assert min(heights) * fitted.layout.height > 8 * 8  # of each panel, in lines of text
+
+
+def test_the_legend_for_a_paper_says_what_bands_are_and_a_page_says_it_in_its_note(figure):
+    figure.layout.title.text = (
+        "Norms: tiny<br><sub>Lines: means. Bands: 10% to 90% of prompts<br>(token 0) or tokens.</sub>"
+    )
+    for columns in (1, 2):
+        fitted = in_columns(figure, columns)
+        names = [trace.name.replace("<br>", " ") for trace in fitted.data if trace.showlegend is not False]
+        assert names[-1] == "bands: 10% to 90% of prompts (token 0) or tokens"
+        assert fitted.layout.meta == {"title": "Norms: tiny"}
+    assert "bands:" not in for_screens(figure)
 
 
 def test_a_name_that_is_longer_than_the_legend_is_broken_into_lines():
@@ -139,6 +155,7 @@ def test_a_figure_of_a_result_is_saved_by_its_suffix(figure, drawn, tmp_path, su
     assert path.read_bytes() == b"image"
     ((fitted, _, width, height, given_scale),) = drawn
     assert (width, height, given_scale) == (648, fitted.layout.height, scale)
+    assert plotly.io.defaults.plotlyjs is None  # as it was before
 
 
 def test_a_run_writes_each_figure_for_one_column_and_for_two(figure, drawn, tmp_path):
