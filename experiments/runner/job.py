@@ -90,7 +90,7 @@ def run_job(cfg: Options, folder: Path) -> list[str]:
     if not is_first_process():
         return []
     findings = [row for part in record.parts if part.metrics.not_applicable is None for row in part.findings]
-    show_findings(_title(record, cfg), findings, console, verbose=cfg.verbose)
+    show_findings(_title(record), findings, console, verbose=cfg.verbose)
     for part in record.parts:
         if part.metrics.not_applicable is not None:
             (_, said), *_ = part.findings
@@ -104,9 +104,11 @@ def run_job(cfg: Options, folder: Path) -> list[str]:
     return [part.experiment for part in record.parts if part.metrics.failed]
 
 
-def _title(record: Record, cfg: Options) -> str:
+def _title(record: Record) -> str:
     layer = record.parts[0].metrics.me_layer
-    return f"{cfg.model.name}, exp={record.name}, ME layer: {'none' if layer is None else f'block {layer}'}"
+    return (
+        f"{record.parts[0].model['name']}, exp={record.name}, ME layer: {'none' if layer is None else f'block {layer}'}"
+    )
 
 
 def _chosen_prompts(planned: PlannedModel, cfg: Options) -> TokenizedPrompts:

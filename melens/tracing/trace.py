@@ -22,6 +22,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from melens.data.prompts import Prompt, TokenizedPrompts, check_length, choose_prompts
 from melens.errors import MelensError
+from melens.models.folders import local_model
 from melens.models.quantization import describe_quantization
 from melens.models.view import base_of
 from melens.printing import Summary, counted
@@ -49,8 +50,9 @@ class Trace(Summary):
     """What the probes saw: plain tidy data.
 
     Attributes:
-        model: name, architecture, n_layers, d_model, n_heads, dtype, quantization (None for plain weights), device, and
-            `verified`: how far a trace of this kind of model agrees with transformers (`melens.verify`).
+        model: name (of a folder its last part), path (of a folder), architecture, n_layers, d_model, n_heads, dtype,
+            quantization (None for plain weights), device, and `verified`: how far a trace of this kind of model agrees
+            with transformers (`melens.verify`).
         prompts: a row a prompt: `prompt`, `id`, `task`, `n_tokens`, `first_token`, `first_token_id`.
         tables: by probe, a row for each prompt, layer, site and whatever the probe's index runs over. `layer` is the
             0-based block, -1 outside the blocks.
@@ -353,9 +355,10 @@ def _recording(model: TransformerBridge, recorder: Recorder, *, way: Way) -> Ite
 
 
 def _describe(model: TransformerBridge, checked: Verification) -> dict[str, Any]:
-    cfg = model.cfg
+    cfg, place = model.cfg, local_model(str(model.cfg.model_name))
     return {
-        "name": cfg.model_name,
+        "name": cfg.model_name if place is None else place.name,
+        "path": None if place is None else str(place),
         "architecture": cfg.architecture,
         "n_layers": int(cfg.n_layers),
         "d_model": int(cfg.d_model),
