@@ -296,7 +296,7 @@ def _table8_row(study: Study, onset: SinkOnset, layout: Layout) -> dict[str, Any
 def _in_words(study: Study) -> str:
     me = study.me
     if me.layer is None:
-        return me.reason
+        return f"No ME layer. {me.reason}"
     formed = "" if me.formed == me.layer else f" The massive state is formed in block {me.formed}."
     agree = _agree(me.agreement, len(_one_a_state(study)), me.n_prompts)
     return (
