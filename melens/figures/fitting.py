@@ -1,7 +1,7 @@
 """Fit a figure into a narrow width: the columns of a paper, and a phone.
 
-1. The title and the note go: a caption, or the page, says them. So do the buttons, for which paper has no use. What
-   bands mean stays, in the legend.
+1. The title and the note go: a caption, or the page, says them. So do the buttons, for which paper has no use. On paper
+   what bands mean stays, below the legend.
 2. Every text gets one size; lines and markers shrink with it; titles of panels and axes are broken into lines.
 3. Panels that would be too narrow side by side go below one another.
 """
@@ -37,20 +37,23 @@ def in_columns(figure: go.Figure, columns: int) -> go.Figure:
     """
     width = _INCHES[columns] * _INCH
     title, _, note = (figure.layout.title.text or "").partition("<br><sub>")
-    named = _with_bands_named(figure, note.replace("<br>", " "))
-    named.update_traces(legendgroup=None, selector={"type": "scatter"})  # groups are rows of their own in a legend
-    named.update_shapes(legendgroup=None)
+    alone = go.Figure(figure)
+    alone.update_traces(legendgroup=None, selector={"type": "scatter"})  # groups are rows of their own in a legend
+    alone.update_shapes(legendgroup=None)
+    text = 8 * _POINT
+    bands = re.search("Bands: [^.<]*", note.replace("<br>", " "))
+    foot = "" if bands is None else _wrapped(bands[0], width - text, text)
+    more_lines = foot.count("<br>")
+    room = 0.0 if bands is None else 1.4 * text * (1 + more_lines)
+    fitted = fit(alone, width, text, longest=_LONGEST - room)
     meta = {"title": re.sub("<[^>]*>", " ", title)}
-    return fit(named, width, 8 * _POINT, longest=_LONGEST).update_layout(width=width, meta=meta)
-
-
-def _with_bands_named(figure: go.Figure, note: str) -> go.Figure:
-    """Return a copy whose legend says what the note says of the bands."""
-    named = go.Figure(figure)
-    if (bands := re.search("[Bb]ands: ([^.<]*)", note)) is not None:
-        look = {"color": "rgba(68,68,68,0.25)", "symbol": "square", "size": 12}
-        named.add_trace(go.Scatter(x=[None], y=[None], mode="markers", marker=look, name=f"bands: {bands[1]}"))
-    return named
+    fitted.update_layout(width=width, height=round(fitted.layout.height + room), meta=meta)
+    if bands is None:
+        return fitted
+    below = room / fitted.layout.height
+    pad = {"l": 4, "t": text * more_lines}  # by which plotly sets the first of several lines too high
+    at = {"yref": "container", "y": below, "yanchor": "top", "x": 0, "pad": pad}
+    return fitted.update_layout(title={"text": foot, "font": {"size": text}, **at}, legend_y=below)
 
 
 def fit(figure: go.Figure, width: float, text: float, *, longest: float = math.inf) -> go.Figure:

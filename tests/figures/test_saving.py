@@ -82,16 +82,21 @@ def test_a_column_of_panels_leaves_room_for_a_caption(figure):
     assert min(heights) * fitted.layout.height > 8 * 8  # of each panel, in lines of text
 
 
-def test_the_legend_for_a_paper_says_what_bands_are_and_a_page_says_it_in_its_note(figure):
+def test_a_figure_for_a_paper_says_what_bands_are_and_a_page_says_it_in_its_note(figure):
+    bands = "Bands: 10% to 90% of prompts (token 0) or tokens, and more of them"
     figure.layout.title.text = (
-        "Norms: tiny<br><sub>Lines: means. Bands: 10% to 90% of prompts<br>(token 0) or tokens.</sub>"
+        f"Norms: <i>tiny</i><br><sub>Lines: means. {bands.replace('prompts ', 'prompts<br>')}.</sub>"
     )
-    for columns in (1, 2):
-        fitted = in_columns(figure, columns)
-        names = [trace.name.replace("<br>", " ") for trace in fitted.data if trace.showlegend is not False]
-        assert names[-1] == "bands: 10% to 90% of prompts (token 0) or tokens"
-        assert fitted.layout.meta == {"title": "Norms: tiny"}
-    assert "bands:" not in for_screens(figure)
+    without = curves_by_block(panels(*"abcd"), title="Norms: tiny", scale_buttons=True)
+    for columns, n_lines in ((1, 2), (2, 1)):
+        fitted, plain = in_columns(figure, columns), in_columns(without, columns)
+        assert fitted.layout.title.text.replace("<br>", " ") == bands
+        assert fitted.layout.title.text.count("<br>") == n_lines - 1
+        assert fitted.layout.meta["title"].split() == ["Norms:", "tiny"]
+        room = fitted.layout.legend.y * fitted.layout.height  # below the legend
+        assert room == pytest.approx(n_lines * 1.4 * 8 * 96 / 72)
+        assert fitted.layout.height == pytest.approx(min(plain.layout.height + room, 8 * 96), abs=1)
+    assert "Bands:" not in for_screens(figure)
 
 
 def test_a_name_that_is_longer_than_the_legend_is_broken_into_lines():
