@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from melens.analysis.statistics import with_interval
+from melens.figures.saving import IMAGES
 from melens.figures.style import VERDICTS
 
 __all__ = [
@@ -70,12 +71,14 @@ def show_claims(claims: pd.DataFrame, console: Console, *, verbose: bool = False
 
 
 def show_paths(paths: Sequence[Path], console: Console, *, verbose: bool = False) -> None:
-    """Print where the page of a run is, and the folder of its files or, if asked for all, each file."""
+    """Print where the page of a run is, its figures for a paper, and its folder or, if asked for all, each file."""
     pages = [path for path in paths if path.suffix == ".html"]
     lines = []
     if pages:
         report = [path for path in pages if path.name == "report.html"]
         lines.append(f"Page:   {path_from_here((report or pages)[0])}")
+    kinds = dict.fromkeys((path.parent, path.suffix) for path in paths if path.suffix.removeprefix(".") in IMAGES)
+    lines += [f"Figures: {path_from_here(folder)}/*{suffix}" for folder, suffix in kinds]
     if verbose:
         lines += ["Files:", *(f"  {path_from_here(path)}" for path in paths)]
     elif paths:

@@ -151,12 +151,25 @@ def test_each_sense_of_without_the_norm_is_said_in_words():
     )
 
 
+def test_one_prompt_refutes_nothing():
+    at_all = BASE | {"n_prompts": 30, "norm_drift": 0.9, "norm_drift_interval": (0.8, 1.0)}
+    verdicts = {}
+    for n_prompts in (30, 1):
+        metrics = at_all | {"n_prompts": n_prompts}
+        judged = melens.judge({"experiment": "direction", "model": {"name": "m"}, "metrics": metrics})
+        verdicts[n_prompts] = judged.set_index("id").loc["norm-stable"]
+    assert verdicts[30].verdict == "does not hold"
+    assert verdicts[1].verdict == "not measured"
+    assert "no evidence" in verdicts[1].note
+    assert verdicts[1].value == verdicts[30].value
+
+
 def test_a_changed_threshold_shows_what_the_former_one_gives():
     metrics = {"left_without_norm": {"identity": 0.2}, "over_others_without_norm": {"identity": 30}}
     judged = melens.judge({"experiment": "ablation", "model": {"name": "m"}, "metrics": BASE | metrics})
     row = judged.set_index("id").loc["norm-scales"]
     assert (row.verdict, row.former_verdict) == ("holds in part", "holds")
-    assert row.former_criterion.endswith("(2026-11-22 a1bbeb3)")
+    assert row.former_criterion.endswith("(set on 2026-11-22, commit a1bbeb3)")
 
 
 @pytest.mark.parametrize(

@@ -73,5 +73,7 @@ def test_paths_are_as_they_are_typed_from_here(tmp_path, monkeypatch):
     inside = [here / "outputs" / name for name in ("norms.html", "norms.parquet", "report.html", "result.json")]
     assert shown(show_paths, inside) == "Page:   outputs/report.html\nFolder: outputs\n"
     assert shown(show_paths, inside[:2]) == "Page:   outputs/norms.html\nFolder: outputs\n"
+    images = [here / "outputs" / f"norms-{columns}col.pdf" for columns in (1, 2)]
+    assert shown(show_paths, images) == "Figures: outputs/*.pdf\nFolder: outputs\n"
     assert "  outputs/norms.parquet\n" in shown(show_paths, inside, verbose=True)
     assert shown(show_paths, [tmp_path / "elsewhere" / "result.json"]) == f"Folder: {tmp_path}/elsewhere\n"
