@@ -48,15 +48,22 @@ def show_findings(title: str, findings: Sequence[tuple[str, ...]], console: Cons
 
 
 def show_claims(claims: pd.DataFrame, console: Console, *, verbose: bool = False) -> None:
-    """Print how many claims hold (`melens.judge`) and, of few, which, or each with what is measured."""
+    """Print how many claims hold (`melens.judge`) and, of few, which, or each with what is measured.
+
+    Those that were not measured for one reason share a line.
+    """
     if claims.empty:
         return
     console.print(claims_in_words(claims["verdict"]), highlight=False)
     if not verbose:
         if len(claims) <= N_CLAIMS_SHOWN:
             few = Table.grid(padding=(0, 2))
-            for verdict, claim in claims[["verdict", "claim"]].itertuples(index=False):
-                few.add_row("", Text(verdict, VERDICTS[verdict][2]), Text(claim))
+            missing = claims["verdict"] == "not measured"
+            rows = list(claims[~missing][["verdict", "claim"]].itertuples(index=False))
+            for why, own in claims[missing].groupby("note", sort=False):
+                rows.append(("not measured", own["claim"].iloc[0] if len(own) == 1 else f"{len(own)} claims: {why}"))
+            for verdict, words in rows:
+                few.add_row("", Text(verdict, VERDICTS[verdict][2]), Text(words))
             console.print(few)
         return
     table = Table("the paper says", "measured here", "verdict", show_lines=True)

@@ -50,6 +50,12 @@ def test_few_claims_are_named_with_their_verdicts_and_many_are_counted():
     ]
     long = shown(show_claims, claims_of(1).assign(claim="a word " * 20)).splitlines()
     assert {line.index("a") for line in long[1:]} == {len("  does not hold  ")}
+    missing = claims_of(4).assign(verdict=["holds", *["not measured"] * 3], note=["", "none", "none", "short"])
+    assert [line.rstrip() for line in shown(show_claims, missing).splitlines()[1:]] == [
+        "  holds         It [b]is[/b] large",
+        "  not measured  2 claims: none",
+        "  not measured  It [b]is[/b] large",
+    ]
     many = claims_of(N_CLAIMS_SHOWN + 1)
     assert shown(show_claims, many).splitlines() == ["Of 13 claims, 12 hold, 1 does not hold."]
     assert "4 (3.5 to 4.5): its size" in shown(show_claims, claims_of(1).assign(former_verdict=None), verbose=True)
