@@ -59,7 +59,9 @@ def show_claims(claims: pd.DataFrame, console: Console, *, verbose: bool = False
         if len(claims) <= N_CLAIMS_SHOWN:
             few = Table.grid(padding=(0, 2))
             missing = claims["verdict"] == "not measured"
-            rows = list(claims[~missing][["verdict", "claim"]].itertuples(index=False))
+            rows: list[tuple[str, str]] = list(
+                claims[~missing][["verdict", "claim"]].itertuples(index=False, name=None)
+            )
             for why, own in claims[missing].groupby("note", sort=False):
                 rows.append(("not measured", own["claim"].iloc[0] if len(own) == 1 else f"{len(own)} claims: {why}"))
             for verdict, words in rows:
