@@ -31,10 +31,7 @@ _GROUPS = {
 }
 _OF_MODELS = {"hub": ("name",), "random": ("model_type", "tokenizer", "seed", "config")}
 _SETTLED = {"name", "defaults"}
-_KEEP = (
-    "of most experiments: what takes long (a trace, scores, trainings) stays in the user's cache, and the same command "
-)
-_KEEP += "goes on with it; false measures anew"
+_KEEP = "of most experiments: what takes long stays in the user's cache, for the next run; false measures anew"
 _AS_ABOVE = ("likewise", "as exp.keep")
 """Comments of options that are as one before them: `--help` shows that one."""
 _WIDEST = 34
