@@ -59,12 +59,11 @@ def show_claims(claims: pd.DataFrame, console: Console, *, verbose: bool = False
         if len(claims) <= N_CLAIMS_SHOWN:
             few = Table.grid(padding=(0, 2))
             missing = claims["verdict"] == "not measured"
-            rows: list[tuple[str, str]] = list(
-                claims[~missing][["verdict", "claim"]].itertuples(index=False, name=None)
-            )
+            named = [*zip(claims["verdict"][~missing], claims["claim"][~missing], strict=True)]
             for why, own in claims[missing].groupby("note", sort=False):
-                rows.append(("not measured", own["claim"].iloc[0] if len(own) == 1 else f"{len(own)} claims: {why}"))
-            for verdict, words in rows:
+                words = own["claim"].iloc[0] if len(own) == 1 else f"{len(own)} claims: {why}"
+                named.append(("not measured", words))
+            for verdict, words in named:
                 few.add_row("", Text(verdict, VERDICTS[verdict][2]), Text(words))
             console.print(few)
         return
