@@ -184,7 +184,7 @@ _PAPER = "Queipo-de-Llano et al. (2025)"
 
 CLAIMS = (
     Claim(
-        id="valley-falls", figure="valley", metrics=ValleyMetrics,
+        id="valley-falls", fixed="2026-11-27 6a63426", figure="valley", metrics=ValleyMetrics,
         source=f"{_PAPER}, abstract: 'massive activations necessarily produce representational compression'",
         claim="Where the massive activation is, the entropy of the states falls into a valley",
         statistic="normalised matrix entropy of all tokens' states, from the block that forms the massive state to the "
@@ -194,7 +194,7 @@ CLAIMS = (
         of_token_0=True, blocks_after=1, judge=_falls,
     ),
     Claim(
-        id="valley-begins", figure="valley", metrics=ValleyMetrics,
+        id="valley-begins", fixed="2026-11-27 6a63426", figure="valley", metrics=ValleyMetrics,
         source=f"{_PAPER}, abstract: 'both compression valleys and attention sinks emerge simultaneously'",
         claim="The valley begins where the massive activation emerges",
         statistic="share of inputs in which the blocks that are below half way from the least to the largest entropy, "
@@ -205,7 +205,7 @@ CLAIMS = (
         of_token_0=True, blocks_after=1, judge=_begins,
     ),
     Claim(
-        id="valley-ends", figure="valley", metrics=ValleyMetrics,
+        id="valley-ends", fixed="2026-11-27 6a63426", figure="valley", metrics=ValleyMetrics,
         source=f"{_PAPER}, Mix-Compress-Refine: the last phase begins where the first token's norm falls back",
         claim="The valley ends where the massive activation does",
         statistic="share of inputs in which those blocks end at most one block from the last in which token 0 is "
@@ -215,7 +215,7 @@ CLAIMS = (
         of_token_0=True, blocks_after=1, judge=_ends,
     ),
     Claim(
-        id="valley-norm", figure="valley", metrics=ValleyMetrics,
+        id="valley-norm", fixed="2026-11-27 6a63426", figure="valley", metrics=ValleyMetrics,
         source=f"{_PAPER}, section 3: r = -0.9 ± 0.18 over six models",
         claim="The entropy falls as token 0's norm rises, block by block",
         statistic="Spearman's rank correlation of entropy and token 0's norm over all blocks, mean over inputs",
@@ -225,7 +225,7 @@ CLAIMS = (
         judge=lambda m: at_most(m.norm_correlation, m.norm_correlation_interval, -0.72, partly=-0.5, why_not=m.why_not),
     ),
     Claim(
-        id="valley-sinks", figure="valley", metrics=ValleyMetrics,
+        id="valley-sinks", fixed="2026-11-27 6a63426", figure="valley", metrics=ValleyMetrics,
         source=f"{_PAPER}, title: 'two sides of the same coin'; section 3: r = 0.58 ± 0.25 of norm and sink rate",
         claim="Attention sinks are where the entropy is low, block by block",
         statistic="Spearman's rank correlation of the entropy of what leaves a block and the sink rate in the next, "
@@ -240,7 +240,7 @@ CLAIMS = (
         ),
     ),
     Claim(
-        id="valley-tokens", figure="valley", metrics=ValleyMetrics,
+        id="valley-tokens", fixed="2026-11-27 6a63426", figure="valley", metrics=ValleyMetrics,
         source=f"{_PAPER}, abstract: 'compressed computation with limited mixing in the middle layers'",
         claim="In the valley the tokens' states are compressed, not one row alone",
         statistic="fall of the entropy of the states without token 0, over the fall of that of all states",
@@ -250,7 +250,7 @@ CLAIMS = (
         of_token_0=True, blocks_after=1, judge=_is_of_all_tokens,
     ),
     Claim(
-        id="valley-lifted", figure="valley_by_run", metrics=ValleyMetrics,
+        id="valley-lifted", fixed="2026-11-27 6a63426", figure="valley_by_run", metrics=ValleyMetrics,
         source=f"{_PAPER}, ablation (figure 4): 'targeted ablation validates our theoretical predictions'",
         claim="Without what the ME layer's FFN writes to token 0 the valley is gone",
         statistic="entropy without that write less the intact one, over the intact entropy without token 0 less that "
@@ -261,7 +261,7 @@ CLAIMS = (
         of_token_0=True, of_ffn=True, blocks_after=1, judge=_is_lifted,
     ),
     Claim(
-        id="valley-sinks-go", figure="valley_by_run", metrics=ValleyMetrics,
+        id="valley-sinks-go", fixed="2026-11-27 6a63426", figure="valley_by_run", metrics=ValleyMetrics,
         source=f"{_PAPER}, ablation (figure 4): the sink rate falls to zero in Llama-3-8B, not in Pythia-410M",
         claim="Without what the ME layer's FFN writes to token 0 the sinks are gone with the valley",
         statistic="sink rate without that write over the intact one, in the blocks that read the massive state",
