@@ -30,7 +30,7 @@ from melens.analysis.compression_valley_claims import CLAIMS, LEAST_FALL, LEAST_
 from melens.analysis.compression_valley_figures import INTACT, MASKED, REMOVED, in_words, runs_figure, valley_figure
 from melens.analysis.low_rank import prompts_of_length, trace_cut
 from melens.analysis.me_layer import massive_activations
-from melens.analysis.metrics import entropy_bound
+from melens.analysis.metrics import SINK_THRESHOLD, entropy_bound
 from melens.analysis.statistics import mean_by, mean_metric, share_interval
 from melens.analysis.study import Study
 from melens.errors import MelensError
@@ -89,7 +89,7 @@ def valley(study: Study, *, rank_tokens: int = 64, rank_prompts: int = 24, mask_
         prompts_with_others=0 if is_alone else len(prompts),
         **why_not,
         **(_of_valley(study, by_input[INTACT], inputs) if study.me.layer is not None else {}),
-        **(_of_changes(study, by_input) if study.massive_layers else {}),
+        **(_of_changes(study, by_input) if study.me.layer is not None and study.massive_layers else {}),
     )
     measured = [name for name in _QUANTITIES if name in table]
     by_block = pd.concat([mean_by(table, name, ("run", "layer")).assign(quantity=name) for name in measured])
@@ -109,6 +109,8 @@ def _prompts(study: Study, n_tokens: int, n_prompts: int) -> tuple[list[int], bo
     long = prompts_of_length(study, n_tokens)
     if not long:
         raise MelensError(f"No prompt has {n_tokens} tokens, to which they would be cut (exp.rank_tokens).")
+    if study.me.layer is None:
+        return long[:n_prompts], True
     massive = massive_activations(study.trace, study.me.criterion)
     others = massive[(massive["pos"] > 0) & (massive["pos"] < n_tokens) & massive["layer"].isin(study.massive_layers)]
     alone = [prompt for prompt in long if prompt not in set(others["prompt"])]
@@ -218,7 +220,13 @@ def _falls(me_layer: int, inside: list[int], intact: ByInput) -> dict[str, Any]:
 def _extents(study: Study, entropy: Float[np.ndarray, "input layer"], inputs: pd.Series) -> dict[str, Any]:
     """Find where each input's valley begins and ends, and compare it with where token 0 is massive."""
     begins, ends = np.array([_extent(of_input) for of_input in entropy]).T
-    measured: dict[str, Any] = {"valley_begins": _counts(begins), "valley_ends": _counts(ends)}
+    mean = entropy.mean(axis=0)
+    is_low = mean <= (mean.max() + mean.min()) / 2
+    measured: dict[str, Any] = {
+        "valley_begins": _counts(begins),
+        "valley_ends": _counts(ends),
+        "earlier_valley": np.flatnonzero(is_low[: _extent(mean)[0]]).tolist(),
+    }
     massive = massive_activations(study.trace, study.me.criterion)
     massive = massive[(massive["pos"] == 0) & massive["prompt"].isin(inputs.index)]
     last = massive.groupby(massive["prompt"].map(inputs))["layer"].max().to_numpy()
@@ -290,12 +298,17 @@ def _of_changes(study: Study, by_input: Mapping[str, ByInput]) -> dict[str, Any]
 
 def _sinks_of_changes(study: Study, by_input: Mapping[str, ByInput]) -> dict[str, Any]:
     """Average the sink rate over the blocks that read a massive state, up to the last two."""
-    reading = [layer for layer in study.layout.attention if layer - 1 in study.massive_layers[:-1]]
+    rate = by_input[INTACT].get(RATE, np.full((1, study.n_layers), np.nan))
+    reading = [layer for layer in study.massive_layers[1:] if not np.isnan(rate[:, layer]).any()]
     if not reading:
         return {"sinks_left_why_not": "No block between the ME layer and the last two has attention."}
     rates = {run: own[RATE][:, reading].mean(axis=1) for run, own in by_input.items()}
     ends = {INTACT: "intact", REMOVED: "removed", MASKED: "masked"}
     measured: dict[str, Any] = {f"sink_rate_{ends[run]}": float(rate.mean()) for run, rate in rates.items()}
+    if REMOVED in rates:
+        by_block = by_input[REMOVED][RATE][:, reading].mean(axis=0)
+        if (most := float(by_block.max())) > SINK_THRESHOLD:
+            measured["sinks_stay"] = f"In block {reading[by_block.argmax()]} it is {most:.2f} then."
     if (intact := measured["sink_rate_intact"]) < LEAST_RATE:
         return measured | {"sinks_left_why_not": f"The sink rate of the intact model is {intact:.2f} there."}
     return measured | (mean_metric("sinks_left", rates[REMOVED] / intact) if REMOVED in rates else {})

@@ -32,6 +32,7 @@ class ValleyMetrics(Metrics):
         valley_begins, valley_ends, massive_ends: by block, how many inputs' valley begins and ends there, and in how
             many token 0 is massive there for the last time. An input's valley is the unbroken run of blocks around the
             one of the least entropy in which it is below half way between its largest and its least.
+        earlier_valley: the blocks before it that are below half way too, in the mean over inputs.
         begins_at_me, ends_with_massive: share of inputs whose valley begins from the ME layer to where the state is
             formed, and ends at most one block from the last in which token 0 is massive.
         norm_correlation: Spearman's, of entropy and token 0's norm over the blocks of an input.
@@ -46,6 +47,7 @@ class ValleyMetrics(Metrics):
         lifted_removed: entropy without the write less the intact one, over what token 0's row takes from the intact one
             (the entropy without token 0 less that with it), mean over inputs.
         sink_rate_intact, sink_rate_removed: in the blocks that read the massive state, up to the last two.
+        sinks_stay: in which block without the write most heads have a sink, if over 0.3 of them.
         sinks_left: sink rate without the write over the intact one; the divisor is the mean over inputs.
         removed_why_not, lifted_why_not, sinks_left_why_not: why not measured.
         mask_rate, entropy_masked, entropy_masked_without, sink_rate_masked, lifted_masked: the same under WeMask.
@@ -76,6 +78,7 @@ class ValleyMetrics(Metrics):
     valley_begins: dict[str, int] | None = None
     valley_ends: dict[str, int] | None = None
     massive_ends: dict[str, int] | None = None
+    earlier_valley: list[int] = Field(default_factory=list)
     begins_at_me: float | None = None
     begins_at_me_interval: Interval | None = None
     ends_with_massive: float | None = None
@@ -101,6 +104,7 @@ class ValleyMetrics(Metrics):
     lifted_removed_interval: Interval | None = None
     sink_rate_intact: float | None = None
     sink_rate_removed: float | None = None
+    sinks_stay: str | None = None
     sinks_left: float | None = None
     sinks_left_interval: Interval | None = None
     removed_why_not: str | None = None
@@ -143,7 +147,9 @@ def _begins(metrics: ValleyMetrics) -> Judgement:
     judged = at_least(
         metrics.begins_at_me, metrics.begins_at_me_interval, 0.8, partly=0.5, why_not=metrics.fall_why_not
     )
-    return judged.noting(f"It begins {_in_words(metrics.valley_begins)}.")
+    begins = f"It begins {_in_words(metrics.valley_begins)}."
+    earlier = metrics.earlier_valley
+    return judged.noting(begins, f"The entropy is as low before, in {listed(earlier)}." if earlier else "")
 
 
 def _ends(metrics: ValleyMetrics) -> Judgement:
@@ -177,7 +183,7 @@ def _sinks_go(metrics: ValleyMetrics) -> Judgement:
     why_not = metrics.removed_why_not or metrics.sinks_left_why_not
     judged = at_most(metrics.sinks_left, metrics.sinks_left_interval, 0.1, partly=0.5, why_not=why_not)
     rates = f"The sink rate is {metrics.sink_rate_intact:.2f}, and {metrics.sink_rate_removed:.2f} without what the FFN"
-    return judged.noting(f"{rates} of {listed(metrics.removed_layers)} writes to token 0.")
+    return judged.noting(f"{rates} of {listed(metrics.removed_layers)} writes to token 0.", metrics.sinks_stay or "")
 
 
 _PAPER = "Queipo-de-Llano et al. (2025)"

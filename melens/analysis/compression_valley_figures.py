@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -30,9 +31,9 @@ def valley_figure(study: Study, by_block: pd.DataFrame, metrics: ValleyMetrics, 
     """Draw the intact model: entropy with token 0 and without, its norm, the sink rate, and the entropy's bound."""
     intact = dict(iter(by_block[by_block["run"] == INTACT].groupby("quantity")))
     names = {
-        "entropy": ("all tokens", FIRST), "entropy_without_first": ("without token 0", OTHERS),
-        "norm": ("token 0", FIRST), "norm_others": ("other tokens", OTHERS),
-        "sink_rate": ("heads with a sink on token 0", SINK), "bound": ("bound by token 0's norm and angles", COLORS[3]),
+        "entropy": ("entropy of all tokens", FIRST), "entropy_without_first": ("entropy without token 0", OTHERS),
+        "norm": ("norm of token 0", COLORS[6]), "norm_others": ("norm of other tokens, mean", COLORS[5]),
+        "sink_rate": ("sink rate of token 0", SINK), "bound": ("bound by token 0's norm and angles", COLORS[3]),
     }  # fmt: skip
     curves = {name: Curve(words, intact[name], color) for name, (words, color) in names.items() if name in intact}
     panels = {
@@ -81,8 +82,8 @@ def _figure(
             panels.append(Panel(name, y_title, curves, study.me.layer, **axis))
     note = f"The first {metrics.valley_tokens} tokens of each prompt; entropy of σ² / Σσ² over log min(T, d). "
     note += "Bands: 95% intervals over prompts."
-    plot = curves_by_block(panels, title=study.title(title, metrics.valley_prompts), note=note)
-    return Figure(plot, _SOURCE, expected, observed)
+    heading = study.title(title, metrics.valley_prompts)
+    return Figure(partial(curves_by_block, panels, title=heading, note=note), _SOURCE, expected, observed)
 
 
 # --- Words ------------------------------------------------------------------------------------------------------------
@@ -103,7 +104,7 @@ def in_words(metrics: ValleyMetrics) -> list[tuple[str, str]]:
 
 
 def _fall_in_words(m: ValleyMetrics) -> str:
-    ratio = with_interval(m.entropy_ratio or 0, m.entropy_ratio_interval, ".2f")
+    ratio = with_interval(m.entropy_ratio or 0.0, m.entropy_ratio_interval, ".2f")
     words = (
         f"The normalised entropy of {m.valley_tokens} tokens' states goes from {m.entropy_before:.3f} before the ME "
     )
@@ -111,9 +112,8 @@ def _fall_in_words(m: ValleyMetrics) -> str:
         f"layer to {m.entropy_inside:.3f} behind, × {ratio}. It is below half way from {_most(m.valley_begins)} to "
     )
     words += _most(m.valley_ends)
-    if m.massive_ends is None:
-        return f"{words}."
-    return f"{words}; token 0 is massive for the last time in {_most(m.massive_ends)}."
+    words += f"; token 0 is massive for the last time in {_most(m.massive_ends)}." if m.massive_ends else "."
+    return f"{words} So it is before, in {listed(m.earlier_valley)}." if m.earlier_valley else words
 
 
 def _most(counts: Mapping[str, int] | None) -> str:
@@ -133,7 +133,7 @@ def _without_in_words(m: ValleyMetrics) -> str:
 
 
 def _together_in_words(m: ValleyMetrics) -> str:
-    rho = with_interval(m.norm_correlation or 0, m.norm_correlation_interval, ".2f")
+    rho = with_interval(m.norm_correlation or 0.0, m.norm_correlation_interval, ".2f")
     words = f"Over an input's blocks the entropy has a rank correlation of {rho} with token 0's norm"
     if m.sink_correlation is None:
         return f"{words}. With the sink rate: {m.sink_correlation_why_not}"
@@ -146,10 +146,10 @@ def _bound_in_words(m: ValleyMetrics) -> str:
         f"Token 0's row has {m.row_share_inside:.1%} of the energy there, {m.aligned_share_inside:.1%} is along its "
     )
     words += f"direction. That leaves an entropy of {m.bound_inside:.3f} at most, "
-    words += f"{(m.bound_inside or 0) - (m.entropy_inside or 0):.3f} above the measured one"
+    words += f"{(m.bound_inside or 0.0) - (m.entropy_inside or 0.0):.3f} above the measured one"
     if m.bound_before is None:
         return f"{words}."
-    return f"{words}; before the ME layer {m.bound_before - (m.entropy_before or 0):.3f} above it."
+    return f"{words}; before the ME layer {m.bound_before - (m.entropy_before or 0.0):.3f} above it."
 
 
 def _removed_in_words(m: ValleyMetrics) -> str:
@@ -161,7 +161,7 @@ def _removed_in_words(m: ValleyMetrics) -> str:
         return f"{words}. {m.lifted_why_not} {_rates_in_words(m, m.sink_rate_removed)}".strip()
     lifted = with_interval(m.lifted_removed, m.lifted_removed_interval, ".0%")
     words += f": {lifted} of what token 0's row takes is given back. {_rates_in_words(m, m.sink_rate_removed)}"
-    return words.strip()
+    return f"{words} {m.sinks_stay}" if m.sinks_stay else words.strip()
 
 
 def _masked_in_words(m: ValleyMetrics) -> str:
