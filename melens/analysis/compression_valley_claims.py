@@ -149,7 +149,7 @@ def _begins(metrics: ValleyMetrics) -> Judgement:
     )
     begins = f"It begins {_in_words(metrics.valley_begins)}."
     earlier = metrics.earlier_valley
-    return judged.noting(begins, f"The entropy is as low before, in {listed(earlier)}." if earlier else "")
+    return judged.noting(begins, f"The entropy is below half way before too, in {listed(earlier)}." if earlier else "")
 
 
 def _ends(metrics: ValleyMetrics) -> Judgement:

@@ -113,7 +113,7 @@ def _fall_in_words(m: ValleyMetrics) -> str:
     )
     words += _most(m.valley_ends)
     words += f"; token 0 is massive for the last time in {_most(m.massive_ends)}." if m.massive_ends else "."
-    return f"{words} So it is before, in {listed(m.earlier_valley)}." if m.earlier_valley else words
+    return f"{words} Before, it is below half way in {listed(m.earlier_valley)}." if m.earlier_valley else words
 
 
 def _most(counts: Mapping[str, int] | None) -> str:

@@ -133,6 +133,14 @@ def test_depth_place_and_what_is_left_of_a_valley(by_hand):
     assert of_block["mean"].tolist() == pytest.approx([0.2])
 
 
+def test_blocks_before_the_valley_that_are_low_too_are_told(by_hand):
+    result = by_hand(entropy=[0.8, 0.4, 0.6, 0.1, 0.1, 0.3, 0.9])
+    assert (result.metrics.valley_begins, result.metrics.earlier_valley) == ({"3": 3}, [1])
+    judged = result.claims.set_index("id").loc["valley-begins"]
+    assert judged.verdict == "does not hold"
+    assert judged.note == "It begins in block 3 (3 inputs). The entropy is below half way before too, in block 1."
+
+
 def test_prompts_that_share_their_first_token_count_once(by_hand):
     assert by_hand(first_tokens=[10, 10, 11]).metrics.inputs == 2
     assert by_hand(first_tokens=[10, 10, 11]).metrics.valley_begins == {"2": 2}
