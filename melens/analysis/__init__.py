@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from melens.analysis.across_inputs import stability
     from melens.analysis.attention_sinks import sinks
     from melens.analysis.block_ablation import ablation
+    from melens.analysis.compression_valley import valley
     from melens.analysis.emergence_norms import emergence, side_by_side
     from melens.analysis.ffn_concentration import ffn
     from melens.analysis.generated_texts import generate
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ablation", "benchmark", "consequence", "direction", "emergence", "ffn", "generate", "heads", "mask_grid",
     "normalization", "prediction", "side_by_side", "sinks", "stability", "training", "training_table", "trainings",
+    "valley",
     "verdicts", "verification",
 ]  # fmt: skip
 
@@ -57,6 +59,7 @@ _MODULES = {
     "training": ".training.runs",
     "training_table": ".benchmarks.training_table",
     "trainings": ".training.history",
+    "valley": "compression_valley",
     "verdicts": ".report.verdicts",
     "verification": "self_check",
 }

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 __all__ = [
-    "abs_max", "abs_median", "concentration", "effective_rank", "energy_share", "first_share",
+    "abs_max", "abs_median", "concentration", "effective_rank", "energy_share", "entropy_bound", "first_share",
     "kl_to_gain", "l2_norm", "matrix_entropy", "pairwise_cosine", "sink_mass",
 ]  # fmt: skip
 
@@ -176,6 +176,21 @@ def matrix_entropy(singular_values: Float[Tensor, "*batch rank"]) -> Float[Tenso
     """
     energy = singular_values**2 / (singular_values**2).sum(-1, keepdim=True)
     return -torch.xlogy(energy, energy).sum(-1) / math.log(max(2, singular_values.shape[-1]))
+
+
+def entropy_bound(share: Float[Tensor, "*batch"], n: int) -> Float[Tensor, "*batch"]:
+    """Compute the largest `matrix_entropy` of n directions of which one has at least a share p of the energy.
+
+    `(-p log p - (1 - p) log (1 - p) + (1 - p) log (n - 1)) / log n` (Queipo-de-Llano et al. 2025, corollary 2). With
+    p ≤ 1 / n all directions may be alike: there the formula would be too low, and the bound is 1.
+
+    Example:
+        >>> entropy_bound(torch.tensor([0.9, 0.5, 0.1]), 2)
+        tensor([0.4690, 1.0000, 1.0000])
+    """
+    p = share.clamp(min=1 / n, max=1)
+    two = -torch.xlogy(p, p) - torch.xlogy(1 - p, 1 - p)
+    return (two + (1 - p) * math.log(max(1, n - 1))) / math.log(max(2, n))
 
 
 def pairwise_cosine(vectors: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch n n"]:
