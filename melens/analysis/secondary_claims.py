@@ -104,7 +104,7 @@ def _repetitions_bring_them(metrics: SecondaryMetrics) -> Judgement:
 
 CLAIMS = (
     Claim(
-        id="secondary-delimiter",
+        id="secondary-delimiter", fixed="2026-11-27 f634f9f",
         source="Sun et al. (2024), figure 1: 'the starting token, and the first period (.) or newline token'",
         figure="secondary_rates", metrics=SecondaryMetrics,
         claim="The first period or newline is massive besides the starting token",
@@ -114,7 +114,7 @@ CLAIMS = (
         judge=_first_delimiters_are_massive,
     ),
     Claim(
-        id="secondary-elsewhere",
+        id="secondary-elsewhere", fixed="2026-11-27 f634f9f",
         source="Yu et al. (2024), abstract: sinks 'also within later tokens of the input'",
         figure="secondary_lifetimes", metrics=SecondaryMetrics,
         claim="Attention sinks occur within later tokens of the input as well",
@@ -125,7 +125,7 @@ CLAIMS = (
         needs_me_layer=False, judge=_sinks_are_elsewhere_too,
     ),
     Claim(
-        id="secondary-aligned",
+        id="secondary-aligned", fixed="2026-11-27 f634f9f",
         source="Wong et al. (2025), abstract: vectors that 'align with the direction of the primary sink'",
         figure="secondary_map", metrics=SecondaryMetrics,
         claim="Secondary sinks have the direction of the first token's state",
@@ -138,7 +138,7 @@ CLAIMS = (
         ),
     ),
     Claim(
-        id="secondary-later",
+        id="secondary-later", fixed="2026-11-27 f634f9f",
         source="Wong et al. (2025), abstract: 'arise primarily in middle layers', and not at the primary sink's",
         figure="secondary_lifetimes", metrics=SecondaryMetrics,
         claim="Secondary sinks arise in later blocks than the first",
@@ -149,7 +149,7 @@ CLAIMS = (
         judge=lambda metrics: at_least(metrics.later, metrics.later_interval, 0.5, why_not=_NONE_FOUND),
     ),
     Claim(
-        id="secondary-fades",
+        id="secondary-fades", fixed="2026-11-27 f634f9f",
         source="Wong et al. (2025), abstract: 'can persist for a variable number of layers'",
         figure="secondary_lifetimes", metrics=SecondaryMetrics,
         claim="Secondary sinks end before the first does",
@@ -160,7 +160,7 @@ CLAIMS = (
         judge=lambda metrics: at_least(metrics.fades, metrics.fades_interval, 0.5, why_not=_NONE_FOUND),
     ),
     Claim(
-        id="secondary-weaker",
+        id="secondary-weaker", fixed="2026-11-27 f634f9f",
         source="Wong et al. (2025), abstract: 'a smaller, but still significant, amount of attention mass'",
         figure="secondary_lifetimes", metrics=SecondaryMetrics,
         claim="Secondary sinks draw less attention than the first, and more than an ordinary token",
@@ -170,7 +170,7 @@ CLAIMS = (
         of_token_0=True, judge=_are_weaker,
     ),
     Claim(
-        id="secondary-repeats",
+        id="secondary-repeats", fixed="2026-11-27 f634f9f",
         source="Yona et al. (2025), abstract: 'long repetitions disrupt' the circuit of attention sinks",
         figure="secondary_rates", metrics=SecondaryMetrics,
         claim="A token repeated in a row becomes a sink, wherever the repetition begins",
