@@ -161,8 +161,8 @@ def cosine_with_first(
         >>> cosine, centred = cosine_with_first(states, torch.tensor([[0, 1 / 3, 1 / 3, 1 / 3]]))
         >>> cosine
         tensor([[1., 0., 0., 1.]])
-        >>> centred[0, [1, 3]]
-        tensor([-1.0000,  1.0000])
+        >>> centred
+        tensor([[ 1., -1., -1.,  1.]])
     """
     norms = l2_norm(hidden).clamp(min=torch.finfo(torch.float32).tiny)
     step = max(1, 4 * _CHUNK // (hidden.shape[0] * hidden.shape[2]))  # float32 copies: of a little at a time
