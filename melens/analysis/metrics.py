@@ -167,7 +167,8 @@ def cosine_with_first(
     norms = l2_norm(hidden).clamp(min=torch.finfo(torch.float32).tiny)
     step = max(1, 4 * _CHUNK // (hidden.shape[0] * hidden.shape[2]))  # float32 copies: of a little at a time
     pieces = list(zip(hidden.split(step, dim=1), norms.split(step, dim=1), weights.split(step, dim=1), strict=True))
-    shared = sum(torch.einsum("bp,bpd->bd", weight / norm, some.float()) for some, norm, weight in pieces)
+    directions = [torch.einsum("bp,bpd->bd", weight / norm, some.float()) for some, norm, weight in pieces]
+    shared = torch.stack(directions).sum(0)
     first = hidden[:, 0].float() / norms[:, :1]
     first_centred = torch.nn.functional.normalize(first - shared, dim=-1)
     cosines, centred = [], []

@@ -63,7 +63,7 @@ def lifetimes_figure(
     """
     blocks = range(study.last_before_trailing + 1)
     alive = states[states["is_massive"] | states["is_turned"]]
-    born = alive.groupby(["texts", "prompt", "pos", "kind"], as_index=False)["layer"].min()
+    born = alive.groupby(["texts", "prompt", "pos", "kind"])["layer"].min().reset_index()
     kinds = alive.groupby("kind")["pos"].size().sort_values(ascending=False).index.tolist()
     colors = dict(zip(kinds, [*COLORS, *[COLORS[-1]] * len(kinds)], strict=False))
     panels = [

@@ -98,8 +98,8 @@ def states_of(texts: Texts, criterion: Criterion, last: int) -> pd.DataFrame:
     states["is_turned"], states["is_shared"] = has_direction & keeps_it, has_direction & ~keeps_it
     states = states[states["is_massive"] | has_direction]
     largest = texts.trace["largest"].query("site == 'hook_resid_post' and pos > 0")
-    largest = largest.assign(abs_max=largest["value"].abs()).groupby(_STATE, as_index=False)["abs_max"].max()
-    states = states.merge(largest, on=_STATE, how="left").merge(of_first, on="prompt", how="left")
+    sizes = largest.assign(abs_max=largest["value"].abs()).groupby(_STATE)["abs_max"].max().reset_index()
+    states = states.merge(sizes, on=_STATE, how="left").merge(of_first, on="prompt", how="left")
     return states.assign(texts=texts.name)
 
 

@@ -1,4 +1,4 @@
-"""Prompts that bring massive activations behind the first token: newlines, delimiters, digits, repeats, BOS inside.
+"""Prompts that may bring massive activations behind the first token: newlines, delimiters, digits, repeats, BOS inside.
 
     provoking_prompts(tokenizer)   # one of each kind for each of four openings, which begin with different words
 
@@ -8,6 +8,7 @@ They are made to bring sinks, and say nothing of how often ordinary text does.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +39,6 @@ def provoking_prompts(tokenizer: Any, prefix: list[int] | None = None) -> Tokeni
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     before = prefix or []
-    special = next((own for own in (tokenizer.bos_token_id, tokenizer.eos_token_id) if own is not None), None)
     texts: dict[str, Callable[[str, str], str]] = {
         "newlines": lambda opening, rest: (opening + rest).replace(" ", "\n"),
         "delimiters": lambda opening, rest: (opening + rest).replace(" ", ". "),
@@ -49,9 +49,10 @@ def provoking_prompts(tokenizer: Any, prefix: list[int] | None = None) -> Tokeni
         "run of token 0": lambda opening, rest: [*_REPEATS * (before or opening)[:1], *opening, *rest],
         "token 0 again": lambda opening, rest: _every_fourth([*opening, *rest], (before or opening)[0]),
     }
-    if special is not None:
-        made["special inside"] = lambda opening, rest: [*opening, special, *rest, special, *opening, *rest]
-        made["special first"] = lambda opening, rest: [special, *opening, special, *rest, special, *opening, *rest]
+    for token in _special(tokenizer):
+        name = tokenizer.convert_ids_to_tokens(token)
+        made[f"{name} inside"] = partial(_with_special, token, [])
+        made[f"{name} first"] = partial(_with_special, token, [token])
     prompts, tokens = [], []
     for number, (opening, rest) in enumerate(_OPENINGS):
         of_texts = {name: ids(make(opening, rest)) for name, make in texts.items()}
@@ -59,6 +60,16 @@ def provoking_prompts(tokenizer: Any, prefix: list[int] | None = None) -> Tokeni
             prompts.append(Prompt(tokenizer.decode(own), name, f"{name}-{number}"))
             tokens.append(torch.tensor([*before, *own]))
     return TokenizedPrompts(prompts, tokens)
+
+
+def _special(tokenizer: Any) -> list[int]:
+    """List the tokens that may stand between texts: BOS, EOS, what stands for unknown text, padding."""
+    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id)
+    return list(dict.fromkeys(token for token in ids if token is not None))
+
+
+def _with_special(token: int, first: list[int], opening: list[int], rest: list[int]) -> list[int]:
+    return [*first, *opening, token, *rest, token, *opening, *rest]
 
 
 def _every_fourth(ids: list[int], token: int) -> list[int]:
