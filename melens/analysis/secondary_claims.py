@@ -21,7 +21,9 @@ class SecondaryMetrics(Metrics):
         n_tokens: tokens behind the first, of all texts; those of a run of token 0 (`n_in_run`) are not among them.
         n_sinks, n_massive: secondary sinks among them, and those that are massive in some block; the others turned.
         n_shared: tokens that |cos| alone would count, and that are none without what the prompt's tokens share.
-        n_in_run: tokens that only repeat token 0 from the start on, whose states are token 0's by construction.
+        n_in_run: tokens that only repeat token 0 from the start on; without learned positions their states are token
+            0's by construction. `least_run_cosine`: the least cosine of one with it, in any block.
+        n_heads: of a block.
         n_texts, sink_texts: how many texts there are, and how many with a secondary sink.
         by_kind, by_birth: how many secondary sinks of each kind, and born in each block.
         median_blocks: in how many blocks one lives, median.
@@ -47,6 +49,8 @@ class SecondaryMetrics(Metrics):
     n_massive: int | None = None
     n_shared: int | None = None
     n_in_run: int | None = None
+    least_run_cosine: float | None = None
+    n_heads: int | None = None
     n_texts: int | None = None
     sink_texts: int | None = None
     by_kind: dict[str, int] | None = None
@@ -85,7 +89,9 @@ def _first_delimiters_are_massive(metrics: SecondaryMetrics) -> Judgement:
 
 def _sinks_are_elsewhere_too(metrics: SecondaryMetrics) -> Judgement:
     why_not = "No prompt has a token behind the first that 16 queries see in a block with attention."
-    return at_least(metrics.elsewhere, metrics.elsewhere_interval, 0.5, partly=0.1, why_not=why_not)
+    judged = at_least(metrics.elsewhere, metrics.elsewhere_interval, 0.5, partly=0.1, why_not=why_not)
+    n_heads = metrics.n_heads or 0
+    return judged.noting(f"A tenth is {-(-n_heads // 10)} of {n_heads} heads." if n_heads else "")
 
 
 def _are_weaker(metrics: SecondaryMetrics) -> Judgement:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 
 import numpy as np
 import pandas as pd
@@ -10,8 +11,8 @@ import pandas as pd
 from melens.analysis.me_layer import massive_activations
 from melens.analysis.secondary_tables import Texts
 from melens.analysis.study import Study
-from melens.data.token_kinds import token_texts
-from melens.figures.bars import share_bars
+from melens.data.token_kinds import KINDS, token_texts
+from melens.figures.bars import share_points
 from melens.figures.curves import Curve, Panel, curves_by_block
 from melens.figures.heatmaps import Heatmap, heatmap_by_block
 from melens.figures.style import BLOCK, COLORS, FIRST, SINK
@@ -44,7 +45,9 @@ def map_figure(study: Study, texts: Texts, prompt: int, sinks: Sequence[int], n_
     name = texts.trace.prompts["id"][prompt]
     note = f"Text {name}; ● is a secondary sink. Empty: token 0 is not massive there, and its direction says nothing."
     title = study.title("Tokens with the direction of token 0", 1)
-    plot = heatmap_by_block(heatmap, me_layer=study.me.layer, title=title, note=note, z_title="|cos|", z_range=(0, 1))
+    me_layer = study.me.layer
+    plot = heatmap_by_block(heatmap, me_layer=me_layer, title=title, note=note, z_title="|cos|", z_range=(0, 1))
+    plot.update_yaxes(dtick=1, tickfont={"size": 11})  # every token's
     observed = f"{counted(len(sinks), 'secondary sink')} in text {name}, at {', '.join(map(str, sinks[:12]))}"
     expected = "Secondary sinks align with the first token's state (Wong et al. 2025)."
     return Figure(plot, "Wong et al. (2025)", expected, f"{observed}{' …' if len(sinks) > 12 else ''}.")
@@ -65,7 +68,7 @@ def lifetimes_figure(
     alive = states[states["is_massive"] | states["is_turned"]]
     born = alive.groupby(["texts", "prompt", "pos", "kind"])["layer"].min().reset_index()
     kinds = alive.groupby("kind")["pos"].size().sort_values(ascending=False).index.tolist()
-    colors = dict(zip(kinds, [*COLORS, *[COLORS[-1]] * len(kinds)], strict=False))
+    colors = dict(zip(kinds, cycle(COLORS[3:]), strict=False))
     panels = [
         Panel(
             title, "tokens", [_count(of_panel, kind, color, blocks) for kind, color in colors.items()], study.me.layer
@@ -73,9 +76,8 @@ def lifetimes_figure(
         for title, of_panel in (("Become secondary sinks", born), ("Are secondary sinks", alive))
     ]
     if len(by_reader) and by_reader["importance"].notna().any():
-        means = by_reader.groupby("layer", as_index=False)[
-            ["importance", "importance_of_first", "even_attention"]
-        ].mean()
+        columns = ["importance", "importance_of_first", "even_attention"]
+        means = by_reader.groupby("layer")[columns].mean().reindex(range(study.n_layers)).reset_index()
         names = {"importance_of_first": ("token 0", FIRST), "importance": ("secondary sinks", SINK)}
         names["even_attention"] = ("even attention", COLORS[6])
         curves = [
@@ -100,5 +102,7 @@ def rates_figure(study: Study, rates: pd.DataFrame, observed: str) -> Figure:
     shares = rates.rename(columns={"kind": "name", "texts": "group", "rate": "mean"})
     note = "Mean over the texts that have the kind, with its exact 95% interval; each state once."
     title = f"Which tokens are secondary sinks: {study.trace.model['name']}"
-    plot = share_bars(shares, x_title="share of the tokens of a kind", title=title, note=note)
+    names = [kind for kind in KINDS if kind in set(shares["name"])]
+    groups, x_title = list(dict.fromkeys(shares["group"])), "share of the tokens of a kind"
+    plot = share_points(shares, names=names, groups=groups, x_title=x_title, title=title, note=note)
     return Figure(plot, "Sun et al. (2024)", "Delimiters and newlines, and words of little meaning.", observed)

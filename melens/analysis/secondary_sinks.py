@@ -68,8 +68,9 @@ def secondary(study: Study, *, provoke: bool = False, long_tokens: int = 0, map_
         map_tokens: how many tokens of one prompt are drawn by block, its secondary sinks and their neighbours first.
 
     Returns:
-        Metrics `SecondaryMetrics`; the tables `secondary_sinks` and `secondary_rates`; the figures `secondary_map`,
-        `secondary_lifetimes` and `secondary_rates`, the first two where there are secondary sinks.
+        Metrics `SecondaryMetrics`; the tables `secondary_sinks`, `secondary_rates` (by kind of token) and
+        `secondary_tokens` (by its text); the figures `secondary_map`, `secondary_lifetimes` and `secondary_rates`, the
+        first two where there are secondary sinks.
 
     Raises:
         MelensError: `long_tokens` over the model's context, texts to provoke them without a tokenizer, or as
@@ -88,13 +89,14 @@ def secondary(study: Study, *, provoke: bool = False, long_tokens: int = 0, map_
     behind = tokens[tokens["pos"] > 0]
     counting = behind[behind["is_new"] & (behind["kind"] != RUN)]
     sinks, by_reader = with_attention(sinks_of(states, counting), states, texts, layout)
-    rates = rates_of(counting, sinks)
+    rates, by_text = rates_of(counting, sinks), _by_text(counting, sinks)
     shared = states[states["is_shared"]].merge(counting[TOKEN])[TOKEN].drop_duplicates()
     metrics = study.metrics(
         SecondaryMetrics,
         **layout.metrics(),
         n_tokens=len(counting),
-        n_in_run=int((behind["kind"] == RUN).sum()),
+        n_heads=study.trace.model.get("n_heads"),
+        **_of_runs(texts, behind),
         n_shared=len(shared) - len(shared.merge(sinks[TOKEN])),
         n_texts=sum(len(own.tokens) for own in texts),
         **_counts(sinks),
@@ -103,7 +105,7 @@ def secondary(study: Study, *, provoke: bool = False, long_tokens: int = 0, map_
         **_of_massive(sinks),
         **_of_repetitions(counting, sinks),
     )
-    findings = _in_words(study, metrics, sinks, rates)
+    findings = _in_words(study, metrics, sinks, rates, by_text)
     figures = {"secondary_rates": rates_figure(study, rates, findings[-1][1])}
     if len(sinks):
         lifetimes = lifetimes_figure(study, states.merge(sinks[[*TOKEN, "kind"]], on=TOKEN), by_reader, findings)
@@ -111,7 +113,7 @@ def secondary(study: Study, *, provoke: bool = False, long_tokens: int = 0, map_
             "secondary_map": _map_figure(study, texts, sinks, map_tokens),
             "secondary_lifetimes": lifetimes,
         } | figures
-    tables = {"secondary_sinks": sinks, "secondary_rates": rates}
+    tables = {"secondary_sinks": sinks, "secondary_rates": rates, "secondary_tokens": by_text}
     return Result("secondary", study.trace.model, metrics, tables, figures, findings)
 
 
@@ -187,6 +189,19 @@ def _counts(sinks: pd.DataFrame) -> dict[str, Any]:
     return measured | ({"median_blocks": float(sinks["blocks"].median())} if len(sinks) else {})
 
 
+def _of_runs(texts: Sequence[Texts], behind: pd.DataFrame) -> dict[str, Any]:
+    """Tell how near the states of tokens that only repeat token 0 come to its own, which is why they do not count."""
+    runs = behind.loc[behind["kind"] == RUN, TOKEN]
+    least = [
+        float(
+            own.trace["cosine_with_first"].merge(runs[runs["texts"] == own.name], on=["prompt", "pos"])["cosine"].min()
+        )
+        for own in texts
+        if own.name in set(runs["texts"])
+    ]
+    return {"n_in_run": len(runs)} | ({"least_run_cosine": min(least)} if least else {})
+
+
 def _of_first_delimiters(behind: pd.DataFrame, counting: pd.DataFrame, sinks: pd.DataFrame) -> dict[str, Any]:
     """Tell of how many of the study's prompts the first period or newline is massive."""
     own = behind[(behind["texts"] == OWN) & ((behind["token"].str.strip() == ".") | behind["token"].str.contains("\n"))]
@@ -244,7 +259,7 @@ def _mean_over_texts(name: str, sinks: pd.DataFrame, values: pd.Series) -> dict[
 
 
 def _in_words(
-    study: Study, metrics: SecondaryMetrics, sinks: pd.DataFrame, rates: pd.DataFrame
+    study: Study, metrics: SecondaryMetrics, sinks: pd.DataFrame, rates: pd.DataFrame, by_text: pd.DataFrame
 ) -> list[tuple[str, str]]:
     """Say what was found; the last row says which kinds of tokens they are."""
     n_sinks, n_massive = metrics.n_sinks or 0, metrics.n_massive or 0
@@ -259,7 +274,8 @@ def _in_words(
     if metrics.n_shared:
         words += f" {metrics.n_shared} more have |cos| > 0.9 only through what all tokens of their prompt share."
     if metrics.n_in_run:
-        words += f" {metrics.n_in_run} that repeat token 0 from the start on have its states, and are not counted."
+        words += f" {metrics.n_in_run} that repeat token 0 from the start on do not count: their |cos| with it is"
+        words += f" {metrics.least_run_cosine:.3f} or more in every block."
     rows = [("secondary sinks", words)]
     if n_sinks:
         births = ", ".join(f"block {layer} ({n})" for layer, n in (metrics.by_birth or {}).items())
@@ -270,7 +286,7 @@ def _in_words(
             ("birth and lifetime", f"Born in {births}. {lives}, of those up to block {study.last_before_trailing}.")
         )
     rows += _attention_in_words(study, metrics)
-    return [*rows, ("which tokens", _kinds_in_words(rates))]
+    return [*rows, ("which tokens", f"{_kinds_in_words(rates)}{_tokens_in_words(by_text)}")]
 
 
 def _attention_in_words(study: Study, metrics: SecondaryMetrics) -> list[tuple[str, str]]:
@@ -299,9 +315,23 @@ def _kinds_in_words(rates: pd.DataFrame) -> str:
     return f"{'; '.join(said)}.".capitalize() if said else "There is no token behind the first."
 
 
+def _by_text(counting: pd.DataFrame, sinks: pd.DataFrame) -> pd.DataFrame:
+    """Count by the text of a token how many are secondary sinks, `n_sinks`, and how many there are, `n_tokens`."""
+    counts = {"n_sinks": sinks["token"].value_counts(), "n_tokens": counting["token"].value_counts()}
+    by_text = pd.DataFrame(counts).dropna().astype(int).rename_axis("token").reset_index()
+    return by_text.sort_values("n_sinks", ascending=False, kind="stable", ignore_index=True)
+
+
+def _tokens_in_words(by_text: pd.DataFrame) -> str:
+    """List the tokens with most secondary sinks: " By text: ' fly' 2 of 2."."""
+    listed = [f"{row.token!r} {row.n_sinks} of {row.n_tokens:,}" for row in by_text.head(5).itertuples()]
+    return f" By text: {', '.join(listed)}{' …' if len(by_text) > 5 else ''}." if listed else ""
+
+
 def _map_figure(study: Study, texts: Sequence[Texts], sinks: pd.DataFrame, map_tokens: int) -> Figure:
-    """Draw the text with most secondary sinks, of the study's prompts if one of them has any."""
-    first = sinks[sinks["texts"] == sinks["texts"].iloc[0]]
-    prompt = int(first["prompt"].mode().iloc[0])
-    own = next(each for each in texts if each.name == first["texts"].iloc[0])
-    return map_figure(study, own, prompt, first.loc[first["prompt"] == prompt, "pos"].tolist(), map_tokens)
+    """Draw the text whose secondary sinks live in most blocks together."""
+    lived = sinks.groupby(["texts", "prompt"], sort=False, as_index=False)["blocks"].sum()
+    most = lived.iloc[int(lived["blocks"].argmax())]
+    of_text = sinks[(sinks["texts"] == most["texts"]) & (sinks["prompt"] == most["prompt"])]
+    own = next(each for each in texts if each.name == most["texts"])
+    return map_figure(study, own, int(most["prompt"]), of_text["pos"].tolist(), map_tokens)

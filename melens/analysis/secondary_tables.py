@@ -181,4 +181,5 @@ def rates_of(tokens: pd.DataFrame, sinks: pd.DataFrame) -> pd.DataFrame:
         counts = len(own), len(by_text), int(own["is_sink"].sum())
         rows.append((texts, kind, *counts, float(by_text.mean()), *share_interval(by_text)))
     rates = pd.DataFrame(rows, columns=["texts", "kind", "n_tokens", "n_texts", "n_sinks", "rate", "low", "high"])
-    return rates.sort_values("kind", key=lambda kinds: kinds.map(KINDS.index), kind="stable", ignore_index=True)
+    order = {name: at for at, name in enumerate([*dict.fromkeys(tokens["texts"]), *KINDS])}
+    return rates.sort_values(["texts", "kind"], key=lambda names: names.map(order), ignore_index=True)

@@ -1,13 +1,15 @@
-"""Horizontal bars with intervals: differences to the intact model, on an axis for both signs, and shares."""
+"""Rows with intervals: differences to the intact model as bars, on an axis for both signs, and shares as points."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import pandas as pd
 import plotly.graph_objects as go
 
 from melens.figures import style
 
-__all__ = ["difference_bars", "share_bars"]
+__all__ = ["difference_bars", "share_points"]
 
 
 def difference_bars(differences: pd.DataFrame, *, x_title: str, title: str, note: str = "") -> go.Figure:
@@ -31,23 +33,27 @@ def difference_bars(differences: pd.DataFrame, *, x_title: str, title: str, note
     return style.finish(figure, title, note, height=90 + 45 * len(differences))
 
 
-def share_bars(shares: pd.DataFrame, *, x_title: str, title: str, note: str = "") -> go.Figure:
-    """Draw a horizontal bar a row from 0 to at most 1, with its interval, side by side where rows share a name.
+def share_points(
+    shares: pd.DataFrame, *, names: Sequence[str], groups: Sequence[str], x_title: str, title: str, note: str = ""
+) -> go.Figure:
+    """Draw shares as points with their intervals, a row a name, those of several groups one above the other.
 
     Args:
-        shares: `name`, `group` (in the legend), `mean`, `low` and `high`.
+        shares: `name`, `group`, `mean`, `low` and `high`.
+        names, groups: in the order of the rows and of the legend.
         x_title: what the shares are of.
         title, note: of the figure.
     """
     figure = go.Figure()
-    names = list(dict.fromkeys(shares["name"]))
-    for (group, own), color in zip(shares.groupby("group", sort=False), style.COLORS[1:], strict=False):
-        bar = go.Bar(x=own["mean"], y=own["name"], orientation="h", name=str(group), marker={"color": color})
-        bar.error_x = style.whiskers(own["mean"], own["low"], own["high"]) | {"thickness": 1.5}
-        bar.hovertemplate = "%{y}: %{x:.3f}<extra></extra>"
-        figure.add_trace(bar)
-    figure.update_xaxes(title_text=x_title, rangemode="tozero")
-    figure.update_yaxes(autorange="reversed", categoryorder="array", categoryarray=names)
-    n_groups = shares["group"].nunique()
-    height = 90 + (25 + 18 * n_groups) * len(names)
-    return style.finish(figure, title, note, height=height, showlegend=n_groups > 1, legend=style.legend())
+    for group, color in zip(groups, style.COLORS[1:], strict=False):
+        own = shares[shares["group"] == group]
+        points = go.Scatter(x=own["mean"], y=own["name"], mode="markers", orientation="h", name=group)
+        points.marker = {"color": color, "size": 8}
+        points.error_x = style.whiskers(own["mean"], own["low"], own["high"]) | {"thickness": 1.5}
+        points.hovertemplate = "%{y}: %{x:.4f}<extra></extra>"
+        figure.add_trace(points)
+    figure.update_xaxes(title_text=x_title, range=[-0.02, 1.02])
+    figure.update_yaxes(autorange="reversed", type="category", categoryorder="array", categoryarray=list(names))
+    height = 90 + (25 + 15 * len(groups)) * len(names)
+    legend = {"showlegend": len(groups) > 1, "legend": style.legend()}
+    return style.finish(figure, title, note, height=height, scattermode="group", **legend)
