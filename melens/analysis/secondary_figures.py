@@ -54,18 +54,17 @@ def map_figure(study: Study, texts: Texts, prompt: int, sinks: Sequence[int], n_
 
 
 def lifetimes_figure(
-    study: Study, states: pd.DataFrame, by_reader: pd.DataFrame, findings: Sequence[tuple[str, str]]
+    study: Study, alive: pd.DataFrame, by_reader: pd.DataFrame, findings: Sequence[tuple[str, str]]
 ) -> Figure:
     """Draw by block how many secondary sinks are born, how many there are, and the attention on them.
 
     Args:
         study: of the model.
-        states: of the secondary sinks, with their `kind`.
+        alive: the blocks of each secondary sink, with its `kind`.
         by_reader: the attention on them by reading block.
         findings: what is seen.
     """
     blocks = range(study.last_before_trailing + 1)
-    alive = states[states["is_massive"] | states["is_turned"]]
     born = alive.groupby(["texts", "prompt", "pos", "kind"])["layer"].min().reset_index()
     kinds = alive.groupby("kind")["pos"].size().sort_values(ascending=False).index.tolist()
     colors = dict(zip(kinds, cycle(COLORS[3:]), strict=False))
@@ -85,7 +84,7 @@ def lifetimes_figure(
             for column, (name, color) in names.items()
         ]
         panels.append(Panel("Attention on them, mean over heads", "importance", curves, study.me.layer))
-    n_texts = len(states[["texts", "prompt"]].drop_duplicates())
+    n_texts = len(alive[["texts", "prompt"]].drop_duplicates())
     title = f"Secondary sinks by block: {study.trace.model['name']}, {counted(n_texts, 'text')} with some"
     plot = curves_by_block(panels, title=title)
     expected = "They arise in middle blocks, last a variable number of blocks, and draw less attention than token 0."

@@ -108,11 +108,10 @@ def secondary(study: Study, *, provoke: bool = False, long_tokens: int = 0, map_
     findings = _in_words(study, metrics, sinks, rates, by_text)
     figures = {"secondary_rates": rates_figure(study, rates, findings[-1][1])}
     if len(sinks):
-        lifetimes = lifetimes_figure(study, states.merge(sinks[[*TOKEN, "kind"]], on=TOKEN), by_reader, findings)
-        figures = {
-            "secondary_map": _map_figure(study, texts, sinks, map_tokens),
-            "secondary_lifetimes": lifetimes,
-        } | figures
+        alive = states[states["is_sink"]]
+        lifetimes = lifetimes_figure(study, alive.merge(sinks[[*TOKEN, "kind"]], on=TOKEN), by_reader, findings)
+        figures = {"secondary_lifetimes": lifetimes, **figures}
+        figures = {"secondary_map": _map_figure(study, texts, sinks, alive, map_tokens), **figures}
     tables = {"secondary_sinks": sinks, "secondary_rates": rates, "secondary_tokens": by_text}
     return Result("secondary", study.trace.model, metrics, tables, figures, findings)
 
@@ -274,8 +273,8 @@ def _in_words(
     if metrics.n_shared:
         words += f" {metrics.n_shared} more have |cos| > 0.9 only through what all tokens of their prompt share."
     if metrics.n_in_run:
-        words += f" {metrics.n_in_run} that repeat token 0 from the start on do not count: their |cos| with it is"
-        words += f" {metrics.least_run_cosine:.3f} or more in every block."
+        words += f" {metrics.n_in_run} that repeat token 0 from the start on do not count: their cosine with it is at"
+        words += f" least {metrics.least_run_cosine:.3f} in every block."
     rows = [("secondary sinks", words)]
     if n_sinks:
         births = ", ".join(f"block {layer} ({n})" for layer, n in (metrics.by_birth or {}).items())
@@ -328,10 +327,12 @@ def _tokens_in_words(by_text: pd.DataFrame) -> str:
     return f" By text: {', '.join(listed)}{' …' if len(by_text) > 5 else ''}." if listed else ""
 
 
-def _map_figure(study: Study, texts: Sequence[Texts], sinks: pd.DataFrame, map_tokens: int) -> Figure:
-    """Draw the text whose secondary sinks live in most blocks together."""
+def _map_figure(
+    study: Study, texts: Sequence[Texts], sinks: pd.DataFrame, alive: pd.DataFrame, map_tokens: int
+) -> Figure:
+    """Draw the text whose secondary sinks live in most blocks together, with those that an earlier text has as well."""
     lived = sinks.groupby(["texts", "prompt"], sort=False, as_index=False)["blocks"].sum()
     most = lived.iloc[int(lived["blocks"].argmax())]
-    of_text = sinks[(sinks["texts"] == most["texts"]) & (sinks["prompt"] == most["prompt"])]
+    of_text = alive[(alive["texts"] == most["texts"]) & (alive["prompt"] == most["prompt"])]
     own = next(each for each in texts if each.name == most["texts"])
-    return map_figure(study, own, int(most["prompt"]), of_text["pos"].tolist(), map_tokens)
+    return map_figure(study, own, int(most["prompt"]), sorted(set(of_text["pos"])), map_tokens)

@@ -78,7 +78,7 @@ def states_of(texts: Texts, criterion: Criterion, last: int) -> pd.DataFrame:
 
     Returns:
         A row for each token and block: `texts`, `prompt`, `layer`, `pos`, `is_massive`, `is_turned`, `is_shared`
-        (|cos| alone is over the threshold, and no longer once what the prompt's tokens share is removed),
+        (|cos| alone is over the threshold, and no longer once what the prompt's tokens share is removed), `is_sink`,
         `first_is_massive`, `abs_max` (the largest |h|; NaN where the trace does not keep it), |cosine| and
         |centred_cosine|; of its prompt `first_from` and `first_to`, the blocks between which token 0 is massive.
     """
@@ -96,6 +96,7 @@ def states_of(texts: Texts, criterion: Criterion, last: int) -> pd.DataFrame:
     has_direction = states["first_is_massive"] & (states["cosine"] > SAME_DIRECTION)
     keeps_it = states["centred_cosine"] > SAME_DIRECTION
     states["is_turned"], states["is_shared"] = has_direction & keeps_it, has_direction & ~keeps_it
+    states["is_sink"] = states["is_massive"] | states["is_turned"]
     states = states[states["is_massive"] | has_direction]
     largest = texts.trace["largest"].query("site == 'hook_resid_post' and pos > 0")
     sizes = largest.assign(abs_max=largest["value"].abs()).groupby(_STATE)["abs_max"].max().reset_index()
@@ -116,7 +117,7 @@ def sinks_of(states: pd.DataFrame, tokens: pd.DataFrame) -> pd.DataFrame:
         largest `abs_max`; `cosine` and `centred_cosine`, means of |cos| over its blocks with a massive token 0, and
         `massive_cosine`, over those of them in which it is massive itself.
     """
-    alive = states[states["is_massive"] | states["is_turned"]]
+    alive = states[states["is_sink"]]
     by_token = alive.groupby(TOKEN)
     found = by_token.agg(
         first_block=("layer", "min"), last_block=("layer", "max"), blocks=("layer", "size"),
@@ -143,7 +144,7 @@ def with_attention(
         all keys alike; NaN where fewer than `SEEN_BY` queries see the token, or no block reads it. Behind that
         the same by reading block: a row for each sink and `layer`.
     """
-    alive = states[states["is_massive"] | states["is_turned"]].merge(sinks[[*TOKEN, "n_tokens"]], on=TOKEN)
+    alive = states[states["is_sink"]].merge(sinks[[*TOKEN, "n_tokens"]], on=TOKEN)
     readers = {layer: layout.next_attention(layer) for layer in set(alive["layer"])}
     reading = alive[[*TOKEN, "n_tokens"]].assign(layer=alive["layer"].map(readers).astype(float)).dropna()
     reading = reading[reading["n_tokens"] - reading["pos"] >= SEEN_BY].drop_duplicates().astype({"layer": int})
