@@ -165,7 +165,7 @@ def cosine_with_first(
         tensor([[ 1., -1., -1.,  1.]])
     """
     norms = l2_norm(hidden).clamp(min=torch.finfo(torch.float32).tiny)
-    step = max(1, 4 * _CHUNK // (hidden.shape[0] * hidden.shape[2]))  # float32 copies: of a little at a time
+    step = max(1, 8 * _CHUNK // (hidden.shape[0] * hidden.shape[2]))  # float32 copies: of a little at a time
     pieces = list(zip(hidden.split(step, dim=1), norms.split(step, dim=1), weights.split(step, dim=1), strict=True))
     directions = [torch.einsum("bp,bpd->bd", weight / norm, some.float()) for some, norm, weight in pieces]
     shared = torch.stack(directions).sum(0)

@@ -191,14 +191,9 @@ def _counts(sinks: pd.DataFrame) -> dict[str, Any]:
 def _of_runs(texts: Sequence[Texts], behind: pd.DataFrame) -> dict[str, Any]:
     """Tell how near the states of tokens that only repeat token 0 come to its own, which is why they do not count."""
     runs = behind.loc[behind["kind"] == RUN, TOKEN]
-    least = [
-        float(
-            own.trace["cosine_with_first"].merge(runs[runs["texts"] == own.name], on=["prompt", "pos"])["cosine"].min()
-        )
-        for own in texts
-        if own.name in set(runs["texts"])
-    ]
-    return {"n_in_run": len(runs)} | ({"least_run_cosine": min(least)} if least else {})
+    of_runs = [own.trace["cosine_with_first"].assign(texts=own.name).merge(runs)["cosine"] for own in texts]
+    least = {"least_run_cosine": float(pd.concat(of_runs).min())} if len(runs) else {}
+    return {"n_in_run": len(runs), **least}
 
 
 def _of_first_delimiters(behind: pd.DataFrame, counting: pd.DataFrame, sinks: pd.DataFrame) -> dict[str, Any]:
@@ -278,12 +273,9 @@ def _in_words(
     rows = [("secondary sinks", words)]
     if n_sinks:
         births = ", ".join(f"block {layer} ({n})" for layer, n in (metrics.by_birth or {}).items())
-        lives = (
-            f"They live {metrics.median_blocks:g} blocks (median; {sinks['blocks'].min()} to {sinks['blocks'].max()})"
-        )
-        rows.append(
-            ("birth and lifetime", f"Born in {births}. {lives}, of those up to block {study.last_before_trailing}.")
-        )
+        reach = f"{sinks['blocks'].min()} to {sinks['blocks'].max()}"
+        lives = f"They live {metrics.median_blocks:g} blocks (median; {reach}) of those up to block"
+        rows.append(("birth and lifetime", f"Born in {births}. {lives} {study.last_before_trailing}."))
     rows += _attention_in_words(study, metrics)
     return [*rows, ("which tokens", f"{_kinds_in_words(rates)}{_tokens_in_words(by_text)}")]
 
