@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from melens.analysis.head_idleness import heads
     from melens.analysis.massive_state import consequence
     from melens.analysis.norm_gains import normalization
+    from melens.analysis.secondary_sinks import secondary
     from melens.analysis.self_check import verification
     from melens.analysis.token_direction import direction
     from melens.analysis.weights import prediction
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ablation", "benchmark", "consequence", "direction", "emergence", "ffn", "generate", "heads", "mask_grid",
-    "normalization", "prediction", "side_by_side", "sinks", "stability", "training", "training_table", "trainings",
-    "valley",
+    "normalization", "prediction", "secondary", "side_by_side", "sinks", "stability", "training", "training_table",
+    "trainings", "valley",
     "verdicts", "verification",
 ]  # fmt: skip
 
@@ -53,6 +54,7 @@ _MODULES = {
     "mask_grid": ".masks.grid",
     "normalization": "norm_gains",
     "prediction": "weights",
+    "secondary": "secondary_sinks",
     "side_by_side": "emergence_norms",
     "sinks": "attention_sinks",
     "stability": "across_inputs",

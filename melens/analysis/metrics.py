@@ -15,7 +15,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 __all__ = [
-    "abs_max", "abs_median", "concentration", "effective_rank", "energy_share", "entropy_bound", "first_share",
+    "abs_max", "abs_median", "concentration", "cosine_with_first", "effective_rank", "energy_share", "entropy_bound",
+    "first_share",
     "kl_to_gain", "l2_norm", "matrix_entropy", "pairwise_cosine", "sink_mass",
 ]  # fmt: skip
 
@@ -141,6 +142,43 @@ def concentration(activation: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batc
         energy = some.float() ** 2
         found.append((l2_norm(energy) / energy.sum(-1)) ** 2)
     return torch.cat(found).reshape(activation.shape[:-1])
+
+
+def cosine_with_first(
+    hidden: Float[Tensor, "batch pos d"], weights: Float[Tensor, "batch pos"]
+) -> tuple[Float[Tensor, "batch pos"], Float[Tensor, "batch pos"]]:
+    """Compute the cosine of each token's state with token 0's, as it is and without what all tokens share.
+
+    The second takes the mean direction of the other tokens from both unit vectors first. A large component that all
+    states of a block share brings the first close to 1 everywhere, and the second close to 0; a state that has turned
+    to token 0's has both close to 1. (The mean is of directions, as one massive state would be a mean of states.)
+
+    Args:
+        hidden: hidden states; a state of zeros has the cosine 0.
+        weights: of the tokens in that mean: equal and of sum 1 behind token 0, 0 for it and at padding.
+
+    Example:
+        >>> states = torch.tensor([[[3.0, 0.0], [0.0, 1.0], [0.0, 2.0], [5.0, 0.0]]])
+        >>> cosine, centred = cosine_with_first(states, torch.tensor([[0, 1 / 3, 1 / 3, 1 / 3]]))
+        >>> cosine
+        tensor([[1., 0., 0., 1.]])
+        >>> centred
+        tensor([[ 1., -1., -1.,  1.]])
+    """
+    norms = l2_norm(hidden).clamp(min=torch.finfo(torch.float32).tiny)
+    step = max(1, 8 * _CHUNK // (hidden.shape[0] * hidden.shape[2]))  # float32 copies: of a little at a time
+    pieces = list(zip(hidden.split(step, dim=1), norms.split(step, dim=1), weights.split(step, dim=1), strict=True))
+    directions = [torch.einsum("bp,bpd->bd", weight / norm, some.float()) for some, norm, weight in pieces]
+    shared = torch.stack(directions).sum(0)
+    first = hidden[:, 0].float() / norms[:, :1]
+    first_centred = torch.nn.functional.normalize(first - shared, dim=-1)
+    cosines, centred = [], []
+    for some, norm, _ in pieces:
+        unit = some.float() / norm[..., None]
+        cosines.append(torch.einsum("bpd,bd->bp", unit, first))
+        unit = torch.nn.functional.normalize(unit - shared[:, None], dim=-1)
+        centred.append(torch.einsum("bpd,bd->bp", unit, first_centred))
+    return torch.cat(cosines, dim=1), torch.cat(centred, dim=1)
 
 
 def effective_rank(singular_values: Float[Tensor, "*batch rank"]) -> Float[Tensor, "*batch"]:

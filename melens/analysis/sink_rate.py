@@ -27,7 +27,7 @@ from melens.tracing.sites import ATTENTION_ON_KEYS, Sites
 from melens.tracing.trace import Trace
 
 __all__ = [
-    "N_TOKENS", "SinkRateMetrics", "measure_sink_rate", "probes", "share_of_sinks", "sink_rate_by_block",
+    "N_TOKENS", "SinkRateMetrics", "measure_sink_rate", "other_keys", "probes", "share_of_sinks", "sink_rate_by_block",
     "sink_rate_figure", "sink_rate_in_words",
 ]  # fmt: skip
 
@@ -87,7 +87,7 @@ def measure_sink_rate(trace: Trace) -> dict[str, Any]:
     measured["sink_rate_prompts"] = len(is_sink)
     if len(is_sink):
         measured |= _mean_over_inputs("sink_rate", is_sink, trace)
-    others = _other_keys(trace)
+    others = other_keys(trace)
     if len(others):
         most = others.groupby(["prompt", "pos"])["share_of_heads"].mean().groupby("prompt").max()
         measured |= _mean_over_inputs("sink_rate_elsewhere", most, trace)
@@ -116,7 +116,7 @@ def share_of_sinks(importance: pd.DataFrame, by: Sequence[str]) -> pd.Series:
     return (importance["importance"] > SINK_THRESHOLD).groupby([importance[name] for name in by]).mean()
 
 
-def _other_keys(trace: Trace) -> pd.DataFrame:
+def other_keys(trace: Trace) -> pd.DataFrame:
     """Return the rows of `importance_by_key` of the keys behind token 0 that `SEEN_BY` queries see."""
     table = trace["importance_by_key"]
     seen_by = table["prompt"].map(trace.prompts.set_index("prompt")["n_tokens"]) - table["pos"]
@@ -129,7 +129,7 @@ def sink_rate_by_block(trace: Trace) -> pd.DataFrame:
     `elsewhere` is of the key that has most in the block, mean over prompts; NaN where no prompt is long enough.
     """
     importance, off = _of_long_prompts(trace), trace["off_tokens"]
-    most = _other_keys(trace).groupby(["layer", "prompt"])["share_of_heads"].max()
+    most = other_keys(trace).groupby(["layer", "prompt"])["share_of_heads"].max()
     rates = {
         "sink_rate": share_of_sinks(importance, ["layer"]),
         "elsewhere": most.groupby("layer").mean(),

@@ -32,6 +32,7 @@ from melens.analysis.metrics import (
     abs_max,
     abs_median,
     concentration,
+    cosine_with_first,
     energy_share,
     has_triton,
     kl_to_gain,
@@ -44,8 +45,8 @@ from melens.validation.signatures import LayerList, PositionList, ShareList, Sit
 from melens.validation.types import Count, Name, Number, Said
 
 __all__ = [
-    "AbsMedian", "Batch", "Concentration", "GainAlignment", "LargestActivations", "Norms", "Probe", "TokenVectors",
-    "first_against_others",
+    "AbsMedian", "Batch", "Concentration", "CosineWithFirst", "GainAlignment", "LargestActivations", "Norms", "Probe",
+    "TokenVectors", "first_against_others",
 ]  # fmt: skip
 
 
@@ -402,3 +403,27 @@ class Concentration(Probe):
 
     def reduce(self, activation: Float[Tensor, "batch pos d"], batch: Batch) -> dict[str, Tensor]:
         return first_against_others({"concentration": concentration(activation)}, batch)
+
+
+class CosineWithFirst(Probe):
+    """The cosine of each token's state with token 0's of the same prompt: which tokens have turned to its direction.
+
+    The columns are `cosine`, and `centred_cosine`, without what the states of the prompt's other tokens share
+    (`melens.analysis.metrics.cosine_with_first`). Where token 0 is an ordinary token neither tells of a sink.
+
+    Example:
+        >>> melens.trace(model, prompts, melens.CosineWithFirst())["cosine_with_first"].columns.tolist()
+        ['prompt', 'layer', 'site', 'pos', 'cosine', 'centred_cosine']
+    """
+
+    name = "cosine_with_first"
+    by_row = True
+    index = ("pos",)
+
+    @checked
+    def __init__(self, sites: SiteList = ("hook_resid_post",)):
+        self.sites = tuple(sites)
+
+    def reduce(self, activation: Float[Tensor, "batch pos d"], batch: Batch) -> dict[str, Tensor]:
+        cosine, centred = cosine_with_first(activation, batch.weights_after(0).to(activation.device))
+        return {"cosine": cosine, "centred_cosine": centred}

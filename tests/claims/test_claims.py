@@ -417,3 +417,27 @@ def test_a_claim_can_be_read_without_the_one_before_it():
     """Tables list claims by verdict, so that none may speak of what another one names."""
     of_another = re.compile(r"^(That|There its) | that (output|FFN)\b|\bthey do\b|\bFFN it\b| for it$")
     assert [claim.id for claim in CLAIMS if of_another.search(claim.claim)] == []
+
+
+@pytest.mark.parametrize(
+    ("of_first", "interval", "over_even", "expected"),
+    [
+        (0.6, (0.5, 0.7), 5, "holds"),
+        (0.6, (-0.3, 1.4), 5, "holds in part"),
+        (1.4, (1.2, 1.6), 5, "does not hold"),
+        (0.6, (0.5, 0.7), 1.5, "does not hold"),  # no more than an ordinary token
+        (None, None, None, "not measured"),
+    ],
+)
+def test_later_sinks_are_weaker_than_the_first_and_stronger_than_none(of_first, interval, over_even, expected):
+    metrics = {"of_first": of_first, "of_first_interval": interval, "over_even": over_even}
+    reach = None if over_even is None else (over_even - 0.1, over_even + 0.1)
+    assert verdict("secondary", "secondary-weaker", **metrics, over_even_interval=reach) == expected
+
+
+def test_a_sink_elsewhere_needs_no_me_layer_and_says_how_many_heads_a_tenth_is():
+    metrics = {"me_layer": None, "elsewhere": 0.9, "elsewhere_interval": (0.7, 1.0), "n_heads": 9}
+    judged = melens.judge({"experiment": "secondary", "model": {"name": "m"}, "metrics": BASE | metrics})
+    judged = judged.set_index("id").loc[["secondary-elsewhere", "secondary-aligned"]]
+    assert judged["verdict"].tolist() == ["holds", "not measured"]
+    assert judged["note"].iloc[0] == "A tenth is 1 of 9 heads."
