@@ -20,6 +20,7 @@ from melens.analysis.sink_rate import SEEN_BY
 from melens.analysis.statistics import share_interval
 from melens.data.token_kinds import KINDS, token_kinds, token_texts
 from melens.models.layout import Layout
+from melens.printing import Brief
 from melens.tracing.trace import Trace
 
 __all__ = ["SAME_DIRECTION", "TOKEN", "Texts", "rates_of", "sinks_of", "states_of", "tokens_of", "with_attention"]
@@ -33,8 +34,8 @@ TOKEN = ["texts", "prompt", "pos"]
 _STATE = ["prompt", "layer", "pos"]
 
 
-@dataclass(frozen=True)
-class Texts:
+@dataclass(frozen=True, repr=False)
+class Texts(Brief):
     """Some texts with their trace.
 
     Attributes:
