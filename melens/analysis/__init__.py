@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from melens.analysis.generated_texts import generate
     from melens.analysis.massive_state import consequence
     from melens.analysis.norm_gains import normalization
+    from melens.analysis.quantized_loss import quantization
     from melens.analysis.self_check import verification
     from melens.analysis.token_direction import direction
     from melens.analysis.weights import prediction
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ablation", "benchmark", "consequence", "direction", "emergence", "ffn", "generate", "mask_grid", "normalization",
-    "prediction", "side_by_side", "sinks", "stability", "training", "training_table", "trainings", "verdicts",
-    "verification",
+    "prediction", "quantization", "side_by_side", "sinks", "stability", "training", "training_table", "trainings",
+    "verdicts", "verification",
 ]  # fmt: skip
 
 _MODULES = {
@@ -49,6 +50,7 @@ _MODULES = {
     "mask_grid": ".masks.grid",
     "normalization": "norm_gains",
     "prediction": "weights",
+    "quantization": "quantized_loss",
     "side_by_side": "emergence_norms",
     "sinks": "attention_sinks",
     "stability": "across_inputs",

@@ -30,7 +30,9 @@ class QuantizationMetrics(Metrics):
         calibration_prompts: on which the static scales are fixed.
         linear_layers: whose weights and inputs are rounded.
         share_of_weights: of the blocks' weights, that they hold.
+        are_of_4_bits: whether the weights were rounded to 4 bits or fewer before, as those of a GGUF.
         has_gates: whether attention is gated; a gate reads the activations before they are rounded.
+        bits: that were tried.
         loss: in full precision, nats a token.
         dloss_static, dloss_tensor, dloss_token: Δloss.
         exempt_share_static, exempt_share_tensor: share of it that is gone with the massive tokens in full precision and
@@ -53,6 +55,7 @@ class QuantizationMetrics(Metrics):
     calibration_prompts: int | None = None
     linear_layers: int | None = None
     share_of_weights: float | None = None
+    are_of_4_bits: bool | None = None
     has_gates: bool | None = None
     bits: list[int] = Field(default_factory=list)
     loss: float | None = None
@@ -106,7 +109,7 @@ def _is_easier_under_the_mask(metrics: QuantizationMetrics) -> Judgement:
 
 CLAIMS = (
     Claim(
-        id="quant-fails",
+        id="quant-fails", fixed="2026-11-27 4c6223b",
         source="follow-up question: Bondarenko et al. (2023), Son et al. (2024)",
         figure="dloss_by_bits", metrics=QuantizationMetrics, needs_me_layer=False,
         claim="Activations at 8 bits with one fixed scale for a tensor do the model harm",
@@ -119,7 +122,7 @@ CLAIMS = (
         ),
     ),
     Claim(
-        id="quant-massive",
+        id="quant-massive", fixed="2026-11-27 4c6223b",
         source="follow-up question: Son et al. (2024), Chen et al. (2024, PrefixQuant)",
         figure="dloss_by_bits", metrics=QuantizationMetrics,
         claim="The outliers of the massive token are why",
@@ -129,7 +132,7 @@ CLAIMS = (
         judge=_is_due_to_the_massive_token,
     ),
     Claim(
-        id="quant-token",
+        id="quant-token", fixed="2026-11-27 4c6223b",
         source="follow-up question: Chen et al. (2024, PrefixQuant), on earlier work",
         figure="dloss_by_bits", metrics=QuantizationMetrics, needs_me_layer=False,
         claim="A scale for each token makes activations at 8 bits harmless",
@@ -140,7 +143,7 @@ CLAIMS = (
         ),
     ),
     Claim(
-        id="quant-prefix",
+        id="quant-prefix", fixed="2026-11-27 4c6223b",
         source="follow-up question: Chen et al. (2024, PrefixQuant), 'static quantization beats dynamic'",
         figure="dloss_by_mask", metrics=QuantizationMetrics,
         claim="Behind a massive token in the cache, one fixed scale for a tensor is as good as one for each token",
@@ -150,7 +153,7 @@ CLAIMS = (
         judge=_is_as_good_with_a_prefix,
     ),
     Claim(
-        id="quant-mask",
+        id="quant-mask", fixed="2026-11-27 4c6223b",
         source="follow-up question: the paper masks massive activations and says nothing of quantisation",
         figure="dloss_by_mask", metrics=QuantizationMetrics,
         claim="WeMask makes a model easier to quantise",
