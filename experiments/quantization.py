@@ -1,4 +1,4 @@
-"""`exp=quantization`: what rounding linear layers costs with and without massive tokens, under masks, behind a prefix."""
+"""`exp=quantization`: what rounding linear layers costs, with and without massive tokens, and under masks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class QuantizationOptions(AnalysisOptions):
 
 
 def _masks(cfg: Options) -> dict[str, MaskOptions]:
-    """Return the mask of the node `wemask`, with the others that it is compared with where its dims are the user's own."""
+    """Return the mask of the node `wemask`, and those it is compared with, unless the user chose its dims."""
     chosen = str(cfg.given.get("wemask", "paper"))
     if chosen != "paper" or {"wemask.select", "wemask.site"} & cfg.given.keys():
         return {chosen: cfg.wemask}

@@ -113,8 +113,8 @@ CLAIMS = (
         source="follow-up question: Bondarenko et al. (2023), Son et al. (2024)",
         figure="dloss_by_bits", metrics=QuantizationMetrics, needs_me_layer=False,
         claim="Activations at 8 bits with one fixed scale for a tensor do the model harm",
-        statistic="rise of the loss (nats a token) with what enters each linear layer at 8 bits, one scale a layer that "
-        "was fixed on other texts",
+        statistic="rise of the loss (nats a token) with what enters each linear layer at 8 bits, one scale a layer "
+        "that was fixed on other texts",
         criterion="≥ 0.1; in part ≥ 0.01",
         why="a tenth more perplexity is a smaller model's; 1% is the second decimal of a perplexity around 5",
         judge=lambda metrics: at_least(
@@ -126,8 +126,8 @@ CLAIMS = (
         source="follow-up question: Son et al. (2024), Chen et al. (2024, PrefixQuant)",
         figure="dloss_by_bits", metrics=QuantizationMetrics,
         claim="The outliers of the massive token are why",
-        statistic="share of that rise that is gone with the massive tokens alone in full precision, and left out of the "
-        "scales",
+        statistic="share of that rise that is gone with the massive tokens alone in full precision, and left out of "
+        "the scales",
         criterion="≥ 0.5; in part ≥ 0.1", why="'the' cause makes most of it, a cause a tenth",
         judge=_is_due_to_the_massive_token,
     ),
@@ -147,8 +147,8 @@ CLAIMS = (
         source="follow-up question: Chen et al. (2024, PrefixQuant), 'static quantization beats dynamic'",
         figure="dloss_by_mask", metrics=QuantizationMetrics,
         claim="Behind a massive token in the cache, one fixed scale for a tensor is as good as one for each token",
-        statistic="rise of the loss (nats a token) at 8 bits with fixed scales behind the prefix, less that with a scale "
-        "for each token and no prefix",
+        statistic="rise of the loss (nats a token) at 8 bits with fixed scales behind the prefix, less that with a "
+        "scale for each token and no prefix",
         criterion="≤ 0.01; in part ≤ 0.1", why="as of quant-token; they train scales besides, and see it at 4 bits",
         judge=_is_as_good_with_a_prefix,
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import pandas as pd
@@ -25,7 +26,13 @@ _SCALES = {
     "token": "one scale a token",
     "channel": "one scale an output",
 }
-_ALL, _EXEMPT = "every token rounded", "massive tokens in full precision"
+_PANELS = {
+    "static": "activations, fixed scales",
+    "tensor": "activations, a scale a text",
+    "token": "activations, a scale a token",
+}
+_OF_WEIGHTS = {"channel": "weights, a scale an output", "tensor": "weights, a scale a layer"}
+_ALL, _EXEMPT, _BOTH = "every token", "without massive tokens", "and weights, a scale an output"
 _Y_TITLE = "Δloss (nats a token)"
 
 
@@ -34,59 +41,53 @@ _Y_TITLE = "Δloss (nats a token)"
 
 def by_bits_figure(study: Study, metrics: QuantizationMetrics, table: pd.DataFrame) -> Figure:
     """Draw Δloss by bits and by what shares a scale, with and without the massive tokens."""
-    own = table[table["condition"] == NO_MASK]
-    of_activations = own[own["weights"] == "full"]
-    of_weights, of_both = (
-        own[own["activations"] == "full"],
-        own[(own["activations"] != "full") & (own["weights"] != "full")],
-    )
-    panels = [
-        of_activations.assign(panel="activations, " + of_activations["activations"].map(_SCALES)),
-        of_weights.assign(
-            panel=of_weights["weights"].map({"channel": _SCALES["channel"], "tensor": "one scale a layer"})
-        ),
-        of_both.assign(panel="activations, " + of_both["activations"].map(_SCALES)),
-    ]
-    panels[1]["panel"], panels[2]["panel"] = "weights, " + panels[1]["panel"], panels[2]["panel"] + "; and weights"
-    points = pd.concat(panels).assign(x=lambda rows: rows["bits"].astype(str), mean=lambda rows: rows["dloss"])
+    points = _points(table[table["condition"] == NO_MASK])
     points["name"] = points["exempt"].map({False: _ALL, True: _EXEMPT})
+    points.loc[(points["activations"] != "full") & (points["weights"] != "full"), "name"] = _BOTH
     note = (
-        f"Whiskers: 95% intervals over {metrics.texts} texts. Predictions from token 0 and massive tokens do not count."
+        f"Whiskers: 95% intervals over {metrics.texts} texts. Without: their rows in full precision, out of the scales."
     )
     title = _title(study, metrics, "What rounding linear layers costs")
-    plot = partial(
-        grouped_points, points, {_ALL: FIRST, _EXEMPT: OTHERS}, x_title="bits", y_title=_Y_TITLE, title=title, note=note
-    )
+    colors = {_ALL: FIRST, _EXEMPT: OTHERS, _BOTH: COLORS[6]}
+    plot = partial(grouped_points, points, colors, x_title="bits", y_title=_Y_TITLE, title=title, note=note)
     expected = "Outliers of the massive token make one scale for a tensor too coarse; a scale for each token is enough."
-    said = [words for what, words in findings_of(metrics, table) if what.startswith("8 bits")]
-    source = "Son et al. (2024), Chen et al. (2024)"
-    return Figure(plot, source, expected, " ".join(said) or metrics.bits_why_not or "")
+    said = " ".join(words for what, words in findings_of(metrics, table) if what.startswith("8 bits"))
+    return Figure(plot, "Son et al. (2024), Chen et al. (2024)", expected, said or metrics.bits_why_not or "")
 
 
 def by_mask_figure(study: Study, metrics: QuantizationMetrics, table: pd.DataFrame) -> Figure:
     """Draw Δloss by bits under each mask and behind a prefix, over the same model in full precision."""
-    own = table[(table["weights"] == "full") & (table["activations"] != "full")]
-    own = own[~own["exempt"] | (own["condition"] == PREFIX)]
-    conditions = [*own["condition"].unique()]
-    exempt = table[(table["condition"] == NO_MASK) & table["exempt"]].assign(condition=f"{NO_MASK}, {_EXEMPT}")
-    points = pd.concat([own, exempt]).sort_values("bits", ascending=False, kind="stable")
-    points["panel"] = "activations, " + points["activations"].map(_SCALES)
-    points = points.sort_values(
-        "panel", key=lambda panels: panels.map([*points["panel"].unique()].index), kind="stable"
-    )
-    points = points.assign(x=points["bits"].astype(str), name=points["condition"], mean=points["dloss"])
-    names = [*conditions, *exempt["condition"].unique()]
-    note = "Over the masked model in full precision, or that behind the prefix. Whiskers: 95% intervals over texts."
+    points = _points(table[(table["weights"] == "full") & (table["activations"] != "full")])
+    masks = [name for name in points["condition"].unique() if name not in (NO_MASK, PREFIX)]
+    shared = [word for word in masks[0].split() if all(word in name.split() for name in masks)] if masks[1:] else []
+    points["name"] = [_without_words(name, shared) for name in points["condition"]]
+    points.loc[(points["condition"] == NO_MASK) & points["exempt"], "name"] = f"{NO_MASK}, {_EXEMPT}"
+    note = "Over the same model in full precision: masked, or behind the prefix. Whiskers: 95% intervals over texts."
+    note += f" All masks: {' '.join(shared)}." if shared else ""
     title = _title(study, metrics, "What rounding costs under masks and behind a prefix")
-    colors = dict(zip(names, COLORS * 4, strict=False))
+    colors = dict(zip(points["name"].unique(), COLORS * len(points), strict=False))
     plot = partial(grouped_points, points, colors, x_title="bits", y_title=_Y_TITLE, title=title, note=note)
     said = " ".join(words for what, words in findings_of(metrics, table) if what in ("under masks", "prefix"))
     return Figure(plot, "a follow-up question", "The paper says nothing of quantisation.", said)
 
 
+def _points(table: pd.DataFrame) -> pd.DataFrame:
+    """Lay Δloss out for `grouped_points`, panels and bits in their order."""
+    of_weights = table["activations"] == "full"
+    panel = table["activations"].map(_PANELS).where(~of_weights, table["weights"].map(_OF_WEIGHTS))
+    points = table.assign(panel=panel, x=table["bits"].astype(str), mean=table["dloss"])
+    order = {panel: at for at, panel in enumerate((*_PANELS.values(), *_OF_WEIGHTS.values()))}
+    points = points.sort_values("bits", ascending=False, kind="stable")
+    return points.sort_values("panel", key=lambda panels: panels.map(order), kind="stable")
+
+
+def _without_words(name: str, words: Sequence[str]) -> str:
+    return " ".join(word for word in name.split() if word not in words) or name
+
+
 def inputs_figure(study: Study, metrics: QuantizationMetrics, inputs: pd.DataFrame) -> Figure:
     """Draw the outliers of what enters the linear layers by block, with and without the massive tokens."""
-    own = inputs[inputs["condition"] == NO_MASK].rename(columns={"text": "prompt"})
+    own = inputs[inputs["condition"] == NO_MASK].rename(columns={"text": "prompt"}).dropna()
     panels = []
     for quantity, y_title in (("kurtosis", "excess kurtosis"), ("largest", "largest |value|")):
         for end, of in (("", "all tokens"), ("_others", "without the massive tokens")):

@@ -10,8 +10,8 @@
 4. The same behind a prefix: a token in full precision before each text, as keys and values in a cache would be (Son et
    al. 2024, CushionCache; Chen et al. 2024, PrefixQuant). In a causal model the two are the same.
 
-Δloss is paired over texts. Predictions made from token 0 and from massive tokens do not count: what becomes of their own
-rows is not what is asked.
+Δloss is paired over texts. Predictions made from token 0 and from massive tokens do not count: what becomes of their
+own rows is not what is asked. (Token 0 is predicted from nothing.)
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def quantization(
     texts: Int[Tensor, "text pos"],
     *,
     bits: Bits = (8, 6, 4),
-    n_texts: Count = 16,
+    n_texts: Count = 12,
     max_tokens: Count = 64,
 ) -> Result:
     """Measure what quantisation costs in loss with and without massive tokens, under masks and behind a prefix.

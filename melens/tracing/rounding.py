@@ -3,8 +3,8 @@
     runs = RoundedRuns(model)
     runs.loss(texts, Rounding(bits=8, activations="tensor"))
 
-1. The linear layers are found in the plain twin of a bridge, whatever they are called: q, k, v and o, gate, up and down,
-   joint ones (GPT-2's c_attn, Phi-3's gate_up) as they are. Neither the embedding nor the head is one of them.
+1. The linear layers are found in the plain twin of a bridge, whatever they are called: q, k, v and o, gate, up and
+   down, joint ones (GPT-2's c_attn, Phi-3's gate_up) as they are. Embedding and head are none of them.
 2. A hook rounds what enters each, and goes on in float: the numbers are those of integer arithmetic but for its own
    rounding. Hooks of masks and gates come before it. Attention itself, norms and the residual stream stay as they are.
 3. Of weights the data are replaced, and are the model's own again when the run ends.
@@ -97,8 +97,8 @@ class RoundedRuns:
     Attributes:
         n_layers: how many linear layers there are.
         share_of_weights: of the blocks' weights, that they hold.
-        are_of_4_bits: whether the weights were rounded to 4 bits or fewer before, in groups of 32 as in a GGUF: those of
-            the first block tell.
+        are_of_4_bits: whether the weights, by those of the first block, were rounded to 4 bits or fewer before, in
+            groups of 32 as in a GGUF.
     """
 
     def __init__(self, model: TransformerBridge, *, texts_per_batch: int = 8) -> None:
