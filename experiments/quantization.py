@@ -51,9 +51,9 @@ def _run(run: Run, options: QuantizationOptions) -> Result:
     from experiments.runner.texts import texts_of
     from melens.analysis import quantization
 
-    texts = texts_of(run.cfg, run.model)
-    masks = [mask for own in _masks(run.cfg).values() for mask in masks_of(own, run.me, run.model) if mask is not None]
-    return quantization(run, masks, texts, **options.own)
+    asked = _masks(run.cfg).values() if run.me.layer is not None else ()  # else there is nothing to mask
+    masks = [mask for own in asked for mask in masks_of(own, run.me, run.model) if mask is not None]
+    return quantization(run, masks, texts_of(run.cfg, run.model), **options.own)
 
 
 EXPERIMENTS = (

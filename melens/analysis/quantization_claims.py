@@ -36,7 +36,7 @@ class QuantizationMetrics(Metrics):
         loss: in full precision, nats a token.
         dloss_static, dloss_tensor, dloss_token: Δloss.
         exempt_share_static, exempt_share_tensor: share of it that is gone with the massive tokens in full precision and
-            left out of the scales; the divisor is the mean over texts.
+            left out of the scales: of the mean over texts, the interval by the delta method.
         prefix: the token put before the texts in full precision, None where they begin with it.
         prefix_is_massive: whether it is massive there.
         massive_behind_prefix: massive tokens of a text behind it, mean over texts.
