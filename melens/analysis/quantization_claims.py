@@ -40,6 +40,7 @@ class QuantizationMetrics(Metrics):
         prefix: the token put before the texts in full precision, None where they begin with it.
         prefix_is_massive: whether it is massive there.
         massive_behind_prefix: massive tokens of a text behind it, mean over texts.
+        prompts_massive_behind_prefix: how many of the prompts on which static scales are fixed have such a token.
         prefix_over_token: Δloss static behind the prefix, less Δloss token without it.
         mask, mask_share: WeMask at the attention input, and the share of Δloss tensor that is gone under it, as above.
         best_mask, best_mask_share: the mask under which most of it is gone.
@@ -72,6 +73,7 @@ class QuantizationMetrics(Metrics):
     prefix: str | None = None
     prefix_is_massive: bool | None = None
     massive_behind_prefix: float | None = None
+    prompts_massive_behind_prefix: int | None = None
     prefix_over_token: float | None = None
     prefix_over_token_interval: Interval | None = None
     mask: str | None = None
@@ -96,7 +98,11 @@ def _is_as_good_with_a_prefix(metrics: QuantizationMetrics) -> Judgement:
     why_not = metrics.prefix_why_not or metrics.bits_why_not
     if metrics.prefix_is_massive is False:
         raise NotMeasuredError(f"The prefix {metrics.prefix} is not massive, so it takes no other token's place.")
-    return at_most(more, interval, HARMLESS, partly=0.1, why_not=why_not)
+    judged = at_most(more, interval, HARMLESS, partly=0.1, why_not=why_not)
+    if not metrics.prompts_massive_behind_prefix:
+        return judged
+    left, prompts = metrics.prompts_massive_behind_prefix, metrics.calibration_prompts
+    return judged.noting(f"{left} of {prompts} prompts have a massive token behind it, to which scales are fixed.")
 
 
 def _is_easier_under_the_mask(metrics: QuantizationMetrics) -> Judgement:

@@ -32,7 +32,7 @@ _PANELS = {
     "token": "activations, a scale a token",
 }
 _OF_WEIGHTS = {"channel": "weights, a scale an output", "tensor": "weights, a scale a layer"}
-_ALL, _EXEMPT, _BOTH = "every token", "without massive tokens", "and weights, a scale an output"
+_ALL, _EXEMPT, _BOTH = "every token", "without massive tokens", "weights too, a scale an output"
 _Y_TITLE = "Δloss (nats a token)"
 
 
@@ -182,8 +182,13 @@ def _prefix(m: QuantizationMetrics, table: pd.DataFrame) -> str:
         f"Behind {m.prefix or 'it'} in full precision, as in a cache, activations cost {_listed(own, 'activations')}."
     )
     if m.prefix is not None:
-        others = f"{m.massive_behind_prefix:.1f} other tokens of a text are."
-        words += f" It is {'' if m.prefix_is_massive else 'not '}massive there, and {others}"
+        words += (
+            f" It is {'' if m.prefix_is_massive else 'not '}massive there; {m.massive_behind_prefix:.1f} others of "
+        )
+        words += (
+            f"a text are, and one in {m.prompts_massive_behind_prefix} of {m.calibration_prompts} prompts, to which "
+        )
+        words += "scales are fixed."
     return words
 
 

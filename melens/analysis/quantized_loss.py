@@ -306,11 +306,13 @@ def _behind_the_prefix(measured: _Measured) -> dict[str, Any]:
     tokenizer = measured.study.model.tokenizer
     words = str(measured.prefix) if tokenizer is None else repr(tokenizer.decode([measured.prefix]))
     massive = torch.stack(_massive_in(measured.study, list(measured.behind_prefix.tokens)))
+    of_prompts = _massive_in(measured.study, [ids for ids, _ in measured.prompts_behind_prefix])
     static = measured.dloss(Rounding(_CLAIMED, "static", exempt=True), PREFIX)
     return {
         "prefix": words,
         "prefix_is_massive": bool(massive[:, 0].all()),
         "massive_behind_prefix": float(massive[:, 1:].sum(dim=1).double().mean()),
+        "prompts_massive_behind_prefix": sum(bool(marks[1:].any()) for marks in of_prompts),
         **mean_metric("prefix_over_token", static - measured.dloss(Rounding(_CLAIMED, "token"))),
     }
 
@@ -341,6 +343,8 @@ def _share_gone(name: str, why_not: str, rise: np.ndarray, left: np.ndarray) -> 
     its own, the interval would be several times as wide.
     """
     if not mean_interval(rise)[0] > HARMLESS:  # also NaN, of fewer than three texts
-        return {why_not: f"No rise of the loss over {HARMLESS:g} is shown at {_CLAIMED} bits, of which a share could be."}
+        return {
+            why_not: f"No rise of the loss over {HARMLESS:g} is shown at {_CLAIMED} bits, of which a share could be."
+        }
     share = 1 - left.mean() / rise.mean()
     return mean_metric(name, share + (rise - left - share * rise) / rise.mean())

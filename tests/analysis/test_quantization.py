@@ -94,6 +94,8 @@ def test_a_prefix_takes_the_massive_tokens_place():
     metrics, table = found.metrics, found.tables["dloss"]
     assert (metrics.prefix, metrics.prefix_is_massive) == (str(TOKEN), True)
     assert metrics.massive_behind_prefix == 0.25  # here the first text's own is massive still
+    assert metrics.prompts_massive_behind_prefix == 1
+    assert "1 of 4 prompts have" in found.claims.set_index("id").note["quant-prefix"]
     assert set(table[table["condition"] == "behind a prefix"]["activations"]) == {"static", "tensor", "token"}
     by_text = found.tables["dloss_by_text"]
     static, token = (

@@ -96,7 +96,7 @@ def test_a_rounded_model_is_one_whose_layers_round(family):
     texts, prompts, runs = marked(), marked(2, 9, seed=1), RoundedRuns(model, texts_per_batch=2)
     scales = runs.scales([*zip(prompts.tokens, prompts.exempt, strict=True)])
     whole = runs.loss(texts)
-    for rounding in ROUNDINGS:
+    for rounding in ROUNDINGS if family == "llama" else ROUNDINGS[::2]:
         expected = losses_by_layers_of_their_own(network, texts, rounding, scales)
         found = runs.loss(texts, rounding, scales)
         torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)  # halves fall either way at 1e-7
