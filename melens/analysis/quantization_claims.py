@@ -117,7 +117,7 @@ CLAIMS = (
     Claim(
         id="quant-fails", fixed="2026-11-27 4c6223b",
         source="follow-up question: Bondarenko et al. (2023), Son et al. (2024)",
-        figure="dloss_by_bits", metrics=QuantizationMetrics, needs_me_layer=False,
+        figure="dloss_by_bits", metrics=QuantizationMetrics,
         claim="Activations at 8 bits with one fixed scale for a tensor do the model harm",
         statistic="rise of the loss (nats a token) with what enters each linear layer at 8 bits, one scale a layer "
         "that was fixed on other texts",
@@ -140,7 +140,7 @@ CLAIMS = (
     Claim(
         id="quant-token", fixed="2026-11-27 4c6223b",
         source="follow-up question: Chen et al. (2024, PrefixQuant), on earlier work",
-        figure="dloss_by_bits", metrics=QuantizationMetrics, needs_me_layer=False,
+        figure="dloss_by_bits", metrics=QuantizationMetrics,
         claim="A scale for each token makes activations at 8 bits harmless",
         statistic="rise of the loss (nats a token) with what enters each linear layer at 8 bits, one scale a token",
         criterion="≤ 0.01; in part ≤ 0.1", why="as of quant-fails: 1% of the perplexity, and a tenth",

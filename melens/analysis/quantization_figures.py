@@ -205,13 +205,12 @@ def _listed(rows: pd.DataFrame, column: str) -> str:
 
 def _outliers(inputs: pd.DataFrame) -> str:
     """Say where the outliers are, and whether they are the massive tokens'."""
-    means = inputs.groupby(["input", "layer"])[["kurtosis", "kurtosis_others", "largest", "largest_others"]].mean()
-    name, layer = means["kurtosis"].idxmax()
-    at = means.loc[(name, layer)]
+    means = inputs.groupby(["input", "layer"], as_index=False).mean(numeric_only=True)
+    at = means.loc[means["kurtosis"].idxmax()]
     return (
-        f"The largest excess kurtosis is that of what {name} of block {layer} reads: {at['kurtosis']:,.0f}, and "
-        f"{at['kurtosis_others']:,.0f} without the massive tokens; its largest |value| is {at['largest']:,.4g}, and "
-        f"{at['largest_others']:,.4g} without them."
+        f"The largest excess kurtosis is that of what {at['input']} of block {at['layer']} reads: "
+        f"{at['kurtosis']:,.0f}, and {at['kurtosis_others']:,.0f} without the massive tokens; its largest |value| is "
+        f"{at['largest']:,.4g}, and {at['largest_others']:,.4g} without them."
     )
 
 

@@ -220,9 +220,10 @@ class RoundedRuns:
         """Run texts with a function called at the input of each layer; return their final states."""
         reached: set[int] = set()
         with ExitStack() as stack:
-            for linear in self._linear if see is not None else ():
-                enter = partial(_enter, see, linear, exempt[..., None], reached)
-                stack.callback(linear.module.register_forward_pre_hook(enter).remove)
+            if see is not None:
+                for linear in self._linear:
+                    enter = partial(_enter, see, linear, exempt[..., None], reached)
+                    stack.callback(linear.module.register_forward_pre_hook(enter).remove)
             if self._verified.rule.remembers:
                 forget_longest(network)
             tokens = tokens.to(self._model.cfg.device)

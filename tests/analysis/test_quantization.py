@@ -90,12 +90,12 @@ def test_fewer_bits_cost_more_and_figures_draw(planted):
 
 
 def test_a_prefix_takes_the_massive_tokens_place():
-    found = quantization([TOKEN, 30, 40, 50], masks=(), bits=[8])
+    found = quantization([TOKEN, 30, TOKEN, 50], masks=(), bits=[8])
     metrics, table = found.metrics, found.tables["dloss"]
     assert (metrics.prefix, metrics.prefix_is_massive) == (str(TOKEN), True)
-    assert metrics.massive_behind_prefix == 0.25  # here the first text's own is massive still
-    assert metrics.prompts_massive_behind_prefix == 1
-    assert "1 of 4 prompts have" in found.claims.set_index("id").note["quant-prefix"]
+    assert metrics.massive_behind_prefix == 0.5  # here the texts' own is massive still
+    assert metrics.prompts_massive_behind_prefix == 2
+    assert "2 of 4 prompts have" in found.claims.set_index("id").note["quant-prefix"]
     assert set(table[table["condition"] == "behind a prefix"]["activations"]) == {"static", "tensor", "token"}
     by_text = found.tables["dloss_by_text"]
     static, token = (
