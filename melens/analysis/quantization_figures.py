@@ -206,7 +206,7 @@ def _listed(rows: pd.DataFrame, column: str) -> str:
 def _outliers(inputs: pd.DataFrame) -> str:
     """Say where the outliers are, and whether they are the massive tokens'."""
     means = inputs.groupby(["input", "layer"], as_index=False).mean(numeric_only=True)
-    at = means.loc[means["kurtosis"].idxmax()]
+    at = max(means.to_dict("records"), key=lambda row: row["kurtosis"])
     return (
         f"The largest excess kurtosis is that of what {at['input']} of block {at['layer']} reads: "
         f"{at['kurtosis']:,.0f}, and {at['kurtosis_others']:,.0f} without the massive tokens; its largest |value| is "

@@ -14,6 +14,7 @@ from experiments.runner.job import run_job
 from melens import MelensError, WeMask
 from melens.analysis.me_layer import Criterion
 from melens.analysis.quantization_claims import CLAIMS, QuantizationMetrics
+from melens.analysis.quantized_loss import _share_gone
 from melens.claims.engine import NotMeasuredError
 
 TOKEN, DIM, LENGTH = 7, 21, 16
@@ -76,6 +77,15 @@ def test_shares_and_means_are_those_of_the_texts(planted):
     row = table.query("condition == 'no mask' and activations == 'tensor' and weights == 'full' and bits == 8")
     assert row[~row["exempt"]]["dloss"].item() == pytest.approx(rise.mean())
     assert np.ptp(by_text["loss"] - by_text["dloss"]) > 0
+
+
+def test_the_same_share_gone_in_each_text_has_no_error():
+    """Whatever the texts' rises: the interval is not that of a difference over a fixed divisor."""
+    rise = np.array([1.0, 2.0, 6.0])
+    found = _share_gone("share", "why_not", rise + 3, 0.25 * (rise + 3))
+    assert found["share"] == pytest.approx(0.75)
+    assert found["share_interval"] == pytest.approx((0.75, 0.75))
+    assert "No rise" in _share_gone("share", "why_not", rise - 3, rise)["why_not"]
 
 
 def test_fewer_bits_cost_more_and_figures_draw(planted):
