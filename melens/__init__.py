@@ -36,11 +36,13 @@ if TYPE_CHECKING:
         SinkByQuery,
         SinkMass,
     )
+    from melens.tracing.heads import HeadOutputs, ValueNorms
     from melens.tracing.interventions import MassiveTokenRuns, ablated
     from melens.tracing.probes import (
         AbsMedian,
         Batch,
         Concentration,
+        CosineWithFirst,
         GainAlignment,
         LargestActivations,
         Norms,
@@ -59,9 +61,11 @@ __all__ = [
     "AttentionSpectrum",
     "Batch",
     "Concentration",
+    "CosineWithFirst",
     "Criterion",
     "Emergence",
     "GainAlignment",
+    "HeadOutputs",
     "Importance",
     "ImportanceByKey",
     "LargestActivations",
@@ -77,6 +81,7 @@ __all__ = [
     "Study",
     "TokenVectors",
     "Trace",
+    "ValueNorms",
     "Verification",
     "WeMask",
     "ablated",
@@ -98,7 +103,8 @@ __all__ = [
 _MODULES = (
     "errors", "data.prompts", "tracing.probes", "tracing.attention_probes", "tracing.spectra", "tracing.verification",
     "tracing.trace", "analysis.me_layer", "models.loading", "claims.engine", "models.normalization",
-    "tracing.interventions", "analysis.weights", "masks.mask", "analysis.study", "analysis.massive_tokens",
+    "tracing.interventions", "tracing.heads", "analysis.weights", "masks.mask", "analysis.study",
+    "analysis.massive_tokens",
 )  # fmt: skip
 
 

@@ -54,6 +54,12 @@ LONGROPE: dict[str, Any] = SMALL | {
         "original_max_position_embeddings": 24,
     },
 }
+LATENT: dict[str, Any] = SMALL | {
+    "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+    "v_head_dim": 16, "first_k_dense_replace": 3, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+    "topk_group": 1, "moe_intermediate_size": 32,
+}  # fmt: skip
+"""Of a DeepSeek-V3 without experts: heads whose queries and keys are 16 wide, values too, cached in 16 dims."""
 GPT2: dict[str, Any] = {"vocab_size": 200, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 64}
 FALCON: dict[str, Any] = {
     "vocab_size": 200,

@@ -68,6 +68,9 @@ def _prepare(argument: str, *, sweeps: bool, own_conf: bool) -> str | None:
     except HydraException as error:
         why = str(error).splitlines()[0]
         raise OptionError(f"The value of {argument} cannot be read ({why}); quotes help: {key}=\"'...'\".") from None
+    if override.is_sweep_override() and not sweeps:
+        in_one = ", or in one run exp=all exp.experiments=[...]" if key == "exp" else ""
+        raise OptionError(f"{key}={value}: several values need -m, a run for each{in_one}.")
     if key.startswith(("hydra.", "hydra/")) or "/" in key or "@" in key:
         return argument if key not in _FOLDERS else f"{key}={value}"
     if not is_group(override):
@@ -115,7 +118,8 @@ def _choices(override: Override) -> list[str]:
             several = "; several in one run are exp=all exp.experiments=[...]" if group == "exp" else ""
             raise OptionError(f"{group} is {in_words(name)}; it takes one name, as {group}={names[0]}{several}.")
         if str(name) not in names:
-            raise OptionError(f"There is no {group}={name}{choose_from(names, str(name), n=3)}")
+            hub = " For a hub id or a folder: model=hub model.name=..." if group == "model" else ""
+            raise OptionError(f"There is no {group}={name}{choose_from(names, str(name), n=3)}{hub}")
     return [str(name) for name in chosen]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,9 @@ _GROUPS = {
 }
 _OF_MODELS = {"hub": ("name",), "random": ("model_type", "tokenizer", "seed", "config")}
 _SETTLED = {"name", "defaults"}
+_KEEP = "of most experiments: what takes long stays in the user's cache, for the next run; false measures anew"
+_AS_ABOVE = ("likewise", "as exp.keep")
+"""Comments of options that are as one before them: `--help` shows that one."""
 _WIDEST = 34
 
 
@@ -48,11 +51,12 @@ def help_text() -> str:
     parts = [_INTRODUCTION]
     for group, title in _GROUPS.items():
         parts.append(title)
+        parts += [_entry("  exp.keep=true", _KEEP)] if group == "exp" else []
         for path in sorted((CONF / group).glob("*.yaml")):
             header, lines = lines_of(path)
             parts.append(_entry(f"  {path.stem}", header))
             if group in ("model", "exp"):
-                own = _OF_MODELS.get(path.stem, ()) if group == "model" else {line.key for line in lines} - _SETTLED
+                own = _OF_MODELS.get(path.stem, ()) if group == "model" else _own_of_experiment(lines)
                 parts += [_option(f"{group}.{line.key}", line, indent=4) for line in lines if line.key in own]
         if (shown := {"prompts": "default", "wemask": "paper"}.get(group)) is not None:
             parts += [_option(f"{group}.{line.key}", line) for line in lines_of(CONF / group / f"{shown}.yaml")[1]]
@@ -65,6 +69,10 @@ def help_text() -> str:
             parts.append("")
         parts.append(_option(line.key, line))
     return "\n".join(parts)
+
+
+def _own_of_experiment(lines: Sequence[Line]) -> set[str]:
+    return {line.key for line in lines if line.key != "keep" and line.comment not in _AS_ABOVE} - _SETTLED
 
 
 def _option(key: str, line: Line, indent: int = 2) -> str:

@@ -45,13 +45,19 @@ from melens.storage.cache import RUN_CACHE
 __all__ = ["run_job"]
 
 
+_LOG = logging.getLogger(__name__)
+FEWEST = 3
+"""First tokens, of which means have an interval (`melens.analysis.statistics`)."""
+
+
 def run_job(cfg: Options, folder: Path) -> list[str]:
     """Load model and prompts, run the experiments, write and show what they find; return which of them failed."""
     began = time.perf_counter()
     give_freed_memory_back()
     transformers.utils.logging.disable_progress_bar()  # stages have their own
     if cfg.figures:
-        logging.getLogger("choreographer").setLevel(logging.WARNING)  # it logs every temporary folder
+        for drawer in ("kaleido", "choreographer"):  # they log each step of each figure
+            logging.getLogger(drawer).setLevel(logging.WARNING)
     masks = masks_in_use(cfg)
     config = cfg.plain() | {"masks": {name: mask.model_dump() for name, mask in masks.items()}}
     if any(EXPERIMENTS[name].trains for name in cfg.experiments):
@@ -78,11 +84,13 @@ def run_job(cfg: Options, folder: Path) -> list[str]:
             for part in run_experiments(begin_study(model, chosen, cfg, stage, folder, prepared)):
                 write_part(record, part, cfg)
                 give_freed_memory_back()
+            ended = stage("writing the report")
             paths = finish(record, cfg)
+            ended(1, 1)
     if not is_first_process():
         return []
     findings = [row for part in record.parts if part.metrics.not_applicable is None for row in part.findings]
-    show_findings(_title(record, cfg), findings, console, verbose=cfg.verbose)
+    show_findings(_title(record), findings, console, verbose=cfg.verbose)
     for part in record.parts:
         if part.metrics.not_applicable is not None:
             (_, said), *_ = part.findings
@@ -96,15 +104,31 @@ def run_job(cfg: Options, folder: Path) -> list[str]:
     return [part.experiment for part in record.parts if part.metrics.failed]
 
 
-def _title(record: Record, cfg: Options) -> str:
+def _title(record: Record) -> str:
     layer = record.parts[0].metrics.me_layer
-    return f"{cfg.model.name}, exp={record.name}, ME layer: {'none' if layer is None else f'block {layer}'}"
+    return (
+        f"{record.parts[0].model['name']}, exp={record.name}, ME layer: {'none' if layer is None else f'block {layer}'}"
+    )
 
 
 def _chosen_prompts(planned: PlannedModel, cfg: Options) -> TokenizedPrompts:
     prompts = load_prompts(cfg.prompts.file, cfg.prompts.tasks)
-    bos, max_tokens, are_own = cfg.prompts.bos, cfg.prompts.max_tokens, cfg.prompts.file is None
-    return choose_prompts(planned, prompts, bos=bos, max_tokens=max_tokens, are_own=are_own, seed=cfg.seed)
+    bos, max_tokens = cfg.prompts.bos, cfg.prompts.max_tokens
+    chosen = choose_prompts(planned, prompts, bos=bos, max_tokens=max_tokens, seed=cfg.seed)
+    _warn_of_few(chosen, getattr(planned.tokenizer, "bos_token_id", None))
+    return chosen
+
+
+def _warn_of_few(chosen: TokenizedPrompts, bos_id: int | None) -> None:
+    """Warn where prompts have too few first tokens for an interval, unless all begin with BOS, as some models need."""
+    firsts = {int(ids[0]) for ids in chosen.tokens}
+    if len(firsts) >= FEWEST or firsts == {bos_id}:
+        return
+    has = "a single first token" if len(firsts) == 1 else f"{len(firsts)} different first tokens"
+    _LOG.warning(
+        "The prompts have %s. Token 0 sees only itself, so most verdicts need prompts with at least %d: with fewer no "
+        "mean has an interval, and no claim about it holds more than in part.", has, FEWEST,
+    )  # fmt: skip
 
 
 def _prepare(cfg: Options, folder: Path, planned: PlannedModel, stage: Stage) -> dict[str, Any]:

@@ -57,8 +57,8 @@ def show_stages(console: Console, *, every: float = 30.0) -> Iterator[StageOf]:
 
         return done
 
-    def log() -> None:  # the last one where none goes on: what follows it may take long too
-        for stage in [stage for stage in stages if stage.ended is None] or stages[-1:]:
+    def log() -> None:  # of stages within one another the innermost alone
+        for stage in [stage for stage in stages if stage.ended is None][-1:]:
             _LOG.info(stage.in_words())
 
     with _off_the_terminal() if has_bars else nullcontext(), bars, _repeating(every, log):
@@ -82,13 +82,12 @@ class _Stage:
         return True
 
     def in_words(self) -> str:
-        now, name, n, in_all = time.monotonic(), self.name, self.so_far, self.in_all
+        name, n, in_all = self.name, self.so_far, self.in_all
         if self.ended is not None:
-            seconds, since = self.ended - self.began, now - self.ended
+            seconds = self.ended - self.began
             several = f"{in_all:,} in {_time(seconds)}, {_rate(in_all, seconds)}" if in_all > 1 else ""
-            after = "" if since < 1 else f"; the next step has taken {_time(since)} so far"
-            return f"{name}: {several or f'done in {_time(seconds)}'}{after}"
-        seconds = now - self.began
+            return f"{name}: {several or f'done in {_time(seconds)}'}"
+        seconds = time.monotonic() - self.began
         if not n:
             return f"{name}: {_time(seconds)} so far"
         left = _time(seconds * (in_all - n) / n)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -15,7 +16,7 @@ import melens
 from experiments.options.schema import Options
 from experiments.runner.registry import EXPERIMENTS
 from melens import Criterion, MelensError, Probe, Trace, default_probes, find_me_layer
-from melens.analysis.study import Stage, Study
+from melens.analysis.study import Stage, Study, probe_key
 from melens.data.prompts import TokenizedPrompts
 from melens.models.devices import placement
 from melens.report.result import Metrics, Result
@@ -23,6 +24,7 @@ from melens.storage.cache import RUN_CACHE, Store, code_version, hash_of, store_
 from melens.storage.results import load_cached, load_result, save_result
 from melens.tracing.sites import Sites
 from melens.tracing.trace import as_tokens
+from melens.tracing.twin import how_run
 from melens.tracing.verification import verified
 
 __all__ = ["Run", "begin_study", "run_experiments"]
@@ -61,11 +63,15 @@ def begin_study(
     wanted = [probe for name, options in cfg.experiments.items() for probe in _probes(model, name, options)]
     probes = [*default_probes(model, min_abs=cfg.criterion.min_abs), *wanted]
     if len(cfg.experiments) > 1:
+        checked = stage("comparing this kind of model with transformers")
         _verify_at_once(model, probes)
+        checked(1, 1)
     trace = _find_or_trace(model, tokenized, probes, cfg, stage)
     of_run = {"family": cfg.model.family, "placement": placement(model.original_model)}
     trace = replace(trace, model=trace.model | of_run)
+    found = stage("finding the ME layer")
     me = find_me_layer(trace, Criterion(**cfg.criterion.model_dump()))
+    found(1, 1)
     return Run(
         model, tokenized.tokens, trace, me, probes, cfg.max_batch_tokens, cfg.seed, stage,
         cfg=cfg, folder=folder, prepared=prepared or {},
@@ -75,7 +81,7 @@ def begin_study(
 def _find_or_trace(
     model: TransformerBridge, prompts: TokenizedPrompts, probes: Sequence[Probe], cfg: Options, stage: Stage
 ) -> Trace:
-    """Trace the prompts, or find the trace that an earlier run on them, or another job of a sweep, has kept."""
+    """Trace the prompts, or find a trace that an earlier run on them, or another job of a sweep, has kept."""
 
     def traced() -> Trace:
         progress = stage("tracing the prompts (tokens)")
@@ -84,16 +90,56 @@ def _find_or_trace(
     RUN_CACHE.has_trace, RUN_CACHE.found_trace = cfg.exp.is_kept, False
     if not cfg.exp.is_kept:
         return traced()
-    of_probes = [[type(probe).__qualname__, vars(probe)] for probe in probes]
-    decides = [model.cfg.model_name, prompts.tokens, prompts.prompts, cfg.max_batch_tokens, of_probes]
-    folder = store_for("traces", model.original_model, *decides, code_version(_EXPERIMENTS)).folder
-    trace = load_cached(folder, Trace.load)
+    decides = [model.cfg.model_name, prompts.tokens, prompts.prompts, cfg.max_batch_tokens]
+    store = store_for("traces", model.original_model, *decides, code_version(_EXPERIMENTS))
+    trace = _kept_trace(model, probes, store)
     RUN_CACHE.found_trace = trace is not None
     if trace is None:
         trace = traced()
+        listed = _listed(probes)
+        name = hash_of(sorted(listed))[:24]
         with warn_if_not_cached():
-            trace.save(folder, replace=False)  # another job, that was faster, has readers by now
+            trace.save(store.folder / name, replace=False)  # another job, that was faster, has readers by now
+            store.save_text(name, json.dumps(listed))
     return trace
+
+
+def _kept_trace(model: TransformerBridge, probes: Sequence[Probe], store: Store) -> Trace | None:
+    """Find a trace that holds at least these probes; what else it holds is left out.
+
+    One that holds more is taken only if the further probes changed nothing about how the model was run.
+    """
+    wanted, names = _listed(probes), [probe.name for probe in probes]
+    for path in sorted(store.folder.glob("*.json"), key=lambda path: path.stat().st_size):
+        listed: _Listed = {}
+        with suppress(ValueError):  # of a damaged file
+            listed = json.loads(store.load_text(path.stem) or "{}")
+        if not wanted.keys() <= listed.keys():
+            continue
+        trace = load_cached(path.with_suffix(""), Trace.load)
+        if trace is not None and (len(listed) == len(wanted) or _is_run_alike(model, wanted, listed, trace)):
+            tables = {name: trace.tables[name] for name in names if name in trace.tables}
+            tensors = {name: trace.tensors[name] for name in names if name in trace.tensors}
+            return replace(trace, tables=tables, tensors=tensors)
+    return None
+
+
+_Listed = Mapping[str, Mapping[str, list[Any]]]
+"""Sites and keys of each probe, by what names it."""
+
+
+def _listed(probes: Sequence[Probe]) -> _Listed:
+    return {probe_key(probe): {"sites": list(probe.sites), "keys": list(probe.keys)} for probe in probes}
+
+
+def _is_run_alike(model: TransformerBridge, wanted: _Listed, listed: _Listed, trace: Trace) -> bool:
+    """Tell whether the model would be run for the wanted probes alone as it was for all."""
+    checked = trace.model["verified"]
+    if checked["way"] != "fast" or checked["prompts_share_passes"]["alone"]:
+        return False  # perhaps for a place that the wanted ones do not need
+    keys = [{key for probe in each.values() for key in probe["keys"]} for each in (wanted, listed)]
+    sites = [{site for probe in each.values() for site in probe["sites"]} for each in (wanted, listed)]
+    return keys[0] == keys[1] and how_run(model, sites[0]) == how_run(model, sites[1])
 
 
 def _verify_at_once(model: TransformerBridge, probes: Sequence[Probe]) -> None:
@@ -123,20 +169,17 @@ def run_experiments(run: Run) -> Iterator[Result]:
     several are kept, so that a run that was stopped goes on with the next.
     """
     chosen = run.cfg.experiments
-    if len(chosen) == 1:
-        yield from (EXPERIMENTS[name].run(run, options) for name, options in chosen.items())
-        return
-    store = None
-    if run.cfg.exp.is_kept:  # under all that every experiment depends on
+    of_several, store = len(chosen) > 1, None
+    if of_several and run.cfg.exp.is_kept:  # under all that every experiment depends on
         apart = ("exp", "figures", "given", "typed", "verbose")
         shared = {node: own for node, own in run.cfg.plain().items() if node not in apart}
         decides = [run.tokens, run.trace.prompts.to_dict("list"), shared, code_version(_EXPERIMENTS)]
         store = store_for("experiments", run.model.original_model, *decides, libraries=("plotly",))
     for name, options in chosen.items():
         ended = run.stage(f"exp={name}")
-        result = _find_or_run(run, name, options, store)
-        ended(1, 1)
+        result = _find_or_run(run, name, options, store) if of_several else EXPERIMENTS[name].run(run, options)
         yield result
+        ended(1, 1)  # once it is written
 
 
 def _find_or_run(run: Run, name: str, options: Any, store: Store | None) -> Result:

@@ -73,7 +73,7 @@ class TableRows:
             for rate in rates:
                 label = self.label(f"WeMask rate={rate:g} ({method})")
                 trained = self._trained(label, seed, rate=rate)
-                saved = WeMask.load(trained.trace.model["name"])
+                saved = WeMask.load(str(trained.model.cfg.model_name))
                 yield self._scored(trained, [_Row(label, "training", saved)], seed)
                 del trained
             for gate in self._request.gates:

@@ -17,12 +17,15 @@ if TYPE_CHECKING:
     from melens.analysis.across_inputs import stability
     from melens.analysis.attention_sinks import sinks
     from melens.analysis.block_ablation import ablation
+    from melens.analysis.compression_valley import valley
     from melens.analysis.emergence_norms import emergence, side_by_side
     from melens.analysis.ffn_concentration import ffn
     from melens.analysis.generated_texts import generate
+    from melens.analysis.head_idleness import heads
     from melens.analysis.massive_state import consequence
     from melens.analysis.norm_gains import normalization
     from melens.analysis.quantized_loss import quantization
+    from melens.analysis.secondary_sinks import secondary
     from melens.analysis.self_check import verification
     from melens.analysis.token_direction import direction
     from melens.analysis.weights import prediction
@@ -34,8 +37,9 @@ if TYPE_CHECKING:
     from melens.training.runs import training
 
 __all__ = [
-    "ablation", "benchmark", "consequence", "direction", "emergence", "ffn", "generate", "mask_grid", "normalization",
-    "prediction", "quantization", "side_by_side", "sinks", "stability", "training", "training_table", "trainings",
+    "ablation", "benchmark", "consequence", "direction", "emergence", "ffn", "generate", "heads", "mask_grid",
+    "normalization", "prediction", "quantization", "secondary", "side_by_side", "sinks", "stability", "training",
+    "training_table", "trainings", "valley",
     "verdicts", "verification",
 ]  # fmt: skip
 
@@ -47,16 +51,19 @@ _MODULES = {
     "emergence": "emergence_norms",
     "ffn": "ffn_concentration",
     "generate": "generated_texts",
+    "heads": "head_idleness",
     "mask_grid": ".masks.grid",
     "normalization": "norm_gains",
     "prediction": "weights",
     "quantization": "quantized_loss",
+    "secondary": "secondary_sinks",
     "side_by_side": "emergence_norms",
     "sinks": "attention_sinks",
     "stability": "across_inputs",
     "training": ".training.runs",
     "training_table": ".benchmarks.training_table",
     "trainings": ".training.history",
+    "valley": "compression_valley",
     "verdicts": ".report.verdicts",
     "verification": "self_check",
 }

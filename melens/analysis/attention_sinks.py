@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -213,7 +212,7 @@ def _sinks_in_words(metrics: SinksMetrics, onset: SinkOnset, layout: Layout) -> 
     if onset.layer is not None:
         words = f"Sinks last from block {onset.layer} on."
     if metrics.first_sinks and onset.looked_at:
-        words += f" {_first_sinks_in_words(metrics.first_sinks)}"
+        words += f" {_first_sinks_in_words(metrics)}"
     rows = [("sinks", words)]
     is_hybrid = len(layout.attention) < layout.n_layers
     if metrics.sink_mass_at_me_layer is not None and metrics.sink_mass_after is not None:
@@ -229,15 +228,17 @@ def _sinks_in_words(metrics: SinksMetrics, onset: SinkOnset, layout: Layout) -> 
     return [*rows, ("layout", f"There is {layout.attention_in_words}.")] if is_hybrid else rows
 
 
-def _first_sinks_in_words(first_sinks: Mapping[str, int]) -> str:
-    """Say where they are: "The first sink of an input is in block 3 (30 of 36 inputs), in block 5 (6)."."""
+def _first_sinks_in_words(metrics: SinksMetrics) -> str:
+    """Say where they are: "First sink of the 35 prompts that agree on the ME layer: block 12 in 19, block 3 in 16."."""
+    first_sinks = metrics.first_sinks or {}
     total = sum(first_sinks.values())
+    # prompts that share a first token share its states, and count once
+    among = f"the {total} prompts" if total == metrics.n_carriers else f"the {total} first tokens of the prompts"
+    among += " that agree on the ME layer"
     if first_sinks.get("none") == total:
-        return f"None of {total} inputs has a sink."
-    places = [("nowhere" if layer == "none" else f"in block {layer}", n) for layer, n in first_sinks.items()]
-    (most, n), *others = places
-    listed = ", ".join([f"{most} ({n} of {total} inputs)", *(f"{place} ({n})" for place, n in others)])
-    return f"The first sink of an input is {listed}."
+        return f"None of {among} has a sink."
+    listed = ", ".join(f"{'none' if layer == 'none' else f'block {layer}'} in {n}" for layer, n in first_sinks.items())
+    return f"First sink of {among}: {listed}."
 
 
 # --- Maps -------------------------------------------------------------------------------------------------------------
@@ -281,7 +282,7 @@ MOST = 0.8
 def _rises_in_the_next_block(metrics: SinksMetrics) -> Judgement:
     why_not = metrics.sink_rises_why_not
     judged = at_least(metrics.sink_rises_next, metrics.sink_rises_next_interval, MOST, why_not=why_not)
-    notes = [_first_sinks_in_words(metrics.first_sinks) if metrics.first_sinks else ""]
+    notes = [_first_sinks_in_words(metrics) if metrics.first_sinks else ""]
     if judged.verdict == "does not hold" and (metrics.sink_returns_next or 0) >= MOST:
         judged = replace(judged, verdict="holds in part")
         notes.append(f"Earlier ones are gone in the ME layer and back in the next in {metrics.sink_returns_next:.0%}.")

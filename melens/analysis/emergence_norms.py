@@ -296,18 +296,20 @@ def _table8_row(study: Study, onset: SinkOnset, layout: Layout) -> dict[str, Any
 def _in_words(study: Study) -> str:
     me = study.me
     if me.layer is None:
-        return me.reason
+        return f"No ME layer. {me.reason}"
     formed = "" if me.formed == me.layer else f" The massive state is formed in block {me.formed}."
+    agree = _agree(me.agreement, len(_one_a_state(study)), me.n_prompts)
     return (
         f"Block {me.layer} lifts the token at position {me.lifted_position} by × {me.magnification:,.0f}: {me.kind}, "
-        f"with {me.share_of_peak:.0%} of the peak norm; {_agree(me.agreement, len(_one_a_state(study)))}.{formed}"
+        f"with {me.share_of_peak:.0%} of the peak norm; {agree}.{formed}"
     )
 
 
-def _agree(share: float, n_states: int) -> str:
-    """Say how many prompts agree on the ME layer, and whether they could do otherwise."""
+def _agree(share: float, n_states: int, n_prompts: int | None = None) -> str:
+    """Say how many prompts agree on the ME layer, or which share, and whether they could do otherwise."""
     trivial = " (trivial: they share their first token, and with it its every state)" if n_states == 1 else ""
-    return f"{share:.0%} of prompts agree{trivial}"
+    agreeing = f"{share:.0%} of" if n_prompts is None else f"{round(share * n_prompts)} of {n_prompts}"
+    return f"{agreeing} prompts agree{trivial}"
 
 
 def _findings(study: Study, onset: SinkOnset, layout: Layout, last: LastBlocks | None) -> list[tuple[str, str]]:
@@ -324,7 +326,7 @@ def _findings(study: Study, onset: SinkOnset, layout: Layout, last: LastBlocks |
             ("magnification", f"× {with_interval(me.magnification, me.magnification_interval, ',.1f')}"),
             sinks,
             ("against other tokens", f"× {me.relative_magnification:,.1f}"),
-            ("agreement", f"{_agree(me.agreement, len(_one_a_state(study)))}. {me.reason}"),
+            ("agreement", f"{_agree(me.agreement, len(_one_a_state(study)), me.n_prompts)}. {me.reason}"),
             ("formed", f"in block {me.formed}: position {_some(me.positions)}, dim {_some(me.dims)}"),
         ]
     if last is not None:
@@ -339,13 +341,13 @@ def _sinks_start(onset: SinkOnset, layout: Layout) -> str:
     if not layout.attention:
         return f"not measured: there is {layout.attention_in_words}"
     is_first = onset.first_layer == onset.layer
-    earlier = "" if is_first else f" (over {onset.threshold:.2g} first at block {onset.first_layer})"
+    earlier = "" if is_first else f"; a first, passing one in block {onset.first_layer}"
     if onset.layer is not None:
-        return f"block {onset.layer}{earlier}"
+        return f"{'lasting from ' * bool(earlier)}block {onset.layer}{earlier}"
     if not onset.looked_at:
         return f"not measured: attention is in {listed(layout.attention)} alone, among the last{earlier}"
     where = "" if len(layout.attention) == layout.n_layers else f"; there is {layout.attention_in_words}"
-    return f"nowhere{earlier}{where}"
+    return f"{'no lasting one' if earlier else 'nowhere'}{earlier}{where}"
 
 
 def _some(numbers: Sequence[int], most: int = 4) -> str:
@@ -356,10 +358,10 @@ def _some(numbers: Sequence[int], most: int = 4) -> str:
 
 
 def _emergence_figure(study: Study, norms: pd.DataFrame, sink_mass: pd.DataFrame, *, log_scale: bool) -> go.Figure:
-    before = named_normalization(study.model, "ln2")
+    norm = named_normalization(study.model, "ln2")
     after = next((block.ln2_post.name for block in study.model.blocks if "ln2_post" in block._modules), None)
     sites = {
-        "ln2.hook_out": f"{before} output",
+        "ln2.hook_out": "FFN norm (ln2) output",
         "hook_mlp_out": f"FFN output, after {after}" if after else "FFN output",
         "hook_resid_post": "Block output",
     }
@@ -374,6 +376,7 @@ def _emergence_figure(study: Study, norms: pd.DataFrame, sink_mass: pd.DataFrame
         panels.append(Panel(title, "share of attention", [curve], study.me.layer, y_range=(0, 1)))
     title = study.title("Token 0 against the others by block", study.me.n_prompts)
     note = "Lines: means. Bands: 10% to 90% of prompts (token 0), tokens or heads."
+    note += f" The FFN's norm is {norm.removesuffix(' (ln2)')}." if norm else ""
     return curves_by_block(panels, title=title, note=note, scale_buttons=True)
 
 

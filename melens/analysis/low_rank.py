@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +31,8 @@ from melens.tracing.spectra import AttentionSpectrum, Spectrum
 from melens.tracing.trace import trace
 
 __all__ = [
-    "CLAIMS", "LowRankMetrics", "compare_ranks", "measure_ranks", "rank_by_block", "rank_figure", "ranks_in_words",
+    "CLAIMS", "LowRankMetrics", "compare_ranks", "measure_ranks", "prompts_of_length", "rank_by_block", "rank_figure",
+    "ranks_in_words", "trace_cut",
 ]  # fmt: skip
 
 ATTENTION, INPUTS, OUTPUTS = "attention", "attention inputs", "block outputs"
@@ -85,19 +87,14 @@ def measure_ranks(study: Study, rank_tokens: int, rank_prompts: int) -> pd.DataF
     Raises:
         MelensError: a rank that is NaN.
     """
-    chosen = _across_tasks(study, rank_tokens)[:rank_prompts]
+    chosen = prompts_of_length(study, rank_tokens)[:rank_prompts]
     if not chosen:
         return pd.DataFrame(columns=["prompt", "layer", "of", *_COLUMNS])
     found_sites = Sites.of(study.model).find
     sites = [site for site in _SITES.values() if found_sites(site)]
     probes: list[Probe] = [Spectrum(sites), *([AttentionSpectrum()] if found_sites("attn.hook_pattern") else [])]
-    for probe in probes:
-        probe.may_miss = True
-    cut = [study.tokens[prompt][:rank_tokens] for prompt in chosen]
-    progress = study.stage("effective ranks (tokens)")
-    found = trace(study.model, cut, probes, progress=progress, max_batch_tokens=rank_tokens)
-    kinds, of_study = {site: kind for kind, site in _SITES.items()}, dict(enumerate(chosen))
-    tables = {name: table.assign(prompt=table["prompt"].map(of_study)) for name, table in found.tables.items()}
+    tables = trace_cut(study, chosen, rank_tokens, probes, "effective ranks (tokens)", max_batch_tokens=rank_tokens)
+    kinds = {site: kind for kind, site in _SITES.items()}
     for table in tables.values():  # before a mean over heads leaves NaN out
         for row in table[~np.isfinite(table["effective_rank"])].head(1).to_dict("records"):
             raise MelensError(
@@ -111,13 +108,34 @@ def measure_ranks(study: Study, rank_tokens: int, rank_prompts: int) -> pd.DataF
     return pd.concat(ranks, ignore_index=True)
 
 
-def _across_tasks(study: Study, rank_tokens: int) -> list[int]:
-    """List the prompts of enough tokens, one first token and one task type after the other."""
+def prompts_of_length(study: Study, n_tokens: int) -> list[int]:
+    """List the prompts of at least so many tokens, one first token and one task type after the other."""
     prompts = study.of_massive_prompts(study.trace.prompts)
-    prompts = prompts[prompts["n_tokens"] >= rank_tokens]
+    prompts = prompts[prompts["n_tokens"] >= n_tokens]
     prompts = prompts.assign(copy=prompts.groupby("first_token_id").cumcount())
     turn = prompts.groupby([prompts["copy"], prompts["task"].fillna("")])["prompt"].rank()
     return prompts.assign(turn=turn).sort_values(["copy", "turn"], kind="stable")["prompt"].tolist()
+
+
+def trace_cut(
+    study: Study, prompts: Sequence[int], n_tokens: int, probes: Sequence[Probe], stage: str, *, max_batch_tokens: int
+) -> dict[str, pd.DataFrame]:
+    """Trace some of a study's prompts, cut to one length, and return the tables with the study's numbers of them.
+
+    Args:
+        study: as `melens.study` makes it.
+        prompts: by number, each of `n_tokens` or more.
+        n_tokens: of each.
+        probes: a site that the model does not have is left out.
+        stage: what the progress is called.
+        max_batch_tokens: of a forward pass.
+    """
+    for probe in probes:
+        probe.may_miss = True
+    cut = [study.tokens[prompt][:n_tokens] for prompt in prompts]
+    found = trace(study.model, cut, probes, progress=study.stage(stage), max_batch_tokens=max_batch_tokens)
+    of_study = dict(enumerate(prompts))
+    return {name: table.assign(prompt=table["prompt"].map(of_study)) for name, table in found.tables.items()}
 
 
 def compare_ranks(study: Study, ranks: pd.DataFrame, layout: Layout) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 __all__ = [
-    "abs_max", "abs_median", "concentration", "effective_rank", "energy_share", "excess_kurtosis", "first_share",
-    "kl_to_gain", "l2_norm", "matrix_entropy", "pairwise_cosine", "rounded", "sink_mass",
+    "abs_max", "abs_median", "concentration", "cosine_with_first", "effective_rank", "energy_share", "entropy_bound",
+    "excess_kurtosis", "first_share", "kl_to_gain", "l2_norm", "matrix_entropy", "pairwise_cosine", "rounded",
+    "sink_mass",
 ]  # fmt: skip
 
 SINK_THRESHOLD = 0.3
@@ -143,6 +144,43 @@ def concentration(activation: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batc
     return torch.cat(found).reshape(activation.shape[:-1])
 
 
+def cosine_with_first(
+    hidden: Float[Tensor, "batch pos d"], weights: Float[Tensor, "batch pos"]
+) -> tuple[Float[Tensor, "batch pos"], Float[Tensor, "batch pos"]]:
+    """Compute the cosine of each token's state with token 0's, as it is and without what all tokens share.
+
+    The second takes the mean direction of the other tokens from both unit vectors first. A large component that all
+    states of a block share brings the first close to 1 everywhere, and the second close to 0; a state that has turned
+    to token 0's has both close to 1. (The mean is of directions, as one massive state would be a mean of states.)
+
+    Args:
+        hidden: hidden states; a state of zeros has the cosine 0.
+        weights: of the tokens in that mean: equal and of sum 1 behind token 0, 0 for it and at padding.
+
+    Example:
+        >>> states = torch.tensor([[[3.0, 0.0], [0.0, 1.0], [0.0, 2.0], [5.0, 0.0]]])
+        >>> cosine, centred = cosine_with_first(states, torch.tensor([[0, 1 / 3, 1 / 3, 1 / 3]]))
+        >>> cosine
+        tensor([[1., 0., 0., 1.]])
+        >>> centred
+        tensor([[ 1., -1., -1.,  1.]])
+    """
+    norms = l2_norm(hidden).clamp(min=torch.finfo(torch.float32).tiny)
+    step = max(1, 8 * _CHUNK // (hidden.shape[0] * hidden.shape[2]))  # float32 copies: of a little at a time
+    pieces = list(zip(hidden.split(step, dim=1), norms.split(step, dim=1), weights.split(step, dim=1), strict=True))
+    directions = [torch.einsum("bp,bpd->bd", weight / norm, some.float()) for some, norm, weight in pieces]
+    shared = torch.stack(directions).sum(0)
+    first = hidden[:, 0].float() / norms[:, :1]
+    first_centred = torch.nn.functional.normalize(first - shared, dim=-1)
+    cosines, centred = [], []
+    for some, norm, _ in pieces:
+        unit = some.float() / norm[..., None]
+        cosines.append(torch.einsum("bpd,bd->bp", unit, first))
+        unit = torch.nn.functional.normalize(unit - shared[:, None], dim=-1)
+        centred.append(torch.einsum("bpd,bd->bp", unit, first_centred))
+    return torch.cat(cosines, dim=1), torch.cat(centred, dim=1)
+
+
 def effective_rank(singular_values: Float[Tensor, "*batch rank"]) -> Float[Tensor, "*batch"]:
     """Compute exp(entropy) of the singular values' distribution σ / Σσ (Roy & Vetterli 2007), for section 6.
 
@@ -176,6 +214,21 @@ def matrix_entropy(singular_values: Float[Tensor, "*batch rank"]) -> Float[Tenso
     """
     energy = singular_values**2 / (singular_values**2).sum(-1, keepdim=True)
     return -torch.xlogy(energy, energy).sum(-1) / math.log(max(2, singular_values.shape[-1]))
+
+
+def entropy_bound(share: Float[Tensor, "*batch"], n: int) -> Float[Tensor, "*batch"]:
+    """Compute the largest `matrix_entropy` of n directions of which one has at least a share p of the energy.
+
+    `(-p log p - (1 - p) log (1 - p) + (1 - p) log (n - 1)) / log n` (Queipo-de-Llano et al. 2025, corollary 2). With
+    p ≤ 1 / n all directions may be alike: there the formula would be too low, and the bound is 1.
+
+    Example:
+        >>> entropy_bound(torch.tensor([0.9, 0.5, 0.1]), 2)
+        tensor([0.4690, 1.0000, 1.0000])
+    """
+    p = share.clamp(min=1 / n, max=1)
+    two = -torch.xlogy(p, p) - torch.xlogy(1 - p, 1 - p)
+    return (two + (1 - p) * math.log(max(1, n - 1))) / math.log(max(2, n))
 
 
 def pairwise_cosine(vectors: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch n n"]:

@@ -8,6 +8,7 @@ own query out, takes the prompts whole and averages them before it compares.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -26,7 +27,8 @@ from melens.tracing.sites import ATTENTION_ON_KEYS, Sites
 from melens.tracing.trace import Trace
 
 __all__ = [
-    "SinkRateMetrics", "measure_sink_rate", "probes", "sink_rate_by_block", "sink_rate_figure", "sink_rate_in_words",
+    "N_TOKENS", "SinkRateMetrics", "measure_sink_rate", "other_keys", "probes", "share_of_sinks", "sink_rate_by_block",
+    "sink_rate_figure", "sink_rate_in_words",
 ]  # fmt: skip
 
 N_TOKENS = 64
@@ -81,11 +83,11 @@ def measure_sink_rate(trace: Trace) -> dict[str, Any]:
         "off_tokens_rate": float((off > SINK_THRESHOLD).mean()),
     }
     table = _of_long_prompts(trace)
-    is_sink = (table["importance"] > SINK_THRESHOLD).groupby(table["prompt"]).mean()
+    is_sink = share_of_sinks(table, ["prompt"])
     measured["sink_rate_prompts"] = len(is_sink)
     if len(is_sink):
         measured |= _mean_over_inputs("sink_rate", is_sink, trace)
-    others = _other_keys(trace)
+    others = other_keys(trace)
     if len(others):
         most = others.groupby(["prompt", "pos"])["share_of_heads"].mean().groupby("prompt").max()
         measured |= _mean_over_inputs("sink_rate_elsewhere", most, trace)
@@ -101,12 +103,20 @@ def _mean_over_inputs(name: str, by_prompt: pd.Series, trace: Trace) -> dict[str
 def _of_long_prompts(trace: Trace) -> pd.DataFrame:
     """Return the rows of `importance` of the prompts that have so many tokens; the others hold NaN."""
     long = trace.prompts["prompt"][trace.prompts["n_tokens"] >= N_TOKENS]
-    table = trace["importance"][trace["importance"]["prompt"].isin(long)]
-    check_finite(table, "importance", "importance of token 0")
-    return table
+    return trace["importance"][trace["importance"]["prompt"].isin(long)]
 
 
-def _other_keys(trace: Trace) -> pd.DataFrame:
+def share_of_sinks(importance: pd.DataFrame, by: Sequence[str]) -> pd.Series:
+    """Compute the sink rate, the share of rows over the threshold, by some columns of a table of `Importance`.
+
+    Raises:
+        MelensError: an importance that is NaN.
+    """
+    check_finite(importance, "importance", "importance of token 0")
+    return (importance["importance"] > SINK_THRESHOLD).groupby([importance[name] for name in by]).mean()
+
+
+def other_keys(trace: Trace) -> pd.DataFrame:
     """Return the rows of `importance_by_key` of the keys behind token 0 that `SEEN_BY` queries see."""
     table = trace["importance_by_key"]
     seen_by = table["prompt"].map(trace.prompts.set_index("prompt")["n_tokens"]) - table["pos"]
@@ -119,9 +129,9 @@ def sink_rate_by_block(trace: Trace) -> pd.DataFrame:
     `elsewhere` is of the key that has most in the block, mean over prompts; NaN where no prompt is long enough.
     """
     importance, off = _of_long_prompts(trace), trace["off_tokens"]
-    most = _other_keys(trace).groupby(["layer", "prompt"])["share_of_heads"].max()
+    most = other_keys(trace).groupby(["layer", "prompt"])["share_of_heads"].max()
     rates = {
-        "sink_rate": (importance["importance"] > SINK_THRESHOLD).groupby(importance["layer"]).mean(),
+        "sink_rate": share_of_sinks(importance, ["layer"]),
         "elsewhere": most.groupby("layer").mean(),
         "off_tokens_rate": (off["off_tokens"] > SINK_THRESHOLD).groupby(off["layer"]).mean(),
     }

@@ -33,7 +33,7 @@ from melens.validation.arguments import BosOrNot, Bridge, Probes, Prompts
 from melens.validation.signatures import checked
 from melens.validation.types import Count, Whole
 
-__all__ = ["Stage", "Study", "study"]
+__all__ = ["Stage", "Study", "probe_key", "study"]
 
 Stage = Callable[[str], Progress]
 """Called as `stage("effective ranks (tokens)")`; returns the progress callback of that stage."""
@@ -131,7 +131,9 @@ class Study(Summary):
 
     def has(self, probes: Sequence[Probe]) -> bool:
         """Tell whether all that these probes measure was traced already."""
-        return {_key(probe) for probe in probes} <= {_key(probe) for probe in self.probes} | self._traced.keys()
+        return {probe_key(probe) for probe in probes} <= {
+            probe_key(probe) for probe in self.probes
+        } | self._traced.keys()
 
     def traced(self, probes: Sequence[Probe]) -> Trace:
         """Return a trace that holds what these probes measure: the study's own, or another of the same prompts.
@@ -141,8 +143,8 @@ class Study(Summary):
         Raises:
             MelensError: as `melens.trace`.
         """
-        wanted = {_key(probe): probe for probe in probes}
-        own = {_key(probe) for probe in self.probes}
+        wanted = {probe_key(probe): probe for probe in probes}
+        own = {probe_key(probe) for probe in self.probes}
         missing = [probe for key, probe in wanted.items() if key not in own | self._traced.keys()]
         if missing:
             tokens, most, progress = (
@@ -151,7 +153,7 @@ class Study(Summary):
                 self.stage("tracing the prompts again (tokens)"),
             )
             more = trace(self.model, tokens, missing, max_batch_tokens=most, progress=progress)
-            self._traced.update({_key(probe): more for probe in missing})
+            self._traced.update({probe_key(probe): more for probe in missing})
         traces = [self._traced[key] for key in wanted if key in self._traced]
         tables = {name: table for each in (self.trace, *traces) for name, table in each.tables.items()}
         tensors = {name: tensor for each in (self.trace, *traces) for name, tensor in each.tensors.items()}
@@ -186,7 +188,8 @@ class Study(Summary):
         return [*self.me._details(), *self.trace._rows()]
 
 
-def _key(probe: Probe) -> str:
+def probe_key(probe: Probe) -> str:
+    """Name what a probe measures: of two with one key, of one class and with the same settings, one is enough."""
     settings = {name: value for name, value in vars(probe).items() if name != "may_miss"}  # which changes no number
     return hash_of(type(probe).__qualname__, settings)
 
@@ -207,7 +210,7 @@ def study(
 
     Args:
         model: a bridge of a causal language model.
-        prompts: texts, or the token ids of each (a list, array or tensor `[pos]`); one prompt needs no list.
+        prompts: as for `melens.trace`.
         probes: what to measure in the same pass besides what `find_me_layer` needs.
         bos: whether to prepend BOS to texts: `"auto"` does as the model's own tokenizer.
         criterion: of what counts as massive.

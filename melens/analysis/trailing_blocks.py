@@ -198,8 +198,8 @@ def _written_by_ffn(
 
 def last_blocks_figure(study: Study, last: LastBlocks) -> Figure:
     """Draw token 0's norm behind the block that formed its state, and what each block writes along that state."""
-    named = {"norm": ("norm of the state", FIRST), "written": ("written along it by the block", OTHERS)}
-    named["written_by_ffn"] = ("of that by its FFN", COLORS[3])
+    named = {"norm": ("norm of token 0", FIRST), "written": ("what the block adds in its direction", OTHERS)}
+    named["written_by_ffn"] = ("what the FFN adds in its direction", COLORS[3])
     by_quantity = dict(iter(last.by_block.groupby("quantity")))
     curves = [Curve(text, by_quantity[name], color) for name, (text, color) in named.items() if name in by_quantity]
     panel = Panel("", "relative to the plateau's norm", curves, study.me.layer, zero_line=True)

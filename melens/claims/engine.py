@@ -27,7 +27,7 @@ from melens.validation.signatures import given
 
 __all__ = [
     "Claim", "Former", "Judgement", "NotMeasuredError", "Verdict", "at_least", "at_most", "judge", "judge_parts",
-    "number", "unless_trivial", "worst",
+    "number", "unless_trivial", "when_set", "worst",
 ]  # fmt: skip
 
 Verdict = Literal["holds", "holds in part", "does not hold", "trivial here", "not measured"]
@@ -156,10 +156,16 @@ def judge(results: Any) -> pd.DataFrame:
         if claim.former is not None and name in by_model:
             before = replace(claim, judge=claim.former.judge)
             earlier = f"{claim.former.statistic}: {claim.former.criterion}".removeprefix(": ")
-            former = (f"{earlier} ({claim.former.fixed})", _judge_one(before, by_model[name]).verdict)
+            former = (f"{earlier} ({when_set(claim.former.fixed)})", _judge_one(before, by_model[name]).verdict)
         of_claim, interval = (getattr(claim, column) for column in _COLUMNS), one.interval or (None, None)
         rows.append((name, *of_claim, one.value, *interval, one.verdict, one.note, *former))
     return pd.DataFrame(rows, columns=["model", *_COLUMNS, *_JUDGED])
+
+
+def when_set(fixed: str) -> str:
+    """Say when a threshold was fixed: "set on 2026-11-22, commit a1bbeb3"."""
+    date, _, commit = fixed.partition(" ")
+    return f"set on {date}" + f", commit {commit}" * bool(commit)
 
 
 def judge_parts(results: Sequence[Result]) -> pd.DataFrame:
@@ -215,6 +221,11 @@ def _judge_one(claim: Claim[Any], measured: Mapping[str, Any]) -> Judgement:
     if of_one_state and claim.metrics.rests_on_states and judged.verdict in ("holds", "holds in part"):
         judged = judged.in_part()  # one state shows nothing of others
         notes.append(f"It rests on a single {'first token' if shared.massive_position == 0 else 'prompt'}.")
+    if shared.n_prompts == 1 and claim.metrics.rests_on_states and judged.verdict == "does not hold":
+        judged = replace(judged, verdict="not measured")  # nor does it refute anything of others
+        notes.append(
+            "It does not hold for the only prompt, which is no evidence: give prompts with other first tokens too."
+        )
     return replace(judged, note=" ".join(dict.fromkeys(note for note in notes if note)))
 
 

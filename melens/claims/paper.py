@@ -11,12 +11,15 @@ from typing import Any
 from melens.analysis.across_inputs import CLAIMS as STABILITY
 from melens.analysis.attention_sinks import CLAIMS as SINKS
 from melens.analysis.block_ablation_claims import CLAIMS as ABLATION
+from melens.analysis.compression_valley_claims import CLAIMS as VALLEY
 from melens.analysis.emergence_claims import CLAIMS as EMERGENCE
 from melens.analysis.emergence_claims import EmergenceMetrics
 from melens.analysis.ffn_concentration import CLAIMS as FFN
+from melens.analysis.head_claims import CLAIMS as HEADS
 from melens.analysis.massive_state_claims import CLAIMS as CONSEQUENCE
 from melens.analysis.norm_gain_claims import CLAIMS as RMSNORM
 from melens.analysis.quantization_claims import CLAIMS as QUANTIZATION
+from melens.analysis.secondary_claims import CLAIMS as SECONDARY
 from melens.analysis.token_direction import CLAIMS as DIRECTION
 from melens.analysis.weights import CLAIMS as WEIGHTS
 from melens.benchmarks.comparison import CLAIMS as BENCHMARK
@@ -28,9 +31,9 @@ __all__ = ["CLAIMS", "FAMILY_CLAIM", "judge_families"]
 
 CLAIMS: tuple[Claim[Any], ...] = (
     *EMERGENCE, *RMSNORM, *FFN, *ABLATION, *DIRECTION, *STABILITY, *SINKS, *CONSEQUENCE, *WEIGHTS, *MASKS, *BENCHMARK,
-    *TABLES, *QUANTIZATION,
+    *TABLES, *HEADS, *VALLEY, *SECONDARY, *QUANTIZATION,
 )  # fmt: skip
-"""What the paper and its review say of one model, in the order of the paper."""
+"""What the paper and its review say of one model, in the order of the paper; what other papers say, last."""
 
 
 FAMILY_CLAIM = Claim(

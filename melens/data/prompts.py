@@ -1,6 +1,7 @@
 """Prompts by task type and length, and how they become tokens.
 
-    tokenized = choose_prompts(model, load_prompts(tasks="maths"), max_tokens=128)
+    load_prompts("short", tasks="maths", model=model)       # the texts that fit a model
+    tokenized = choose_prompts(model, load_prompts())       # with their tokens
 
 In a causal model token 0 sees only itself: prompts with the same first token have the same states there. So the
 project's own prompts all begin with different characters, and no tokenizer gives two of them the same first token,
@@ -13,10 +14,12 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+import yaml
 from jaxtyping import Int
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
@@ -24,9 +27,11 @@ from transformers import PreTrainedTokenizerFast
 
 from melens.data.reading import file_rows, lone_surrogate
 from melens.data.tasks import OWN_PROMPTS, check_tasks
+from melens.environment.conf import conf_folder
 from melens.errors import MelensError
 from melens.printing import Brief
-from melens.validation.signatures import checked
+from melens.validation.signatures import checked, given
+from melens.validation.types import Count
 
 __all__ = [
     "Bos", "Prompt", "TokenizedPrompts", "byte_tokenizer", "check_length", "choose_prompts", "load_prompts",
@@ -82,38 +87,81 @@ class TokenizedPrompts(Brief):
 
 @checked
 def load_prompts(
-    file: str | Path | None = None, tasks: str | Sequence[str | int | float] | None = None
+    file: str | Path | None = None,
+    tasks: str | Sequence[str | int | float] | None = None,
+    *,
+    model: Any = None,
+    max_tokens: Count | None = None,
+    bos: Bos = "auto",
 ) -> list[Prompt]:
     """Read the project's prompts, 9 of each task type from about 10 to more than 1,000 tokens, or a user's file.
 
     Args:
         file: `.jsonl`, `.json` or `.csv` with the column `text` and perhaps `task` and `id`, or a text file with a
-            prompt in each line (`melens.data.reading`); None for the project's own prompts.
+            prompt in each line (`melens.data.reading`); a name of `conf/prompts`, such as `"short"`, as `prompts=short`
+            on the command line; None for the project's own prompts.
         tasks: keep these task types, or this one; None keeps all.
+        model: leave out what is too long for it, as the command line does (`choose_prompts`). A trace or a study leaves
+            the project's prompts that are longer than the context out by itself.
+        max_tokens: leave out prompts of more of the model's tokens.
+        bos: as for `tokenize`, which counts.
 
     Returns:
         `Prompt`s, in the order of the file.
 
     Raises:
-        MelensError: the file is missing, empty or malformed (the line is named), or no prompt has such a task.
+        MelensError: the file is missing, empty or malformed (the line is named), no prompt has such a task or is short
+            enough, or tokens are to be counted without a model.
 
     Example:
         >>> own = melens.load_prompts()
         >>> len(own), sorted({prompt.task for prompt in own})
         (36, ['commonsense', 'continuation', 'logic', 'maths'])
     """
+    if preset := _presets().get(str(file), {}):
+        file, tasks = preset["file"], preset["tasks"] if tasks is None else tasks
+        max_tokens = preset["max_tokens"] if max_tokens is None else max_tokens
+        bos = preset["bos"] if bos == "auto" else bos
+    if model is None and max_tokens is not None:
+        raise MelensError(
+            f"load_prompts: which prompts have at most {max_tokens} tokens depends on the model: give model=model."
+        )
+    prompts = _read(file)
+    if tasks is not None:
+        wanted = [tasks] if isinstance(tasks, str) else [str(task) for task in tasks]
+        check_tasks(wanted, (None if prompt.task is None else str(prompt.task) for prompt in prompts))
+        prompts = [prompt for prompt in prompts if prompt.task in wanted]
+    if model is None:
+        return prompts
+    if not hasattr(model, "tokenizer"):
+        raise MelensError(f"load_prompts: model is {given(model)}; it must be what melens.load_model(name) returns.")
+    if model.tokenizer is None:
+        raise MelensError("load_prompts: this model has no tokenizer to count tokens with. Leave model out.")
+    return choose_prompts(model, prompts, bos=bos, max_tokens=max_tokens).prompts
+
+
+def _read(file: str | Path | None) -> list[Prompt]:
     path = OWN_PROMPTS if file is None else Path(os.path.expanduser(file))
+    if not path.suffix and not path.exists():
+        raise MelensError(f"There is no file {path}, and no prompts of that name; known are {', '.join(_presets())}.")
     prompts = []
     for row in file_rows(path):
         text = row.text()
         if not text.strip():
             raise MelensError(f"{row.place}: the text is empty; a prompt needs at least one word.")
         prompts.append(Prompt(text, row.word("task"), row.word("id") or row.at))
-    if tasks is None:
-        return prompts
-    wanted = [tasks] if isinstance(tasks, str) else [str(task) for task in tasks]
-    check_tasks(wanted, (None if prompt.task is None else str(prompt.task) for prompt in prompts))
-    return [prompt for prompt in prompts if prompt.task in wanted]
+    return prompts
+
+
+@cache
+def _presets() -> dict[str, dict[str, Any]]:
+    files = sorted(conf_folder("prompts").glob("*.yaml"))
+    return {path.stem: yaml.safe_load(path.read_text("utf-8")) for path in files}
+
+
+@cache
+def _own_prompts() -> frozenset[Prompt]:
+    return frozenset(load_prompts())
 
 
 def tokenize(model: Any, prompts: Sequence[Prompt], *, bos: Bos = "auto") -> list[list[int]]:
@@ -157,18 +205,16 @@ def choose_prompts(
     *,
     bos: Bos = "auto",
     max_tokens: int | None = None,
-    are_own: bool = True,
     seed: int = 0,
 ) -> TokenizedPrompts:
     """Turn prompts into tokens, and keep those that are short enough.
 
     Args:
         model: a bridge; without a tokenizer random tokens take the place of the project's prompts.
-        prompts: the texts.
+        prompts: the texts. Of the project's own, those longer than the context are left out, which is logged; a user's
+            are left out by `max_tokens` only.
         bos: as for `tokenize`.
         max_tokens: leave longer prompts out; None keeps all.
-        are_own: whether they are the project's own. Of these, prompts longer than the context are left out as well,
-            which is logged; a user's prompts are left out by `max_tokens` only.
         seed: of random tokens.
 
     Raises:
@@ -177,8 +223,10 @@ def choose_prompts(
     """
     n_ctx, n_vocabulary = model.cfg.n_ctx, model.cfg.d_vocab
     if model.tokenizer is None:
-        if not are_own:
-            raise MelensError("This model has no tokenizer for prompts.file. Leave it out to use random tokens.")
+        if not _own_prompts().issuperset(prompts):
+            raise MelensError(
+                "This model has no tokenizer. Give token ids, or leave prompts.file out to use random tokens."
+            )
         n_prompts = min(len(prompts), n_vocabulary)
         n_tokens = min(128, n_ctx, n_ctx if max_tokens is None else max_tokens)
         _log.warning("This model has no tokenizer: %d prompts of random tokens replace the texts.", n_prompts)
@@ -193,9 +241,12 @@ def choose_prompts(
     problem = f"{len(too_long)} of {len(wanted)} prompts are longer than the model's context of {n_ctx:,} tokens"
     if len(too_long) == len(wanted):
         raise MelensError(f"{problem}; the shortest has {min(lengths):,}.")
-    if too_long and not are_own:
-        first = prompts[too_long[0]].id or f"number {too_long[0]}"
-        raise MelensError(f"{problem}; the first is {first}. Set prompts.max_tokens={n_ctx} to leave them out.")
+    if others := [row for row in too_long if prompts[row] not in _own_prompts()]:
+        first = prompts[others[0]].id or f"number {others[0]}"
+        raise MelensError(
+            f"{problem}; the first is {first}. Leave them out: prompts.max_tokens={n_ctx}, or in Python "
+            f"load_prompts(file, model=model, max_tokens={n_ctx})."
+        )
     if too_long:
         _log.warning("%s and are left out.", problem)
     chosen = [row for row in wanted if lengths[row] <= n_ctx]

@@ -1,12 +1,15 @@
 """Fit a figure into a narrow width: the columns of a paper, and a phone.
 
-1. The title and the note go: a caption, or the page, says them. So do the buttons, for which paper has no use.
+1. The title and the note go: a caption, or the page, says them. So do the buttons, for which paper has no use. On paper
+   what bands mean stays, below the legend.
 2. Every text gets one size; lines and markers shrink with it; titles of panels and axes are broken into lines.
 3. Panels that would be too narrow side by side go below one another.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,19 +24,43 @@ __all__ = ["fit", "in_columns"]
 _INCHES = {1: 3.25, 2: 6.75}
 """The width of one and of two columns of a paper: ICML's and ACL's; NeurIPS's text is 5.5 inches wide."""
 _INCH, _POINT = 96, 96 / 72  # in pixels, as browsers count
+_LONGEST = 8.0 * _INCH  # of a column: a page has room for a caption below it
 _BUILT_WITH = 14  # the text size for which `style.py` lays figures out
 _NARROWEST, _BETWEEN_COLUMNS = 12.5, 5.5  # of panels: in text sizes
 _CHARACTER = 0.55  # the width of a character on average, of its height
 
 
 def in_columns(figure: go.Figure, columns: int) -> go.Figure:
-    """Return a copy of a figure for one or two columns of a paper, in 8-point text; 96 of its pixels are an inch."""
+    """Return a copy of a figure for one or two columns of a paper, in 8-point text; 96 of its pixels are an inch.
+
+    Its title, in plain words, is in `layout.meta`, for the metadata of a file.
+    """
     width = _INCHES[columns] * _INCH
-    return fit(figure, width, 8 * _POINT).update_layout(width=width)
+    title, _, note = (figure.layout.title.text or "").partition("<br><sub>")
+    alone = go.Figure(figure)
+    alone.update_traces(legendgroup=None, selector={"type": "scatter"})  # groups are rows of their own in a legend
+    alone.update_shapes(legendgroup=None)
+    text = 8 * _POINT
+    bands = re.search("Bands: [^.<]*", note.replace("<br>", " "))
+    foot = "" if bands is None else _wrapped(bands[0], width - text, text)
+    more_lines = foot.count("<br>")
+    room = 0.0 if bands is None else 1.4 * text * (1 + more_lines)
+    fitted = fit(alone, width, text, longest=_LONGEST - room)
+    meta = {"title": re.sub("<[^>]*>", " ", title)}
+    fitted.update_layout(width=width, height=round(fitted.layout.height + room), meta=meta)
+    if bands is None:
+        return fitted
+    below = room / fitted.layout.height
+    pad = {"l": 4, "t": text * more_lines}  # by which plotly sets the first of several lines too high
+    at = {"yref": "container", "y": below, "yanchor": "top", "x": 0, "pad": pad}
+    return fitted.update_layout(title={"text": foot, "font": {"size": text}, **at}, legend_y=below)
 
 
-def fit(figure: go.Figure, width: float, text: float) -> go.Figure:
-    """Return a copy of a figure, without its title, for a width and a text size in pixels."""
+def fit(figure: go.Figure, width: float, text: float, *, longest: float = math.inf) -> go.Figure:
+    """Return a copy of a figure, without its title, for a width and a text size in pixels.
+
+    Where it would be higher than `longest`, its panels are lower, as far as they can be read.
+    """
     fitted = go.Figure(figure)
     was_high = (fitted.layout.height or 500) - (fitted.layout.margin.t or 0) - 80
     _shrink(fitted, text)
@@ -49,18 +76,19 @@ def fit(figure: go.Figure, width: float, text: float) -> go.Figure:
         heights = [max(heights[0], 13 * text)]
     above = [text * (0.8 + 1.4 * max(panel.title_lines(text) for panel in row)) for row in rows]
     below = [text * max(panel.below for panel in row) for row in rows]
+    heading, foot = round(above[0] + _above_first_row(fitted, text)), below[-1] + _legend_height(fitted, inner, text)
+    spare = min(1.0, (longest - heading - foot - sum(above[1:]) - sum(below[:-1])) / sum(heights))
+    heights = [
+        max(high * spare, min(high, 6 * text), text * _lowest(row)) for high, row in zip(heights, rows, strict=True)
+    ]
     total = sum(heights) + sum(above[1:]) + sum(below[:-1])
     top = total
     for row, high, room, next_room in zip(rows, heights, below, [*above[1:], 0.0], strict=True):
         for panel in row:
             panel.move((max(0.0, (top - high) / total), top / total), high, text)
         top -= high + room + next_room
-    for trace in fitted.select_traces({"type": "scatter"}):
-        if trace.name and trace.showlegend is not False:
-            trace.name = _wrapped(trace.name, inner - 4 * text, text)
-    margin = {"l": 4, "r": 4, "t": round(above[0] + _above_first_row(fitted, text)), "b": 4}
-    foot = below[-1] + _legend_height(fitted, inner, text)
-    return fitted.update_layout(margin=margin, height=round(margin["t"] + total + foot))
+    margin = {"l": 4, "r": 4, "t": heading, "b": 4}
+    return fitted.update_layout(margin=margin, height=round(heading + total + foot))
 
 
 @dataclass
@@ -205,11 +233,17 @@ def _above_first_row(figure: go.Figure, text: float) -> float:
 
 
 def _legend_height(figure: go.Figure, inner: float, text: float) -> float:
+    """Break the legend's names into lines, and return its height, as plotly lays it out."""
+    for trace in figure.select_traces({"type": "scatter"}):
+        if trace.name and trace.showlegend is not False:
+            trace.name = _wrapped(trace.name, inner - 4 * text, text)
     names = {trace.name for trace in figure.select_traces({"type": "scatter"}) if trace.showlegend is not False}
     names |= {line.name for line in figure.layout.shapes if line.showlegend}
     names.discard(None)
     if not names:
         return 0.0
+    figure.update_layout(legend_tracegroupgap=0)
     entry = text * (_CHARACTER * max(map(_longest_line, names)) + 4)
     n_lines = max(name.count("<br>") + 1 for name in names)
-    return 1.5 * text * n_lines * -(-len(names) // max(1, int(inner / entry)))
+    n_rows = -(-len(names) // max(1, int(inner / entry)))
+    return 10.0 + n_rows * (max(16.0, 1.3 * text * n_lines) + 3)

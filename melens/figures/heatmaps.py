@@ -19,8 +19,8 @@ from melens.figures.curves import Panel, add_curve
 from melens.printing import Brief
 
 __all__ = [
-    "Heatmap", "dims_heatmap", "heatmap_by_block", "heatmap_over_curves", "heatmap_trace", "heatmaps", "loss_changes",
-    "shares",
+    "Heatmap", "dims_heatmap", "head_maps", "heatmap_by_block", "heatmap_over_curves", "heatmap_trace", "heatmaps",
+    "loss_changes", "shares",
 ]  # fmt: skip
 
 
@@ -98,6 +98,32 @@ def heatmap_over_curves(heatmap: Heatmap, panel: Panel, *, title: str, note: str
     )
     colors = {"colorscale": "Viridis", "cmin": 0, "cmax": 1, "colorbar": {"title": z_title, "len": 0.5, "y": 0.78}}
     return style.finish(figure, title, note, height=640, coloraxis=colors, legend=style.legend())
+
+
+def head_maps(
+    shares: Sequence[Heatmap], ratios: Sequence[Heatmap], *, me_layer: int | None, title: str, note: str = ""
+) -> go.Figure:
+    """Draw quantities by block and head, two in a row: shares from 0 to 1, then ratios, logarithmic around 1.
+
+    The ME layer is marked.
+    """
+    maps = [*shares, *ratios]
+    figure, places = style.panels_in_rows([heatmap.title for heatmap in maps], 2, gap=0.09, row_gap=0.3)
+    bar: dict[str, Any] = {"len": 0.45, "yanchor": "top"}
+    of_shares = {"colorscale": "Viridis", "cmin": 0, "cmax": 1, "colorbar": {"title": "share", "y": 1, **bar}}
+    colors: dict[str, Any] = {"coloraxis": of_shares}
+    if ratios:
+        scale = _log_scale_of([heatmap.values for heatmap in ratios], most=1)
+        bar |= {"title": "ratio", "y": 0.45, **scale.pop("ticks")}
+        colors["coloraxis2"] = {"colorscale": "RdBu", "colorbar": bar, **scale}
+    for heatmap, at in zip(maps, places, strict=True):
+        of_ratios = heatmap in ratios
+        trace = _scaled_trace(heatmap, heatmap.title, _log_ratio if of_ratios else np.asarray, None)
+        figure.add_trace(trace.update(coloraxis="coloraxis2" if of_ratios else "coloraxis"), **at)
+        figure.update_xaxes(title_text=heatmap.x_title, **_cell_axis(heatmap.x), **at)
+        figure.update_yaxes(title_text=heatmap.y_title, autorange="reversed", **_cell_axis(heatmap.y), **at)
+        style.frame_me_layer(figure, me_layer, at, name=False)
+    return style.finish(figure, title, note, height=60 + 290 * places[-1]["row"], **colors)
 
 
 def loss_changes(maps: Sequence[Heatmap], *, title: str, note: str = "") -> go.Figure:
@@ -181,14 +207,11 @@ def _log_ratio(values: np.ndarray) -> np.ndarray:
     return np.log10(values.clip(min=1e-6))
 
 
-_MOST_DECADES = 3
-
-
-def _log_scale_of(matrices: Sequence[np.ndarray]) -> dict[str, Any]:
-    """Return colours as far as ratios go, at most three decades to each side: what lies beyond has the last colour."""
+def _log_scale_of(matrices: Sequence[np.ndarray], most: int = 3) -> dict[str, Any]:
+    """Return colours as far as ratios go, at most so many decades either way: what lies beyond has the last colour."""
     sizes = np.abs(np.concatenate([_log_ratio(np.asarray(values, dtype=float)).ravel() for values in matrices]))
     largest = float(np.nanmax(sizes, initial=0))
-    decades = min(max(1, int(np.ceil(largest - 1e-9))), _MOST_DECADES)
+    decades = min(max(1, int(np.ceil(largest - 1e-9))), most)
     ticks = [digit * 10.0**e for e in range(-decades, decades + 1) for digit in ((1, 3) if decades < 3 else (1,))]
     ticks = [tick for tick in ticks if tick <= 10.0**decades]
     texts = [f"{tick:,g}" for tick in ticks]

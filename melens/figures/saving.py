@@ -8,7 +8,8 @@ plotly draws images with kaleido, which drives a Chrome or Chromium: `check_imag
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from html import escape
 from pathlib import Path
@@ -68,13 +69,38 @@ def save_images(images: Iterable[tuple[go.Figure, Path, int]]) -> list[Path]:
         drawn = [Path(folder) / f"{number}{path.suffix}" for number, path in enumerate(paths)]
         scales = [_PNG_SCALE if path.suffix == ".png" else 1 for path in paths]
         try:
-            plotly.io.write_images(fitted, drawn, scale=scales, **sizes)
+            with _drawn_by(Path(folder) / "plotly.js"):
+                plotly.io.write_images(fitted, drawn, scale=scales, **sizes)
         except Exception as error:  # kaleido's are of many kinds
             raise MelensError(f"{paths[0]} could not be drawn: {_reason(error)}.") from error
         for source, path in zip(drawn, paths, strict=True):
             with explain_write_errors(path.parent), atomic_file(path) as partial:
                 partial.write_bytes(source.read_bytes())
     return list(paths)
+
+
+@contextmanager
+def _drawn_by(script: Path) -> Iterator[None]:
+    """Let kaleido draw with a plotly.js whose pages name their figure and have no margins.
+
+    Else a PDF has a border of a tenth of an inch, into which the figure's foot is cut, and is called "Kaleido-fier".
+    """
+    script.write_text(get_plotlyjs() + _PAGES_OF_FIGURES, "utf-8")
+    before, plotly.io.defaults.plotlyjs = plotly.io.defaults.plotlyjs, str(script)
+    try:
+        yield
+    finally:
+        plotly.io.defaults.plotlyjs = before
+
+
+_PAGES_OF_FIGURES = """
+document.head.appendChild(document.createElement("style")).textContent = "@page { margin: 0 }";
+const drawFigure = Plotly.toImage;
+Plotly.toImage = (figure, ...how) => {
+  document.title = figure.layout?.meta?.title ?? "";
+  return drawFigure(figure, ...how);
+};
+"""
 
 
 @cache

@@ -9,9 +9,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from melens.environment.conf import conf_folder
 from melens.errors import MelensError
 
-__all__ = ["find_model", "read_json", "refuse_adapter"]
+__all__ = ["find_model", "local_model", "read_json", "refuse_adapter"]
 
 
 def find_model(path: str) -> Path | None:
@@ -31,6 +32,13 @@ def find_model(path: str) -> Path | None:
     if path.startswith(("/", ".", "~")) or path.count("/") > 1:
         raise MelensError(f"There is no folder {place}.")
     return None
+
+
+def local_model(name: str) -> Path | None:
+    """Return where a model that was loaded by this name lies on this machine; None of a preset or the hub's."""
+    place = Path(name).expanduser()
+    is_preset = conf_folder("model").joinpath(f"{name}.yaml").is_file()
+    return place.resolve() if place.exists() and not is_preset else None
 
 
 def refuse_adapter(path: str, file: Path) -> None:

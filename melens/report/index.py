@@ -118,6 +118,7 @@ class Run(_Read):
     experiment: str
     status: Literal["ok", "running", "stopped"]
     model: str = Field(validation_alias=AliasPath("model", "name"))
+    path: str | None = Field(None, validation_alias=AliasPath("model", "path"))
     dtype: str | None = Field(None, validation_alias=AliasPath("model", "dtype"))
     quantization: str | None = Field(None, validation_alias=AliasPath("model", "quantization"))
     finished: datetime = Field(validation_alias=AliasPath("environment", "finished"))
@@ -192,13 +193,14 @@ def _labels(runs: Sequence[Run]) -> dict[Path, str]:
     """Name each run's model: a local folder by its last part, and with dtype and quantisation where those differ."""
     kinds: dict[str, set[tuple[str | None, str | None]]] = {}
     for run in runs:
-        kinds.setdefault(run.model, set()).add((run.dtype, run.quantization))
-    times = Counter(Path(name).name for name in kinds)
+        kinds.setdefault(run.path or run.model, set()).add((run.dtype, run.quantization))
+    times = Counter(Path(place).name for place in kinds)
     labels = {}
     for run in runs:
-        last = Path(run.model).name
-        name = last if Path(run.model).is_absolute() and times[last] == 1 else run.model
-        differing = (run.dtype, run.quantization) if len(kinds[run.model]) > 1 else ()
+        place = run.path or run.model
+        last = Path(place).name
+        name = last if Path(place).is_absolute() and times[last] == 1 else place
+        differing = (run.dtype, run.quantization) if len(kinds[place]) > 1 else ()
         labels[run.folder] = ", ".join(filter(None, (name, *differing)))
     return labels
 

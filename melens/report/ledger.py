@@ -138,10 +138,11 @@ def _by_ratio(content: Mapping[str, Any]) -> list[str]:
     n_changed = {ratio: len(ids) for ratio, ids in stability["changed_by_ratio"].items()}
     found = []
     for ratio, layer in me_layers.items():
-        block = "no block" if layer is None else f"block {layer}"
-        others = f" ({n} other {'verdict' if n == 1 else 'verdicts'})" if (n := n_changed.get(ratio)) else ""
-        found.append(f"at {int(ratio):,} it is {block}{others}")
-    return ["", f"The ME layer by how many medians an entry must exceed to be massive: {', '.join(found)}."]
+        me_layer = "there is no ME layer" if layer is None else f"the ME layer is block {layer}"
+        n = n_changed.get(ratio)
+        changed = f", and {n} {'verdict changes' if n == 1 else 'verdicts change'}" if n else ""
+        found.append(f"at {int(ratio):,} {me_layer}{changed}")
+    return ["", f"By how many medians an entry must exceed to be massive: {'; '.join(found)}."]
 
 
 def _row(claim: Mapping[Hashable, Any]) -> str:

@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from melens.claims.engine import when_set
 from melens.claims.sentences import sentences
 from melens.figures.saving import for_screens
 from melens.figures.style import VERDICTS
@@ -53,7 +54,7 @@ def write_report(parts: Sequence[Result], content: Mapping[str, Any], folder: st
         summary=_summary(content, parts[0].metrics, figures), first=_first(content, figures), drawings=drawings,
         verdicts=VERDICTS, size=f"{(len(plotly) + sum(map(len, drawings.values()))) / 1e6:.1f}",
         sentences=_sentences(content), skipped=skipped, command=command, plotly=plotly, heading=_heading, note=_note,
-        number_with_interval=number_with_interval,
+        number_with_interval=number_with_interval, when_set=when_set, not_measured=_not_measured(content),
     )  # fmt: skip
     return write_text(Path(folder) / "report.html", page)
 
@@ -82,6 +83,15 @@ def _summary(content: Mapping[str, Any], metrics: Metrics, figures: Mapping[str,
     if claims := content["claims"]:
         sentences.append(claims_in_words(claim["verdict"] for claim in claims))
     return sentences
+
+
+def _not_measured(content: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Return the claims that were not measured, by the reason."""
+    by_reason: dict[str, list[dict[str, Any]]] = {}
+    for claim in content["claims"]:
+        if claim["verdict"] == "not measured":
+            by_reason.setdefault(claim["note"], []).append(claim)
+    return by_reason
 
 
 def _sentences(content: Mapping[str, Any]) -> list[dict[Any, Any]]:

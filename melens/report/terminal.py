@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from melens.analysis.statistics import with_interval
+from melens.figures.saving import IMAGES
 from melens.figures.style import VERDICTS
 
 __all__ = [
@@ -47,15 +48,23 @@ def show_findings(title: str, findings: Sequence[tuple[str, ...]], console: Cons
 
 
 def show_claims(claims: pd.DataFrame, console: Console, *, verbose: bool = False) -> None:
-    """Print how many claims hold (`melens.judge`) and, of few, which, or each with what is measured."""
+    """Print how many claims hold (`melens.judge`) and, of few, which, or each with what is measured.
+
+    Those that were not measured for one reason share a line.
+    """
     if claims.empty:
         return
     console.print(claims_in_words(claims["verdict"]), highlight=False)
     if not verbose:
         if len(claims) <= N_CLAIMS_SHOWN:
             few = Table.grid(padding=(0, 2))
-            for verdict, claim in claims[["verdict", "claim"]].itertuples(index=False):
-                few.add_row("", Text(verdict, VERDICTS[verdict][2]), Text(claim))
+            missing = claims["verdict"] == "not measured"
+            named = [*zip(claims["verdict"][~missing], claims["claim"][~missing], strict=True)]
+            for why, own in claims[missing].groupby("note", sort=False):
+                words = own["claim"].iloc[0] if len(own) == 1 else f"{len(own)} claims: {why}"
+                named.append(("not measured", words))
+            for verdict, words in named:
+                few.add_row("", Text(verdict, VERDICTS[verdict][2]), Text(words))
             console.print(few)
         return
     table = Table("the paper says", "measured here", "verdict", show_lines=True)
@@ -70,12 +79,14 @@ def show_claims(claims: pd.DataFrame, console: Console, *, verbose: bool = False
 
 
 def show_paths(paths: Sequence[Path], console: Console, *, verbose: bool = False) -> None:
-    """Print where the page of a run is, and the folder of its files or, if asked for all, each file."""
+    """Print where the page of a run is, its figures for a paper, and its folder or, if asked for all, each file."""
     pages = [path for path in paths if path.suffix == ".html"]
     lines = []
     if pages:
         report = [path for path in pages if path.name == "report.html"]
         lines.append(f"Page:   {path_from_here((report or pages)[0])}")
+    kinds = dict.fromkeys((path.parent, path.suffix) for path in paths if path.suffix.removeprefix(".") in IMAGES)
+    lines += [f"Figures: {path_from_here(folder)}/*{suffix}" for folder, suffix in kinds]
     if verbose:
         lines += ["Files:", *(f"  {path_from_here(path)}" for path in paths)]
     elif paths:

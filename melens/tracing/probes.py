@@ -32,6 +32,7 @@ from melens.analysis.metrics import (
     abs_max,
     abs_median,
     concentration,
+    cosine_with_first,
     energy_share,
     has_triton,
     kl_to_gain,
@@ -44,7 +45,8 @@ from melens.validation.signatures import LayerList, PositionList, ShareList, Sit
 from melens.validation.types import Count, Name, Number, Said
 
 __all__ = [
-    "AbsMedian", "Batch", "Concentration", "GainAlignment", "LargestActivations", "Norms", "Probe", "TokenVectors",
+    "AbsMedian", "Batch", "Concentration", "CosineWithFirst", "GainAlignment", "LargestActivations", "Norms", "Probe",
+    "TokenVectors", "first_against_others",
 ]  # fmt: skip
 
 
@@ -322,13 +324,14 @@ class TokenVectors(Probe):
         return {"vector": vectors.masked_fill((columns < 0)[..., None], float("nan"))}
 
 
-def _first_against_others(quantities: Mapping[str, Float[Tensor, "batch pos"]], batch: Batch) -> dict[str, Tensor]:
+def first_against_others(quantities: Mapping[str, Float[Tensor, "batch pos *head"]], batch: Batch) -> dict[str, Tensor]:
     """Keep each quantity of token 0 and, as `<name>_others`, its mean over the prompt's other tokens."""
     kept: dict[str, Tensor] = {}
     for name, values in quantities.items():
         weights = batch.weights_after(0).to(values.device)
+        weights = weights.view(*weights.shape, *[1] * (values.ndim - 2))
         of_tokens = values.masked_fill(weights == 0, 0)  # padding may hold 0 / 0
-        kept |= {name: values[:, 0], f"{name}_others": (of_tokens * weights).sum(-1)}
+        kept |= {name: values[:, 0], f"{name}_others": (of_tokens * weights).sum(1)}
     return kept
 
 
@@ -362,7 +365,7 @@ class GainAlignment(Probe):
         self._top = {place: {share: _top_dims(gain, share) for share in shares} for place, gain in self._gains.items()}
 
     def reduce(self, activation: Float[Tensor, "batch pos d"], batch: Batch) -> dict[str, Tensor]:
-        return _first_against_others({"weight_norm": l2_norm(activation)}, batch)
+        return first_against_others({"weight_norm": l2_norm(activation)}, batch)
 
     def reduce_at(self, site: str, layer: int, activation: Tensor, batch: Batch) -> dict[str, Tensor]:
         gain = self._gains[site, layer]
@@ -371,7 +374,7 @@ class GainAlignment(Probe):
         along_gain = {"kl": kl_to_gain(activation, gain)}
         for share, top in self._top[site, layer].items():
             along_gain[f"frac_{share:g}"] = energy_share(activation, top.to(activation.device))
-        return self.reduce(activation, batch) | _first_against_others(along_gain, batch)
+        return self.reduce(activation, batch) | first_against_others(along_gain, batch)
 
 
 def _top_dims(gain: Float[Tensor, " d"], share: float) -> Bool[Tensor, " d"]:
@@ -399,4 +402,28 @@ class Concentration(Probe):
         self.sites = tuple(sites)
 
     def reduce(self, activation: Float[Tensor, "batch pos d"], batch: Batch) -> dict[str, Tensor]:
-        return _first_against_others({"concentration": concentration(activation)}, batch)
+        return first_against_others({"concentration": concentration(activation)}, batch)
+
+
+class CosineWithFirst(Probe):
+    """The cosine of each token's state with token 0's of the same prompt: which tokens have turned to its direction.
+
+    The columns are `cosine`, and `centred_cosine`, without what the states of the prompt's other tokens share
+    (`melens.analysis.metrics.cosine_with_first`). Where token 0 is an ordinary token neither tells of a sink.
+
+    Example:
+        >>> melens.trace(model, prompts, melens.CosineWithFirst())["cosine_with_first"].columns.tolist()
+        ['prompt', 'layer', 'site', 'pos', 'cosine', 'centred_cosine']
+    """
+
+    name = "cosine_with_first"
+    by_row = True
+    index = ("pos",)
+
+    @checked
+    def __init__(self, sites: SiteList = ("hook_resid_post",)):
+        self.sites = tuple(sites)
+
+    def reduce(self, activation: Float[Tensor, "batch pos d"], batch: Batch) -> dict[str, Tensor]:
+        cosine, centred = cosine_with_first(activation, batch.weights_after(0).to(activation.device))
+        return {"cosine": cosine, "centred_cosine": centred}

@@ -23,6 +23,10 @@ class Spectrum(Probe):
     `_without_first`, without token 0, and with `_unit_rows`, of each token's direction alone: a single row of enormous
     norm makes any spectrum low-rank. Ranks grow with the number of tokens: only prompts of one length can be compared.
 
+    Two more tell how much that is: `row_share`, token 0's ‖x_0‖² / ‖X‖², and `aligned_share`, ‖X x_0‖² / (‖x_0‖² ‖X‖²),
+    the energy along its direction. No σ_1² / Σσ² is less (theorem 1 of Queipo-de-Llano et al. 2025, who write it
+    (M + αR) / (M + R)).
+
     Example:
         >>> spectrum = melens.trace(model, prompts, melens.Spectrum())["spectrum"]
         >>> after = spectrum[spectrum["layer"] == 2].mean(numeric_only=True)
@@ -43,11 +47,18 @@ class Spectrum(Probe):
             "_without_first": [of_prompt[1:] for of_prompt in states],
             "_unit_rows": [torch.nn.functional.normalize(of_prompt, dim=-1) for of_prompt in states],
         }
-        return {
+        ranks = {
             f"{name}{suffix}": values
             for suffix, matrices in variants.items()
             for name, values in _ranks(matrices).items()
         }
+        energy = torch.stack([of_prompt.square().sum() for of_prompt in states])
+        first = [torch.nn.functional.normalize(of_prompt[0], dim=-1) for of_prompt in states]
+        shares = {
+            "row_share": torch.stack([of_prompt[0].square().sum() for of_prompt in states]),
+            "aligned_share": torch.stack([(rows @ x).square().sum() for rows, x in zip(states, first, strict=True)]),
+        }
+        return ranks | {name: (of_energy / energy).float() for name, of_energy in shares.items()}
 
 
 class AttentionSpectrum(Probe):

@@ -93,6 +93,9 @@ class Tables(_Lazy[pd.DataFrame]):
         chunks = self._recorded[probe.name]
         sites = list(dict.fromkeys(site for chunk in chunks for site, _ in chunk.places))
         columns = _tidy(chunks, probe.index, sites)
+        if (np.diff(columns["prompt"]) < 0).any():  # batches are put together by length
+            order = np.argsort(columns["prompt"], kind="stable")
+            columns = {name: values[order] for name, values in columns.items()}
         of_site: Any = pd.Categorical.from_codes(columns["site"], categories=pd.Index(sites), validate=False)
         return pd.DataFrame(columns | {"site": of_site}, copy=False)
 

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-from melens.data.prompts import Prompt, TokenizedPrompts, check_length, tokenize
+from melens.data.prompts import Prompt, TokenizedPrompts, check_length, choose_prompts
 from melens.errors import MelensError
+from melens.models.folders import local_model
 from melens.models.quantization import describe_quantization
 from melens.models.view import base_of
 from melens.printing import Summary, counted
@@ -51,8 +52,9 @@ class Trace(Summary):
     """What the probes saw: plain tidy data.
 
     Attributes:
-        model: name, architecture, n_layers, d_model, n_heads, dtype, quantization (None for plain weights), device, and
-            `verified`: how far a trace of this kind of model agrees with transformers (`melens.verify`).
+        model: name (of a folder its last part), path (of a folder), architecture, n_layers, d_model, n_heads, dtype,
+            quantization (None for plain weights), device, and `verified`: how far a trace of this kind of model agrees
+            with transformers (`melens.verify`).
         prompts: a row a prompt: `prompt`, `id`, `task`, `n_tokens`, `first_token`, `first_token_id`.
         tables: by probe, a row for each prompt, layer, site and whatever the probe's index runs over. `layer` is the
             0-based block, -1 outside the blocks.
@@ -182,7 +184,8 @@ def trace(
 
     Args:
         model: a bridge of a causal language model.
-        prompts: texts, or the token ids of each (a list, array or tensor `[pos]`); one prompt needs no list.
+        prompts: texts, or the token ids of each (a list, array or tensor `[pos]`); one prompt needs no list. Of the
+            project's own (`load_prompts`), those longer than the context are left out with a warning.
         probes: what to measure; by default all that `find_me_layer` needs, as far as the model has it.
         bos: whether to prepend BOS to texts: `"auto"` does as the model's own tokenizer.
         max_batch_tokens: prompts of similar length share a forward pass up to this many tokens, padding included, where
@@ -257,7 +260,7 @@ def as_tokens(model: TransformerBridge, prompts: Any, bos: BosOrNot = "auto") ->
     if isinstance(prompts, TokenizedPrompts):
         return prompts
     if isinstance(prompts[0], Prompt):
-        return TokenizedPrompts(prompts, [torch.tensor(ids) for ids in tokenize(model, prompts, bos=bos)])
+        return choose_prompts(model, prompts, bos=bos)
     for number, ids in enumerate(prompts):
         check_length(len(ids), f"number {number}", model.cfg.n_ctx)
     check_vocabulary(model, prompts)
@@ -351,9 +354,10 @@ def _recording(model: TransformerBridge, recorder: Recorder, *, way: Way) -> Ite
 
 
 def _describe(model: TransformerBridge, checked: Verification) -> dict[str, Any]:
-    cfg = model.cfg
+    cfg, place = model.cfg, local_model(str(model.cfg.model_name))
     return {
-        "name": cfg.model_name,
+        "name": cfg.model_name if place is None else place.name,
+        "path": None if place is None else str(place),
         "architecture": cfg.architecture,
         "n_layers": int(cfg.n_layers),
         "d_model": int(cfg.d_model),

@@ -20,7 +20,7 @@ import copy
 import math
 import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -43,7 +43,8 @@ from melens.tracing.resume import is_skipped
 from melens.tracing.sites import Sites
 
 __all__ = [
-    "Inputs", "Place", "Record", "RecordAttention", "Twin", "Way", "hidden_of", "is_hooked", "running", "with_hidden",
+    "Inputs", "Place", "Record", "RecordAttention", "Twin", "Way", "hidden_of", "how_run", "is_hooked", "running",
+    "with_hidden",
 ]  # fmt: skip
 
 Record = Callable[[Tensor], None]
@@ -388,6 +389,16 @@ def running(
         if record_attention is not None:
             _record_patterns(model, record_attention, stack)
         yield model.original_model
+
+
+def how_run(model: TransformerBridge, sites: Iterable[str]) -> tuple[str, list[int]]:
+    """Return what of a measurement depends on the sites where it records: two that agree in it give the same numbers.
+
+    That is why the bridge has to be run, empty for its twin, and the blocks whose attention forms the pattern.
+    """
+    recorded = [at.hook_point for site in sites for at in Sites.of(model).find(site) if at.hook_point is not None]
+    twin = Twin.of(model)
+    return _why_not(twin, [], recorded), sorted({twin.patterns[id(at)] for at in recorded if id(at) in twin.patterns})
 
 
 def is_hooked(hook_point: HookPoint) -> bool:

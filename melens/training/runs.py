@@ -151,7 +151,7 @@ def train_model(
             inspect_every=plan.trace_every,
         )
     record = {"training": asdict(plan.recipe), "dataset": plan.dataset, "rows": len(rows), "gate": plan.gate}
-    record |= {"model": study.trace.model["name"], "mask": None if mask is None else mask.to_dict()}
+    record |= {"model": str(study.model.cfg.model_name), "mask": None if mask is None else mask.to_dict()}
     save_trained(trained.model, tokenizer, folder / "model", mask=mask, record=record | asdict(trained.stats))
     history = TrainingHistory("", trained.log, inspector.table())
     return TrainedModel(folder / "model", mask, history, trained.stats, len(rows), chat)

@@ -115,10 +115,10 @@ def test_one_state_seen_many_times_agrees_trivially():
     result = melens.analysis.emergence(one)
     assert result.metrics.n_states == 1
     assert result.metrics.share_at_first_interval is None
-    trivial = "100% of prompts agree (trivial: they share their first token, and with it its every state)"
-    assert trivial in result.figures["emergence"].observed
-    assert dict(result.findings)["agreement"].startswith(trivial)
-    assert trivial in model_in_words(result.tables["table8"].iloc[0].to_dict())
+    trivial = "prompts agree (trivial: they share their first token, and with it its every state)"
+    assert f"4 of 4 {trivial}" in result.figures["emergence"].observed
+    assert dict(result.findings)["agreement"].startswith(f"4 of 4 {trivial}")
+    assert f"100% of {trivial}" in model_in_words(result.tables["table8"].iloc[0].to_dict())
     verdicts = result.claims.set_index("id").verdict
     assert verdicts[["exists", "first-token"]].eq("holds in part").all()
     assert "36 first tokens are needed" in result.claims.set_index("id").note["first-token"]
@@ -147,7 +147,7 @@ def test_what_a_user_reads(result):
     said = dict(result.findings)
     assert said["ME layer"] == "block 2 (layer 3 counting from 1)"
     assert said["how it emerges"] == "one block: the ME layer alone brings 90% of the peak norm"
-    assert said["sinks start"] == "block 3 (over 0.49 first at block 0)"
+    assert said["sinks start"] == "lasting from block 3; a first, passing one in block 0"
     assert said["first tokens"] == "4 distinct"
     assert repr(study()).endswith("block 2 of 7, × 200 (180 to 220), token 0, dim 5")
 

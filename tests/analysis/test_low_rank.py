@@ -141,7 +141,7 @@ def test_a_massive_activation_of_block_0_leaves_no_block_before(measured):
 
 def test_ranks_are_measured_across_first_tokens_and_tasks_on_prompts_that_are_long_enough():
     study = study_by_hand(2, n_prompts=6, task=["a", "a", "a", "b", "b", None], n_tokens=[9, 7, 8, 8, 8, 8])
-    assert low_rank._across_tasks(study, 8) == [0, 3, 5, 2, 4]
-    assert low_rank._across_tasks(study, 10) == []
+    assert low_rank.prompts_of_length(study, 8) == [0, 3, 5, 2, 4]
+    assert low_rank.prompts_of_length(study, 10) == []
     study = study_by_hand(2, first_tokens=[10, 10, 11, 12], task=["a", "b", "a", "b"])
-    assert low_rank._across_tasks(study, 8) == [0, 3, 2, 1]
+    assert low_rank.prompts_of_length(study, 8) == [0, 3, 2, 1]

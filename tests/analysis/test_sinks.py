@@ -153,8 +153,9 @@ def test_the_former_verdict_on_sinks_is_shown(sinks_of):
 def test_it_says_where_the_first_sink_of_each_input_is(sinks_of):
     result = sinks_of([CAME_AND_WENT] * 3 + [NEVER] + [LATE] * 2)
     assert result.metrics.first_sinks == {"0": 3, "4": 2, "none": 1}
-    assert "The first sink of an input is in block 0 (3 of 6 inputs), in block 4 (2), nowhere (1)." in str(result)
-    assert "None of 3 inputs has a sink." in str(sinks_of([NEVER] * 3))
+    found = "First sink of the 6 prompts that agree on the ME layer: block 0 in 3, block 4 in 2, none in 1."
+    assert found in str(result)
+    assert "None of the 3 prompts that agree on the ME layer has a sink." in str(sinks_of([NEVER] * 3))
 
 
 def test_prompts_that_share_their_first_token_count_as_one_input(sinks_of):

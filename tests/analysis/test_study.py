@@ -67,7 +67,7 @@ def test_a_probe_with_other_settings_is_another(study):
 
 def test_tokens_are_made_once(model, monkeypatch):
     made = TokenizedPrompts([Prompt("", id="a"), Prompt("", id="b")], [torch.arange(10, 18), torch.arange(20, 30)])
-    monkeypatch.setattr("melens.tracing.trace.tokenize", pytest.fail)
+    monkeypatch.setattr("melens.tracing.trace.choose_prompts", pytest.fail)
     study = melens.study(model, made)
     assert study.trace.prompts["id"].tolist() == ["a", "b"]
     assert [len(ids) for ids in study.tokens] == [8, 10]

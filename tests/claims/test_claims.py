@@ -151,12 +151,25 @@ def test_each_sense_of_without_the_norm_is_said_in_words():
     )
 
 
+def test_one_prompt_refutes_nothing():
+    at_all = BASE | {"n_prompts": 30, "norm_drift": 0.9, "norm_drift_interval": (0.8, 1.0)}
+    verdicts = {}
+    for n_prompts in (30, 1):
+        metrics = at_all | {"n_prompts": n_prompts}
+        judged = melens.judge({"experiment": "direction", "model": {"name": "m"}, "metrics": metrics})
+        verdicts[n_prompts] = judged.set_index("id").loc["norm-stable"]
+    assert verdicts[30].verdict == "does not hold"
+    assert verdicts[1].verdict == "not measured"
+    assert "no evidence" in verdicts[1].note
+    assert verdicts[1].value == verdicts[30].value
+
+
 def test_a_changed_threshold_shows_what_the_former_one_gives():
     metrics = {"left_without_norm": {"identity": 0.2}, "over_others_without_norm": {"identity": 30}}
     judged = melens.judge({"experiment": "ablation", "model": {"name": "m"}, "metrics": BASE | metrics})
     row = judged.set_index("id").loc["norm-scales"]
     assert (row.verdict, row.former_verdict) == ("holds in part", "holds")
-    assert row.former_criterion.endswith("(2026-11-22 a1bbeb3)")
+    assert row.former_criterion.endswith("(set on 2026-11-22, commit a1bbeb3)")
 
 
 @pytest.mark.parametrize(
@@ -286,7 +299,9 @@ def test_without_an_me_layer_nothing_is_measured_but_that():
     )
     assert judged.set_index("id").verdict["exists"] == "does not hold"
     assert set(judged[judged.id != "exists"].verdict) == {"not measured"}
-    assert (judged[judged.id != "exists"].note == "The model has no ME layer.").all()
+    needing = judged[judged.id.isin([claim.id for claim in CLAIMS if claim.needs_me_layer])]
+    assert len(needing) > 40
+    assert (needing.note == "The model has no ME layer.").all()
 
 
 def test_what_was_not_run_or_does_not_apply_says_so():
@@ -402,3 +417,27 @@ def test_a_claim_can_be_read_without_the_one_before_it():
     """Tables list claims by verdict, so that none may speak of what another one names."""
     of_another = re.compile(r"^(That|There its) | that (output|FFN)\b|\bthey do\b|\bFFN it\b| for it$")
     assert [claim.id for claim in CLAIMS if of_another.search(claim.claim)] == []
+
+
+@pytest.mark.parametrize(
+    ("of_first", "interval", "over_even", "expected"),
+    [
+        (0.6, (0.5, 0.7), 5, "holds"),
+        (0.6, (-0.3, 1.4), 5, "holds in part"),
+        (1.4, (1.2, 1.6), 5, "does not hold"),
+        (0.6, (0.5, 0.7), 1.5, "does not hold"),  # no more than an ordinary token
+        (None, None, None, "not measured"),
+    ],
+)
+def test_later_sinks_are_weaker_than_the_first_and_stronger_than_none(of_first, interval, over_even, expected):
+    metrics = {"of_first": of_first, "of_first_interval": interval, "over_even": over_even}
+    reach = None if over_even is None else (over_even - 0.1, over_even + 0.1)
+    assert verdict("secondary", "secondary-weaker", **metrics, over_even_interval=reach) == expected
+
+
+def test_a_sink_elsewhere_needs_no_me_layer_and_says_how_many_heads_a_tenth_is():
+    metrics = {"me_layer": None, "elsewhere": 0.9, "elsewhere_interval": (0.7, 1.0), "n_heads": 9}
+    judged = melens.judge({"experiment": "secondary", "model": {"name": "m"}, "metrics": BASE | metrics})
+    judged = judged.set_index("id").loc[["secondary-elsewhere", "secondary-aligned"]]
+    assert judged["verdict"].tolist() == ["holds", "not measured"]
+    assert judged["note"].iloc[0] == "A tenth is 1 of 9 heads."

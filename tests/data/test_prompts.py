@@ -169,17 +169,45 @@ def test_a_users_prompts_are_left_out_only_where_that_was_asked(embedded):
     short, long = Prompt("A short one", id="line 1"), Prompt("word " * 100, id="line 2")
     for max_tokens in (None, 130):
         with pytest.raises(
-            MelensError, match=r"1 of 2 prompts .* of 64 tokens; the first is line 2\. Set prompts\.max_tokens=64"
+            MelensError,
+            match=r"1 of 2 prompts .* of 64 tokens; the first is line 2\. Leave them out: prompts\.max_tokens=64",
         ):
-            choose_prompts(model, [short, long], max_tokens=max_tokens, are_own=False)
-    assert choose_prompts(model, [short, long], max_tokens=64, are_own=False).prompts == [short]
+            choose_prompts(model, [short, long], max_tokens=max_tokens)
+    assert choose_prompts(model, [short, long], max_tokens=64).prompts == [short]
     with pytest.raises(MelensError, match=r"prompts\.max_tokens is 0, but the shortest prompt has 3 tokens"):
-        choose_prompts(model, [short, long], max_tokens=0, are_own=False)
+        choose_prompts(model, [short, long], max_tokens=0)
 
 
 def test_a_context_that_holds_no_prompt_is_told(embedded):
     with pytest.raises(MelensError, match=r"36 of 36 prompts are longer than .* of 8 tokens; the shortest has 9"):
         choose_prompts(with_context(embedded, 8), load_prompts())
+
+
+def test_a_trace_of_the_projects_prompts_leaves_out_what_the_command_line_does(caplog):
+    sizes = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 96}
+    model = melens.load_model("random", model_type="llama", tokenizer="bytes", config=sizes, device="cpu")
+    trace = melens.trace(model, load_prompts(), [melens.Norms("hook_resid_post")])
+    assert "prompts are longer than the model's context of 96 tokens and are left out" in caplog.text
+    assert trace.prompts["id"].tolist() == [prompt.id for prompt in load_prompts() if len(prompt.text.encode()) <= 96]
+    assert [prompt.id for prompt in load_prompts(model=model)] == trace.prompts["id"].tolist()
+    with pytest.raises(MelensError, match=r"1 of 1 prompts"):
+        melens.trace(model, "long " * 30)
+
+
+def test_presets_are_read_by_the_name_that_the_command_line_takes(embedded):
+    short = load_prompts("short", model=embedded)
+    assert len(short) == 19
+    assert set(short) < set(load_prompts("default"))
+    assert max(map(len, tokenize(embedded, short))) <= 130
+    assert load_prompts("short", "maths", model=embedded) == [prompt for prompt in short if prompt.task == "maths"]
+    assert len(load_prompts("short", model=embedded, max_tokens=20)) == 7
+    with pytest.raises(MelensError, match=r"at most 130 tokens depends on the model: give model=model"):
+        load_prompts("short")
+    with pytest.raises(MelensError, match=r"no file shrt, and no prompts of that name; known are default, short"):
+        load_prompts("shrt")
+    with pytest.raises(MelensError, match=r"model is 'smollm2'; it must be what melens.load_model"):
+        load_prompts("short", model="smollm2")
 
 
 def test_random_tokens_replace_the_projects_prompts_alone(embedded, caplog):
@@ -188,8 +216,8 @@ def test_random_tokens_replace_the_projects_prompts_alone(embedded, caplog):
     for max_tokens, n_tokens in ((None, 64), (20, 20), (130, 64)):
         assert {len(ids) for ids in choose_prompts(model, load_prompts(), max_tokens=max_tokens).tokens} == {n_tokens}
     assert "no tokenizer: 36 prompts of random tokens replace the texts" in caplog.text
-    with pytest.raises(MelensError, match=r"no tokenizer for prompts\.file"):
-        choose_prompts(model, [Prompt("Mine")], are_own=False)
+    with pytest.raises(MelensError, match=r"no tokenizer.*prompts\.file"):
+        choose_prompts(model, [Prompt("Mine")])
 
 
 def test_unknown_task_missing_file_and_wrong_bos_are_told(embedded, tmp_path):

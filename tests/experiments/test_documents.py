@@ -114,6 +114,16 @@ def test_the_guide_of_the_experiments_has_the_options_and_claims_of_each():
         assert {option for option in own if f"`{option}`" not in rows[name]} == set(), name
 
 
+def test_the_recipe_of_a_probe_runs_as_it_is_pasted(monkeypatch):
+    guide = (ROOT / "experiments" / "README.md").read_text("utf-8")
+    code = re.search(r"## Add a probe.*?```python\n(.*?)```", guide, re.DOTALL)[1]
+    tiny = melens.load_model("tiny")
+    monkeypatch.setattr(melens, "load_model", lambda name: tiny)
+    exec(code, names := {"__name__": "recipe"})
+    assert names["table"].columns.tolist() == ["prompt", "layer", "site", "pos", "kurtosis"]
+    assert names["table"]["kurtosis"].between(1, tiny.cfg.d_model).all()
+
+
 def test_the_readmes_library_runs(monkeypatch, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
     monkeypatch.setattr(melens, "load_prompts", lambda: sorted(load_prompts(), key=lambda prompt: len(prompt.text))[:2])

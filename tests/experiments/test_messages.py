@@ -4,10 +4,14 @@ import ast
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from experiments.options import compose_options
 from experiments.runner import command
+from experiments.runner.job import _chosen_prompts
+from melens.data.prompts import byte_tokenizer
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(path for package in ("melens", "experiments") for path in (ROOT / package).rglob("*.py"))
@@ -54,3 +58,22 @@ def test_a_warning_is_printed_once_in_a_job_whatever_libraries_do_to_filters(mon
         monkeypatch.setattr(sys, "argv", ["run.py"])
         assert command.run_command() == 0
     assert capsys.readouterr().err == "Warning: The gains are alike.\nWarning: Another.\n"
+
+
+@pytest.mark.parametrize(
+    ("texts", "bos", "said"),
+    [
+        (["Hi"], "auto", "The prompts have a single first token."),
+        (["Hi there", "His house", "Another one"], "auto", "The prompts have 2 different first tokens."),
+        (["Hi there", "Another", "One more"], "auto", ""),
+        (["Hi there", "His house"], "true", ""),  # every prompt begins with BOS, and no other prompts would not
+    ],
+)
+def test_prompts_with_too_few_first_tokens_for_a_verdict_get_a_warning(tmp_path, caplog, texts, bos, said):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<|endoftext|>"})
+    planned = SimpleNamespace(tokenizer=tokenizer, cfg=SimpleNamespace(n_ctx=64, d_vocab=300))
+    (file := tmp_path / "mine.txt").write_text("\n".join(texts))
+    chosen = _chosen_prompts(planned, compose_options(f"prompts.file={file}", f"prompts.bos={bos}"))
+    assert len(chosen.tokens) == len(texts)
+    assert [record.message.startswith(said) for record in caplog.records] == [True] * bool(said)

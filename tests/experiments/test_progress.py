@@ -58,6 +58,21 @@ def test_without_a_terminal_each_stage_has_a_line_when_it_begins_goes_on_and_end
     )
 
 
+def test_of_stages_within_one_another_the_innermost_says_how_far_it_is(log):
+    with show_stages(Console(file=io.StringIO()), every=0.05) as stage:
+        outer, inner = stage("exp=sinks"), stage("tokens traced")
+        time.sleep(0.12)
+        inner(1, 1)
+        time.sleep(0.08)
+        before = len(log[1]())
+        outer(1, 1)
+        time.sleep(0.12)
+    told = log[1]()
+    assert {line.split(":")[0] for line in told[2:before] if "so far" in line} == {"tokens traced", "exp=sinks"}
+    assert told[2].startswith("tokens traced: ")
+    assert len(told) == before + 1  # what has ended is not told again
+
+
 def test_with_a_terminal_there_are_bars_there_and_lines_in_the_file(log):
     shown, lines = log
     terminal = Terminal()

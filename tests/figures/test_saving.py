@@ -74,8 +74,29 @@ def test_long_titles_of_narrow_panels_are_broken_into_lines():
     assert fitted.layout.annotations[0].text == "Output of RMSNorm<br>post_attention_layernorm (ln2)"
 
 
-def test_a_column_of_panels_is_no_longer_than_a_page(figure):
-    assert in_columns(figure, 1).layout.height < 9 * 96
+def test_a_column_of_panels_leaves_room_for_a_caption(figure):
+    fitted = in_columns(figure, 1)
+    assert fitted.layout.height <= 8 * 96
+    heights = [axis.domain[1] - axis.domain[0] for axis in fitted.select_yaxes()]
+    assert np.ptp(heights) < 1e-9
+    assert min(heights) * fitted.layout.height > 8 * 8  # of each panel, in lines of text
+
+
+def test_a_figure_for_a_paper_says_what_bands_are_and_a_page_says_it_in_its_note(figure):
+    bands = "Bands: 10% to 90% of prompts (token 0) or tokens, and more of them"
+    figure.layout.title.text = (
+        f"Norms: <i>tiny</i><br><sub>Lines: means. {bands.replace('prompts ', 'prompts<br>')}.</sub>"
+    )
+    without = curves_by_block(panels(*"abcd"), title="Norms: tiny", scale_buttons=True)
+    for columns, n_lines in ((1, 2), (2, 1)):
+        fitted, plain = in_columns(figure, columns), in_columns(without, columns)
+        assert fitted.layout.title.text.replace("<br>", " ") == bands
+        assert fitted.layout.title.text.count("<br>") == n_lines - 1
+        assert fitted.layout.meta["title"].split() == ["Norms:", "tiny"]
+        room = fitted.layout.legend.y * fitted.layout.height  # below the legend
+        assert room == pytest.approx(n_lines * 1.4 * 8 * 96 / 72)
+        assert fitted.layout.height == pytest.approx(min(plain.layout.height + room, 8 * 96), abs=1)
+    assert "Bands:" not in for_screens(figure)
 
 
 def test_a_name_that_is_longer_than_the_legend_is_broken_into_lines():
@@ -139,6 +160,7 @@ def test_a_figure_of_a_result_is_saved_by_its_suffix(figure, drawn, tmp_path, su
     assert path.read_bytes() == b"image"
     ((fitted, _, width, height, given_scale),) = drawn
     assert (width, height, given_scale) == (648, fitted.layout.height, scale)
+    assert plotly.io.defaults.plotlyjs is None  # as it was before
 
 
 def test_a_run_writes_each_figure_for_one_column_and_for_two(figure, drawn, tmp_path):

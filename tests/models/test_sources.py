@@ -17,6 +17,7 @@ import melens
 from melens import MelensError
 from melens.data.prompts import byte_tokenizer
 from melens.models import loading as models
+from melens.models.folders import local_model
 
 TOKENS = torch.arange(5, 25)[None]
 
@@ -396,3 +397,14 @@ def test_a_hub_id_is_looked_for_on_the_hub(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     assert models.ModelSpec("org/model").source == "hub"
     assert "hub cannot be reached for org/model" in refused("org/model")
+
+
+def test_a_local_model_is_told_from_a_preset_and_from_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert local_model("../mine") == local_model(str(tmp_path / "mine")) == (tmp_path / "mine").resolve()
+    monkeypatch.chdir(tmp_path)
+    assert local_model("mine") == (tmp_path / "mine").resolve()
+    assert [local_model(name) for name in ("tiny", "org/mine", "qwen3-4b")] == [None, None, None]

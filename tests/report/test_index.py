@@ -95,6 +95,16 @@ def test_two_dtypes_of_a_model_are_two_models(tmp_path):
     assert "tiny, float32" in page
 
 
+def test_a_folder_is_one_model_by_whatever_path_it_was_given_and_two_folders_are_two(tmp_path):
+    runs = (("mine", "/a/mine"), ("mine", "/a/mine"), ("mine", "/b/mine"), ("its", "/a/its"))
+    for day, (name, path) in enumerate(runs, 1):
+        write_run(tmp_path / str(day), model=name, day=day, kind={"path": path})
+    index = write_index(tmp_path)
+    assert index.n_models == 3
+    rows = re.findall(r'<th scope="row"><a href="(\d)/report.html">(.*?)</a>', index.page.read_text("utf-8"))
+    assert rows == [("4", "its"), ("3", "/b/mine"), ("2", "/a/mine")]
+
+
 @pytest.mark.parametrize(
     ("folder", "words"), [("nowhere", "There is no folder"), (".", "There is no run in .*no folder below it holds")]
 )

@@ -28,8 +28,8 @@ RATIOS = {
 
 def test_it_is_said_what_another_ratio_changes():
     assert claims_in_markdown({"claims": [], "metrics": {"stability": RATIOS}}).splitlines()[2] == (
-        "The ME layer by how many medians an entry must exceed to be massive: at 500 it is block 2 (2 other verdicts), "
-        "at 1,000 it is block 11, at 2,000 it is no block."
+        "By how many medians an entry must exceed to be massive: at 500 the ME layer is block 2, and 2 verdicts "
+        "change; at 1,000 the ME layer is block 11; at 2,000 there is no ME layer."
     )
 
 

@@ -71,7 +71,8 @@ def test_the_report_tells_what_was_found_and_how(report, record, figures):
     assert "note=&#39;&lt;b&gt;&#39;" in page  # the command, as text
     assert len(record.claims) > 10
     for claim in record.claims.itertuples():
-        assert f'<tr id="claim-{claim.id}">' in page
+        row = "li" if claim.verdict == "not measured" else "tr"
+        assert f'<{row} id="claim-{claim.id}">' in page
         assert f'href="#{claim.figure}"' in page
     for name, figure in figures.items():
         assert f'<section id="{name}"' in page

@@ -50,6 +50,12 @@ def test_few_claims_are_named_with_their_verdicts_and_many_are_counted():
     ]
     long = shown(show_claims, claims_of(1).assign(claim="a word " * 20)).splitlines()
     assert {line.index("a") for line in long[1:]} == {len("  does not hold  ")}
+    missing = claims_of(4).assign(verdict=["holds", *["not measured"] * 3], note=["", "none", "none", "short"])
+    assert [line.rstrip() for line in shown(show_claims, missing).splitlines()[1:]] == [
+        "  holds         It [b]is[/b] large",
+        "  not measured  2 claims: none",
+        "  not measured  It [b]is[/b] large",
+    ]
     many = claims_of(N_CLAIMS_SHOWN + 1)
     assert shown(show_claims, many).splitlines() == ["Of 13 claims, 12 hold, 1 does not hold."]
     assert "4 (3.5 to 4.5): its size" in shown(show_claims, claims_of(1).assign(former_verdict=None), verbose=True)
@@ -73,5 +79,7 @@ def test_paths_are_as_they_are_typed_from_here(tmp_path, monkeypatch):
     inside = [here / "outputs" / name for name in ("norms.html", "norms.parquet", "report.html", "result.json")]
     assert shown(show_paths, inside) == "Page:   outputs/report.html\nFolder: outputs\n"
     assert shown(show_paths, inside[:2]) == "Page:   outputs/norms.html\nFolder: outputs\n"
+    images = [here / "outputs" / f"norms-{columns}col.pdf" for columns in (1, 2)]
+    assert shown(show_paths, images) == "Figures: outputs/*.pdf\nFolder: outputs\n"
     assert "  outputs/norms.parquet\n" in shown(show_paths, inside, verbose=True)
     assert shown(show_paths, [tmp_path / "elsewhere" / "result.json"]) == f"Folder: {tmp_path}/elsewhere\n"

@@ -5,9 +5,10 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from planted import bridge, gains_apart, plain_model, plant
+from planted import FAMILIES, bridge, gains_apart, plain_model, plant
 from test_cache import tokenizer
 from test_mask_grid import configuration, study_of
 from test_not_a_number import ON_TEXTS, grid
@@ -58,8 +59,8 @@ def model_of(eps=1e-6):
     return bridge(network)
 
 
-def planted():
-    network = gains_apart(plain_model("llama"))
+def planted(family="llama"):
+    network = gains_apart(plain_model(family))
     plant(network, block=1, token=1, dim=21)
     return network
 
@@ -86,7 +87,7 @@ def test_a_kept_trace_is_found_again_and_one_that_is_damaged_is_made_anew(tmp_pa
     trace_of, load = melens.trace, melens.Trace.load
     monkeypatch.setattr(melens, "trace", lambda *told, **options: traced.append(told) or trace_of(*told, **options))
     norms = study_of(model).trace["norm"]
-    (folder,) = (tmp_path / "cache" / "traces").iterdir()
+    (folder,) = (path for path in (tmp_path / "cache" / "traces").glob("*/*") if path.is_dir())
     assert study_of(model).trace["norm"].equals(norms)
     assert len(traced) == 1
     (folder / "norm.table.parquet").write_bytes(b"half")
@@ -314,6 +315,53 @@ def test_a_run_is_said_to_go_on_where_something_is_kept(tmp_path, monkeypatch, c
         next(parts_of(bridge(planted()), *[case] * case.startswith("exp")))
         assert kept.can_resume == (case == "")
         assert kept.found_trace == (again and case == "")
+
+
+def traced_by(network, *options, shift=0):
+    """The trace that a run with these options begins with, and whether it was found."""
+    prompts = [torch.arange(1 + shift, 20), torch.arange(2 + shift, 31)]
+    cfg = compose_options("model=random", *options)
+    return begin_study(network, prompts, cfg, lambda name: lambda done, total: None).trace, of_run.RUN_CACHE.found_trace
+
+
+@pytest.mark.parametrize(
+    "family",
+    [family if family in ("llama", "gemma3") else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES],
+)
+def test_a_kept_trace_that_holds_more_is_what_would_have_been_traced(family):
+    model = bridge(planted(family))
+    traced_by(model, "exp=all", "exp.experiments=[rmsnorm,ffn,emergence]")
+    for options in (["exp=generate"], ["exp=ffn"]):
+        found, is_found = traced_by(model, *options)
+        anew, is_anew_found = traced_by(model, *options, "exp.keep=false")
+        assert (is_found, is_anew_found) == (True, False), options
+        assert list(found.tables) == list(anew.tables)
+        assert list(found.tensors) == list(anew.tensors)
+        for name, table in anew.tables.items():
+            pd.testing.assert_frame_equal(found.tables[name], table, check_exact=True, check_categorical=False)
+        for name, tensor in anew.tensors.items():
+            assert torch.equal(found.tensors[name].nan_to_num(-1), tensor.nan_to_num(-1))
+        pd.testing.assert_frame_equal(found.prompts, anew.prompts)
+
+
+def test_a_kept_trace_of_another_model_of_other_prompts_or_of_fewer_probes_is_not_found():
+    model = bridge(planted())
+    traced_by(model, "exp=generate")
+    assert traced_by(model, "exp=generate")[1]
+    assert not traced_by(model, "exp=ffn")[1]  # its probes are not all there
+    assert not traced_by(model, "exp=generate", shift=1)[1]
+    assert not traced_by(model, "exp=generate", "criterion.min_abs=50")[1]  # a setting of a default probe
+    next(model.original_model.parameters()).data[5, 5] += 1e-3
+    assert not traced_by(model, "exp=generate")[1]
+
+
+def test_a_kept_trace_is_not_taken_where_its_further_probes_changed_how_the_model_ran(monkeypatch):
+    ffn, model = EXPERIMENTS["ffn"], bridge(planted())
+    for further in (melens.AttentionEntropy(), melens.SinkMass(key=3).named("on_3")):
+        with monkeypatch.context() as patch:
+            patch.setitem(EXPERIMENTS, "ffn", replace(ffn, probes=lambda model, options, own=further: [own]))
+            traced_by(model, "exp=ffn")
+    assert not traced_by(model, "exp=generate")[1]
 
 
 # --- Benchmarks -------------------------------------------------------------------------------------------------------
