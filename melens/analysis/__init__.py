@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from melens.analysis.head_idleness import heads
     from melens.analysis.massive_state import consequence
     from melens.analysis.norm_gains import normalization
+    from melens.analysis.quantized_loss import quantization
     from melens.analysis.secondary_sinks import secondary
     from melens.analysis.self_check import verification
     from melens.analysis.token_direction import direction
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ablation", "benchmark", "consequence", "direction", "emergence", "ffn", "generate", "heads", "mask_grid",
-    "normalization", "prediction", "secondary", "side_by_side", "sinks", "stability", "training", "training_table",
-    "trainings", "valley",
+    "normalization", "prediction", "quantization", "secondary", "side_by_side", "sinks", "stability", "training",
+    "training_table", "trainings", "valley",
     "verdicts", "verification",
 ]  # fmt: skip
 
@@ -54,6 +55,7 @@ _MODULES = {
     "mask_grid": ".masks.grid",
     "normalization": "norm_gains",
     "prediction": "weights",
+    "quantization": "quantized_loss",
     "secondary": "secondary_sinks",
     "side_by_side": "emergence_norms",
     "sinks": "attention_sinks",

@@ -16,8 +16,8 @@ from torch import Tensor
 
 __all__ = [
     "abs_max", "abs_median", "concentration", "cosine_with_first", "effective_rank", "energy_share", "entropy_bound",
-    "first_share",
-    "kl_to_gain", "l2_norm", "matrix_entropy", "pairwise_cosine", "sink_mass",
+    "excess_kurtosis", "first_share", "kl_to_gain", "l2_norm", "matrix_entropy", "pairwise_cosine", "rounded",
+    "sink_mass",
 ]  # fmt: skip
 
 SINK_THRESHOLD = 0.3
@@ -241,3 +241,37 @@ def pairwise_cosine(vectors: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*bat
     """
     unit = torch.nn.functional.normalize(vectors.float(), dim=-1)
     return unit @ unit.mT
+
+
+def excess_kurtosis(values: Float[Tensor, "*n"]) -> float:
+    """Compute E[(x - μ)⁴] / σ⁴ - 3 over all entries: 0 of a normal distribution, large with outliers.
+
+    Bondarenko et al. (2023) measure by it how hard activations are to quantise. NaN where all entries are alike.
+
+    Example:
+        >>> excess_kurtosis(torch.tensor([0.0, 0.0, 0.0, 4.0]))  # μ = 1, σ² = 3: 21 / 9 - 3
+        -0.6666666666666665
+    """
+    squared = (values.double() - values.double().mean()) ** 2
+    variance = float(squared.mean())
+    return float((squared**2).mean()) / variance**2 - 3 if variance else math.nan
+
+
+def rounded(values: Float[Tensor, "*n"], largest: Float[Tensor, "*#n"], bits: int) -> Float[Tensor, "*n"]:
+    """Round values to as many as `bits` tell apart, evenly around 0, and return them as floats (fake quantisation).
+
+    ``scale = largest / (2^(bits - 1) - 1)``; ``scale * clamp(round(values / scale))``, halves to even. What is beyond
+    `largest` becomes `largest`.
+
+    Args:
+        values: in any dtype, which the result has too; rounded in float32.
+        largest: the |value| that the last number stands for.
+        bits: at least 2.
+
+    Example:
+        >>> rounded(torch.tensor([0.4, -1.1, 3.0, 9.0]), torch.tensor(3.0), bits=3)  # the scale is 1
+        tensor([ 0., -1.,  3.,  3.])
+    """
+    steps = 2 ** (bits - 1) - 1
+    scale = (largest.float() / steps).clamp(min=torch.finfo(torch.float32).tiny)  # of zeros alone it would be 0
+    return ((values.float() / scale).round_().clamp_(-steps, steps) * scale).to(values.dtype)

@@ -18,6 +18,7 @@ from melens.analysis.ffn_concentration import CLAIMS as FFN
 from melens.analysis.head_claims import CLAIMS as HEADS
 from melens.analysis.massive_state_claims import CLAIMS as CONSEQUENCE
 from melens.analysis.norm_gain_claims import CLAIMS as RMSNORM
+from melens.analysis.quantization_claims import CLAIMS as QUANTIZATION
 from melens.analysis.secondary_claims import CLAIMS as SECONDARY
 from melens.analysis.token_direction import CLAIMS as DIRECTION
 from melens.analysis.weights import CLAIMS as WEIGHTS
@@ -30,7 +31,7 @@ __all__ = ["CLAIMS", "FAMILY_CLAIM", "judge_families"]
 
 CLAIMS: tuple[Claim[Any], ...] = (
     *EMERGENCE, *RMSNORM, *FFN, *ABLATION, *DIRECTION, *STABILITY, *SINKS, *CONSEQUENCE, *WEIGHTS, *MASKS, *BENCHMARK,
-    *TABLES, *HEADS, *VALLEY, *SECONDARY,
+    *TABLES, *HEADS, *VALLEY, *SECONDARY, *QUANTIZATION,
 )  # fmt: skip
 """What the paper and its review say of one model, in the order of the paper; what other papers say, last."""
 
