@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from melens.analysis.across_inputs import stability
     from melens.analysis.attention_sinks import sinks
     from melens.analysis.block_ablation import ablation
+    from melens.analysis.carriers import carriers
     from melens.analysis.emergence_norms import emergence, side_by_side
     from melens.analysis.ffn_concentration import ffn
     from melens.analysis.generated_texts import generate
@@ -33,14 +34,15 @@ if TYPE_CHECKING:
     from melens.training.runs import training
 
 __all__ = [
-    "ablation", "benchmark", "consequence", "direction", "emergence", "ffn", "generate", "mask_grid", "normalization",
-    "prediction", "side_by_side", "sinks", "stability", "training", "training_table", "trainings", "verdicts",
-    "verification",
+    "ablation", "benchmark", "carriers", "consequence", "direction", "emergence", "ffn", "generate", "mask_grid",
+    "normalization", "prediction", "side_by_side", "sinks", "stability", "training", "training_table", "trainings",
+    "verdicts", "verification",
 ]  # fmt: skip
 
 _MODULES = {
     "ablation": "block_ablation",
     "benchmark": ".benchmarks.comparison",
+    "carriers": "carriers",
     "consequence": "massive_state",
     "direction": "token_direction",
     "emergence": "emergence_norms",

@@ -134,7 +134,7 @@ def _experts_make_it(metrics: CarrierMetrics) -> Judgement:
 
 CLAIMS = (
     Claim(
-        id="one-scalar", fixed="",
+        id="one-scalar", fixed="2026-11-27 22c0757",
         source="Yu et al. (2024), section 3.1", figure="scalars", metrics=CarrierMetrics,
         claim="One scalar of the down projection brings the massive activation",
         statistic="w · x of the entry of the ME layer's down projection at its largest output and its largest input, "
@@ -145,7 +145,7 @@ CLAIMS = (
         of_ffn=True, judge=_one_scalar,
     ),
     Claim(
-        id="scalar-makes-massive", fixed="",
+        id="scalar-makes-massive", fixed="2026-11-27 22c0757",
         source="Yu et al. (2024), figure 4", figure="scaling", metrics=CarrierMetrics,
         claim="Without that scalar the massive activation falls",
         statistic="largest |h| of the massive token behind the ME layer with the scalar at 0, over the intact",
@@ -155,7 +155,7 @@ CLAIMS = (
         of_ffn=True, judge=_scalar_makes_it,
     ),
     Claim(
-        id="scalar-breaks", fixed="",
+        id="scalar-breaks", fixed="2026-11-27 22c0757",
         source="Yu et al. (2024), table 1", figure="scaling", metrics=CarrierMetrics,
         claim="Without that scalar the model is broken",
         statistic="rise of the loss (nats a token) with the scalar at 0",
@@ -165,7 +165,7 @@ CLAIMS = (
         of_ffn=True, judge=_scalar_breaks,
     ),
     Claim(
-        id="few-rows", fixed="",
+        id="few-rows", fixed="2026-11-27 22c0757",
         source="Oh et al. (2024), section 3", figure="massive_weights", metrics=CarrierMetrics,
         claim="The few rows of gate and up that feed the largest neurons matter more than all others",
         statistic="rise of the loss (nats a token) with these rows at zero, less that with all other rows of the ME "
@@ -176,7 +176,7 @@ CLAIMS = (
         of_ffn=True, judge=_few_rows_matter_most,
     ),
     Claim(
-        id="super-experts", fixed="",
+        id="super-experts", fixed="2026-11-27 22c0757",
         source="Su et al. (2025), section 3", figure="experts", metrics=CarrierMetrics,
         claim="A few experts of a mixture make the massive activation",
         statistic="largest |h| of the massive token behind the ME layer without the super experts, over the intact",
