@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import cycle
 
 import pandas as pd
 
@@ -60,10 +61,8 @@ def _scalars_figure(study: Study, metrics: CarrierMetrics, products: pd.DataFram
     names = [*(f"neuron {column}" for column in products["column"].unique()), "all others"]
     table.index = pd.Index([f"dim {row}" for row in table.index])
     title = study.title(f"What each neuron writes in block {study.me.layer}", metrics.texts)
-    note = (
-        "Share of the down projection's output at the massive token, w · x / output, mean over texts; rows: the dims "
-    )
-    note += "with the largest output, columns: the neurons with the largest input."
+    note = "Share of the down projection's output at the massive token, w · x / output, mean over texts. Rows: the "
+    note += "dims with the largest output; columns: the neurons with the largest input."
     plot = shares(table, names=names, title=title, note=note)
     expected = "One product of one weight and one input dominates the output."
     return Figure(plot, "Yu et al. (2024), section 3.1", expected, observed)
@@ -81,15 +80,14 @@ def _scaling_figure(study: Study, metrics: CarrierMetrics, scaling: pd.DataFrame
     panels = []
     for column, title, y_title in _PANELS:
         curves = []
-        for (kind, own), color in zip(named.groupby("name", sort=False), COLORS, strict=False):
-            of_text = own.groupby(["factor", "text"], as_index=False)[column].mean()
-            if of_text[column].notna().all():
-                points = mean_by(of_text.rename(columns={"text": "prompt"}), column, ("factor",))
-                curves.append(Curve(str(kind), points.rename(columns={"factor": "layer"}), color))
+        for (name, own), color in zip(named.groupby("name", sort=False), cycle(COLORS), strict=False):
+            if own[column].notna().all():
+                of_text = own.groupby(["factor", "text"])[column].mean().rename_axis(["layer", "prompt"])
+                curves.append(Curve(str(name), mean_by(of_text.reset_index(), column), color))
         if curves:
-            y_range = (0, 1) if column == "sink_mass" else None
-            is_of_loss = column == "dloss"
-            panels.append(Panel(title, y_title, curves, None, y_range=y_range, zero_line=is_of_loss))
+            tops = {"largest": 1.1 * max(curve.points["mean"].max() for curve in curves), "sink_mass": 1.0}
+            y_range = (0, float(tops[column])) if column in tops else None
+            panels.append(Panel(title, y_title, curves, None, y_range=y_range, zero_line=y_range is None))
     title = study.title("Single weights of the down projection scaled", metrics.texts)
     note = "Mean over texts; bands: 95% intervals. 1 is the model as it is."
     axis = {"title": {"text": "factor"}, "dtick": 0.5}
@@ -105,10 +103,8 @@ def _rows_figure(study: Study, metrics: CarrierMetrics, outcomes: pd.DataFrame, 
         rows.append((name, rises.mean(), *mean_interval(rises)))
     bars = pd.DataFrame(rows, columns=["name", "mean", "low", "high"])
     title = study.title(f"Rows of gate and up of block {study.me.layer} at zero", metrics.texts)
-    note = (
-        f"Top: the {metrics.top_rows} rows of the neurons with the largest |value| at the massive token. Rise of the "
-    )
-    note += f"loss over the intact model's {metrics.loss:.2f}; whiskers: 95% intervals over texts."
+    note = f"Top: the {metrics.top_rows} rows of the neurons with the largest |value| at the massive token. Rise of "
+    note += f"the loss over the intact model's {metrics.loss:.2f}; whiskers: 95% intervals over texts."
     plot = difference_bars(bars, x_title="Δloss (nats a token)", title=title, note=note)
     expected = "A few rows at zero take the model down; all the others at zero cost little."
     return Figure(plot, "Oh et al. (2024), section 3", expected, observed)
@@ -151,17 +147,13 @@ def _scalars_in_words(metrics: CarrierMetrics) -> list[tuple[str, str]]:
     spikes = m.scalar in (m.found or [])
     found = f"The down projection of block {layer} writes dim {row} most, and reads neuron {column} most"
     found += ", where both spike. " if spikes else f", but not {SPIKE:g} times as much as blocks do in the median. "
-    found += (
-        f"That one weight times its input is {with_interval(m.share, m.share_interval, '.0%')} of the output there; "
-    )
-    found += f"by size it ranks {m.weight_rank:,} in its matrix."
+    found += f"That one weight times its input is {_share(m.share, m.share_interval)} of the output there; by size it "
+    found += f"ranks {m.weight_rank:,} in its matrix."
     others = [place for place in m.found or [] if place != m.scalar]
     if others:
         found += f" Both spike in {listed([place[0] for place in others])} too."
-    without = (
-        f"With it at 0, {_share(m.left, m.left_interval)} of the largest |h| behind is left; with the largest other "
-    )
-    without += f"weight of the matrix at 0, {_share(m.left_control, m.left_control_interval)}."
+    without = f"With it at 0, {_share(m.left, m.left_interval)} of the largest |h| behind is left; with the largest "
+    without += f"other weight of the matrix at 0, {_share(m.left_control, m.left_control_interval)}."
     if m.sink_mass is not None:
         without += f" The attention on the massive token goes from {m.sink_mass:.2f} to {m.sink_mass_without:.2f}, and "
         without += f"the share of heads with a sink from {m.sink_heads:.2f} to {m.sink_heads_without:.2f}."
@@ -175,10 +167,8 @@ def _scalars_in_words(metrics: CarrierMetrics) -> list[tuple[str, str]]:
 
 def _rows_in_words(metrics: CarrierMetrics) -> tuple[str, str]:
     m = metrics
-    words = (
-        f"With the {m.top_rows} rows of gate and up at zero that feed the largest neurons of block {m.me_layer}, the "
-    )
-    words += f"loss rises by {_signed(m.dloss_top, m.dloss_top_interval)}; with all its other rows at zero by "
+    words = f"With the {m.top_rows} rows of gate and up at zero that feed the largest neurons of block {m.me_layer}, "
+    words += f"the loss rises by {_signed(m.dloss_top, m.dloss_top_interval)}; with all its other rows at zero by "
     words += f"{_signed(m.dloss_rest, m.dloss_rest_interval)}"
     if m.dloss_rows_random is not None:
         words += f", with as many random ones by {_signed(m.dloss_rows_random, m.dloss_rows_random_interval)}"

@@ -13,6 +13,7 @@ Each change is in place and undone at once (`melens.models.ffn_weights`), and is
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -70,14 +71,16 @@ def carriers(
 
     Raises:
         MelensError: no massive activation, weights that cannot be changed (quantised, offloaded, folded, shared), an ME
-            layer that is neither a dense FFN nor a mixture whose experts are called by number, or a loss that is NaN.
+            layer that has neither a dense FFN nor experts that are called by number, no fewer rows than there are, a
+            prompt that is too long, or a loss that is NaN.
 
     Example:
         >>> result = melens.analysis.carriers(study, factors=[0], n_random=1, new_tokens=2)
         >>> result.metrics.scalar, result.metrics.share > 0.9
         ([2, 5, 0], True)
     """
-    _check(study)
+    _check(study, n_rows)
+    writes = _how_to_write(study, prompt, new_tokens)
     texts = massive_texts(study, n_prompts, max_tokens)
     measured: dict[str, Any] = {"texts": len(texts.prompts), "tokens_per_text": max(map(len, texts.tokens))}
     tables: dict[str, pd.DataFrame] = {}
@@ -90,8 +93,8 @@ def carriers(
         measured |= _of_scalars(study, weights, blocks, texts, scaling) | _of_rows(rows, n_rows)
         tables |= {"scan": found, "scan_by_block": blocks, "scalars": _largest_products(weights), "scaling": scaling}
         tables |= {"massive_weights": rows}
-        if study.model.tokenizer is not None:
-            tables["texts"] = _written(study, weights, sorted({0, 1, *factors}), prompt, new_tokens)
+        if writes is not None:
+            tables["texts"] = _written(study, weights, sorted({0, 1, *factors}), writes)
     else:
         measured["scalars_why_not"] = f"Block {study.me.layer}, the ME layer, has no FFN with one down projection."
     if _layers_with_experts(study):
@@ -114,12 +117,14 @@ def _layers_with_experts(study: Study) -> list[int]:
     return [layer for layer in range(last + 1) if experts_of(study.model, layer) is not None]
 
 
-def _check(study: Study) -> None:
+def _check(study: Study, n_rows: int) -> None:
     """Raise what can be said before anything is run."""
     if study.me.layer is None:
         raise MelensError(f"There is no massive activation that any weight could carry: {study.me.reason}")
     if _is_dense(study):
-        ffn_weights(study.model, study.me.layer)
+        n_neurons = len(ffn_weights(study.model, study.me.layer).down)
+        if n_rows >= n_neurons:
+            raise MelensError(f"n_rows is {n_rows}; it must be less than the {n_neurons} rows of gate and up.")
     elif not _layers_with_experts(study):
         raise MelensError(
             f"Block {study.me.layer}, the ME layer, has neither an FFN with one down projection nor experts that are "
@@ -127,6 +132,30 @@ def _check(study: Study) -> None:
         )
     for layer in _layers_with_experts(study)[:1]:
         without_expert(study.model, layer, 0)
+
+
+@dataclass(frozen=True)
+class _Writing:
+    """How a prompt is continued: its tokens, how many more, and whether keys and values are kept."""
+
+    ids: list[int]
+    decoding: Decoding
+    use_cache: bool
+
+
+def _how_to_write(study: Study, prompt: str, new_tokens: int) -> _Writing | None:
+    """Try out how the prompt can be continued; None for a model that has no tokenizer or writes no text.
+
+    Raises:
+        MelensError: a prompt that with its continuation is longer than the context, or of fewer than two tokens.
+    """
+    model: Any = study.model
+    if model.tokenizer is None or not model.original_model.can_generate():
+        return None
+    (ids,) = tokenize(model, [Prompt(prompt)])
+    if (room := model.cfg.n_ctx - len(ids)) < new_tokens:
+        raise MelensError(f"new_tokens is {new_tokens}, but the prompt leaves {room} tokens of the model's context.")
+    return _Writing(ids, Decoding(new_tokens), verify_generation(model).use_cache)
 
 
 # --- What became of the texts -----------------------------------------------------------------------------------------
@@ -189,17 +218,13 @@ def _largest_products(weights: SuperWeights) -> pd.DataFrame:
     )  # fmt: skip
 
 
-def _written(
-    study: Study, weights: SuperWeights, factors: Sequence[float | int], prompt: str, new_tokens: int
-) -> pd.DataFrame:
-    """Continue a prompt greedily with the first scalar at each factor, and with the largest other entry at 0."""
+def _written(study: Study, weights: SuperWeights, factors: Sequence[float | int], writes: _Writing) -> pd.DataFrame:
+    """Continue the prompt greedily with the first scalar at each factor, and with the largest other entry at 0."""
     scalar, control = weights.scalars[0], weights.controls(0)[0]
-    (ids,) = tokenize(study.model, [Prompt(prompt)])
-    use_cache, decoding = verify_generation(study.model).use_cache, Decoding(new_tokens)
     rows = []
     for changed, factor in [*((scalar, factor) for factor in factors), (control, 0)]:
         with scaled(weights.scaling(changed, factor)):
-            new, _ = write(study.model, ids, decoding, use_cache=use_cache)
+            new, _ = write(study.model, writes.ids, writes.decoding, use_cache=writes.use_cache)
         rows.append({"what": changed.name, "factor": factor, "text": study.model.tokenizer.decode(new)})
     return pd.DataFrame(rows)
 
