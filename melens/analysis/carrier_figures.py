@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from itertools import cycle
 
 import pandas as pd
@@ -49,7 +50,7 @@ def _scan_figure(study: Study, scan: pd.DataFrame, observed: str) -> Figure:
         panels.append(Panel(title, "|value|, any token and channel", [curve], study.me.layer, log_scale=True))
     title = study.title("Input and output of the down projections", scan["prompt"].nunique())
     note = "Mean over prompts; bands: 95% intervals. Where both spike, their channels name one weight."
-    plot = curves_by_block(panels, title=title, note=note)
+    plot = partial(curves_by_block, panels, title=title, note=note)
     expected = "Input and output spike in the same early block, each in one channel."
     return Figure(plot, "Yu et al. (2024), figure 3", expected, observed)
 
@@ -63,7 +64,7 @@ def _scalars_figure(study: Study, metrics: CarrierMetrics, products: pd.DataFram
     title = study.title(f"What each neuron writes in block {study.me.layer}", metrics.texts)
     note = "Share of the down projection's output at the massive token, w · x / output, mean over texts. Rows: the "
     note += "dims with the largest output; columns: the neurons with the largest input."
-    plot = shares(table, names=names, title=title, note=note)
+    plot = partial(shares, table, names=names, title=title, note=note)
     expected = "One product of one weight and one input dominates the output."
     return Figure(plot, "Yu et al. (2024), section 3.1", expected, observed)
 
@@ -91,7 +92,7 @@ def _scaling_figure(study: Study, metrics: CarrierMetrics, scaling: pd.DataFrame
     title = study.title("Single weights of the down projection scaled", metrics.texts)
     note = "Mean over texts; bands: 95% intervals. 1 is the model as it is."
     axis = {"title": {"text": "factor"}, "dtick": 0.5}
-    plot = curves_by_block(panels, title=title, note=note, columns=3, x_axis=axis)
+    plot = partial(curves_by_block, panels, title=title, note=note, columns=3, x_axis=axis)
     expected = "At 0 the massive activation falls by three quarters and the loss explodes; other weights do nothing."
     return Figure(plot, "Yu et al. (2024), figure 4, table 1", expected, observed)
 
@@ -105,7 +106,7 @@ def _rows_figure(study: Study, metrics: CarrierMetrics, outcomes: pd.DataFrame, 
     title = study.title(f"Rows of gate and up of block {study.me.layer} at zero", metrics.texts)
     note = f"Top: the {metrics.top_rows} rows of the neurons with the largest |value| at the massive token. Rise of "
     note += f"the loss over the intact model's {metrics.loss:.2f}; whiskers: 95% intervals over texts."
-    plot = difference_bars(bars, x_title="Δloss (nats a token)", title=title, note=note)
+    plot = partial(difference_bars, bars, x_title="Δloss (nats a token)", title=title, note=note)
     expected = "A few rows at zero take the model down; all the others at zero cost little."
     return Figure(plot, "Oh et al. (2024), section 3", expected, observed)
 
@@ -122,7 +123,9 @@ def _experts_figure(study: Study, metrics: CarrierMetrics, outputs: pd.DataFrame
     title = study.title("What single experts write", metrics.texts)
     note = f"Before the router's weight, over all tokens of the texts; {counted(metrics.n_experts or 0, 'expert')}."
     expected = "In one early block an expert or two write a thousand times what others do."
-    return Figure(curves_by_block([panel], title=title, note=note), "Su et al. (2025), section 3", expected, observed)
+    return Figure(
+        partial(curves_by_block, [panel], title=title, note=note), "Su et al. (2025), section 3", expected, observed
+    )
 
 
 # --- Words ------------------------------------------------------------------------------------------------------------

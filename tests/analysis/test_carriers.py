@@ -70,30 +70,45 @@ def mixture(model_type):
 # --- Super weights ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_planted_scalar_is_found_and_takes_the_massive_activation_with_it(family):
-    study = planted(family)
-    result = melens.analysis.carriers(study, **QUICK)
-    metrics = result.metrics
-    assert metrics.scalar == [BLOCK, DIM, 0]
-    assert metrics.found == [[BLOCK, DIM, 0]]
-    assert (metrics.scalar_agreement, metrics.weight_rank, metrics.texts) == (1, 1, 3)
-    assert metrics.share == pytest.approx(1)  # `plant` leaves no other weight in that row
-    assert metrics.left < 0.05
-    assert metrics.left_control == pytest.approx(1, abs=0.1)
-    assert metrics.left_random == pytest.approx(1, abs=0.1)
-    verdicts = result.claims.set_index("id").verdict
-    assert verdicts[["one-scalar", "scalar-makes-massive"]].eq("holds").all()
-    assert verdicts["super-experts"] == "not measured"
-    assert sorted(result.figures) == ["massive_weights", "scalars", "scaling", "scan"]
-    assert all(figure.plot is not None for figure in result.figures.values())
-
-
+@cache
 def own_weights(family="llama"):
     study = planted(family)
     table = scan(study)
     blocks = spiking(table, study.last_before_trailing)
     return study, table, SuperWeights(study, massive_texts(study, 3, N_TOKENS), blocks, 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_planted_scalar_is_found_in_every_family_and_takes_the_massive_activation_with_it(family):
+    _, _, weights = own_weights(family)
+    (scalar,) = weights.scalars
+    assert (scalar.layer, scalar.row, scalar.column) == (BLOCK, DIM, 0)
+    assert weights.shares([DIM], [0]).flatten().tolist() == pytest.approx(
+        [1, 1, 1]
+    )  # `plant` leaves no other weight there
+    left = weights.scale(scalar, 0).effects.norms[:, BLOCK] / weights.runs.intact.norms[:, BLOCK]
+    assert (left < 0.05).all()
+    own = weights.scale(weights.controls(0)[0], 0).effects.norms[:, BLOCK] / weights.runs.intact.norms[:, BLOCK]
+    assert own.tolist() == pytest.approx([1, 1, 1], abs=0.1)
+
+
+def test_what_carries_the_planted_activation_is_told_and_drawn():
+    result = melens.analysis.carriers(planted("llama"), **QUICK)
+    metrics = result.metrics
+    assert (metrics.scalar, metrics.found) == ([BLOCK, DIM, 0], [[BLOCK, DIM, 0]])
+    assert (metrics.scalar_agreement, metrics.weight_rank, metrics.texts) == (1, 1, 3)
+    assert metrics.left < 0.05
+    assert metrics.left_control == pytest.approx(1, abs=0.1)
+    assert metrics.left_random == pytest.approx(1, abs=0.1)
+    scaling = result.tables["scaling"]
+    assert sorted(scaling.factor.unique()) == [0, 1, 2]
+    rise = scaling[(scaling.kind == "super weight") & (scaling.factor == 0)].dloss
+    assert metrics.dloss == pytest.approx(rise.mean())
+    verdicts = result.claims.set_index("id").verdict
+    assert verdicts[["one-scalar", "scalar-makes-massive"]].eq("holds").all()
+    assert verdicts["super-experts"] == "not measured"
+    assert sorted(result.figures) == ["massive_weights", "scalars", "scaling", "scan"]
+    assert all("tiny" in figure.plot.layout.title.text for figure in result.figures.values())
 
 
 def test_the_scan_and_the_products_are_those_of_a_plain_forward_pass():
