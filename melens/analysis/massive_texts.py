@@ -13,6 +13,7 @@ from torch import Tensor
 from melens.analysis.me_layer import massive_activations
 from melens.analysis.study import Study
 from melens.errors import MelensError
+from melens.printing import Brief
 
 __all__ = ["MIN_BEHIND", "MassiveTexts", "massive_texts"]
 
@@ -20,8 +21,8 @@ MIN_BEHIND = 8
 """Tokens that must follow the massive one: of fewer each pays it much attention without any sink."""
 
 
-@dataclass(frozen=True)
-class MassiveTexts:
+@dataclass(frozen=True, repr=False)
+class MassiveTexts(Brief):
     """Texts with a massive token each.
 
     Attributes:

@@ -25,6 +25,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from melens.errors import MelensError
 from melens.models.quantization import is_quantized
 from melens.models.view import is_whole
+from melens.printing import Brief
 
 __all__ = ["FfnWeights", "Scaling", "experts_of", "ffn_of", "ffn_weights", "has_neurons", "scaled", "without_expert"]
 
@@ -32,8 +33,8 @@ _OF_EXPERT = ("down_proj", "down_proj_bias")
 """What an expert writes with, as transformers names the stacks `[expert, ...]` of those that it calls by number."""
 
 
-@dataclass(frozen=True)
-class FfnWeights:
+@dataclass(frozen=True, repr=False)
+class FfnWeights(Brief):
     """The matrices of a dense FFN, as views of the model's parameters; `gate` is None where there is none."""
 
     gate: Float[Tensor, "d neuron"] | None
@@ -41,8 +42,8 @@ class FfnWeights:
     down: Float[Tensor, "neuron d"]
 
 
-@dataclass(frozen=True)
-class Scaling:
+@dataclass(frozen=True, repr=False)
+class Scaling(Brief):
     """A factor for some entries of a weight: of `weight[index]`, with an index as of any tensor."""
 
     weight: Tensor
