@@ -11,7 +11,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import melens
 from melens import Criterion, MelensError
-from melens.analysis import super_experts
 from melens.analysis.massive_texts import massive_texts
 from melens.analysis.super_experts import largest_outputs, mark_super
 from melens.analysis.super_weights import RANDOM, REST, TOP, SuperWeights, scan, spiking
@@ -247,7 +246,12 @@ def test_an_expert_is_super_over_both_bounds_and_up_to_where_the_state_is_formed
     outputs = pd.DataFrame({"layer": [number // 100 for number in range(400)], "expert": 0, "largest": values})
     assert mark_super(outputs, last=3).to_numpy().nonzero()[0].tolist() == [10, 300]
     assert mark_super(outputs, last=2).to_numpy().nonzero()[0].tolist() == [10]
-    assert super_experts.OF_LARGEST * 100 > 9
+    values[10], values[20] = 9.0, 1.0
+    under_a_tenth = outputs.assign(largest=values)
+    assert mark_super(under_a_tenth, last=3).to_numpy().nonzero()[0].tolist() == [300]
+    values[10:14] = [50.0, 60.0, 70.0, 80.0]
+    under_the_quantile = outputs.assign(largest=values)
+    assert mark_super(under_the_quantile, last=3).to_numpy().nonzero()[0].tolist() == [13, 300]
 
 
 # --- Refusals and claims ----------------------------------------------------------------------------------------------
