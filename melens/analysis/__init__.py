@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from melens.analysis.across_inputs import stability
     from melens.analysis.attention_sinks import sinks
     from melens.analysis.block_ablation import ablation
-    from melens.analysis.carriers import carriers
     from melens.analysis.emergence_norms import emergence, side_by_side
     from melens.analysis.ffn_concentration import ffn
     from melens.analysis.generated_texts import generate
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from melens.analysis.norm_gains import normalization
     from melens.analysis.self_check import verification
     from melens.analysis.token_direction import direction
+    from melens.analysis.weight_carriers import carriers
     from melens.analysis.weights import prediction
     from melens.benchmarks.comparison import benchmark
     from melens.benchmarks.training_table import training_table
@@ -42,7 +42,7 @@ __all__ = [
 _MODULES = {
     "ablation": "block_ablation",
     "benchmark": ".benchmarks.comparison",
-    "carriers": "carriers",
+    "carriers": "weight_carriers",
     "consequence": "massive_state",
     "direction": "token_direction",
     "emergence": "emergence_norms",
