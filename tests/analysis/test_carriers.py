@@ -77,7 +77,10 @@ def own_weights(family="llama"):
     return study, table, SuperWeights(study, massive_texts(study, 3, N_TOKENS), blocks, 1)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [name if name in ("phi3", "gemma3") else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES],
+)  # a joint projection and a norm behind the FFN; the others are built alike
 def test_the_planted_scalar_is_found_in_every_family_and_takes_the_massive_activation_with_it(family):
     _, _, weights = own_weights(family)
     (scalar,) = weights.scalars
