@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from melens.analysis.secondary_sinks import secondary
     from melens.analysis.self_check import verification
     from melens.analysis.token_direction import direction
+    from melens.analysis.weight_carriers import carriers
     from melens.analysis.weights import prediction
     from melens.benchmarks.comparison import benchmark
     from melens.benchmarks.training_table import training_table
@@ -37,15 +38,16 @@ if TYPE_CHECKING:
     from melens.training.runs import training
 
 __all__ = [
-    "ablation", "benchmark", "consequence", "direction", "emergence", "ffn", "generate", "heads", "mask_grid",
-    "normalization", "prediction", "quantization", "secondary", "side_by_side", "sinks", "stability", "training",
-    "training_table", "trainings", "valley",
+    "ablation", "benchmark", "carriers", "consequence", "direction", "emergence", "ffn", "generate", "heads",
+    "mask_grid", "normalization", "prediction", "quantization", "secondary", "side_by_side", "sinks", "stability",
+    "training", "training_table", "trainings", "valley",
     "verdicts", "verification",
 ]  # fmt: skip
 
 _MODULES = {
     "ablation": "block_ablation",
     "benchmark": ".benchmarks.comparison",
+    "carriers": "weight_carriers",
     "consequence": "massive_state",
     "direction": "token_direction",
     "emergence": "emergence_norms",

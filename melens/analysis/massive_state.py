@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from melens.analysis.massive_state_claims import ConsequenceMetrics
-from melens.analysis.me_layer import massive_activations
+from melens.analysis.massive_texts import massive_texts
 from melens.analysis.metrics import SINK_THRESHOLD
 from melens.analysis.statistics import mean_by, mean_interval, mean_metric, tidy, with_interval
 from melens.analysis.study import Study
@@ -39,9 +39,6 @@ from melens.tracing.interventions import Hook, can_ablate
 from melens.tracing.text_runs import TextEffects, TextRuns
 
 __all__ = ["consequence"]
-
-MIN_BEHIND = 8
-"""Tokens that must follow the massive one: of fewer each pays it much attention without any sink."""
 
 INTACT, REMOVED, CONTROL, EARLIER, ZERO, MEAN = (
     "intact",
@@ -65,7 +62,7 @@ def consequence(study: Study, *, n_prompts: int = 24, max_tokens: int = 64) -> R
         Metrics `ConsequenceMetrics`; the figures `sinks_by_run` (section 6) and `loss_by_run` (Sun et al. 2024).
 
     Raises:
-        MelensError: no massive activation, none with `MIN_BEHIND` tokens behind it, an FFN that cannot be removed, or a
+        MelensError: no massive activation, none with eight tokens behind it, an FFN that cannot be removed, or a
             loss that is NaN.
 
     Example:
@@ -151,28 +148,8 @@ def _texts(study: Study, n_prompts: int, max_tokens: int) -> _Texts:
         raise MelensError(
             f"Block {me_layer}, the ME layer, has no FFN output to remove: there is {study.layout.ffn_in_words}."
         )
-    massive = massive_activations(study.trace, study.me.criterion)
-    massive = massive[massive["prompt"].isin(study.massive_states)]
-    massive = massive[(massive["layer"] == formed) & (massive["pos"] < max_tokens)]
-    largest = massive.loc[massive["value"].abs().groupby(massive["prompt"]).idxmax()]
-    positions = dict(zip(largest["prompt"].tolist(), largest["pos"].tolist(), strict=True))
-    lengths = {prompt: min(len(study.tokens[prompt]), max_tokens) for prompt in positions}
-    usable = [prompt for prompt, at in positions.items() if lengths[prompt] - at > MIN_BEHIND]
-    if not usable:
-        raise MelensError(
-            f"No prompt has {MIN_BEHIND} tokens behind its massive token among its first {max_tokens}: give longer "
-            "prompts, or raise exp.max_tokens."
-        )
-    prompts = sorted(usable, key=lambda prompt: -lengths[prompt])[:n_prompts]
-    entries = massive.assign(
-        text=massive["prompt"].map({prompt: text for text, prompt in enumerate(prompts)}),
-        dim=massive["dim"].where(massive["dim"] >= 0, study.me.dims[0]),  # of the smaller of many tokens none is kept
-    )
-    return _Texts(
-        study, me_layer, formed, prompts,
-        [study.tokens[prompt][: lengths[prompt]] for prompt in prompts], [positions[prompt] for prompt in prompts],
-        entries[entries["text"].notna()].astype({"text": int}),
-    )  # fmt: skip
+    chosen = massive_texts(study, n_prompts, max_tokens)
+    return _Texts(study, me_layer, formed, chosen.prompts, chosen.tokens, chosen.positions, chosen.entries)
 
 
 def _run_all(texts: _Texts) -> dict[str, TextEffects]:

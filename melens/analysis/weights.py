@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +27,7 @@ from melens.errors import MelensError
 from melens.figures.curves import Curve, Panel, curves_by_block
 from melens.figures.style import COLORS
 from melens.models.devices import weights_here
+from melens.models.ffn_weights import ffn_of, has_neurons
 from melens.models.layout import listed
 from melens.models.normalization import has_normalization, read_normalization
 from melens.models.quantization import is_quantized
@@ -71,7 +71,7 @@ def score_blocks(model: Bridge) -> pd.DataFrame:
     """
     if is_quantized(model.original_model):
         raise MelensError("The weights of this model are quantised, so none can be read: load it without quantisation.")
-    rows = [_score(model, layer) for layer in range(len(model.blocks)) if _has_neurons(model, layer)]
+    rows = [_score(model, layer) for layer in range(len(model.blocks)) if has_neurons(model, layer)]
     if rows:
         return pd.DataFrame(rows)
     raise MelensError(
@@ -147,21 +147,6 @@ class _Neurons:
     down: Float[Tensor, "neuron d"]
 
 
-def _has_neurons(model: TransformerBridge, layer: int) -> bool:
-    """Whether a block's FFN is one module of an input, with an up and a down projection."""
-    ffn = _ffn(model, layer)
-    if any(getattr(ffn, name, None) is None for name in ("in", "out")) or ffn.name is None:
-        return False
-    arguments = inspect.signature(type(ffn.original_component).forward).parameters.values()
-    return sum(argument.default is argument.empty for argument in arguments) == 2  # itself and the input
-
-
-def _ffn(model: TransformerBridge, layer: int) -> Any:
-    """Return a block's FFN; beside experts, `shared_mlp` is only a part of it."""
-    parts = model.blocks[layer]._modules
-    return parts.get("mlp", None if "moe" in parts else parts.get("shared_mlp"))
-
-
 def _score(model: TransformerBridge, layer: int) -> dict[str, Any]:
     neurons = _read_neurons(model, layer)
     up, down = _norms(neurons.up, 0), _norms(neurons.down, 1)
@@ -188,7 +173,7 @@ def _score(model: TransformerBridge, layer: int) -> dict[str, Any]:
 
 
 def _read_neurons(model: TransformerBridge, layer: int) -> _Neurons:
-    with weights_here(ffn := _ffn(model, layer)):
+    with weights_here(ffn := ffn_of(model, layer)):
         up, down = ffn.W_in.detach(), ffn.W_out.detach()
         gate = ffn.W_gate.detach() if getattr(ffn, "gate", None) is not None else None
     if has_normalization(model, layer, "ln2"):
@@ -215,7 +200,7 @@ def _response(model: TransformerBridge, layer: int, neurons: _Neurons, strength:
     inputs = width**0.5 * torch.nn.functional.normalize(inputs, dim=0).T  # [input, d]
     if has_normalization(model, layer, "ln2"):
         inputs = inputs * read_normalization(model, layer, "ln2").gain.to(inputs.device)
-    output = _ffn(model, layer).original_component(inputs[None].to(neurons.up))
+    output = ffn_of(model, layer).original_component(inputs[None].to(neurons.up))
     if (norm_after := getattr(block, "ln2_post", None)) is not None:
         output = norm_after.original_component(output)
     return float(torch.linalg.vector_norm(output, dim=-1, dtype=torch.float32).max())

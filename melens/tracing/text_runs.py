@@ -22,7 +22,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-from melens.analysis.metrics import l2_norm, sink_mass
+from melens.analysis.metrics import SINK_THRESHOLD, l2_norm, sink_mass
 from melens.errors import MelensError
 from melens.models.view import base_of
 from melens.printing import Brief
@@ -45,11 +45,13 @@ class TextEffects(Brief):
         loss: nats a token, mean over all tokens but the first.
         sink_mass: attention that later tokens pay to the massive token, mean over them and over heads; NaN in a block
             without attention.
+        sink_heads: share of heads in which it is over Gu et al.'s threshold; NaN likewise.
         states: the massive token's hidden state after each block.
     """
 
     loss: Float[Tensor, " text"]
     sink_mass: Float[Tensor, "text layer"]
+    sink_heads: Float[Tensor, "text layer"]
     states: Float[Tensor, "text layer d"]
 
     @property
@@ -119,10 +121,11 @@ class TextRuns:
     def _run(self, hooks: Sequence[Hook], start: int, *, record: Sequence[int] = ()) -> TextEffects:
         n_texts, n_layers = len(self._tokens), len(self._model.blocks)
         loss = torch.full((n_texts,), float("nan"))
-        sinks = torch.full((n_texts, n_layers), float("nan"))
+        sinks, sink_heads = torch.full((2, n_texts, n_layers), float("nan"))
         states = torch.full((n_texts, n_layers, self._model.cfg.d_model), float("nan"))
         if start:
-            sinks[:, :start], states[:, :start] = self.intact.sink_mass[:, :start], self.intact.states[:, :start]
+            for now, intact in ((sinks, "sink_mass"), (sink_heads, "sink_heads"), (states, "states")):
+                now[:, :start] = getattr(self.intact, intact)[:, :start]
 
         def keep_state(layer: int, output: Float[Tensor, "row pos d"], hook: HookPoint) -> None:
             at = self._positions[self._now].to(output.device)
@@ -133,14 +136,18 @@ class TextRuns:
             for texts, blocks in zip(self._groups, self._blocks, strict=True):
                 self._now = texts
                 with blocks.recording(record):
-                    loss[texts] = self._run_group(sinks, blocks, start)
+                    loss[texts] = self._run_group(sinks, sink_heads, blocks, start)
         for name, values in (("loss", loss), ("massive token's state", states)):
             for text in (~values.isfinite().reshape(n_texts, -1).all(dim=1)).nonzero()[:1].flatten().tolist():
                 raise MelensError(f"The {name} of text {text} is NaN or infinite: load the model in float32.")
-        return TextEffects(loss, sinks, states)
+        return TextEffects(loss, sinks, sink_heads, states)
 
     def _run_group(
-        self, sinks: Float[Tensor, "text layer"], blocks: RecordedBlocks, start: int
+        self,
+        sinks: Float[Tensor, "text layer"],
+        sink_heads: Float[Tensor, "text layer"],
+        blocks: RecordedBlocks,
+        start: int,
     ) -> Float[Tensor, " row"]:
         """Run the texts of a forward pass, and return the loss of each."""
         tokens = [self._tokens[text] for text in self._now]
@@ -153,9 +160,11 @@ class TextRuns:
             attention = attended.on_keys(keys)
             for column, key in enumerate(keys):
                 weights = batch.weights_after(key).to(attention.device)
-                of_key = sink_mass(attention[..., column], weights).mean(dim=1).cpu()
+                of_key = sink_mass(attention[..., column], weights).cpu()
                 rows = (positions == key).nonzero().flatten().tolist()
-                sinks[[self._now[row] for row in rows], layer] = of_key[rows]
+                texts = [self._now[row] for row in rows]
+                sinks[texts, layer] = of_key[rows].mean(dim=1)
+                sink_heads[texts, layer] = (of_key[rows] > SINK_THRESHOLD).float().mean(dim=1)
 
         with running(self._model, (), keep_sinks, way=self._verified.way) as network:
             if self._verified.rule.remembers:
@@ -167,6 +176,17 @@ class TextRuns:
                 logits = apply_head(network, own[None, : len(ids) - 1])[0].float()
                 of_text.append(torch.nn.functional.cross_entropy(logits, ids[1:].to(logits.device)))
         return torch.stack(of_text).cpu()
+
+    def read(self, *names: str, start: int = 0) -> list[Float[Tensor, "text _"]]:
+        """Return what passes each of these hook points at the massive token of every text, as the model is now."""
+        read: dict[str, dict[int, Tensor]] = {name: {} for name in names}
+
+        def keep(name: str, activation: Float[Tensor, "row pos _"], hook: HookPoint) -> None:
+            for row, text in enumerate(self._now):
+                read[name][text] = activation[row, self._positions[text]].float().cpu()
+
+        self._run([(name, partial(keep, name)) for name in names], start)
+        return [torch.stack([of_text[text] for text in sorted(of_text)]) for of_text in read.values()]
 
     # --- What to change -----------------------------------------------------------------------------------------------
 

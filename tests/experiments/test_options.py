@@ -403,7 +403,7 @@ def test_the_schema_has_the_options_of_conf_and_no_others():
 
 # --- Analyses ---------------------------------------------------------------------------------------------------------
 
-FUNCTIONS = {"rmsnorm": "normalization", "predict": "prediction", "wemask": "mask_grid"}
+FUNCTIONS = {"rmsnorm": "normalization", "predict": "prediction", "weights": "carriers", "wemask": "mask_grid"}
 """Of `melens.analysis`, where its name is not that of the experiment."""
 
 
