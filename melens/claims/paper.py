@@ -11,7 +11,8 @@ from typing import Any
 from melens.analysis.across_inputs import CLAIMS as STABILITY
 from melens.analysis.attention_sinks import CLAIMS as SINKS
 from melens.analysis.block_ablation_claims import CLAIMS as ABLATION
-    ,
+from melens.analysis.carrier_claims import CLAIMS as CARRIERS
+from melens.analysis.compression_valley_claims import CLAIMS as VALLEY
 from melens.analysis.emergence_claims import CLAIMS as EMERGENCE
 from melens.analysis.emergence_claims import EmergenceMetrics
 from melens.analysis.ffn_concentration import CLAIMS as FFN
