@@ -22,6 +22,7 @@ from melens.printing import Brief
 __all__ = ["Attended", "FromPattern", "FromScores", "attention_scores", "chunks_of"]
 
 _CHUNK_BYTES = 64 * 2**20  # what the scores of one chunk of queries may take
+_MOST_ROWS = 128  # of a chunk whose columns are summed: of more, half would be keys behind the query
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -66,7 +67,7 @@ class FromScores(Brief):
         if self.mask is not None and self.mask.dtype != torch.bool:  # one that adds the dtype's lowest number
             unseen = torch.finfo(self.mask.dtype).min / 2
         is_token = torch.arange(n_pos, device=self.query.device) < n_tokens[:, None]
-        for rows, columns in chunks_of(self.query, self.window, sees_ahead=self.mask is not None):
+        for rows, columns in chunks_of(self.query, self.window, sees_ahead=self.mask is not None, most=_MOST_ROWS):
             scores = self._scores(rows, columns)
             counted = is_token[:, None, rows, None]
             found[:, :, columns, 1] += ((scores > unseen) & counted).sum(2)
@@ -142,13 +143,16 @@ def attention_scores(
 
 
 def chunks_of(
-    query: Float[Tensor, "batch head pos d_head"], window: int | None, *, sees_ahead: bool
+    query: Float[Tensor, "batch head pos d_head"], window: int | None, *, sees_ahead: bool, most: int | None = None
 ) -> Iterator[tuple[slice, slice]]:
-    """Yield a few queries at a time, and the keys that they see; all from the window on where a mask decides that."""
+    """Yield a few queries at a time, and the keys that they see; all from the window on where a mask decides that.
+
+    At most `most` queries: the fewer, the fewer keys behind them are computed for nothing.
+    """
     batch, n_heads, n_pos, _ = query.shape
     span = n_pos if window is None else min(2 * window, n_pos)
     rows = max(1, _CHUNK_BYTES // (4 * batch * n_heads * span))
-    rows = min(rows, n_pos if window is None else window)
+    rows = min(rows, n_pos if window is None else window, most or n_pos)
     for start in range(0, n_pos, rows):
         stop = min(start + rows, n_pos)
         first = 0 if window is None else max(0, start - window + 1)

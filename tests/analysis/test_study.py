@@ -73,13 +73,19 @@ def test_tokens_are_made_once(model, monkeypatch):
     assert [len(ids) for ids in study.tokens] == [8, 10]
 
 
-OF_A_STUDY_ALONE = sorted({*analysis.__all__} - {"benchmark", "generate", "mask_grid", "side_by_side", "verification"})
-"""The others take masks or results, or judge no claim."""
+_OF_MORE = {
+    "benchmark", "generate", "mask_grid", "side_by_side", "training", "training_table", "trainings", "verdicts",
+    "verification",
+}  # fmt: skip
+OF_A_STUDY_ALONE = sorted({*analysis.__all__} - _OF_MORE)
+"""The others take masks, plans or results, or judge no claim."""
+
+FOR_SHORT_PROMPTS = {"valley": {"rank_tokens": 8}}
 
 
 @pytest.mark.parametrize("name", OF_A_STUDY_ALONE)
 def test_every_analysis_is_had_without_hydra(study, name):
-    result = getattr(analysis, name)(study)
+    result = getattr(analysis, name)(study, **FOR_SHORT_PROMPTS.get(name, {}))
     claims = result.claims
     assert set(claims["experiment"]) == {result.experiment}
     assert set(claims[claims["verdict"] != "not measured"]["figure"]) <= set(result.figures)

@@ -47,6 +47,7 @@ def test_the_default_model_from_the_command_line(tmp_path, short_prompts):
     assert (tmp_path / ".hydra" / "config.yaml").is_file()
 
 
+@pytest.mark.slow
 def test_everything_about_the_embedded_model_on_one_page(tmp_path, short_prompts):
     done = run("exp=all", short_prompts, "exp.sinks.rank_tokens=4", f"hydra.run.dir={tmp_path}")
     assert done.returncode == 0, done.stderr

@@ -241,7 +241,8 @@ def test_what_does_not_fit_the_model_is_told_before_its_weights_are_read(monkeyp
     assert not any(tmp_path.iterdir())
 
 
-def test_a_run_says_that_its_trace_was_measured_before(tmp_path, capsys):
+def test_a_run_says_that_its_trace_was_measured_before(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MELENS_CACHE", str(tmp_path / "cache"))  # another test may have kept a trace that holds it
     options = compose_options("exp=emergence", "model=random", "prompts=short", "model.tokenizer=bytes")
     told = "Measured before, and kept: the trace (exp.keep=false measures anew)."
     for again in (False, True):

@@ -311,8 +311,8 @@ def test_a_needle_lies_where_it_was_hidden(embedded):
         assert told.endswith("The secret number of " + told.rsplit("number of ")[-1])
         at = told.index(number) / len(told)
         assert at < 0.2 if "depth 0," in item else at > 0.7
-    found = score_questions(Scorer(plain_twin(embedded), max_length=512), questions)
-    assert found["value"].mean() > 0.5
+    few = make_questions(BENCHMARKS["needle"], tokenizer, data, vocabulary=10, limit=6)
+    assert score_questions(Scorer(plain_twin(embedded), max_length=512), few)["value"].mean() > 0.5
     with pytest.raises(MelensError, match="Give a longer text"):
         make_questions(BENCHMARKS["needle"], tokenizer, replace(data, long_text=text[:50]), vocabulary=10)
 
