@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from melens.analysis.across_inputs import stability
     from melens.analysis.attention_sinks import sinks
     from melens.analysis.block_ablation import ablation
+    from melens.analysis.cache_eviction import eviction
     from melens.analysis.emergence_norms import emergence, side_by_side
     from melens.analysis.ffn_concentration import ffn
     from melens.analysis.generated_texts import generate
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from melens.training.runs import training
 
 __all__ = [
-    "ablation", "benchmark", "consequence", "direction", "emergence", "ffn", "generate", "heads", "mask_grid",
+    "ablation", "benchmark", "consequence", "direction", "emergence", "eviction", "ffn", "generate", "heads", "mask_grid",
     "normalization", "prediction", "side_by_side", "sinks", "stability", "training", "training_table", "trainings",
     "verdicts", "verification",
 ]  # fmt: skip
@@ -45,6 +46,7 @@ _MODULES = {
     "consequence": "massive_state",
     "direction": "token_direction",
     "emergence": "emergence_norms",
+    "eviction": "cache_eviction",
     "ffn": "ffn_concentration",
     "generate": "generated_texts",
     "heads": "head_idleness",

@@ -109,14 +109,12 @@ def _mask_helps_eviction(metrics: EvictionMetrics) -> Judgement:
 
 
 def _mask_helps_long_texts(metrics: EvictionMetrics) -> Judgement:
-    return at_most(
-        metrics.loss_masked_less, metrics.loss_masked_less_interval, -HARMLESS, why_not=metrics.mask_why_not
-    )
+    return at_most(metrics.loss_masked_less, metrics.loss_masked_less_interval, -HARMLESS, why_not=metrics.mask_why_not)
 
 
 CLAIMS = (
     Claim(
-        id="sinks-needed-in-cache",
+        id="sinks-needed-in-cache", fixed="2026-11-27 d358885",
         source="Xiao et al. (2023), section 3.1, tables 1 and 2", figure="loss_by_position", metrics=EvictionMetrics,
         claim="Without the first tokens the loss explodes once they leave the cache",
         statistic="rise of the loss (nats a token) over recomputation once the cache, which keeps no sinks, has lost "
@@ -126,7 +124,7 @@ CLAIMS = (
         needs_me_layer=False, judge=_without_is_worse,
     ),
     Claim(
-        id="four-sinks-restore",
+        id="four-sinks-restore", fixed="2026-11-27 d358885",
         source="Xiao et al. (2023), section 3.2, table 2", figure="loss_rise", metrics=EvictionMetrics,
         claim="Four kept first tokens restore the loss",
         statistic="rise of the loss (nats a token) over recomputation with the first four tokens kept in the cache",
@@ -135,7 +133,7 @@ CLAIMS = (
         needs_me_layer=False, judge=_four_restore,
     ),
     Claim(
-        id="random-tokens-do-not",
+        id="random-tokens-do-not", fixed="2026-11-27 d358885",
         source="Xiao et al. (2023), section 3.1", figure="loss_rise", metrics=EvictionMetrics,
         claim="It is the first tokens that must be kept: as many other early ones do not restore the loss",
         statistic="rise of the loss (nats a token) over recomputation with four random tokens kept instead, of the first "
@@ -145,7 +143,7 @@ CLAIMS = (
         needs_me_layer=False, judge=_random_do_not,
     ),
     Claim(
-        id="mask-spares-sinks",
+        id="mask-spares-sinks", fixed="2026-11-27 d358885",
         source="follow-up question", figure="loss_rise", metrics=EvictionMetrics,
         claim="With WeMask a cache needs sinks less",
         statistic="rise of the loss (nats a token) over recomputation, both under the mask, with no sinks kept",
@@ -154,7 +152,7 @@ CLAIMS = (
         judge=_mask_helps_eviction,
     ),
     Claim(
-        id="mask-helps-long-texts",
+        id="mask-helps-long-texts", fixed="2026-11-27 d358885",
         source="follow-up question", figure="loss_by_position", metrics=EvictionMetrics,
         claim="WeMask helps on long texts",
         statistic="loss (nats a token) under the mask less that without, every token kept, in the second half of texts",

@@ -11,6 +11,7 @@ from typing import Any
 from melens.analysis.across_inputs import CLAIMS as STABILITY
 from melens.analysis.attention_sinks import CLAIMS as SINKS
 from melens.analysis.block_ablation_claims import CLAIMS as ABLATION
+from melens.analysis.cache_eviction_claims import CLAIMS as EVICTION
 from melens.analysis.emergence_claims import CLAIMS as EMERGENCE
 from melens.analysis.emergence_claims import EmergenceMetrics
 from melens.analysis.ffn_concentration import CLAIMS as FFN
@@ -28,9 +29,9 @@ __all__ = ["CLAIMS", "FAMILY_CLAIM", "judge_families"]
 
 CLAIMS: tuple[Claim[Any], ...] = (
     *EMERGENCE, *RMSNORM, *FFN, *ABLATION, *DIRECTION, *STABILITY, *SINKS, *CONSEQUENCE, *WEIGHTS, *MASKS, *BENCHMARK,
-    *TABLES, *HEADS,
+    *TABLES, *HEADS, *EVICTION,
 )  # fmt: skip
-"""What the paper and its review say of one model, in the order of the paper; what other papers say of heads, last."""
+"""What the paper and its review say of one model, in the order of the paper; what other papers say of heads and caches, last."""
 
 
 FAMILY_CLAIM = Claim(

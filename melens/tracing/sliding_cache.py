@@ -40,7 +40,7 @@ from melens.tracing.verification import verified
 __all__ = ["SlidingCache", "check_cache"]
 
 _CHECKED = ((8, ()), (8, (0, 1)), (8, (1, 3)))
-"""Sizes and kept tokens of the caches that `check_cache` tries, on a text of `_CHECKED_TOKENS`."""
+"""Sizes and kept tokens of the caches that `check_cache` tries, on a text of 24 tokens."""
 
 _CHECKED_TOKENS = 24
 
