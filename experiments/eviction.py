@@ -1,4 +1,4 @@
-"""`exp=eviction`: a sliding KV cache on long texts, with and without sinks kept, unmasked and under the mask of `wemask`."""
+"""`exp=eviction`: loss and needles under a sliding KV cache, with and without sinks, unmasked and under a mask."""
 
 from __future__ import annotations
 

@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from melens.training.runs import training
 
 __all__ = [
-    "ablation", "benchmark", "consequence", "direction", "emergence", "eviction", "ffn", "generate", "heads", "mask_grid",
-    "normalization", "prediction", "side_by_side", "sinks", "stability", "training", "training_table", "trainings",
-    "verdicts", "verification",
+    "ablation", "benchmark", "consequence", "direction", "emergence", "eviction", "ffn", "generate", "heads",
+    "mask_grid", "normalization", "prediction", "side_by_side", "sinks", "stability", "training", "training_table",
+    "trainings", "verdicts", "verification",
 ]  # fmt: skip
 
 _MODULES = {

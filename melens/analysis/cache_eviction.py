@@ -4,8 +4,8 @@
     result.figures["loss_by_position"]
 
 1. `check_cache` refuses a model in which a cache cannot be simulated in one pass.
-2. Texts run once a cache (`melens.analysis.cache_losses`): with every token kept, recomputed in pieces, with 0, 1, 4, ...
-   first tokens kept, and with four random early ones, a few draws of which the mask gets the first.
+2. Texts run once a cache (`melens.analysis.cache_losses`): with every token kept, recomputed in pieces, with 0, 1 and 4
+   first tokens kept, and with four random early ones: a few draws, and under the mask the first of them.
 3. A query counts from position `cache` on: by then every sliding cache has lost tokens.
 4. Questions about a number told earlier in a longer text are answered under the same caches.
 """
@@ -154,16 +154,16 @@ def long_texts(
     """
     if n_tokens < 2 * cache:
         raise MelensError(
-            f"Texts of {n_tokens:,} tokens are too short for a cache of {cache:,}: give n_tokens={2 * cache} or more, or a "
-            "smaller cache."
+            f"Texts of {n_tokens:,} tokens are too short for a cache of {cache:,}: give n_tokens={2 * cache} or more, "
+            "or a smaller cache."
         )
     if model.tokenizer is None:
         return cut_texts(model, "", n_texts=n_texts, n_tokens=n_tokens, seed=seed, beyond_context=True), []
     ids = model.tokenizer(read_text() if text is None else text, add_special_tokens=False, verbose=False)["input_ids"]
     if len(ids) < n_texts * n_tokens:
         raise MelensError(
-            f"The text has {len(ids):,} tokens, too few for {n_texts} of {n_tokens:,}: lower n_texts or n_tokens, or give a "
-            "longer one."
+            f"The text has {len(ids):,} tokens, too few for {n_texts} of {n_tokens:,}: lower n_texts or n_tokens, or "
+            "give a longer one."
         )
     return cut_texts(model, ids, n_texts=n_texts, n_tokens=n_tokens, bos=bos, seed=seed, beyond_context=True), ids
 
@@ -346,7 +346,9 @@ def _rises_in_words(rises: dict[str, float]) -> str:
 
 
 def _findings(metrics: EvictionMetrics) -> list[tuple[str, ...]]:
-    found = [("loss, recomputed", f"{metrics.loss_recomputed:.3f} nats a token behind {metrics.cache} tokens")]
+    found: list[tuple[str, ...]] = [
+        ("loss, recomputed", f"{metrics.loss_recomputed:.3f} nats a token behind {metrics.cache} tokens")
+    ]
     rises = (
         ("no sinks", "rise_without"), ("4 sinks kept", "rise_with_four"), ("4 random tokens", "rise_with_random"),
         ("no sinks, masked", "rise_without_masked"), ("mask, every token kept", "loss_masked_less"),

@@ -1,9 +1,8 @@
 """Loss on long texts, token by token, and needles found, under a sliding KV cache or with every token kept.
 
 1. Each text runs alone, once a cache: what a query sees is decided by `melens.tracing.sliding_cache`.
-2. The reference is recomputation (Xiao et al. 2023, figure 1c): the text runs anew in pieces as long as the cache, which
-   overlap by half, so that every token has half a cache to a whole one before it, and its piece's first token to attend
-   to.
+2. The reference is recomputation (Xiao et al. 2023, figure 1c): the text runs anew in pieces as long as the cache that
+   overlap by half. Every token has half a cache to a whole one before it, and its piece's first token to attend to.
 3. A needle is found if each token of the answer is the likeliest, given those before it.
 """
 

@@ -31,7 +31,7 @@ CLAIMS: tuple[Claim[Any], ...] = (
     *EMERGENCE, *RMSNORM, *FFN, *ABLATION, *DIRECTION, *STABILITY, *SINKS, *CONSEQUENCE, *WEIGHTS, *MASKS, *BENCHMARK,
     *TABLES, *HEADS, *EVICTION,
 )  # fmt: skip
-"""What the paper and its review say of one model, in the order of the paper; what other papers say of heads and caches, last."""
+"""What the paper and its review say of one model, in the order of the paper; then other papers, of heads and caches."""
 
 
 FAMILY_CLAIM = Claim(

@@ -4,8 +4,8 @@
     cache.seen_by(1000)  # tokens 0 to 3 and 749 to 1000
     with running(model) as network, cache.applied(model): ...
 
-1. Query i sees its own token and those before it in a window of `size - len(kept)` tokens, and every kept token that has
-   left the window. The slots of kept tokens are reserved: they are empty until then.
+1. Query i sees the `size - len(kept)` tokens up to its own, the window, and every kept token that has left it. The
+   slots of kept tokens are reserved: they are empty until then.
 2. Positions are counted in the cache: kept tokens behind the window stand at 0, 1, 2, ..., those of the window follow,
    the query is last. Within the window distances are what they are in the text, so the model's own attention holds.
 3. For the scores on kept keys each attention module runs once more, with the rotations of the positions in the cache:
@@ -67,8 +67,8 @@ class SlidingCache:
     def __post_init__(self) -> None:
         if list(self.kept) != sorted(set(self.kept)) or not all(0 <= token < self.window for token in self.kept):
             raise MelensError(
-                f"A cache of {self.size} tokens cannot keep the tokens {list(self.kept)}: kept tokens stand in order and "
-                f"before position {self.window}, the cache's size less their number."
+                f"A cache of {self.size} tokens cannot keep the tokens {list(self.kept)}: kept tokens stand in order "
+                f"and before position {self.window}, the cache's size less their number."
             )
 
     @property
@@ -116,7 +116,7 @@ class SlidingCache:
 
     def _attend(
         self,
-        in_cache: Sequence[Float[Tensor, "batch _ pos d_head"]],
+        in_cache: Sequence[Tensor],
         query: Float[Tensor, "batch head pos d_head"],
         key: Float[Tensor, "batch kv_head pos d_head"],
         value: Float[Tensor, "batch kv_head pos d_value"],
@@ -136,7 +136,8 @@ class SlidingCache:
         kept = [token for token in self.kept if token < query.shape[2]]
         if not kept:
             return output, read
-        scores = attention_scores(*in_cache, slice(None), kept, **shared)
+        query_in_cache, key_in_cache = in_cache
+        scores = attention_scores(query_in_cache, key_in_cache, slice(None), kept, **shared)
         behind = torch.arange(query.shape[2])[:, None] - torch.tensor(kept) >= self.window
         scores = scores.masked_fill(~behind.to(scores.device), float("-inf"))
         total = torch.logaddexp(read.logsumexp, torch.logsumexp(scores, dim=-1))
@@ -185,8 +186,8 @@ def check_cache(model: TransformerBridge, size: int, n_tokens: int) -> None:
     layout = Layout.of(model)
     if len(layout.attention) < layout.n_layers or model.original_model._is_stateful:
         raise MelensError(
-            "A cache can evict tokens of attention alone, and this model has recurrent blocks, or blocks whose attention "
-            f"cannot be measured: there is {layout.attention_in_words}."
+            "A cache can evict tokens of attention alone, and this model has recurrent blocks, or blocks whose "
+            f"attention cannot be measured: there is {layout.attention_in_words}."
         )
     found = verified(model, ["hook_resid_pre", "hook_resid_post"])
     if found.way != "fast" or not Twin.of(model).is_fused:
@@ -199,15 +200,15 @@ def check_cache(model: TransformerBridge, size: int, n_tokens: int) -> None:
     limits = [*found.rule.limits, *([] if found.rule.equal_beyond is None else [found.rule.equal_beyond])]
     if n_tokens > min(limits, default=n_tokens):
         raise MelensError(
-            f"Beyond {min(limits):,} tokens this model rotates, or selects, keys by the length of the whole text, which "
-            f"no cache does. Give texts of at most {min(limits):,} tokens."
+            f"Beyond {min(limits):,} tokens this model rotates, or selects, keys by the length of the whole text, "
+            f"which no cache does. Give texts of at most {min(limits):,} tokens."
         )
     for cache in (SlidingCache(*checked) for checked in _CHECKED):
         error = _largest_error(model, tokens, cache)
         if not error <= tolerance_of(next(model.original_model.parameters()).dtype):  # nor NaN
             raise MelensError(
-                f"A cache that keeps {list(cache.kept) or 'no tokens'} cannot be simulated in this model: in one pass a block's "
-                f"output differs by {error:.1e} from that with a real cache."
+                f"A cache that keeps {list(cache.kept) or 'no tokens'} cannot be simulated in this model: in one pass "
+                f"a block's output differs by {error:.1e} from that with a real cache."
             )
 
 
@@ -237,9 +238,9 @@ def _largest_error(model: TransformerBridge, tokens: Int[Tensor, "1 pos"], cache
         blocks = [f"blocks.{layer}.hook_resid" for layer in range(len(model.blocks))]
         return [(f"{block}_{end}", hook) for block in blocks for end, hook in (("pre", on_input), ("post", on_output))]
 
-    with model.hooks(fwd_hooks=hooks(partial(keep, entered), partial(keep, left))):
-        with running(model) as network, cache.applied(model):
-            base_of(network)(input_ids=tokens, use_cache=False)
+    keepers = hooks(partial(keep, entered), partial(keep, left))
+    with model.hooks(fwd_hooks=keepers), running(model) as network, cache.applied(model):
+        base_of(network)(input_ids=tokens, use_cache=False)
     with model.hooks(fwd_hooks=hooks(put, compare)), running(model) as network:
         base_of(network)(input_ids=tokens[0][seen], use_cache=False)
     return float(torch.stack(errors).max())
