@@ -30,7 +30,7 @@ class EvictionMetrics(Metrics):
         trained_context: tokens of the longest text that the model was trained on, as its config says.
         mask: the mask, in words.
         loss_recomputed, loss_full: without a mask; in the latter every token is kept.
-        rise_by_policy, rise_by_policy_masked: by cache, without a mask and with it, over recomputation without and with.
+        rise_by_policy, rise_by_policy_masked: by cache, over recomputation, without the mask and under it.
         rise_without, rise_with_four, rise_with_random: with no sink kept, with the first four tokens, and with four
             random early ones, whose interval is over texts and draws.
         rise_without_masked: with no sink kept, under the mask.
