@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from experiments.runner.declaration import AnalysisOptions, Experiment
+from experiments.runner.declaration import AS_TYPED, AnalysisOptions, Experiment
 from experiments.wemask import chosen_mask
 from melens.validation.types import Count, Name, Said, Whole
 
@@ -31,7 +31,7 @@ class EvictionOptions(AnalysisOptions):
     cache: _Cache
     sinks: Annotated[list[_Sinks], Said("a list of numbers of first tokens, each from 0 to 8")]
     draws: Count
-    text: Annotated[Name | None, Said("a file, a dataset of the hub (org/name), or null")]
+    text: Annotated[Name | None, AS_TYPED, Said("a file, a dataset of the hub (org/name), or null")]
     n_texts: _AtLeast3
     n_tokens: Count
     needles: Whole
@@ -81,5 +81,6 @@ EXPERIMENTS = (
         masks=chosen_mask,
         prepare=_prepare,
         in_all=False,
+        can_resume=False,
     ),
 )

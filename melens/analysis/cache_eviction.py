@@ -1,6 +1,6 @@
 """What a sliding KV cache costs on long texts: with sinks kept, with other tokens kept, and each under WeMask.
 
-    result = melens.analysis.eviction(study, n_tokens=1024)
+    result = melens.analysis.eviction(study, n_tokens=768)
     result.figures["loss_by_position"]
 
 1. `check_cache` refuses a model in which a cache cannot be simulated in one pass.
@@ -76,7 +76,7 @@ def eviction(
     sinks: Sequence[int] = (0, 1, 4),
     draws: int = 3,
     n_texts: int = 3,
-    n_tokens: int = 1024,
+    n_tokens: int = 768,
     needles: int = 5,
 ) -> Result:
     """Measure loss by position and needles found under a sliding cache with and without sinks, unmasked and masked.
@@ -101,7 +101,8 @@ def eviction(
             loss that is NaN.
 
     Example:
-        >>> result = melens.analysis.eviction(study, cache=16, n_tokens=48, draws=1, needles=0)
+        >>> text = " ".join(prompts)
+        >>> result = melens.analysis.eviction(study, text=text, cache=16, n_tokens=48, draws=1, needles=0)
         >>> sorted(result.figures)
         ['loss_by_position', 'loss_rise']
         >>> result.tables["loss_rise"].columns.tolist()

@@ -1,6 +1,6 @@
 """Loss beyond the context trained on, under sliding caches, on a GPU: what 32,768 tokens cost in time and memory.
 
-    python tests/benchmarks/long_cache.py smollm2-135m --n-tokens 32768 --cache 1024 --dtype bfloat16
+python tests/benchmarks/long_cache.py smollm2-135m --n-tokens 32768 --cache 1024 --dtype bfloat16
 """
 
 from __future__ import annotations
