@@ -49,7 +49,7 @@ def test_a_run_takes_the_mask_and_the_text_of_its_options(model, tmp_path):
     [
         ("exp.n_tokens=100", "too short for a cache of 64"),
         ("exp.n_tokens=200000", "too few for 3 of 200,000"),
-        ("exp.text=nowhere.txt", "exp.text is 'nowhere.txt'"),
+        ("exp.text=nowhere.txt", "There is no file nowhere.txt"),
     ],
 )
 def test_texts_are_tried_before_the_weights_are_read(model, typed, sentence, tmp_path):
