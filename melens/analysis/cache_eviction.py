@@ -1,6 +1,6 @@
 """What a sliding KV cache costs on long texts: with sinks kept, with other tokens kept, and each under WeMask.
 
-    result = melens.analysis.eviction(study, n_tokens=768)
+    result = melens.analysis.eviction(study, cache=128)
     result.figures["loss_by_position"]
 
 1. `check_cache` refuses a model in which a cache cannot be simulated in one pass.
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -72,11 +73,11 @@ def eviction(
     *,
     text: str | None = None,
     bos: Bos = "auto",
-    cache: int = 256,
+    cache: int = 128,
     sinks: Sequence[int] = (0, 1, 4),
     draws: int = 3,
-    n_texts: int = 3,
-    n_tokens: int = 768,
+    n_texts: int = 5,
+    n_tokens: int = 512,
     needles: int = 5,
 ) -> Result:
     """Measure loss by position and needles found under a sliding cache with and without sinks, unmasked and masked.
@@ -102,7 +103,7 @@ def eviction(
 
     Example:
         >>> text = " ".join(prompts)
-        >>> result = melens.analysis.eviction(study, text=text, cache=16, n_tokens=48, draws=1, needles=0)
+        >>> result = melens.analysis.eviction(study, text=text, cache=16, n_texts=3, n_tokens=48, draws=1, needles=0)
         >>> sorted(result.figures)
         ['loss_by_position', 'loss_rise']
         >>> result.tables["loss_rise"].columns.tolist()
@@ -246,15 +247,14 @@ def _runs(policies: Sequence[_Policy], *, masked: bool) -> Iterator[tuple[str, b
 
 
 def _by_position(losses: _Losses, cache: int) -> pd.DataFrame:
-    """Average over half caches: `policy`, `masked`, `draw`, `text`, `position` (the middle), `n_tokens`, `loss`."""
+    """Average over half caches, of which `position` is the middle; `rise` is over recomputation of the same text."""
     width, rows = cache // 2, []
     for (policy, masked, draw), values in losses.items():
         for begin in range(0, values.shape[1], width):
-            own = values[:, begin : begin + width]
-            of_part = {"position": begin + own.shape[1] / 2, "n_tokens": own.shape[1], "loss": own.mean(1)}
-            rows.append(
-                pd.DataFrame({"policy": policy, "masked": masked, "draw": draw, "text": range(len(own)), **of_part})
-            )
+            own, reference = (each[:, begin : begin + width] for each in (values, losses[RECOMPUTED, masked, 0]))
+            part = pd.DataFrame({"policy": policy, "masked": masked, "draw": draw, "text": range(len(own))})
+            part = part.assign(position=begin + own.shape[1] / 2, n_tokens=own.shape[1])
+            rows.append(part.assign(loss=own.mean(1), rise=(own - reference).mean(1)))
     return pd.concat(rows, ignore_index=True)
 
 
@@ -313,37 +313,37 @@ def _needles_as_metrics(found: pd.DataFrame) -> dict[str, Any]:
 def _figures(
     study: Study, by_position: pd.DataFrame, rises: pd.DataFrame, metrics: EvictionMetrics
 ) -> dict[str, Figure]:
-    names = {False: "Without a mask", True: "With the mask"}
-    colors = dict(zip(by_position["policy"].unique(), (COLORS[6], COLORS[7], *COLORS[:6]), strict=False))
-    over_draws = by_position.groupby(["policy", "masked", "text", "position"], sort=False)["loss"].mean().reset_index()
-    panels = {}
-    for masked, own in over_draws.rename(columns={"text": "prompt"}).groupby("masked"):
-        panels[names[bool(masked)]] = mean_by(own, "loss", ("policy", "position"))
-    marks = {"the cache is full": metrics.cache}
-    if metrics.trained_context and metrics.trained_context < metrics.tokens_per_text:
-        marks["context trained on"] = metrics.trained_context
     texts = f"{study.trace.model['name']}, {counted(metrics.texts, 'text')} of {metrics.tokens_per_text:,} tokens"
-    note = (
-        f"Cache of {metrics.cache} tokens. Points: means over {metrics.cache // 2} tokens and over texts. Bands: 95% "
-    )
-    note += "intervals over texts."
-    line = loss_by_position(panels, colors, marks=marks, title=f"Loss by position: {texts}", note=note)
+    line = _position_plot(by_position, metrics, f"Loss by position: {texts}")
     rows = rises.assign(name=rises["policy"] + np.where(rises["masked"], ", masked", ""))
-    x_title = "rise of the loss over recomputation (nats a token)"
-    note = "Queries that have lost tokens. Whiskers: 95% intervals over texts, of random tokens over draws too."
-    bars = difference_bars(
-        rows, x_title=x_title, title=f"What a cache of {metrics.cache} tokens costs: {texts}", note=note
+    x_title, title = "rise of the loss over recomputation (nats a token)", f"What a cache costs: {texts}"
+    note = f"Cache of {metrics.cache} tokens; queries that have lost tokens. Whiskers: 95% intervals over texts, of "
+    bars = difference_bars(rows, x_title=x_title, title=title, note=f"{note}random tokens over draws too.")
+    observed = (
+        f"Rise: {', '.join(f'{name} {rise:+.3f}' for name, rise in metrics.rise_by_policy.items())} nats a token."
     )
-    observed = _rises_in_words(metrics.rise_by_policy)
-    source = "Xiao et al. (2023), figure 3"
+    expected = "Without sinks the loss explodes once the cache is full, with four it stays flat."
     return {
-        "loss_by_position": Figure(line, source, "Without sinks the loss explodes at the cache's size.", observed),
+        "loss_by_position": Figure(line, "Xiao et al. (2023), figure 3", expected, observed),
         "loss_rise": Figure(bars, "Xiao et al. (2023), table 2", "Four sinks restore the loss.", observed),
     }
 
 
-def _rises_in_words(rises: dict[str, float]) -> str:
-    return f"Rise over recomputation: {', '.join(f'{name} {rise:+.3f}' for name, rise in rises.items())}."
+def _position_plot(by_position: pd.DataFrame, metrics: EvictionMetrics, title: str) -> go.Figure:
+    of_text = ["policy", "masked", "text", "position"]
+    over_draws = by_position.groupby(of_text, sort=False)[["loss", "rise"]].mean().reset_index()
+    losses, rises = {}, {}
+    for masked, own in over_draws.rename(columns={"text": "prompt"}).groupby("masked"):
+        name = "With the mask" if masked else "Without a mask"
+        losses[name] = mean_by(own, "loss", ("policy", "position")).drop(columns=["low", "high"])
+        others = own[own["policy"] != RECOMPUTED]
+        rises[f"{name}, over recomputation"] = mean_by(others, "rise", ("policy", "position"))
+    colors = dict(zip(by_position["policy"].unique(), (COLORS[6], COLORS[7], *COLORS[:6]), strict=False))
+    marks = {"the cache is full": metrics.cache}
+    if metrics.trained_context and metrics.trained_context < metrics.tokens_per_text:
+        marks["context trained on"] = metrics.trained_context
+    note = f"Points: means over {metrics.cache // 2} tokens and over texts. Bands: 95% intervals over texts."
+    return loss_by_position(losses, rises, colors, marks=marks, title=title, note=note)
 
 
 def _findings(metrics: EvictionMetrics) -> list[tuple[str, ...]]:

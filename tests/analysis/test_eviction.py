@@ -79,7 +79,7 @@ def test_where_attention_does_nothing_no_cache_costs_anything():
     for layer in network.model.layers:
         layer.self_attn.o_proj.weight.data.zero_()
     tokens = [torch.randint(1, 200, (9,), generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
-    result = melens.analysis.eviction(melens.study(bridge(network), tokens), cache=16, n_tokens=40, draws=3)
+    result = melens.analysis.eviction(melens.study(bridge(network), tokens), cache=16, n_texts=3, n_tokens=40)
     assert result.metrics.mask_why_not == "The model has no ME layer to mask from."
     assert "no tokenizer" in result.metrics.needle_why_not
     assert set(result.metrics.rise_by_policy) == {FULL, "no sinks", "1 sink kept", "4 sinks kept", RANDOM}

@@ -14,7 +14,15 @@ from melens import MelensError
 from melens.models.loading import load_tokenizer
 
 (EVICTION,) = EXPERIMENTS
-SMALL = ("exp=eviction", "exp.cache=64", "exp.n_tokens=128", "exp.draws=1", "exp.needles=2", "exp.keep=false")
+SMALL = (
+    "exp=eviction",
+    "exp.cache=64",
+    "exp.n_tokens=128",
+    "exp.draws=1",
+    "exp.n_texts=3",
+    "exp.needles=2",
+    "exp.keep=false",
+)
 
 
 @pytest.fixture(scope="module")
