@@ -98,15 +98,27 @@ class SlidingCache:
         """Let the plain twin of a model attend as from this cache, within `running`, for as long as the context lasts.
 
         Raises:
-            MelensError: in a forward pass, a model whose positions `check_cache` would refuse.
+            MelensError: in a forward pass, a model whose positions `check_cache` would refuse; at the end, that
+                something else than the twin ran, without the cache.
         """
+        modules = set(Twin.of(model).attention.values())
+        reached: set[nn.Module] = set()
         with ExitStack() as stack:
-            for attention in Twin.of(model).attention.values():
-                stack.callback(attention.register_forward_pre_hook(self._pass_on, with_kwargs=True).remove)
+            for attention in modules:
+                pass_on = partial(self._pass_on, reached)
+                stack.callback(attention.register_forward_pre_hook(pass_on, with_kwargs=True).remove)
             yield
+        if reached != modules:
+            raise MelensError(
+                "The cache did not reach the attention of every block: a hook, or a module that was replaced, makes "
+                "the model run through TransformerLens's own components. Take it off."
+            )
 
-    def _pass_on(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+    def _pass_on(
+        self, reached: set[nn.Module], attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Inputs:
         """Give an attention module what its attention function is to do instead."""
+        reached.add(attention)
         in_cache: list[Tensor] = []  # queries and keys, rotated by their positions in the cache
         if self.kept:
             rotations = _at_slots(kwargs.get("position_embeddings"), self.slots(hidden_of(args, kwargs).shape[1]))

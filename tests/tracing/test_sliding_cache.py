@@ -13,6 +13,7 @@ from melens.tracing.sliding_cache import SlidingCache, check_cache
 from melens.tracing.twin import running
 
 TOKENS = torch.randint(1, 200, (1, 12), generator=torch.Generator().manual_seed(0))
+SCORES = "blocks.0.attn.hook_attn_scores"
 SINKS, OTHERS_KEPT = SlidingCache(6, (0, 1)), SlidingCache(6, (1, 3))
 
 
@@ -97,7 +98,9 @@ def test_one_pass_equals_a_cache_of_unrotated_keys(cache):
     assert not torch.allclose(found[8:], states(bridge(network), SlidingCache(16))[8:], rtol=0.1)  # tokens are missed
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [name if name in ("phi3", "gemma3") else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
 def test_one_pass_equals_transformers_on_what_is_in_the_cache(family):
     network = gains_apart(plain_model(family))
     found, expected = states(bridge(network), OTHERS_KEPT), with_remembered_inputs(network, OTHERS_KEPT)
@@ -114,6 +117,16 @@ def test_a_cache_that_holds_all_changes_nothing_and_comes_off_again():
         torch.testing.assert_close(
             base_of(network)(input_ids=TOKENS, use_cache=False).last_hidden_state[0], expected, rtol=0, atol=0
         )
+
+
+@pytest.mark.filterwarnings("ignore:This model is run through")
+def test_a_pass_that_the_cache_did_not_reach_is_no_result():
+    model = bridge(gains_apart(plain_model("llama")))
+    with (
+        pytest.raises(MelensError, match="did not reach"),
+        model.hooks(fwd_hooks=[(SCORES, lambda scores, hook: None)]),
+    ):
+        states(model, SINKS)
 
 
 def test_a_mask_takes_hold_of_kept_keys_too():
@@ -136,6 +149,7 @@ def test_a_mask_takes_hold_of_kept_keys_too():
 # --- The check on the spot --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gptj", "gpt_oss", "latent"])
 def test_other_layouts_of_rotary_dims_pass_the_check(name):
     latent = {"model_type": "deepseek_v3", "config": LATENT}
@@ -146,13 +160,13 @@ def test_other_layouts_of_rotary_dims_pass_the_check(name):
     ("name", "sentence"),
     [
         ("gpt2", "takes rotary positions"),
-        ("opt", "takes rotary positions"),
-        ("bloom", "computes its attention eagerly"),
+        pytest.param("opt", "takes rotary positions", marks=pytest.mark.slow),
+        pytest.param("bloom", "computes its attention eagerly", marks=pytest.mark.slow),
         ("falcon_h1", "recurrent blocks"),
-        ("llama4_text in chunks", "attends in chunks"),
+        pytest.param("llama4_text in chunks", "attends in chunks", marks=pytest.mark.slow),
         ("gpt_oss", "sliding windows of 8 tokens"),
         ("longrope", "Give texts of at most 24 tokens"),
-        ("shared keys", r"keeps \[1, 3\] cannot be simulated"),
+        pytest.param("shared keys", r"keeps \[1, 3\] cannot be simulated", marks=pytest.mark.slow),
     ],
 )
 def test_what_has_no_such_cache_is_refused(name, sentence):
