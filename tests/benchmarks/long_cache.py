@@ -25,7 +25,7 @@ def main() -> None:
     model = melens.load_model(asked.model, dtype=asked.dtype)
     study = melens.study(model, melens.load_prompts())
     begin = time.perf_counter()
-    result = melens.analysis.eviction(study, cache=asked.cache, n_tokens=asked.n_tokens, needles=20)
+    result = melens.analysis.eviction(study, cache=asked.cache, n_texts=3, n_tokens=asked.n_tokens, needles=20)
     console.print(result)
     console.print(result.claims[["id", "value", "low", "high", "verdict"]].to_string())
     points = result.tables["loss_by_position"].query("draw == 0")
