@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from melens.analysis.across_inputs import stability
     from melens.analysis.attention_sinks import sinks
     from melens.analysis.block_ablation import ablation
+    from melens.analysis.cache_eviction import eviction
     from melens.analysis.compression_valley import valley
     from melens.analysis.emergence_norms import emergence, side_by_side
     from melens.analysis.ffn_concentration import ffn
@@ -38,10 +39,9 @@ if TYPE_CHECKING:
     from melens.training.runs import training
 
 __all__ = [
-    "ablation", "benchmark", "carriers", "consequence", "direction", "emergence", "ffn", "generate", "heads",
-    "mask_grid", "normalization", "prediction", "quantization", "secondary", "side_by_side", "sinks", "stability",
-    "training", "training_table", "trainings", "valley",
-    "verdicts", "verification",
+    "ablation", "benchmark", "carriers", "consequence", "direction", "emergence", "eviction", "ffn", "generate",
+    "heads", "mask_grid", "normalization", "prediction", "quantization", "secondary", "side_by_side", "sinks",
+    "stability", "training", "training_table", "trainings", "valley", "verdicts", "verification",
 ]  # fmt: skip
 
 _MODULES = {
@@ -51,6 +51,7 @@ _MODULES = {
     "consequence": "massive_state",
     "direction": "token_direction",
     "emergence": "emergence_norms",
+    "eviction": "cache_eviction",
     "ffn": "ffn_concentration",
     "generate": "generated_texts",
     "heads": "head_idleness",

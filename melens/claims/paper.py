@@ -11,6 +11,7 @@ from typing import Any
 from melens.analysis.across_inputs import CLAIMS as STABILITY
 from melens.analysis.attention_sinks import CLAIMS as SINKS
 from melens.analysis.block_ablation_claims import CLAIMS as ABLATION
+from melens.analysis.cache_eviction_claims import CLAIMS as EVICTION
 from melens.analysis.carrier_claims import CLAIMS as CARRIERS
 from melens.analysis.compression_valley_claims import CLAIMS as VALLEY
 from melens.analysis.emergence_claims import CLAIMS as EMERGENCE
@@ -32,7 +33,7 @@ __all__ = ["CLAIMS", "FAMILY_CLAIM", "judge_families"]
 
 CLAIMS: tuple[Claim[Any], ...] = (
     *EMERGENCE, *RMSNORM, *FFN, *ABLATION, *DIRECTION, *STABILITY, *SINKS, *CONSEQUENCE, *WEIGHTS, *MASKS, *BENCHMARK,
-    *TABLES, *HEADS, *VALLEY, *SECONDARY, *QUANTIZATION, *CARRIERS,
+    *TABLES, *HEADS, *VALLEY, *SECONDARY, *CARRIERS, *QUANTIZATION, *EVICTION,
 )  # fmt: skip
 """What the paper and its review say of one model, in the order of the paper; what other papers say, last."""
 

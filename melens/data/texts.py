@@ -24,7 +24,9 @@ from melens.errors import MelensError
 __all__ = ["bos_prefix", "cut_texts", "hub_dataset", "read_text"]
 
 
-def read_text(source: str | None = None, *, split: str = "test", column: str = "text") -> str:
+def read_text(
+    source: str | None = None, *, split: str = "test", column: str = "text", option: str = "data.text"
+) -> str:
     """Read a long text.
 
     Args:
@@ -33,6 +35,7 @@ def read_text(source: str | None = None, *, split: str = "test", column: str = "
             little between versions of Python.
         split: of a dataset.
         column: of a dataset, or of a file that has columns.
+        option: what the source is called where it is refused.
 
     Raises:
         MelensError: the file, the dataset or the column does not exist, or a row has no text in that column.
@@ -43,7 +46,7 @@ def read_text(source: str | None = None, *, split: str = "test", column: str = "
     """
     if source is None:
         return "\n\n".join(topics[name] for name in sorted(topics))
-    if check_source("data.text", source):
+    if check_source(option, source):
         return file_text(Path(os.path.expanduser(source)), column)
     rows = hub_dataset(source, split, "give a file")
     if column not in rows.column_names:
@@ -98,7 +101,14 @@ def bos_prefix(tokenizer: Any, bos: Bos = "auto") -> list[int]:
 
 
 def cut_texts(
-    model: Any, text: str | Sequence[int], *, n_texts: int, n_tokens: int, bos: Bos = "auto", seed: int = 0
+    model: Any,
+    text: str | Sequence[int],
+    *,
+    n_texts: int,
+    n_tokens: int,
+    bos: Bos = "auto",
+    seed: int = 0,
+    beyond_context: bool = False,
 ) -> Int[Tensor, "text pos"]:
     """Cut pieces of one length out of a long text, evenly spaced, with different first tokens where possible.
 
@@ -108,6 +118,7 @@ def cut_texts(
         n_texts, n_tokens: number of pieces, and their length with BOS.
         bos: as for prompts.
         seed: of random tokens.
+        beyond_context: let pieces be longer than the context that the model was trained on.
 
     Returns:
         Token ids, `[text, pos]`.
@@ -120,7 +131,7 @@ def cut_texts(
         torch.Size([2, 16])
     """
     tokenizer = model.tokenizer
-    if n_tokens > model.cfg.n_ctx:
+    if n_tokens > model.cfg.n_ctx and not beyond_context:
         raise MelensError(f"data.n_tokens is {n_tokens:,}; lower it to the model's context of {model.cfg.n_ctx:,}.")
     if tokenizer is None:
         return torch.stack(random_tokens(n_texts, n_tokens, model.cfg.d_vocab, seed=seed))

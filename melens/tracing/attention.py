@@ -26,7 +26,7 @@ from transformers.masking_utils import sdpa_mask
 from melens.errors import MelensError
 from melens.tracing.attended import Attended, FromPattern, FromScores, attention_scores, chunks_of
 
-__all__ = ["FUSED", "attention_pattern", "causal_attention", "uses_attention_function"]
+__all__ = ["FUSED", "attention_pattern", "causal_attention", "uses_attention_function", "weigh_values"]
 
 FUSED = "melens"
 """The attention implementation for transformers' config."""
@@ -130,7 +130,7 @@ def _chunked_attention(
     for rows, columns in chunks_of(query, window, sees_ahead=mask is not None):
         scores = attention_scores(query, key, rows, columns, scale=scale, window=window, softcap=softcap, mask=mask)
         logsumexp[:, :, rows] = normaliser = _normaliser(scores, sink_logits)
-        output[:, :, rows] = _attend(torch.exp(scores - normaliser[..., None]), value[:, :, columns])
+        output[:, :, rows] = weigh_values(torch.exp(scores - normaliser[..., None]), value[:, :, columns])
     return output, logsumexp
 
 
@@ -159,9 +159,10 @@ def _normaliser(scores: Float[Tensor, "batch head query key"], sink_logits: Tens
     return torch.logaddexp(normaliser, sink_logits.float()[None, :, None])
 
 
-def _attend(
+def weigh_values(
     pattern: Float[Tensor, "batch head query key"], value: Float[Tensor, "batch kv_head key d_value"]
 ) -> Float[Tensor, "batch head query d_value"]:
+    """Sum the values by what is paid to their keys, in the values' precision."""
     weights = rearrange(pattern.to(value.dtype), "b (kv group) query key -> b kv group query key", kv=value.shape[1])
     return rearrange(weights @ value[:, :, None], "b kv group query d -> b (kv group) query d")
 
@@ -182,6 +183,7 @@ def _attention_function(
     s_aux: Tensor | None = None,
     dropout: float = 0.0,
     melens_record: Callable[[Attended], None] | None = None,
+    melens_attend: Callable[..., tuple[Tensor, Attended]] | None = None,
     melens_pattern: Callable[[Tensor], Tensor | None] | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
@@ -197,12 +199,12 @@ def _attention_function(
     }
     attended: Attended
     if melens_pattern is None:
-        output, attended = causal_attention(query, key, value, **options)
+        output, attended = (melens_attend or causal_attention)(query, key, value, **options)
     else:
         pattern = attention_pattern(query, key, **options).to(query.dtype)
         changed = melens_pattern(pattern)
         pattern = pattern if changed is None else changed
-        output, attended = _attend(pattern, value), FromPattern(pattern)
+        output, attended = weigh_values(pattern, value), FromPattern(pattern)
     if melens_record is not None:
         melens_record(attended)
     return output.transpose(1, 2).contiguous(), None
