@@ -135,7 +135,7 @@ def _experts_make_it(metrics: CarrierMetrics) -> Judgement:
 CLAIMS = (
     Claim(
         id="one-scalar", fixed="2026-11-27 22c0757",
-        source="Yu et al. (2024), section 3.1", figure="scalars", metrics=CarrierMetrics,
+        source="Yu et al. (2024)", figure="scalars", metrics=CarrierMetrics,
         claim="One scalar of the down projection brings the massive activation",
         statistic="w · x of the entry of the ME layer's down projection at its largest output and its largest input, "
         "over that output",
@@ -146,27 +146,27 @@ CLAIMS = (
     ),
     Claim(
         id="scalar-makes-massive", fixed="2026-11-27 22c0757",
-        source="Yu et al. (2024), figure 4", figure="scaling", metrics=CarrierMetrics,
+        source="Yu et al. (2024), abstract", figure="scaling", metrics=CarrierMetrics,
         claim="Without that scalar the massive activation falls",
         statistic="largest |h| of the massive token behind the ME layer with the scalar at 0, over the intact",
         criterion="≤ 0.25, and ≥ 0.5 with the largest other entry of the matrix at 0; in part ≤ 0.5",
-        why="Yu et al. see it fall by 75%; half of it is no longer the same activation; what any large entry does is "
-        "no effect of this one",
+        why="Yu et al. say that the weight induces the activation, so what else does leaves a quarter at most; half of "
+        "it is no longer the same activation; what any large entry does is no effect of this one",
         of_ffn=True, judge=_scalar_makes_it,
     ),
     Claim(
         id="scalar-breaks", fixed="2026-11-27 22c0757",
-        source="Yu et al. (2024), table 1", figure="scaling", metrics=CarrierMetrics,
+        source="Yu et al. (2024), abstract", figure="scaling", metrics=CarrierMetrics,
         claim="Without that scalar the model is broken",
         statistic="rise of the loss (nats a token) with the scalar at 0",
         criterion="≥ 0.69, and < 0.1 with the largest other entry of the matrix at 0; in part ≥ 0.1",
         why="0.69 doubles the perplexity, the least that can be called broken (Yu et al. see it rise a thousandfold); "
-        "0.1 is a tenth more; other large entries do little in their table",
+        "0.1 is a tenth more; other large entries do little",
         of_ffn=True, judge=_scalar_breaks,
     ),
     Claim(
         id="few-rows", fixed="2026-11-27 22c0757",
-        source="Oh et al. (2024), section 3", figure="massive_weights", metrics=CarrierMetrics,
+        source="Oh et al. (2024), abstract", figure="massive_weights", metrics=CarrierMetrics,
         claim="The few rows of gate and up that feed the largest neurons matter more than all others",
         statistic="rise of the loss (nats a token) with these rows at zero, less that with all other rows of the ME "
         "layer's gate and up at zero",
@@ -177,7 +177,7 @@ CLAIMS = (
     ),
     Claim(
         id="super-experts", fixed="2026-11-27 22c0757",
-        source="Su et al. (2025), section 3", figure="experts", metrics=CarrierMetrics,
+        source="Su et al. (2025), abstract", figure="experts", metrics=CarrierMetrics,
         claim="A few experts of a mixture make the massive activation",
         statistic="largest |h| of the massive token behind the ME layer without the super experts, over the intact",
         criterion="≤ 0.1, and ≥ 0.5 without as many other experts; in part ≤ 0.5",
