@@ -29,7 +29,7 @@ _GROUPS = {
     "wemask": "The mask: wemask=",
     "scale": "How much of it, for trainings and tables: scale=",
 }
-_OF_MODELS = {"hub": ("name",), "random": ("model_type", "tokenizer", "seed", "config")}
+_OF_MODELS = {"hub": ("name",), "random": ("model_type", "tokenizer", "attention", "seed", "config")}
 _SETTLED = {"name", "defaults"}
 _KEEP = "of most experiments: what takes long stays in the user's cache, for the next run; false measures anew"
 _AS_ABOVE = ("likewise", "as exp.keep")

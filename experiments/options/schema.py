@@ -22,7 +22,17 @@ from melens.data.reading import check_source, file_text
 from melens.data.tasks import OWN_PROMPTS, check_tasks, tasks_in
 from melens.errors import MelensError
 from melens.models.folders import find_model
-from melens.models.specs import Device, DeviceMap, Dtype, MaxMemory, ModelSpec, Quantize, known_models, spec_of
+from melens.models.specs import (
+    AttentionKind,
+    Device,
+    DeviceMap,
+    Dtype,
+    MaxMemory,
+    ModelSpec,
+    Quantize,
+    known_models,
+    spec_of,
+)
 from melens.training.recipe import Precision, Tracker
 from melens.validation.types import (
     SELECTS,
@@ -121,7 +131,8 @@ class RandomModelOptions(ModelOptions):
 
     source: Literal["random"]  # type: ignore[assignment]
     model_type: Name
-    tokenizer: Annotated[Literal["bytes"] | None, Said("bytes, or null for none")]
+    tokenizer: Annotated[Name | None, Said("bytes, a hub id, a folder, or null for none")]
+    attention: Annotated[AttentionKind | None, Said("softpick, off_by_one, sigmoid or null")]
     seed: Seed
     config: Annotated[dict[str, Any], Said("fields of transformers' configuration by name")]
 

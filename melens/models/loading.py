@@ -40,6 +40,7 @@ from melens.data.prompts import byte_tokenizer
 from melens.environment.seeding import seeded
 from melens.environment.versions import warn_untried
 from melens.errors import MelensError
+from melens.models.attention_kinds import set_attention
 from melens.models.checkpoints import load_network
 from melens.models.gates import GATE_FILE, load_gates
 from melens.models.presence import MAPS, check_present
@@ -180,7 +181,7 @@ def load_tokenizer(name: Any, **overrides: Any) -> Any:
     """Load a model's own tokenizer, None if it has none, as `load_model` does but without the model."""
     spec = spec_of(name, overrides)
     if spec.source == "random":
-        return _byte_tokenizer(spec, _random_config(spec))
+        return _tokenizer_of_random(spec, _random_config(spec))
     source = _source(spec)
     source.read_config()
     return source.read_tokenizer()
@@ -277,9 +278,13 @@ def _attach_tokenizer(bridge: TransformerBridge, tokenizer: Any) -> None:
 
 def _plan_random(spec: ModelSpec, device: torch.device) -> PlannedModel:
     config = _random_config(spec)
-    tokenizer = _byte_tokenizer(spec, config)
+    tokenizer = _tokenizer_of_random(spec, config)
     skeleton = Skeleton(config, spec.name)
     cfg = skeleton.check()
+    if tokenizer is not None:
+        _check_tokenizer(tokenizer, skeleton)
+    if spec.attention is not None:
+        set_attention(skeleton.network, spec.attention)
     dtype = _dtype(spec.dtype, config)
     skeleton.check_memory(skeleton.n_bytes(dtype.itemsize), "its weights", device)
 
@@ -287,15 +292,21 @@ def _plan_random(spec: ModelSpec, device: torch.device) -> PlannedModel:
         with seeded(spec.seed), device:
             network = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
         bridge = bridge_around(network, spec.name, skeleton.architecture)
+        if spec.attention is not None:
+            set_attention(bridge, spec.attention)
         _attach_tokenizer(bridge, tokenizer)
         return bridge
 
     return PlannedModel(spec.name, cfg, skeleton.network, tokenizer, load)
 
 
-def _byte_tokenizer(spec: ModelSpec, config: PreTrainedConfig) -> Any:
+def _tokenizer_of_random(spec: ModelSpec, config: PreTrainedConfig) -> Any:
     if spec.tokenizer is None:
         return None
+    if spec.tokenizer != "bytes":
+        folder = Path(os.path.expanduser(spec.tokenizer))
+        is_saved_alone = (folder / "tokenizer.json").is_file()
+        return AutoTokenizer.from_pretrained(folder) if is_saved_alone else load_tokenizer(spec.tokenizer)
     tokenizer = byte_tokenizer()
     if config.vocab_size < len(tokenizer):
         raise MelensError(f"model.tokenizer=bytes needs a model.config.vocab_size of at least {len(tokenizer)}.")

@@ -16,11 +16,15 @@ from melens.environment.conf import conf_folder
 from melens.errors import MelensError
 from melens.validation.types import Flag, Name, Said, Whole, in_words, why_not
 
-__all__ = ["Device", "DeviceMap", "Dtype", "MaxMemory", "ModelSpec", "Quantize", "known_models", "spec_of"]
+__all__ = [
+    "AttentionKind", "Device", "DeviceMap", "Dtype", "MaxMemory", "ModelSpec", "Quantize", "known_models", "spec_of",
+]  # fmt: skip
 
 _Text = Annotated[Name | None, Said("a text, or null")]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$"), Said("auto, cpu, mps, cuda or cuda:1")]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], Said("auto, float32, bfloat16 or float16")]
+AttentionKind = Literal["softpick", "off_by_one", "sigmoid"]
+"""What replaces the softmax of attention in a model that is trained from scratch."""
 Quantize = Literal["8bit", "4bit"]
 """What bitsandbytes makes of a plain checkpoint's linear layers: LLM.int8() (Dettmers et al. 2022), or NormalFloat in
 blocks of 64 (QLoRA, Dettmers et al. 2023), computed in the dtype of the rest."""
@@ -54,7 +58,8 @@ class ModelSpec:
         revision: branch, tag or commit on the hub.
         trust_remote_code: run code that comes with the checkpoint.
         model_type, config, seed: of a random model: transformers' model type, its config's fields, and the seed.
-        tokenizer: of a random model: `"bytes"` for a token a byte; null for none.
+        tokenizer: of a random model: `"bytes"` for a token a byte, or the hub id or folder of one; null for none.
+        attention: of a random model: what replaces the softmax (`melens.models.attention_kinds`); null for softmax.
     """
 
     name: Annotated[str, Field(strict=True, min_length=1), Said("a name, a hub id, or the path of a folder or file")]
@@ -75,7 +80,8 @@ class ModelSpec:
         default_factory=dict
     )
     seed: Whole = 0
-    tokenizer: Annotated[Literal["bytes"] | None, Said("bytes, or null for none")] = None
+    tokenizer: Annotated[Name | None, Said("bytes, a hub id, a folder, or null for none")] = None
+    attention: AttentionKind | None = None
 
 
 def known_models() -> dict[str, dict[str, Any]]:
@@ -124,6 +130,10 @@ def spec_of(name: Any, overrides: Mapping[str, Any]) -> ModelSpec:
         raise MelensError(
             "A random model is made on one device and not quantised, as it has no files to load in parts. To use "
             f"model.{excess[0]}, save it by melens.models.twins.plain_twin(model).save_pretrained(folder) and load it."
+        )
+    if spec.source != "random" and spec.attention is not None:
+        raise MelensError(
+            f"model.attention={spec.attention} is for random weights; {spec.name} attends as it was trained."
         )
     return spec
 

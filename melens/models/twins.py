@@ -16,6 +16,7 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformer_lens.utilities.multi_gpu import count_unique_devices
 
 from melens.errors import MelensError
+from melens.models.attention_kinds import attend_as_configured, implementation_of
 from melens.models.devices import dispatch_like, has_all_weights, input_device, is_dispatched
 from melens.models.gates import attach_gates, gates_of, is_of_gate
 from melens.models.kv_cache import find_cache_by_any_name
@@ -88,6 +89,7 @@ def bridge_around(network: Any, name: str, architecture: str | None = None) -> T
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise MelensError(f"TransformerLens cannot put its bridge into {name} ({architecture}): {reason}") from error
     bridge.cfg.n_devices = count_unique_devices(network)
+    attend_as_configured(bridge)
     find_cache_by_any_name(bridge)
     return bridge.eval()
 
@@ -114,7 +116,7 @@ def twin_of(network: Any, attention: str, weights: Mapping[str, Tensor] | None =
     config = copy.deepcopy(network.config)
     config.output_attentions = False
     with init_empty_weights(include_buffers=False):
-        twin = type(network)._from_config(config, attn_implementation=attention)
+        twin = type(network)._from_config(config, attn_implementation=implementation_of(config, attention))
     names = set(twin.state_dict())
     shared = share_quantized_layers(twin, network)
     wanted = {name for name in names if not name.startswith(tuple(f"{module}." for module in shared))}

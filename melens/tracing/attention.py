@@ -24,6 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from melens.errors import MelensError
+from melens.models.attention_kinds import WEIGHTS, kind_of
 from melens.tracing.attended import Attended, FromPattern, FromScores, attention_scores, chunks_of
 
 __all__ = ["FUSED", "attention_pattern", "causal_attention", "uses_attention_function", "weigh_values"]
@@ -143,12 +144,15 @@ def attention_pattern(
     softcap: float | None = None,
     sink_logits: Float[Tensor, " head"] | None = None,
     mask: Tensor | None = None,
+    kind: str | None = None,
 ) -> Float[Tensor, "batch head query key"]:
-    """Compute the whole pattern in float32; the arguments are as for `causal_attention`."""
+    """Compute the whole pattern in float32; arguments as for `causal_attention`, and what replaces the softmax."""
     everything = slice(None)
     scores = attention_scores(
         query, key, everything, everything, scale=scale, window=window, softcap=softcap, mask=mask
     )
+    if kind in WEIGHTS:
+        return WEIGHTS[kind](scores)
     return torch.exp(scores - _normaliser(scores, sink_logits)[..., None])
 
 
@@ -190,19 +194,22 @@ def _attention_function(
     if query.shape[2] != key.shape[2]:
         raise MelensError("A measurement takes whole sequences: run the model with use_cache=False.")
     _refuse_unknown(others | {"dropout": dropout or None})
+    kind = kind_of(getattr(module, "config", None))
     options: dict[str, Any] = {
         "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
         "window": getattr(module, "sliding_window", None) if sliding_window == 0 else sliding_window,  # 0: not given
         "softcap": softcap,
-        "sink_logits": s_aux,
+        "sink_logits": query.new_zeros(query.shape[1]) if kind == "off_by_one" else s_aux,
         "mask": attention_mask,
     }
     attended: Attended
-    if melens_pattern is None:
+    if kind in (None, "off_by_one") and melens_pattern is None:  # one by a log-sum-exp
         output, attended = (melens_attend or causal_attention)(query, key, value, **options)
+    elif melens_attend is not None:
+        raise MelensError(f"A cache cannot be simulated in a model with {kind} attention.")
     else:
-        pattern = attention_pattern(query, key, **options).to(query.dtype)
-        changed = melens_pattern(pattern)
+        pattern = attention_pattern(query, key, **options, kind=kind).to(query.dtype)
+        changed = None if melens_pattern is None else melens_pattern(pattern)
         pattern = pattern if changed is None else changed
         output, attended = weigh_values(pattern, value), FromPattern(pattern)
     if melens_record is not None:

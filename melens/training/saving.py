@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
 
 from melens.masks.mask import WeMask
+from melens.models.attention_kinds import mark_saved
 from melens.models.gates import is_of_gate, save_gates
 from melens.models.twins import gathered_twin
 from melens.storage.files import atomic_folder
@@ -44,6 +45,7 @@ def save_trained(model: Any, tokenizer: Any, folder: Path, *, mask: WeMask | Non
         _put_aside(folder)
         with atomic_folder(folder, replace=True) as partial:
             model.save_pretrained(partial, state_dict={name: w for name, w in weights.items() if name not in of_gates})
+            mark_saved(partial, model.config)
             tokenizer.save_pretrained(partial)
             if of_gates:
                 save_gates(of_gates, partial)
