@@ -1,4 +1,4 @@
-"""`exp=sft`, `dpo` and `grpo`: train a model with WeMask, with gates or plain, and see what becomes of it."""
+"""`exp=sft`, `dpo`, `grpo`, `pretrain`: train a model with WeMask, with gates or plain, and see what becomes of it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["EXPERIMENTS", "mask_for", "model_options", "prepare_training"]
 
 
 class TrainingOptions(ExperimentOptions):
-    name: Literal["sft", "dpo", "grpo"]
+    name: Literal["sft", "dpo", "grpo", "pretrain"]
 
 
 def prepare_training(
@@ -65,14 +65,30 @@ def prepare_training(
 def model_options(cfg: Options, plan: TrainingPlan) -> dict[str, Any]:
     """Return what the model is loaded with: its weights in the precision in which they are trained."""
     options = cfg.model.model_dump(exclude_unset=True)
+    if plan.recipe.method == "pretrain":
+        options |= {"seed": plan.recipe.seed}
+        if options["tokenizer"] is None:
+            options["tokenizer"] = str(_tokenizer_for(plan, options))
     return options | {"dtype": "bfloat16" if plan.recipe.precision == "bfloat16" else "float32"}
 
 
-def mask_for(run: Run, request: TrainingRequest) -> WeMask | None:
-    """Return the mask of a training with its dims settled on the model; None for none."""
-    from experiments.runner.masks import only_mask_of
+def _tokenizer_for(plan: TrainingPlan, options: dict[str, Any]) -> Path:
+    """Train a tokenizer of the model's vocabulary on the plan's text, if no earlier run has."""
+    from melens.training.packing import tokenizer_of_text
+    from melens.training.pretraining import source_of
 
-    return None if request.mask is None else only_mask_of(request.mask.options, run.me, run.model)
+    return tokenizer_of_text(source_of(plan), options["config"]["vocab_size"])
+
+
+def mask_for(run: Run, request: TrainingRequest) -> WeMask | None:
+    """Return the mask of a training, with its dims settled on a model that is trained already; None for none."""
+    from experiments.runner.masks import only_mask_of, unsettled_mask_of
+
+    if request.mask is None:
+        return None
+    if request.plan.recipe.method == "pretrain":
+        return unsettled_mask_of(request.mask.options, run.model)
+    return only_mask_of(request.mask.options, run.me, run.model)
 
 
 def _experiment(method: str) -> Experiment:

@@ -293,12 +293,12 @@ class TrainingOptions(Node):
     peft: Annotated[Literal["none", "lora"], Said("none or lora")]
     lora: LoraOptions
     batch_size: OptionalCount
-    micro_batch_size: Count
+    micro_batch_size: OptionalCount
     lr: OptionalPositive
     epochs: OptionalPositive
     steps: OptionalCount
     warmup: Annotated[Number, Field(lt=1), Said("a share of the steps, from 0 to under 1")]
-    weight_decay: Number
+    weight_decay: OptionalNumber
     max_length: OptionalCount
     max_new_tokens: OptionalCount
     rollouts: OptionalAtLeast2
@@ -307,8 +307,10 @@ class TrainingOptions(Node):
     format_weight: Number
     precision: Precision
     gradient_checkpointing: Flag
-    trace_every: Whole
-    trace_prompts: Count
+    compile: Flag
+    held_out: Annotated[Number, Field(gt=0, lt=1), Said("a number between 0 and 1")]
+    trace_every: Annotated[Whole | None, Said("a whole number, or null")]
+    trace_prompts: OptionalCount
     log_every: Count
     save_every: Whole
     resume: Folder

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from experiments.options.masks import Preset, check_one_mask, presets_of
 from experiments.options.reading import OptionError
-from experiments.options.schema import Options
+from experiments.options.schema import Options, as_list
 from melens.data.reading import file_rows
-from melens.training.datasets import file_of
+from melens.training.datasets import PYTHON_DOCS, file_of
 from melens.training.plan import QUANTIZED, SPREAD, TrainingPlan
 from melens.training.recipe import Lora, Recipe, check_installed, known_datasets, training_conf
 
@@ -18,7 +18,7 @@ __all__ = ["DATASETS", "TrainingRequest", "training_request"]
 
 _LIMITS = {"training.limit", "training.max_length", "training.steps"}
 """Options whose null, typed, means no limit; elsewhere null stands for the paper's value."""
-DATASETS = {"sft": "gsm8k", "dpo": "hh_rlhf", "grpo": "gsm8k"}
+DATASETS = {"sft": "gsm8k", "dpo": "hh_rlhf", "grpo": "gsm8k", "pretrain": PYTHON_DOCS}
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def training_request(options: Options, method: str, *, dataset: str | None = Non
 
     Args:
         options: of the run.
-        method: `sft`, `dpo` or `grpo`.
+        method: `sft`, `dpo`, `grpo` or `pretrain`.
         dataset: where the options name none.
 
     Raises:
@@ -56,12 +56,35 @@ def training_request(options: Options, method: str, *, dataset: str | None = Non
     lora = Lora(**node.lora.model_dump()) if node.peft == "lora" else None
     recipe = Recipe(**own | {"method": method, "lora": lora, "seed": node.seed[0]})
     check_installed(recipe.report_to)
-    if dataset != "sums" and (path := file_of(dataset, method, node.data_dir)) is not None:
+    if method == "pretrain":
+        _check_from_scratch(options, dataset, values["trace_every"])
+    elif dataset != "sums" and (path := file_of(dataset, method, node.data_dir)) is not None:
         file_rows(path)
-    as_given = node.model_dump(include={"data_dir", "columns", "split", "trace_every", "trace_prompts"})
+    as_given = node.model_dump(include={"data_dir", "columns", "split", "held_out"})
+    as_given |= {name: values[name] for name in ("trace_every", "trace_prompts") if name in values}
     chat, gate = None if node.chat == "auto" else node.chat, None if node.gate == "none" else node.gate
     plan = TrainingPlan(recipe, dataset, limit=values["limit"], chat=chat, gate=gate, **as_given)
     return TrainingRequest(plan, _mask(options), None if node.resume is None else Path(os.path.expanduser(node.resume)))
+
+
+def _check_from_scratch(options: Options, dataset: str, trace_every: int) -> None:
+    node = options.training
+    if options.model.source != "random":
+        raise OptionError("exp=pretrain trains a model with random weights: model=llama-10m, model=random, ...")
+    if node.data_dir is not None or node.limit is not None or node.peft != "none":
+        given = "data_dir" if node.data_dir is not None else "limit" if node.limit is not None else "peft"
+        raise OptionError(f"exp=pretrain has no training.{given}: it trains all weights on the whole of a text.")
+    place = Path(os.path.expanduser(dataset))
+    if dataset != PYTHON_DOCS and not place.exists() and "/" not in dataset:
+        raise OptionError(
+            f"There is no file or folder {dataset!r}. training.dataset is a file or a folder of text, a hub id "
+            f"(org/name), or {PYTHON_DOCS}."
+        )
+    if node.mask not in ("none", "off") and not trace_every and isinstance(as_list(options.wemask.start)[0], str):
+        raise OptionError(
+            "The mask begins behind the ME layer, which is looked for every training.trace_every steps. Set it, as to "
+            "100, or wemask.start to a block."
+        )
 
 
 def _mask(options: Options) -> Preset | None:

@@ -14,7 +14,7 @@ from melens.masks.dims import FixedDims, count_dims
 from melens.models.loading import PlannedModel
 from melens.models.view import ModelView, view_model
 
-__all__ = ["check_masks", "masks_of", "on_blocks", "only_mask_of"]
+__all__ = ["check_masks", "masks_of", "on_blocks", "only_mask_of", "unsettled_mask_of"]
 
 _BY_RATE = ("weight", "weight_low", "random", "magnitude")
 """Selections that differ below rate 1 alone."""
@@ -61,6 +61,18 @@ def only_mask_of(options: MaskOptions, me: Emergence, model: TransformerBridge) 
     if len(masks) != 1:
         raise MelensError(f"This experiment takes one mask, but wemask makes {len(masks)}: give no lists in it.")
     return masks[0]
+
+
+def unsettled_mask_of(options: MaskOptions, model: TransformerBridge) -> WeMask:
+    """Return the one mask of a training from scratch: its dims, and perhaps its start, are found as the model grows."""
+    combined = _combinations(options, view_model(model))
+    if len(combined) != 1:
+        raise MelensError(f"This experiment takes one mask, but wemask makes {len(combined)}: give no lists in it.")
+    if combined[0]["select"] == "saved":
+        raise MelensError(
+            "wemask=saved is the mask of a trained model, and exp=pretrain has none yet."
+        )
+    return WeMask(**combined[0])
 
 
 def on_blocks(mask: WeMask, layers: Any) -> WeMask:

@@ -10,9 +10,12 @@ from melens.data.reading import names_file
 from melens.errors import MelensError
 from melens.training.recipe import known_datasets
 
-__all__ = ["OWN_FILE", "file_of"]
+__all__ = ["OWN_FILE", "PYTHON_DOCS", "file_of"]
 
 OWN_FILE = "a .jsonl, .json or .csv file"
+
+PYTHON_DOCS = "python_docs"
+"""Python's own documentation topics, 0.2 million tokens: enough to see a training run, not to learn a language."""
 
 
 def file_of(name: str, method: str, data_dir: str | None = None) -> Path | None:

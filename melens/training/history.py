@@ -28,8 +28,12 @@ _Y_TITLES = {
     "mean_token_accuracy": "share of tokens",
     "magnification_there": "‖block output‖ / ‖block input‖",
     "sink_mass": "share of attention",
+    "largest_over_median": "largest |h| over the median",
+    "sink_rate": "share of heads",
 }
 _INSPECTED = {"magnification_there": "magnification of block {me} (ME layer)", "sink_mass": "sink mass {where}"}
+_FROM_SCRATCH = {"largest_over_median": "largest |h| over the median", "sink_rate": "sink rate of token 0"}
+"""Of a model that has no ME layer before its training."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -193,7 +197,7 @@ def draw_histories(histories: Sequence[TrainingHistory], title: str, me_layer: i
                 logged.setdefault(quantity, {})[history.name] = _points(history.log, column)
                 y_titles[quantity] = _Y_TITLES.get(column, quantity)
         has_mask = history.inspections["masked"].any()
-        for column, quantity in _INSPECTED.items():
+        for column, quantity in (_INSPECTED | _FROM_SCRATCH).items() if me_layer is None else _INSPECTED.items():
             quantity = quantity.format(me=me_layer, where=where)
             y_titles[quantity] = _Y_TITLES[column]
             for masked, rows in history.inspections.groupby("masked"):

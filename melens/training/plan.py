@@ -25,7 +25,8 @@ class TrainingPlan:
         chat: learn in the tokenizer's chat template; None does so if there is one.
         gate: kind of gated attention that is added; None for none.
         trace_every: inspect the model each so many steps, besides at the beginning and at the end; 0 not in between.
-        trace_prompts: on how many prompts.
+        trace_prompts: on how many prompts, of `pretrain` rows of the text that is held out.
+        held_out: of `pretrain`, the share of documents for the validation loss.
     """
 
     recipe: Recipe
@@ -38,6 +39,7 @@ class TrainingPlan:
     gate: str | None = None
     trace_every: int = 0
     trace_prompts: int = 4
+    held_out: float = 0.01
 
     def on_device(self, *, gpu: bool) -> TrainingPlan:
         """Choose the precision where the recipe leaves it to the machine: mixed on a GPU, else float32."""

@@ -18,7 +18,7 @@ from melens.validation.types import Count, Flag, Number, Positive, Said, Whole, 
 
 __all__ = ["METHODS", "Lora", "Recipe", "check_installed", "known_datasets", "training_conf"]
 
-METHODS = ("sft", "dpo", "grpo")
+METHODS = ("sft", "dpo", "grpo", "pretrain")
 _UnderOne = Annotated[Number, Field(lt=1), Said("a number from 0 to under 1")]
 BYTES_PER_WEIGHT = {"auto": 4, "float32": 4, "mixed": 4, "bfloat16": 2}
 Precision = Annotated[str, one_of(tuple(BYTES_PER_WEIGHT)), Said(listed(tuple(BYTES_PER_WEIGHT)))]
@@ -46,7 +46,8 @@ class Recipe:
         method: one of `METHODS`.
         batch_size: rows in an optimiser step over all processes; with GRPO, prompts.
         micro_batch_size: rows (with GRPO, rollouts) in a forward pass of one process.
-        lr, epochs, weight_decay: of AdamW; the rate falls linearly after `warmup`, a share of all steps.
+        lr, epochs, weight_decay: of AdamW; the rate falls linearly after `warmup`, a share of all steps (of `pretrain`
+            as a cosine).
         steps: of the optimiser; None makes as many as the epochs need.
         max_length: tokens of a row, which is cut beyond; not used by GRPO.
         max_new_tokens, rollouts, temperature: length, number and temperature of the replies that GRPO samples.
@@ -55,11 +56,12 @@ class Recipe:
         precision: `"float32"`; `"mixed"` for float32 weights and bfloat16 arithmetic; `"bfloat16"` for weights too;
             `"auto"` for what suits the machine (`TrainingPlan.on_device`).
         gradient_checkpointing: compute activations again in the backward pass, to save memory.
+        compile: by torch.compile, in minutes that long trainings earn back.
         lora: None trains all weights.
         log_every, save_every: in steps; `save_every` 0 keeps no checkpoints.
         report_to: tensorboard, wandb, trackio, or none.
         seed: of the data's order, adapters and rollouts.
-        trainer: further fields of TRL's configuration of the method, by their names.
+        trainer: further fields of TRL's configuration of the method, of `pretrain` transformers', by their names.
     """
 
     method: Annotated[str, one_of(METHODS), Said(listed(METHODS))]
@@ -78,6 +80,7 @@ class Recipe:
     format_weight: Number = 0.0
     precision: Precision = "float32"
     gradient_checkpointing: Flag = False
+    compile: Flag = False
     lora: Lora | None = None
     log_every: Count = 1
     save_every: Whole = 100

@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from accelerate import PartialState
 
@@ -27,6 +28,7 @@ from melens.analysis.study import Study
 from melens.data.chat import check_conversations
 from melens.errors import MelensError
 from melens.masks.mask import WeMask
+from melens.models.attention_kinds import kind_of
 from melens.models.devices import is_dispatched
 from melens.models.gates import add_gates
 from melens.models.quantization import is_quantized
@@ -37,7 +39,9 @@ from melens.storage.cache import Store, store_for, tokenizer_fingerprint
 from melens.training.data import TrainingData, format_rows, hash_rows, load_training_data
 from melens.training.history import TrainingHistory, draw_histories
 from melens.training.inspection import Inspector
+from melens.training.masking import GrowingMask
 from melens.training.plan import QUANTIZED, SPREAD, TrainingPlan
+from melens.training.pretraining import rows_to_inspect, text_of, validation_losses
 from melens.training.rewards import check_answers
 from melens.training.saving import save_trained
 from melens.training.trainers import TrainingStats, check_trainer, train
@@ -53,6 +57,7 @@ class TrainedModel:
         folder: of the model, for `load_model`.
         n_rows: that it learnt from.
         chat: whether it learnt in its chat template.
+        tables: of a training from scratch, `validation` (as `validation_losses`) and with a mask `mask_moves`.
     """
 
     folder: Path
@@ -61,6 +66,7 @@ class TrainedModel:
     stats: TrainingStats
     n_rows: int
     chat: bool
+    tables: dict[str, pd.DataFrame]
 
 
 def check_plan(plan: TrainingPlan, tokenizer: Any) -> None:
@@ -70,6 +76,9 @@ def check_plan(plan: TrainingPlan, tokenizer: Any) -> None:
         MelensError: the rows make no batch or have no form for the method, the chat template refuses one of them, too
             many right answers can never be rewarded, or a single process has several GPUs.
     """
+    if plan.recipe.method == "pretrain":
+        _check_from_scratch(plan, tokenizer)
+        return
     data = _data(plan)
     check_trainer(plan.recipe, len(data.rows))
     rows = _format_once(data, plan.recipe.method, chat=_is_chat(plan, tokenizer))
@@ -79,6 +88,17 @@ def check_plan(plan: TrainingPlan, tokenizer: Any) -> None:
         check_conversations(tokenizer, whole if replies else rows["prompt"], plan.dataset)
     if plan.recipe.method == "grpo":
         check_answers(rows["answer"], plan.dataset)
+    _check_gpus()
+
+
+def _check_from_scratch(plan: TrainingPlan, tokenizer: Any) -> None:
+    if tokenizer is None:
+        raise MelensError("This model has no tokenizer, so it cannot learn from texts. Set model.tokenizer.")
+    check_trainer(plan.recipe, len(text_of(plan, tokenizer).training))
+    _check_gpus()
+
+
+def _check_gpus() -> None:
     if torch.cuda.device_count() > 1 and PartialState().num_processes == 1:
         raise MelensError(
             "There are several GPUs, but a training in one process uses one. Set CUDA_VISIBLE_DEVICES=0, or start "
@@ -122,8 +142,8 @@ def train_model(
     Raises:
         MelensError: the model is spread, quantised or cannot be taken out of its bridge; or as `train`.
     """
-    tokenizer = study.model.tokenizer
-    chat = _is_chat(plan, tokenizer)
+    tokenizer, from_scratch = study.model.tokenizer, plan.recipe.method == "pretrain"
+    chat = not from_scratch and _is_chat(plan, tokenizer)
     if is_dispatched(study.model.original_model):
         raise MelensError(SPREAD)
     if is_quantized(study.model.original_model):
@@ -131,11 +151,23 @@ def train_model(
     model = plain_twin(study.model)
     if model is study.model.original_model:
         raise MelensError("This model cannot be taken out of its bridge, so it cannot be trained.")
-    mask = None if mask is None else mask.on(model)
+    own: WeMask | GrowingMask | None = mask
+    if mask is not None:
+        own = GrowingMask(mask) if from_scratch else mask.on(model)
     if plan.gate is not None:
         add_gates(view_model(model), plan.gate)
-    rows = _format_once(_data(plan), plan.recipe.method, chat=chat)
-    inspector = Inspector(study, mask, folder / "checkpoints", n_prompts=plan.trace_prompts, resume=resume)
+    text = text_of(plan, tokenizer) if from_scratch else None
+    rows = _format_once(_data(plan), plan.recipe.method, chat=chat) if text is None else text.training
+    prompts = None if text is None else rows_to_inspect(text.validation, plan.trace_prompts)
+    inspector = Inspector(
+        study, own, folder / "checkpoints", n_prompts=plan.trace_prompts, tokens=prompts, resume=resume
+    )
+
+    def inspect(step: int, model: Any) -> None:
+        inspector.inspect(step, model)
+        if isinstance(own, GrowingMask):
+            own.look(step, inspector.last_me_layer)
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # TRL's use of transformers
         trained = train(
@@ -144,17 +176,26 @@ def train_model(
             rows,
             plan.recipe,
             folder / "checkpoints",
-            mask=mask,
+            mask=own,
             resume=resume,
             progress=study.stage(f"steps of {plan.recipe.method}"),
-            inspect=inspector.inspect,
+            inspect=inspect,
             inspect_every=plan.trace_every,
         )
+    moves = own.table() if isinstance(own, GrowingMask) else None
+    mask = own.moved_to(trained.model) if isinstance(own, GrowingMask) else own
     record = {"training": asdict(plan.recipe), "dataset": plan.dataset, "rows": len(rows), "gate": plan.gate}
     record |= {"model": str(study.model.cfg.model_name), "mask": None if mask is None else mask.to_dict()}
     save_trained(trained.model, tokenizer, folder / "model", mask=mask, record=record | asdict(trained.stats))
     history = TrainingHistory("", trained.log, inspector.table())
-    return TrainedModel(folder / "model", mask, history, trained.stats, len(rows), chat)
+    tables = {} if moves is None else {"mask_moves": moves}
+    if text is not None:
+        rows_per_batch, mixed = plan.recipe.micro_batch_size, plan.recipe.precision == "mixed"
+        masks = [None] if mask is None else [None, mask]
+        tables["validation"] = validation_losses(
+            trained.model, text.validation, masks, rows_per_batch=rows_per_batch, mixed=mixed
+        )
+    return TrainedModel(folder / "model", mask, history, trained.stats, len(rows), chat, tables)
 
 
 def training_store(study: Study, plan: TrainingPlan, mask: WeMask | None) -> Store:
@@ -189,6 +230,10 @@ class TrainingMetrics(Metrics):
         saved_in: the folder of the trained model.
         training_steps, ...: as `TrainingStats`.
         me_layer_before, ...: the first inspection without the mask, and the last one, as in `TrainingHistory`.
+        attention: what replaces the softmax, None for softmax.
+        validation_loss, validation_loss_masked: of `pretrain`, nats a token on text held out, without the mask that it
+            was trained with and under it.
+        largest_over_median_after, sink_rate_after: as `me_layer_after`.
     """
 
     method: str = ""
@@ -215,6 +260,11 @@ class TrainingMetrics(Metrics):
     me_layer_after: int | None = None
     magnification_there_after: float | None = None
     sink_mass_after: float | None = None
+    attention: str | None = None
+    validation_loss: float | None = None
+    validation_loss_masked: float | None = None
+    largest_over_median_after: float | None = None
+    sink_rate_after: float | None = None
 
 
 def training(
@@ -271,16 +321,25 @@ def training(
         training_chat=trained.chat,
         **{f"training_{key}": value for key, value in asdict(trained.stats).items()},
         **{f"{key}_before": first.get(key) for key in inspected},
-        **{f"{key}_after": last.get(key) for key in inspected},
+        **{f"{key}_after": last.get(key) for key in (*inspected, "largest_over_median", "sink_rate")},
+        **_validation_metrics(trained),
+        attention=kind_of(study.model.original_model.config),
     )
     return Result(
         method,
         study.trace.model,
         metrics,
-        tables={"training_log": trained.history.log, "training_trace": trained.history.inspections},
+        tables={"training_log": trained.history.log, "training_trace": trained.history.inspections} | trained.tables,
         figures=draw_histories([trained.history], f"{method.upper()} of {name} on {plan.dataset}", study.me.layer),
         findings=_findings(plan, trained, mask_name),
     )
+
+
+def _validation_metrics(trained: TrainedModel) -> dict[str, float]:
+    if "validation" not in trained.tables:
+        return {}
+    means = trained.tables["validation"].groupby("masked")["loss"].mean()
+    return {"validation_loss_masked" if masked else "validation_loss": float(loss) for masked, loss in means.items()}
 
 
 def _findings(plan: TrainingPlan, trained: TrainedModel, mask_name: str) -> Sequence[tuple[str, str]]:
@@ -298,7 +357,18 @@ def _findings(plan: TrainingPlan, trained: TrainedModel, mask_name: str) -> Sequ
         ("training", what),
         *([("thinking", f"{stats.thinking} in rollouts")] if stats.thinking else []),
         ("steps", f"{stats.steps}{resumed}; {trained.history.loss_in_words()}"),
+        *_validation_in_words(trained),
         ("massive activation", trained.history.change_in_words()),
         ("saved", f"model=hub model.name={trained.folder} takes it in any experiment"),
         ("speed", speed),
     ]
+
+
+def _validation_in_words(trained: TrainedModel) -> list[tuple[str, str]]:
+    losses = _validation_metrics(trained)
+    if not losses:
+        return []
+    said = f"{losses['validation_loss']:.4f} nats a token"
+    if "validation_loss_masked" in losses:
+        said += f" without the mask, {losses['validation_loss_masked']:.4f} under it"
+    return [("validation loss", said)]

@@ -1,4 +1,4 @@
-"""Train a model with TRL, with a mask on all the time.
+"""Train a model with TRL, or from scratch with transformers' own trainer, with a mask on all the time.
 
 1. `train` checks the recipe and the folder, and finds the checkpoint to resume from (`_last_complete`).
 2. The mask is put on the model, and a trainer of TRL is made from the recipe (`_trainer`); DPO's and GRPO's reference
@@ -12,13 +12,14 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pandas as pd
 import torch
 from accelerate import PartialState
@@ -26,8 +27,9 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
+from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from trl.models import prepare_fsdp
@@ -44,6 +46,7 @@ from melens.printing import Brief
 from melens.storage.cache import fingerprint, tokenizer_fingerprint
 from melens.storage.files import write_text
 from melens.training.data import hash_rows
+from melens.training.masking import GrowingMask
 from melens.training.recipe import Recipe
 from melens.training.rewards import reward_answer, reward_format
 
@@ -102,7 +105,7 @@ def train(
     recipe: Recipe,
     folder: Path,
     *,
-    mask: WeMask | None = None,
+    mask: WeMask | GrowingMask | None = None,
     resume: bool = False,
     progress: Callable[[int, int], None] | None = None,
     inspect: Inspect | None = None,
@@ -113,7 +116,7 @@ def train(
     Args:
         model: a transformers model, whose weights change. Its gates, if it has some, are trained too.
         tokenizer: the model's.
-        rows: in TRL's form, as `format_rows` returns them.
+        rows: in TRL's form, as `format_rows` returns them; of `pretrain` token ids, as of `packed_text`.
         recipe: hyperparameters.
         folder: for checkpoints; it has none unless the training resumes.
         mask: settled on the model; the reference model of DPO and GRPO uses the same mask.
@@ -144,7 +147,7 @@ def train(
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / _PLAN, json.dumps(plan, indent=2))
     if recipe.method == "grpo":
-        written = verify_generation(model, mask)
+        written = verify_generation(model, cast("WeMask | None", mask))  # it grows in exp=pretrain alone
         if not (written.use_cache and written.together):
             raise MelensError(
                 "This model writes other tokens in a batch or with a key-value cache than without, and TRL's rollouts "
@@ -245,7 +248,7 @@ def check_trainer(recipe: Recipe, n_rows: int) -> None:
     for name, value in recipe.trainer.items():
         field = config.__dataclass_fields__.get(name)
         if field is None:
-            raise MelensError(f"training.trainer.{name} is not a field of TRL's {config.__name__}.")
+            raise MelensError(f"training.trainer.{name} is not a field of {config.__name__}.")
         if name in _OWN_OPTIONS or name in {f.name for f in fields(Recipe)}:
             option = _OWN_OPTIONS.get(name, f"training.{name}")
             raise MelensError(f"training.trainer.{name} has an option of its own: set {option} instead.")
@@ -262,7 +265,7 @@ def check_trainer(recipe: Recipe, n_rows: int) -> None:
         raise MelensError(f"The data has {n_rows} rows; {recipe.method} needs at least {least} for a step.")
 
 
-_CONFIGS = {"sft": SFTConfig, "dpo": DPOConfig, "grpo": GRPOConfig}
+_CONFIGS = {"sft": SFTConfig, "dpo": DPOConfig, "grpo": GRPOConfig, "pretrain": TrainingArguments}
 
 _OWN_OPTIONS = {
     "output_dir": "hydra.run.dir",
@@ -276,6 +279,7 @@ _OWN_OPTIONS = {
     "warmup_steps": "training.warmup",
     "num_train_epochs": "training.epochs",
     "max_steps": "training.steps",
+    "torch_compile": "training.compile",
     "bf16": "training.precision",
     "fp16": "training.precision",
     "use_cpu": "model.device",
@@ -300,6 +304,8 @@ def _chat_of_rollouts(tokenizer: Any, rows: Dataset, recipe: Recipe) -> Chat:
 def _trainer(model: Any, tokenizer: Any, rows: Dataset, recipe: Recipe, folder: Path, chat: Chat) -> Any:
     config = _config(recipe, folder, chat, model.device.type)
     options = {"model": model, "args": config, "train_dataset": rows, "processing_class": tokenizer}
+    if recipe.method == "pretrain":
+        return _Pretrain(**options, data_collator=_as_labels)
     options["peft_config"] = _lora(model, recipe)
     if recipe.method == "sft":
         return _Sft(**options)
@@ -326,6 +332,7 @@ def _config(recipe: Recipe, folder: Path, chat: Chat, device: str) -> Any:
         "bf16": recipe.precision == "mixed",
         "use_cpu": device == "cpu",
         "gradient_checkpointing": recipe.gradient_checkpointing,
+        "torch_compile": recipe.compile,
         "logging_steps": recipe.log_every,
         "logging_nan_inf_filter": False,
         "save_strategy": "steps" if recipe.save_every else "no",
@@ -347,13 +354,14 @@ def _config(recipe: Recipe, folder: Path, chat: Chat, device: str) -> Any:
             "reward_weights": [1.0, recipe.format_weight],
             "chat_template_kwargs": chat.arguments,
         },
+        "pretrain": {"lr_scheduler_type": "cosine", "adam_beta2": 0.95, "remove_unused_columns": False},
     }
     try:
         return _CONFIGS[recipe.method](**options | by_method[recipe.method] | dict(recipe.trainer))
     except (TypeError, ValueError) as error:
         if not recipe.trainer:
             raise
-        raise MelensError(f"TRL refuses training.trainer={dict(recipe.trainer)}: {error}") from error
+        raise MelensError(f"The trainer refuses training.trainer={dict(recipe.trainer)}: {error}") from error
 
 
 def _lora(model: Any, recipe: Recipe) -> LoraConfig | None:
@@ -436,6 +444,22 @@ def _check_complete(missing: set[str]) -> None:
 
 class _Sft(_FiniteLoss, _CompleteCheckpoint, SFTTrainer):
     pass
+
+
+class _Pretrain(_FiniteLoss, _CompleteCheckpoint, Trainer):
+    """Counts tokens as TRL's trainers do."""
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            logs["num_tokens"] = float(self.state.global_step * rows * len(self.train_dataset[0]["input_ids"]))
+        super().log(logs, *args, **kwargs)
+
+
+def _as_labels(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Stack rows of token ids, each of which is to be predicted from those before it."""
+    ids = torch.from_numpy(np.stack([row["input_ids"] for row in rows])).long()
+    return {"input_ids": ids, "labels": ids}
 
 
 class _Dpo(_FiniteLoss, _CompleteCheckpoint, DPOTrainer):
