@@ -145,7 +145,17 @@ def merge(jobs: Sequence[Job]) -> list[Result]:
         for job in trained
     ]
     methods = {job.result["experiment"] for job in trained}
-    return [compare_trainings(histories, methods, {job.result["metrics"]["me_layer"] for job in trained})]
+    together = compare_trainings(histories, methods, {job.result["metrics"]["me_layer"] for job in trained})
+    return [together, *_compared_arms([job for job in trained if job.result["experiment"] == "pretrain"])]
+
+
+def _compared_arms(jobs: Sequence[Job]) -> list[Result]:
+    """Compare the trainings from scratch, of each model that has several arms or seeds."""
+    from melens.training.arms import compare_arms, read_arm
+
+    arms = [read_arm(job.folder, job.result) for job in jobs]
+    by_model = {model: [arm for arm in arms if arm.model == model] for model in sorted({arm.model for arm in arms})}
+    return [compare_arms(own) for own in by_model.values() if len(own) > 1]
 
 
 EXPERIMENTS = tuple(_experiment(method) for method in METHODS)

@@ -74,6 +74,9 @@ def _check_from_scratch(options: Options, dataset: str, trace_every: int) -> Non
     if node.data_dir is not None or node.limit is not None or node.peft != "none":
         given = "data_dir" if node.data_dir is not None else "limit" if node.limit is not None else "peft"
         raise OptionError(f"exp=pretrain has no training.{given}: it trains all weights on the whole of a text.")
+    length, context = node.max_length, options.model.config.get("max_position_embeddings")
+    if length is not None and context is not None and length > context:
+        raise OptionError(f"training.max_length is {length:,}; lower it to the model's context of {context:,}.")
     place = Path(os.path.expanduser(dataset))
     if dataset != PYTHON_DOCS and not place.exists() and "/" not in dataset:
         raise OptionError(

@@ -69,9 +69,7 @@ def unsettled_mask_of(options: MaskOptions, model: TransformerBridge) -> WeMask:
     if len(combined) != 1:
         raise MelensError(f"This experiment takes one mask, but wemask makes {len(combined)}: give no lists in it.")
     if combined[0]["select"] == "saved":
-        raise MelensError(
-            "wemask=saved is the mask of a trained model, and exp=pretrain has none yet."
-        )
+        raise MelensError("wemask=saved is the mask of a trained model, and exp=pretrain has none yet.")
     return WeMask(**combined[0])
 
 

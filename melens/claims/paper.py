@@ -28,12 +28,13 @@ from melens.benchmarks.comparison import CLAIMS as BENCHMARK
 from melens.benchmarks.training_table import CLAIMS as TABLES
 from melens.claims.engine import Claim, Judgement
 from melens.masks.grid_claims import CLAIMS as MASKS
+from melens.training.arms_claims import CLAIMS as ARMS
 
 __all__ = ["CLAIMS", "FAMILY_CLAIM", "judge_families"]
 
 CLAIMS: tuple[Claim[Any], ...] = (
     *EMERGENCE, *RMSNORM, *FFN, *ABLATION, *DIRECTION, *STABILITY, *SINKS, *CONSEQUENCE, *WEIGHTS, *MASKS, *BENCHMARK,
-    *TABLES, *HEADS, *VALLEY, *SECONDARY, *CARRIERS, *QUANTIZATION, *EVICTION,
+    *TABLES, *HEADS, *VALLEY, *SECONDARY, *CARRIERS, *QUANTIZATION, *EVICTION, *ARMS,
 )  # fmt: skip
 """What the paper and its review say of one model, in the order of the paper; what other papers say, last."""
 

@@ -42,8 +42,8 @@ from melens.models.quantization import is_quantized
 from melens.storage.files import atomic_file
 
 __all__ = [
-    "RUN_CACHE", "RunCache", "Store", "cache_folder", "code_version", "fingerprint", "hash_of", "store_for",
-    "store_for_kind", "tokenizer_fingerprint", "warn_if_not_cached",
+    "RUN_CACHE", "RunCache", "Store", "cache_folder", "code_version", "fingerprint", "float32_precision", "hash_of",
+    "store_for", "store_for_kind", "tokenizer_fingerprint", "warn_if_not_cached",
 ]  # fmt: skip
 
 
@@ -166,7 +166,16 @@ def _made_by(network: nn.Module, *libraries: str) -> list[object]:
         with suppress(metadata.PackageNotFoundError):  # of an extra that is not there
             versions[library] = metadata.version(library)
     devices = sorted({weight.device.type for weight in network.parameters()})
-    return [code_version(), versions, devices, torch.get_float32_matmul_precision()]
+    return [code_version(), versions, devices, float32_precision()]
+
+
+def float32_precision() -> tuple[str, ...]:
+    """Return how float32 matrices are multiplied: as TF32, say, on a GPU and on a CPU.
+
+    `torch.get_float32_matmul_precision` raises where a library, as transformers' Trainer, has set them one by one.
+    """
+    backends: Any = torch.backends
+    return backends.fp32_precision, backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision
 
 
 @cache

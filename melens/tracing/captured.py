@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
+from melens.storage.cache import float32_precision
 from melens.tracing.batching import BatchRule
 from melens.tracing.probes import Batch, Probe
 from melens.tracing.recording import Recorder, Reduced, Target
@@ -233,7 +234,7 @@ def _settings_of_torch() -> tuple[Any, ...]:
     cuda = torch.backends.cuda
     return (
         torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"), torch.get_default_dtype(),
-        torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled(),
-        cuda.matmul.allow_tf32, cuda.matmul.allow_bf16_reduced_precision_reduction,
+        float32_precision(), torch.are_deterministic_algorithms_enabled(),
+        cuda.matmul.allow_bf16_reduced_precision_reduction,
         cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled(),
     )  # fmt: skip

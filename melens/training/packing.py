@@ -82,9 +82,7 @@ class TextSource:
     def _text_of(self, row: Row) -> str:
         text = row.fields.get(self.column)
         if not isinstance(text, str):
-            raise MelensError(
-                f"{row.place}: there is no text in column {self.column!r}. Set training.columns.text."
-            )
+            raise MelensError(f"{row.place}: there is no text in column {self.column!r}. Set training.columns.text.")
         return text
 
     def fingerprint(self) -> str:

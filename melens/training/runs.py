@@ -226,7 +226,9 @@ class TrainingMetrics(Metrics):
 
     Attributes:
         method, dataset, gate: as planned.
-        training_mask: as `WeMask.to_dict` gives it.
+        training_mask: as `WeMask.to_dict` gives it; None where there was none, or it never came on.
+        training_seed: of the data's order, and of `pretrain` of the weights.
+        mask_planned, mask_follows: whether a mask was asked for, and whether it was to begin behind the ME layer.
         saved_in: the folder of the trained model.
         training_steps, ...: as `TrainingStats`.
         me_layer_before, ...: the first inspection without the mask, and the last one, as in `TrainingHistory`.
@@ -239,6 +241,9 @@ class TrainingMetrics(Metrics):
     method: str = ""
     dataset: str = ""
     training_mask: dict[str, Any] | None = None
+    training_seed: int = 0
+    mask_planned: bool = False
+    mask_follows: bool = False
     gate: str | None = None
     saved_in: str = ""
     training_rows: int = 0
@@ -315,6 +320,9 @@ def training(
         method=method,
         dataset=plan.dataset,
         training_mask=None if trained.mask is None else trained.mask.to_dict(),
+        training_seed=plan.recipe.seed,
+        mask_planned=mask is not None,
+        mask_follows=mask is not None and isinstance(mask.start, str),
         gate=plan.gate,
         saved_in=str(trained.folder),
         training_rows=trained.n_rows,
