@@ -44,7 +44,7 @@ _SWITCHING = threading.Lock()  # for all masks: a lock of a mask's own could not
 class InstalledMask(Summary):
     """A mask on a model: `remove()` takes it off.
 
-    Compiled code is dropped at both ends, and compiled anew around the hooks, which are left out of it.
+    Compiled code is compiled anew around the hooks, which are left out of it; that of other models stays.
 
     Attributes:
         layers: the blocks that it masks.
@@ -67,7 +67,7 @@ class InstalledMask(Summary):
         self._in_blocks: list[RemovableHandle] = []
         self._taken_off: list[tuple[OrderedDict[int, Any], int, Any]] = []
         self._untrained: list[_Hooks] = []  # of blocks as they are until the model is trained
-        torch.compiler.reset()  # code compiled without these hooks would go on without them
+        _guard_hooks()
         self._n_compiled = _n_compiled()
         try:
             self._attach(view, site)
@@ -80,8 +80,6 @@ class InstalledMask(Summary):
 
     def remove(self) -> None:
         """Take the mask off; a second time does nothing."""
-        if self._removers:
-            torch.compiler.reset()
         with _SWITCHING:  # what is off stays off
             self._in_blocks.clear()
             self._taken_off.clear()
@@ -212,6 +210,17 @@ class InstalledMask(Summary):
         """Note that a block was reached, and index the tokens to mask in what it is given; None without any."""
         call.masked.add(layer)
         return call.where_in(hidden)
+
+
+def _guard_hooks() -> None:
+    """Have compiled code look at a module's hooks before it runs, as it does not by default.
+
+    Code that was compiled before a mask came would go on without it. And blocks share their code: a masked one would
+    run what was compiled for another that is not.
+    """
+    if torch._dynamo.config.skip_nnmodule_hook_guards:
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
+        torch.compiler.reset()  # what was compiled until now does not look
 
 
 def _n_compiled() -> int:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from planted import FAMILIES, N_LAYERS, VOCABULARY, bridge, gains_apart, plain_model, shared_keys_model
+from torch._dynamo.utils import counters
 from torch.distributed.utils import _apply_to_tensors
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
@@ -500,6 +501,21 @@ def test_a_compiled_model_is_masked_whenever_it_was_compiled(when):
     torch.testing.assert_close(compiled(TOKENS).logits, expected)
     installed.remove()
     torch.testing.assert_close(compiled(TOKENS).logits, unmasked)
+
+
+@torch.no_grad()
+def test_a_masked_block_does_not_run_what_was_compiled_for_another():
+    network, other = model_of("llama"), model_of("llama")
+    network.config.use_cache = False  # as in training: without a cache blocks share their code
+    with WeMask(0.3, start=1).applied(network):
+        expected = network(TOKENS).logits
+        compiled = torch.compile(network, backend="eager")
+        torch.testing.assert_close(compiled(TOKENS).logits, expected)
+        before = counters["frames"]["total"]
+        with WeMask(0.5, start=0).applied(other):  # as an inspection in training does
+            other(TOKENS)
+        torch.testing.assert_close(compiled(TOKENS).logits, expected)
+        assert counters["frames"]["total"] == before
 
 
 @torch.no_grad()
