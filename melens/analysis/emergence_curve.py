@@ -4,9 +4,9 @@
     fit.r2, fit.baseline, fit.at(steps)
 
 Their equation 9 is `f(t) = A exp(-λ x_t) log(x_t) + K` with `x_t = γ t + t_0` and λ ≥ 0 (arXiv 2508.03616). As they do,
-it is fitted as their equation 14, `f(t) = exp(-β t) (A_1 log(t + τ_0) + A_2) + K`, by a trust region on normalised data
-with the analytic Jacobian. For given β and τ_0 it is linear in the rest, so the start is the best of a grid over these
-two, which no guess has to find. Intervals are those of the covariance at the minimum.
+it is fitted as their equation 14, `f(t) = exp(-β t) (A_1 log(t + τ_0) + A_2) + K`, by a trust region on normalised
+data. For given β and τ_0 it is linear in the rest: these three are solved for (Golub & Pereyra 1973), so that only two
+are searched, from the best of a grid, and no guess is needed. Intervals are those of the covariance at the minimum.
 """
 
 from __future__ import annotations
@@ -27,12 +27,15 @@ LEAST_POINTS = 10
 """Two for each of the five parameters: fewer are gone through by a curve that says nothing."""
 
 _DECAYS = np.concatenate([[0.0], np.geomspace(0.1, 200, 16)])
-_SHIFTS = np.geomspace(1e-6, 10, 16)
-"""The grid of β and τ_0 from which the fit starts, for steps from 0 to 1."""
+_LOG_SHIFTS = np.linspace(np.log(1e-6), np.log(10), 16)
+"""The grid of β and log τ_0 from which the fit starts, for steps from 0 to 1."""
+
+_BOUNDS = [0, np.log(1e-8)], [1e4, np.log(1e3)]
+"""Of β, which the paper keeps positive, and of log τ_0."""
 
 _LEAST_DECAY = 1.0
-"""Of β times the last step: over a training in which the factor falls less than to 1 / e, a decay and a baseline cannot be
-told from a slower logarithm, whatever the covariance at the minimum says."""
+"""Of β times the last step: over a training in which the factor falls less than to 1 / e, a decay and a baseline cannot
+be told from a slower logarithm, whatever the covariance at the minimum says."""
 
 _Points = Float[np.ndarray, " point"]
 
@@ -98,22 +101,20 @@ def fit_curve(steps: _Points, values: _Points) -> CurveFit | None:
     """
     steps, values = np.asarray(steps, dtype=float), np.asarray(values, dtype=float)
     if len(steps) < LEAST_POINTS:
-        raise MelensError(f"The curve has five parameters and takes {LEAST_POINTS} checkpoints; there are {len(steps)}.")
+        raise MelensError(f"The curve of five parameters takes {LEAST_POINTS} checkpoints; there are {len(steps)}.")
     if not (np.isfinite(steps).all() and np.isfinite(values).all()):
         raise MelensError("The curve takes numbers alone, without NaN or infinity.")
     span, low, height = float(steps.max()), float(values.min()), float(np.ptp(values))
     if span <= 0 or height <= 1e-9 * max(abs(low), 1e-9):
         return None
     t, y = steps / span, (values - low) / height
-    bounds = [0, _SHIFTS[0] / 10, -np.inf, -np.inf, -np.inf], [np.inf] * 5
-    found = least_squares(
-        lambda p: _curve(p, t) - y, _start(t, y), lambda p: _jacobian(p, t), bounds, x_scale="jac", max_nfev=2_000
-    )
+    found = least_squares(lambda x: _solved(*x, t, y)[1], _start(t, y), bounds=_BOUNDS, x_scale=[1, 1])
+    p = np.array([found.x[0], np.exp(found.x[1]), *_solved(*found.x, t, y)[0]])
     residual = float(np.square(found.fun).sum())
     r2 = 1 - residual / float(np.square(y - y.mean()).sum())
-    if found.status <= 0 or not np.isfinite(found.x).all() or r2 <= 0:
+    if found.status <= 0 or not np.isfinite(p).all() or r2 <= 0:
         return None
-    return _in_units(found.x, _jacobian(found.x, t), residual, r2, span, low, height)
+    return _in_units(p, _jacobian(p, t), residual, r2, span, low, height)
 
 
 def _in_units(
@@ -133,17 +134,13 @@ def _in_units(
     if p[0] < _LEAST_DECAY or not sizes.all() or np.linalg.matrix_rank(scaled := jacobian / sizes) < len(p):
         return CurveFit(r2, decay, shift, scale, offset, baseline, {}, False)
     covariance = np.linalg.inv(scaled.T @ scaled) / np.outer(sizes, sizes) * residual / freedom
-    reach = float(stdtrit(freedom, 0.975)) * np.sqrt(np.diag(units @ covariance @ units.T))
+    variances = np.diag(units @ covariance @ units.T).clip(min=0)
+    reach = float(stdtrit(freedom, 0.975)) * np.sqrt(variances)
     names = ("decay", "shift", "scale", "offset", "baseline")
     ends = zip(names, (decay, shift, scale, offset, baseline), reach.tolist(), strict=True)
     intervals = {name: (value - own, value + own) for name, value, own in ends}
     determined = intervals["decay"][0] > 0
     return CurveFit(r2, decay, shift, scale, offset, baseline, intervals if determined else {}, determined)
-
-
-def _curve(p: Float[np.ndarray, " 5"], t: _Points) -> _Points:
-    decay, shift, scale, offset, baseline = p
-    return np.asarray(np.exp(-decay * t) * (scale * np.log(t + shift) + offset) + baseline)
 
 
 def _jacobian(p: Float[np.ndarray, " 5"], t: _Points) -> Float[np.ndarray, "point 5"]:
@@ -153,14 +150,15 @@ def _jacobian(p: Float[np.ndarray, " 5"], t: _Points) -> Float[np.ndarray, "poin
     return np.stack(columns, axis=1)
 
 
-def _start(t: _Points, y: _Points) -> Float[np.ndarray, " 5"]:
-    """Return the best of the grid: for each β and τ_0 the other three by linear least squares."""
-    best, least = np.zeros(5), np.inf
-    for decay in _DECAYS:
-        for shift in _SHIFTS:
-            faded = np.exp(-decay * t)
-            design = np.stack([faded * np.log(t + shift), faded, np.ones_like(t)], axis=1)
-            linear = np.linalg.lstsq(design, y, rcond=None)[0]
-            if (residual := float(np.square(design @ linear - y).sum())) < least:
-                best, least = np.array([decay, shift, *linear]), residual
-    return best
+def _solved(decay: float, log_shift: float, t: _Points, y: _Points) -> tuple[Float[np.ndarray, " 3"], _Points]:
+    """Return A_1, A_2 and K for given β and log τ_0, by linear least squares, and what is left of the values."""
+    faded = np.exp(-decay * t)
+    design = np.stack([faded * np.log(t + np.exp(log_shift)), faded, np.ones_like(t)], axis=1)
+    linear = np.linalg.lstsq(design, y, rcond=None)[0]
+    return linear, design @ linear - y
+
+
+def _start(t: _Points, y: _Points) -> Float[np.ndarray, " 2"]:
+    """Return the β and log τ_0 of the grid that leave least."""
+    grid = [(decay, shift) for decay in _DECAYS for shift in _LOG_SHIFTS]
+    return np.array(min(grid, key=lambda own: float(np.square(_solved(*own, t, y)[1]).sum())))

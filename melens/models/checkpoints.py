@@ -115,7 +115,9 @@ def damaged_file(folder: Path) -> tuple[Path, str] | None:
         try:
             read(file)
         except Exception as error:  # of JSON, pickles, zip archives, or whatever else the file seems to be
-            return file, in_short(error) if isinstance(error, SafetensorError) else "it ends early or has another format"
+            return file, in_short(error) if isinstance(
+                error, SafetensorError
+            ) else "it ends early or has another format"
     return None
 
 

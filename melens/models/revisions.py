@@ -1,10 +1,10 @@
 """The checkpoints of one training: where they lie, at which step each was taken, and which of them to measure.
 
-    names = folder_checkpoints(Path("run/checkpoints"))           # ["checkpoint-100", "checkpoint-200", ...]
-    names = hub_revisions("EleutherAI/pythia-160m", r"step\\d+")   # ["step0", "step1", ...]
-    spread(in_order(names), 20)                                   # `Checkpoint`s, by step, spread over its logarithm
+    names = hub_revisions("EleutherAI/pythia-160m", r"step\\d+")  # ["step0", "step1", ...]
+    spread(in_order(names), 20)                                  # `Checkpoint`s, by step, spread over its logarithm
 
-A step is read out of a name by one rule (`step_of`). A name without one, or with two, needs the step beside it.
+A step is read out of a name by one rule (`melens.models.folders.step_of`). A name without one, or with two, needs the
+step beside it.
 """
 
 from __future__ import annotations
@@ -23,16 +23,15 @@ from huggingface_hub.errors import CacheNotFound
 
 from melens.errors import MelensError
 from melens.models.checkpoints import damaged_file
+from melens.models.folders import step_of
 from melens.models.sources import hub_answers, why_not_on_hub
 from melens.printing import Brief
 from melens.storage.cache import hash_of
 
 __all__ = [
-    "Checkpoint", "folder_checkpoints", "hash_of_weights", "hub_revisions", "in_order", "spread", "step_of",
-    "tokens_of", "why_incomplete",
+    "Checkpoint", "hash_of_weights", "hub_revisions", "in_order", "spread", "tokens_of", "why_incomplete",
 ]  # fmt: skip
 
-_STEP = re.compile(r"(?:^|[-_./])(?:global[-_]?)?(?:steps?|checkpoint|ckpt|iter)[-_]?(\d+)(?![\d.])", re.IGNORECASE)
 _TOKENS = re.compile(r"tokens?[-_]?(\d+(?:\.\d+)?)([MBT])$|[-_](\d+(?:\.\d+)?)([MB])T$", re.IGNORECASE)
 _STAGE = re.compile(r"(?:^|[-_])stage[-_]?(\d+)", re.IGNORECASE)
 _SIZES = {"M": 1e6, "B": 1e9, "T": 1e12}
@@ -51,17 +50,6 @@ class Checkpoint(Brief):
     name: str
     step: int
     tokens: float | None = None
-
-
-def step_of(name: str) -> int | None:
-    """Read the step out of a name: 1000 of `step1000`, `checkpoint-1000`, `stage1-step1000-tokens3B`, `iter_0001000`.
-
-    A name of digits alone is a step. None where no step is named, or two different ones.
-    """
-    if name.isdecimal() and len(name) < 13:  # longer ones may be commits
-        return int(name)
-    steps = {int(step) for step in _STEP.findall(name)}
-    return steps.pop() if len(steps) == 1 else None
 
 
 def tokens_of(name: str) -> float | None:
@@ -124,13 +112,6 @@ def spread(checkpoints: Sequence[Checkpoint], most: int) -> list[Checkpoint]:
 
 
 # --- Folders ----------------------------------------------------------------------------------------------------------
-
-
-def folder_checkpoints(folder: Path) -> list[str]:
-    """List the subfolders whose name has a step (`checkpoint-100`, `step_100`), as transformers' Trainer writes them."""
-    if not folder.is_dir():
-        return []
-    return sorted(place.name for place in folder.iterdir() if place.is_dir() and step_of(place.name) is not None)
 
 
 def why_incomplete(folder: Path) -> str | None:
