@@ -122,9 +122,10 @@ def _request(cfg: Options) -> CheckpointRequest:
     if model.revision is not None and (asked.revisions is not None or asked.pattern is not None):
         raise MelensError("model.revision is one checkpoint: leave it out where dynamics names several.")
     if asked.models is not None and model.name not in asked.models and model.hub_id not in asked.models:
+        series = f"dynamics={cfg.given.get('dynamics', 'own')}"
         raise MelensError(
-            f"dynamics={cfg.given.get('dynamics', 'own')} is not of {model.name}, but of {', '.join(asked.models)}. Give "
-            "one of these as model=hub model.name=, or dynamics.models=null to take its names all the same."
+            f"{series} is not of {model.name}, but of {', '.join(asked.models)}. Give one of these as model=hub "
+            "model.name=, or dynamics.models=null to take its names all the same."
         )
     return CheckpointRequest(cfg, [])
 

@@ -134,12 +134,11 @@ def read_measured(job: Job) -> list[MeasuredCheckpoint]:
     found = []
     for row in by_step.to_dict("records"):
         table = by_input[by_input["step"] == row["step"]].drop(columns=["step", "name"]).reset_index(drop=True)
-        values = {name: None if pd.isna(value) else value for name, value in row.items()}
-        low, high = values.pop("magnification_low"), values.pop("magnification_high")
-        shared = own | {"me_layer": values["me_layer"]}
+        told: dict[str, Any] = {str(name): None if pd.isna(value) else value for name, value in row.items()}
+        interval = (told.pop("magnification_low"), told.pop("magnification_high"))
+        shared = own | {"me_layer": told["me_layer"]}
+        model = job.result["model"]
         found.append(
-            MeasuredCheckpoint(
-                **values, by_input=table, magnification_interval=(low, high), shared=shared, model=job.result["model"]
-            )
+            MeasuredCheckpoint(by_input=table, magnification_interval=interval, shared=shared, model=model, **told)
         )
     return found

@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -45,14 +45,21 @@ __all__ = [
 
 RATIO, LARGEST, LIFT, RATE, DRAIN, ENTROPY = "ratio", "largest", "lift", "sink_rate", "value_ratio", "matrix_entropy"
 ME_LAYER = "me_layer"
-_OVER_BLOCKS = {RATIO: np.max, LARGEST: np.max, RATE: np.mean, DRAIN: np.mean, ENTROPY: np.min}
+_OVER_BLOCKS: dict[str, Callable[..., Any]] = {
+    RATIO: np.max,
+    LARGEST: np.max,
+    RATE: np.mean,
+    DRAIN: np.mean,
+    ENTROPY: np.min,
+}
 """How a quantity of every block becomes one of the model."""
 
 _RISES = {RATIO: 10.0, RATE: 0.1}
 """What counts as a rise over a training, of the ratio as a factor: less may be chance, and has no half way."""
 
 _AS_LARGE = 0.05
-"""Gallego-Feliciano et al. (2025, table 2) know a mean ratio to within 5%: what is that near the largest is as large."""
+"""Gallego-Feliciano et al. (2025, table 2) know a mean ratio to within 5%: what is that near the largest is as large.
+"""
 
 ByInput = Float[np.ndarray, "input layer"]
 
@@ -161,10 +168,11 @@ def measure_checkpoint(step: int, study: Study, name: str = "", tokens: float | 
         table[DRAIN] = ratio.groupby([values["prompt"], values["layer"]]).mean()
     table[ENTROPY] = found["spectrum"].set_index(["prompt", "layer"])["matrix_entropy"]
     firsts = found.prompts.set_index("prompt")["first_token_id"]
-    by_input = table.groupby([table.index.get_level_values("prompt").map(firsts), "layer"]).mean()
+    table["first_token_id"] = firsts.loc[table.index.get_level_values("prompt")].to_numpy()
+    by_input = table.groupby(["first_token_id", "layer"]).mean().reset_index()
     me, interval = study.me, study.me.magnification_interval
     return MeasuredCheckpoint(
-        int(step), name or f"step {step:,}", by_input.rename_axis(["first_token_id", "layer"]).reset_index(), me.layer,
+        int(step), name or f"step {step:,}", by_input, me.layer,
         me.magnification, interval, tokens, study.shared_metrics | study.layout.metrics(), study.trace.model,
     )  # fmt: skip
 
@@ -323,19 +331,22 @@ def _ends(checkpoints: Sequence[MeasuredCheckpoint]) -> dict[str, Any]:
 def _onsets(steps: np.ndarray, curves: pd.DataFrame) -> dict[str, Any]:
     """Find when ratio and sink rate are half way up, and by how many checkpoints sinks come later."""
     found: dict[str, Any] = {}
-    at = {}
+    at: dict[str, int | None] = {}
     for metric, quantity, factor in (("massive", RATIO, True), ("sinks", RATE, False)):
         values = curves[curves["quantity"] == quantity].sort_values("step")["mean"].to_numpy()
         if len(values) < len(steps):
             continue
-        at[metric] = _half_way(np.log(values) if factor else values, np.log(_RISES[RATIO]) if factor else _RISES[RATE])
-        if at[metric] is not None:
-            found[f"{metric}_step"] = int(steps[at[metric]])
-    if at.get("massive") is not None and at.get("sinks") is not None:
-        found["sinks_later"] = int(at["sinks"] - at["massive"])
-    if at.get("massive") is None:
+        least = _RISES[quantity]
+        place = _half_way(np.log(values), np.log(least)) if factor else _half_way(values, least)
+        at[metric] = place
+        if place is not None:
+            found[f"{metric}_step"] = int(steps[place])
+    massive, sinks = at.get("massive"), at.get("sinks")
+    if massive is not None and sinks is not None:
+        found["sinks_later"] = sinks - massive
+    if massive is None:
         found["massive_why_not"] = f"The ratio of the largest |h| to the median does not rise {_RISES[RATIO]:g}-fold."
-    if "sinks" in at and at["sinks"] is None:
+    if "sinks" in at and sinks is None:
         found["sinks_why_not"] = f"The sink rate does not rise by {_RISES[RATE]:g}."
     return found
 

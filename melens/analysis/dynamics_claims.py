@@ -35,8 +35,8 @@ class DynamicsMetrics(Metrics):
         ratio_first, ratio_last, ratio_growth: the largest |h| over the median, in the block where that is most, at the
             first and the last checkpoint, and the last over the first.
         sink_rate_first, sink_rate_last: share of prompts, blocks and heads (Gu et al. 2024), likewise.
-        middle_rising: share of the middle half of the blocks whose ratio at the last checkpoint is the largest, or within
-            5% of that.
+        middle_rising: share of the middle half of the blocks whose ratio at the last checkpoint is the largest, or
+            within 5% of that.
         curve_r2: of equation 9 of Gallego-Feliciano et al. (2025), mean over the blocks that it was fitted to.
         curve_blocks, curve_determined: how many blocks those are, and in how many the points tell all five parameters.
         massive_why_not, sinks_why_not, curve_why_not: why not measured.
@@ -119,7 +119,8 @@ def _curve_fits(metrics: DynamicsMetrics) -> Judgement:
 def _sinks_not_before(metrics: DynamicsMetrics) -> Judgement:
     _check_enough(metrics)
     why_not = metrics.massive_why_not or metrics.sinks_why_not
-    judged = at_least(metrics.sinks_later, None, 0, partly=-1, why_not=why_not)
+    later = None if metrics.sinks_later is None else float(metrics.sinks_later)
+    judged = at_least(later, None, 0, partly=-1, why_not=why_not)
     steps = f"Massive activations: step {metrics.massive_step:,}; " if metrics.massive_step is not None else ""
     return judged.noting(f"{steps}sinks: step {metrics.sinks_step:,}." if metrics.sinks_step is not None else "")
 
@@ -168,7 +169,7 @@ CLAIMS = (
     ),
     Claim(
         id="sinks-not-first", fixed="2026-11-27 e763978",
-        source="a follow-up question", figure="dynamics", metrics=DynamicsMetrics,
+        source="follow-up question", figure="dynamics", metrics=DynamicsMetrics,
         claim="Sinks do not appear before massive activations",
         statistic="checkpoints from the one at which the ratio is half way to its largest, logarithmically, to the one "
         "at which the sink rate is",

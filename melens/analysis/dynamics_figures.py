@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 __all__ = ["draw_dynamics", "in_words"]
 
 _PANELS = {
-    "ratio": ("Largest |h| over the median, largest over blocks", "ratio", FIRST, True),
-    "largest": ("Largest |h|, largest over blocks", "|h|", FIRST, True),
+    "ratio": ("Largest |h| over the median, any block", "ratio", FIRST, True),
+    "largest": ("Largest |h|, any block", "|h|", FIRST, True),
     "me_layer": ("ME layer", "block (0-based)", COLORS[6], False),
     "lift": ("Magnification of token 0 in block {me}", "‖output‖ / ‖input‖", COLORS[3], True),
     "sink_rate": ("Sink rate of token 0, all blocks", "share of heads", SINK, False),
-    "value_ratio": ("‖v‖ of token 0 over the others', mean over blocks", "ratio", OTHERS, False),
+    "value_ratio": ("‖v‖ of token 0 over the others'", "mean over blocks", OTHERS, False),
     "matrix_entropy": ("Matrix entropy, least over blocks", "share of log 64", COLORS[4], False),
 }
 """By quantity: title, y axis, colour, and whether that is logarithmic."""
@@ -82,6 +82,8 @@ def _panels(curves: pd.DataFrame, metrics: DynamicsMetrics) -> list[Panel]:
         if len(points):
             where = title.format(me=metrics.me_layer if metrics.me_layer is not None else "of the ME layer")
             y_range = (-0.02, 1.02) if quantity in ("sink_rate", "matrix_entropy") else None
+            if quantity == "me_layer":
+                y_range = (-0.5, (metrics.n_layers or 1) - 0.5)
             curve = Curve(where, points, color, in_legend=False)
             panels.append(Panel(where, y_title, [curve], None, log_scale=log_scale, y_range=y_range))
     return panels
@@ -172,7 +174,8 @@ def _sinks_in_words(metrics: DynamicsMetrics) -> str:
 
 def _middle_in_words(metrics: DynamicsMetrics) -> str:
     share = metrics.middle_rising or 0
-    return f"In {share:.0%} of the middle half of the blocks the ratio is largest at the last checkpoint, or within 5% of that."
+    words = f"In {share:.0%} of the middle half of the blocks the ratio is largest at the last checkpoint"
+    return f"{words}, or within 5% of that."
 
 
 def _curve_in_words(metrics: DynamicsMetrics) -> str:

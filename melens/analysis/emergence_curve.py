@@ -108,8 +108,8 @@ def fit_curve(steps: _Points, values: _Points) -> CurveFit | None:
     if span <= 0 or height <= 1e-9 * max(abs(low), 1e-9):
         return None
     t, y = steps / span, (values - low) / height
-    found = least_squares(lambda x: _solved(*x, t, y)[1], _start(t, y), bounds=_BOUNDS, x_scale=[1, 1])
-    p = np.array([found.x[0], np.exp(found.x[1]), *_solved(*found.x, t, y)[0]])
+    found = least_squares(lambda x: _solved(x[0], x[1], t, y)[1], _start(t, y), bounds=_BOUNDS, x_scale=[1, 1])
+    p = np.array([found.x[0], np.exp(found.x[1]), *_solved(found.x[0], found.x[1], t, y)[0]])
     residual = float(np.square(found.fun).sum())
     r2 = 1 - residual / float(np.square(y - y.mean()).sum())
     if found.status <= 0 or not np.isfinite(p).all() or r2 <= 0:
@@ -161,4 +161,4 @@ def _solved(decay: float, log_shift: float, t: _Points, y: _Points) -> tuple[Flo
 def _start(t: _Points, y: _Points) -> Float[np.ndarray, " 2"]:
     """Return the β and log τ_0 of the grid that leave least."""
     grid = [(decay, shift) for decay in _DECAYS for shift in _LOG_SHIFTS]
-    return np.array(min(grid, key=lambda own: float(np.square(_solved(*own, t, y)[1]).sum())))
+    return np.array(min(grid, key=lambda own: float(np.square(_solved(own[0], own[1], t, y)[1]).sum())))

@@ -79,7 +79,8 @@ def _step_axis(places: dict[int, float]) -> dict[str, Any]:
 def maps_over_steps(maps: Sequence[StepMap], steps: Sequence[int], *, title: str, note: str = "") -> go.Figure:
     """Draw matrices by block and checkpoint, two in a row, each in its own colours; a column a checkpoint."""
     figure, places = style.panels_in_rows([own.title for own in maps], 2, gap=0.2, row_gap=0.3)
-    names, colors = [f"{step:,}" for step in steps], {}
+    names = [f"{step:,}" for step in steps]
+    colors: dict[str, dict[str, Any]] = {}
     for number, (own, at) in enumerate(zip(maps, places, strict=True), 1):
         axis, values = f"coloraxis{number if number > 1 else ''}", np.asarray(own.values, dtype=float)
         shown = np.log10(np.where(values > 0, values, np.nan)) if own.log_scale else values
@@ -89,10 +90,9 @@ def maps_over_steps(maps: Sequence[StepMap], steps: Sequence[int], *, title: str
         figure.update_xaxes(title_text=STEP, type="category", showgrid=False, nticks=12, **at)
         ticks = style.block_ticks(len(values))
         figure.update_yaxes(title_text=style.BLOCK, showgrid=False, **ticks, **at)
-        colors[axis] = {"colorscale": "Viridis", "colorbar": _bar(figure, at)} | _scale(own, values)
-    for axis, own in colors.items():
-        own["colorbar"] |= own.pop("ticks")
-        colors[axis] = own
+        scale = _scale(own, values)
+        bar = _bar(figure, at) | scale.pop("ticks")
+        colors[axis] = {"colorscale": "Viridis", "colorbar": bar, **scale}
     return style.finish(figure, title, note, height=60 + 330 * places[-1]["row"], **colors)
 
 
