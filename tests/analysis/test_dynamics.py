@@ -197,7 +197,7 @@ def grown(strength):
 def test_the_step_of_a_planted_massive_activation_is_found_one_model_at_a_time():
     strengths = {0: 0.0, 10: 0.001, 100: 1.0, 1_000: 1.0}
     model = grown(1.0)
-    (written,) = (w for name, w in model.original_model.named_parameters() if "layers.1.mlp.down_proj" in name)
+    (written,) = (w for name, w in model.original_model.named_parameters() if "layers.1." in name and "down_proj" in name)
 
     def studies():
         for step, strength in strengths.items():
