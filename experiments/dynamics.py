@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -164,7 +164,7 @@ def prepare(cfg: Options, folder: Path, planned: PlannedModel) -> list[PlannedCh
                 raise MelensError(
                     f"{checkpoint.name} has another {what} than {last.name}: they are no checkpoints of one training."
                 )
-        found.append(PlannedCheckpoint(checkpoint, own, _identity(request.model_options(checkpoint), own)))
+        found.append(PlannedCheckpoint(checkpoint, own, _identity(request.model_options(checkpoint))))
     return [*found, PlannedCheckpoint(last, planned, None)]
 
 
@@ -173,15 +173,14 @@ def _shape(planned: PlannedModel) -> list[Any]:
     return [type(planned.network).__name__, *((name, tuple(weight.shape)) for name, weight in weights)]
 
 
-def _identity(options: dict[str, Any], planned: PlannedModel) -> str | None:
+def _identity(options: dict[str, Any]) -> str | None:
     """Name a checkpoint by the bytes of its files, or its commit: what a revision was before does not count."""
-    from melens.models.revisions import hash_of_weights
+    from melens.models.revisions import commit_of, hash_of_weights
 
     place = Path(os.path.expanduser(options["name"]))
     if place.is_dir():
         return hash_of_weights(place)
-    commit = getattr(planned.network.config, "_commit_hash", None)
-    return None if commit is None else f"{options.get('hub_id') or options['name']}@{commit}"
+    return commit_of(options.get("hub_id") or options["name"], options.get("revision"))
 
 
 def _probes(model: TransformerBridge, options: DynamicsOptions) -> list[Probe]:
@@ -210,12 +209,37 @@ def _run(run: Run, options: DynamicsOptions) -> Result:
 
 
 def _merge(jobs: Sequence[Job]) -> list[Result]:
-    """Draw the checkpoints that the jobs of a sweep measured, one a job or several, as one run over all of them."""
-    from experiments.runner.checkpoints import read_measured
-    from melens.analysis.checkpoint_dynamics import compare_checkpoints
+    """Draw the checkpoints that the jobs of a sweep measured as one run over all of them, a training each.
 
-    measured = {own.step: own for job in jobs if job.is_ok for own in read_measured(job)}
-    return [compare_checkpoints(list(measured.values()))] if len(measured) > 1 else []
+    Jobs of `exp=emergence` over several checkpoints give what they have of it.
+    """
+    from experiments.runner.checkpoints import emergences, read_measured, training_of
+    from melens.analysis.checkpoint_dynamics import compare_checkpoints
+    from melens.report.result import Metrics, Result
+
+    trainings: dict[str, list[Job]] = {}
+    for job in (job for job in jobs if job.is_ok):
+        trainings.setdefault(training_of(job), []).append(job)
+    merged = []
+    for name, own in trainings.items():
+        measured = [checkpoint for job in own for checkpoint in read_measured(job)]
+        try:
+            if len(measured) > 1:
+                merged.append(compare_checkpoints(measured))
+            elif len(rows := emergences(own)) > 1:
+                from melens.analysis.dynamics_figures import draw_emergences
+
+                figures = {"dynamics": draw_emergences(rows)}
+                merged.append(Result("emergence", {}, Metrics(), {"dynamics_by_step": rows}, figures))
+        except MelensError as error:
+            merged.append(Result("dynamics", {}, Metrics(), findings=[(name, f"not merged: {error}")]))
+    return merged if len(merged) < 2 else [_numbered(result, number) for number, result in enumerate(merged)]
+
+
+def _numbered(result: Result, number: int) -> Result:
+    """Name the files of a result so that several lie in one folder."""
+    tables = {f"{name}_{number}": table for name, table in result.tables.items()}
+    return replace(result, tables=tables, figures={f"{name}_{number}": own for name, own in result.figures.items()})
 
 
 EXPERIMENTS = (

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,18 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 import melens
-from experiments.runner.jobs import Job
+from experiments.runner.jobs import Job, job_name
 from experiments.runner.study import Run
 from melens.analysis.checkpoint_dynamics import MeasuredCheckpoint, measure_checkpoint, probes
 from melens.errors import MelensError
+from melens.models.folders import step_of
 from melens.models.loading import PlannedModel
 from melens.models.quantization import is_quantized
 from melens.models.revisions import Checkpoint
 from melens.report.result import Metrics
 from melens.storage.cache import Store, cache_folder, code_version, hash_of, library_versions
 
-__all__ = ["free_weights", "measure_or_find", "read_measured"]
+__all__ = ["emergences", "free_weights", "measure_or_find", "read_measured", "training_of"]
 
 _EXPERIMENTS = Path(__file__).parents[1]
 _TABLE, _REST = "by_input", "checkpoint"
@@ -103,13 +103,18 @@ def _load(store: Store, checkpoint: Checkpoint) -> MeasuredCheckpoint | None:
     table, text = store.load_table(_TABLE), store.load_text(_REST)
     if table is None or text is None:
         return None
-    with suppress(ValueError, LookupError, TypeError):
+    try:
         content = json.loads(text)
-        if content["hash"] == _hash(table, content["rest"]):
-            return MeasuredCheckpoint(
-                checkpoint.step, checkpoint.name, table, tokens=checkpoint.tokens, **content["rest"]
-            )
-    return None
+        rest = content["rest"]
+        is_as_written = content["hash"] == _hash(table, rest)
+    except (ValueError, LookupError, TypeError):  # no JSON, or other JSON
+        return None
+    if not is_as_written:
+        return None
+    interval = rest.pop("magnification_interval")
+    interval = None if interval is None else tuple(interval)
+    own = {"tokens": checkpoint.tokens, "magnification_interval": interval, **rest}
+    return MeasuredCheckpoint(checkpoint.step, checkpoint.name, table, **own)
 
 
 def _rest(own: MeasuredCheckpoint) -> dict[str, Any]:
@@ -122,6 +127,44 @@ def _hash(table: pd.DataFrame, rest: Mapping[str, Any]) -> str:
 
 
 # --- Jobs of a sweep --------------------------------------------------------------------------------------------------
+
+
+def training_of(job: Job) -> str:
+    """Name the training that a checkpoint is of: its model or folder, and what else was swept than the revision."""
+    name = Path(job.model).expanduser()
+    training = str(name.parent) if name.is_dir() and step_of(name.name) is not None else job.model
+    others = {key: value for key, value in job.swept.items() if key not in ("model.revision", "dynamics.revisions")}
+    return job_name(training, others)
+
+
+def emergences(jobs: Sequence[Job]) -> pd.DataFrame:
+    """Lay out by step what jobs of `exp=emergence` found, those whose model's name or revision tells its step."""
+    rows = []
+    for job in jobs:
+        options = job.result["config"]["model"]
+        step = step_of(options.get("revision") or Path(job.model).name)
+        if step is None or not (job.folder / "table8.parquet").is_file():
+            continue
+        found = pd.read_parquet(job.folder / "table8.parquet").iloc[0]
+        norms = pd.read_parquet(job.folder / "norm_by_block.parquet").query("site == 'hook_resid_post'")
+        wide = norms.pivot(index="layer", columns="token", values="mean")
+        sinks = pd.read_parquet(job.folder / "sink_mass_by_block.parquet")
+        rows.append(
+            {
+                "step": step,
+                "me_layer": found["me_layer"],
+                "magnification": found["magnification"],
+                "low": found["magnification_low"],
+                "high": found["magnification_high"],
+                "norm_ratio": float((wide["first"] / wide["others"]).max()),
+                "sink_mass": float(sinks["mean"].mean()) if len(sinks) else None,
+            }
+        )
+    table = pd.DataFrame(rows)
+    if table.empty or table["step"].duplicated().any():
+        return pd.DataFrame()
+    kinds = {name: float for name in table.columns if name not in ("step", "me_layer")}
+    return table.astype(kinds | {"me_layer": "Int64"}).sort_values("step", ignore_index=True)
 
 
 def read_measured(job: Job) -> list[MeasuredCheckpoint]:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pydantic import Field
 
 from melens.claims.engine import Claim, Judgement, NotMeasuredError, at_least, number
-from melens.printing import counted
 from melens.report.result import Interval, Metrics
 
 __all__ = ["CLAIMS", "LEAST_CHECKPOINTS", "DynamicsMetrics"]
@@ -76,8 +75,8 @@ class DynamicsMetrics(Metrics):
 def _check_enough(metrics: DynamicsMetrics, *, from_start: bool = False) -> None:
     """Raise where there are too few checkpoints, or none of the beginning where it is needed."""
     if metrics.n_checkpoints < LEAST_CHECKPOINTS:
-        some = counted(metrics.n_checkpoints, "checkpoint")
-        raise NotMeasuredError(f"It takes {LEAST_CHECKPOINTS} checkpoints; there {some.replace('1 c', 'is 1 c', 1)}.")
+        verb = "is" if metrics.n_checkpoints == 1 else "are"
+        raise NotMeasuredError(f"It takes {LEAST_CHECKPOINTS} checkpoints; there {verb} {metrics.n_checkpoints}.")
     first, last = metrics.first_step or 0, metrics.last_step or 0
     if from_start and first > _EARLY * last:
         raise NotMeasuredError(f"The first checkpoint is of step {first:,} of {last:,}: none is of the first 1%.")

@@ -14,19 +14,19 @@ from melens.analysis.emergence_curve import CurveFit
 from melens.analysis.statistics import with_interval
 from melens.figures.curves import Curve, Panel
 from melens.figures.steps import StepMap, curves_over_steps, maps_over_steps
-from melens.figures.style import COLORS, FIRST, OTHERS, SINK
+from melens.figures.style import BLOCK, COLORS, FIRST, OTHERS, SINK
 from melens.printing import counted, paragraph
 from melens.report.result import Figure
 
 if TYPE_CHECKING:
     from melens.analysis.checkpoint_dynamics import MeasuredCheckpoint
 
-__all__ = ["draw_dynamics", "in_words"]
+__all__ = ["draw_dynamics", "draw_emergences", "in_words"]
 
 _PANELS = {
     "ratio": ("Largest |h| over the median, any block", "ratio", FIRST, True),
     "largest": ("Largest |h|, any block", "|h|", FIRST, True),
-    "me_layer": ("ME layer", "block (0-based)", COLORS[6], False),
+    "me_layer": ("ME layer", BLOCK, COLORS[6], False),
     "lift": ("Magnification of token 0 in block {me}", "‖output‖ / ‖input‖", COLORS[3], True),
     "sink_rate": ("Sink rate of token 0, all blocks", "share of heads", SINK, False),
     "value_ratio": ("‖v‖ of token 0 over the others'", "mean over blocks", OTHERS, False),
@@ -68,9 +68,9 @@ def draw_dynamics(
     figures["dynamics_by_block"] = Figure(plot, f"{_SOURCE}, figure 5", rises, _middle_in_words(metrics))
     if fits:
         panels = _fit_panels(steps, by_block["ratio"], fits)
-        note = "f(t) = A exp(-λ x) log(x) + K, x = γ t + t₀ (their equation 9)."
+        note = f"f(t) = A exp(-λ x) log(x) + K with x = γ t + t₀ ({_SOURCE}, equation 9)."
         plot = curves_over_steps(panels, sorted({*shown, *_dense(steps)}), title=f"Fits by block: {name}", note=note)
-        expected = "R² over 0.93 in every model's mean."
+        expected = "The mean R² over blocks is 0.93 or more in each of nine models."
         figures["dynamics_fits"] = Figure(plot, f"{_SOURCE}, figures 6 and 7", expected, _curve_in_words(metrics))
     return figures
 
@@ -108,6 +108,30 @@ def _fit_panels(
         curve = Curve("fit", fitted, COLORS[6], thin=True)
         panels.append(Panel(f"Block {layer}: R² {fits[layer].r2:.3f}", "ratio to the median", [measured, curve], None))
     return panels
+
+
+def draw_emergences(rows: pd.DataFrame) -> Figure:
+    """Draw what a sweep of `emergence` over checkpoints found.
+
+    Args:
+        rows: a row a checkpoint: `step`, `me_layer`, `magnification` with `low` and `high`, `norm_ratio`, `sink_mass`.
+    """
+    texts = {
+        "norm_ratio": ("Norm of token 0 over the others', any block", "ratio", FIRST, True),
+        "me_layer": ("ME layer", BLOCK, COLORS[6], False),
+        "magnification": ("Magnification in the ME layer", "‖output‖ / ‖input‖", COLORS[3], True),
+        "sink_mass": ("Sink mass of token 0, all blocks", "share of attention", SINK, False),
+    }
+    panels = []
+    for quantity, (title, y_title, color, log_scale) in texts.items():
+        points = rows[["step", quantity]].dropna().rename(columns={quantity: "mean"}).astype({"mean": float})
+        if quantity == "magnification":
+            points = points.join(rows[["low", "high"]])
+        if len(points):
+            panels.append(Panel(title, y_title, [Curve(title, points, color, in_legend=False)], None, log_scale))
+    steps = sorted(rows["step"].tolist())
+    plot = curves_over_steps(panels, steps, title=f"Over the training: {counted(len(steps), 'checkpoint')}", columns=2)
+    return Figure(plot, _SOURCE, "Massive activations are not there at first.", "")
 
 
 # --- Words ------------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from melens.printing import Brief
 from melens.storage.cache import hash_of
 
 __all__ = [
-    "Checkpoint", "hash_of_weights", "hub_revisions", "in_order", "spread", "tokens_of", "why_incomplete",
+    "Checkpoint", "commit_of", "hash_of_weights", "hub_revisions", "in_order", "spread", "tokens_of", "why_incomplete",
 ]  # fmt: skip
 
 _TOKENS = re.compile(r"tokens?[-_]?(\d+(?:\.\d+)?)([MBT])$|[-_](\d+(?:\.\d+)?)([MB])T$", re.IGNORECASE)
@@ -167,6 +167,12 @@ def hub_revisions(repo: str, pattern: str) -> list[str]:
         where = f"{repo} has no revision named like {pattern!r}"
         raise MelensError(f"{where} ({len(names)} have other names): give dynamics.revisions=[...].")
     return found
+
+
+def commit_of(repo: str, revision: str | None) -> str | None:
+    """Name the commit of a revision whose config was fetched, `org/model@0123abc...`; None where the cache lacks it."""
+    file = huggingface_hub.try_to_load_from_cache(repo, "config.json", revision=revision)
+    return f"{repo}@{Path(file).parent.name}" if isinstance(file, str) else None
 
 
 def _cached_revisions(repo: str) -> list[str]:

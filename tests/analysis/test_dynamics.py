@@ -132,6 +132,11 @@ def test_checkpoints_that_do_not_go_together_are_refused(others, sentence):
         compare_checkpoints(others)
 
 
+def test_what_was_left_out_is_said():
+    result = compare_checkpoints([checkpoint(0, 5, 0), checkpoint(7, 5, 0)], ["checkpoint-9"])
+    assert "Incomplete and left out: checkpoint-9." in result.findings[0][1]
+
+
 def test_one_checkpoint_makes_no_curve_and_no_claim():
     result = compare_checkpoints([checkpoint(7, 5, 0)])
     assert result.figures == {}
@@ -197,7 +202,9 @@ def grown(strength):
 def test_the_step_of_a_planted_massive_activation_is_found_one_model_at_a_time():
     strengths = {0: 0.0, 10: 0.001, 100: 1.0, 1_000: 1.0}
     model = grown(1.0)
-    (written,) = (w for name, w in model.original_model.named_parameters() if "layers.1." in name and "down_proj" in name)
+    (written,) = (
+        w for name, w in model.original_model.named_parameters() if "layers.1." in name and "down_proj" in name
+    )
 
     def studies():
         for step, strength in strengths.items():
