@@ -166,7 +166,8 @@ def train_model(
     def inspect(step: int, model: Any) -> None:
         inspector.inspect(step, model)
         if isinstance(own, GrowingMask):
-            own.look(step, inspector.last_me_layer)
+            for looked_at, me_layer in inspector.me_layers(plan.trace_every):
+                own.look(looked_at, me_layer)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # TRL's use of transformers
@@ -182,13 +183,17 @@ def train_model(
             inspect=inspect,
             inspect_every=plan.trace_every,
         )
-    moves = own.table() if isinstance(own, GrowingMask) else None
-    mask = own.moved_to(trained.model) if isinstance(own, GrowingMask) else own
+    tables: dict[str, pd.DataFrame] = {}
+    if isinstance(own, GrowingMask):
+        own.end(trained.stats.steps)
+        tables["mask_moves"], mask = own.table(), own.moved_to(trained.model)
+    else:
+        mask = own
     record = {"training": asdict(plan.recipe), "dataset": plan.dataset, "rows": len(rows), "gate": plan.gate}
     record |= {"model": str(study.model.cfg.model_name), "mask": None if mask is None else mask.to_dict()}
     save_trained(trained.model, tokenizer, folder / "model", mask=mask, record=record | asdict(trained.stats))
     history = TrainingHistory("", trained.log, inspector.table())
-    tables = {} if moves is None else {"mask_moves": moves}
+    n_flops = None if text is None else flops_per_token(trained.model, plan.recipe.max_length or 0)
     if text is not None:
         rows_per_batch, mixed = plan.recipe.micro_batch_size, plan.recipe.precision == "mixed"
         masks = [None] if mask is None else [None, mask]
