@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -60,7 +61,7 @@ def validation_losses(
         mixed: compute in bfloat16 where that is safe, as in training.
 
     Returns:
-        The columns `row`, `masked` and `loss`, in nats a token, mean over the row.
+        The columns `row`, `tokens` (a hash of the row's), `masked` and `loss`, in nats a token, mean over the row.
     """
     model.eval()
     device = model.device
@@ -71,9 +72,11 @@ def validation_losses(
         with nullcontext() if mask is None else mask.applied(model):
             for batch in ids.split(rows_per_batch):
                 with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+    hashes = [hashlib.sha256(row.numpy().tobytes()).hexdigest()[:16] for row in ids]
                     logits = model(input_ids=batch.to(device), use_cache=False).logits[:, :-1]
                 wanted = batch[:, 1:].to(device)
                 loss = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), wanted, reduction="none")
                 losses.append(loss.mean(1).cpu())
-        measured.append(pd.DataFrame({"row": range(len(ids)), "masked": mask is not None, "loss": torch.cat(losses)}))
+        rows_of = {"row": range(len(ids)), "tokens": hashes, "masked": mask is not None, "loss": torch.cat(losses)}
+        measured.append(pd.DataFrame(rows_of))
     return pd.concat(measured, ignore_index=True)
