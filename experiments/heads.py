@@ -20,6 +20,8 @@ class HeadsOptions(AnalysisOptions):
     max_tokens: AtLeast2
     entropy_tokens: AtLeast2
     entropy_prompts: Count
+    tasks: Annotated[list[Literal["induction", "copy"]], Said("a list of induction and copy, [] for none")]
+    items: AtLeast2
 
 
 EXPERIMENTS = (of_analysis("heads", HeadsOptions, probes="head_idleness"),)

@@ -27,6 +27,7 @@ _GROUPS = {
     "model": "The model: model=",
     "prompts": "The prompts: prompts=",
     "wemask": "The mask: wemask=",
+    "dynamics": "The checkpoints of exp=dynamics: dynamics=",
     "scale": "How much of it, for trainings and tables: scale=",
 }
 _OF_MODELS = {"hub": ("name",), "random": ("model_type", "tokenizer", "attention", "seed", "config")}
@@ -58,7 +59,7 @@ def help_text() -> str:
             if group in ("model", "exp"):
                 own = _OF_MODELS.get(path.stem, ()) if group == "model" else _own_of_experiment(lines)
                 parts += [_option(f"{group}.{line.key}", line, indent=4) for line in lines if line.key in own]
-        if (shown := {"prompts": "default", "wemask": "paper"}.get(group)) is not None:
+        if (shown := {"prompts": "default", "wemask": "paper", "dynamics": "own"}.get(group)) is not None:
             parts += [_option(f"{group}.{line.key}", line) for line in lines_of(CONF / group / f"{shown}.yaml")[1]]
         parts.append("")
     _, lines = lines_of(CONF / "config.yaml")

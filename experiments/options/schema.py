@@ -7,6 +7,7 @@ refused, wherever it was given; a new one needs a field here, and a line with a 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,7 @@ from experiments.runner.registry import EXPERIMENTS
 from melens.data.reading import check_source, file_text
 from melens.data.tasks import OWN_PROMPTS, check_tasks, tasks_in
 from melens.errors import MelensError
-from melens.models.folders import find_model
+from melens.models.folders import checkpoint_folders, find_model
 from melens.models.specs import (
     AttentionKind,
     Device,
@@ -70,6 +71,19 @@ def _word(value: Any) -> Any:
     return str(value).lower() if isinstance(value, bool) else value
 
 
+def _names(value: Any) -> Any:
+    """Take what YAML reads as a number for the name that it is: 128000."""
+    return [str(one) if type(one) is int else one for one in as_list(value)] if value is not None else None
+
+
+def _compiles(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise PydanticCustomError("no_pattern", "{why}", {"why": str(error)}) from None
+    return pattern
+
+
 def _existing(folder: str | None) -> str | None:
     if folder is not None and not os.path.isdir(os.path.expanduser(folder)):
         raise PydanticCustomError("no_folder", "there is no such folder")
@@ -90,6 +104,7 @@ OptionalNumber = Annotated[Number | None, Said("a number of at least 0, or null"
 OptionalShare = Annotated[Share | None, Said("a number over 0 and at most 1, or null")]
 Text = Annotated[Name, AS_TYPED, Said("a text")]
 OptionalText = Annotated[Name | None, AS_TYPED, Said("a text, or null")]
+Pattern = Annotated[Name, AfterValidator(_compiles)]
 Folder = Annotated[OptionalText, AfterValidator(_existing)]
 Names = Annotated[OneOrMore[Name] | None, BeforeValidator(as_list), Said("a list of names, as [a,b], or null")]
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**32), Said("a whole number from 0 to 4294967295")]
@@ -122,7 +137,9 @@ class ModelOptions(Node):
     def _is_known(self) -> ModelOptions:
         if self.name == "???":
             raise MelensError("model=hub needs model.name: a hub id (org/model) or a local transformers folder.")
-        _find(spec_of(self.name, self.model_dump(exclude={"name"}, exclude_unset=True)))
+        spec = spec_of(self.name, self.model_dump(exclude={"name"}, exclude_unset=True))
+        if not checkpoint_folders(self.name):  # which `Options` allows some experiments
+            _find(spec)
         return self
 
 
@@ -271,6 +288,19 @@ class BenchmarkOptions(Node):
         return self
 
 
+class DynamicsOptions(Node):
+    """Which checkpoints of a training `exp=dynamics` measures."""
+
+    revisions: Annotated[
+        OneOrMore[Name] | None, BeforeValidator(_names), Said("a list of names, as [step0,step1000], or null")
+    ]
+    steps: Annotated[OneOrMore[Whole] | None, BeforeValidator(as_list), Said("a list of whole numbers, or null")]
+    most: Annotated[Literal["all"] | AtLeast2, Said("a whole number of at least 2, or all")]
+    pattern: Annotated[Pattern | None, AS_TYPED, Said("a regular expression, or null")]
+    tokens_per_step: OptionalCount
+    models: Names
+
+
 class LoraOptions(Node):
     """Fields of `melens.training.recipe.Lora`."""
 
@@ -358,6 +388,7 @@ class Options(Node):
     exp: Annotated[AnyExperiment, Field(discriminator="name")]
     prompts: PromptOptions
     wemask: MaskOptions
+    dynamics: DynamicsOptions
     criterion: CriterionOptions
     data: DataOptions
     generate: GenerateOptions
@@ -378,6 +409,9 @@ class Options(Node):
             raise MelensError(f"model.name is for model=hub: give model=hub model.name={name}.")
         if name in known_models() and not os.path.exists(str(name)):
             raise MelensError(f"{name} has a file in conf/model, with options of its own: give model={name}.")
+        reads_checkpoints = all(EXPERIMENTS[name].reads_checkpoints for name in self.experiments)
+        if self.model.source == "hub" and checkpoint_folders(self.model.name) and not reads_checkpoints:
+            find_model(self.model.name)  # which says what to give instead
         if self.figures:
             from melens.figures.saving import check_images  # plotly takes a third of a second
 

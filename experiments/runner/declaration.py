@@ -94,6 +94,7 @@ class Experiment:
         trains: whether it trains: accelerate may start several processes of it, with one folder and its checkpoints.
         without_model: what is done instead of a run, given its own options: it has neither a model nor a folder, and
             returns what to print. `run` and `request` then refuse what else was typed.
+        reads_checkpoints: whether `model.name` may be a folder of a training's checkpoints.
         merge: puts together what the jobs of a sweep measured, of which some may be of other experiments.
     """
 
@@ -110,6 +111,7 @@ class Experiment:
     can_resume: bool = True
     trains: bool = False
     without_model: Callable[[Any], str] | None = None
+    reads_checkpoints: bool = False
     merge: Callable[[Sequence[Job]], list[Result]] | None = None
 
 

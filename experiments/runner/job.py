@@ -77,7 +77,7 @@ def run_job(cfg: Options, folder: Path) -> list[str]:
                     check_masks(mask, planned)
             prepared = _prepare(cfg, folder, planned, stage)
         record = Record(folder, config=config, experiments=list(cfg.experiments), images=cfg.figures, began=began)
-        loaded = stage(f"loading {cfg.model.name}")
+        loaded = stage(f"loading {config['model']['name']}")
         model = planned.load()
         loaded(1, 1)
         with note_if_stopped(record, cfg):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from melens.analysis.attention_sinks import sinks
     from melens.analysis.block_ablation import ablation
     from melens.analysis.cache_eviction import eviction
+    from melens.analysis.checkpoint_dynamics import dynamics
     from melens.analysis.compression_valley import valley
     from melens.analysis.emergence_norms import emergence, side_by_side
     from melens.analysis.ffn_concentration import ffn
@@ -39,9 +40,9 @@ if TYPE_CHECKING:
     from melens.training.runs import training
 
 __all__ = [
-    "ablation", "benchmark", "carriers", "consequence", "direction", "emergence", "eviction", "ffn", "generate",
-    "heads", "mask_grid", "normalization", "prediction", "quantization", "secondary", "side_by_side", "sinks",
-    "stability", "training", "training_table", "trainings", "valley", "verdicts", "verification",
+    "ablation", "benchmark", "carriers", "consequence", "direction", "dynamics", "emergence", "eviction", "ffn",
+    "generate", "heads", "mask_grid", "normalization", "prediction", "quantization", "secondary", "side_by_side",
+    "sinks", "stability", "training", "training_table", "trainings", "valley", "verdicts", "verification",
 ]  # fmt: skip
 
 _MODULES = {
@@ -50,6 +51,7 @@ _MODULES = {
     "carriers": "weight_carriers",
     "consequence": "massive_state",
     "direction": "token_direction",
+    "dynamics": "checkpoint_dynamics",
     "emergence": "emergence_norms",
     "eviction": "cache_eviction",
     "ffn": "ffn_concentration",

@@ -46,7 +46,10 @@ class HeadsMetrics(Metrics):
             sink heads, and random heads (mean over draws) set to zero.
         dloss_idle_tenth, dloss_idle_less_random: with the idlest tenth set to zero, and that less the rise with as many
             random heads; the interval of the latter is over prompts and draws.
-        values_why_not, outputs_why_not, correlation_why_not, entropy_why_not, zeroing_why_not: why not measured.
+        scores_intact, score_changes: by benchmark, the score of the intact model, and by how much it changes without a
+            tenth of the heads, by which.
+        values_why_not, outputs_why_not, correlation_why_not, entropy_why_not, zeroing_why_not, scores_why_not: why not
+            measured.
     """
 
     experiment = "heads"
@@ -86,6 +89,9 @@ class HeadsMetrics(Metrics):
     correlation_why_not: str | None = None
     entropy_why_not: str | None = None
     zeroing_why_not: str | None = None
+    scores_intact: dict[str, float] | None = None
+    score_changes: dict[str, dict[str, float]] | None = None
+    scores_why_not: str | None = None
 
 
 def _is_below_zero(interval: Interval | None) -> bool:

@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 from transformer_lens.model_bridge import TransformerBridge
 
+from melens.analysis.head_benchmarks import HeadTask, scores_as_metrics, scores_in_words, scores_without_heads
 from melens.analysis.head_claims import CLAIMS, COMPARED, DRAINED, HeadsMetrics
 from melens.analysis.head_zeroing import (
     IDLE,
@@ -64,6 +65,8 @@ def heads(
     max_tokens: int = 64,
     entropy_tokens: int = 64,
     entropy_prompts: int = 8,
+    tasks: Sequence[HeadTask] = ("induction", "copy"),
+    items: int = 16,
 ) -> Result:
     """Map sinks, entropy, values and outputs by head, and measure the loss without idle, sink and random heads.
 
@@ -76,10 +79,12 @@ def heads(
         max_tokens: of a prompt whose loss is measured.
         entropy_tokens: entropy is measured on prompts cut to this length; shorter ones stay out.
         entropy_prompts: on at most so many.
+        tasks: benchmarks that are scored without a tenth of the heads; none for no scores.
+        items: of each.
 
     Returns:
-        Metrics `HeadsMetrics`; the tables `heads` and `loss_without_heads`; the figures `head_map`, `output_over_sinks`
-        and `loss_without_heads`.
+        Metrics `HeadsMetrics`; the tables `heads`, `loss_without_heads` and `scores_without_heads`; the figures
+        `head_map`, `output_over_sinks` and `loss_without_heads`.
 
     Raises:
         MelensError: a model without attention that can be measured, or a number that is NaN.
@@ -105,10 +110,18 @@ def heads(
     measured: dict[str, Any] = {**why_not, **({"entropy_why_not": why_no_entropy} if why_no_entropy else {})}
     measured |= _values(by_input, table) if "value_ratio" in table else {}
     measured |= _sinks_and_outputs(by_input, table) if "output_ratio" in table else {}
-    rises = None
+    rises = scores = None
     if "output_ratio" in table:
         zeroed, rises, table = _without_heads(study, by_prompt, table, shares, draws, n_prompts, max_tokens)
         measured |= zeroed
+        if rises is not None and tasks:
+            chosen, _ = split_prompts(study, n_prompts)
+            rankings = rank_heads(by_prompt[by_prompt["prompt"].isin(chosen)])
+            try:
+                scores = scores_without_heads(study, rankings, tasks, draws=draws, items=items)
+                measured |= scores_as_metrics(scores)
+            except MelensError as error:  # of a short context, say
+                measured["scores_why_not"] = str(error)
     metrics = study.metrics(
         HeadsMetrics,
         **layout.metrics(),
@@ -118,7 +131,8 @@ def heads(
         **measured,
     )
     figures, findings = _figures(study, table, rises, metrics), _findings(metrics)
-    tables = {"heads": table} | ({} if rises is None else {"loss_without_heads": rises})
+    found = {"loss_without_heads": rises, "scores_without_heads": scores}
+    tables = {"heads": table} | {name: own for name, own in found.items() if own is not None}
     return Result("heads", study.trace.model, metrics, tables, figures, findings)
 
 
@@ -368,6 +382,7 @@ def _findings(metrics: HeadsMetrics) -> list[tuple[str, str]]:
         ("values of token 0", _values_in_words(metrics)),
         ("sink heads", _sinks_in_words(metrics)),
         ("heads set to zero", _losses_in_words(metrics)),
+        ("benchmarks then", scores_in_words(metrics)),
     ]
     return [*findings, ("entropy", metrics.entropy_why_not)] if metrics.entropy_why_not else findings
 

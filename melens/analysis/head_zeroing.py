@@ -24,7 +24,7 @@ from melens.tracing.text_runs import TextRuns
 
 __all__ = [
     "IDLE", "RANDOM", "SINKS", "Heads", "count_of", "losses_by_share", "rank_heads", "rises_as_metrics",
-    "split_prompts", "without_heads",
+    "sets_of_heads", "split_prompts", "without_heads",
 ]  # fmt: skip
 
 IDLE, SINKS, RANDOM = "idlest", "strongest sinks", "random"
@@ -75,7 +75,7 @@ def without_heads(
     tokens = [study.tokens[prompt][:max_tokens] for prompt in prompts]
     runs = TextRuns(study.model, tokens, [0] * len(tokens), max_batch_tokens=study.max_batch_tokens)
     intact = runs.intact.loss.double().numpy()
-    wanted = list(_sets(rankings, shares, draws, study.seed))
+    wanted = list(sets_of_heads(rankings, shares, draws, study.seed))
     progress = study.stage("texts with heads set to zero")
     rows = []
     for done, (name, share, draw, heads) in enumerate(wanted, 1):
@@ -86,9 +86,10 @@ def without_heads(
     return intact, pd.concat(rows, ignore_index=True)
 
 
-def _sets(
+def sets_of_heads(
     rankings: dict[str, Heads], shares: Sequence[float], draws: int, seed: int
 ) -> Iterator[tuple[str, float, int, Heads]]:
+    """Yield what is set to zero: the ranking's name, the share of all heads, the draw, and the heads."""
     everything, generator = sorted(rankings[IDLE]), np.random.default_rng(seed)
     orders = [(name, 0, ranking) for name, ranking in rankings.items()]
     for draw in range(draws):

@@ -27,8 +27,8 @@ from melens.tracing.sites import ATTENTION_ON_KEYS, Sites
 from melens.tracing.trace import Trace
 
 __all__ = [
-    "N_TOKENS", "SinkRateMetrics", "measure_sink_rate", "other_keys", "probes", "share_of_sinks", "sink_rate_by_block",
-    "sink_rate_figure", "sink_rate_in_words",
+    "N_TOKENS", "SinkRateMetrics", "measure_sink_rate", "of_long_prompts", "other_keys", "probes", "share_of_sinks",
+    "sink_rate_by_block", "sink_rate_figure", "sink_rate_in_words",
 ]  # fmt: skip
 
 N_TOKENS = 64
@@ -82,7 +82,7 @@ def measure_sink_rate(trace: Trace) -> dict[str, Any]:
         "off_tokens": float(off.mean()),
         "off_tokens_rate": float((off > SINK_THRESHOLD).mean()),
     }
-    table = _of_long_prompts(trace)
+    table = of_long_prompts(trace)
     is_sink = share_of_sinks(table, ["prompt"])
     measured["sink_rate_prompts"] = len(is_sink)
     if len(is_sink):
@@ -100,7 +100,7 @@ def _mean_over_inputs(name: str, by_prompt: pd.Series, trace: Trace) -> dict[str
     return mean_metric(name, by_prompt.groupby(firsts).mean().to_numpy()) | {name: float(by_prompt.mean())}
 
 
-def _of_long_prompts(trace: Trace) -> pd.DataFrame:
+def of_long_prompts(trace: Trace) -> pd.DataFrame:
     """Return the rows of `importance` of the prompts that have so many tokens; the others hold NaN."""
     long = trace.prompts["prompt"][trace.prompts["n_tokens"] >= N_TOKENS]
     return trace["importance"][trace["importance"]["prompt"].isin(long)]
@@ -128,7 +128,7 @@ def sink_rate_by_block(trace: Trace) -> pd.DataFrame:
 
     `elsewhere` is of the key that has most in the block, mean over prompts; NaN where no prompt is long enough.
     """
-    importance, off = _of_long_prompts(trace), trace["off_tokens"]
+    importance, off = of_long_prompts(trace), trace["off_tokens"]
     most = other_keys(trace).groupby(["layer", "prompt"])["share_of_heads"].max()
     rates = {
         "sink_rate": share_of_sinks(importance, ["layer"]),

@@ -14,6 +14,7 @@ from melens.analysis.block_ablation_claims import CLAIMS as ABLATION
 from melens.analysis.cache_eviction_claims import CLAIMS as EVICTION
 from melens.analysis.carrier_claims import CLAIMS as CARRIERS
 from melens.analysis.compression_valley_claims import CLAIMS as VALLEY
+from melens.analysis.dynamics_claims import CLAIMS as DYNAMICS
 from melens.analysis.emergence_claims import CLAIMS as EMERGENCE
 from melens.analysis.emergence_claims import EmergenceMetrics
 from melens.analysis.ffn_concentration import CLAIMS as FFN
@@ -34,7 +35,7 @@ __all__ = ["CLAIMS", "FAMILY_CLAIM", "judge_families"]
 
 CLAIMS: tuple[Claim[Any], ...] = (
     *EMERGENCE, *RMSNORM, *FFN, *ABLATION, *DIRECTION, *STABILITY, *SINKS, *CONSEQUENCE, *WEIGHTS, *MASKS, *BENCHMARK,
-    *TABLES, *HEADS, *VALLEY, *SECONDARY, *CARRIERS, *QUANTIZATION, *EVICTION, *ARMS,
+    *TABLES, *HEADS, *VALLEY, *SECONDARY, *CARRIERS, *QUANTIZATION, *EVICTION, *DYNAMICS, *ARMS,
 )  # fmt: skip
 """What the paper and its review say of one model, in the order of the paper; what other papers say, last."""
 

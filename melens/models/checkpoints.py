@@ -32,7 +32,7 @@ from melens.errors import MelensError
 from melens.models.quantization import is_quantized, quantization_of
 from melens.models.sources import Source, explain, in_short
 
-__all__ = ["load_network"]
+__all__ = ["damaged_file", "load_network"]
 
 
 def load_network(
@@ -105,14 +105,20 @@ def _load(kind: Any, source: Source, device_map: str | dict[str, Any], options: 
 
 def _why_unreadable(source: Source, error: BaseException) -> str:
     """Name the file that is damaged, if there is one, and what is wrong with it."""
-    folder = Path(source.path)
+    file, reason = damaged_file(Path(source.path)) or (source.name, in_short(error))
+    return f"The weights in {file} cannot be read ({reason}). Fetch or save them again."
+
+
+def damaged_file(folder: Path) -> tuple[Path, str] | None:
+    """Return the first file of weights whose header cannot be read, and why; None where all can."""
     for file, read in ((file, read) for pattern, read in _HEADERS.items() for file in sorted(folder.glob(pattern))):
         try:
             read(file)
-        except Exception as own:  # of JSON, pickles, zip archives, or whatever else the file seems to be
-            reason = in_short(own) if isinstance(own, SafetensorError) else "it ends early or has another format"
-            return f"The weights in {file} cannot be read ({reason}). Fetch or save them again."
-    return f"The weights in {source.name} cannot be read ({in_short(error)}). Fetch or save them again."
+        except Exception as error:  # of JSON, pickles, zip archives, or whatever else the file seems to be
+            return file, in_short(error) if isinstance(
+                error, SafetensorError
+            ) else "it ends early or has another format"
+    return None
 
 
 _HEADERS: dict[str, Callable[[Path], Any]] = {

@@ -6,13 +6,16 @@ Whatever is not a transformers model is named, with what to give instead.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from melens.environment.conf import conf_folder
 from melens.errors import MelensError
 
-__all__ = ["find_model", "local_model", "read_json", "refuse_adapter"]
+__all__ = ["checkpoint_folders", "find_model", "local_model", "read_json", "refuse_adapter", "step_of"]
+
+_STEP = re.compile(r"(?:^|[-_./])(?:global[-_]?)?(?:steps?|checkpoint|ckpt|iter)[-_]?(\d+)(?![\d.])", re.IGNORECASE)
 
 
 def find_model(path: str) -> Path | None:
@@ -32,6 +35,28 @@ def find_model(path: str) -> Path | None:
     if path.startswith(("/", ".", "~")) or path.count("/") > 1:
         raise MelensError(f"There is no folder {place}.")
     return None
+
+
+def step_of(name: str) -> int | None:
+    """Read the step out of a name: 1000 of `step1000`, `checkpoint-1000`, `stage1-step1000-tokens3B`, `iter_0001000`.
+
+    A name of digits alone is a step. None where no step is named, or two different ones.
+    """
+    if name.isdecimal() and len(name) < 13:  # longer ones may be commits
+        return int(name)
+    steps = {int(step) for step in _STEP.findall(name)}
+    return steps.pop() if len(steps) == 1 else None
+
+
+def checkpoint_folders(path: str) -> list[str]:
+    """List the subfolders of a training's folder whose name has a step: `checkpoint-100` of transformers' Trainer.
+
+    A folder that is a model itself has none.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir() or (folder / "config.json").is_file():
+        return []
+    return sorted(place.name for place in folder.iterdir() if place.is_dir() and step_of(place.name) is not None)
 
 
 def local_model(name: str) -> Path | None:
@@ -71,7 +96,7 @@ def _checked_file(file: Path) -> Path:
 
 _OTHER_FORMATS = (
     ("*.gguf", "GGUF files. Give one of them, {file}"),
-    ("checkpoint-*", "checkpoints of a training. Give one of them, {file}"),
+    ("checkpoint-*", "checkpoints of a training. Give one of them, {file}, or all of them to exp=dynamics"),
     ("*/config.json", "a model in a folder inside it. Give {parent}"),
     ("*.distcp", "a sharded checkpoint of FSDP. Join it with `accelerate merge-weights`, and add the config.json"),
     ("*.safetensors* pytorch_model*.bin", "weights. Add the config.json of their model"),

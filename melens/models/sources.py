@@ -17,7 +17,7 @@ from transformers.utils import cached_file
 from melens.errors import MelensError
 from melens.models.folders import find_model, read_json, refuse_adapter
 
-__all__ = ["Source", "explain", "in_short"]
+__all__ = ["Source", "explain", "hub_answers", "in_short", "why_not_on_hub"]
 
 
 @dataclass(frozen=True)
@@ -156,13 +156,22 @@ _HUB_NOT_REACHABLE = (
 
 def _must_fetch(path: str, revision: str | None) -> bool:
     """Find out whether a model is neither cached nor to be had, without the hub client's half minute of retries."""
-    if isinstance(huggingface_hub.try_to_load_from_cache(path, "config.json", revision=revision), str):
-        return False
+    cached = huggingface_hub.try_to_load_from_cache(path, "config.json", revision=revision)
+    return not isinstance(cached, str) and not hub_answers()
+
+
+def hub_answers() -> bool:
+    """Find out whether the hub can be reached."""
     try:
         huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
     except Exception:  # whichever of the HTTP client's many, or the hub's own offline mode
-        return True
-    return False
+        return False
+    return True
+
+
+def why_not_on_hub(path: str, error: BaseException) -> str:
+    """Say in one sentence why the hub told nothing of a model."""
+    return _known_cause(path, error) or f"The hub told nothing of {path}: {in_short(error)}."
 
 
 def _known_cause(path: str, error: BaseException) -> str | None:

@@ -43,6 +43,7 @@ from melens.storage.files import atomic_file
 
 __all__ = [
     "RUN_CACHE", "RunCache", "Store", "cache_folder", "code_version", "fingerprint", "float32_precision", "hash_of",
+    "library_versions",
     "store_for", "store_for_kind", "tokenizer_fingerprint", "warn_if_not_cached",
 ]  # fmt: skip
 
@@ -160,11 +161,17 @@ def store_for_kind(kind: str, network: nn.Module, *parts: object) -> Store:
 _LIBRARIES = ("torch", "transformers", "transformer_lens", "tokenizers", "accelerate", "numpy", "pandas")
 
 
-def _made_by(network: nn.Module, *libraries: str) -> list[object]:
+def library_versions(*libraries: str) -> dict[str, str]:
+    """Return the versions of the libraries whose inside decides a result, and of others that are named."""
     versions = dict.fromkeys([*_LIBRARIES, *libraries], "none")
     for library in versions:
         with suppress(metadata.PackageNotFoundError):  # of an extra that is not there
             versions[library] = metadata.version(library)
+    return versions
+
+
+def _made_by(network: nn.Module, *libraries: str) -> list[object]:
+    versions = library_versions(*libraries)
     devices = sorted({weight.device.type for weight in network.parameters()})
     return [code_version(), versions, devices, float32_precision()]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from melens.analysis.metrics import effective_rank, first_share, matrix_entropy
 from melens.tracing.probes import Batch, Probe
 from melens.validation.signatures import SiteList, checked
+from melens.validation.types import Count
 
 __all__ = ["AttentionSpectrum", "Spectrum"]
 
@@ -22,6 +23,7 @@ class Spectrum(Probe):
     The columns are `effective_rank`, `first_share` and `matrix_entropy` of the states as they are, and the same with
     `_without_first`, without token 0, and with `_unit_rows`, of each token's direction alone: a single row of enormous
     norm makes any spectrum low-rank. Ranks grow with the number of tokens: only prompts of one length can be compared.
+    With `n_tokens` only the first so many tokens of a prompt count, and prompts of fewer have NaN.
 
     Two more tell how much that is: `row_share`, token 0's ‖x_0‖² / ‖X‖², and `aligned_share`, ‖X x_0‖² / (‖x_0‖² ‖X‖²),
     the energy along its direction. No σ_1² / Σσ² is less (theorem 1 of Queipo-de-Llano et al. 2025, who write it
@@ -37,11 +39,24 @@ class Spectrum(Probe):
     name = "spectrum"
 
     @checked
-    def __init__(self, sites: SiteList = ("hook_resid_post",)):
-        self.sites = tuple(sites)
+    def __init__(self, sites: SiteList = ("hook_resid_post",), n_tokens: Count | None = None):
+        self.sites, self.n_tokens = tuple(sites), n_tokens
 
     def reduce(self, activation: Float[Tensor, "batch pos d"], batch: Batch) -> dict[str, Tensor]:
-        states = [hidden[:length].double() for hidden, length in zip(activation, batch.lengths, strict=True)]
+        if self.n_tokens is None:
+            return self._of_states(activation, batch.lengths)
+        is_long = [length >= self.n_tokens for length in batch.lengths]
+        kept = torch.tensor(is_long, device=activation.device)
+        if not any(is_long):
+            return {name: activation.new_full((len(kept),), float("nan"), dtype=torch.float32) for name in _COLUMNS}
+        found = self._of_states(activation[kept], [self.n_tokens] * sum(is_long))
+        spread = {name: values.new_full((len(kept),), float("nan")) for name, values in found.items()}
+        for name, values in found.items():
+            spread[name][kept.to(values.device)] = values
+        return spread
+
+    def _of_states(self, activation: Float[Tensor, "batch pos d"], lengths: Sequence[int]) -> dict[str, Tensor]:
+        states = [hidden[:length].double() for hidden, length in zip(activation, lengths, strict=True)]
         variants = {
             "": states,
             "_without_first": [of_prompt[1:] for of_prompt in states],
@@ -59,6 +74,12 @@ class Spectrum(Probe):
             "aligned_share": torch.stack([(rows @ x).square().sum() for rows, x in zip(states, first, strict=True)]),
         }
         return ranks | {name: (of_energy / energy).float() for name, of_energy in shares.items()}
+
+
+_RANKS = ("effective_rank", "first_share", "matrix_entropy")
+_VARIANTS = ("", "_without_first", "_unit_rows")
+_COLUMNS = (*(f"{name}{suffix}" for suffix in _VARIANTS for name in _RANKS), "row_share", "aligned_share")
+"""Of `Spectrum`."""
 
 
 class AttentionSpectrum(Probe):

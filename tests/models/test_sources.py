@@ -116,7 +116,10 @@ def test_a_single_file_is_told_with_the_folder_to_give(tmp_path):
     ("file", "told"),
     [
         ("model.gguf", "but GGUF files. Give one of them, {folder}/model.gguf."),
-        ("checkpoint-20/config.json", "but checkpoints of a training. Give one of them, {folder}/checkpoint-20."),
+        (
+            "checkpoint-20/config.json",
+            "but checkpoints of a training. Give one of them, {folder}/checkpoint-20, or all of them to exp=dynamics.",
+        ),
         ("inner/config.json", "but a model in a folder inside it. Give {folder}/inner."),
         ("model.safetensors", "but weights. Add the config.json of their model."),
         ("pytorch_model.bin", "but weights. Add the config.json of their model."),
