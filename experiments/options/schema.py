@@ -339,6 +339,7 @@ class TrainingOptions(Node):
     gradient_checkpointing: Flag
     compile: Flag
     held_out: Annotated[Number, Field(gt=0, lt=1), Said("a number between 0 and 1")]
+    validation: Annotated[Name | None, Said("a file, a folder, a hub id or null")]
     trace_every: Annotated[Whole | None, Said("a whole number, or null")]
     trace_prompts: OptionalCount
     log_every: Count

@@ -60,7 +60,7 @@ def training_request(options: Options, method: str, *, dataset: str | None = Non
         _check_from_scratch(options, dataset, values["trace_every"])
     elif dataset != "sums" and (path := file_of(dataset, method, node.data_dir)) is not None:
         file_rows(path)
-    as_given = node.model_dump(include={"data_dir", "columns", "split", "held_out"})
+    as_given = node.model_dump(include={"data_dir", "columns", "split", "held_out", "validation"})
     as_given |= {name: values[name] for name in ("trace_every", "trace_prompts") if name in values}
     chat, gate = None if node.chat == "auto" else node.chat, None if node.gate == "none" else node.gate
     plan = TrainingPlan(recipe, dataset, limit=values["limit"], chat=chat, gate=gate, **as_given)
@@ -77,12 +77,12 @@ def _check_from_scratch(options: Options, dataset: str, trace_every: int) -> Non
     length, context = node.max_length, options.model.config.get("max_position_embeddings")
     if length is not None and context is not None and length > context:
         raise OptionError(f"training.max_length is {length:,}; lower it to the model's context of {context:,}.")
-    place = Path(os.path.expanduser(dataset))
-    if dataset != PYTHON_DOCS and not place.exists() and "/" not in dataset:
-        raise OptionError(
-            f"There is no file or folder {dataset!r}. training.dataset is a file or a folder of text, a hub id "
-            f"(org/name), or {PYTHON_DOCS}."
-        )
+    for key, text in (("dataset", dataset), ("validation", node.validation)):
+        if text not in (None, PYTHON_DOCS) and "/" not in text and not Path(os.path.expanduser(text)).exists():
+            raise OptionError(
+                f"There is no file or folder {text!r}. training.{key} is a file or a folder of text, a hub id "
+                f"(org/name), or {PYTHON_DOCS}."
+            )
     if node.mask not in ("none", "off") and not trace_every and isinstance(as_list(options.wemask.start)[0], str):
         raise OptionError(
             "The mask begins behind the ME layer, which is looked for every training.trace_every steps. Set it, as to "

@@ -95,7 +95,19 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Options], bool], str], ...] = (
         lambda options: _method(options) == "grpo",
         "it is of exp=grpo and table=4",
     ),
-    (("training.beta",), lambda options: _method(options) != "sft", "it is of exp=dpo and exp=grpo"),
+    (("training.beta",), lambda options: _method(options) in ("dpo", "grpo"), "it is of exp=dpo and exp=grpo"),
+    (
+        ("training.held_out", "training.validation"),
+        lambda options: _method(options) == "pretrain",
+        "it is of exp=pretrain",
+    ),
+    (("training.held_out",), lambda options: options.training.validation is None, "training.validation is given"),
+    (("training.chat",), lambda options: _method(options) != "pretrain", "exp=pretrain learns from texts as they are"),
+    (
+        ("model.seed",),
+        lambda options: not any(plan.recipe.method == "pretrain" for plan in _plans(options)),
+        "training.seed is that of the weights too",
+    ),
     (("training.max_length",), lambda options: _method(options) != "grpo", "exp=grpo has training.max_new_tokens"),
     (
         ("generate.temperature", "generate.top_p", "generate.seeds"),

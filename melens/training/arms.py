@@ -58,6 +58,11 @@ class Arm(Brief):
         by_step = self.trace.sort_values("masked").groupby("step")
         return by_step.last().reset_index()
 
+    @property
+    def text(self) -> tuple[str, ...]:
+        """What is held out: the hash of each row's tokens."""
+        return tuple(self.validation.drop_duplicates("row").sort_values("row")["tokens"])
+
     def loss(self, *, masked: bool) -> np.ndarray:
         """Return the loss of each row held out, with the mask on or off; without a mask both are one."""
         own = self.validation[self.validation["masked"] == masked]
@@ -115,7 +120,7 @@ def compare_arms(arms: Sequence[Arm]) -> Result:
     by_key = {(arm.name, arm.seed): arm for arm in arms}
     if len(by_key) < len(arms):
         raise MelensError("Two trainings have the same arm and the same seed, so they are one. Leave one out.")
-    if len({len(arm.loss(masked=True)) for arm in arms}) != 1:
+    if len({arm.text for arm in arms}) != 1:
         raise MelensError("These trainings have different text held out, so their losses cannot be compared.")
     table = pd.DataFrame([_row(arm) for arm in arms]).sort_values(["arm", "seed"], ignore_index=True)
     metrics = ArmsMetrics(model_of_arms=models.pop(), seeds=len({arm.seed for arm in arms}), **_measured(by_key))

@@ -82,11 +82,13 @@ class Inspector:
         if PartialState().is_main_process:
             write_text(self._file, json.dumps(self._rows))
 
-    @property
-    def last_me_layer(self) -> int | None:
-        """The ME layer of the last inspection that found one, without the mask."""
-        found = [row["me_layer"] for row in self._rows if not row["masked"] and row["me_layer"] is not None]
-        return found[-1] if found else None
+    def me_layers(self, every: int) -> list[tuple[int, int | None]]:
+        """Return the ME layers without the mask at each `every` steps, those before a training was resumed included.
+
+        Where it resumes, it is inspected in between too, and one that never stopped is not.
+        """
+        own = [row for row in self._rows if not row["masked"]]
+        return [(row["step"], row["me_layer"]) for row in own if every and row["step"] % every == 0]
 
     def table(self) -> pd.DataFrame:
         """Return all inspections, as `TrainingHistory` has them."""

@@ -28,12 +28,13 @@ class GrowingMask:
 
     Attributes:
         mask: not settled on a model.
-        moves: a row each time it came on, moved or was taken off: `step`, `me_layer` and `start`, None for no mask.
+        moves: a row each time it came on or moved: `step`, `me_layer` and `start`.
     """
 
     mask: WeMask
     moves: list[dict[str, Any]] = field(default_factory=list)
     _model: Any = None
+    _looked: int = -1
     _installed: InstalledMask | None = None
 
     @property
@@ -59,8 +60,12 @@ class GrowingMask:
             self._model = self._installed = None
 
     def look(self, step: int, me_layer: int | None) -> None:
-        """Move the mask behind the ME layer of this step; where there is none, it stays where it was."""
-        if not self.follows or self._model is None or me_layer is None:
+        """Move the mask behind the ME layer of this step; where there is none, it stays where it was.
+
+        A step before one that was looked at already changes nothing: a training that resumes looks at all of them.
+        """
+        is_new, self._looked = step > self._looked, max(step, self._looked)
+        if not is_new or not self.follows or self._model is None or me_layer is None:
             return
         mask = self.mask.at(me_layer)
         if self.moves and mask.start == self.moves[-1]["start"]:
@@ -75,6 +80,11 @@ class GrowingMask:
             warnings.filterwarnings("ignore", message="The gains of ln1 .* are all alike")  # before the first step
             self._installed = mask.install(self._model, refresh=mask.select in BY_GAIN)
         self.moves.append({"step": step, "me_layer": me_layer, "start": mask.start})
+
+    def end(self, step: int) -> None:
+        """Forget a move at the last step: nothing was trained under it."""
+        if self.follows and self.moves and self.moves[-1]["step"] == step:
+            self.moves.pop()
 
     def moved_to(self, model: Any) -> WeMask | None:
         """Return the mask as it is now, on the dims that a model with the same weights has; None if it is not on."""

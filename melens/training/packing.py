@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, load_from_disk
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -106,41 +107,50 @@ class PackedText(Brief):
     validation: Dataset
 
 
-def packed_text(source: TextSource, tokenizer: Any, *, length: int, held_out: float) -> PackedText:
+def packed_text(
+    source: TextSource, tokenizer: Any, *, length: int, held_out: float, validation: TextSource | None = None
+) -> PackedText:
     """Tokenize documents and cut them into rows; what is left over at the end is less than a row and dropped.
 
     Args:
         source: of the documents.
         tokenizer: with an EOS token.
         length: of a row, in tokens.
-        held_out: share of the documents that are held out, drawn by the hash of each; at least one row's worth.
+        held_out: share of the documents that are held out, drawn by the hash of each; at least one.
+        validation: documents of their own for the rows that are held out; `held_out` does not count then.
 
     Raises:
         MelensError: a tokenizer without EOS, or too little text for a row of each.
     """
     if tokenizer.eos_token_id is None:
         raise MelensError("This tokenizer has no EOS token to put between documents. Choose another model.tokenizer.")
-    key = hash_of("packed", source.fingerprint(), tokenizer_fingerprint(tokenizer), length, held_out)[:24]
-    folder = cache_folder() / "texts" / key
-    if not folder.is_dir():
-        rows = _pack(source, tokenizer, length, held_out)
-        with atomic_folder(folder, replace=True) as partial:
-            for name, of_part in rows.items():
-                of_part.save_to_disk(partial / name)
+    share = held_out if validation is None else validation.fingerprint()
+    key = hash_of("packed", source.fingerprint(), tokenizer_fingerprint(tokenizer), length, share)[:24]
+    folder = _place(key)
+    with FileLock(f"{folder}.lock"):  # the runs of a sweep that begin together take turns
+        if not folder.is_dir():
+            rows = _pack(source, validation, tokenizer, length, held_out)
+            with atomic_folder(folder, replace=True) as partial:
+                for name, of_part in rows.items():
+                    of_part.save_to_disk(partial / name)
     return PackedText(**{name: load_from_disk(folder / name) for name in ("training", "validation")})
 
 
-def _pack(source: TextSource, tokenizer: Any, length: int, held_out: float) -> dict[str, Dataset]:
+def _place(key: str) -> Path:
+    folder = cache_folder() / "texts"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / key
+
+
+def _pack(
+    source: TextSource, validation: TextSource | None, tokenizer: Any, length: int, held_out: float
+) -> dict[str, Dataset]:
     tokens: dict[str, list[np.ndarray]] = {"training": [], "validation": []}
-    documents = source.documents()
-    while batch := [text for text in islice(documents, 256) if text.strip()]:
-        for text, ids in zip(
-            batch, tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"], strict=True
-        ):
-            tokens["validation" if _is_held_out(text, held_out) else "training"].append(
-                np.array([*ids, tokenizer.eos_token_id], dtype=np.int32)
-            )
-    if not tokens["validation"] and len(tokens["training"]) > 1:  # of few documents perhaps none is drawn
+    for text, ids in _tokenized(source, tokenizer):
+        tokens["validation" if validation is None and _is_held_out(text, held_out) else "training"].append(ids)
+    if validation is not None:
+        tokens["validation"] = [ids for _, ids in _tokenized(validation, tokenizer)]
+    elif not tokens["validation"] and len(tokens["training"]) > 1:  # of few documents perhaps none is drawn
         tokens["validation"].append(tokens["training"].pop())
     packed = {}
     for name, parts in tokens.items():
@@ -153,6 +163,15 @@ def _pack(source: TextSource, tokenizer: Any, length: int, held_out: float) -> d
         rows = joined[: len(joined) // length * length].reshape(-1, length)
         packed[name] = Dataset.from_dict({"input_ids": rows})
     return packed
+
+
+def _tokenized(source: TextSource, tokenizer: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield documents with their tokens and EOS, those that are blank left out."""
+    documents = (text for text in source.documents() if text.strip())
+    while batch := list(islice(documents, 256)):
+        ids = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+        for text, of_text in zip(batch, ids, strict=True):
+            yield text, np.array([*of_text, tokenizer.eos_token_id], dtype=np.int32)
 
 
 def _is_held_out(document: str, share: float) -> bool:
@@ -173,17 +192,22 @@ def tokenizer_of_text(source: TextSource, vocab_size: int) -> Path:
     """
     if vocab_size < 257:
         raise MelensError(f"A vocabulary of {vocab_size} does not hold the 256 bytes and EOS: set 257 or more.")
-    folder = cache_folder() / "texts" / f"bpe-{hash_of(source.fingerprint(), vocab_size)[:24]}"
-    if not folder.is_dir():
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=[_END], initial_alphabet=alphabet, show_progress=False
-        )
-        tokenizer.train_from_iterator(source.documents(), trainer)
-        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=_END, pad_token=_END)
-        with atomic_folder(folder, replace=True) as partial:
-            fast.save_pretrained(partial)
+    folder = _place(f"bpe-{hash_of(source.fingerprint(), vocab_size)[:24]}")
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            _train_tokenizer(source, vocab_size, folder)
     return folder
+
+
+def _train_tokenizer(source: TextSource, vocab_size: int, folder: Path) -> None:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[_END], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(source.documents(), trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=_END, pad_token=_END)
+    with atomic_folder(folder, replace=True) as partial:
+        fast.save_pretrained(partial)

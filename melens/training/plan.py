@@ -27,6 +27,7 @@ class TrainingPlan:
         trace_every: inspect the model each so many steps, besides at the beginning and at the end; 0 not in between.
         trace_prompts: on how many prompts, of `pretrain` rows of the text that is held out.
         held_out: of `pretrain`, the share of documents for the validation loss.
+        validation: of `pretrain`, another text for it, as `dataset`.
     """
 
     recipe: Recipe
@@ -40,6 +41,7 @@ class TrainingPlan:
     trace_every: int = 0
     trace_prompts: int = 4
     held_out: float = 0.01
+    validation: str | None = None
 
     def on_device(self, *, gpu: bool) -> TrainingPlan:
         """Choose the precision where the recipe leaves it to the machine: mixed on a GPU, else float32."""

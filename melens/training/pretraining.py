@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -26,14 +27,20 @@ _MOST_ROWS = 1_024
 
 def source_of(plan: TrainingPlan) -> TextSource:
     """Return where a plan's documents come from."""
-    return TextSource(plan.dataset, plan.split, plan.columns.get("text", "text"))
+    return TextSource(plan.dataset, plan.split, _column(plan))
+
+
+def _column(plan: TrainingPlan) -> str:
+    return plan.columns.get("text", "text")
 
 
 def text_of(plan: TrainingPlan, tokenizer: Any) -> PackedText:
     """Return a plan's text in rows; errors as `packed_text`."""
     if plan.recipe.max_length is None:
         raise MelensError("training.max_length is null; set it to the length of a row in tokens.")
-    return packed_text(source_of(plan), tokenizer, length=plan.recipe.max_length, held_out=plan.held_out)
+    own = None if plan.validation is None else TextSource(plan.validation, plan.split, _column(plan))
+    length = plan.recipe.max_length
+    return packed_text(source_of(plan), tokenizer, length=length, held_out=plan.held_out, validation=own)
 
 
 def rows_to_inspect(rows: Dataset, n_rows: int) -> list[Int[Tensor, " pos"]]:
@@ -60,11 +67,12 @@ def validation_losses(
         mixed: compute in bfloat16 where that is safe, as in training.
 
     Returns:
-        The columns `row`, `masked` and `loss`, in nats a token, mean over the row.
+        The columns `row`, `tokens` (a hash of the row's), `masked` and `loss`, in nats a token, mean over the row.
     """
     model.eval()
     device = model.device
     ids = torch.from_numpy(np.array(rows.with_format("numpy")[:_MOST_ROWS]["input_ids"])).long()
+    hashes = [hashlib.sha256(row.numpy().tobytes()).hexdigest()[:16] for row in ids]
     measured = []
     for mask in masks:
         losses = []
@@ -75,5 +83,6 @@ def validation_losses(
                 wanted = batch[:, 1:].to(device)
                 loss = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), wanted, reduction="none")
                 losses.append(loss.mean(1).cpu())
-        measured.append(pd.DataFrame({"row": range(len(ids)), "masked": mask is not None, "loss": torch.cat(losses)}))
+        rows_of = {"row": range(len(ids)), "tokens": hashes, "masked": mask is not None, "loss": torch.cat(losses)}
+        measured.append(pd.DataFrame(rows_of))
     return pd.concat(measured, ignore_index=True)

@@ -37,6 +37,7 @@ from melens.models.view import view_model
 from melens.report.result import Metrics, Result
 from melens.storage.cache import Store, store_for, tokenizer_fingerprint
 from melens.training.data import TrainingData, format_rows, hash_rows, load_training_data
+from melens.training.flops import flops_per_token, peak_flops
 from melens.training.history import TrainingHistory, draw_histories
 from melens.training.inspection import Inspector
 from melens.training.masking import GrowingMask
@@ -58,6 +59,7 @@ class TrainedModel:
         n_rows: that it learnt from.
         chat: whether it learnt in its chat template.
         tables: of a training from scratch, `validation` (as `validation_losses`) and with a mask `mask_moves`.
+        flops_per_token: of a training from scratch, as `flops_per_token`.
     """
 
     folder: Path
@@ -67,6 +69,15 @@ class TrainedModel:
     n_rows: int
     chat: bool
     tables: dict[str, pd.DataFrame]
+    flops_per_token: float | None = None
+
+    @property
+    def share_of_peak(self) -> float | None:
+        """Of what the GPUs could do in bfloat16; None where that is not known."""
+        peak, speed = peak_flops(), self.stats.tokens_per_second
+        if self.flops_per_token is None or peak is None or speed is None:
+            return None
+        return speed * self.flops_per_token / (peak * self.stats.processes)
 
 
 def check_plan(plan: TrainingPlan, tokenizer: Any) -> None:
@@ -166,7 +177,8 @@ def train_model(
     def inspect(step: int, model: Any) -> None:
         inspector.inspect(step, model)
         if isinstance(own, GrowingMask):
-            own.look(step, inspector.last_me_layer)
+            for looked_at, me_layer in inspector.me_layers(plan.trace_every):
+                own.look(looked_at, me_layer)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # TRL's use of transformers
@@ -182,20 +194,24 @@ def train_model(
             inspect=inspect,
             inspect_every=plan.trace_every,
         )
-    moves = own.table() if isinstance(own, GrowingMask) else None
-    mask = own.moved_to(trained.model) if isinstance(own, GrowingMask) else own
+    tables: dict[str, pd.DataFrame] = {}
+    if isinstance(own, GrowingMask):
+        own.end(trained.stats.steps)
+        tables["mask_moves"], mask = own.table(), own.moved_to(trained.model)
+    else:
+        mask = own
     record = {"training": asdict(plan.recipe), "dataset": plan.dataset, "rows": len(rows), "gate": plan.gate}
     record |= {"model": str(study.model.cfg.model_name), "mask": None if mask is None else mask.to_dict()}
     save_trained(trained.model, tokenizer, folder / "model", mask=mask, record=record | asdict(trained.stats))
     history = TrainingHistory("", trained.log, inspector.table())
-    tables = {} if moves is None else {"mask_moves": moves}
+    n_flops = None if text is None else flops_per_token(trained.model, plan.recipe.max_length or 0)
     if text is not None:
         rows_per_batch, mixed = plan.recipe.micro_batch_size, plan.recipe.precision == "mixed"
         masks = [None] if mask is None else [None, mask]
         tables["validation"] = validation_losses(
             trained.model, text.validation, masks, rows_per_batch=rows_per_batch, mixed=mixed
         )
-    return TrainedModel(folder / "model", mask, history, trained.stats, len(rows), chat, tables)
+    return TrainedModel(folder / "model", mask, history, trained.stats, len(rows), chat, tables, n_flops)
 
 
 def training_store(study: Study, plan: TrainingPlan, mask: WeMask | None) -> Store:
@@ -232,6 +248,7 @@ class TrainingMetrics(Metrics):
         saved_in: the folder of the trained model.
         training_steps, ...: as `TrainingStats`.
         me_layer_before, ...: the first inspection without the mask, and the last one, as in `TrainingHistory`.
+        training_share_of_peak: of `pretrain`, of what the GPUs could do in bfloat16 (MFU); None where that is unknown.
         attention: what replaces the softmax, None for softmax.
         validation_loss, validation_loss_masked: of `pretrain`, nats a token on text held out, without the mask that it
             was trained with and under it.
@@ -255,6 +272,7 @@ class TrainingMetrics(Metrics):
     training_tokens: float | None = None
     training_tokens_per_second: float | None = None
     training_peak_gb: float | None = None
+    training_share_of_peak: float | None = None
     training_mean_loss: float | None = None
     training_final_loss: float | None = None
     training_resumed_at: int = 0
@@ -331,6 +349,7 @@ def training(
         **{f"{key}_before": first.get(key) for key in inspected},
         **{f"{key}_after": last.get(key) for key in (*inspected, "largest_over_median", "sink_rate")},
         **_validation_metrics(trained),
+        training_share_of_peak=trained.share_of_peak,
         attention=kind_of(study.model.original_model.config),
     )
     return Result(
@@ -356,6 +375,8 @@ def _findings(plan: TrainingPlan, trained: TrainedModel, mask_name: str) -> Sequ
     speed = f"{stats.seconds:.0f} s, {stats.step_seconds or 0:.3g} s a step"
     if stats.tokens_per_second:
         speed += f", {stats.tokens_per_second:,.0f} tokens a second"
+    if trained.share_of_peak:
+        speed += f" ({trained.share_of_peak:.0%} of the peak in bfloat16)"
     if stats.peak_gb:
         speed += f", {stats.peak_gb:.1f} GB at most"
     what = f"{plan.recipe.method.upper()} on {trained.n_rows} rows of {plan.dataset}, mask {mask}, "

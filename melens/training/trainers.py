@@ -447,12 +447,16 @@ class _Sft(_FiniteLoss, _CompleteCheckpoint, SFTTrainer):
 
 
 class _Pretrain(_FiniteLoss, _CompleteCheckpoint, Trainer):
-    """Counts tokens as TRL's trainers do."""
+    """Counts tokens as TRL's trainers do; a checkpoint holds the count."""
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        # transformers' own count (include_num_input_tokens_seen) waits for the GPU in each forward pass
+        self.state.num_input_tokens_seen += inputs["input_ids"].numel() * self.args.world_size
+        return super().training_step(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-            logs["num_tokens"] = float(self.state.global_step * rows * len(self.train_dataset[0]["input_ids"]))
+            logs["num_tokens"] = float(self.state.num_input_tokens_seen)
         super().log(logs, *args, **kwargs)
 
 

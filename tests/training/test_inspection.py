@@ -19,7 +19,11 @@ NORMS = pd.concat(
         table("hook_resid_post", 1, norm=[[7.0, 7.0, 7.0, 7.0]] * 2),
     ]
 )
+LARGEST = table("hook_resid_post", 0, rank=0, value=[[3.0, -40.0, 7.0], [6.0, 20.0, -90.0]])
+MEDIANS = table("hook_resid_post", 0, abs_median=[[1.0, 2.0, 1.0], [1.0, 1.0, 3.0]])
+IMPORTANCE = table(head=0, importance=[[0.1, 0.4, 0.9], [0.2, float("nan"), 0.3]])
 SINKS = table(head=0, sink_mass=[[0.0, 0.0, 0.9, 0.2, 0.6, 0.1, 0.1], [0.0, 0.0, 0.9, 0.4, 0.8, 0.1, 0.1]])
+TABLES = {"norm": NORMS, "sink_mass": SINKS, "largest": LARGEST, "abs_median": MEDIANS, "importance": IMPORTANCE}
 
 
 @pytest.fixture
@@ -29,7 +33,7 @@ def traced(monkeypatch):
 
     def trace(bridge, *_, **__):
         seen.append((bridge, bridge.blocks[2].mlp.out.original_component.weight.detach().clone()))
-        return replace(study_by_hand(2).trace, tables={"norm": NORMS, "sink_mass": SINKS})
+        return replace(study_by_hand(2).trace, tables=TABLES)
 
     monkeypatch.setattr(inspection, "trace", trace)
     monkeypatch.setattr(inspection, "find_me_layer", lambda *_: SimpleNamespace(layer=3, magnification=9.0))
@@ -44,6 +48,9 @@ def test_an_inspection_by_hand(tmp_path, traced):
     assert (row["step"], row["masked"], row["me_layer"], row["magnification"]) == (4, False, 3, 9.0)
     assert row["magnification_there"] == pytest.approx((20 / 2 + 80 / 4) / 2)  # block 2, as before the training
     assert row["sink_mass"] == pytest.approx((0.3 + 0.7) / 2)  # blocks 3 and 4, means over prompts
+    assert row["largest"] == (40 + 90) / 2
+    assert row["largest_over_median"] == (20 + 30) / 2  # the largest of 3, 20 and 7; of 6, 20 and 30
+    assert row["sink_rate"] == 2 / 5  # 0.3 is not over 0.3; a prompt that is too short does not count
 
 
 def test_an_inspection_is_of_the_weights_as_they_are(tmp_path, traced):

@@ -1,5 +1,6 @@
 """Training from scratch: what rows are made of, which tokens and dims a growing mask is on, how arms are compared."""
 
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -16,11 +17,14 @@ from melens.data.prompts import byte_tokenizer
 from melens.models.loading import load_tokenizer
 from melens.models.twins import plain_twin
 from melens.models.view import view_model
+from melens.training import inspection
 from melens.training.arms import Arm, arm_of, compare_arms, read_arms
 from melens.training.masking import GrowingMask
 from melens.training.packing import TextSource, packed_text, tokenizer_of_text
+from melens.training.plan import TrainingPlan
 from melens.training.pretraining import rows_to_inspect, validation_losses
 from melens.training.recipe import Recipe
+from melens.training.runs import train_model
 from melens.training.trainers import train
 
 DOCUMENTS = [f"document {n}: the ferry left at dawn {n * n} times" for n in range(40)]
@@ -80,6 +84,16 @@ def test_rows_are_kept_by_the_bytes_of_the_text(folder):
 def test_too_little_text_for_a_row_is_refused(folder, length, part):
     with pytest.raises(MelensError, match=f"tokens for {part}, less than a row"):
         packed(folder, length=length)
+
+
+def test_a_text_of_its_own_for_validation_is_held_out_whole(folder, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("another text, of which nothing is in the folder")
+    source, tokenizer = TextSource(str(folder)), byte_tokenizer()
+    text = packed_text(source, tokenizer, length=16, held_out=0.5, validation=TextSource(str(other)))
+    assert len(documents_of(text.training, tokenizer)) >= len(DOCUMENTS) - 1
+    held = np.concatenate([row["input_ids"] for row in text.validation.with_format("numpy")])
+    assert (other.read_text() + tokenizer.eos_token).startswith(tokenizer.decode(held))
 
 
 def test_a_file_with_columns_is_a_document_a_row_and_a_wrong_column_is_named(tmp_path):
@@ -146,12 +160,23 @@ def test_a_mask_behind_the_me_layer_comes_on_with_it_and_moves_where_it_moves():
     model, tokens = tiny(), torch.arange(8)[None]
     mask = GrowingMask(WeMask(rate=0.125, start="me+1"))
     with mask.applied(model):
-        for me_layer, first in ((None, None), (1, 2), (None, 2), (0, 1), (2, 3)):
-            mask.look(10, me_layer)
+        for step, (me_layer, first) in enumerate(((None, None), (1, 2), (None, 2), (0, 1), (2, 3))):
+            mask.look(step, me_layer)
             on = [bool(masked_dims(model, layer, tokens)[0]) for layer in range(4)]
             assert on == [first is not None and layer >= first for layer in range(4)]
     assert mask.table()["start"].tolist() == [2, 1, 3]
     assert mask.moved_to(model).start == 3
+
+
+def test_a_mask_does_not_follow_the_last_inspection_under_which_nothing_is_trained():
+    model, mask = tiny(), GrowingMask(WeMask(rate=0.125, start="me+1"))
+    with mask.applied(model):
+        mask.look(3, 0)
+        mask.look(6, 2)
+    mask.end(6)
+    assert mask.moved_to(model).start == 1
+    mask.end(6)
+    assert mask.table()["step"].tolist() == [3]
 
 
 def test_a_mask_that_never_came_is_none_afterwards():
@@ -184,6 +209,12 @@ def test_the_loss_falls_and_tokens_are_counted(folder, tmp_path):
     assert trained.stats.tokens == 40 * 4 * 16
 
 
+def test_the_last_batch_of_an_epoch_counts_the_tokens_that_it_has(folder, tmp_path):
+    trained = fit(tmp_path / "run", packed(folder).training.select(range(6)), steps=None, epochs=2)
+    assert trained.stats.steps == 4
+    assert trained.stats.tokens == 2 * 6 * 16
+
+
 def test_a_mask_is_on_from_the_first_step_and_changes_the_weights(folder, tmp_path):
     rows = packed(folder).training
     plain, masked = (fit(tmp_path / str(rate), rows, mask=mask) for rate, mask in ((0, None), (1, WeMask(1, start=0))))
@@ -208,6 +239,42 @@ def test_a_resumed_training_ends_where_one_does_that_never_stopped(folder, tmp_p
         torch.testing.assert_close(weight, other, msg=name)
 
 
+def test_a_mask_moves_where_it_would_have_in_a_training_that_never_stopped(folder, tmp_path, monkeypatch):
+    # It resumes between two inspections, with an ME layer that the one that never stopped does not see
+    layers = {0: None, 2: 0, 4: 2, 5: 1}
+    step_now = []
+    monkeypatch.setattr(inspection.Inspector, "_measured", lambda *_: {"me_layer": layers.get(step_now[-1], 2)})
+    inspect = inspection.Inspector.inspect
+
+    def noted(self, step, model):
+        step_now.append(step)
+        inspect(self, step, model)
+        if step == 6 and place == "parts" and not resume:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(inspection.Inspector, "inspect", noted)
+    plan = TrainingPlan(recipe(steps=7, save_every=5), str(folder), trace_every=2, held_out=0.2)
+    mask, trained = WeMask(0.25, start="me+1"), {}
+    for place, resume in (("whole", False), ("parts", False), ("parts", True)):
+        study = melens.study(melens.load_model("tiny"), ["one", "two"])
+        with suppress(KeyboardInterrupt):
+            trained[place] = train_model(study, plan, tmp_path / place, mask=mask, resume=resume)
+    assert trained["parts"].stats.resumed_at == 5
+    for training in trained.values():
+        moves = training.tables["mask_moves"]
+        assert moves[["step", "start"]].values.tolist() == [[2, 1], [4, 3]]
+    whole, parts = (training.history.log["loss"].tolist() for training in trained.values())
+    assert parts == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_mask_trains_compiled_as_it_does_not_compiled(folder, tmp_path):
+    rows, mask = packed(folder).training, WeMask(0.25, start=1)
+    compiled = {"compile": True, "trainer": {"torch_compile_backend": "eager"}}
+    trained = [fit(tmp_path / str(len(own)), rows, mask=mask, **own) for own in ({}, compiled)]
+    torch.testing.assert_close(*(torch.tensor(own.log["loss"].dropna().to_numpy()) for own in trained))
+
+
 def test_a_validation_loss_is_transformers_own_row_by_row(folder):
     rows, model = packed(folder).validation, tiny()
     mask = WeMask(1, start=0).on(model)
@@ -226,18 +293,19 @@ def test_a_validation_loss_is_transformers_own_row_by_row(folder):
 # --- Arms -------------------------------------------------------------------------------------------------------------
 
 
-def arm(name, seed, *, loss=2.0, unmasked=None, largest=5_000.0, sinks=0.4, me_layer=3, n_rows=5):
+def arm(name, seed, *, loss=2.0, unmasked=None, largest=5_000.0, sinks=0.4, me_layer=3, text="abcde"):
     steps = [
         {"step": 0, "masked": False, "me_layer": None, "largest": 1.0, "largest_over_median": 5.0, "sink_rate": 0.0}
     ]
     last = {"step": 9, "masked": False, "me_layer": me_layer, "largest": 99.0, "largest_over_median": largest}
     steps.append(last | {"sink_rate": sinks})
     trace = pd.DataFrame(steps).astype({"me_layer": "Int64"})
-    rows = np.linspace(-0.1, 0.1, n_rows) + 1e-3 * seed
-    parts = [pd.DataFrame({"row": range(n_rows), "masked": False, "loss": (unmasked or loss) + rows})]
+    rows = np.linspace(-0.1, 0.1, len(text)) + 1e-3 * seed
+    held_out = {"row": range(len(text)), "tokens": list(text)}
+    parts = [pd.DataFrame(held_out | {"masked": False, "loss": (unmasked or loss) + rows})]
     if unmasked is not None:
         trace = pd.concat([trace, trace.iloc[1:].assign(masked=True)])
-        parts.append(pd.DataFrame({"row": range(n_rows), "masked": True, "loss": loss + rows}))
+        parts.append(pd.DataFrame(held_out | {"masked": True, "loss": loss + rows}))
     return Arm(name, seed, "model", trace, pd.concat(parts))
 
 
@@ -284,7 +352,7 @@ def test_what_is_compared_is_of_one_model_and_one_text():
     with pytest.raises(MelensError, match="the same arm and the same seed"):
         compare_arms([arm("plain", 0), arm("plain", 0)])
     with pytest.raises(MelensError, match="different text held out"):
-        compare_arms([arm("plain", 0), arm("gates", 0, n_rows=6)])
+        compare_arms([arm("plain", 0), arm("gates", 0, text="abcdf")])
 
 
 @pytest.mark.parametrize(
@@ -344,7 +412,8 @@ def test_runs_leave_models_that_attend_as_they_did_and_are_compared(folder, tmp_
         (["training.dataset=nowhere"], "There is no file or folder 'nowhere'"),
         (["model=tiny", "training.limit=3"], r"exp=pretrain has no training\.limit"),
         (["training.mask=paper", "training.trace_every=0"], "The mask begins behind the ME layer"),
-        (["training.mask=saved"], "wemask=saved is the mask of a trained model|saved"),
+        (["training.mask=saved"], "There is no mask file"),
+        (["training.validation=nowhere"], "'nowhere'. training.validation is"),
         (["training.max_length=5000"], "context of 1,024"),
     ],
 )
@@ -356,4 +425,4 @@ def test_a_mistake_is_told_before_the_training(folder, tmp_path, options, said):
 
 def test_only_a_model_with_random_weights_is_trained_from_scratch():
     with pytest.raises(MelensError, match="trains a model with random weights"):
-        compose_options(*prepare_command(["exp=pretrain"]))
+        _ = compose_options(*prepare_command(["exp=pretrain"])).requests

@@ -632,7 +632,7 @@ def test_right_answers_that_are_never_rewarded_are_told_before_the_model_is_load
         ({"lr": 0}, "training.lr is 0"),
         ({"batch_size": 6, "micro_batch_size": 4}, r"batch_size \(6\) must be a multiple of .*micro_batch_size \(4\)"),
         ({"precision": "half"}, "training.precision is 'half'"),
-        ({"trainer": {"loss_typ": "nll"}}, "training.trainer.loss_typ is not a field of TRL's SFTConfig"),
+        ({"trainer": {"loss_typ": "nll"}}, "training.trainer.loss_typ is not a field of SFTConfig"),
         (
             {"trainer": {"learning_rate": 1e-3}},
             "learning_rate has an option of its own: set training.lr",
@@ -760,7 +760,7 @@ def test_a_saved_mask_is_kept_on_some_of_its_blocks():
         (["training.lora.rank=0", "training.peft=lora"], "training.lora.rank is 0"),
         (["training.columns=abc"], "training.columns is 'abc'"),
         (["training.mask=paper", "wemask.rate=0"], "masks nothing"),
-        (["training.trainer.foo=1"], "training.trainer.foo is not a field of TRL's SFTConfig"),
+        (["training.trainer.foo=1"], "training.trainer.foo is not a field of SFTConfig"),
         (["training.gate=both"], "training.gate is 'both'"),
         (["training.mask=paper", "wemask.start=me+1"], "no ME layer to start from"),
         (["exp=tables"], "table is null; exp=tables needs one of"),
