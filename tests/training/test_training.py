@@ -690,6 +690,22 @@ def test_two_processes_train_as_one_does_and_go_on_as_two(tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_train_from_scratch_as_one_does(tmp_path):
+    options = ["exp=pretrain", "training.dataset=python_docs", "training.limit=null", "training.mask=paper"]
+    options += ["wemask.start=1", "training.gate=headwise"]
+    options += ["training.batch_size=8", "training.micro_batch_size=4", "training.max_length=32", "training.steps=4"]
+    options += ["training.trace_every=2", "training.trace_prompts=2", "training.save_every=0", "training.held_out=0.02"]
+    job(tmp_path / "one", *options)
+    run_twice_over(*options, f"hydra.run.dir={tmp_path / 'two'}")
+    one, two = (json.loads((tmp_path / name / "result.json").read_text())["metrics"] for name in ("one", "two"))
+    assert (one["training_processes"], two["training_processes"]) == (1, 2)
+    assert one["training_tokens"] == two["training_tokens"] == 4 * 8 * 32
+    pd.testing.assert_series_equal(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=0, atol=1e-4)
+    held_out = [pd.read_parquet(tmp_path / name / "validation.parquet") for name in ("one", "two")]
+    pd.testing.assert_frame_equal(*held_out, rtol=0, atol=1e-3)
+
+
+@pytest.mark.slow
 def test_a_sharded_model_trains_as_a_whole_one_does(tmp_path):
     fsdp2 = yaml.safe_load((ROOT / "conf" / "training" / "accelerate" / "fsdp2.yaml").read_text())["fsdp_config"]
     told = {"ACCELERATE_USE_FSDP": "true"} | {
