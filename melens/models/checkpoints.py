@@ -29,6 +29,7 @@ from transformer_lens.utilities.multi_gpu import find_misplaced_modules
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from melens.errors import MelensError
+from melens.models.gates import GATE_FILE, is_of_gate
 from melens.models.quantization import is_quantized, quantization_of
 from melens.models.sources import Source, explain, in_short
 
@@ -99,6 +100,8 @@ def _load(kind: Any, source: Source, device_map: str | dict[str, Any], options: 
         raise MelensError(_why_unreadable(source, error)) from error
     except (OSError, ValueError, ImportError) as error:
         raise MelensError(explain(source.name, error)) from error
+    if source.file(GATE_FILE) is not None:  # which a checkpoint of a training has among its weights as well
+        info["unexpected_keys"] = {name for name in info["unexpected_keys"] if not is_of_gate(name)}
     _check_weights(network, info, source.name, warn=not is_layout)
     return network
 
@@ -124,7 +127,7 @@ def damaged_file(folder: Path) -> tuple[Path, str] | None:
 _HEADERS: dict[str, Callable[[Path], Any]] = {
     "*.index.json": lambda file: dict(json.loads(file.read_text("utf-8"))["weight_map"]),
     "*.safetensors": lambda file: safe_open(file, framework="pt").__enter__(),
-    "*.bin": lambda file: torch.load(file, map_location="meta", weights_only=True),
+    "*model*.bin": lambda file: torch.load(file, map_location="meta", weights_only=True),  # no training_args.bin
 }
 """What reads the headers of a file of weights, by its name."""
 

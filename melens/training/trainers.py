@@ -39,7 +39,8 @@ from melens.data.chat import PLAIN, Chat, chat_of, opened_thought
 from melens.environment.seeding import seeded
 from melens.errors import MelensError
 from melens.masks.mask import WeMask
-from melens.models.gates import GATE, gates_of
+from melens.models.attention_kinds import mark_saved
+from melens.models.gates import GATE, gates_of, is_of_gate, save_gates
 from melens.models.generation import verify_generation
 from melens.models.view import view_model
 from melens.printing import Brief
@@ -354,7 +355,8 @@ def _config(recipe: Recipe, folder: Path, chat: Chat, device: str) -> Any:
             "reward_weights": [1.0, recipe.format_weight],
             "chat_template_kwargs": chat.arguments,
         },
-        "pretrain": {"lr_scheduler_type": "cosine", "adam_beta2": 0.95, "remove_unused_columns": False},
+        "pretrain": {"lr_scheduler_type": "cosine", "adam_beta2": 0.95, "remove_unused_columns": False}
+        | {"save_total_limit": None},  # exp=dynamics looks at all
     }
     try:
         return _CONFIGS[recipe.method](**options | by_method[recipe.method] | dict(recipe.trainer))
@@ -434,6 +436,22 @@ class _CompleteCheckpoint:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
 
 
+class _LoadableCheckpoint:
+    """Writes checkpoints that `load_model` reads as the model is: gates beside the weights, the attention by name."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        trainer: Any = self
+        super()._save(output_dir, state_dict)  # type: ignore[misc]
+        folder = Path(output_dir or trainer.args.output_dir)
+        if not (folder / "config.json").is_file():  # of adapters
+            return
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        weights = model.state_dict() if state_dict is None else state_dict
+        if of_gates := {name: weight for name, weight in weights.items() if is_of_gate(name)}:
+            save_gates(of_gates, folder)
+        mark_saved(folder, model.config)
+
+
 def _check_complete(missing: set[str]) -> None:
     if missing:
         raise MelensError(
@@ -442,11 +460,11 @@ def _check_complete(missing: set[str]) -> None:
         )
 
 
-class _Sft(_FiniteLoss, _CompleteCheckpoint, SFTTrainer):
+class _Sft(_FiniteLoss, _CompleteCheckpoint, _LoadableCheckpoint, SFTTrainer):
     pass
 
 
-class _Pretrain(_FiniteLoss, _CompleteCheckpoint, Trainer):
+class _Pretrain(_FiniteLoss, _CompleteCheckpoint, _LoadableCheckpoint, Trainer):
     """Counts tokens as TRL's trainers do; a checkpoint holds the count."""
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -466,11 +484,11 @@ def _as_labels(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
-class _Dpo(_FiniteLoss, _CompleteCheckpoint, DPOTrainer):
+class _Dpo(_FiniteLoss, _CompleteCheckpoint, _LoadableCheckpoint, DPOTrainer):
     pass
 
 
-class _Grpo(_FiniteLoss, _CompleteCheckpoint, GRPOTrainer):
+class _Grpo(_FiniteLoss, _CompleteCheckpoint, _LoadableCheckpoint, GRPOTrainer):
     """GRPO with a reference model in memory, where TRL would load one by its name, without the mask."""
 
     def __init__(self, *, reference: Any, beta: float, **options: Any) -> None:

@@ -1,5 +1,6 @@
 """Training from scratch: what rows are made of, which tokens and dims a growing mask is on, how arms are compared."""
 
+import warnings
 from contextlib import suppress
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from experiments.runner.job import run_job
 from melens import MelensError, WeMask
 from melens.data.prompts import byte_tokenizer
 from melens.models.loading import load_tokenizer
+from melens.models.revisions import why_incomplete
 from melens.models.twins import plain_twin
 from melens.models.view import view_model
 from melens.training import inspection
@@ -404,6 +406,25 @@ def test_runs_leave_models_that_attend_as_they_did_and_are_compared(folder, tmp_
     table = compare_arms(arms).tables["arms"]
     assert table["loss"].between(3, 7).all()
     assert len({tuple(own.validation["row"]) for own in arms if own.name != "WeMask"}) == 1
+
+
+def test_a_checkpoint_is_a_model_with_its_gates_and_its_attention(folder, tmp_path):
+    run(
+        tmp_path,
+        f"training.dataset={folder}",
+        "training.gate=headwise",
+        "model.attention=sigmoid",
+        "training.save_every=1",
+    )
+    checkpoints = tmp_path / "checkpoints"
+    assert [why_incomplete(checkpoints / f"checkpoint-{step}") for step in (1, 2, 3)] == [None] * 3
+    tokens = torch.arange(20)[None]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # of weights that the model does not use
+        last, first = (melens.load_model(checkpoints / f"checkpoint-{step}", device="cpu") for step in (3, 1))
+    expected = melens.load_model(tmp_path / "model", device="cpu")(tokens)
+    torch.testing.assert_close(last(tokens), expected)
+    assert not torch.equal(first(tokens), expected)
 
 
 @pytest.mark.parametrize(
