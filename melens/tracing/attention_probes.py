@@ -22,7 +22,8 @@ __all__ = [
 class SinkMass(Probe):
     """How much attention the later queries pay to one key, by layer and head (section 6, figure 7).
 
-    The column is `sink_mass`: the mean probability, from 0 to 1, over all queries after the key, by default token 0.
+    The column is `sink_mass`: the mean probability, from 0 to 1, over all queries after the key, by default token 0. Of
+    attention that is not softmax it is the weight as it is paid, whatever the row's other weights sum to.
 
     Example:
         >>> melens.trace(model, prompts, melens.SinkMass())["sink_mass"].columns.tolist()
@@ -124,7 +125,8 @@ class AttentionOffTokens(Probe):
     """The attention that goes to no token, by layer and head: what a learned sink takes (GPT-OSS), `exp(s_h - lse)`.
 
     The column is `off_tokens`, the mean over a prompt's queries of what their attention lacks to 1; 0 up to rounding in
-    a model whose attention sums to 1.
+    a model whose attention sums to 1, what is not paid at all in one of softpick or off by one, and below 0 where
+    sigmoid attention pays more than 1.
 
     Example:
         >>> found = melens.trace(model, prompts, melens.AttentionOffTokens())["off_tokens"]
@@ -144,8 +146,9 @@ class AttentionOffTokens(Probe):
 class AttentionEntropy(Probe):
     """The entropy in nats of what a query attends to, averaged over the queries that have a choice, by block and head.
 
-    The column is `entropy`: 0 on one token alone, log of the number of tokens where all get as much. The pattern takes
-    memory quadratic in the length.
+    The column is `entropy`: 0 on one token alone, log of the number of tokens where all get as much. Weights that do
+    not sum to 1 (a learned sink, attention that is not softmax) are divided by their sum; a query that pays nothing
+    counts as 0. The pattern takes memory quadratic in the length.
 
     Example:
         >>> melens.trace(model, prompts, melens.AttentionEntropy())["attention_entropy"].columns.tolist()
@@ -157,7 +160,9 @@ class AttentionEntropy(Probe):
     index = ("head",)
 
     def reduce(self, activation: Float[Tensor, "batch head query key"], batch: Batch) -> dict[str, Tensor]:
-        entropy = -torch.xlogy(activation.float(), activation.float()).sum(-1)
+        paid = activation.float()
+        shares = paid / paid.sum(-1, keepdim=True).clamp(min=torch.finfo(paid.dtype).tiny)
+        entropy = -torch.xlogy(shares, shares).sum(-1)
         weights = batch.weights_after(0).to(entropy.device)
         return {"entropy": (entropy * weights[:, None]).sum(-1)}
 

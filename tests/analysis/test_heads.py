@@ -15,7 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import melens
 from melens import Criterion, MelensError
-from melens.analysis import head_idleness, head_zeroing
+from melens.analysis import head_benchmarks, head_idleness, head_zeroing
+from melens.benchmarks.catalog import BENCHMARKS
+from melens.benchmarks.language import language_data, make_questions
 from melens.models.twins import plain_twin
 
 N_LAYERS, N_HEADS = 7, 4
@@ -127,16 +129,16 @@ def test_heads_are_chosen_on_other_prompts_than_those_whose_loss_is_measured():
 def test_sets_are_nested_and_random_ones_are_drawn_by_the_seed():
     ranking = [(layer, head) for layer in range(5) for head in range(4)]
     rankings = {head_zeroing.IDLE: ranking, head_zeroing.SINKS: ranking[::-1]}
-    sets = {each[:3]: each[3] for each in head_zeroing._sets(rankings, (0.05, 0.1, 0.3), 2, 0)}
+    sets = {each[:3]: each[3] for each in head_zeroing.sets_of_heads(rankings, (0.05, 0.1, 0.3), 2, 0)}
     assert sets[head_zeroing.IDLE, 0.1, 0] == ranking[:2]
     assert sets[head_zeroing.SINKS, 0.3, 0] == ranking[:-7:-1]
     small, large = sets[head_zeroing.RANDOM, 0.1, 1], sets[head_zeroing.RANDOM, 0.3, 1]
     assert small == large[:2]
     assert len(set(large)) == 6
     assert large != sets[head_zeroing.RANDOM, 0.3, 0]
-    again = {each[:3]: each[3] for each in head_zeroing._sets(rankings, (0.3,), 2, 0)}
+    again = {each[:3]: each[3] for each in head_zeroing.sets_of_heads(rankings, (0.3,), 2, 0)}
     assert again[head_zeroing.RANDOM, 0.3, 1] == large
-    other = {each[:3]: each[3] for each in head_zeroing._sets(rankings, (0.3,), 2, 1)}
+    other = {each[:3]: each[3] for each in head_zeroing.sets_of_heads(rankings, (0.3,), 2, 1)}
     assert other[head_zeroing.RANDOM, 0.3, 1] != large
 
 
@@ -214,6 +216,8 @@ def test_sinks_that_write_nothing_are_found_idle_and_can_go(planted):
     assert metrics.zeroed_heads == {"0.1": 2, "0.25": 6}
     rises = found.tables["loss_without_heads"].groupby("heads")["dloss"].apply(lambda own: own.abs().max())
     assert rises["idlest"] < 1e-3 < 0.1 < rises["random"]
+    assert metrics.scores_intact.keys() == {"induction", "copy"}
+    assert metrics.score_changes["copy"].keys() == {"idlest", "strongest sinks", "random"}
     assert all(len(figure.plot.data) > 1 for figure in found.figures.values())
     verdicts = found.claims.set_index("id").verdict
     assert verdicts[["values-drain", "sinks-dormant"]].eq("holds").all()
@@ -239,6 +243,36 @@ def test_the_loss_without_heads_is_that_of_a_model_without_them(planted):
         network.model.layers[layer].self_attn.o_proj.weight.data[:, 16 * head : 16 * head + 16] = 0
     assert rise[[5, 2]].tolist() == pytest.approx([loss(5) - intact[0], loss(2) - intact[1]], abs=1e-4)
     assert rise.abs().min() > 1e-2
+
+
+def test_the_scores_without_heads_are_those_of_a_model_without_them(planted):
+    study, _ = planted
+    busy = [(4, 3), *((layer, head) for layer in range(3) for head in range(4))]
+    rankings = {head_zeroing.IDLE: busy, head_zeroing.SINKS: busy}
+    found = head_benchmarks.scores_without_heads(study, rankings, ["induction"], draws=1, items=3)
+    own = found[found["heads"] == head_zeroing.IDLE]
+    data = language_data(study.model, "", n_texts=3, n_tokens=128)
+    asked = make_questions(BENCHMARKS["induction"], None, data, vocabulary=200, limit=3).requests
+    network = copy.deepcopy(plain_twin(study.model))
+
+    def loss(context, continuation):
+        ids = torch.tensor([*context, *continuation])
+        with torch.no_grad():
+            logits = network(input_ids=ids[None], use_cache=False).logits[0]
+        return float(torch.nn.functional.cross_entropy(logits[len(context) - 1 : -1], ids[len(context) :]))
+
+    assert own["intact"].tolist() == pytest.approx([loss(*each) for each in asked], abs=1e-4)
+    network.model.layers[4].self_attn.o_proj.weight.data[:, 48:64] = 0
+    assert own["value"].tolist() == pytest.approx([loss(*each) for each in asked], abs=1e-4)
+    assert (own["value"] - own["intact"]).abs().min() > 1e-3
+    assert own["n_heads"].tolist() == [1, 1, 1]
+
+
+def test_changes_of_scores_are_averaged_by_hand():
+    scores = pd.DataFrame({"benchmark": "copy", "heads": "idlest", "draw": 0, "item": ["0", "1", "2"], "intact": 0.5})
+    changes = head_benchmarks.changes_by_heads(scores.assign(value=[0.5, 0.6, 0.7])).iloc[0]
+    assert (changes["intact"], changes["mean"]) == (0.5, pytest.approx(0.1))
+    assert changes["low"] == pytest.approx(0.1 - 4.303 * 0.1 / 3**0.5, abs=1e-3)  # Student's t of 2 degrees of freedom
 
 
 def test_what_a_model_lacks_is_left_out_and_told():

@@ -7,6 +7,8 @@ import string
 from pathlib import Path
 from uuid import uuid4
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from planted import gains_apart, plain_model, plant
@@ -18,9 +20,10 @@ from experiments.runner import checkpoints
 from experiments.runner.jobs import Job
 from experiments.runner.study import begin_study
 from melens import MelensError
+from melens.analysis.checkpoint_dynamics import MeasuredCheckpoint
 from melens.models.folders import step_of
 from melens.models.loading import load_tokenizer, plan_model
-from melens.models.revisions import in_order, spread, tokens_of
+from melens.models.revisions import Checkpoint, in_order, spread, tokens_of
 from melens.storage.cache import Store
 
 (DYNAMICS,) = EXPERIMENTS
@@ -88,6 +91,11 @@ def test_the_planted_step_is_found_and_a_checkpoint_is_measured_once(training, l
     assert loaded == ["checkpoint-0", "checkpoint-10"]
     for name, table in result.tables.items():
         assert again.tables[name].equals(table), name
+
+
+@pytest.mark.slow
+def test_only_new_checkpoints_are_measured(training, loaded):
+    run(training)
     save_checkpoint(training / "checkpoint-1000", 1.0)  # the training goes on
     run(training)
     assert loaded[2:] == ["checkpoint-100"]  # which was the run's own before
@@ -97,16 +105,37 @@ def test_the_planted_step_is_found_and_a_checkpoint_is_measured_once(training, l
     assert changed.metrics.me_from == 10
 
 
-def test_what_was_kept_and_then_changed_is_not_taken(training, loaded):
-    shutil.rmtree(training / "checkpoint-10")
-    run(training)
-    file = next((training.parent / "cache" / "checkpoints").glob("*/checkpoint.json"))
+def kept(tmp_path):
+    table = pd.DataFrame({"first_token_id": [5, 6], "layer": [0, 0], "ratio": [7.5, 1 / 3], "sink_rate": [0.1, np.nan]})
+    told = {"magnification_interval": (3.0, 5.5), "shared": {"n_prompts": 2}, "model": {"name": "m"}}
+    own = MeasuredCheckpoint(10, "step10", table, 0, 4.25, **told)
+    checkpoints._save(Store(tmp_path), own)
+    return own, Checkpoint("renamed", 20, 3e9)
+
+
+def test_what_is_kept_is_found_as_it_was(tmp_path):
+    own, asked = kept(tmp_path)
+    found = checkpoints._load(Store(tmp_path), asked)
+    assert (found.step, found.name, found.tokens) == (20, "renamed", 3e9)  # as it is asked for now
+    assert found.by_input.equals(own.by_input)
+    same = ("me_layer", "magnification", "magnification_interval", "shared", "model")
+    assert [getattr(found, name) for name in same] == [getattr(own, name) for name in same]
+
+
+@pytest.mark.parametrize("damage", ["another ME layer", "another ratio", "no JSON", "other JSON", "no table"])
+def test_what_was_kept_and_then_changed_is_not_taken(tmp_path, damage):
+    own, asked = kept(tmp_path)
+    file = tmp_path / "checkpoint.json"
     content = json.loads(file.read_text())
-    content["rest"]["me_layer"] = 3
-    file.write_text(json.dumps(content))
-    _, result = run(training)
-    assert loaded == ["checkpoint-0", "checkpoint-0"]
-    assert result.tables["dynamics_by_step"]["me_layer"].dropna().tolist() == [1]
+    match damage:
+        case "another ME layer":
+            content["rest"]["me_layer"] = 3
+        case "another ratio":
+            own.by_input.assign(ratio=[7.5, 0.34]).to_parquet(tmp_path / "by_input.parquet", index=False)
+        case "no table":
+            (tmp_path / "by_input.parquet").unlink()
+    file.write_text({"no JSON": "{", "other JSON": "[]"}.get(damage, json.dumps(content)))
+    assert checkpoints._load(Store(tmp_path), asked) is None
 
 
 def test_an_incomplete_checkpoint_is_left_out_with_a_warning(training, caplog):
@@ -211,11 +240,21 @@ def cached_hub(training, tmp_path, monkeypatch):
     return repo
 
 
-def test_revisions_come_from_the_cache_where_there_is_no_hub(cached_hub, loaded):
+def test_revisions_come_from_the_cache_where_there_is_no_hub(cached_hub):
     found = prepare("org/model", r"dynamics.pattern=step\d+")
     assert [own.checkpoint.name for own in found] == ["step0", "step100"]
-    run("org/model", "dynamics.revisions=[step0,step100]")
+    assert found[0].identity == f"org/model@{'a' * 40}"
     (cached_hub / "refs" / "step0").write_text("b" * 40)  # the revision moved
+    moved = prepare("org/model", "dynamics.revisions=[step0,step100]")
+    assert moved[0].identity == f"org/model@{'b' * 40}"
+
+
+@pytest.mark.slow
+def test_a_revision_that_moved_is_measured_anew(cached_hub, loaded):
+    run("org/model", "dynamics.revisions=[step0,step100]")
+    run("org/model", "dynamics.revisions=[step0,step100]")
+    assert loaded == ["step0"]
+    (cached_hub / "refs" / "step0").write_text("b" * 40)
     _, moved = run("org/model", "dynamics.revisions=[step0,step100]")
     assert loaded == ["step0", "step0"]
     assert moved.tables["dynamics_by_step"]["me_layer"].tolist() == [1, 1]
@@ -226,6 +265,8 @@ def test_a_revision_that_is_missing_is_told_by_its_name(cached_hub):
         prepare("org/model", "dynamics.revisions=[step7,step100]")
     with pytest.raises(MelensError, match="org/model has no revision named like 'ckpt'"):
         prepare("org/model", "dynamics.pattern=ckpt")
+    with pytest.raises(MelensError, match="hub cannot be reached for org/other"):
+        prepare("org/other", "dynamics.pattern=ckpt")
 
 
 # --- Names ------------------------------------------------------------------------------------------------------------
