@@ -44,6 +44,9 @@ def somewhere(tmp_path, monkeypatch):
         (tmp_path / name).write_text(json.dumps(line) + "\n")
     (trained := tmp_path / "outputs" / "2026-01-31" / "12-00-00-000000" / "model").mkdir(parents=True)
     (trained / "config.json").write_text("{}")
+    for step in (100, 200):
+        (checkpoint := trained.parent / "checkpoints" / f"checkpoint-{step}").mkdir(parents=True)
+        (checkpoint / "config.json").write_text("{}")
     melens.WeMask(0.1, start=1).on(plain_model("llama")).save(trained)
     for module in ("melens.environment.extras", "melens.training.recipe"):
         monkeypatch.setattr(f"{module}.find_spec", lambda name: True)
@@ -107,6 +110,7 @@ def test_the_guide_of_the_experiments_has_the_options_and_claims_of_each():
         for name in re.findall(r"`(\w+)`", row.split("|")[1])
     }
     assert set(EXPERIMENTS) - {"all"} <= set(rows)
+    rows["arms"] = rows["pretrain"]  # whose runs are compared
     for claim in CLAIMS:
         assert re.search(rf"\b{claim.id}\b", rows[claim.metrics.experiment]), claim.id
     for name in set(EXPERIMENTS) - {"all"}:
