@@ -121,11 +121,11 @@ def _request(cfg: Options) -> CheckpointRequest:
         raise MelensError(f"dynamics.revisions are of a model on the hub, or subfolders; {model.name} has neither.")
     if model.revision is not None and (asked.revisions is not None or asked.pattern is not None):
         raise MelensError("model.revision is one checkpoint: leave it out where dynamics names several.")
-    if asked.models is not None and model.name not in asked.models and model.hub_id not in asked.models:
+    if asked.repos is not None and model.name not in asked.repos and model.hub_id not in asked.repos:
         series = f"dynamics={cfg.given.get('dynamics', 'own')}"
         raise MelensError(
-            f"{series} is not of {model.name}, but of {', '.join(asked.models)}. Give one of these as model=hub "
-            "model.name=, or dynamics.models=null to take its names all the same."
+            f"{series} is not of {model.name}, but of {', '.join(asked.repos)}. Give one of these as model=hub "
+            "model.name=, or dynamics.repos=null to take its names all the same."
         )
     return CheckpointRequest(cfg, [])
 

@@ -298,7 +298,7 @@ class DynamicsOptions(Node):
     most: Annotated[Literal["all"] | AtLeast2, Said("a whole number of at least 2, or all")]
     pattern: Annotated[Pattern | None, AS_TYPED, Said("a regular expression, or null")]
     tokens_per_step: OptionalCount
-    models: Names
+    repos: Names
 
 
 class LoraOptions(Node):

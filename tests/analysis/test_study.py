@@ -74,8 +74,8 @@ def test_tokens_are_made_once(model, monkeypatch):
 
 
 _OF_MORE = {
-    "benchmark", "generate", "mask_grid", "quantization", "side_by_side", "training", "training_table", "trainings",
-    "verdicts", "verification",
+    "benchmark", "dynamics", "generate", "mask_grid", "quantization", "side_by_side", "training", "training_table",
+    "trainings", "verdicts", "verification",
 }  # fmt: skip
 OF_A_STUDY_ALONE = sorted({*analysis.__all__} - _OF_MORE)
 """The others take masks, plans or results, or judge no claim."""

@@ -390,13 +390,13 @@ def test_every_file_of_conf_says_what_it_is():
 def test_the_schema_has_the_options_of_conf_and_no_others():
     for name in sorted(path.stem for path in CONF.glob("exp/*.yaml")):
         assert compose_options(f"exp={name}").exp.name == name
-    for group in ("model", "prompts", "wemask", "scale"):
+    for group in ("model", "prompts", "wemask", "dynamics", "scale"):
         for path in sorted(CONF.glob(f"{group}/*.yaml")):
             if path.stem != "hub":
                 compose_options(f"{group}={path.stem}")
     declared = {key.split(".")[0] for key, _ in options_of()}
     assert declared == set(yaml.safe_load((CONF / "config.yaml").read_text())) - {"defaults", "hydra"} | {
-        "exp", "prompts", "wemask",
+        "exp", "prompts", "wemask", "dynamics",
     }  # fmt: skip
     assert set(Options.model_fields) == declared | {"given", "typed"}
 
