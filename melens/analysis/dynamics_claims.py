@@ -126,7 +126,7 @@ def _sinks_not_before(metrics: DynamicsMetrics) -> Judgement:
 
 CLAIMS = (
     Claim(
-        id="sinks-learned", fixed="2026-11-27 e763978",
+        id="sinks-learned", fixed="2026-11-27 5da8825",
         source="Gu et al. (2024), abstract", figure="dynamics", metrics=DynamicsMetrics,
         claim="Attention sinks are not there at first: they emerge in training",
         statistic="sink rate of token 0 at the last checkpoint, the first being of the first 1% of the steps",
@@ -135,7 +135,7 @@ CLAIMS = (
         needs_me_layer=False, judge=_sinks_come_with_training,
     ),
     Claim(
-        id="massive-learned", fixed="2026-11-27 e763978",
+        id="massive-learned", fixed="2026-11-27 5da8825",
         source="Gallego-Feliciano et al. (2025), results", figure="dynamics", metrics=DynamicsMetrics,
         claim="Massive activations are learned throughout training, and not present at initialisation",
         statistic="ratio of the largest |h| to the median, in the block where it is most, at the last checkpoint over "
@@ -146,7 +146,7 @@ CLAIMS = (
         needs_me_layer=False, judge=_massive_is_learned,
     ),
     Claim(
-        id="middle-rises", fixed="2026-11-27 e763978",
+        id="middle-rises", fixed="2026-11-27 5da8825",
         source="Gallego-Feliciano et al. (2025), figure 5b", figure="dynamics_by_block", metrics=DynamicsMetrics,
         claim="In the middle blocks the ratio rises to the end of the training",
         statistic="share of the middle half of the blocks whose ratio at the last checkpoint is the largest, or within "
@@ -157,7 +157,7 @@ CLAIMS = (
         needs_me_layer=False, judge=_middle_rises,
     ),
     Claim(
-        id="emergence-curve", fixed="2026-11-27 e763978",
+        id="emergence-curve", fixed="2026-11-27 5da8825",
         source="Gallego-Feliciano et al. (2025), table 1", figure="dynamics_fits", metrics=DynamicsMetrics,
         claim="A logarithm under an exponential decay describes the ratio over training",
         statistic="R² of their equation 9, mean over the blocks that it was fitted to",
@@ -167,7 +167,7 @@ CLAIMS = (
         needs_me_layer=False, judge=_curve_fits,
     ),
     Claim(
-        id="sinks-not-first", fixed="2026-11-27 e763978",
+        id="sinks-not-first", fixed="2026-11-27 5da8825",
         source="follow-up question", figure="dynamics", metrics=DynamicsMetrics,
         claim="Sinks do not appear before massive activations",
         statistic="checkpoints from the one at which the ratio is half way to its largest, logarithmically, to the one "

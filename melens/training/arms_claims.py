@@ -119,7 +119,7 @@ def _prevents_both(metrics: ArmsMetrics, key: str) -> Judgement:
 
 CLAIMS = (
     Claim(
-        id="pretrain-mask-harmless", fixed="2026-11-27 693a4ac",
+        id="pretrain-mask-harmless", fixed="2026-11-27 79f3dff",
         source="follow-up question: appendix A", figure="arms", metrics=ArmsMetrics,
         claim="WeMask in pre-training costs no loss",
         statistic="validation loss (nats a token) of a model pre-trained with WeMask from a block on, less that of a "
@@ -130,7 +130,7 @@ CLAIMS = (
         judge=lambda metrics: at_most(*_loss(metrics, "fixed"), 0.01, partly=0.05, why_not=_NOT_TRAINED),
     ),
     Claim(
-        id="pretrain-mask-prevents", fixed="2026-11-27 693a4ac",
+        id="pretrain-mask-prevents", fixed="2026-11-27 79f3dff",
         source="follow-up question: appendix A", figure="arms", metrics=ArmsMetrics,
         claim="WeMask in pre-training prevents massive activations",
         statistic="largest |h| over the median |h| at the end of a pre-training with WeMask, over that of a plain one",
@@ -139,7 +139,7 @@ CLAIMS = (
         needs_me_layer=False, judge=lambda metrics: _massive_left(metrics, "fixed"),
     ),
     Claim(
-        id="pretrain-following-prevents", fixed="2026-11-27 693a4ac",
+        id="pretrain-following-prevents", fixed="2026-11-27 79f3dff",
         source="follow-up question: appendix A", figure="arms", metrics=ArmsMetrics,
         claim="WeMask that follows the ME layer in pre-training does away with the massive activation",
         statistic="largest |h| over the median |h| at the end of a pre-training with WeMask behind the ME layer, over "
@@ -148,7 +148,7 @@ CLAIMS = (
         needs_me_layer=False, judge=lambda metrics: _massive_left(metrics, "following"),
     ),
     Claim(
-        id="pretrain-mask-weakens-sinks", fixed="2026-11-27 693a4ac",
+        id="pretrain-mask-weakens-sinks", fixed="2026-11-27 79f3dff",
         source="follow-up question: appendix A", figure="arms", metrics=ArmsMetrics,
         claim="WeMask in pre-training weakens the sinks",
         statistic="sink rate of token 0 at the end of a pre-training with WeMask, over that of a plain one",
@@ -157,7 +157,7 @@ CLAIMS = (
         needs_me_layer=False, judge=lambda metrics: _sinks_left(metrics, "fixed", 0.5, 0.9),
     ),
     Claim(
-        id="pretrain-unmasking-hurts", fixed="2026-11-27 693a4ac",
+        id="pretrain-unmasking-hurts", fixed="2026-11-27 79f3dff",
         source="follow-up question: appendix A", figure="arms", metrics=ArmsMetrics,
         claim="A model that was pre-trained with WeMask needs it afterwards",
         statistic="validation loss (nats a token) without the mask, less that under it, of a model pre-trained with it",
@@ -166,7 +166,7 @@ CLAIMS = (
         judge=lambda metrics: at_least(*_loss(metrics, "fixed", field="unmask"), 0.01, why_not=_NOT_TRAINED),
     ),
     Claim(
-        id="pretrain-gates-prevent", fixed="2026-11-27 693a4ac",
+        id="pretrain-gates-prevent", fixed="2026-11-27 79f3dff",
         source="Qiu et al. (2025), abstract", figure="arms", metrics=ArmsMetrics,
         claim="Gated attention in pre-training prevents massive activations and sinks",
         statistic="largest |h| over the median |h| with gates, over that of a plain one; and the same of the sink rate",
@@ -174,7 +174,7 @@ CLAIMS = (
         needs_me_layer=False, judge=lambda metrics: _prevents_both(metrics, "gates"),
     ),
     Claim(
-        id="pretrain-softpick-prevents", fixed="2026-11-27 693a4ac",
+        id="pretrain-softpick-prevents", fixed="2026-11-27 79f3dff",
         source="Zuhri et al. (2025), abstract", figure="arms", metrics=ArmsMetrics,
         claim="Softpick in pre-training prevents massive activations and sinks",
         statistic="largest |h| over the median |h| with softpick, over that of a plain one; the same of the sink rate",
