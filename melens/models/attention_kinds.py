@@ -48,7 +48,9 @@ def softpick(scores: Scores) -> Scores:
 
 def off_by_one(scores: Scores) -> Scores:
     """Weigh keys by `eˣ / (1 + Σ eˣ)` (Miller 2023, "Attention is off by one"): a softmax beside a key of score 0."""
-    return torch.exp(scores - torch.logaddexp(torch.logsumexp(scores, -1, keepdim=True), scores.new_zeros(())))
+    largest = scores.amax(-1, keepdim=True).clamp(min=0)  # of a row that sees nothing a log-sum-exp has no gradient
+    shifted = torch.exp(scores - largest)
+    return shifted / (torch.exp(-largest) + shifted.sum(-1, keepdim=True))
 
 
 def sigmoid(scores: Scores) -> Scores:
@@ -56,7 +58,7 @@ def sigmoid(scores: Scores) -> Scores:
 
     They take one n for all queries, the length of the training; with each query's own a token decodes as it prefills.
     """
-    n_seen = _seen(scores).sum(-1, keepdim=True)
+    n_seen = _seen(scores).sum(-1, keepdim=True).clamp(min=1)  # the padding on the left sees nothing
     return torch.sigmoid(scores - torch.log(n_seen.to(scores.dtype)))
 
 
@@ -144,7 +146,8 @@ class _InBridge:
         self._kind = kind
 
     def __call__(self, scores: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        return WEIGHTS[self._kind](scores.to(dtype or scores.dtype))
+        unseen = ~_seen(scores)  # by the lowest number of its own dtype: float16's is not low in float32
+        return WEIGHTS[self._kind](scores.to(dtype or scores.dtype).masked_fill(unseen, float("-inf")))
 
 
 # --- What transformers calls ------------------------------------------------------------------------------------------
@@ -164,7 +167,8 @@ def _function(weigh: Callable[[Tensor], Tensor]) -> Callable[..., tuple[Tensor, 
         grouped = rearrange(query, "b (kv group) q d -> b kv group q d", kv=key.shape[1])
         scores = (grouped @ key[:, :, None].transpose(-1, -2)).float() * scaling
         if attention_mask is not None:
-            scores = scores + attention_mask[:, :, None, :, : key.shape[-2]]
+            mask = attention_mask[:, :, None, :, : key.shape[-2]]
+            scores = (scores + mask).masked_fill(~_seen(mask), float("-inf"))
         weights = nn.functional.dropout(weigh(scores).to(query.dtype), dropout, module.training)
         output = rearrange(weights @ value[:, :, None], "b kv group q d -> b q (kv group) d")
         return output.contiguous(), weights.flatten(1, 2)

@@ -8,10 +8,11 @@ import sys
 
 import pytest
 import torch
+from transformers import AttentionInterface
 
 import melens
 from melens.errors import MelensError
-from melens.models.attention_kinds import WEIGHTS, attend_as_configured, mark_saved, set_attention
+from melens.models.attention_kinds import WEIGHTS, _InBridge, attend_as_configured, mark_saved, set_attention
 from melens.models.loading import plan_model
 from melens.models.twins import bridged_twin, plain_twin
 
@@ -60,6 +61,32 @@ def test_softpick_pays_nothing_to_a_score_under_0_and_is_1_for_one_that_stands_o
 def test_weights_have_the_gradient_of_their_formula(kind):
     scores = torch.randn(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True)
     assert torch.autograd.gradcheck(WEIGHTS[kind], (scores,))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("unseen", [float("-inf"), torch.finfo(torch.float32).min])
+def test_a_row_that_sees_nothing_pays_nothing_and_has_a_gradient(kind, unseen):
+    scores = torch.tensor([[0.5, 2.0], [unseen, unseen]], requires_grad=True)
+    weights = WEIGHTS[kind](scores)
+    weights.square().sum().backward()
+    assert weights[1].tolist() == [0, 0]
+    assert scores.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_a_mask_hides_is_unseen_in_reduced_precision_too(kind, dtype):
+    """float16's lowest number, which hides a key there, is a score like any other in float32."""
+    seen, states = torch.ones(5, 5).tril().bool(), torch.randn(1, 2, 5, 8, generator=torch.Generator().manual_seed(0))
+    found = []
+    for own in (dtype, torch.float32):
+        mask = torch.where(seen, 0.0, torch.finfo(own).min).to(own)[None, None]
+        own_states = states.to(dtype).to(own)
+        _, pattern = AttentionInterface()[f"melens_{kind}"](torch.nn.Module().eval(), *[own_states] * 3, mask, 0.3)
+        scores = own_states @ own_states.mT * 0.3 + mask
+        found += [pattern.float(), _InBridge(kind)(scores, torch.float32)]
+    for weights in found[:3]:
+        torch.testing.assert_close(weights, found[3], rtol=0.02, atol=0.01)
 
 
 @pytest.mark.parametrize("kind", KINDS)
