@@ -3,6 +3,7 @@
 Whoever wants it is handed an `Attended` for each block and forward pass and reads what is needed: the attention on a
 few keys by query, or on every key summed over the queries. From queries, keys and each query's log-sum-exp, which a
 fused kernel returns, the attention on key j is `exp(q·k_j·scale - logsumexp)`: exact, in memory linear in the sequence.
+Of attention that is not softmax (`melens.models.attention_kinds`) whole rows are computed anew, a few at a time.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from melens.analysis.metrics import has_triton
+from melens.models.attention_kinds import WEIGHTS
 from melens.printing import Brief
 
-__all__ = ["Attended", "FromPattern", "FromScores", "attention_scores", "chunks_of"]
+__all__ = ["Attended", "FromPattern", "FromScores", "FromWeights", "attention_scores", "chunks_of"]
 
 _CHUNK_BYTES = 64 * 2**20  # what the scores of one chunk of queries may take
 _MOST_ROWS = 128  # of a chunk whose columns are summed: of more, half would be keys behind the query
@@ -90,10 +92,62 @@ class FromScores(Brief):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class FromWeights(Brief):
+    """The attention of whole sequences that is not softmax, row by row; its methods do what `FromScores`'s do.
+
+    The arguments are as for `melens.tracing.attention.causal_attention`.
+    """
+
+    query: Float[Tensor, "batch head pos d_head"]
+    key: Float[Tensor, "batch kv_head pos d_head"]
+    kind: str
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    mask: Tensor | None = None
+
+    def on_keys(self, keys: Sequence[int]) -> Float[Tensor, "batch head query key"]:
+        within = [position for position in keys if position < self.query.shape[2]]
+        found = self.query.new_zeros((*self.query.shape[:3], len(within)), dtype=torch.float32)
+        for rows, columns, _, paid in self._rows():
+            inside = [(at, position) for at, position in enumerate(within) if columns.start <= position < columns.stop]
+            for at, position in inside:
+                found[:, :, rows, at] = paid[..., position - columns.start]
+        return _missing_as_zero(found, keys, self.query.shape[2])
+
+    def by_key(self, n_tokens: Int[Tensor, " batch"]) -> Float[Tensor, "batch head key 2"]:
+        batch, n_heads, n_pos, _ = self.query.shape
+        found = self.query.new_zeros((batch, n_heads, n_pos, 2), dtype=torch.float32)
+        is_token = torch.arange(n_pos, device=self.query.device) < n_tokens.to(self.query.device)[:, None]
+        for rows, columns, scores, paid in self._rows(_MOST_ROWS):
+            counted = is_token[:, None, rows, None]
+            found[:, :, columns, 1] += ((scores > torch.finfo(scores.dtype).min / 2) & counted).sum(2)
+            found[:, :, columns, 0] += paid.masked_fill(~counted, 0).sum(2)
+        return found
+
+    def _rows(self, most: int | None = None) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+        """Yield a few queries, the keys around those that they see, and their scores and weights."""
+        options: dict[str, Any] = {
+            "scale": self.scale,
+            "window": self.window,
+            "softcap": self.softcap,
+            "mask": self.mask,
+        }
+        for rows, columns in chunks_of(self.query, self.window, sees_ahead=self.mask is not None, most=most):
+            scores = attention_scores(self.query, self.key, rows, columns, **options)
+            yield rows, columns, scores, WEIGHTS[self.kind](scores)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class FromPattern(Brief):
-    """The attention of whole sequences by a pattern that was computed anyway; its methods do what `FromScores`'s do."""
+    """The attention of whole sequences by a pattern that was computed anyway; its methods do what `FromScores`'s do.
+
+    `window` tells which queries see a key where the pattern cannot, since it may pay nothing to a key that is seen: as
+    for `melens.tracing.attention.causal_attention`, 0 where all that is seen is paid to.
+    """
 
     pattern: Float[Tensor, "batch head query key"]
+    window: int | None = 0
 
     def on_keys(self, keys: Sequence[int]) -> Float[Tensor, "batch head query key"]:
         within = [position for position in keys if position < self.pattern.shape[-1]]
@@ -103,6 +157,9 @@ class FromPattern(Brief):
         at = torch.arange(self.pattern.shape[-1], device=self.pattern.device)
         n_tokens = n_tokens.to(at.device)[:, None]
         paid = self.pattern.float().masked_fill((at >= n_tokens)[:, None, :, None], 0).sum(2)
+        if self.window != 0:
+            seen_by = ((at + (self.window or len(at))).clamp(max=n_tokens) - at).clamp(min=0)
+            return torch.stack([paid, seen_by[:, None].expand(paid.shape).float()], dim=-1)
         # Which queries see a key is not told: all from the first to the last that pays to it in any head and prompt.
         pays = (self.pattern > 0).any(1).any(0).int()
         first, last = pays.argmax(0), at.max() - pays.flip(0).argmax(0)
@@ -110,7 +167,7 @@ class FromPattern(Brief):
         return torch.stack([paid, seen_by[:, None].expand(paid.shape).float()], dim=-1)
 
 
-Attended = FromScores | FromPattern
+Attended = FromScores | FromWeights | FromPattern
 
 
 def attention_scores(

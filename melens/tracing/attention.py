@@ -25,9 +25,12 @@ from transformers.masking_utils import sdpa_mask
 
 from melens.errors import MelensError
 from melens.models.attention_kinds import WEIGHTS, kind_of
-from melens.tracing.attended import Attended, FromPattern, FromScores, attention_scores, chunks_of
+from melens.tracing.attended import Attended, FromPattern, FromScores, FromWeights, attention_scores, chunks_of
 
-__all__ = ["FUSED", "attention_pattern", "causal_attention", "uses_attention_function", "weigh_values"]
+__all__ = [
+    "FUSED", "attention_pattern", "causal_attention", "pattern_of", "uses_attention_function", "weigh_values",
+    "weighed_attention",
+]  # fmt: skip
 
 FUSED = "melens"
 """The attention implementation for transformers' config."""
@@ -135,6 +138,27 @@ def _chunked_attention(
     return output, logsumexp
 
 
+def weighed_attention(
+    query: Float[Tensor, "batch head pos d_head"],
+    key: Float[Tensor, "batch kv_head pos d_head"],
+    value: Float[Tensor, "batch kv_head pos d_value"],
+    kind: str,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Float[Tensor, "batch head pos d_value"], FromWeights]:
+    """Compute attention that is not softmax without the S × S pattern; arguments as for `causal_attention`."""
+    window = None if window is not None and window >= query.shape[2] else window
+    options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "mask": mask}
+    output = query.new_empty((*query.shape[:-1], value.shape[-1]))
+    for rows, columns in chunks_of(query, window, sees_ahead=mask is not None):
+        weights = WEIGHTS[kind](attention_scores(query, key, rows, columns, **options))
+        output[:, :, rows] = weigh_values(weights, value[:, :, columns])
+    return output, FromWeights(query, key, kind, **options)
+
+
 def attention_pattern(
     query: Float[Tensor, "batch head pos d_head"],
     key: Float[Tensor, "batch kv_head pos d_head"],
@@ -169,6 +193,12 @@ def weigh_values(
     """Sum the values by what is paid to their keys, in the values' precision."""
     weights = rearrange(pattern.to(value.dtype), "b (kv group) query key -> b kv group query key", kv=value.shape[1])
     return rearrange(weights @ value[:, :, None], "b kv group query d -> b (kv group) query d")
+
+
+def pattern_of(module: nn.Module, pattern: Float[Tensor, "batch head query key"]) -> FromPattern:
+    """Read attention from the pattern of a module, of which a kind other than softmax may pay nothing to seen keys."""
+    is_softmax = kind_of(getattr(module, "config", None)) is None
+    return FromPattern(pattern, 0 if is_softmax else getattr(module, "sliding_window", None))
 
 
 # --- What transformers calls ------------------------------------------------------------------------------------------
@@ -207,11 +237,14 @@ def _attention_function(
         output, attended = (melens_attend or causal_attention)(query, key, value, **options)
     elif melens_attend is not None:
         raise MelensError(f"A cache cannot be simulated in a model with {kind} attention.")
+    elif melens_pattern is None:
+        del options["sink_logits"]
+        output, attended = weighed_attention(query, key, value, str(kind), **options)
     else:
         pattern = attention_pattern(query, key, **options, kind=kind).to(query.dtype)
-        changed = None if melens_pattern is None else melens_pattern(pattern)
+        changed = melens_pattern(pattern)
         pattern = pattern if changed is None else changed
-        output, attended = weigh_values(pattern, value), FromPattern(pattern)
+        output, attended = weigh_values(pattern, value), pattern_of(module, pattern)
     if melens_record is not None:
         melens_record(attended)
     return output.transpose(1, 2).contiguous(), None

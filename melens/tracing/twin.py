@@ -38,7 +38,7 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 
 from melens.errors import MelensError
 from melens.tracing.attended import Attended, FromPattern
-from melens.tracing.attention import FUSED, uses_attention_function
+from melens.tracing.attention import FUSED, pattern_of, uses_attention_function
 from melens.tracing.resume import is_skipped
 from melens.tracing.sites import Sites
 
@@ -504,7 +504,7 @@ def _record_patterns(model: TransformerBridge, record: RecordAttention, stack: E
     """Record a block's attention from the bridge's own patterns."""
 
     def on_pattern(layer: int, pattern: Float[Tensor, "batch head query key"]) -> None:
-        record(layer, FromPattern(pattern))
+        record(layer, pattern_of(model.blocks[layer].attn.original_component, pattern))
 
     for layer, block in enumerate(model.blocks):
         hook_point = getattr(block._modules.get("attn"), "hook_pattern", None)

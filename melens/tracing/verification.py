@@ -38,12 +38,14 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
 from melens.errors import MelensError
+from melens.models.attention_kinds import kind_of
 from melens.models.devices import input_device
 from melens.models.twins import bridge_around, twin_of
-from melens.models.view import base_of
+from melens.models.view import base_of, view_model
 from melens.printing import Summary
 from melens.storage.cache import Store, store_for_kind
 from melens.tracing.attended import Attended, FromPattern
+from melens.tracing.attention import pattern_of
 from melens.tracing.batching import BatchRule, forget_longest, measured, rule_of
 from melens.tracing.sites import ATTENTION_BY_KEY, ATTENTION_ON_KEYS, Sites
 from melens.tracing.twin import Place, Twin, Way, running
@@ -370,12 +372,14 @@ class _Expected:
                 handle.remove()
         whole = {where: values[0] for where, values in recorded.items() if len(values) == 1}
         patterns = getattr(output, "attentions", None) or ()
+        blocks: Any = () if kind_of(network.config) is None else view_model(network).blocks
         layers = self._attending if len(patterns) == len(self._attending) else range(len(patterns))
         for layer, pattern in zip(layers, patterns, strict=True):
             if isinstance(pattern, Tensor) and pattern.ndim == 4:
                 whole["attn.hook_pattern", layer] = pattern
+                attended = pattern_of(blocks[layer].attention, pattern) if blocks else FromPattern(pattern)
                 for site in _PAID:
-                    whole[site, layer] = _paid(site, FromPattern(pattern), [len(prompt)])
+                    whole[site, layer] = _paid(site, attended, [len(prompt)])
         return whole
 
     @property

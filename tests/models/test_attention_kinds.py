@@ -15,6 +15,8 @@ from melens.errors import MelensError
 from melens.models.attention_kinds import WEIGHTS, _InBridge, attend_as_configured, mark_saved, set_attention
 from melens.models.loading import plan_model
 from melens.models.twins import bridged_twin, plain_twin
+from melens.tracing import attended
+from melens.tracing.attention import weighed_attention
 
 SIZES = {
     "vocab_size": 200, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -105,6 +107,44 @@ def test_bridge_plain_model_and_measurement_pay_the_same(family, kind):
     ):  # whose windows do not count
         found = trace["sink_mass"].query(f"layer == {layer}").set_index(["prompt", "head"])["sink_mass"].unstack()
         torch.testing.assert_close(torch.tensor(found.to_numpy()), pattern[:, :, 1:, 0].mean(-1), rtol=1e-4, atol=1e-6)
+
+
+def test_a_key_that_is_seen_and_paid_nothing_counts_as_seen():
+    pattern = torch.tensor([[[[1.0, 0, 0], [0, 0, 0], [0, 0, 0.5]]]])
+    for window, seen_by in ((None, [3, 2, 1]), (2, [2, 2, 1])):
+        found = attended.FromPattern(pattern, window).by_key(torch.tensor([3]))
+        assert found[0, 0].tolist() == [[paid, seen] for paid, seen in zip([1, 0, 0.5], seen_by, strict=True)]
+    model = model_of(attention="softpick")
+    patterns = [model.run_with_cache(TOKENS)[1][f"blocks.{layer}.attn.hook_pattern"] for layer in range(3)]
+    table = melens.trace(model, list(TOKENS), melens.ImportanceByKey())["importance_by_key"]
+    for layer, pattern in enumerate(patterns):
+        found = table[table["layer"] == layer]["importance"].to_numpy().reshape(2, -1)
+        expected = pattern.mean(1).sum(1) / torch.arange(24, 0, -1)
+        torch.testing.assert_close(torch.tensor(found), expected.float(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["softpick", "sigmoid"])
+@pytest.mark.parametrize("options", [{}, {"window": 5}, {"window": 4, "softcap": 1.5}])
+@pytest.mark.parametrize("rows_in_a_chunk", [1, 4, 1000])
+def test_rows_computed_a_few_at_a_time_are_those_of_the_pattern(kind, options, rows_in_a_chunk, monkeypatch):
+    monkeypatch.setattr(attended, "_CHUNK_BYTES", rows_in_a_chunk * 4 * 2 * 4 * 13)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 13, 8, generator=generator) for heads in (4, 2, 2))
+    output, read = weighed_attention(query, key, value, kind, scale=0.7, **options)
+    scores = 0.7 * query.double() @ key.repeat_interleave(2, 1).double().mT
+    scores = scores if "softcap" not in options else 1.5 * torch.tanh(scores / 1.5)
+    distance = torch.arange(13)[:, None] - torch.arange(13)
+    sees = (distance >= 0) & (distance < options.get("window", 13))
+    pattern = torch.zeros_like(scores)
+    for row, head, at in torch.cartesian_prod(torch.arange(2), torch.arange(4), torch.arange(13)):
+        pattern[row, head, at, sees[at]] = by_hand(kind, scores[row, head, at, sees[at]].tolist())
+    torch.testing.assert_close(output.double(), pattern @ value.double().repeat_interleave(2, 1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(read.on_keys((0, 7, 40)).double()[..., :2], pattern[..., [0, 7]], rtol=1e-4, atol=1e-6)
+    assert not read.on_keys((40,)).any()
+    by_key = read.by_key(torch.tensor([13, 10]))
+    for row, n in enumerate([13, 10]):
+        torch.testing.assert_close(by_key[row, ..., 0].double(), pattern[row, :, :n].sum(1), rtol=1e-4, atol=1e-5)
+        assert torch.equal(by_key[row, 2, :, 1], sees[:n].sum(0).float())
 
 
 def test_off_by_one_is_softmax_beside_a_key_that_is_zero():
