@@ -39,7 +39,7 @@ class SecondaryMetrics(Metrics):
             attention pays at that position, mean over prompts.
         repeated: share of the texts with a token that repeats the eight before it which have a secondary sink among
             such tokens; `repeated_texts`: of how many.
-        off_tokens: attention that goes to no token but to a learned sink; mean over texts, blocks, heads.
+        off_tokens: attention that goes to no token, but to a learned sink or nowhere; mean over texts, blocks, heads.
     """
 
     experiment = "secondary"

@@ -292,7 +292,7 @@ def _attention_in_words(study: Study, metrics: SecondaryMetrics) -> list[tuple[s
         heads = f"an importance over {SINK_THRESHOLD:g} in a tenth of the heads of a block"
         said.append(f"{share} of prompts have a token behind the first with {heads}, massive or not.")
     if (metrics.off_tokens or 0) > 0.001:
-        said.append(f"A learned sink takes {metrics.off_tokens:.3f} of all attention, which no token then gets.")
+        said.append(f"{metrics.off_tokens:.3f} of all attention goes to no token.")
     return [("attention on them", " ".join(said))] if said else []
 
 

@@ -49,7 +49,8 @@ class SinkRateMetrics(Metrics):
         sink_rate_prompts: of how many prompts, those with 64 tokens.
         sink_rate_elsewhere: of whole prompts, the same share of the other key that has most, among those that 16
             queries see; mean over prompts.
-        off_tokens: attention that goes to no token but to a learned sink (GPT-OSS); mean over prompts, blocks, heads.
+        off_tokens: attention that goes to no token, but to a learned sink (GPT-OSS) or nowhere (softpick, off by one);
+            mean over prompts, blocks, heads.
         off_tokens_rate: share of prompts, blocks and heads where that is over 0.3.
     """
 
@@ -139,13 +140,13 @@ def sink_rate_by_block(trace: Trace) -> pd.DataFrame:
 
 
 def sink_rate_figure(study: Study, by_block: pd.DataFrame, observed: str) -> Figure | None:
-    """Draw the sink rate by block: of token 0, of the other key that has most, of a learned sink if there is one.
+    """Draw the sink rate by block: of token 0, of the other key that has most, of what goes to no token if any does.
 
     None where no prompt is long enough for any.
     """
     names = {"sink_rate": ("token 0", FIRST), "elsewhere": ("the other token with most", OTHERS)}
     if by_block["off_tokens_rate"].any():
-        names["off_tokens_rate"] = ("learned sink", SINK)
+        names["off_tokens_rate"] = ("no token", SINK)
     curves = [
         Curve(name, by_block[["layer", column]].rename(columns={column: "mean"}).dropna(), color)
         for column, (name, color) in names.items()
@@ -160,7 +161,7 @@ def sink_rate_figure(study: Study, by_block: pd.DataFrame, observed: str) -> Fig
 
 
 def sink_rate_in_words(metrics: SinkRateMetrics) -> str:
-    """Say how large it is, of token 0, of whichever other token has most, and of a learned sink if there is one."""
+    """Say how large it is, of token 0, of whichever other token has most, and of what goes to no token if any does."""
     words = f"Not measured on token 0: no prompt has {N_TOKENS} tokens."
     if metrics.sink_rate is not None:
         rate = with_interval(metrics.sink_rate, metrics.sink_rate_interval, ".3f")
@@ -169,6 +170,6 @@ def sink_rate_in_words(metrics: SinkRateMetrics) -> str:
     if metrics.sink_rate_elsewhere is not None:
         words += f" {metrics.sink_rate_elsewhere:.3f} have one on whichever other token has most."
     if metrics.off_tokens is not None and metrics.off_tokens > _ROUNDING:
-        words += f" A learned sink gets {metrics.off_tokens:.3f} of the attention"
+        words += f" {metrics.off_tokens:.3f} of the attention goes to no token"
         words += f", and over {SINK_THRESHOLD:g} of it in {metrics.off_tokens_rate:.3f} of all heads."
     return words

@@ -159,7 +159,7 @@ def test_a_learned_sink_is_told():
     model = other_model("gpt_oss")
     result = melens.analysis.secondary(melens.study(model, [prompt_with(n=40)]))
     assert result.metrics.off_tokens > 0.001
-    assert "A learned sink takes" in dict(result.findings)["attention on them"]
+    assert "of all attention goes to no token" in dict(result.findings)["attention on them"]
 
 
 # --- By hand ----------------------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def test_short_prompts_alone_have_no_rate_and_nan_in_a_long_one_is_told():
 
 def test_a_learned_sink_is_told_where_there_is_one():
     told = sink_rate_in_words(SinkRateMetrics(**measure_sink_rate(trace_of(off=0.2))))
-    assert told.endswith(" A learned sink gets 0.200 of the attention, and over 0.3 of it in 0.000 of all heads.")
+    assert told.endswith(" 0.200 of the attention goes to no token, and over 0.3 of it in 0.000 of all heads.")
     assert "learned" not in sink_rate_in_words(SinkRateMetrics(**measure_sink_rate(trace_of(off=1e-6))))
 
 
