@@ -27,7 +27,10 @@ from transformers.masking_utils import eager_mask
 from melens.errors import MelensError
 from melens.models.specs import AttentionKind
 
-__all__ = ["WEIGHTS", "attend_as_configured", "implementation_of", "kind_of", "mark_saved", "set_attention"]
+__all__ = [
+    "WEIGHTS", "attend_as_configured", "check_configured", "implementation_of", "kind_of", "mark_saved",
+    "set_attention",
+]  # fmt: skip
 
 _FIELD = "melens_attention"  # of a config
 
@@ -87,6 +90,12 @@ def set_attention(model: Any, kind: str) -> None:
     attend_as_configured(model)
 
 
+def check_configured(network: Any) -> None:
+    """Raise a `MelensError` for a model, with or without weights, that cannot attend as its config asks for."""
+    if (kind := kind_of(network.config)) is not None:
+        _check(network, kind)
+
+
 def _check(network: Any, kind: str) -> None:
     """Raise for a model whose attention is not a plain softmax that transformers lets a function replace."""
     name = type(network).__name__
@@ -96,6 +105,9 @@ def _check(network: Any, kind: str) -> None:
         raise MelensError(f"{name} has learned sinks in its softmax, so its attention cannot be {kind}.")
     if getattr(network.config, "attn_logit_softcapping", None) is not None:
         raise MelensError(f"{name} caps its scores, which {kind} attention does not know.")
+    config = network.config.get_text_config()
+    if getattr(config, "attention_chunk_size", None) or getattr(config, "use_bidirectional_attention", None):
+        raise MelensError(f"{name} attends in chunks or both ways, so its attention cannot be {kind}.")
 
 
 def kind_of(config: Any) -> AttentionKind | None:

@@ -40,7 +40,7 @@ from melens.data.prompts import byte_tokenizer
 from melens.environment.seeding import seeded
 from melens.environment.versions import warn_untried
 from melens.errors import MelensError
-from melens.models.attention_kinds import set_attention
+from melens.models.attention_kinds import check_configured, set_attention
 from melens.models.checkpoints import load_network
 from melens.models.gates import GATE_FILE, load_gates
 from melens.models.presence import MAPS, check_present
@@ -133,6 +133,7 @@ def plan_model(name: Any, **overrides: Any) -> PlannedModel:
     config = source.read_config()
     skeleton = Skeleton(config, spec.name, trust_remote_code=spec.trust_remote_code)
     cfg = skeleton.check(spec.quantize)
+    check_configured(skeleton.network)
     dtype = _dtype(spec.dtype, config)
     limits = None if spec.max_memory is None else by_place(spec.max_memory)
     device_map = spec.device_map or ({"": device} if limits is None else "auto")

@@ -217,12 +217,25 @@ def test_softmax_stays_as_it_is():
         ("gemma2", {"head_dim": 16}, "caps its scores"),
         ("gpt_oss", {"head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1}, "has learned sinks"),
         ("bloom", {"n_head": 4, "n_layer": 2}, "in code of its own"),
+        ("gemma3_text", {"head_dim": 16, "use_bidirectional_attention": True}, "in chunks or both ways"),
     ],
 )
 def test_a_model_whose_attention_is_of_another_making_is_refused(family, config, said):
     sizes = {} if family == "bloom" else SIZES
     with pytest.raises(MelensError, match=said):
         plan_model("random", model_type=family, config=sizes | config, device="cpu", attention="softpick")
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "said"),
+    [("bloom", "softpick", "in code of its own"), ("llama", "newer", "says melens_attention")],
+)
+def test_a_folder_that_cannot_attend_as_it_says_is_refused_before_its_weights_are_read(family, kind, said, tmp_path):
+    model = plain_twin(melens.load_model("random", model_type=family, device="cpu"))
+    model.config.melens_attention = kind
+    model.config.save_pretrained(tmp_path)  # and no weights
+    with pytest.raises(MelensError, match=said):
+        plan_model(tmp_path)
 
 
 def test_an_unknown_kind_and_a_trained_model_are_refused():
