@@ -379,7 +379,8 @@ def _findings(plan: TrainingPlan, trained: TrainedModel, mask_name: str) -> Sequ
         speed += f" ({trained.share_of_peak:.0%} of the peak in bfloat16)"
     if stats.peak_gb:
         speed += f", {stats.peak_gb:.1f} GB at most"
-    what = f"{plan.recipe.method.upper()} on {trained.n_rows} rows of {plan.dataset}, mask {mask}, "
+    kind = "From scratch" if plan.recipe.method == "pretrain" else plan.recipe.method.upper()
+    what = f"{kind} on {trained.n_rows} rows of {plan.dataset}, mask {mask}, "
     what += f"gate {plan.gate or 'none'}"
     resumed = f", from step {stats.resumed_at} on" if stats.resumed_at else ""
     return [
