@@ -47,6 +47,8 @@ def training_request(options: Options, method: str, *, dataset: str | None = Non
     if options.model.quantize is not None:
         raise OptionError(QUANTIZED)
     dataset = node.dataset or dataset or DATASETS[method]
+    if method == "pretrain" and "training.dataset" not in options.typed:  # a scale's has rows, and is no text
+        dataset = PYTHON_DOCS
     if len(node.seed) != 1 and options.exp.name != "tables":
         raise OptionError("training.seed is a list, which only exp=tables takes. Sweep with -m training.seed=0,1,2.")
     no_limit = options.given.keys() & _LIMITS
@@ -71,9 +73,10 @@ def _check_from_scratch(options: Options, dataset: str, trace_every: int) -> Non
     node = options.training
     if options.model.source != "random":
         raise OptionError("exp=pretrain trains a model with random weights: model=llama-10m, model=random, ...")
-    if node.data_dir is not None or node.limit is not None or node.peft != "none":
-        given = "data_dir" if node.data_dir is not None else "limit" if node.limit is not None else "peft"
-        raise OptionError(f"exp=pretrain has no training.{given}: it trains all weights on the whole of a text.")
+    limit = node.limit if "training.limit" in options.typed else None  # a scale's is of rows
+    unknown = {"data_dir": node.data_dir, "limit": limit, "peft": None if node.peft == "none" else node.peft}
+    for name in (name for name, value in unknown.items() if value is not None):
+        raise OptionError(f"exp=pretrain has no training.{name}: it trains all weights on the whole of a text.")
     length, context = node.max_length, options.model.config.get("max_position_embeddings")
     if length is not None and context is not None and length > context:
         raise OptionError(f"training.max_length is {length:,}; lower it to the model's context of {context:,}.")

@@ -74,7 +74,8 @@ def arm_of(metrics: dict[str, Any]) -> str:
     """Name the arm of a training by its metrics."""
     named = []
     if metrics.get("mask_planned"):
-        named.append("WeMask behind the ME layer" if metrics.get("mask_follows") else "WeMask")
+        came = "" if metrics.get("training_mask") else ", which never came"  # as there was no ME layer: no such arm
+        named.append(f"WeMask behind the ME layer{came}" if metrics.get("mask_follows") else "WeMask")
     if metrics.get("gate"):
         named.append("gates")
     if metrics.get("attention"):

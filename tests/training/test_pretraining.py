@@ -362,7 +362,8 @@ def test_what_is_compared_is_of_one_model_and_one_text():
     [
         ({}, "plain"),
         ({"mask_planned": True, "mask_follows": False}, "WeMask"),
-        ({"mask_planned": True, "mask_follows": True}, "WeMask behind the ME layer"),
+        ({"mask_planned": True, "mask_follows": True, "training_mask": {"start": 3}}, "WeMask behind the ME layer"),
+        ({"mask_planned": True, "mask_follows": True}, "WeMask behind the ME layer, which never came"),
         ({"gate": "headwise"}, "gates"),
         ({"attention": "softpick"}, "softpick"),
     ],
@@ -447,3 +448,14 @@ def test_a_mistake_is_told_before_the_training(folder, tmp_path, options, said):
 def test_only_a_model_with_random_weights_is_trained_from_scratch():
     with pytest.raises(MelensError, match="trains a model with random weights"):
         _ = compose_options(*prepare_command(["exp=pretrain"])).requests
+
+
+def test_a_scale_of_other_trainings_leaves_the_text_as_it_is():
+    request = compose_options(*prepare_command(["exp=pretrain", "scale=smoke"])).requests["pretrain"]
+    assert (request.plan.dataset, request.plan.recipe.steps) == ("python_docs", 20)
+
+
+def test_a_mask_that_never_came_is_no_arm_with_a_verdict():
+    arms = arms_of("WeMask behind the ME layer, which never came")
+    assert verdict(arms, "pretrain-following-prevents") == "not measured"
+    assert verdict(arms_of("WeMask behind the ME layer"), "pretrain-following-prevents") == "does not hold"
