@@ -245,9 +245,14 @@ def _value_axis(values: Any, log_scale: bool) -> dict[str, Any]:
 
 
 def _not_zoomed(values: pd.Series) -> list[float] | None:
-    """Return a range for values that differ by less than a tenth of their size, which no axis should blow up."""
+    """Return a range for values that differ by less than a tenth of their size, which no axis should blow up.
+
+    Of nothing but zeros, as shares may be, an axis of plotly's own would go down to -1.
+    """
     low, high = float(values.min()), float(values.max())
     room = 0.1 * max(abs(low), abs(high))
+    if not room:
+        return [-0.05, 1.0]
     return None if high - low >= room else [low - room, high + room]
 
 

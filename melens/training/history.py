@@ -14,7 +14,9 @@ from melens.printing import Brief
 from melens.report.result import Figure, Metrics, Result
 from melens.training.recipe import METHODS
 
-__all__ = ["TrainingHistory", "average_histories", "compare_trainings", "draw_histories", "trainings"]
+__all__ = [
+    "TrainingHistory", "average_histories", "compare_trainings", "draw_histories", "method_in_words", "trainings",
+]  # fmt: skip
 
 _LOGGED = {
     "loss": "loss",
@@ -136,9 +138,14 @@ def compare_trainings(
 ) -> Result:
     """Draw trainings side by side, of these methods, of models that had these ME layers before; each method once."""
     (me_layer,) = me_layers if len(me_layers) == 1 else (None,)
-    title = f"{len(histories)} of {' and '.join(sorted(method.upper() for method in methods))}"
+    title = f"{len(histories)} of {' and '.join(sorted(map(method_in_words, methods)))}"
     findings = [(own.name, f"{own.loss_in_words()}. {own.change_in_words()}") for own in histories]
     return Result("trainings", {}, Metrics(), figures=draw_histories(histories, title, me_layer), findings=findings)
+
+
+def method_in_words(method: str) -> str:
+    """Return what a title calls a method."""
+    return "training from scratch" if method == "pretrain" else method.upper()
 
 
 def average_histories(histories: Sequence[TrainingHistory]) -> list[TrainingHistory]:

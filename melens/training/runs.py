@@ -38,7 +38,7 @@ from melens.report.result import Metrics, Result
 from melens.storage.cache import Store, store_for, tokenizer_fingerprint
 from melens.training.data import TrainingData, format_rows, hash_rows, load_training_data
 from melens.training.flops import flops_per_token, peak_flops
-from melens.training.history import TrainingHistory, draw_histories
+from melens.training.history import TrainingHistory, draw_histories, method_in_words
 from melens.training.inspection import Inspector
 from melens.training.masking import GrowingMask
 from melens.training.plan import QUANTIZED, SPREAD, TrainingPlan
@@ -357,7 +357,9 @@ def training(
         study.trace.model,
         metrics,
         tables={"training_log": trained.history.log, "training_trace": trained.history.inspections} | trained.tables,
-        figures=draw_histories([trained.history], f"{method.upper()} of {name} on {plan.dataset}", study.me.layer),
+        figures=draw_histories(
+            [trained.history], f"{method_in_words(method)} of {name} on {plan.dataset}", study.me.layer
+        ),
         findings=_findings(plan, trained, mask_name),
     )
 
@@ -379,8 +381,7 @@ def _findings(plan: TrainingPlan, trained: TrainedModel, mask_name: str) -> Sequ
         speed += f" ({trained.share_of_peak:.0%} of the peak in bfloat16)"
     if stats.peak_gb:
         speed += f", {stats.peak_gb:.1f} GB at most"
-    kind = "From scratch" if plan.recipe.method == "pretrain" else plan.recipe.method.upper()
-    what = f"{kind} on {trained.n_rows} rows of {plan.dataset}, mask {mask}, "
+    what = f"{method_in_words(plan.recipe.method)} on {trained.n_rows} rows of {plan.dataset}, mask {mask}, "
     what += f"gate {plan.gate or 'none'}"
     resumed = f", from step {stats.resumed_at} on" if stats.resumed_at else ""
     return [

@@ -190,6 +190,12 @@ def test_a_number_that_hardly_changes_in_a_training_is_not_blown_up():
     assert figure.layout.xaxis.dtick == 1  # no half steps
 
 
+def test_an_axis_of_nothing_but_zeros_begins_there():
+    nothing = pd.DataFrame({"step": [0, 10], "value": [0.0, 0.0]})
+    figure = over_steps({"sink rate": {"": nothing}}, title="SFT", y_titles={"sink rate": "share of heads"})
+    assert figure.layout.yaxis.range == (-0.05, 1.0)
+
+
 def test_attention_maps_show_the_mean_and_offer_each_head():
     patterns = np.stack([np.eye(3), np.full((3, 3), 0.5)])
     figure = attention_maps({"block 1": patterns, "block 2": patterns}, ["a", "b", "c"], title="A", note="")
